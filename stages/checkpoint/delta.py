@@ -1,0 +1,130 @@
+"""The sparse delta: what pruning changed, and nothing else.
+
+For every matrix in scope the mask as packed bits, 1 = kept, and only where survivors moved their values. One safetensors
+file per decoder block and a manifest. base + delta = the pruned model.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from stages.errors import CheckpointError
+from stages.files import read_json, write_json
+
+FORMAT = "sparsesweep-delta/1"
+MANIFEST = "delta.json"
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Bits of a mask.
+
+    Args:
+        mask: [any shape], bool.
+
+    Returns:
+        [ceil(elements / 8)], uint8; the first element is the lowest bit of the first byte.
+    """
+    bits = mask.reshape(-1).to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return sum((bits[:, i] << i for i in range(1, 8)), start=bits[:, 0])
+
+
+def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The mask of `shape`, bool, whose bits `pack` gave."""
+    bits = torch.stack([(packed >> i) & 1 for i in range(8)], dim=1).reshape(-1)
+    return bits[: torch.Size(shape).numel()].bool().view(shape)
+
+
+@dataclass(kw_only=True, slots=True)
+class Change:
+    """What happened to one matrix.
+
+    mask: [rows, columns], bool, True = kept.
+    values: [kept], the survivors' new values in row-major order in the base's dtype; None where they did not move.
+    """
+
+    mask: torch.Tensor
+    values: torch.Tensor | None = None
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The pruned matrix, [rows, columns], in the dtype of `weight`, exact zeros where the mask is False."""
+        if self.values is None:
+            return weight.masked_fill(~self.mask, 0)
+        return torch.zeros_like(weight).masked_scatter_(self.mask, self.values.to(weight.dtype))
+
+
+def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
+    """Write one block's changes, tensor name -> Change, with what is needed to read them back and to refuse another base."""
+    tensors: dict[str, torch.Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, change in changes.items():
+        shapes[name] = list(change.mask.shape)
+        tensors[f"{name}.mask"] = pack(change.mask)
+        if change.values is not None:
+            tensors[f"{name}.values"] = change.values
+    metadata = {"format": FORMAT, "base": base, "polarity": "1 = kept", "shapes": json.dumps(shapes)}
+    save_file(tensors, path, metadata=metadata)
+
+
+def write_manifest(directory: Path, *, base: str, recipe: dict[str, Any], matrices: list[dict[str, Any]]) -> None:
+    """Finish a delta: which base it changes, what made it, and the sparsity of each matrix."""
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    write_json(directory / MANIFEST, {"format": FORMAT, "base": base, "recipe": recipe, "shards": shards, "matrices": matrices})
+
+
+class SparseDelta:
+    """A delta on disk.
+
+    Args:
+        directory: holds delta.json and the block files.
+        base: fingerprint of the checkpoint that it is to be applied to.
+
+    Raises:
+        CheckpointError: no delta there, a truncated file, or the delta of another base.
+    """
+
+    def __init__(self, directory: Path, base: str) -> None:
+        self.directory = directory
+        if not (directory / MANIFEST).is_file():
+            raise CheckpointError(f"{directory}: no {MANIFEST}; is this a delta written by the prune stage?")
+        self.manifest: dict[str, Any] = read_json(directory / MANIFEST)
+        if self.manifest["format"] != FORMAT:
+            raise CheckpointError(f"{directory}: found format {self.manifest['format']!r}, wanted {FORMAT!r}")
+        if self.manifest["base"] != base:
+            raise CheckpointError(f"{directory}: a delta of base {self.manifest['base'][:12]}, wanted one of base {base[:12]}")
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, tuple[int, ...], bool]]:
+        places = {}
+        for shard in self.manifest["shards"]:
+            path = self.directory / shard
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes, stored = json.loads(file.metadata()["shapes"]), set(file.keys())
+            except (SafetensorError, FileNotFoundError) as error:
+                raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
+            places |= {name: (path, tuple(shape), f"{name}.values" in stored) for name, shape in shapes.items()}
+        return places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def change(self, name: str) -> Change:
+        path, shape, moved = self._places[name]
+        with safe_open(path, framework="pt") as file:
+            mask = unpack(file.get_tensor(f"{name}.mask"), shape)
+            return Change(mask=mask, values=file.get_tensor(f"{name}.values") if moved else None)
+
+    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as the pruned model has it; a tensor out of scope comes back as it is."""
+        return self.change(name).apply(tensor) if name in self else tensor

@@ -1,0 +1,117 @@
+"""Read a checkpoint tensor by tensor: at no time is more than one tensor of it in memory."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stages.errors import CheckpointError
+from stages.files import read_json
+
+INDEX = "model.safetensors.index.json"
+PROVENANCE = "provenance.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def shard_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, its length checked against the file's.
+
+    Raises:
+        CheckpointError: the shard is missing, truncated or no safetensors file; the message names it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"shard {path}: not found, though the index names it")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= size - 8:
+            raise CheckpointError(f"shard {path}: {size} bytes do not hold a safetensors header; is it truncated?")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"shard {path}: its header is not JSON ({error})") from None
+    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise CheckpointError(f"shard {path}: found {size} bytes, wanted {8 + length + end}: it is truncated or damaged")
+    return header
+
+
+class Checkpoint:
+    """A directory of safetensors shards with an index.
+
+    Args:
+        directory: holds model.safetensors.index.json and the shards that it names; every shard's header is checked here,
+            before any weight is read.
+
+    Raises:
+        CheckpointError: no index, a shard missing or truncated, a tensor that its shard lacks.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if not (directory / INDEX).is_file():
+            raise CheckpointError(f"{directory}: no {INDEX}; is this a checkpoint written by the fetch stage?")
+        self.shard_of: dict[str, str] = read_json(directory / INDEX)["weight_map"]
+        self.headers = {shard: shard_header(directory / shard) for shard in sorted(set(self.shard_of.values()))}
+        for name, shard in self.shard_of.items():
+            if name not in self.headers[shard]:
+                raise CheckpointError(f"shard {directory / shard}: no tensor {name}, though the index says so")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shard_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shard_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.headers[self.shard_of[name]][name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.headers[self.shard_of[name]][name]["dtype"]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as stored, on the CPU.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        path = self.directory / self.shard_of[name]
+        try:
+            with safe_open(path, framework="pt") as shard:
+                tensor = shard.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"shard {path}: {error}") from error
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"tensor {name} in {path}: found NaN or infinity, wanted finite weights")
+        return tensor
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        return read_json(self.directory / PROVENANCE)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and hashes of the shards, as the fetch stage recorded them."""
+        return fingerprint(self.provenance["files"])
+
+
+def fingerprint(files: dict[str, str]) -> str:
+    """SHA-256 [hex] that names a checkpoint's weights: over the sorted `name hash` lines of its safetensors files."""
+    lines = sorted(f"{name} {digest}\n" for name, digest in files.items() if name.endswith(".safetensors"))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

