@@ -4,11 +4,20 @@ document: as published for GPTQ, SparseGPT and Wanda: draw a page, keep it if it
 packed:   shuffle all pages, join them with the end token, cut: no token wasted, windows of any length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 from stages.errors import CalibrationError
+
+
+class TokenSequences(Protocol):
+    """Documents as token ids, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> list[int]: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,7 +32,7 @@ class Window:
     spans: list[tuple[int, int, int]]
 
 
-def document(documents: Sequence[list[int]], windows: int, length: int, seed: int, end: int | None) -> list[Window]:
+def document(documents: TokenSequences, windows: int, length: int, seed: int, end: int | None) -> list[Window]:
     """The published procedure, draw for draw (Wanda's lib/data.py): two draws of Python's generator for each window.
 
     Args:
@@ -34,7 +43,9 @@ def document(documents: Sequence[list[int]], windows: int, length: int, seed: in
     Raises:
         CalibrationError: no page is longer than `length`; says how long the longest is and how many tokens there are.
     """
-    random, drawn, lengths = Random(seed), [], dict[int, int]()
+    random = Random(seed)
+    drawn: list[Window] = []
+    lengths: dict[int, int] = {}
     while len(drawn) < windows:
         index = random.randint(0, len(documents) - 1)
         if lengths.get(index, length + 1) <= length:
@@ -52,7 +63,7 @@ def document(documents: Sequence[list[int]], windows: int, length: int, seed: in
     return drawn
 
 
-def packed(documents: Sequence[list[int]], windows: int, length: int, seed: int, end: int | None) -> list[Window]:
+def packed(documents: TokenSequences, windows: int, length: int, seed: int, end: int | None) -> list[Window]:
     """All pages in an order drawn from `seed`, each followed by the end token, cut into windows; the rest is dropped.
 
     Args:
@@ -68,8 +79,7 @@ def packed(documents: Sequence[list[int]], windows: int, length: int, seed: int,
     spans: list[tuple[int, int, int]] = []
     for index in order:
         page, offset = documents[index], 0
-        page_end = [] if end is None else [end]
-        text = page + page_end
+        text = page if end is None else [*page, end]
         while offset < len(text):
             taken = text[offset : offset + length - len(tokens)]
             from_page = min(len(taken), len(page) - offset)
@@ -87,7 +97,7 @@ def packed(documents: Sequence[list[int]], windows: int, length: int, seed: int,
     )
 
 
-SAMPLERS: dict[str, Callable[[Sequence[list[int]], int, int, int, int | None], list[Window]]] = {
+SAMPLERS: dict[str, Callable[[TokenSequences, int, int, int, int | None], list[Window]]] = {
     "document": document,
     "packed": packed,
 }

@@ -102,7 +102,7 @@ class SparseDelta:
 
     @cached_property
     def _places(self) -> dict[str, tuple[Path, tuple[int, ...], bool]]:
-        places = {}
+        places: dict[str, tuple[Path, tuple[int, ...], bool]] = {}
         for shard in self.manifest["shards"]:
             path = self.directory / shard
             try:

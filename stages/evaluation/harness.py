@@ -32,7 +32,7 @@ STOCK = {
 SEED = 0
 
 
-class _QuietModel(HFLM):  # type: ignore[misc]
+class _QuietModel(HFLM):
     """lm-eval's model, whose progress bars are for a terminal only."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -87,7 +87,7 @@ def require_decoder(config: dict[str, Any], where: str) -> None:
 
 
 def _weights(names: list[str], where: str) -> list[str] | None:
-    """The safetensors files to take: [] when the index must tell.
+    """The safetensors files to take; None where the index must tell.
 
     Raises:
         SourceError: only pickles, or no weights at all.
@@ -112,8 +112,7 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]
         SourceError: before any weight is downloaded: a missing or gated repository, pickles only, no decoder.
         SparsesweepError: not enough disk, likewise.
     """
-    assert_pinned = str(base.repo), str(base.revision)
-    repository = hub.resolve(*assert_pinned, "model")
+    repository = hub.resolve(str(base.repo), str(base.revision), "model")
     where, names = f"hub model {base.repo}", list(repository.sizes)
     weights = _weights(names, where)
     license_name = base.license or repository.license

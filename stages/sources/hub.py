@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
@@ -42,7 +43,7 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
         SourceError: no such repository or revision, a gated one without a token, or no hub within reach.
     """
     try:
-        info = HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
+        info: Any = HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
     except GatedRepoError:
         raise SourceError(_gated(repo)) from None
     except RevisionNotFoundError:

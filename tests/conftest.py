@@ -1,0 +1,36 @@
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "0"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["DVC_NO_ANALYTICS"] = "1"
+
+import pytest
+import torch
+
+from stages.checkpoint.reader import Checkpoint
+from stages.config import LocalBase
+from stages.sources import base as checkpoints
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A small checkpoint as it would lie in someone's directory."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="session")
+def canonical(source, tmp_path_factory) -> Path:
+    """The same, fetched."""
+    directory = tmp_path_factory.mktemp("base")
+    local = LocalBase(source="local", path=str(source), name="tests/tiny", fingerprint=None, license="mit")
+    checkpoints.fetch(local, directory, downloads=directory / "unused")
+    return directory
+
+
+@pytest.fixture()
+def base(canonical) -> Checkpoint:
+    return Checkpoint(canonical)
