@@ -1,7 +1,12 @@
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "0"
+from tests.hub_server import FakeRepository, Hub
+
+HUB = Hub()
+os.environ["HF_ENDPOINT"] = HUB.endpoint  # before huggingface_hub is imported: no test can reach another hub
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ.pop("HF_TOKEN", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DVC_NO_ANALYTICS"] = "1"
 
@@ -34,3 +39,15 @@ def canonical(source, tmp_path_factory) -> Path:
 @pytest.fixture()
 def base(canonical) -> Checkpoint:
     return Checkpoint(canonical)
+
+
+@pytest.fixture()
+def hub_repository():
+    """Put a repository on the loopback hub: name ("ORG/NAME", or "datasets/ORG/NAME") and FakeRepository's fields."""
+
+    def put(name: str, files: dict[str, bytes], **facts: object) -> FakeRepository:
+        HUB.repositories[name] = FakeRepository(files=files, **facts)
+        return HUB.repositories[name]
+
+    yield put
+    HUB.repositories.clear()

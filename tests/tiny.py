@@ -8,10 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-WORDS = (
-    "river stone lamp winter garden engine paper silver cloud window market letter bridge forest candle harbour music "
-    "number table wheel summer ocean mirror village apple copper thunder silent yellow narrow ancient gentle"
-).split()
+WORDS = [
+    "river", "stone", "lamp", "winter", "garden", "engine", "paper", "silver",
+    "cloud", "window", "market", "letter", "bridge", "forest", "candle", "harbour",
+    "music", "number", "table", "wheel", "summer", "ocean", "mirror", "village",
+    "apple", "copper", "thunder", "silent", "yellow", "narrow", "ancient", "gentle",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

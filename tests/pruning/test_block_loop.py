@@ -33,25 +33,22 @@ def published_wanda(directory, sparsity: float, nm: tuple[int, int] | None = Non
     hidden, masks = [arguments[0] for arguments, _ in received], {}
     for number, layer in enumerate(model.model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
-        norms = {name: torch.zeros(module.in_features) for name, module in linears.items()}
-        seen = dict.fromkeys(linears, 0)
+        norms = {module: torch.zeros(module.in_features) for module in linears.values()}
+        seen = dict.fromkeys(norms, 0)
 
-        def watch(name):
-            def hook(_, arguments):
-                norms[name] *= seen[name] / (seen[name] + 1)
-                seen[name] += 1
-                norms[name] += torch.norm(arguments[0][0].T, p=2, dim=1) ** 2 / seen[name]
+        def watch(module, arguments, norms=norms, seen=seen):
+            norms[module] *= seen[module] / (seen[module] + 1)
+            seen[module] += 1
+            norms[module] += torch.norm(arguments[0][0].T, p=2, dim=1) ** 2 / seen[module]
 
-            return hook
-
-        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
+        hooks = [module.register_forward_pre_hook(watch) for module in linears.values()]
         with torch.no_grad():
             for inputs, (_, keywords) in zip(hidden, received, strict=True):
                 layer(inputs, **keywords)
             for hook in hooks:
                 hook.remove()
             for name, module in linears.items():
-                scores = module.weight.abs() * norms[name].sqrt()
+                scores = module.weight.abs() * norms[module].sqrt()
                 drop = torch.zeros_like(scores, dtype=torch.bool)
                 if nm is None:
                     order = torch.sort(scores, dim=1, stable=True).indices

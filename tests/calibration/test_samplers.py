@@ -1,0 +1,69 @@
+import random
+
+import pytest
+
+from stages.calibration.samplers import document, packed, shares
+from stages.errors import CalibrationError
+
+PAGES = [list(range(100 * i, 100 * i + length)) for i, length in enumerate([5, 40, 12, 33, 8, 60])]
+
+
+def published(pages: list[list[int]], windows: int, length: int, seed: int) -> list[list[int]]:
+    """get_c4 of the published code, with its module-level generator."""
+    random.seed(seed)
+    drawn = []
+    for _ in range(windows):
+        while True:
+            i = random.randint(0, len(pages) - 1)
+            if len(pages[i]) > length:
+                break
+        i_start = random.randint(0, len(pages[i]) - length - 1)
+        drawn.append(pages[i][i_start : i_start + length])
+    return drawn
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_document_draws_what_the_published_code_draws(seed):
+    assert [window.tokens for window in document(PAGES, 20, 10, seed, None)] == published(PAGES, 20, 10, seed)
+
+
+def test_document_says_where_each_window_comes_from():
+    for window in document(PAGES, 20, 10, 0, None):
+        ((page, offset, count),) = window.spans
+        assert window.tokens == PAGES[page][offset : offset + count]
+
+
+def test_a_page_must_be_longer_than_the_window():
+    with pytest.raises(CalibrationError, match="no document has more than 60 tokens: the longest of 6 has 60, all together 158"):
+        document(PAGES, 1, 60, 0, None)
+
+
+def test_packed_wastes_no_token():
+    total = sum(map(len, PAGES)) + len(PAGES)
+    windows = packed(PAGES, total // 8, 8, 0, end=-1)
+    joined = [token for window in windows for token in window.tokens]
+    order = list(range(6))
+    random.Random(0).shuffle(order)
+    assert joined == [token for i in order for token in [*PAGES[i], -1]][: len(joined)]
+
+
+def test_packed_says_where_each_token_comes_from():
+    for window in packed(PAGES, 15, 10, 3, end=-1):
+        text = [token for page, offset, count in window.spans for token in PAGES[page][offset : offset + count]]
+        assert text == [token for token in window.tokens if token != -1]
+
+
+def test_packed_depends_on_the_seed():
+    assert packed(PAGES, 4, 10, 0, None) == packed(PAGES, 4, 10, 0, None)
+    assert packed(PAGES, 4, 10, 0, None) != packed(PAGES, 4, 10, 1, None)
+
+
+def test_a_corpus_that_is_too_small_says_how_many_tokens_it_has():
+    with pytest.raises(CalibrationError, match="the corpus has 158 tokens in 6 documents, wanted 16 windows of 10 = 160"):
+        packed(PAGES, 16, 10, 0, None)
+
+
+def test_shares_sum_to_the_windows():
+    assert shares({"a": 0.5, "b": 0.5}, 5) in ({"a": 3, "b": 2}, {"a": 2, "b": 3})
+    assert shares({"a": 0.4, "b": 0.2, "c": 0.4}, 32) == {"a": 13, "b": 6, "c": 13}
+    assert shares({"a": 0.1, "b": 0.9}, 10) == {"a": 1, "b": 9}

@@ -1,0 +1,119 @@
+"""A clone of this repository whose configuration names small local files: the real pipeline, in about a minute."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.files import sha256
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+IDENTITY = {f"GIT_{who}_{what}": "tests@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+ENVIRONMENT = {
+    **os.environ,
+    **IDENTITY,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "default",
+}
+
+
+@dataclass
+class Project:
+    """A clone to run commands in."""
+
+    root: Path
+
+    def run(self, *command: str, fails: bool = False) -> str:
+        """Output of a command, which must succeed, or must fail."""
+        done = subprocess.run(command, cwd=self.root, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        output = done.stdout + done.stderr
+        assert (done.returncode != 0) == fails, f"{' '.join(command)} exited with {done.returncode}:\n{output}"
+        return output
+
+    def stages_run(self, *command: str) -> list[str]:
+        """Which stages a DVC command executed, in order."""
+        return re.findall(r"Running stage '([^']+)'", self.run("dvc", *command))
+
+    def changed_stages(self) -> set[str]:
+        """Stages of which DVC says that a dependency, a parameter or the command changed."""
+        import json
+
+        status = json.loads(self.run("dvc", "status", "--json"))
+        return {name for name, changes in status.items() if any("changed" in str(key) for change in changes for key in change)}
+
+
+def _yaml(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _corpora(directory: Path, conf: Path) -> None:
+    """Small corpora and benchmark rows, and the group files that name them."""
+    words = tiny.sentences(12, seed=3, length=8)
+    rows = {
+        "tiny_pages": [{"text": text} for text in tiny.sentences(40, seed=4, length=120)],
+        "tiny_articles": [{"text": text} for text in tiny.sentences(40, seed=5)],
+        "boolq": [{"question": words[i], "passage": words[-1], "idx": i, "label": i % 2} for i in range(8)],
+        "piqa": [{"goal": words[i], "sol1": "lamp", "sol2": "river", "label": i % 2} for i in range(8)],
+    }
+    for name, lines in rows.items():
+        path = tiny.write_lines(directory / f"{name}.jsonl", lines)
+        facts = f"source: local, path: {path}, sha256: {sha256(path)}, reader: datasets, license: cc0-1.0"
+        file = name if name.startswith("tiny") else f"tiny_{name}"
+        _yaml(conf / "text" / f"{file}.yaml", f"{name}: {{{facts}}}\n")
+
+
+def write_configuration(root: Path, data: Path) -> None:
+    """What a user writes to add a base, a corpus and presets: a few lines of YAML each."""
+    conf = root / "conf"
+    checkpoint = tiny.write_checkpoint(data / "checkpoint")
+    _corpora(data, conf)
+    base = f"source: local\npath: {checkpoint}\nname: tests/tiny-zephyr\nfingerprint: null\nlicense: mit\n"
+    _yaml(conf / "base/tiny.yaml", f"defaults: [local_schema, _self_]\n{base}")
+    _yaml(
+        conf / "calibration/tiny.yaml",
+        "defaults: [calibration_schema, /text@_global_.text.calibration: [tiny_pages], _self_]\n"
+        "name: tiny\nwindows: 6\nwindow_length: 64\nseed: 0\noverlap_tokens: 13\nmax_overlap: 0\n"
+        "sources: {tiny_pages: {sampler: document, weight: 1.0}}\n",
+    )
+    _yaml(
+        conf / "evaluation/tiny.yaml",
+        "defaults: [evaluation_schema, /text@_global_.text.evaluation: [tiny_articles, tiny_boolq, tiny_piqa], _self_]\n"
+        "name: tiny\ndevice: auto\ndtype: auto\nperplexity: {corpus: tiny_articles, window_length: 64, windows: 4}\n"
+        "tasks: [boolq, piqa]\nrows: 4\nbatch_size: 4\ngenerations: {new_tokens: 3, prompts: [river stone]}\n",
+    )
+    _yaml(
+        conf / "experiment/tiny.yaml",
+        "# @package _global_\ndefaults: [override /base: tiny, override /calibration: tiny, override /evaluation: tiny]\n",
+    )
+
+
+def make(directory: Path) -> Project:
+    """A clone with an origin and a shared DVC remote, both directories on this machine."""
+    origin, project = directory / "origin.git", Project(directory / "a")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, project.root / name)
+    write_configuration(project.root, directory / "data")
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("dvc", "remote", "add", "-q", "-d", "shared", str(directory / "remote"))
+    project.run("dvc", "remote", "modify", "-q", "shared", "verify", "true")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "A small project")
+    project.run("git", "init", "-q", "--bare", "-b", "main", str(origin))
+    project.run("git", "remote", "add", "origin", str(origin))
+    project.run("git", "push", "-q", "origin", "main")
+    return project
+
+
+def clone(project: Project, directory: Path) -> Project:
+    project.run("git", "clone", "-q", str(project.root.with_name("origin.git")), str(directory))
+    return Project(directory)

@@ -1,0 +1,186 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stages.checkpoint.reader import INDEX, Checkpoint
+from stages.config import GgufBase, HubBase, LocalBase
+from stages.errors import CheckpointError, SourceError, SparsesweepError
+from stages.files import sha256
+from stages.sources import base as checkpoints
+from tests import tiny
+from tests.hub_server import COMMIT
+
+REPO = "org/tiny"
+
+
+def hub(**changes) -> HubBase:
+    return HubBase(**{"source": "hub", "repo": REPO, "revision": "main", "license": None, **changes})
+
+
+def local(path, **changes) -> LocalBase:
+    facts = {"source": "local", "path": str(path), "name": "tests/tiny", "fingerprint": None, "license": "mit"}
+    return LocalBase(**{**facts, **changes})
+
+
+def files_of(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def changed_config(directory, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture()
+def copy(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "copy")
+
+
+@pytest.fixture()
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_a_local_checkpoint_keeps_its_bytes_and_gets_a_record(source, canonical):
+    provenance = json.loads((canonical / "provenance.json").read_text())
+    for path in canonical.glob("*.safetensors"):
+        assert path.read_bytes() == (source / path.name).read_bytes()
+        assert provenance["files"][path.name] == sha256(path)
+    assert provenance["license"] == "mit"
+    assert (canonical / "chat_template.jinja").is_file()
+
+
+def test_a_single_file_gets_the_canonical_name_and_an_index(tmp_path, out):
+    tiny.write_checkpoint(tmp_path / "one", shard="1GB")
+    checkpoints.fetch(local(tmp_path / "one"), out, downloads=tmp_path)
+    assert (out / "model-00001-of-00001.safetensors").is_file()
+    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, Checkpoint(out).tensor(name))
+
+
+def test_a_hub_revision_is_resolved_recorded_and_downloaded_without_pickles(source, hub_repository, tmp_path, out):
+    repository = hub_repository(REPO, {**files_of(source), "pytorch_model.bin": b"pickle", "evil.py": b"code", "README.md": b""})
+    provenance = checkpoints.fetch(hub(revision="v1"), out, downloads=tmp_path / "downloads")
+    assert (provenance["revision"], provenance["name"], provenance["license"]) == (COMMIT, REPO, "mit")
+    for path in source.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    asked = {name for _, name, _ in repository.requests}
+    assert not asked & {"pytorch_model.bin", "evil.py", "README.md"}
+    assert not any((tmp_path / "downloads").iterdir())
+
+
+def test_a_broken_download_goes_on_where_it_stopped(source, hub_repository, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    repository = hub_repository(REPO, files_of(source), break_after=9000)
+    (tmp_path / "first").mkdir()
+    with pytest.raises(SourceError, match="org/tiny, file model-"):
+        checkpoints.fetch(hub(), tmp_path / "first", downloads=tmp_path / "downloads")
+    repository.break_after = None
+    seen = len(repository.requests)
+    (tmp_path / "second").mkdir()
+    checkpoints.fetch(hub(), tmp_path / "second", downloads=tmp_path / "downloads")
+    resumed = [wanted for method, _, wanted in repository.requests[seen:] if method == "GET" and wanted]
+    assert any(not wanted.startswith("bytes=0-") for wanted in resumed)
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "changes", "message"),
+    [
+        ("org/other", {}, {}, "hub model org/tiny: not found"),
+        (REPO, {}, {"revision": "v9"}, "org/tiny: found no revision 'v9'"),
+        (REPO, {"gated": "manual"}, {}, "org/tiny is gated: .* HF_TOKEN"),
+        (REPO, {"license": None}, {}, "card states no licence; set base.license"),
+        (REPO, {"wrong_hashes": True}, {}, "found hash .*, wanted ffff"),
+    ],
+)
+def test_what_is_wrong_with_a_repository_is_said(source, hub_repository, out, tmp_path, name, facts, changes, message):
+    hub_repository(name, files_of(source), **facts)
+    with pytest.raises(SourceError, match=message):
+        checkpoints.fetch(hub(**changes), out, downloads=tmp_path / "downloads")
+    assert not any(out.iterdir())
+
+
+def test_a_gated_repository_opens_with_a_token(source, hub_repository, out, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_notasecret")
+    hub_repository(REPO, files_of(source), gated="manual")
+    assert checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")["revision"] == COMMIT
+    assert "hf_notasecret" not in (out / "provenance.json").read_text()
+
+
+def test_a_repository_of_pickles_only_is_refused_before_any_download(source, hub_repository, out, tmp_path):
+    files = {name: content for name, content in files_of(source).items() if "safetensors" not in name}
+    repository = hub_repository(REPO, {**files, "pytorch_model.bin": b"pickle"})
+    with pytest.raises(SourceError, match="weights only as pickles, which are never loaded; wanted safetensors"):
+        checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+    assert not repository.requests
+
+
+def test_a_full_disk_is_noticed_before_any_download(source, hub_repository, out, tmp_path, monkeypatch):
+    repository = hub_repository(REPO, files_of(source))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(SparsesweepError, match=r"found 0.00 GB free on its disk, wanted"):
+        checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+    assert not repository.requests
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"architectures": ["MistralForSequenceClassification"]}, "MistralForSequenceClassification.*wanted MistralForCausalLM"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "wanted a decoder language model"),
+        ({"model_type": "homemade", "auto_map": {"AutoModel": "x.Y"}}, "'homemade' is unknown to transformers"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "found weights quantised by 'gptq'"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(copy, out, tmp_path, changes, message):
+    changed_config(copy, **changes)
+    with pytest.raises(SourceError, match=message):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path)
+    assert not any(out.iterdir())
+
+
+def test_a_truncated_shard_is_named(copy, out, tmp_path):
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=f"{shard.name}: found .* bytes, wanted .*: it is truncated"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path)
+
+
+def test_a_missing_shard_is_named(copy, out, tmp_path):
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name}: not found"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path)
+
+
+def test_nan_in_a_checkpoint_names_the_tensor(tmp_path, out):
+    model = tiny.model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.1.mlp.up_proj.weight in .*: found NaN or infinity"):
+        checkpoints.fetch(local(tmp_path / "nan"), out, downloads=tmp_path)
+
+
+def test_another_fingerprint_than_asked_is_refused(copy, out, tmp_path):
+    with pytest.raises(SourceError, match="base.fingerprint: found .*, wanted 00"):
+        checkpoints.fetch(local(copy, fingerprint="00"), out, downloads=tmp_path)
+
+
+def test_a_gguf_file_with_another_hash_is_refused(tmp_path, out):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    facts = {"source": "gguf", "path": str(tmp_path / "x.gguf"), "name": "a/b", "dtype": "float16", "license": "mit"}
+    with pytest.raises(SourceError, match="base.sha256: found .*, wanted 00"):
+        checkpoints.fetch(GgufBase(sha256="0" * 64, **facts), out, downloads=tmp_path)
+
+
+def test_the_index_of_the_fetched_checkpoint_names_every_tensor(canonical):
+    index = json.loads((canonical / INDEX).read_text())["weight_map"]
+    assert set(index) == set(tiny.model().state_dict())

@@ -1,0 +1,121 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.config import HubText, LocalText, Text, WheelText
+from stages.errors import ConfigError, SourceError
+from stages.files import read_json, read_lines, sha256
+from stages.sources import readers, text
+from tests import tiny
+from tests.hub_server import COMMIT
+
+
+def from_hub(file: str) -> HubText:
+    return HubText(source="hub", repo="org/pages", revision="main", file=file, reader="datasets", license="cc0-1.0")
+
+
+def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path):
+    rows = [{"text": sentence, "url": f"u{i}"} for i, sentence in enumerate(tiny.sentences(30, seed=0))]
+    content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    hub_repository("datasets/org/pages", {"en/first.json.gz": content})
+    provenance = text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path)
+    assert read_lines(tmp_path / "calibration/pages.jsonl") == rows
+    facts = provenance["calibration/pages.jsonl"]
+    assert (facts["revision"], facts["rows"], facts["license"]) == (COMMIT, 30, "cc0-1.0")
+    assert facts["sha256"] == sha256(tmp_path / "calibration/pages.jsonl")
+    assert read_json(tmp_path / "provenance.json") == provenance
+
+
+def test_parquet_of_the_hub_keeps_dialogues(hub_repository, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    hub_repository("datasets/org/pages", {"data/x.parquet": (tmp_path / "x.parquet").read_bytes()})
+    text.fetch(Text(calibration={}, evaluation={"chat": from_hub("data/x.parquet")}), tmp_path)
+    assert read_lines(tmp_path / "evaluation/chat.jsonl") == rows
+
+
+def test_a_file_that_the_repository_lacks_is_named(hub_repository, tmp_path):
+    hub_repository("datasets/org/pages", {"other.json": b"{}"})
+    with pytest.raises(SourceError, match="hub dataset org/pages: found no file 'en/first.json.gz'"):
+        text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path)
+
+
+def test_a_local_file_with_another_hash_is_refused(tmp_path):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    source = LocalText(source="local", path=str(path), sha256="0" * 64, reader="datasets", license="cc0-1.0")
+    with pytest.raises(SourceError, match="found hash .* wanted 0000"):
+        text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path)
+
+
+def test_an_unknown_reader_is_refused_before_any_download(tmp_path):
+    source = WheelText(source="wheel", package="p", version="1", sha256="0" * 64, file="f", reader="guess", license="mit")
+    with pytest.raises(ConfigError, match="text.evaluation.rows.reader: found 'guess', wanted one of c4_lines"):
+        text.fetch(Text(calibration={}, evaluation={"rows": source}), tmp_path)
+
+
+def zipped(rows: list[dict]) -> bytes:
+    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def test_c4_lines_are_pages_without_repeats_and_foreign_scripts():
+    assert readers.c4_lines("a b\n\na b\nпривет мир\nc\n".encode()) == [{"text": "a b"}, {"text": "c"}]
+
+
+def test_an_article_is_its_title_and_its_paragraphs():
+    paragraph = "The harbour ( , ) of the town , which was built by hand , has <b>two</b> piers . " * 15
+    page = f'<doc id="1" url="u" title="Old &amp; new">\nOld &amp; new\n\nHistory\n{paragraph}\n\n</doc>\n<doc id="2" url="u" title="Stub">\nStub\n\n</doc>'
+    (row,) = readers.wikiextractor(page.encode())
+    title, body = row["text"].split("\n\n")
+    assert title == "Old & new"
+    assert body.startswith("The harbour of the town, which was built by hand, has two piers. The")
+
+
+def test_an_arrow_stream_keeps_its_columns():
+    table = pa.table({"goal": ["g"], "label": [1]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert readers.arrow(sink.getvalue().to_pybytes()) == [{"goal": "g", "label": 1}]
+
+
+def test_lambada_is_context_and_last_word():
+    assert readers.lambada_requests(zipped([{"request": {"context": "to be or not to", "continuation": " be"}}])) == [
+        {"text": "to be or not to be"}
+    ]
+
+
+def test_boolq_has_the_columns_of_superglue():
+    document = {"idx": 7, "query": "P. Q.\nQuestion: is it?\nAnswer:", "choices": ["yes", "no"], "gold": 1}
+    assert readers.boolq_requests(zipped([{"doc": document}])) == [{"question": "is it", "passage": "P. Q.", "idx": 7, "label": 0}]
+
+
+@pytest.mark.parametrize(("reader", "column"), [(readers.choice_requests, "question"), (readers.stem_requests, "question_stem")])
+def test_multiple_choice_has_the_hubs_columns(reader, column):
+    document = {"id": "x", "query": "Question: why?\nAnswer:", "choices": ["a", "b", "c"], "gold": 2}
+    assert reader(zipped([{"doc": document}, {"doc": document}])) == [
+        {"id": "x", column: "why?", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "answerKey": "C"}
+    ]
+
+
+def test_gsm8k_loses_its_calculator_marks():
+    document = {"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}
+    (row,) = readers.gsm8k_chat(zipped([{"doc": document}]))
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert row["messages"][1]["content"] == "It is 4.\nThe answer is 4."
+
+
+def test_mbpp_answers_with_a_program():
+    (row,) = readers.mbpp_chat(zipped([{"doc": {"text": "add", "code": "def f():\r\n\treturn 1\n"}}]))
+    assert row["messages"][1]["content"] == "```python\ndef f():\n    return 1\n```"
+
+
+def test_coqa_turns_follow_one_another_after_the_passage():
+    def turn(number: int, source: str = "wikipedia") -> dict:
+        query = f"Story\n\nQuestion: old?\nAnswer: x\n\nQuestion: q{number}?\nAnswer:"
+        return {"doc": {"id": f"{source}_turn{number}", "source": source, "story": "Story", "query": query, "choices": [f"a{number}"]}}
+
+    (row,) = readers.coqa_chat(zipped([turn(2), turn(1), turn(1, source="cnn")]))
+    assert [message["content"] for message in row["messages"]] == ["Story\n\nq1?", "a1", "q2?", "a2"]
