@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from stages.errors import SparsesweepError
 
 BASE = Path("artifacts/base")
@@ -48,13 +50,21 @@ def replacing(path: Path) -> Iterator[Path]:
             file.chmod(0o755 if file.is_dir() else 0o644)
         scratch.chmod(0o755)
         scratch.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise SparsesweepError(f"{path}: the disk is full ({error.strerror}); nothing was kept of it") from error
+    except (OSError, SafetensorError) as error:
+        if _is_full_disk(error):
+            raise SparsesweepError(f"{path}: the disk is full ({error}); nothing was kept of it") from error
         raise
     finally:
         if scratch.exists():
             shutil.rmtree(scratch)
+
+
+def _is_full_disk(error: OSError | SafetensorError) -> bool:
+    """safetensors tells the errno in its message only."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def require_room(path: Path, needed: int) -> None:

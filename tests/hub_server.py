@@ -13,13 +13,15 @@ LARGE = (".safetensors", ".bin", ".parquet", ".gz")
 
 @dataclass
 class FakeRepository:
-    """files: name -> bytes. break_after: bytes of a file sent before the connection is cut, or None."""
+    """files: name -> bytes. break_after: bytes of a file sent before the connection is cut, or None.
+    budget: bytes sent in all before every connection is cut, or None."""
 
     files: dict[str, bytes]
     gated: bool | str = False
     license: str | None = "mit"
     wrong_hashes: bool = False
     break_after: int | None = None
+    budget: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
 
 
@@ -80,7 +82,14 @@ class _Handler(BaseHTTPRequestHandler):
                 digest = hashlib.sha256(content).hexdigest() if not repository.wrong_hashes else "f" * 64
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
-        info = {"id": name, "sha": revision if is_commit else COMMIT, "private": False, "gated": repository.gated, "siblings": siblings, "tags": []}
+        info = {
+            "id": name,
+            "sha": revision if is_commit else COMMIT,
+            "private": False,
+            "gated": repository.gated,
+            "siblings": siblings,
+            "tags": [],
+        }
         info |= {"downloads": 0, "likes": 0, "cardData": {"license": repository.license}}
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         return None
@@ -97,13 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(wanted.removeprefix("bytes=").split("-")[0])
             status, sent = 206, content[start:]
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if body and repository.break_after is not None and len(sent) > repository.break_after:
+        limit = min(limit for limit in (repository.budget, repository.break_after, len(sent)) if limit is not None)
+        if body and limit < len(sent):
             self.send_response(status)
             for header, value in {"Content-Length": str(len(sent)), **headers}.items():
                 self.send_header(header, value)
             self.end_headers()
-            self.wfile.write(sent[: repository.break_after])
+            self.wfile.write(sent[:limit])
             self.wfile.flush()
+            repository.budget = None if repository.budget is None else 0
             self.close_connection = True
             return None
+        if body and repository.budget is not None:
+            repository.budget -= len(sent)
         return self._send(status, sent, headers, body)

@@ -69,11 +69,17 @@ def test_a_stage_depends_on_the_code_that_it_imports_and_on_no_other(stage):
 
 def test_mathematics_imports_torch_and_nothing_of_the_world():
     rooms = ["scores", "updates", "patterns.py", "statistics.py", "allocation.py"]
-    files = [file for room in rooms for file in ([ROOT / "stages/pruning" / room] if room.endswith("py") else (ROOT / "stages/pruning" / room).glob("*.py"))]
+    files = [
+        file
+        for room in rooms
+        for file in ([ROOT / "stages/pruning" / room] if room.endswith("py") else (ROOT / "stages/pruning" / room).glob("*.py"))
+    ]
     allowed = {"torch", "collections.abc", "dataclasses", "fractions", "typing"}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            )
             assert set(modules) <= allowed, file
 
 
@@ -85,9 +91,9 @@ def project(tmp_path_factory) -> Project:
     """A project whose default point has been run once."""
     made = projects.make(tmp_path_factory.mktemp("project"))
     first = made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")
-    assert first == ["fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"] or sorted(first) == sorted(
-        ["fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"]
-    )
+    assert first == ["fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"] or sorted(
+        first
+    ) == sorted(["fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"])
     return made
 
 

@@ -118,7 +118,7 @@ def write_card(
     energy = watts * prune["seconds"] / 3600
     rows = results["protocol"]["tasks"]["rows"]
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
-    revision = base.get("revision") or base["fingerprint"]
+    origin = f"revision `{base['revision']}`" if "revision" in base else f"a {base['source']} source"
     update = "the survivors keep their values" if method["update"] == "none" else f"the survivors were updated ({method['update']})"
     content = f"""---
 {metadata(base, name, recipe, results).to_yaml()}
@@ -132,7 +132,7 @@ client loads them, none becomes smaller or faster by itself.
 
 ## What was done
 
-- Base: {base["name"]}, revision `{revision}`, from a {base["source"]} source.
+- Base: {base["name"]}, {origin}, weights with fingerprint `{base["fingerprint"]}`.
 - Method: {method["name"]} (score {method["score"]}: {PAPERS[method["score"]]}; threshold per {method["threshold"]}; {update}).
 - Pattern: {pattern}; asked and achieved in each of {verified.matrices} matrices, counted on the written bytes.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2  # the transport of huggingface_hub, whose errors it lets through
 from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -50,7 +51,7 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
         raise SourceError(f"hub {kind} {repo}: found no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise SourceError(f"hub {kind} {repo}: not found; it may be private, or misspelled") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise SourceError(f"hub {kind} {repo}: the hub does not answer ({error})") from error
     if info.gated and get_token() is None:
         raise SourceError(_gated(repo))
@@ -71,7 +72,10 @@ def _gated(repo: str) -> str:
 
 
 def download(repository: Repository, files: list[str], directory: Path) -> None:
-    """Bring `files` into `directory`; a broken download goes on where it stopped when this is called again.
+    """Bring `files` into `directory`.
+
+    A dropped connection is taken up at the byte where it dropped; when this is called again after a failure, the files that
+    were finished are not asked for again.
 
     Raises:
         SourceError: a file that the repository lacks, a hash that differs, or a hub that stops answering.
@@ -85,7 +89,7 @@ def download(repository: Repository, files: list[str], directory: Path) -> None:
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)
-        except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, httpx2.HTTPError, OSError) as error:
             raise SourceError(f"hub {repository.kind} {repository.repo}, file {name}: {error}") from error
         wanted = repository.hashes.get(name)
         if wanted is not None and (found := sha256(Path(path))) != wanted:

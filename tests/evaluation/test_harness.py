@@ -18,9 +18,7 @@ def test_every_task_of_the_configuration_has_a_stock_definition():
 def rows_in(tmp_path_factory):
     directory = tmp_path_factory.mktemp("rows")
     words = tiny.sentences(6, seed=3, length=8)
-    tiny.write_lines(
-        directory / "boolq.jsonl", [{"question": words[i], "passage": words[-1], "idx": i, "label": i % 2} for i in range(4)]
-    )
+    tiny.write_lines(directory / "boolq.jsonl", [{"question": words[i], "passage": words[-1], "idx": i, "label": i % 2} for i in range(4)])
     tiny.write_lines(directory / "piqa.jsonl", [{"goal": words[i], "sol1": "lamp", "sol2": "river", "label": i % 2} for i in range(4)])
     tiny.write_lines(directory / "lambada.jsonl", [{"text": sentence} for sentence in words])
     return directory

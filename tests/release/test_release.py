@@ -118,7 +118,16 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
     assert (card.data.base_model, card.data.license, card.data.library_name) == ("org/big-7b", "mit", "transformers")
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured == {"perplexity": 45.0, "accuracy": 0.5}
-    for fact in ("45.00 ± 1.00", "20.00 ± 1.00", "2.250 ± 0.050", "7200 s on a CPU", "100.00 Wh", "git checkout abc123\n", "a\\|b", "&lt;x>"):
+    for fact in (
+        "45.00 ± 1.00",
+        "20.00 ± 1.00",
+        "2.250 ± 0.050",
+        "7200 s on a CPU",
+        "100.00 Wh",
+        "git checkout abc123\n",
+        "a\\|b",
+        "&lt;x>",
+    ):
         assert fact in card.content, fact
     for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
         assert f"## {section}" in card.content

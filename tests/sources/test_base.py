@@ -74,20 +74,38 @@ def test_a_hub_revision_is_resolved_recorded_and_downloaded_without_pickles(sour
     assert not any((tmp_path / "downloads").iterdir())
 
 
-def test_a_broken_download_goes_on_where_it_stopped(source, hub_repository, tmp_path, monkeypatch):
+def gets(repository) -> list[str]:
+    return [name for method, name, _ in repository.requests if method == "GET"]
+
+
+def test_a_broken_download_goes_on_with_the_file_that_broke(source, hub_repository, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
-    repository = hub_repository(REPO, files_of(source), break_after=9000)
+    repository = hub_repository(REPO, files_of(source), budget=80_000)
     (tmp_path / "first").mkdir()
     with pytest.raises(SourceError, match="org/tiny, file model-"):
         checkpoints.fetch(hub(), tmp_path / "first", downloads=tmp_path / "downloads")
-    repository.break_after = None
-    seen = len(repository.requests)
+    broken = gets(repository)[-1]
+    finished = set(gets(repository)) - {broken}
+    repository.budget = None
+    repository.requests.clear()
     (tmp_path / "second").mkdir()
     checkpoints.fetch(hub(), tmp_path / "second", downloads=tmp_path / "downloads")
-    resumed = [wanted for method, _, wanted in repository.requests[seen:] if method == "GET" and wanted]
-    assert any(not wanted.startswith("bytes=0-") for wanted in resumed)
+    assert broken in gets(repository)
+    assert not finished & set(gets(repository))
+    assert any(name.endswith(".safetensors") for name in finished)
     for path in source.glob("*.safetensors"):
         assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_connection_that_drops_is_taken_up_at_the_byte_where_it_dropped(source, hub_repository, tmp_path, out, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    repository = hub_repository(REPO, files_of(source), break_after=9000)
+    checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+    resumed = [wanted for _, name, wanted in repository.requests if wanted and name.endswith(".safetensors")]
+    assert any(not wanted.startswith("bytes=0-") for wanted in resumed)
+    for path in source.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(

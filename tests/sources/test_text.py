@@ -65,8 +65,9 @@ def test_c4_lines_are_pages_without_repeats_and_foreign_scripts():
 
 
 def test_an_article_is_its_title_and_its_paragraphs():
-    paragraph = "The harbour ( , ) of the town , which was built by hand , has <b>two</b> piers . " * 15
-    page = f'<doc id="1" url="u" title="Old &amp; new">\nOld &amp; new\n\nHistory\n{paragraph}\n\n</doc>\n<doc id="2" url="u" title="Stub">\nStub\n\n</doc>'
+    paragraph = "The harbour ( , ) of the town , which was built by hand , has <b>two</b> piers . " * 20
+    page = f'<doc id="1" url="u" title="Old &amp; new">\nOld &amp; new\n\nHistory\n{paragraph}\n\n</doc>\n'
+    page += '<doc id="2" url="u" title="Stub">\nStub\n\n</doc>'
     (row,) = readers.wikiextractor(page.encode())
     title, body = row["text"].split("\n\n")
     assert title == "Old & new"

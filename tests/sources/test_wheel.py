@@ -28,7 +28,10 @@ def test_a_file_inside_a_pinned_wheel_is_read(index):
 
 
 def test_a_wheel_with_another_hash_is_refused(index):
-    with pytest.raises(SourceError, match=r"wheel tinydata==1.0 with hash 000000000000….*(?i:hash)"), wheel.opened("tinydata", "1.0", "0" * 64):
+    with (
+        pytest.raises(SourceError, match=r"wheel tinydata==1.0 with hash 000000000000….*(?i:hash)"),
+        wheel.opened("tinydata", "1.0", "0" * 64),
+    ):
         pass
 
 
