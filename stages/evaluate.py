@@ -17,6 +17,7 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.config import stage
+from stages.errors import ConfigError
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import zero_shot
 from stages.evaluation.perplexity import WindowLosses, cut_windows, window_losses
@@ -31,12 +32,14 @@ def main(part: str, evaluation: config.Evaluation) -> None:
     device = record.choose_device(evaluation.device)
     dtype = record.choose_dtype(evaluation.dtype, device)
     base = Checkpoint(BASE)
+    length = evaluation.perplexity.window_length
+    require_context(base, length)
     delta = SparseDelta(SPARSE, base.fingerprint) if part == "sparse" else None
     tokenizer = load_tokenizer(BASE)
     texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.perplexity.corpus}.jsonl")]
-    windows = cut_windows(texts, tokenizer, evaluation.perplexity.window_length, evaluation.perplexity.windows)
+    windows = cut_windows(texts, tokenizer, length, evaluation.perplexity.windows)
     model = load_model(base, delta, dtype=dtype, device=device)
-    log.info("evaluating the %s model on %s in %s", part, device, dtype)
+    log.info("read %s%s; evaluating the %s model on %s in %s", BASE, f" and {SPARSE}" if delta else "", part, device, dtype)
 
     losses = window_losses(model, windows)
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *windows.shape)
@@ -72,6 +75,17 @@ def main(part: str, evaluation: config.Evaluation) -> None:
         for task, rows in samples.items():
             write_lines(details / f"samples-{task}.jsonl", rows)
     log.info("wrote the results of the %s model in %.0f s", part, stopwatch.seconds)
+
+
+def require_context(base: Checkpoint, length: int) -> None:
+    """Refuse windows that the model was not made for, before a weight is loaded.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    context = base.context_length
+    if context is not None and length > context:
+        raise ConfigError(f"evaluation.perplexity.window_length: found {length}, wanted at most the model's context of {context}")
 
 
 def flatten(scores: dict[str, dict[str, float]]) -> dict[str, float]:

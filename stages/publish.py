@@ -40,6 +40,7 @@ def main(**sections: Any) -> None:
     base = Checkpoint(BASE)
     delta = SparseDelta(SPARSE, base.fingerprint)
     recipe, results = delta.manifest["recipe"], read_results()
+    log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
     name = sections["publish"].name or default_name(base.provenance["name"], recipe)
     require_room(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
     with replacing(RELEASE) as release:
@@ -87,10 +88,11 @@ def provenance(base: Checkpoint, recipe: dict[str, Any], results: dict[str, Any]
 
 
 def write_params(path: Path, sections: dict[str, Any]) -> None:
-    """The configuration as `dvc repro` replays it; the path of a local base stays private."""
+    """The configuration as `dvc repro` replays it; paths of local sources stay private."""
     params = {name: asdict(section) for name, section in sections.items()}
-    if "path" in params["base"]:
-        params["base"]["path"] = None
+    for source in (params["base"], *params["text"]["calibration"].values(), *params["text"]["evaluation"].values()):
+        if "path" in source:
+            source["path"] = None
     path.write_text("# As params.yaml of sparsesweep, `dvc repro` makes this release again.\n" + yaml.safe_dump(params, sort_keys=False))
 
 

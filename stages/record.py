@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from stages.config import require
+
 PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors")
 
 
@@ -29,7 +31,14 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """The device asked for; auto: a GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    require(chosen.type == "cpu" or torch.cuda.is_available(), "device", device, "cpu or auto: torch finds no GPU here")
+    return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

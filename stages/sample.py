@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.calibration.documents import Documents, Rows
 from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Window, shares
+from stages.checkpoint.reader import Checkpoint
 from stages.config import Calibration, stage
 from stages.errors import CalibrationError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @stage("calibration")
 def main(calibration: Calibration) -> None:
-    require_context(calibration.window_length)
+    require_context(Checkpoint(BASE), calibration.window_length)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     drawn = draw(calibration, tokenizer)
     refuse_overlap(calibration, drawn, tokenizer)
@@ -34,15 +35,14 @@ def main(calibration: Calibration) -> None:
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
 
 
-def require_context(length: int) -> None:
+def require_context(base: Checkpoint, length: int) -> None:
     """Refuse windows that the model was not made for.
 
     Raises:
         CalibrationError: naming both lengths.
     """
-    context = getattr(AutoConfig.from_pretrained(BASE), "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise CalibrationError(f"calibration.window_length: found {length}, wanted at most the model's context of {context}")
+    if base.context_length is not None and length > base.context_length:
+        raise CalibrationError(f"calibration.window_length: found {length}, wanted at most the model's context of {base.context_length}")
 
 
 def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Window]]:

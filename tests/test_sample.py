@@ -46,9 +46,9 @@ def test_a_source_that_is_too_small_is_named(workspace):
         sample.draw(calibration(window_length=500), tiny.tokenizer())
 
 
-def test_a_window_longer_than_the_models_context_is_refused(workspace):
+def test_a_window_longer_than_the_models_context_is_refused(base):
     with pytest.raises(CalibrationError, match="calibration.window_length: found 513, wanted at most the model's context of 512"):
-        sample.require_context(513)
+        sample.require_context(base, 513)
 
 
 @pytest.mark.parametrize("where", ["articles.jsonl", "task.jsonl"])

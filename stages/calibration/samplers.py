@@ -72,6 +72,8 @@ def packed(documents: TokenSequences, windows: int, length: int, seed: int, end:
     Raises:
         CalibrationError: the corpus has fewer tokens than asked for; says how many.
     """
+    if windows == 0:
+        return []
     order = list(range(len(documents)))
     Random(seed).shuffle(order)
     drawn: list[Window] = []

@@ -106,6 +106,11 @@ class Checkpoint:
         return read_json(self.directory / PROVENANCE)
 
     @cached_property
+    def context_length(self) -> int | None:
+        """Tokens that the model was made for, where its config says so."""
+        return read_json(self.directory / "config.json").get("max_position_embeddings")
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names and hashes of the shards, as the fetch stage recorded them."""
         return fingerprint(self.provenance["files"])

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from stages.checkpoint.model import empty_model, set_tensor, tied_names
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 
@@ -71,13 +70,9 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        config = AutoConfig.from_pretrained(checkpoint.directory)
-        self.name = type(config).model_type
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise PruningError(f"{self.name}: transformers knows no decoder language model of this type")
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        self.prefix, self.blocks = self._find_blocks(config.num_hidden_layers)
+        self.model = empty_model(checkpoint.directory, dtype)
+        self.name = self.model.config.model_type
+        self.prefix, self.blocks = self._find_blocks(self.model.config.num_hidden_layers)
         self._require_same_names()
 
     def _find_blocks(self, count: int) -> tuple[str, nn.ModuleList]:
@@ -89,7 +84,7 @@ class Decoder:
         return outermost[0]
 
     def _require_same_names(self) -> None:
-        tied = set(getattr(self.model, "all_tied_weights_keys", {}))
+        tied = tied_names(self.model)
         for index in range(len(self.blocks)):
             missing = [name for name in self.tensor_names(index).values() if name not in self.checkpoint]
             if missing:
@@ -181,8 +176,7 @@ class Decoder:
         self._set(block, f"{module}.weight", weight)
 
     def _set(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-        dtype = self.dtype if tensor.is_floating_point() else None
-        set_module_tensor_to_device(module, name, self.device, value=tensor, dtype=dtype)
+        set_tensor(module, name, tensor, dtype=self.dtype, device=self.device)
 
 
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:

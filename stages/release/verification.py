@@ -68,7 +68,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def _check_loading(release: Path, base: Checkpoint, delta: SparseDelta) -> None:
-    stock, report = AutoModelForCausalLM.from_pretrained(release, dtype=torch.float32, output_loading_info=True)
+    stock, report = AutoModelForCausalLM.from_pretrained(release, dtype="auto", output_loading_info=True)
     problems = {key: sorted(found) for key, found in report.items() if found and key.endswith("_keys")}
     if problems:
         raise ReleaseError(f"{release}: stock transformers reports {problems}")
@@ -78,7 +78,9 @@ def _check_loading(release: Path, base: Checkpoint, delta: SparseDelta) -> None:
     output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
     if getattr(config, "tie_word_embeddings", False) and output.weight.data_ptr() != inputs.weight.data_ptr():
         raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
-    ours = load_model(base, delta, dtype=torch.float32, device=torch.device("cpu"))
     probe = torch.arange(1, PROBE_TOKENS + 1)[None] % config.vocab_size
-    if not torch.equal(stock.eval()(input_ids=probe).logits, ours(input_ids=probe).logits):
+    logits, dtype = stock.eval()(input_ids=probe).logits, stock.dtype
+    del stock, output, inputs  # two models of 7B do not fit where one does
+    ours = load_model(base, delta, dtype=dtype, device=torch.device("cpu"))
+    if not torch.equal(logits, ours(input_ids=probe).logits):
         raise ReleaseError(f"{release}: logits in stock transformers differ from those of base + delta")

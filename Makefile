@@ -1,0 +1,23 @@
+# make repro: the whole pipeline on the embedded default. make test: the tests. Twice does no work twice.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+repro: .venv/ready
+	dvc repro
+
+test: .venv/ready
+	python -m pytest
+
+check: .venv/ready
+	ruff check .
+	ruff format --check .
+	mypy
+
+# torch first, alone: any later step then keeps the build that is installed.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --constraint constraints.txt torch
+	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch .venv/ready
+
+.PHONY: repro test check

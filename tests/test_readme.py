@@ -1,0 +1,48 @@
+"""What the README says exists, exists."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SPANS = re.findall(r"`([^`\n]+)`", README)
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted({span for span in SPANS if re.fullmatch(r"(conf|stages|tests|benchmarks)/[\w/.]*", span)}))
+def test_every_path_exists(path):
+    assert (ROOT / path).exists()
+
+
+def test_every_option_of_every_group_is_listed_and_no_other():
+    for group, options in re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|", README, re.M):
+        listed = set(re.findall(r"`(\w+)`", options))
+        assert listed == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}, group
+
+
+@pytest.mark.parametrize("command", [c for c in [*COMMANDS, *SPANS] if c.startswith("dvc exp run") and "--queue" not in c])
+def test_every_experiment_composes(command):
+    overrides = [override.strip("'") for override in re.findall(r"-S (\S+)", command)]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("config", overrides=[override for override in overrides if "=" in override])
+
+
+@pytest.mark.parametrize("target", [c.split()[1] for c in COMMANDS if c.startswith("make ")])
+def test_every_make_target_exists(target):
+    subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "subcommand", sorted({" ".join(c.split()[1:3]) for c in COMMANDS if re.match(r"dvc (exp|queue|remote|metrics|plots) ", c)})
+)
+def test_every_dvc_command_exists(subcommand):
+    subprocess.run(["dvc", *subcommand.split(), "--help"], check=True, capture_output=True)
+
+
+def test_the_results_were_generated():
+    table = README.split("<!-- results: python -m benchmarks.table -->")[1].split("<!-- end of results -->")[0]
+    assert table.count("`dvc exp run") >= 5

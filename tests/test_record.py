@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from stages import record
+from stages.errors import ConfigError
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: found 'cuda', wanted cpu or auto: torch finds no GPU here"):
+        record.choose_device("cuda")
+    assert record.choose_device("auto") == torch.device("cpu")
+
+
+def test_a_cpu_computes_in_float32_and_an_old_gpu_in_float16(monkeypatch):
+    assert record.choose_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert record.choose_dtype("auto", torch.device("cuda")) == torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert record.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert record.choose_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+def test_a_run_says_what_it_was():
+    facts = record.of_run(torch.device("cpu"), torch.float32, record.Stopwatch())
+    assert set(facts) == {"seconds", "peak_memory_gib", "device", "dtype", "code", "versions"}
+    assert 0 <= facts["seconds"] < 60
+    assert facts["peak_memory_gib"] > 0.01
+    assert facts["versions"]["torch"] == torch.__version__
