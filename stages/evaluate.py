@@ -56,7 +56,7 @@ def main(part: str, evaluation: config.Evaluation) -> None:
     generations = generate(model, tokenizer, evaluation.generations.prompts, evaluation.generations.new_tokens)
 
     metrics = {"perplexity": losses.perplexity, "perplexity_stderr": losses.stderr, **flatten(scores)}
-    accuracy = [{"model": part, "task": task, **score} for task, score in scores.items()]
+    accuracy = [{"model": part, "task": task, **pick(score, "accuracy", "stderr", "rows")} for task, score in scores.items()]
     with replacing(DENSE_RESULTS if delta is None else SPARSE_RESULTS) as results:
         if delta is not None:
             metrics = beside_dense_metrics(metrics, losses)
@@ -68,6 +68,7 @@ def main(part: str, evaluation: config.Evaluation) -> None:
         write_json(results / "run.json", record.of_run(device, dtype, stopwatch))
         details = results / "details"
         details.mkdir()
+        write_json(details / "scores.json", scores)
         write_json(details / "accuracy.json", accuracy)
         write_json(details / "windows.json", losses.losses)
         write_json(details / "protocol.json", {**describe(evaluation), "tokens": windows.numel()})
@@ -75,6 +76,11 @@ def main(part: str, evaluation: config.Evaluation) -> None:
         for task, rows in samples.items():
             write_lines(details / f"samples-{task}.jsonl", rows)
     log.info("wrote the results of the %s model in %.0f s", part, stopwatch.seconds)
+
+
+def pick(row: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Some keys of a row: DVC plots only rows that all have the same keys."""
+    return {key: row[key] for key in keys}
 
 
 def require_context(base: Checkpoint, length: int) -> None:
