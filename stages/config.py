@@ -5,6 +5,7 @@ source, a method on its update, a pattern on its name) is a choice among datacla
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class WheelText:
     license: str
 
     def __post_init__(self) -> None:
-        require_sha256("text.*.sha256", self.sha256)
+        require_sha256("sha256", self.sha256)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,7 +144,7 @@ class HubText:
     license: str
 
     def __post_init__(self) -> None:
-        require(bool(self.revision), "text.*.revision", self.revision, "a commit, tag or branch to pin")
+        require(bool(self.revision), "revision", self.revision, "a commit, tag or branch to pin")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,7 +158,7 @@ class LocalText:
     license: str
 
     def __post_init__(self) -> None:
-        require_sha256("text.*.sha256", self.sha256)
+        require_sha256("sha256", self.sha256)
 
 
 TextSource = WheelText | HubText | LocalText
@@ -241,6 +242,10 @@ class Unstructured:
     name: str
     sparsity: float  # fraction of zeros
 
+    @property
+    def label(self) -> str:
+        return self.name
+
     def __post_init__(self) -> None:
         require(0 <= self.sparsity < 1, "pattern.sparsity", self.sparsity, "a fraction of zeros in [0, 1)")
 
@@ -258,6 +263,10 @@ class Nm:
     def sparsity(self) -> float:
         return 1 - self.kept / self.group
 
+    @property
+    def label(self) -> str:
+        return f"{self.kept}:{self.group}"
+
 
 Pattern = Unstructured | Nm
 
@@ -274,7 +283,8 @@ class Allocation:
 
 
 def require_device(section: str, device: str, dtype: str) -> None:
-    require(device in ("auto", "cpu") or device.startswith("cuda"), f"{section}.device", device, "auto, cpu or cuda[:N]")
+    good = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None
+    require(good, f"{section}.device", device, "auto, cpu or cuda[:N]")
     require_one_of(f"{section}.dtype", dtype, ("auto", *DTYPES))
 
 
@@ -382,10 +392,18 @@ def _typed(name: str, node: Any, shape: Choice | type) -> Any:
 
 
 def _typed_text(node: DictConfig) -> Text:
-    parts = {
-        part: {name: _typed(f"text.{part}.{name}", source, TEXTS) for name, source in node.get(part, {}).items()}
-        for part in ("calibration", "evaluation")
-    }
+    require(isinstance(node, DictConfig), "text", node, "a section of keys")
+    require(set(node) == {"calibration", "evaluation"}, "text", sorted(map(str, node)), "the keys calibration and evaluation")
+    parts: dict[str, dict[str, TextSource]] = {}
+    for part in ("calibration", "evaluation"):
+        require(isinstance(node[part], DictConfig), f"text.{part}", node[part], "corpora by name")
+        parts[part] = {}
+        for name in map(str, node[part]):
+            source = node[part][name]
+            try:
+                parts[part][name] = _typed(f"text.{part}.{name}", source, TEXTS)
+            except ConfigError as error:
+                raise ConfigError(str(error) if str(error).startswith("text.") else f"text.{part}.{name}.{error}") from None
     return Text(**parts)
 
 
@@ -394,8 +412,10 @@ def _check_together(sections: dict[str, Any]) -> None:
     text, calibration, evaluation = sections["text"], sections["calibration"], sections["evaluation"]
     for name in calibration.sources:
         require_one_of("calibration.sources", name, list(text.calibration) or ["(text.calibration is empty)"])
-    for name in (evaluation.perplexity.corpus, *evaluation.tasks):
-        require_one_of("evaluation corpus or task", name, list(text.evaluation) or ["(text.evaluation is empty)"])
+    fetched = list(text.evaluation) or ["(text.evaluation is empty)"]
+    require_one_of("evaluation.perplexity.corpus", evaluation.perplexity.corpus, fetched)
+    for name in evaluation.tasks:
+        require_one_of("evaluation.tasks", name, fetched)
     if isinstance(sections["pattern"], Nm) and isinstance(sections["method"], SparseGptMethod):
         size, group = sections["method"].block_size, sections["pattern"].group
         require(size % group == 0, "method.block_size", size, f"a multiple of pattern.group = {group}")

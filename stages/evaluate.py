@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 @stage(parts={"dense": ("evaluation",), "sparse": ("evaluation",)})
 def main(part: str, evaluation: config.Evaluation) -> None:
     stopwatch = record.Stopwatch()
-    device = record.choose_device(evaluation.device)
+    device = record.choose_device("evaluation.device", evaluation.device)
     dtype = record.choose_dtype(evaluation.dtype, device)
     base = Checkpoint(BASE)
     length = evaluation.perplexity.window_length
@@ -41,9 +41,10 @@ def main(part: str, evaluation: config.Evaluation) -> None:
     model = load_model(base, delta, dtype=dtype, device=device)
     log.info("read %s%s; evaluating the %s model on %s in %s", BASE, f" and {SPARSE}" if delta else "", part, device, dtype)
 
-    losses = window_losses(model, windows)
+    with record.gpu_memory("evaluation.perplexity.window_length", length):
+        losses = window_losses(model, windows)
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *windows.shape)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, record.gpu_memory("evaluation.batch_size", evaluation.batch_size):
         scores, samples = zero_shot(
             model,
             tokenizer,
@@ -142,11 +143,9 @@ def beside_dense_generations(generations: list[dict[str, str]]) -> list[dict[str
 
 def frontier_row(recipe: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
     """One point of the perplexity-sparsity plot."""
-    pattern = recipe["pattern"]
-    name = f"{pattern['kept']}:{pattern['group']}" if pattern["name"] == "nm" else pattern["name"]
     return {
         "method": recipe["method"]["name"],
-        "pattern": name,
+        "pattern": recipe["pattern_label"],
         "sparsity": recipe["sparsity"],
         "perplexity": metrics["perplexity"],
         "perplexity_ratio": metrics["perplexity_ratio"],

@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 def main(part: str, base: Base | None = None, text: Text | None = None) -> None:
     if base is not None:
         with replacing(BASE) as directory:
-            provenance = checkpoints.fetch(base, directory, downloads=BASE.with_name("downloads"))
+            provenance = checkpoints.fetch(base, directory, downloads=BASE.with_name("base-downloads"))
         log.info("wrote %s: %s, fingerprint %s", BASE, provenance["name"], provenance["fingerprint"][:12])
     if text is not None:
         with replacing(TEXT) as directory:
-            provenance = corpora.fetch(text, directory)
+            provenance = corpora.fetch(text, directory, downloads=TEXT.with_name("text-downloads"))
         log.info("wrote %s: %d files", TEXT, len(provenance))
 
 

@@ -42,7 +42,8 @@ def replacing(path: Path) -> Iterator[Path]:
         SparsesweepError: the disk is full; nothing half-written is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(path)
+    for left_by_a_kill in (path, *path.parent.glob(f".{path.name}-*")):
+        remove(left_by_a_kill)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield scratch
@@ -90,7 +91,13 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf8"))
+    """Raises SparsesweepError, naming the file, where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise SparsesweepError(f"{path}: not found; has the stage that writes it run?") from None
+    except ValueError as error:
+        raise SparsesweepError(f"{path}: not JSON ({error})") from None
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ python -m stages.prune
 """
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from stages import config, record
-from stages.checkpoint.delta import write_block, write_manifest
+from stages.checkpoint.delta import Change, write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.config import stage
 from stages.errors import ConfigError
@@ -33,7 +34,7 @@ def main(
     prune: config.Prune,
 ) -> None:
     stopwatch = record.Stopwatch()
-    device = record.choose_device(prune.device)
+    device = record.choose_device("prune.device", prune.device)
     dtype = record.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
     windows = load_file(CALIBRATION / "windows.safetensors")["windows"]
@@ -45,15 +46,16 @@ def main(
     log.info("pruning %d matrices by %s on %s in %s, %d windows a pass", len(patterns), method.name, device, dtype, batch)
 
     rows: list[dict[str, Any]] = []
-    with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
+    with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results, record.gpu_memory("prune.micro_batch", batch):
         blocks = prune_blocks(decoder, windows, compose(method), patterns, batch=batch, error_tokens=prune.error_tokens)
         for block in tqdm(blocks, total=len(decoder.blocks), desc="pruning", unit="block", disable=None):
             write_block(sparse / f"block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
             rows += [matrix_row(block.index, name, patterns[name], change, block.errors[name]) for name, change in block.changes.items()]
         recipe = {
-            "method": as_dict(method),
-            "pattern": as_dict(pattern),
-            "allocation": as_dict(allocation),
+            "method": asdict(method),
+            "pattern": asdict(pattern),
+            "pattern_label": pattern.label,
+            "allocation": asdict(allocation),
             "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
         }
         summary = summarise(rows)
@@ -102,16 +104,15 @@ def delta_bytes(base: Checkpoint, patterns: dict[str, Pattern], moved: bool) -> 
     return sum(count // 8 + (count * base.dtype(name).itemsize if moved else 0) for name, count in weights.items())
 
 
-def matrix_row(block: int, name: str, pattern: Pattern, change: Any, error: float) -> dict[str, Any]:
+def matrix_row(block: int, name: str, pattern: Pattern, change: Change, error: float) -> dict[str, Any]:
     """One matrix in sparsity.json: sparsity asked and achieved, and the relative output error."""
     weights, kept = change.mask.numel(), int(change.mask.sum())
-    asked = 1 - pattern.kept / pattern.group if isinstance(pattern, Nm) else pattern.sparsity
     return {
         "block": block,
         "matrix": name,
         "weights": weights,
         "zeros": weights - kept,
-        "asked": asked,
+        "asked": pattern.sparsity,
         "sparsity": (weights - kept) / weights,
         "relative_error": error,
     }
@@ -127,10 +128,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 def error_by_block(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For DVC's plot: each matrix under its short name."""
     return [{key: row[key] for key in ("block", "relative_error")} | {"matrix": row["matrix"].split(".")[-2]} for row in rows]
-
-
-def as_dict(section: Any) -> dict[str, Any]:
-    return {name: getattr(section, name) for name in section.__dataclass_fields__}
 
 
 if __name__ == "__main__":

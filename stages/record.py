@@ -4,6 +4,8 @@ import platform
 import resource
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -11,17 +13,22 @@ from typing import Any
 import torch
 
 from stages.config import require
+from stages.errors import SparsesweepError
 
 PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors")
 
 
 def code_revision() -> str:
-    """The git commit of the code, marked when the tree differs from it; 'unknown' outside a repository."""
+    """The git commit of the code, marked -dirty where code or stage definitions differ from it; unknown without git."""
     try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        commit = _git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git("status", "--porcelain", "--", "stages", "dvc.yaml") else commit
+    except (FileNotFoundError, subprocess.SubprocessError):
         return "unknown"
-    return run.stdout.strip() if run.returncode == 0 else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
 
 def device_name(device: torch.device) -> str:
@@ -30,14 +37,15 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def choose_device(device: str) -> torch.device:
-    """The device asked for; auto: a GPU where there is one.
+def choose_device(key: str, device: str) -> torch.device:
+    """The device asked for by the configuration's `key`; auto: a GPU where there is one.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is asked for that is not there.
     """
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    require(chosen.type == "cpu" or torch.cuda.is_available(), "device", device, "cpu or auto: torch finds no GPU here")
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(chosen.type == "cpu" or (chosen.index or 0) < present, key, device, f"cpu or auto: torch finds {present} GPUs here")
     return chosen
 
 
@@ -48,6 +56,19 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+@contextmanager
+def gpu_memory(key: str, found: object) -> Iterator[None]:
+    """Turn a GPU that runs out of memory into an error that names the key to lower.
+
+    Raises:
+        SparsesweepError: naming the key and its value.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SparsesweepError(f"the GPU is out of memory with {key} = {found}; lower it ({str(error).split('.')[0]})") from error
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,6 +1,8 @@
 """Everything in conf/ composes; what is wrong in it is said before anything runs."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +75,12 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["base=gguf", "base.path=f"], "base.sha256: found None"),
         (["text.calibration.c4_pages.source=guess"], "text.calibration.c4_pages.source: found 'guess', wanted one of wheel, hub, local"),
         (["evaluation.tasks=[boolq,guess]"], "evaluation.tasks: found 'guess', wanted one of boolq"),
-        (["evaluation.perplexity.corpus=guess"], "evaluation corpus or task: found 'guess', wanted one of wikipedia"),
+        (["evaluation.perplexity.corpus=guess"], "evaluation.perplexity.corpus: found 'guess', wanted one of wikipedia"),
         (["calibration.sources.c4_pages.weight=0.5"], "calibration.sources: found 'weights summing to 0.5'"),
         (["calibration.sources.c4_pages.sampler=guess"], "sampler: found 'guess', wanted one of document, packed"),
+        (["text.calibration.c4_pages.sha256=abc"], "text.calibration.c4_pages.sha256: found 'abc', wanted the SHA-256"),
+        (["~text.evaluation"], r"text: found \['calibration'\], wanted the keys calibration and evaluation"),
+        (["prune.device=cudafoo"], "prune.device: found 'cudafoo', wanted auto, cpu or cuda"),
         (["evaluation.rows=1"], "evaluation.rows: found 1, wanted null or at least 2"),
         (["prune.device=tpu"], "prune.device: found 'tpu', wanted auto, cpu or cuda"),
         (
@@ -119,10 +124,13 @@ def edited(key: str, value: object):
     return cfg
 
 
-def test_every_stage_refuses_any_bad_value_before_it_looks_for_a_weight():
+@pytest.mark.parametrize("stage", ["fetch part=base", "sample", "prune", "evaluate part=dense", "publish"])
+def test_every_stage_refuses_any_bad_value_before_it_looks_for_a_weight(stage, tmp_path):
     """There is not even a checkpoint here: the configuration is refused first, in one line, without a traceback."""
-    command = [sys.executable, "-m", "stages.prune", "pattern.sparsity=1.5"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    command = [sys.executable, "-m", *f"stages.{stage}".split(), "pattern.sparsity=1.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert "ConfigError: pattern.sparsity: found 1.5, wanted a fraction of zeros in [0, 1)" in run.stdout
     assert "Traceback" not in run.stdout + run.stderr

@@ -7,9 +7,9 @@ from stages.errors import ConfigError
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device: found 'cuda', wanted cpu or auto: torch finds no GPU here"):
-        record.choose_device("cuda")
-    assert record.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="prune.device: found 'cuda', wanted cpu or auto: torch finds 0 GPUs here"):
+        record.choose_device("prune.device", "cuda")
+    assert record.choose_device("prune.device", "auto") == torch.device("cpu")
 
 
 def test_a_cpu_computes_in_float32_and_an_old_gpu_in_float16(monkeypatch):

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from stages.errors import CalibrationError
+
 
 class Rows:
     """The rows of a JSON Lines file by their number."""
@@ -57,6 +59,8 @@ class Documents:
     def __getitem__(self, index: int) -> list[int]:
         row = self.rows[index]
         if "messages" in row:
+            if self.tokenizer.chat_template is None:
+                raise CalibrationError("its rows are dialogues, and the base's tokenizer has no chat template to render them with")
             rendered = self.tokenizer.apply_chat_template(row["messages"], tokenize=False)
             return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return self.tokenizer(row["text"])["input_ids"]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
+from tqdm import tqdm
+
 from stages.errors import CalibrationError
 
 
@@ -46,6 +48,7 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
     random = Random(seed)
     drawn: list[Window] = []
     lengths: dict[int, int] = {}
+    progress = tqdm(total=windows, desc="drawing windows", unit="window", disable=None)
     while len(drawn) < windows:
         index = random.randint(0, len(documents) - 1)
         if lengths.get(index, length + 1) <= length:
@@ -55,6 +58,7 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
         if len(tokens) > length:
             offset = random.randint(0, len(tokens) - length - 1)
             drawn.append(Window(tokens=tokens[offset : offset + length], spans=[(index, offset, length)]))
+            progress.update()
         elif len(lengths) == len(documents) and max(lengths.values()) <= length:
             raise CalibrationError(
                 f"no document has more than {length} tokens: the longest of {len(documents)} has {max(lengths.values())}, "

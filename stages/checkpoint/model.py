@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -35,7 +34,27 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor, *, dtype: torch.dtype, device: torch.device) -> None:
     """Give a parameter or buffer its value; floats are cast to `dtype`."""
-    set_module_tensor_to_device(module, name, device, value=tensor, dtype=dtype if tensor.is_floating_point() else None)
+    owner, leaf = _owner(module, name)
+    value = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def unset_tensor(module: torch.nn.Module, name: str) -> None:
+    """Take a parameter's or buffer's memory back."""
+    owner, leaf = _owner(module, name)
+    empty = torch.empty_like(getattr(owner, leaf), device="meta")
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+    else:
+        owner._buffers[leaf] = empty
+
+
+def _owner(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
 
 
 def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -48,9 +67,7 @@ def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtyp
         CheckpointError: the checkpoint and the architecture do not have the same parameters.
     """
     model = empty_model(base.directory, dtype)
-    wanted, found = set(model.state_dict()) - tied_names(model), set(base)
-    if missing := sorted(wanted - found) or sorted(found - set(model.state_dict())):
-        raise CheckpointError(f"{base.directory}: its tensors do not fit {type(model).__name__}: {missing[0]} is on one side only")
+    require_same_tensors(model, base)
     for name in base:
         tensor = base.tensor(name)
         set_tensor(model, name, tensor if delta is None else delta.apply(name, tensor), dtype=dtype, device=device)
@@ -58,6 +75,22 @@ def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtyp
     if (base.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.directory)
     return model.to(device)
+
+
+def require_same_tensors(model: PreTrainedModel, base: Checkpoint) -> None:
+    """Refuse a checkpoint whose tensors are not the model's, by name and shape.
+
+    Raises:
+        CheckpointError: names a tensor that only one of them has, or that has two shapes.
+    """
+    shapes, kind = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, type(model).__name__
+    for name in sorted(set(shapes) - tied_names(model) - set(base)):
+        raise CheckpointError(f"{base.directory} does not fit {kind}: it has no tensor {name}")
+    for name in base:
+        if name not in shapes:
+            raise CheckpointError(f"{base.directory} does not fit {kind}: tensor {name} is not the model's")
+        if base.shape(name) != shapes[name]:
+            raise CheckpointError(f"{base.directory} does not fit {kind}: {name} is {base.shape(name)}, wanted {shapes[name]}")
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -52,6 +52,18 @@ def shard_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, from an index file.
+
+    Raises:
+        CheckpointError: the index has no such table.
+    """
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index}: found no weight_map that names tensors and their shards")
+    return table
+
+
 class Checkpoint:
     """A directory of safetensors shards with an index.
 
@@ -67,7 +79,7 @@ class Checkpoint:
         self.directory = directory
         if not (directory / INDEX).is_file():
             raise CheckpointError(f"{directory}: no {INDEX}; is this a checkpoint written by the fetch stage?")
-        self.shard_of: dict[str, str] = read_json(directory / INDEX)["weight_map"]
+        self.shard_of: dict[str, str] = read_weight_map(directory / INDEX)
         self.headers = {shard: shard_header(directory / shard) for shard in sorted(set(self.shard_of.values()))}
         for name, shard in self.shard_of.items():
             if name not in self.headers[shard]:
@@ -83,7 +95,10 @@ class Checkpoint:
         return tuple(self.headers[self.shard_of[name]][name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.headers[self.shard_of[name]][name]["dtype"]]
+        found = self.headers[self.shard_of[name]][name]["dtype"]
+        if found not in DTYPES:
+            raise CheckpointError(f"tensor {name}: found dtype {found}, wanted one of {', '.join(DTYPES)}")
+        return DTYPES[found]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, on the CPU.

@@ -87,6 +87,8 @@ def zero_shot(
     Raises:
         ConfigError: lm-eval does not know the task.
     """
+    if not tasks:
+        return {}, {}
     definitions = scratch / "tasks"
     definitions.mkdir()
     stock = TaskManager().task_index

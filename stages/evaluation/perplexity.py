@@ -9,10 +9,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import CheckpointError, ConfigError
+
+ROWS_AT_ONCE = 256  # tokens whose float32 logits are in memory together
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,8 +84,10 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> WindowLosses
     """
     losses = []
     for window in tqdm(windows.to(model.device), desc="perplexity", unit="window", disable=None):
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        parts = zip(logits.split(ROWS_AT_ONCE), window[1:].split(ROWS_AT_ONCE), strict=True)
+        summed = sum(cross_entropy(part.float(), tokens, reduction="sum").item() for part, tokens in parts)
+        losses.append(summed / (len(window) - 1))
         if not math.isfinite(losses[-1]):
             raise CheckpointError(f"perplexity window {len(losses) - 1}: found loss {losses[-1]}, wanted a finite number")
     return WindowLosses(losses=losses)

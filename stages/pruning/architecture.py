@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from stages.checkpoint.model import empty_model, set_tensor, tied_names
+from stages.checkpoint.model import empty_model, require_same_tensors, set_tensor, tied_names, unset_tensor
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import PruningError
+from stages.errors import CheckpointError, PruningError
 
 
 class _AllRecorded(Exception):
@@ -64,8 +63,8 @@ class Decoder:
         dtype, device: of the computation.
 
     Raises:
-        PruningError: the blocks cannot be found, their tensors are not in the checkpoint by the same names, a block has no
-            linear layers, or a matrix in scope is tied to one outside; names the architecture.
+        PruningError: the blocks cannot be found, the checkpoint's tensors have other names, a block has no linear layers or
+            other weights beside them (fused experts, Conv1D), or a matrix in scope is tied; names the architecture.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -85,11 +84,19 @@ class Decoder:
 
     def _require_same_names(self) -> None:
         tied = tied_names(self.model)
-        for index in range(len(self.blocks)):
-            missing = [name for name in self.tensor_names(index).values() if name not in self.checkpoint]
-            if missing:
-                raise PruningError(f"{self.name}: the checkpoint has no tensor {missing[0]}; this architecture is not supported")
+        try:
+            require_same_tensors(self.model, self.checkpoint)
+        except CheckpointError as error:
+            raise PruningError(f"{self.name}: {error}; this architecture is not supported") from None
+        for index, block in enumerate(self.blocks):
             matrices = self.matrices(index)
+            linear = {f"{module}.weight" for module in matrices}
+            for name, parameter in block.named_parameters():
+                if parameter.dim() > 1 and name not in linear:
+                    shape = list(parameter.shape)
+                    raise PruningError(
+                        f"{self.name}: {name} of shape {shape} is no linear layer's weight; this architecture is not supported"
+                    )
             if not matrices:
                 raise PruningError(f"{self.name}: block {index} has no linear layers to prune; this architecture is not supported")
             for name in matrices.values():
@@ -149,7 +156,7 @@ class Decoder:
             yield
         finally:
             for name in needed:
-                set_module_tensor_to_device(self.model, name, "meta")
+                unset_tensor(self.model, name)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[tuple[nn.Module, dict[str, torch.Tensor]]]:
@@ -169,7 +176,7 @@ class Decoder:
             yield block, stored
         finally:
             for inner in self.tensor_names(index):
-                set_module_tensor_to_device(block, inner, "meta")
+                unset_tensor(block, inner)
 
     def set_weight(self, block: nn.Module, module: str, weight: torch.Tensor) -> None:
         """Replace the weight of a linear layer of a loaded block."""

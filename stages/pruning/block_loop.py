@@ -84,23 +84,34 @@ class _Inputs:
             if leader != name and name in self._hooks:
                 self._hooks.pop(name).remove()
 
-    def of(self, name: str) -> tuple[Statistic, torch.Tensor]:
-        """The statistic of a layer's inputs, and the sampled inputs, [tokens, columns].
+    def of(self, name: str, tensor: str) -> tuple[Statistic, torch.Tensor]:
+        """The statistic of the inputs of the layer `name`, and the sampled ones, [tokens, columns]; errors say `tensor`.
 
         Raises:
             PruningError: no token ever reached the layer, or the inputs are not finite.
         """
         if name not in self.leader:
-            raise PruningError(f"layer {name}: no calibration token reached it")
+            raise PruningError(f"layer {tensor}: no calibration token reached it")
         leader = self.leader[name]
         sample = torch.cat(self.samples[leader]).float()
         if not torch.isfinite(sample).all():
-            raise PruningError(f"layer {name}: found NaN or infinity in its inputs, wanted finite activations")
+            raise PruningError(f"layer {tensor}: found NaN or infinity in its inputs, wanted finite activations")
         return self.statistics[leader], sample
 
     def close(self) -> None:
         for hook in self._hooks.values():
             hook.remove()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two arguments of a block are equal, tensors bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and (one == other or one is other or not isinstance(one, (int, float, str, bool)))
 
 
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Tensor) -> float:
@@ -152,7 +163,13 @@ def prune_blocks(
             hidden[start : start + batch] = embedded
             for call in of_batch:
                 call.hidden = embedded[:0]
-            calls.setdefault(len(embedded), of_batch)
+            known = calls.setdefault(len(embedded), of_batch)
+            if not all(
+                same(call.arguments, of.arguments) and same(call.keywords, of.keywords) for call, of in zip(of_batch, known, strict=True)
+            ):
+                raise PruningError(
+                    f"{decoder.name}: what its blocks receive differs from window to window; this architecture is not supported"
+                )
     assert hidden is not None
 
     for index in range(len(decoder.blocks)):
@@ -166,7 +183,7 @@ def prune_blocks(
             inputs.close()
             changes, errors = {}, {}
             for module, name in names.items():
-                statistic, sample = inputs.of(module)
+                statistic, sample = inputs.of(module, name)
                 weight = stored[module].to(decoder.device).float()
                 try:
                     mask, values = prune_matrix(weight, statistic, patterns[name])

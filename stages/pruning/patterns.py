@@ -97,6 +97,10 @@ class Nm:
     kept: int
     group: int
 
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.group
+
     def check(self, columns: int) -> None:
         """Refuse a matrix that groups do not fill.
 

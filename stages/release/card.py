@@ -1,5 +1,6 @@
 """The model card: what was done, what it cost, what it scores beside the dense model. Every number is read from results."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ PAPERS = {
 
 def default_name(base: str, recipe: dict[str, Any]) -> str:
     """BASE-METHOD-sparse50, or BASE-METHOD-2of4."""
-    pattern = recipe["pattern"]
-    amount = f"{pattern['kept']}of{pattern['group']}" if pattern["name"] == "nm" else f"sparse{100 * pattern['sparsity']:g}"
+    nm = recipe["pattern"]["name"] == "nm"
+    amount = recipe["pattern_label"].replace(":", "of") if nm else f"sparse{100 * recipe['pattern']['sparsity']:g}"
     return f"{base.rsplit('/', 1)[-1]}-{recipe['method']['name'].replace('_', '-')}-{amount}"
 
 
@@ -44,24 +45,19 @@ def metadata(base: dict[str, Any], name: str, recipe: dict[str, Any], results: d
     return ModelCardData(
         base_model=base["name"],
         base_model_relation="finetune",
-        license=base["license"] if _is_spdx(base["license"]) else "other",
-        license_name=None if _is_spdx(base["license"]) else base["license"],
+        license=base["license"] if _known_to_the_hub(base["license"]) else "other",
+        license_name=None if _known_to_the_hub(base["license"]) else base["license"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", recipe["method"]["name"], _pattern_words(recipe), "sparsesweep"],
+        tags=["pruned", "sparse", recipe["method"]["name"], recipe["pattern_label"], "sparsesweep"],
         model_name=name,
         eval_results=[perplexity, *tasks],
     )
 
 
-def _is_spdx(license_name: str) -> bool:
+def _known_to_the_hub(license_name: str) -> bool:
     """Whether the hub lists the licence under this identifier (the common ones among language models)."""
     return license_name in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
-
-
-def _pattern_words(recipe: dict[str, Any]) -> str:
-    pattern = recipe["pattern"]
-    return f"{pattern['kept']}:{pattern['group']}" if pattern["name"] == "nm" else "unstructured"
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -114,12 +110,15 @@ def write_card(
         results: "dense", "sparse" (metrics), "accuracy", "protocol", "generations", "prune" (provenance of the pruning).
         verified: what the release's checks found. watts: assumed mean draw of the pruning device.
     """
-    prune, method, pattern = results["prune"], recipe["method"], _pattern_words(recipe)
+    prune, method, pattern = results["prune"], recipe["method"], recipe["pattern_label"]
     energy = watts * prune["seconds"] / 3600
     rows = results["protocol"]["tasks"]["rows"]
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     origin = f"revision `{base['revision']}`" if "revision" in base else f"a {base['source']} source"
     update = "the survivors keep their values" if method["update"] == "none" else f"the survivors were updated ({method['update']})"
+    checkout = f"git checkout {prune['code']}"
+    if prune["code"] == "unknown" or prune["code"].endswith("-dirty"):
+        checkout = f"# made by code that is in no commit ({prune['code']})"
     content = f"""---
 {metadata(base, name, recipe, results).to_yaml()}
 ---
@@ -172,7 +171,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-Checked after writing: stock transformers {prune["versions"]["transformers"]} loads it without missing tensors and gives the
+Checked after writing: stock transformers {version("transformers")} loads it without missing tensors and gives the
 logits of base + delta.
 
 ## Cost of pruning
@@ -185,7 +184,7 @@ estimate from an assumed mean draw of {watts:g} W: {energy:.2f} Wh.
 In a clone of sparsesweep, with this release's params.yaml in place of its own:
 
 ```sh
-git checkout {prune["code"].removesuffix("-dirty")}
+{checkout}
 cp RELEASE/params.yaml params.yaml
 dvc repro
 ```

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.delta import SparseDelta
@@ -43,8 +44,11 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
     if set(written) != set(base):
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
     asked = {row["matrix"]: row["zeros"] for row in delta.manifest["matrices"]}
+    if not set(delta) == set(asked) <= set(base):
+        odd = sorted(set(delta) ^ set(asked)) or sorted(set(asked) - set(base))
+        raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {odd[:3]}")
     zeros = weights = 0
-    for name in base:
+    for name in tqdm(base, desc="checking tensors", unit="tensor", disable=None):
         before, after = base.tensor(name), written.tensor(name)
         if name not in delta:
             if not _same_bits(before, after):

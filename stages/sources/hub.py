@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -36,6 +37,19 @@ class Repository:
     sizes: dict[str, int]
     hashes: dict[str, str]
 
+    def directory(self, downloads: Path) -> Path:
+        """Where under `downloads` this commit's files wait until they are all there."""
+        return downloads / f"{self.kind}--{self.repo.replace('/', '--')}@{self.commit}"
+
+
+def require_room_for(repository: Repository, files: list[str], directory: Path) -> None:
+    """Refuse to download more than the disk holds; files that are there already take no room.
+
+    Raises:
+        SparsesweepError: naming the bytes free and the bytes needed.
+    """
+    require_room(directory, sum(repository.sizes[name] for name in files if not (directory / name).is_file()))
+
 
 def resolve(repo: str, revision: str, kind: str) -> Repository:
     """Ask the hub what `repo` holds at `revision`, before anything of it is downloaded.
@@ -49,6 +63,8 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
         raise SourceError(_gated(repo)) from None
     except RevisionNotFoundError:
         raise SourceError(f"hub {kind} {repo}: found no revision {revision!r}") from None
+    except HFValidationError as error:
+        raise SourceError(f"hub {kind}: found {repo!r}, wanted ORG/NAME ({error})") from None
     except RepositoryNotFoundError:
         raise SourceError(f"hub {kind} {repo}: not found; it may be private, or misspelled") from None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
@@ -84,8 +100,7 @@ def download(repository: Repository, files: list[str], directory: Path) -> None:
     missing = [name for name in files if name not in repository.sizes]
     if missing:
         raise SourceError(f"hub {repository.kind} {repository.repo}: found no file {missing[0]!r} at {repository.commit}")
-    present = {name for name in files if (directory / name).is_file()}
-    require_room(directory, sum(repository.sizes[name] for name in files if name not in present))
+    require_room_for(repository, files, directory)
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)

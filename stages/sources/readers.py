@@ -4,7 +4,7 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -134,6 +134,30 @@ def coqa_chat(data: bytes) -> list[Row]:
     return rows
 
 
+HEADING = re.compile(r"^ = [^=].*[^=] = \n?$")
+
+
+def wikitext_articles(rows: Iterable[Row]) -> Iterator[Row]:
+    """WikiText's lines as articles; its lines are joined by an empty line, as its published joining has them."""
+    lines: list[str] = []
+    for row in rows:
+        if HEADING.match(row["text"]) and lines:
+            yield {"text": "\n\n".join(lines)}
+            lines = []
+        if row["text"]:
+            lines.append(row["text"])
+    if lines:
+        yield {"text": "\n\n".join(lines)}
+
+
+def as_they_are(rows: Iterable[Row]) -> Iterable[Row]:
+    return rows
+
+
+# Of rows that `datasets` has parsed.
+ROW_READERS: dict[str, Callable[[Iterable[Row]], Iterable[Row]]] = {"datasets": as_they_are, "wikitext_articles": wikitext_articles}
+
+# Of the bytes of a file.
 READERS: dict[str, Callable[[bytes], list[Row]]] = {
     reader.__name__: reader
     for reader in (

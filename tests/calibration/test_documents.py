@@ -1,6 +1,7 @@
 import pytest
 
 from stages.calibration.documents import Documents, Rows
+from stages.errors import CalibrationError
 from tests import tiny
 
 
@@ -18,6 +19,14 @@ def test_dialogues_go_through_the_models_own_template(tmp_path):
     documents = Documents(Rows(tiny.write_lines(tmp_path / "a.jsonl", [{"messages": messages}])), tokenizer)
     assert tokenizer.decode(documents[0]) == "<|user|>\nriver stone</s>\n<|assistant|>\nlamp</s>\n"
     assert documents.end is None
+
+
+def test_dialogues_without_a_template_are_refused(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    documents = Documents(Rows(tiny.write_lines(tmp_path / "a.jsonl", [{"messages": []}])), tokenizer)
+    with pytest.raises(CalibrationError, match="the base's tokenizer has no chat template"):
+        documents[0]
 
 
 def test_prose_is_as_the_tokenizer_has_it(tmp_path):

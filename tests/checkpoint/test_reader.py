@@ -40,5 +40,5 @@ def test_a_model_with_other_parameters_than_its_tensors_is_refused(base):
         def __iter__(self):
             return (name for name in super().__iter__() if name != "model.norm.weight")
 
-    with pytest.raises(CheckpointError, match="do not fit MistralForCausalLM: .*model.norm.weight"):
+    with pytest.raises(CheckpointError, match="does not fit MistralForCausalLM: it has no tensor model.norm.weight"):
         load_model(Short(base.directory), None, dtype=torch.float32, device=torch.device("cpu"))

@@ -36,6 +36,10 @@ def test_stock_tasks_run_on_our_rows(base, rows_in, tmp_path):
     assert "accuracy_norm" in scores["piqa"]
 
 
+def test_no_tasks_are_no_scores(base, rows_in, tmp_path):
+    assert zero_shot(None, None, [], rows_in=rows_in, limit=3, batch_size=2, scratch=tmp_path) == ({}, {})
+
+
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
     (row,) = generate(model, tiny.tokenizer(), ["river stone"], new_tokens=3)

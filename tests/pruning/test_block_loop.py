@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 from stages.pruning.architecture import Decoder
-from stages.pruning.block_loop import prune_blocks, relative_error
+from stages.pruning.block_loop import prune_blocks, relative_error, same
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Nm, Unstructured
 from tests import tiny
@@ -123,13 +123,24 @@ def test_a_tied_embedding_is_found_and_left_alone(tmp_path):
     names = [name for name in tiny.model(tie_word_embeddings=True).state_dict() if name != "lm_head.weight"]
     write_json(directory / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "one.safetensors")})
     changes, _ = pruned(Checkpoint(directory), ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"))
-    assert all(".layers." in name for name in changes)
+    kinds = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    assert set(changes) == {f"model.layers.{i}.{kind}.weight" for i in range(3) for kind in kinds}
 
 
 def test_an_architecture_whose_tensors_have_other_names_is_refused(tmp_path, base):
     renamed = Checkpoint(base.directory)
     renamed.shard_of = {name.replace("self_attn", "attention"): shard for name, shard in renamed.shard_of.items()}
-    with pytest.raises(PruningError, match="mistral: the checkpoint has no tensor model.layers.0.self_attn"):
+    with pytest.raises(
+        PruningError, match="mistral: .* does not fit MistralForCausalLM: it has no tensor model.layers.0.self_attn.* not supported"
+    ):
         Decoder(renamed, torch.float32, CPU)
 
 
@@ -142,5 +153,54 @@ def test_activations_that_are_not_finite_name_the_layer(base):
     decoder = Decoder(Broken(base.directory), torch.float32, CPU)
     names = [name for index in range(3) for name in decoder.matrices(index).values()]
     patterns = dict.fromkeys(names, Unstructured(sparsity=0.5, threshold="row"))
-    with pytest.raises(PruningError, match=r"layer (mlp.down_proj|model.layers.1.mlp)"):
+    with pytest.raises(PruningError, match=r"layer model.layers.1.mlp.down_proj.weight: found a score that is NaN or infinite"):
         list(prune_blocks(decoder, WINDOWS, ScoreAndSelect(score="wanda"), patterns, batch=5, error_tokens=60))
+
+
+def test_weights_that_are_no_linear_layers_stop_the_pruning_by_name(base):
+    decoder = Decoder(base, torch.float32, CPU)
+    decoder.blocks[1].mlp.register_parameter("experts", torch.nn.Parameter(torch.empty(4, 8, 8, device="meta")))
+    base.shard_of |= {"model.layers.1.mlp.experts": "x"}
+    base.headers |= {"x": {"model.layers.1.mlp.experts": {"shape": [4, 8, 8]}}}
+    with pytest.raises(PruningError, match=r"mistral: mlp.experts of shape \[4, 8, 8\] is no linear layer's weight"):
+        decoder._require_same_names()
+
+
+def test_blocks_that_are_not_one_list_stop_the_pruning_by_name(base):
+    decoder = Decoder(base, torch.float32, CPU)
+    with pytest.raises(PruningError, match="mistral: found 0 lists of 99 modules, wanted one list of decoder blocks"):
+        decoder._find_blocks(99)
+
+
+def test_arguments_are_compared_bit_by_bit():
+    one, other = torch.tensor([1.0]), torch.tensor([2.0])
+    assert same({"a": (one, None, 3)}, {"a": (one.clone(), None, 3)})
+    assert not same({"a": (one,)}, {"a": (other,)})
+    assert not same({"a": one}, {"b": one})
+    assert not same((one, 1), (one, 2))
+
+
+def test_blocks_that_receive_other_things_in_every_window_are_refused(base):
+    decoder = Decoder(base, torch.float32, CPU)
+    calls = decoder.calls
+
+    def with_tokens(windows):
+        made = calls(windows)
+        made[1].keywords["tokens"] = windows
+        return made
+
+    decoder.calls = with_tokens
+    names = [name for index in range(3) for name in decoder.matrices(index).values()]
+    patterns = dict.fromkeys(names, Unstructured(sparsity=0.5, threshold="row"))
+    with pytest.raises(PruningError, match="mistral: what its blocks receive differs from window to window"):
+        list(prune_blocks(decoder, WINDOWS, ScoreAndSelect(score="wanda"), patterns, batch=1, error_tokens=60))
+
+
+def test_a_layer_that_no_token_reaches_is_named(base):
+    decoder = Decoder(base, torch.float32, CPU)
+    decoder.blocks[0].self_attn.register_module("idle", torch.nn.Linear(4, 4, device="meta"))
+    decoder.tensor_names = lambda index, names=decoder.tensor_names: {k: v for k, v in names(index).items() if "idle" not in k}
+    patterns = {name: Unstructured(sparsity=0.5, threshold="row") for index in range(3) for name in decoder.matrices(index).values()}
+    blocks = prune_blocks(decoder, WINDOWS, ScoreAndSelect(score="wanda"), patterns, batch=5, error_tokens=60)
+    with pytest.raises(PruningError, match="layer model.layers.0.self_attn.idle.weight: no calibration token reached it"):
+        list(blocks)

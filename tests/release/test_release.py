@@ -12,6 +12,7 @@ from stages.release.verification import verify
 RECIPE = {
     "method": {"name": "wanda", "score": "wanda", "threshold": "row", "update": "none"},
     "pattern": {"name": "unstructured", "sparsity": 0.5},
+    "pattern_label": "unstructured",
     "calibration": "c0ffee",
     "sparsity": 0.5,
     "relative_error": 0.2,
@@ -88,7 +89,7 @@ def test_checksums_are_those_of_sha256sum(release):
 
 def test_a_name_says_base_method_and_amount():
     assert default_name("org/big-7b", RECIPE) == "big-7b-wanda-sparse50"
-    recipe = {**RECIPE, "pattern": {"name": "nm", "kept": 2, "group": 4}}
+    recipe = {**RECIPE, "pattern": {"name": "nm", "kept": 2, "group": 4}, "pattern_label": "2:4"}
     assert default_name("org/big-7b", recipe) == "big-7b-wanda-2of4"
 
 
@@ -96,7 +97,7 @@ def results() -> dict:
     scores = {"perplexity": 20.0, "perplexity_stderr": 1.0, "boolq": 0.5, "boolq_stderr": 0.1, "accuracy_mean": 0.5}
     scores |= {"accuracy_mean_stderr": 0.1}
     sparse = {**scores, "perplexity": 45.0, "perplexity_ratio": 2.25, "perplexity_ratio_stderr": 0.05}
-    prune = {"seconds": 7200.0, "peak_memory_gib": 1.5, "device": "a CPU", "dtype": "float32", "code": "abc123-dirty"}
+    prune = {"seconds": 7200.0, "peak_memory_gib": 1.5, "device": "a CPU", "dtype": "float32", "code": "abc123"}
     prune |= {"versions": {"lm-eval": "0.4.13", "transformers": "5.23.0"}}
     protocol = {"corpus": "wikipedia", "window_length": 1024, "tokens": 18432, "tasks": {"rows": 20}}
     return {

@@ -56,7 +56,7 @@ def test_a_local_checkpoint_keeps_its_bytes_and_gets_a_record(source, canonical)
 
 def test_a_single_file_gets_the_canonical_name_and_an_index(tmp_path, out):
     tiny.write_checkpoint(tmp_path / "one", shard="1GB")
-    checkpoints.fetch(local(tmp_path / "one"), out, downloads=tmp_path)
+    checkpoints.fetch(local(tmp_path / "one"), out, downloads=tmp_path / "downloads")
     assert (out / "model-00001-of-00001.safetensors").is_file()
     stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     for name, tensor in stock.state_dict().items():
@@ -71,7 +71,7 @@ def test_a_hub_revision_is_resolved_recorded_and_downloaded_without_pickles(sour
         assert (out / path.name).read_bytes() == path.read_bytes()
     asked = {name for _, name, _ in repository.requests}
     assert not asked & {"pytorch_model.bin", "evil.py", "README.md"}
-    assert not any((tmp_path / "downloads").iterdir())
+    assert not (tmp_path / "downloads").exists()
 
 
 def gets(repository) -> list[str]:
@@ -113,6 +113,7 @@ def test_a_connection_that_drops_is_taken_up_at_the_byte_where_it_dropped(source
     [
         ("org/other", {}, {}, "hub model org/tiny: not found"),
         (REPO, {}, {"revision": "v9"}, "org/tiny: found no revision 'v9'"),
+        (REPO, {}, {"repo": "no such repository"}, "found 'no such repository', wanted ORG/NAME"),
         (REPO, {"gated": "manual"}, {}, "org/tiny is gated: .* HF_TOKEN"),
         (REPO, {"license": None}, {}, "card states no licence; set base.license"),
         (REPO, {"wrong_hashes": True}, {}, "found hash .*, wanted ffff"),
@@ -140,6 +141,34 @@ def test_a_repository_of_pickles_only_is_refused_before_any_download(source, hub
     assert not repository.requests
 
 
+@pytest.mark.parametrize(("missing", "message"), [("config.json", "found no config.json"), ("safetensors", "found neither")])
+def test_a_repository_without_a_model_is_refused_before_any_download(source, hub_repository, out, tmp_path, missing, message):
+    repository = hub_repository(REPO, {name: content for name, content in files_of(source).items() if missing not in name})
+    with pytest.raises(SourceError, match=f"hub model org/tiny: {message}"):
+        checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+    assert not repository.requests
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path, out):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF nothing")
+    facts = {"source": "gguf", "path": str(path), "name": "a/b", "dtype": "float16", "license": "mit"}
+    with pytest.raises(SourceError, match="x.gguf: not a GGUF file of a model"):
+        checkpoints.fetch(GgufBase(sha256=sha256(path), **facts), out, downloads=tmp_path / "downloads")
+
+
+def test_an_index_that_names_no_tensor_is_refused(copy, out, tmp_path):
+    (copy / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="found no weight_map"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+
+
+def test_a_config_that_is_no_json_is_named(copy, out, tmp_path):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(SparsesweepError, match="config.json: not JSON"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+
+
 def test_a_full_disk_is_noticed_before_any_download(source, hub_repository, out, tmp_path, monkeypatch):
     repository = hub_repository(REPO, files_of(source))
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
@@ -161,7 +190,7 @@ def test_a_full_disk_is_noticed_before_any_download(source, hub_repository, out,
 def test_what_is_no_decoder_is_refused(copy, out, tmp_path, changes, message):
     changed_config(copy, **changes)
     with pytest.raises(SourceError, match=message):
-        checkpoints.fetch(local(copy), out, downloads=tmp_path)
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
     assert not any(out.iterdir())
 
 
@@ -169,14 +198,14 @@ def test_a_truncated_shard_is_named(copy, out, tmp_path):
     shard = sorted(copy.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=f"{shard.name}: found .* bytes, wanted .*: it is truncated"):
-        checkpoints.fetch(local(copy), out, downloads=tmp_path)
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
 
 
 def test_a_missing_shard_is_named(copy, out, tmp_path):
     shard = sorted(copy.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name}: not found"):
-        checkpoints.fetch(local(copy), out, downloads=tmp_path)
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
 
 
 def test_nan_in_a_checkpoint_names_the_tensor(tmp_path, out):
@@ -184,19 +213,19 @@ def test_nan_in_a_checkpoint_names_the_tensor(tmp_path, out):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(CheckpointError, match=r"tensor model.layers.1.mlp.up_proj.weight in .*: found NaN or infinity"):
-        checkpoints.fetch(local(tmp_path / "nan"), out, downloads=tmp_path)
+        checkpoints.fetch(local(tmp_path / "nan"), out, downloads=tmp_path / "downloads")
 
 
 def test_another_fingerprint_than_asked_is_refused(copy, out, tmp_path):
     with pytest.raises(SourceError, match="base.fingerprint: found .*, wanted 00"):
-        checkpoints.fetch(local(copy, fingerprint="00"), out, downloads=tmp_path)
+        checkpoints.fetch(local(copy, fingerprint="00"), out, downloads=tmp_path / "downloads")
 
 
 def test_a_gguf_file_with_another_hash_is_refused(tmp_path, out):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     facts = {"source": "gguf", "path": str(tmp_path / "x.gguf"), "name": "a/b", "dtype": "float16", "license": "mit"}
     with pytest.raises(SourceError, match="base.sha256: found .*, wanted 00"):
-        checkpoints.fetch(GgufBase(sha256="0" * 64, **facts), out, downloads=tmp_path)
+        checkpoints.fetch(GgufBase(sha256="0" * 64, **facts), out, downloads=tmp_path / "downloads")
 
 
 def test_the_index_of_the_fetched_checkpoint_names_every_tensor(canonical):

