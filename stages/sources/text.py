@@ -100,7 +100,7 @@ def _through_datasets(source: HubText | LocalText, downloads: Path) -> tuple[Ite
     try:
         rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=str(downloads / "datasets"))
     except (pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError, StopIteration) as error:
-        raise SourceError(f"text: {path.name} cannot be read as {FORMATS[path.suffix]} ({error or 'it is empty'})") from error
+        raise SourceError(f"text: {path.name} cannot be read as {FORMATS[path.suffix]} ({str(error) or 'it is empty'})") from error
     return ROW_READERS[source.reader](rows), origin
 
 
