@@ -100,9 +100,10 @@ def test_a_wrong_type_or_a_misspelled_key_fails_at_composition_before_anything_i
         composed(override)
 
 
-def test_an_unknown_option_lists_the_known_ones():
-    with pytest.raises(MissingConfigException, match=r"Could not find 'method/guess'(.|\n)*wanda"):
-        composed("method=guess")
+@pytest.mark.parametrize(("group", "known"), [("method", "wanda"), ("pattern", "nm_2_4"), ("calibration", "c4"), ("evaluation", "paper")])
+def test_an_unknown_option_lists_the_known_ones(group, known):
+    with pytest.raises(MissingConfigException, match=rf"Could not find '{group}/guess'(.|\n)*{known}"):
+        composed(f"{group}=guess")
 
 
 def test_a_key_that_only_params_yaml_has_is_refused_too():

@@ -60,6 +60,13 @@ def test_the_delta_of_another_base_is_refused(written):
         SparseDelta(written[0], "base2")
 
 
+def test_a_delta_of_another_format_is_refused(written):
+    manifest = written[0] / "delta.json"
+    manifest.write_text(manifest.read_text().replace("sparsesweep-delta/1", "sparsesweep-delta/9"))
+    with pytest.raises(CheckpointError, match="found format 'sparsesweep-delta/9', wanted 'sparsesweep-delta/1'"):
+        SparseDelta(written[0], "base1")
+
+
 def test_a_truncated_delta_is_named(written):
     path = written[0] / "block-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-3])

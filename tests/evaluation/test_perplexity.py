@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.checkpoint.model import load_model
-from stages.errors import ConfigError
+from stages.errors import CheckpointError, ConfigError
 from stages.evaluation.perplexity import WindowLosses, cut_windows, standard_error, window_losses
 from tests import tiny
 
@@ -39,6 +39,13 @@ def test_a_corpus_that_is_too_small_says_how_many_tokens_it_has():
     count = len(tokenizer(texts[0])["input_ids"])
     with pytest.raises(ConfigError, match=f"the corpus has {count} tokens, wanted 2 windows of 512"):
         cut_windows(texts, tokenizer, 512, None)
+
+
+def test_a_loss_that_is_not_finite_is_refused(base):
+    model = load_model(base, None, dtype=torch.float32, device=torch.device("cpu"))
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="perplexity window 0: found loss nan, wanted a finite number"):
+        window_losses(model, torch.arange(20).view(2, 10))
 
 
 def test_losses_are_those_that_transformers_computes(base):

@@ -1,13 +1,17 @@
+import json
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.errors import ReleaseError
 from stages.release.card import default_name, write_card
 from stages.release.packing import pack, write_sums
 from stages.release.verification import verify
+from tests import tiny
 
 RECIPE = {
     "method": {"name": "wanda", "score": "wanda", "threshold": "row", "update": "none"},
@@ -71,6 +75,37 @@ def spoil(release, name: str, change) -> None:
 def test_one_wrong_bit_is_found(release, base, delta, name, change, message):
     spoil(release, name, change)
     with pytest.raises(ReleaseError, match=message):
+        verify(release, base, delta)
+
+
+def test_a_tensor_that_is_missing_is_found(release, base, delta):
+    index = release / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    del table["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(table))
+    with pytest.raises(ReleaseError, match=r"found tensors \['model.norm.weight'\] on one side only"):
+        verify(release, base, delta)
+
+
+def test_a_matrix_that_the_manifest_has_and_the_files_lack_is_found(release, base, delta):
+    delta.manifest["matrices"].append({"matrix": "model.norm.weight", "zeros": 0})
+    with pytest.raises(ReleaseError, match=r"do not have the same matrices: \['model.norm.weight'\]"):
+        verify(release, base, delta)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "sparsity_config"])
+def test_a_config_that_promises_a_format_is_found(release, base, delta, key, monkeypatch):
+    stock = tiny.model()
+    setattr(stock.config, key, {"quant_method": "x"})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (stock, {}))
+    with pytest.raises(ReleaseError, match="its config names a quantisation or sparsity format"):
+        verify(release, base, delta)
+
+
+def test_a_release_that_stock_transformers_does_not_find_whole_is_refused(release, base, delta, monkeypatch):
+    found = (tiny.model(), {"missing_keys": {"lm_head.weight"}, "unexpected_keys": set()})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: found)
+    with pytest.raises(ReleaseError, match=r"stock transformers reports \{'missing_keys': \['lm_head.weight'\]\}"):
         verify(release, base, delta)
 
 

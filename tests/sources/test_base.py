@@ -126,6 +126,13 @@ def test_what_is_wrong_with_a_repository_is_said(source, hub_repository, out, tm
     assert not any(out.iterdir())
 
 
+def test_a_hub_that_does_not_answer_is_said(out, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SourceError, match="hub model org/tiny: the hub does not answer"):
+        checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+
+
 def test_a_gated_repository_opens_with_a_token(source, hub_repository, out, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notasecret")
     hub_repository(REPO, files_of(source), gated="manual")

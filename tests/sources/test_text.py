@@ -75,6 +75,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
         text.fetch(Text(calibration={"a": local(tmp_path / name)}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
 
 
+def test_a_source_that_gives_no_rows_is_named(tmp_path, monkeypatch):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    monkeypatch.setitem(text.ROW_READERS, "datasets", lambda rows: [])
+    with pytest.raises(SourceError, match="text.calibration.a: found no rows in datasets"):
+        text.fetch(Text(calibration={"a": local(path)}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
+
+
+def test_rows_without_the_columns_of_their_reader_are_named(tmp_path):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [{"line": "a"}])
+    source = LocalText(source="local", path=str(path), sha256=sha256(path), reader="wikitext_articles", license="cc0-1.0")
+    with pytest.raises(SourceError, match=r"text.evaluation.a: cannot be read by wikitext_articles \(KeyError\('text'\)\)"):
+        text.fetch(Text(calibration={}, evaluation={"a": source}), tmp_path / "out", tmp_path / "downloads")
+
+
 def test_wikitext_lines_become_articles():
     lines = [" = One = \n", "", " text \n", " = = Part = = \n", " more \n", "", " = Two = \n", " end \n"]
     articles = list(readers.wikitext_articles({"text": line} for line in lines))
