@@ -20,6 +20,7 @@ from stages.files import read_json, write_json
 
 FORMAT = "sparsesweep-delta/1"
 MANIFEST = "delta.json"
+METADATA = "sparsesweep"  # one key: safetensors writes several in an order that changes from run to run
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -69,8 +70,8 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
         tensors[f"{name}.mask"] = pack(change.mask)
         if change.values is not None:
             tensors[f"{name}.values"] = change.values
-    metadata = {"format": FORMAT, "base": base, "polarity": "1 = kept", "shapes": json.dumps(shapes)}
-    save_file(tensors, path, metadata=metadata)
+    facts = {"format": FORMAT, "base": base, "polarity": "1 = kept", "shapes": shapes}
+    save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
 def write_manifest(directory: Path, *, base: str, recipe: dict[str, Any], matrices: list[dict[str, Any]]) -> None:
@@ -107,7 +108,7 @@ class SparseDelta:
             path = self.directory / shard
             try:
                 with safe_open(path, framework="pt") as file:
-                    shapes, stored = json.loads(file.metadata()["shapes"]), set(file.keys())
+                    shapes, stored = json.loads(file.metadata()[METADATA])["shapes"], set(file.keys())
             except (SafetensorError, FileNotFoundError) as error:
                 raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
             places |= {name: (path, tuple(shape), f"{name}.values" in stored) for name, shape in shapes.items()}

@@ -18,7 +18,7 @@ def pack(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:
     for shard, header in tqdm(base.headers.items(), desc="writing shards", unit="shard", disable=None):
         names = [name for name in header if name != "__metadata__"]
         tensors = {name: delta.apply(name, base.tensor(name)) for name in names}
-        save_file(tensors, directory / shard, metadata=header.get("__metadata__"))
+        save_file(tensors, directory / shard, metadata={"format": "pt"})
     for path in sorted(base.directory.iterdir()):
         if path.name not in base.headers and path.name not in (PROVENANCE, INDEX):
             shutil.copyfile(path, directory / path.name)

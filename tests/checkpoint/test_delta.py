@@ -55,6 +55,14 @@ def test_a_delta_comes_back_as_written(written):
     assert delta.apply("norm.weight", torch.tensor([1.0])).tolist() == [1.0]
 
 
+def test_the_same_changes_are_the_same_bytes(written, tmp_path):
+    directory, changes = written
+    first = (directory / "block-00000.safetensors").read_bytes()
+    for _ in range(20):
+        write_block(tmp_path / "again.safetensors", changes, "base1")
+        assert (tmp_path / "again.safetensors").read_bytes() == first
+
+
 def test_the_delta_of_another_base_is_refused(written):
     with pytest.raises(CheckpointError, match="a delta of base base1, wanted one of base base2"):
         SparseDelta(written[0], "base2")

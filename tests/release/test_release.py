@@ -54,6 +54,13 @@ def test_a_release_as_written_passes_its_checks(release, base, delta):
     assert not (release / "delta.json").exists()
 
 
+def test_the_same_model_is_the_same_bytes(release, base, delta, tmp_path):
+    (tmp_path / "again").mkdir()
+    pack(base, delta, tmp_path / "again")
+    for path in release.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def spoil(release, name: str, change) -> None:
     """Change one tensor of a written release."""
     for shard in release.glob("*.safetensors"):
