@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markers import write_between
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
 
 README = Path("README.md")
@@ -41,8 +42,7 @@ def main() -> None:
     subprocess.run([*command(""), "--quiet"], check=True, stdout=sys.stderr)
     text = table(rows)
     print(text)
-    before, after = README.read_text().split(START)[0], README.read_text().split(END)[1]
-    README.write_text(f"{before}{START}\n{text}\n{END}{after}")
+    write_between(README, START, END, text)
 
 
 def row(point: str) -> dict[str, Any]:

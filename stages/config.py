@@ -228,12 +228,15 @@ class SparseGptMethod:
     threshold: str
     update: str
     damping: float  # share of the Gram matrix's mean diagonal
+    damping_limit: float  # up to where it is raised, tenfold a step, while the matrix does not factor
     block_size: int  # columns
 
     def __post_init__(self) -> None:
         require_one_of("method.threshold", self.threshold, ("row", "matrix"))
         require_one_of("method.score", self.score, ("magnitude", "wanda", "obs"))
         require(self.damping > 0, "method.damping", self.damping, "more than 0")
+        limit = self.damping_limit
+        require(limit >= self.damping, "method.damping_limit", limit, f"at least method.damping = {self.damping:g}")
         require(self.block_size > 0, "method.block_size", self.block_size, "at least 1 column")
 
 
@@ -293,10 +296,17 @@ class Prune:
     device: str
     dtype: str  # of the block's arithmetic; statistics are float32 always
     micro_batch: int | None  # windows per forward pass
+    propagate: str  # whose outputs the next block is pruned for: the pruned block's, or the dense one's
     error_tokens: int
+    expert_tokens: int  # an expert that fewer calibration tokens chose is calibrated on a sample of all
+    memory_budget: float | None  # GiB of host memory
 
     def __post_init__(self) -> None:
         require_device("prune", self.device, self.dtype)
+        require_one_of("prune.propagate", self.propagate, ("pruned", "dense"))
+        require(self.expert_tokens >= 0, "prune.expert_tokens", self.expert_tokens, "0 or more tokens")
+        budget = self.memory_budget
+        require(budget is None or budget > 0, "prune.memory_budget", budget, "null or more than 0 GiB")
         require(self.micro_batch is None or self.micro_batch > 0, "prune.micro_batch", self.micro_batch, "null or more than 0")
         require(self.error_tokens > 0, "prune.error_tokens", self.error_tokens, "at least 1 token")
 

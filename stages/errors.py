@@ -4,6 +4,7 @@ SparsesweepError
 ├── ConfigError       a value in params.yaml or on the command line
 ├── SourceError       something to be fetched: missing, unpinned, gated, corrupt, or not a decoder
 ├── CheckpointError   tensors on disk: truncated, not finite, or of another base
+├── ArchitectureError a model whose blocks cannot be found, run alone or pruned
 ├── CalibrationError  text that cannot give the windows asked for
 ├── PruningError      a model, layer or statistic that cannot be pruned
 └── ReleaseError      a release that is not what it should be
@@ -24,6 +25,10 @@ class SourceError(SparsesweepError):
 
 class CheckpointError(SparsesweepError):
     """Tensors on disk are not what they should be."""
+
+
+class ArchitectureError(SparsesweepError):
+    """A model's blocks cannot be found, run alone or pruned."""
 
 
 class CalibrationError(SparsesweepError):

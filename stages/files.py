@@ -18,6 +18,7 @@ BASE = Path("artifacts/base")
 TEXT = Path("artifacts/text")
 CALIBRATION = Path("artifacts/calibration")
 SPARSE = Path("artifacts/sparse")
+PRUNE_JOURNAL = Path("artifacts/.prune")
 PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")
@@ -46,18 +47,30 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(left_by_a_kill)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        yield scratch
-        for file in scratch.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        scratch.chmod(0o755)
-        scratch.replace(path)
-    except (OSError, SafetensorError) as error:
-        if _is_full_disk(error):
-            raise SparsesweepError(f"{path}: the disk is full ({error}); nothing was kept of it") from error
-        raise
+        with full_disk(path, "nothing was kept of it"):
+            yield scratch
+            for file in scratch.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            scratch.chmod(0o755)
+            scratch.replace(path)
     finally:
         if scratch.exists():
             shutil.rmtree(scratch)
+
+
+@contextmanager
+def full_disk(path: Path, outcome: str) -> Iterator[None]:
+    """Turn a full disk into an error that names the path and says what became of what was written.
+
+    Raises:
+        SparsesweepError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if _is_full_disk(error):
+            raise SparsesweepError(f"{path}: the disk is full ({error}); {outcome}") from error
+        raise
 
 
 def _is_full_disk(error: OSError | SafetensorError) -> bool:

@@ -1,29 +1,50 @@
 """Prune the base with the calibration windows; keep what changed.
 
 python -m stages.prune
+torchrun --nproc-per-node N -m stages.prune     on N GPUs, each with its share of the windows
 """
 
+import hashlib
 import logging
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from stages import config, record
-from stages.checkpoint.delta import Change, write_block, write_manifest
+from stages.checkpoint.architecture import Decoder
+from stages.checkpoint.delta import write_manifest
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.streaming import Stream
 from stages.config import stage
 from stages.errors import ConfigError
-from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, read_json, replacing, require_room, write_json
+from stages.files import (
+    BASE,
+    CALIBRATION,
+    PRUNE_JOURNAL,
+    PRUNE_RESULTS,
+    SPARSE,
+    read_json,
+    replacing,
+    require_room,
+    sha256,
+    write_json,
+)
+from stages.pruning import ranks
 from stages.pruning.allocation import ALLOCATIONS
-from stages.pruning.architecture import Decoder
-from stages.pruning.block_loop import micro_batch, prune_blocks
-from stages.pruning.method import PruneMatrix, ScoreAndSelect, SparseGpt
+from stages.pruning.block_loop import Finished, Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.journal import Journal, WriteBehind, opened
+from stages.pruning.method import PruneMatrices, ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 
 log = logging.getLogger(__name__)
+
+CODE = Path(__file__).parent
 
 
 @stage("method", "pattern", "allocation", "prune")
@@ -34,87 +55,176 @@ def main(
     prune: config.Prune,
 ) -> None:
     stopwatch = record.Stopwatch()
-    device = record.choose_device("prune.device", prune.device)
+    device = ranks.own(record.choose_device("prune.device", prune.device))
     dtype = record.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
     windows = load_file(CALIBRATION / "windows.safetensors")["windows"]
     decoder = Decoder(base, dtype, device)
-    patterns = plan(decoder, method, pattern, allocation)
-    require_room(SPARSE, delta_bytes(base, patterns, moved=isinstance(method, config.SparseGptMethod)))
-    batch = micro_batch(windows, device, prune.micro_batch)
-    log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
-    log.info("pruning %d matrices by %s on %s in %s, %d windows a pass", len(patterns), method.name, device, dtype, batch)
+    plan = Plan(
+        method=compose(method),
+        patterns=plan_patterns(decoder, method, pattern, allocation),
+        propagate=prune.propagate,
+        error_tokens=prune.error_tokens,
+        expert_tokens=prune.expert_tokens,
+    )
+    batch = micro_batch(windows.shape[1], device, prune.micro_batch)
+    recipe = {
+        "method": asdict(method),
+        "pattern": asdict(pattern),
+        "pattern_label": pattern.label,
+        "allocation": asdict(allocation),
+        "propagate": prune.propagate,
+        "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
+    }
+    with ranks.joined(device), record.gpu_memory("prune.micro_batch", batch):
+        facts = {"base": base.fingerprint, **recipe, "prune": asdict(prune), "batch": batch, "processes": ranks.count()}
+        facts |= {"device": record.device_name(device), "dtype": str(dtype), "code": code_sha256(), "versions": record.versions()}
+        with opened(PRUNE_JOURNAL, facts, base.fingerprint) as journal:
+            require_room(SPARSE, delta_bytes(decoder, moved=plan.method.moves) - journal.size)
+            log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
+            log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
+            if journal.finished:
+                log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
+            budget = max(0, memory_budget(prune.memory_budget) - block_bytes(decoder, plan.method))
+            stream = Stream(decoder, share_of(windows), batch=batch, budget=budget, scratch=journal.directory)
+            log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
+            run_through(stream, plan, journal)
+            if ranks.rank() == 0:
+                earlier = sum(block["seconds"] for block in journal.records(journal.finished))
+                facts = {"batch": batch, "processes": ranks.count(), "hidden_states": stream.place, "resumed_after": journal.finished}
+                write_results(journal, decoder, recipe, facts, record.of_run(device, dtype, stopwatch, earlier))
 
-    rows: list[dict[str, Any]] = []
-    with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results, record.gpu_memory("prune.micro_batch", batch):
-        blocks = prune_blocks(decoder, windows, compose(method), patterns, batch=batch, error_tokens=prune.error_tokens)
-        for block in tqdm(blocks, total=len(decoder.blocks), desc="pruning", unit="block", disable=None):
-            write_block(sparse / f"block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
-            rows += [matrix_row(block.index, name, patterns[name], change, block.errors[name]) for name, change in block.changes.items()]
-        recipe = {
-            "method": asdict(method),
-            "pattern": asdict(pattern),
-            "pattern_label": pattern.label,
-            "allocation": asdict(allocation),
-            "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
-        }
-        summary = summarise(rows)
-        write_manifest(sparse, base=base.fingerprint, recipe={**recipe, **summary}, matrices=rows)
-        run = record.of_run(device, dtype, stopwatch)
+
+def run_through(stream: Stream, plan: Plan, journal: Journal) -> None:
+    """Prune the blocks that the journal does not have; the first process writes them into it."""
+    count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
+    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
+        for block in prune_blocks(stream, plan, journal.changes):
+            if ranks.rank() == 0:
+                rows = [matrix_row(block, finished, plan.patterns) for finished in block.matrices]
+                behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
+            bar.update()
+
+
+def quiet() -> bool | None:
+    """No bar where nobody looks, nor from any process but the first."""
+    return True if ranks.rank() > 0 else None
+
+
+def write_results(journal: Journal, decoder: Decoder, recipe: dict[str, Any], facts: dict[str, Any], run: dict[str, Any]) -> None:
+    """The delta and what is known of it, from the whole journal."""
+    base, count = decoder.checkpoint.fingerprint, len(decoder.blocks)
+    rows = [row for block in journal.records(count) for row in block["rows"]]
+    summary = summarise(rows)
+    with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
+        journal.hand_over(count, sparse)
+        write_manifest(sparse, base=base, recipe={**recipe, **summary}, matrices=rows)
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
         write_json(results / "metrics.json", {**summary, "seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]})
-        write_json(results / "provenance.json", {**recipe, "base": base.fingerprint, "micro_batch": batch, **run})
+        write_json(results / "provenance.json", {**recipe, "base": base, **facts, **run})
+    log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
 
-def compose(method: config.Method | config.SparseGptMethod) -> PruneMatrix:
+def share_of(windows: torch.Tensor) -> torch.Tensor:
+    """This process's windows, [its windows, tokens].
+
+    Raises:
+        ConfigError: there are fewer windows than processes.
+    """
+    if len(windows) < ranks.count():
+        raise ConfigError(f"calibration.windows: found {len(windows)}, wanted at least one for each of {ranks.count()} processes")
+    return windows.tensor_split(ranks.count())[ranks.rank()]
+
+
+def code_sha256() -> str:
+    """Of the code that decides what is pruned."""
+    files = sorted(CODE.glob("pruning/**/*.py")) + sorted(CODE.glob("checkpoint/*.py")) + [CODE / "prune.py"]
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def memory_budget(asked: float | None) -> int:
+    """Bytes of host memory to work in: GiB as asked, or what is free."""
+    return int(asked * 2**30) if asked else psutil.virtual_memory().available
+
+
+def block_bytes(decoder: Decoder, method: PruneMatrices) -> int:
+    """About how many bytes of host memory the loop needs beside the hidden states.
+
+    The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype,
+    and of its widest layer the Gram matrix, its factor and what it is worked out in.
+    """
+    stored = compute = widest = 0
+    for index, matrices in enumerate(decoder.matrices):
+        shapes = [decoder.checkpoint.shape(name) for name in decoder.tensors(index)]
+        weights = sum(torch.Size(shape).numel() for shape in shapes)
+        stored = max(
+            stored,
+            sum(torch.Size(s).numel() * decoder.checkpoint.dtype(n).itemsize for n, s in zip(decoder.tensors(index), shapes, strict=True)),
+        )
+        compute = max(compute, weights * decoder.dtype.itemsize)
+        widest = max(widest, *(matrix.shape[1] for matrix in matrices))
+    if decoder.device.type != "cpu":
+        return 2 * stored
+    return 2 * stored + compute + (4 * 4 * widest**2 if method.moves else 0)
+
+
+def compose(method: config.Method | config.SparseGptMethod) -> PruneMatrices:
     """The method that a configuration names."""
     if isinstance(method, config.SparseGptMethod):
-        return SparseGpt(score=method.score, damping=method.damping, block_size=method.block_size)
+        return SparseGpt(score=method.score, damping=method.damping, damping_limit=method.damping_limit, block_size=method.block_size)
     return ScoreAndSelect(score=method.score)
 
 
-def plan(
+def plan_patterns(
     decoder: Decoder, method: config.Method | config.SparseGptMethod, pattern: config.Pattern, allocation: config.Allocation
 ) -> dict[str, Pattern]:
     """The pattern of every matrix in scope, found to fit its shape before any weight is read.
 
     Raises:
         ConfigError: a matrix whose columns the pattern does not divide; names it.
+        ArchitectureError: see Decoder.matrices.
     """
-    names = [name for index in range(len(decoder.blocks)) for name in decoder.matrices(index).values()]
-    sparsities = ALLOCATIONS[allocation.name](names, pattern.sparsity)
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    sparsities = ALLOCATIONS[allocation.name]([matrix.name for matrix in matrices], pattern.sparsity)
     patterns: dict[str, Pattern] = {}
-    for name in names:
+    for matrix in matrices:
         if isinstance(pattern, config.Nm):
-            patterns[name] = Nm(kept=pattern.kept, group=pattern.group)
+            patterns[matrix.name] = Nm(kept=pattern.kept, group=pattern.group)
         else:
-            patterns[name] = Unstructured(sparsity=sparsities[name], threshold=method.threshold)
+            patterns[matrix.name] = Unstructured(sparsity=sparsities[matrix.name], threshold=method.threshold)
         try:
-            patterns[name].check(decoder.checkpoint.shape(name)[1])
+            patterns[matrix.name].check(matrix.shape[1])
         except ValueError as error:
-            raise ConfigError(f"{name}: {error}") from None
+            raise ConfigError(f"{matrix.name}: {error}") from None
     return patterns
 
 
-def delta_bytes(base: Checkpoint, patterns: dict[str, Pattern], moved: bool) -> int:
+def delta_bytes(decoder: Decoder, moved: bool) -> int:
     """At most how many bytes the delta takes: a bit a weight, and the survivors' values where they move."""
-    weights = {name: torch.Size(base.shape(name)).numel() for name in patterns}
-    return sum(count // 8 + (count * base.dtype(name).itemsize if moved else 0) for name, count in weights.items())
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    counts = [(torch.Size(matrix.shape).numel(), decoder.checkpoint.dtype(matrix.tensor).itemsize) for matrix in matrices]
+    return sum(count // 8 + (count * size if moved else 0) for count, size in counts)
 
 
-def matrix_row(block: int, name: str, pattern: Pattern, change: Change, error: float) -> dict[str, Any]:
-    """One matrix in sparsity.json: sparsity asked and achieved, and the relative output error."""
-    weights, kept = change.mask.numel(), int(change.mask.sum())
+def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Pattern]) -> dict[str, Any]:
+    """One matrix in sparsity.json: sparsity asked and achieved, the relative output error, and what it was calibrated on."""
+    matrix = finished.matrix
+    mask = block.changes[matrix.tensor].mask
+    mask = mask if matrix.expert is None else mask[matrix.expert]
+    weights, kept = mask.numel(), int(mask.sum())
     return {
-        "block": block,
-        "matrix": name,
+        "block": block.index,
+        "matrix": matrix.name,
         "weights": weights,
         "zeros": weights - kept,
-        "asked": pattern.sparsity,
+        "asked": patterns[matrix.name].sparsity,
         "sparsity": (weights - kept) / weights,
-        "relative_error": error,
+        "relative_error": finished.relative_error,
+        "tokens": finished.tokens,
+        "calibrated_on": finished.calibrated_on,
+        "damping": finished.damping,
     }
 
 
@@ -126,8 +236,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def error_by_block(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For DVC's plot: each matrix under its short name."""
-    return [{key: row[key] for key in ("block", "relative_error")} | {"matrix": row["matrix"].split(".")[-2]} for row in rows]
+    """For DVC's plot: each kind of matrix under its short name, a mixture's experts as their mean."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        parts = [part for part in re.sub(r"\[\d+\]$", "", row["matrix"]).split(".") if part != "weight"]
+        found.setdefault((row["block"], parts[-1]), []).append(row["relative_error"])
+    return [{"block": block, "relative_error": sum(errors) / len(errors), "matrix": name} for (block, name), errors in found.items()]
 
 
 if __name__ == "__main__":

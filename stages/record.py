@@ -88,15 +88,24 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
+    def lap(self) -> float:
+        """Seconds since it was made or since the last lap."""
+        seconds, self.started = self.seconds, time.perf_counter()
+        return seconds
+
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def of_run(device: torch.device, dtype: torch.dtype, stopwatch: Stopwatch) -> dict[str, Any]:
-    """The facts that differ from run to run; kept out of every file that a later stage depends on."""
+def of_run(device: torch.device, dtype: torch.dtype, stopwatch: Stopwatch, earlier: float = 0) -> dict[str, Any]:
+    """The facts that differ from run to run; kept out of every file that a later stage depends on.
+
+    Args:
+        earlier: seconds that an interrupted run had spent on what this one took over.
+    """
     return {
-        "seconds": round(stopwatch.seconds, 2),
+        "seconds": round(earlier + stopwatch.seconds, 2),
         "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

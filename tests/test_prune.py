@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from stages import config, evaluate, prune
+from stages.checkpoint.architecture import Decoder
 from stages.errors import ConfigError
-from stages.pruning.architecture import Decoder
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Unstructured
 
@@ -21,11 +21,11 @@ def test_columns_that_m_does_not_divide_name_the_matrix_before_any_weight_is_rea
     with pytest.raises(
         ConfigError, match="model.layers.0.self_attn.q_proj.weight: found 32 columns, wanted a multiple of pattern.group = 3"
     ):
-        prune.plan(decoder, WANDA, config.Nm(name="nm", kept=1, group=3), UNIFORM)
+        prune.plan_patterns(decoder, WANDA, config.Nm(name="nm", kept=1, group=3), UNIFORM)
 
 
 def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
-    patterns = prune.plan(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.3), UNIFORM)
+    patterns = prune.plan_patterns(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.3), UNIFORM)
     assert len(patterns) == 21
     assert set(patterns.values()) == {Unstructured(sparsity=0.3, threshold="row")}
     assert all(".layers." in name for name in patterns)
@@ -33,15 +33,17 @@ def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
 
 def test_a_methods_composition_is_what_its_configuration_says():
     assert prune.compose(WANDA) == ScoreAndSelect(score="wanda")
-    method = config.SparseGptMethod(name="s", score="obs", threshold="matrix", update="sparsegpt", damping=0.1, block_size=64)
-    assert prune.compose(method) == SparseGpt(score="obs", damping=0.1, block_size=64)
+    method = config.SparseGptMethod(
+        name="s", score="obs", threshold="matrix", update="sparsegpt", damping=0.1, damping_limit=1.0, block_size=64
+    )
+    assert prune.compose(method) == SparseGpt(score="obs", damping=0.1, damping_limit=1.0, block_size=64)
 
 
 def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values(decoder):
-    patterns = prune.plan(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.5), UNIFORM)
+    patterns = prune.plan_patterns(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.5), UNIFORM)
     weights = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in patterns)
-    assert prune.delta_bytes(decoder.checkpoint, patterns, moved=False) == weights // 8
-    assert prune.delta_bytes(decoder.checkpoint, patterns, moved=True) == weights // 8 + 2 * weights
+    assert prune.delta_bytes(decoder, moved=False) == weights // 8
+    assert prune.delta_bytes(decoder, moved=True) == weights // 8 + 2 * weights
 
 
 def test_an_evaluation_window_longer_than_the_context_is_refused(base):

@@ -74,6 +74,31 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
+def read_block(path: Path) -> dict[str, Change]:
+    """One block's changes, as `write_block` wrote them.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return {name: _read_change(path, name, *place) for name, place in _block_index(path).items()}
+
+
+def _block_index(path: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Tensor name -> shape, and whether its survivors moved."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes, stored = json.loads(file.metadata()[METADATA])["shapes"], set(file.keys())
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
+    return {name: (tuple(shape), f"{name}.values" in stored) for name, shape in shapes.items()}
+
+
+def _read_change(path: Path, name: str, shape: tuple[int, ...], moved: bool) -> Change:
+    with safe_open(path, framework="pt") as file:
+        mask = unpack(file.get_tensor(f"{name}.mask"), shape)
+        return Change(mask=mask, values=file.get_tensor(f"{name}.values") if moved else None)
+
+
 def write_manifest(directory: Path, *, base: str, recipe: dict[str, Any], matrices: list[dict[str, Any]]) -> None:
     """Finish a delta: which base it changes, what made it, and the sparsity of each matrix."""
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -103,16 +128,8 @@ class SparseDelta:
 
     @cached_property
     def _places(self) -> dict[str, tuple[Path, tuple[int, ...], bool]]:
-        places: dict[str, tuple[Path, tuple[int, ...], bool]] = {}
-        for shard in self.manifest["shards"]:
-            path = self.directory / shard
-            try:
-                with safe_open(path, framework="pt") as file:
-                    shapes, stored = json.loads(file.metadata()[METADATA])["shapes"], set(file.keys())
-            except (SafetensorError, FileNotFoundError) as error:
-                raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
-            places |= {name: (path, tuple(shape), f"{name}.values" in stored) for name, shape in shapes.items()}
-        return places
+        paths = [self.directory / shard for shard in self.manifest["shards"]]
+        return {name: (path, *place) for path in paths for name, place in _block_index(path).items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -122,9 +139,7 @@ class SparseDelta:
 
     def change(self, name: str) -> Change:
         path, shape, moved = self._places[name]
-        with safe_open(path, framework="pt") as file:
-            mask = unpack(file.get_tensor(f"{name}.mask"), shape)
-            return Change(mask=mask, values=file.get_tensor(f"{name}.values") if moved else None)
+        return _read_change(path, name, shape, moved)
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as the pruned model has it; a tensor out of scope comes back as it is."""

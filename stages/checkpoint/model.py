@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.layout import read_layout
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError
 
@@ -29,32 +30,36 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"{directory}: transformers knows no decoder language model of type {config.model_type!r}")
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.apply(model._init_weights)  # buffers anew, outside the scope of `dtype`, as from_pretrained computes them
+    return model
 
 
-def set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a parameter or buffer its value; floats are cast to `dtype`."""
-    owner, leaf = _owner(module, name)
-    value = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Give a parameter or buffer memory, to be filled: floats in `dtype`, others in their own. Returns its tensor."""
+    old = _get(module, name)
+    value = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
+    _put(module, name, value)
+    return value
+
+
+def dematerialize(module: torch.nn.Module, name: str) -> None:
+    """Take a parameter's or buffer's memory back."""
+    _put(module, name, torch.empty_like(_get(module, name), device="meta"))
+
+
+def _get(module: torch.nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
     if leaf in owner._parameters:
         owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[leaf] = value
-
-
-def unset_tensor(module: torch.nn.Module, name: str) -> None:
-    """Take a parameter's or buffer's memory back."""
-    owner, leaf = _owner(module, name)
-    empty = torch.empty_like(getattr(owner, leaf), device="meta")
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
-    else:
-        owner._buffers[leaf] = empty
-
-
-def _owner(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
 
 
 def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -67,35 +72,16 @@ def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtyp
         CheckpointError: the checkpoint and the architecture do not have the same parameters.
     """
     model = empty_model(base.directory, dtype)
-    require_same_tensors(model, base)
-    for name in base:
+    filled: dict[str, torch.Tensor] = {}
+    for name, place in read_layout(model, base).items():
+        if place.name not in filled:
+            filled[place.name] = materialize(model, place.name, dtype=dtype, device=device)
         tensor = base.tensor(name)
-        set_tensor(model, name, tensor if delta is None else delta.apply(name, tensor), dtype=dtype, device=device)
+        place.of(filled[place.name]).copy_(tensor if delta is None else delta.apply(name, tensor))
     model.tie_weights()
     if (base.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.directory)
     return model.to(device)
-
-
-def require_same_tensors(model: PreTrainedModel, base: Checkpoint) -> None:
-    """Refuse a checkpoint whose tensors are not the model's, by name and shape.
-
-    Raises:
-        CheckpointError: names a tensor that only one of them has, or that has two shapes.
-    """
-    shapes, kind = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, type(model).__name__
-    for name in sorted(set(shapes) - tied_names(model) - set(base)):
-        raise CheckpointError(f"{base.directory} does not fit {kind}: it has no tensor {name}")
-    for name in base:
-        if name not in shapes:
-            raise CheckpointError(f"{base.directory} does not fit {kind}: tensor {name} is not the model's")
-        if base.shape(name) != shapes[name]:
-            raise CheckpointError(f"{base.directory} does not fit {kind}: {name} is {base.shape(name)}, wanted {shapes[name]}")
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Parameters that are other parameters under a second name, such as a tied output embedding."""
-    return set(getattr(model, "all_tied_weights_keys", {}))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

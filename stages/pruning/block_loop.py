@@ -1,148 +1,105 @@
 """The block loop: one decoder block in memory at a time.
 
 Read a block's tensors, run the windows through it collecting statistics of every layer's input, prune all its matrices, run
-the windows again through the pruned block for the next one's inputs: the order of the published Wanda and SparseGPT.
+the windows again through the pruned block for the next one's inputs: the order of the published Wanda and SparseGPT. Or hand
+the dense block's outputs on, in the same pass that collects the statistics: one pass instead of two, and every block is
+pruned for inputs that the pruned model will not give it.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from stages.checkpoint.architecture import Decoder, Matrix, run_block
 from stages.checkpoint.delta import Change
+from stages.checkpoint.streaming import Stream, read_ahead
 from stages.errors import PruningError
-from stages.pruning.architecture import Call, Decoder, run_block
-from stages.pruning.method import PruneMatrix
+from stages.pruning import ranks
+from stages.pruning.method import Pruned, PruneMatrices
+from stages.pruning.observer import Inputs, Observer
 from stages.pruning.patterns import Pattern
-from stages.pruning.statistics import Statistic
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(kw_only=True, slots=True)
+class Finished:
+    """One matrix's outcome.
+
+    relative_error: ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens.
+    damping: share of the Gram matrix's mean diagonal that it took to factor it, or None.
+    tokens: how many the layer saw; calibrated_on: "its tokens", or "all tokens" for an expert that too few chose.
+    """
+
+    matrix: Matrix
+    relative_error: float
+    damping: float | None
+    tokens: int
+    calibrated_on: str
 
 
 @dataclass(kw_only=True, slots=True)
 class PrunedBlock:
     """One block's outcome.
 
-    changes: tensor name -> what happened to it, on the CPU.
-    errors: tensor name -> ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens.
+    changes: tensor name -> what happened to it, on the CPU, in the shape of the checkpoint.
     """
 
     index: int
     changes: dict[str, Change]
-    errors: dict[str, float]
+    matrices: list[Finished]
 
 
-def micro_batch(windows: torch.Tensor, device: torch.device, asked: int | None) -> int:
-    """Windows per forward pass: as asked, or by the kind of device, so that one kind always computes the same."""
-    return asked or max(1, TOKENS_PER_PASS[device.type] // windows.shape[1])
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do to every block.
 
-
-class _Inputs:
-    """What the linear layers of a block read: a statistic and a sample of tokens for each distinct input.
-
-    Layers that are handed the same tensor form a group, found in the first forward pass; only its first layer is watched
-    after that.
+    patterns: matrix name -> the pattern that its mask must have.
+    propagate: "pruned" or "dense", whose outputs the next block's statistics are collected on.
+    error_tokens: about how many calibration tokens the relative error is measured on, evenly spread.
+    expert_tokens: an expert that fewer tokens chose is calibrated on the sample of all tokens.
     """
 
-    def __init__(self, block: nn.Module, names: list[str], statistic: type[Statistic], stride: int, device: torch.device) -> None:
-        self.statistic, self.stride, self.device = statistic, stride, device
-        self.leader: dict[str, str] = {}
-        self.statistics: dict[str, Statistic] = {}
-        self.samples: dict[str, list[torch.Tensor]] = {}
-        self.first_token = 0
-        self._seen: list[tuple[torch.Tensor, str]] = []
-        modules = dict(block.named_modules())
-        self._hooks = {name: modules[name].register_forward_pre_hook(self._watch(name)) for name in names}
-
-    def _watch(self, name: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            inputs = arguments[0]
-            if name not in self.leader:
-                self.leader[name] = next((leader for seen, leader in self._seen if seen is inputs), name)
-                self._seen.append((inputs, name))
-            if self.leader[name] == name:
-                self._take(name, inputs)
-
-        return hook
-
-    def _take(self, name: str, inputs: torch.Tensor) -> None:
-        columns = inputs.shape[-1]
-        if name not in self.statistics:
-            self.statistics[name] = self.statistic(columns, self.device)
-            self.samples[name] = []
-        self.statistics[name].add(inputs)
-        tokens = inputs.reshape(-1, columns)
-        self.samples[name].append(tokens[-self.first_token % self.stride :: self.stride].clone())
-
-    def next_batch(self, tokens: int) -> None:
-        """Called after each forward pass of `tokens` tokens."""
-        self.first_token += tokens
-        self._seen.clear()
-        for name, leader in self.leader.items():
-            if leader != name and name in self._hooks:
-                self._hooks.pop(name).remove()
-
-    def of(self, name: str, tensor: str) -> tuple[Statistic, torch.Tensor]:
-        """The statistic of the inputs of the layer `name`, and the sampled ones, [tokens, columns]; errors say `tensor`.
-
-        Raises:
-            PruningError: no token ever reached the layer, or the inputs are not finite.
-        """
-        if name not in self.leader:
-            raise PruningError(f"layer {tensor}: no calibration token reached it")
-        leader = self.leader[name]
-        sample = torch.cat(self.samples[leader]).float()
-        if not torch.isfinite(sample).all():
-            raise PruningError(f"layer {tensor}: found NaN or infinity in its inputs, wanted finite activations")
-        return self.statistics[leader], sample
-
-    def close(self) -> None:
-        for hook in self._hooks.values():
-            hook.remove()
+    method: PruneMatrices
+    patterns: dict[str, Pattern]
+    propagate: str
+    error_tokens: int
+    expert_tokens: int
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two arguments of a block are equal, tensors bit by bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and (one == other or one is other or not isinstance(one, (int, float, str, bool)))
+def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
+    """Windows of `tokens` tokens per forward pass: as asked, or by the kind of device, so that one kind always computes the same."""
+    return asked or max(1, TOKENS_PER_PASS[device.type] // tokens)
 
 
-def relative_error(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Tensor) -> float:
-    """||(W - W') X||_F / ||W X||_F; 0 where W X is 0 and nothing changed.
+def lost_and_total(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """||(W - W') X||_F² and ||W X||_F², [2], float64.
 
     Args:
         weight, pruned: [rows, columns], float32.
         inputs: [tokens, columns], float32.
     """
-    lost = (inputs @ (weight - pruned).T).double().norm().item()
-    total = (inputs @ weight.T).double().norm().item()
-    return lost / total if total > 0 else float(lost > 0)
+    return torch.stack([(inputs @ (weight - pruned).T).double().square().sum(), (inputs @ weight.T).double().square().sum()]).cpu()
+
+
+def relative_error(lost: float, total: float) -> float:
+    """The root of lost / total; 0 where both are 0."""
+    return (lost / total) ** 0.5 if total > 0 else float(lost > 0)
 
 
 @torch.no_grad()
-def prune_blocks(
-    decoder: Decoder,
-    windows: torch.Tensor,
-    prune_matrix: PruneMatrix,
-    patterns: dict[str, Pattern],
-    *,
-    batch: int,
-    error_tokens: int,
-) -> Iterator[PrunedBlock]:
+def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Change] | None] = lambda _: None) -> Iterator[PrunedBlock]:
     """Prune block after block.
 
     Args:
-        windows: [windows, tokens], int64.
-        patterns: tensor name -> the pattern that its mask must have.
-        batch: windows per forward pass.
-        error_tokens: about how many calibration tokens the relative error is measured on, evenly spread.
+        stream: the calibration windows, or this process's share of them.
+        done: gives the changes of a block that an earlier run finished, or None. The windows run through such a block
+            again, and it is not yielded.
 
     Yields:
         One PrunedBlock for each block, as soon as it is done.
@@ -150,53 +107,121 @@ def prune_blocks(
     Raises:
         PruningError: naming the layer: scores that are not finite, a Gram matrix that does not factor, no tokens.
     """
-    starts = range(0, len(windows), batch)
-    stride = max(1, windows.numel() // error_tokens)
-    calls: dict[int, list[Call]] = {}
-    hidden: torch.Tensor | None = None
-    with decoder.before_blocks():
-        for start in starts:
-            of_batch = decoder.calls(windows[start : start + batch])
-            embedded = of_batch[0].hidden
-            if hidden is None:
-                hidden = torch.empty((len(windows), *embedded.shape[1:]), dtype=embedded.dtype)
-            hidden[start : start + batch] = embedded
-            for call in of_batch:
-                call.hidden = embedded[:0]
-            known = calls.setdefault(len(embedded), of_batch)
-            if not all(
-                same(call.arguments, of.arguments) and same(call.keywords, of.keywords) for call, of in zip(of_batch, known, strict=True)
-            ):
-                raise PruningError(
-                    f"{decoder.name}: what its blocks receive differs from window to window; this architecture is not supported"
-                )
-    assert hidden is not None
+    decoder, count = stream.decoder, len(stream.decoder.blocks)
+    with read_ahead(decoder, range(count)) as blocks:
+        for index, tensors in enumerate(blocks):
+            changes, is_last = done(index), index == count - 1
+            if changes is not None and plan.propagate == "pruned":
+                tensors = {name: changes[name].apply(tensor) if name in changes else tensor for name, tensor in tensors.items()}
+            with decoder.loaded(index, tensors) as block:
+                if changes is None:
+                    observer = _observe(stream, plan, index, block)
+                    yield _prune_block(decoder, plan, index, block, observer)
+                if not is_last and (changes is not None or plan.propagate == "pruned"):
+                    stream.advance(index, block)
 
-    for index in range(len(decoder.blocks)):
-        with decoder.loaded(index) as (block, stored):
-            names = decoder.matrices(index)
-            inputs = _Inputs(block, list(names), prune_matrix.statistic, stride, decoder.device)
-            for start in starts:
-                part = hidden[start : start + batch].to(decoder.device)
-                run_block(block, part, calls[len(part)][index])
-                inputs.next_batch(part.shape[0] * part.shape[1])
-            inputs.close()
-            changes, errors = {}, {}
-            for module, name in names.items():
-                statistic, sample = inputs.of(module, name)
-                weight = stored[module].to(decoder.device).float()
-                try:
-                    mask, values = prune_matrix(weight, statistic, patterns[name])
-                except (ArithmeticError, ValueError) as error:
-                    raise PruningError(f"layer {name}: {error}") from error
-                change = Change(mask=mask.cpu())
-                if values is not None:
-                    change.values = values.cpu()[change.mask].to(stored[module].dtype)
-                pruned = change.apply(stored[module])
-                decoder.set_weight(block, module, pruned)
-                changes[name] = change
-                errors[name] = relative_error(weight, pruned.to(weight), sample)
-            for start in starts:
-                part = hidden[start : start + batch].to(decoder.device)
-                hidden[start : start + batch] = run_block(block, part, calls[len(part)][index])
-        yield PrunedBlock(index=index, changes=changes, errors=errors)
+
+def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module) -> Observer:
+    """All windows through a block; in dense propagation its outputs go on."""
+    layers = list(dict.fromkeys(matrix.layer for matrix in stream.decoder.matrices[index]))
+    tokens = torch.Size(stream.shape).numel()
+    observer = Observer(block, layers, plan.method.statistic, tokens, plan.error_tokens)
+    passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
+    for where, part, call in stream.parts(index):
+        output = observer.run(part, partial(run_block, block, call=call), stop=not passing_on)
+        if output is not None and passing_on:
+            stream.put(where, output)
+    stream.require_finite(index)
+    observer.finish(plan.expert_tokens)
+    return observer
+
+
+def _prune_block(decoder: Decoder, plan: Plan, index: int, block: nn.Module, observer: Observer) -> PrunedBlock:
+    by_layer: dict[Any, list[Matrix]] = {}
+    for matrix in decoder.matrices[index]:
+        by_layer.setdefault(matrix.layer, []).append(matrix)
+    unseen = [matrices[0].name for layer, matrices in by_layer.items() if layer not in observer.leader]
+    if unseen:
+        raise PruningError(f"layer {unseen[0]}: no calibration token reached it")
+    finished: dict[str, Finished] = {}
+    parts: dict[str, list[tuple[int | None, Change]]] = {matrix.tensor: [] for matrix in decoder.matrices[index]}
+    for number, (inputs, layers) in enumerate(observer.groups()):
+        matrices = [matrix for layer in layers for matrix in by_layer[layer]]
+        weights = [decoder.stored(matrix, block) for matrix in matrices]
+        outcomes = _prune(plan, matrices, weights, inputs, owner=number % ranks.count())
+        sample = inputs.sampled()
+        for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
+            change = _change(matrix, outcome, decoder.checkpoint.dtype(matrix.tensor))
+            pruned = _pruned(weight, outcome, decoder.checkpoint.dtype(matrix.tensor))
+            lost, total = ranks.all_sum(lost_and_total(weight, pruned, sample)).tolist()
+            if not math.isfinite(lost + total):
+                raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
+            if plan.propagate == "pruned":
+                matrix.of(block).copy_(pruned)
+            parts[matrix.tensor].append((matrix.expert, change))
+            finished[matrix.name] = Finished(
+                matrix=matrix,
+                relative_error=relative_error(lost, total),
+                damping=outcome.damping,
+                tokens=inputs.tokens,
+                calibrated_on="its tokens" if inputs.routed else "all tokens",
+            )
+    return PrunedBlock(
+        index=index,
+        changes={tensor: _joined(changes) for tensor, changes in parts.items()},
+        matrices=[finished[matrix.name] for matrix in decoder.matrices[index]],
+    )
+
+
+def _prune(plan: Plan, matrices: list[Matrix], weights: list[torch.Tensor], inputs: Inputs, owner: int) -> list[Pruned]:
+    """What the method makes of the matrices that read one input; one process works it out for all."""
+    names = ", ".join(matrix.name for matrix in matrices)
+    if not all(torch.isfinite(part).all() for part in inputs.sample):
+        raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations")
+    if ranks.rank() != owner:
+        return [_received(weight, plan.method.moves, owner) for weight in weights]
+    try:
+        outcomes = plan.method(weights, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
+    except (ArithmeticError, ValueError) as error:
+        raise PruningError(f"layer {names}: {error}") from error
+    for outcome in outcomes:
+        _send(outcome, owner)
+    return outcomes
+
+
+def _send(outcome: Pruned, owner: int) -> None:
+    ranks.share(outcome.mask.to(torch.uint8), owner)
+    if outcome.values is not None:
+        ranks.share(outcome.values, owner)
+    ranks.share(torch.tensor(outcome.damping or 0.0, dtype=torch.float64), owner)
+
+
+def _received(weight: torch.Tensor, moves: bool, owner: int) -> Pruned:
+    mask = ranks.share(torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), owner).bool()
+    values = ranks.share(torch.empty_like(weight), owner) if moves else None
+    damping = ranks.share(torch.zeros((), dtype=torch.float64), owner).item()
+    return Pruned(mask=mask, values=values, damping=damping or None)
+
+
+def _change(matrix: Matrix, outcome: Pruned, stored: torch.dtype) -> Change:
+    """The outcome on the CPU, in the checkpoint's orientation and dtype."""
+    mask, values = outcome.mask, outcome.values
+    if matrix.transposed:
+        mask, values = mask.T, None if values is None else values.T
+    return Change(mask=mask.cpu().contiguous(), values=None if values is None else values[mask].to(stored).cpu())
+
+
+def _pruned(weight: torch.Tensor, outcome: Pruned, stored: torch.dtype) -> torch.Tensor:
+    """The matrix as base + delta will have it: rounded to the checkpoint's dtype; [rows, columns], float32."""
+    if outcome.values is None:
+        return weight.masked_fill(~outcome.mask, 0)
+    return outcome.values.to(stored).to(weight.dtype).masked_fill_(~outcome.mask, 0)
+
+
+def _joined(parts: list[tuple[int | None, Change]]) -> Change:
+    """The change of a tensor: that of its one matrix, or those of the experts that it holds."""
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    changes = [change for _, change in sorted(parts, key=lambda part: part[0] or 0)]
+    moved = [change.values for change in changes if change.values is not None]
+    return Change(mask=torch.stack([change.mask for change in changes]), values=torch.cat(moved) if moved else None)

@@ -1,11 +1,16 @@
-"""What is remembered of a layer's inputs: running means over windows, in float32, whatever the micro-batch.
+"""What is remembered of a layer's inputs, in float32.
 
-Matrices that read the same input share one statistic.
+Matrices that read the same input share one statistic. Its scale is of no consequence: scores are compared within a matrix.
 """
 
 from typing import Protocol
 
 import torch
+
+from stages.pruning.ranks import all_sum
+
+DAMPING_STEP = 10.0
+TILES = 4
 
 
 class Statistic(Protocol):
@@ -16,6 +21,9 @@ class Statistic(Protocol):
     def add(self, inputs: torch.Tensor) -> None:
         """Take in the inputs of some windows, [windows, tokens, columns], any float dtype."""
 
+    def reduce(self) -> None:
+        """Finish: add up what several processes collected."""
+
 
 class NoStatistic:
     """For scores that look at weights alone."""
@@ -23,6 +31,8 @@ class NoStatistic:
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     def add(self, inputs: torch.Tensor) -> None: ...
+
+    def reduce(self) -> None: ...
 
 
 class SquaredNorm:
@@ -41,57 +51,90 @@ class SquaredNorm:
             self.windows += 1
             self.value += norm.square() / self.windows
 
+    def reduce(self) -> None:
+        all_windows = int(all_sum(torch.tensor(self.windows)))
+        self.value *= self.windows / all_windows
+        all_sum(self.value)
+        self.windows = all_windows
+
 
 class Gram:
-    """SparseGPT's statistic: H = 2 X Xᵀ, mean over windows (arXiv:2301.00774, section 3.1).
+    """SparseGPT's statistic: H = X Xᵀ, summed over tokens (arXiv:2301.00774, section 3.1).
 
-    value: [columns, columns], float32.
+    value: [columns, columns], float32; whole only after `reduce`. damping: the share that made it factor, once it did.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.value = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.windows = 0
-        self._factor: tuple[float, torch.Tensor] | None = None
+        self.damping: float | None = None
+        self._factor: torch.Tensor | None = None
+        self._tile = -(-columns // TILES)
 
     def add(self, inputs: torch.Tensor) -> None:
-        windows, _, columns = inputs.shape
-        rows = inputs.reshape(-1, columns).float()
-        before, self.windows = self.windows, self.windows + windows
-        self.value.addmm_(rows.T, rows, beta=before / self.windows, alpha=2 / self.windows)
+        """Only tiles on and below the diagonal: the matrix is symmetric, and 4 by 4 tiles save 3/8 of the products."""
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        for first in range(0, len(self.value), self._tile):
+            last = first + self._tile
+            self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
+
+    def reduce(self) -> None:
+        for first in range(0, len(self.value), self._tile):
+            last = first + self._tile
+            self.value[:first, first:last] = self.value[first:last, :first].T
+        all_sum(self.value)
 
     @property
     def dead(self) -> torch.Tensor:
         """[columns], bool: inputs that were zero in every token."""
         return self.value.diagonal() == 0
 
-    def inverse_factor(self, damping: float) -> torch.Tensor:
-        """U, upper triangular with Uᵀ U = (H + damping * mean(diag H) * I)⁻¹; computed once for all that share H.
+    def inverse_factor(self, damping: float, limit: float) -> torch.Tensor:
+        """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹; computed once for all that share H.
 
-        Dead inputs count as unit inputs.
+        d is `damping`, or where H does not factor with it, ten times as much, and so on up to the limit. Dead inputs count
+        as unit inputs.
 
         Args:
-            damping: share of the mean diagonal added to the diagonal.
+            damping, limit: shares of the mean diagonal added to the diagonal.
 
         Returns:
             [columns, columns], float32.
 
         Raises:
-            ArithmeticError: H has NaN or infinity, or is not positive definite even with the damping.
+            ArithmeticError: H has NaN or infinity, or is not positive definite even with the limit.
         """
-        if self._factor is None or self._factor[0] != damping:
-            self._factor = damping, _inverse_factor(self.value, self.dead, damping)
-        return self._factor[1]
+        if self._factor is None:
+            if not torch.isfinite(self.value.diagonal()).all():
+                raise ArithmeticError("found NaN or infinity in the Gram matrix of the inputs")
+            for share in dampings(damping, limit):
+                self._factor = _inverse_factor(self.value, self.dead, share)
+                if self._factor is not None:
+                    self.damping = share
+                    break
+            else:
+                raise ArithmeticError(f"the Gram matrix of the inputs does not factor at any damping from {damping:g} to {limit:g}")
+        return self._factor
 
 
-def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
-    if not torch.isfinite(gram).all():
-        raise ArithmeticError("found NaN or infinity in the Gram matrix of the inputs")
-    damped = gram.clone()
-    damped.diagonal().add_(dead.float()).add_(damping * damped.diagonal().mean())
+def dampings(first: float, limit: float) -> list[float]:
+    """first, ten times first, and so on, the limit at the end."""
+    steps = [first]
+    while steps[-1] * DAMPING_STEP < limit:
+        steps.append(steps[-1] * DAMPING_STEP)
+    return steps + ([limit] if limit > first else [])
+
+
+def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor | None:
+    """None where the damped matrix is not positive definite.
+
+    H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards; then U = R⁻¹.
+    """
+    damped = gram.flip(0, 1)
+    damped.diagonal().add_(dead.flip(0).float()).add_(damping * gram.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
-        raise ArithmeticError(f"the Gram matrix of the inputs does not factor at damping {damping}; raise method.damping")
-    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if failed:
-        raise ArithmeticError(f"the inverse Gram matrix does not factor at damping {damping}; raise method.damping")
-    return factor
+        return None
+    del damped
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+    return factor if torch.isfinite(factor).all() else None

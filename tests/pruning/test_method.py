@@ -9,10 +9,21 @@ from stages.pruning.updates.sparsegpt import sparsegpt
 CPU = torch.device("cpu")
 
 
+def sweep(block_size: int, score: str = "obs") -> SparseGpt:
+    return SparseGpt(score=score, damping=0.01, damping_limit=0.01, block_size=block_size)
+
+
 def gram_of(inputs: torch.Tensor) -> Gram:
     gram = Gram(inputs.shape[1], CPU)
     gram.add(inputs[None])
+    gram.reduce()
     return gram
+
+
+def prune(method, weight: torch.Tensor, statistic, pattern) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One matrix alone."""
+    (outcome,) = method([weight], statistic, [pattern])
+    return outcome.mask, outcome.values
 
 
 def swept_literally(weight: torch.Tensor, damped: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -33,7 +44,9 @@ def test_the_sweep_equals_its_literal_transcription(block_size):
     weight, gram = torch.randn(6, 12), gram_of(torch.randn(40, 12))
     mask = torch.rand(6, 12) > 0.5
     damped = gram.value + 0.01 * gram.value.diagonal().mean() * torch.eye(12)
-    found_mask, found = sparsegpt(weight, gram.inverse_factor(0.01), lambda w, _, j: mask[:, j : j + w.shape[1]], block_size, block_size)
+    found_mask, found = sparsegpt(
+        weight, gram.inverse_factor(0.01, 0.01), lambda w, _, j: mask[:, j : j + w.shape[1]], block_size, block_size
+    )
     assert torch.equal(found_mask, mask)
     torch.testing.assert_close(found, swept_literally(weight, damped, mask), rtol=1e-4, atol=1e-4)
 
@@ -42,10 +55,10 @@ def test_the_sweep_equals_its_literal_transcription(block_size):
 def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(threshold):
     torch.manual_seed(0)
     weight, gram = torch.randn(8, 16), Gram(16, CPU)
-    gram.value, gram.windows = torch.eye(16), 1
+    gram.value = torch.eye(16)
     pattern = Unstructured(sparsity=0.5, threshold=threshold)
-    mask, updated = SparseGpt(score="obs", damping=0.01, block_size=16)(weight, gram, pattern)
-    expected, _ = ScoreAndSelect(score="magnitude")(weight, gram, pattern)
+    mask, updated = prune(sweep(16), weight, gram, pattern)
+    expected, _ = prune(ScoreAndSelect(score="magnitude"), weight, gram, pattern)
     assert torch.equal(mask, expected)
     torch.testing.assert_close(updated, weight * mask)
 
@@ -58,7 +71,7 @@ def test_compensation_lowers_the_output_error(score, pattern):
     torch.manual_seed(0)
     inputs = torch.randn(400, 32) @ torch.randn(32, 32)
     weight, gram = torch.randn(16, 32), gram_of(inputs)
-    mask, updated = SparseGpt(score=score, damping=0.01, block_size=8)(weight, gram, pattern)
+    mask, updated = prune(sweep(8, score), weight, gram, pattern)
     with_update = (inputs @ (weight - updated).T).norm()
     without = (inputs @ (weight * ~mask).T).norm()
     assert with_update < without
@@ -69,7 +82,7 @@ def test_compensation_lowers_the_output_error(score, pattern):
 def test_groups_keep_n_of_m_after_the_update(kept, group):
     torch.manual_seed(0)
     weight, gram = torch.randn(16, 32), gram_of(torch.randn(100, 32))
-    mask, updated = SparseGpt(score="obs", damping=0.01, block_size=16)(weight, gram, Nm(kept=kept, group=group))
+    mask, updated = prune(sweep(16), weight, gram, Nm(kept=kept, group=group))
     assert (mask.view(16, -1, group).sum(dim=2) == kept).all()
     assert torch.equal(updated != 0, mask)
 
@@ -77,7 +90,7 @@ def test_groups_keep_n_of_m_after_the_update(kept, group):
 def test_sparsegpt_prunes_exactly_what_is_asked_when_blocks_do_not_divide_the_matrix():
     torch.manual_seed(0)
     weight, gram = torch.randn(7, 30), gram_of(torch.randn(100, 30))
-    mask, _ = SparseGpt(score="obs", damping=0.01, block_size=8)(weight, gram, Unstructured(sparsity=0.7, threshold="matrix"))
+    mask, _ = prune(sweep(8), weight, gram, Unstructured(sparsity=0.7, threshold="matrix"))
     assert int((~mask).sum()) == 147
 
 
@@ -86,7 +99,12 @@ def test_weights_of_dead_inputs_go_first_and_what_is_kept_of_them_stays():
     inputs = torch.randn(50, 8)
     inputs[:, :6] = 0
     weight = torch.randn(4, 8)
-    mask, updated = SparseGpt(score="obs", damping=0.01, block_size=8)(weight, gram_of(inputs), Unstructured(sparsity=0.5, threshold="row"))
+    mask, updated = prune(
+        sweep(8),
+        weight,
+        gram_of(inputs),
+        Unstructured(sparsity=0.5, threshold="row"),
+    )
     assert mask[:, 6:].all()
     assert torch.equal(updated[:, :6][mask[:, :6]], weight[:, :6][mask[:, :6]])
 
@@ -94,6 +112,8 @@ def test_weights_of_dead_inputs_go_first_and_what_is_kept_of_them_stays():
 def test_wanda_prunes_what_carries_least():
     statistic = SquaredNorm(2, CPU)
     statistic.add(torch.tensor([[[1.0, 10.0]]]))
-    mask, updated = ScoreAndSelect(score="wanda")(torch.tensor([[3.0, -1.0]]), statistic, Unstructured(sparsity=0.5, threshold="row"))
+    mask, updated = prune(
+        ScoreAndSelect(score="wanda"), torch.tensor([[3.0, -1.0]]), statistic, Unstructured(sparsity=0.5, threshold="row")
+    )
     assert mask.tolist() == [[False, True]]
     assert updated is None

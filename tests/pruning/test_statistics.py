@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.pruning.statistics import Gram, SquaredNorm
+from stages.pruning.statistics import Gram, SquaredNorm, dampings
 
 CPU = torch.device("cpu")
 
@@ -22,22 +22,26 @@ def test_the_micro_batch_changes_no_bit_of_the_squared_norm():
     assert torch.equal(whole.value, parts.value)
 
 
-def test_gram_is_twice_the_mean_over_windows_of_the_outer_products():
+@pytest.mark.parametrize("columns", [1, 3, 4, 7, 64])
+def test_gram_is_the_sum_of_the_outer_products_of_the_tokens(columns):
     torch.manual_seed(0)
-    inputs = torch.randn(3, 5, 4)
-    gram = Gram(4, CPU)
+    inputs = torch.randn(3, 5, columns)
+    gram = Gram(columns, CPU)
     gram.add(inputs[:2])
     gram.add(inputs[2:])
-    expected = sum(2 * window.T @ window for window in inputs) / 3
-    torch.testing.assert_close(gram.value, expected)
+    gram.reduce()
+    torch.testing.assert_close(gram.value, sum(window.T @ window for window in inputs))
+    assert torch.equal(gram.value, gram.value.T)
 
 
 def test_the_factor_is_of_the_damped_inverse():
     torch.manual_seed(0)
     gram = Gram(4, CPU)
     gram.add(torch.randn(1, 20, 4))
+    gram.reduce()
     damped = gram.value + 0.01 * gram.value.diagonal().mean() * torch.eye(4)
-    factor = gram.inverse_factor(0.01)
+    factor = gram.inverse_factor(0.01, 1.0)
+    assert gram.damping == 0.01
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor, damped.inverse())
 
@@ -46,11 +50,22 @@ def test_a_gram_matrix_that_is_not_finite_is_refused():
     gram = Gram(2, CPU)
     gram.add(torch.tensor([[[1.0, float("inf")]]]))
     with pytest.raises(ArithmeticError, match="NaN or infinity in the Gram matrix"):
-        gram.inverse_factor(0.01)
+        gram.inverse_factor(0.01, 1.0)
 
 
-def test_a_gram_matrix_that_does_not_factor_is_refused():
+def test_damping_is_raised_step_by_step_until_the_matrix_factors():
     gram = Gram(2, CPU)
-    gram.value = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    with pytest.raises(ArithmeticError, match="does not factor at damping 0.01"):
-        gram.inverse_factor(0.01)
+    gram.value = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # eigenvalues 2.5 and -0.5: needs more than half the diagonal
+    factor = gram.inverse_factor(0.01, 1.0)
+    assert gram.damping == 1.0
+    torch.testing.assert_close(factor.T @ factor, (gram.value + torch.eye(2)).inverse())
+    assert dampings(0.01, 1.0) == [0.01, 0.1, 1.0]
+    assert dampings(0.01, 0.5) == [0.01, 0.1, 0.5]
+    assert dampings(0.01, 0.01) == [0.01]
+
+
+def test_a_gram_matrix_that_does_not_factor_within_the_limit_is_refused():
+    gram = Gram(2, CPU)
+    gram.value = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    with pytest.raises(ArithmeticError, match="does not factor at any damping from 0.01 to 1"):
+        gram.inverse_factor(0.01, 1.0)

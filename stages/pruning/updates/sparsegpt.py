@@ -5,9 +5,11 @@
 with U the upper Cholesky factor of the inverse Gram matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+
+STRIP = 32  # columns
 
 ChooseMask = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -29,18 +31,31 @@ def sparsegpt(
         mask [rows, columns], bool, True = kept; weights [rows, columns], float32, zero where the mask is False.
     """
     columns = weight.shape[1]
-    weight, mask = weight.clone(), torch.empty_like(weight, dtype=torch.bool)
+    weight = weight.T.contiguous()  # a column of W, which every step works on, is then a run of memory
+    mask = torch.empty_like(weight, dtype=torch.bool)
     diagonal = factor.diagonal()
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
-        errors = torch.zeros_like(weight[:, start:end])
-        for j in range(start, end):
-            if (j - start) % decision_columns == 0:
-                stop = min(j + decision_columns, end)
-                mask[:, j:stop] = choose(weight[:, j:stop], diagonal[j:stop], j)
-            error = weight[:, j].masked_fill(mask[:, j], 0) / diagonal[j]
-            weight[:, j:end].addr_(error, factor[j, j:end], alpha=-1)
-            weight[:, j].masked_fill_(~mask[:, j], 0)
-            errors[:, j - start] = error
-        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return mask, weight
+        errors = torch.empty_like(weight[start:end])
+        for first, last in _strips(start, end, decision_columns):
+            for j in range(first, last):
+                if (j - start) % decision_columns == 0:
+                    stop = min(j + decision_columns, end)
+                    mask[j:stop] = choose(weight[j:stop].T, diagonal[j:stop], j).T
+                torch.mul(weight[j], ~mask[j], out=errors[j - start])
+                errors[j - start] /= diagonal[j]
+                weight[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j - start], alpha=-1)
+            strip = errors[first - start : last - start]
+            weight[last:end].addmm_(factor[first:last, last:end].T, strip, alpha=-1)
+        weight[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return mask.T.contiguous(), weight.mul_(mask).T.contiguous()
+
+
+def _strips(start: int, end: int, decision_columns: int) -> Iterator[tuple[int, int]]:
+    """Cut a block into strips within which each column's error goes on at once, and after which it goes on in one product.
+
+    A strip ends where a decision does, so that a decision always sees weights that are up to date.
+    """
+    width = max(decision_columns, STRIP // decision_columns * decision_columns) if decision_columns < end - start else STRIP
+    for first in range(start, end, width):
+        yield first, min(first + width, end)

@@ -1,0 +1,135 @@
+"""Which part of which parameter a tensor of the checkpoint is.
+
+A checkpoint's names are not always its model's: a prefix may be missing, a module renamed, and a mixture's experts, one
+matrix a tensor on disk, are one 3-D parameter in memory. transformers keeps the table of these conversions; it is read here,
+and a conversion that moves values about within a tensor is refused.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
+
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A tensor of the checkpoint as a part of a parameter or buffer.
+
+    name: of the parameter, in the model.
+    expert: its index along the first dimension, or None where the tensor is the whole parameter.
+    rows: first and end row among those of the expert, or None for all.
+    """
+
+    name: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The view of the parameter that this tensor fills."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part if self.rows is None else part[slice(*self.rows)]
+
+
+def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Place]:
+    """Where every tensor of the checkpoint belongs: its name -> place; without those that transformers knows to ignore.
+
+    Args:
+        model: may be without weights.
+
+    Raises:
+        CheckpointError: names a tensor that only the checkpoint or only the model has, that has two shapes, or whose
+            conversion is not one of renaming, stacking experts and joining their rows.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    targets = _targets(model, checkpoint, shapes)
+    for name, target in list(targets.items()):
+        if target.name not in shapes:
+            if not _ignored(model, name):
+                raise CheckpointError(f"{checkpoint.directory} does not fit {type(model).__name__}: tensor {name} is not the model's")
+            del targets[name]
+    heights = {target: checkpoint.shape(name)[0] for name, target in targets.items() if target.expert is not None}
+    places = {name: _place(target, heights) for name, target in targets.items()}
+    _require_whole(model, checkpoint, shapes, places)
+    return places
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Parameters that are other parameters under a second name, such as a tied output embedding."""
+    return set(getattr(model, "all_tied_weights_keys", {}))
+
+
+class _Target(NamedTuple):
+    """A parameter, and which of an expert's parts in it: 0 for the gate's rows, 1 for those of the up-projection."""
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+
+
+def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Target]:
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    targets = {}
+    for name in checkpoint:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
+        if parameter not in shapes:  # a tensor that the table does not mean: it may still lack the prefix
+            parameter, pattern = rename_source_key(name, [], [], model.base_model_prefix, shapes)
+        if pattern is None:
+            targets[name] = _Target(parameter)
+            continue
+        converter = next(converter for converter in converters if pattern in converter.source_patterns)
+        _require_simple(model, name, converter)
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), rename_source_key(name, renamings, [])[0])
+        if expert is None:
+            raise CheckpointError(f"{name}: found no expert's number in it, wanted a name like {pattern}")
+        targets[name] = _Target(parameter, int(expert[1]), converter.source_patterns.index(pattern))
+    return targets
+
+
+def _place(target: _Target, heights: dict[_Target, int]) -> Place:
+    if target.expert is None:
+        return Place(name=target.name)
+    first = sum(heights.get(target._replace(part=before), 0) for before in range(target.part))
+    return Place(name=target.name, expert=target.expert, rows=(first, first + heights[target]))
+
+
+def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverter) -> None:
+    stack, *join = converter.operations
+    stacks = isinstance(stack, MergeModulelist) and stack.dim == 0
+    if not stacks or len(join) > 1 or not all(isinstance(operation, Concatenate) and operation.dim == 1 for operation in join):
+        steps = ", ".join(type(operation).__name__ for operation in converter.operations)
+        raise CheckpointError(
+            f"{model.config.model_type}: {name} is converted by {steps}, wanted experts that are stacked and joined by rows"
+        )
+
+
+def _ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers leaves this tensor of old checkpoints aside: masks and frequencies that it computes itself."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _require_whole(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], places: dict[str, Place]) -> None:
+    """Every parameter is filled, and by tensors of its own shape."""
+    where, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)
+    for name, place in places.items():
+        parameter = torch.empty(shapes[place.name], device="meta")
+        inside = place.expert is None or (place.expert < len(parameter) and (place.rows is None or place.rows[1] <= parameter.shape[1]))
+        wanted = tuple(place.of(parameter).shape) if inside else shapes[place.name]
+        if checkpoint.shape(name) != wanted:
+            raise CheckpointError(f"{where}: {name} is {checkpoint.shape(name)}, wanted {wanted}")
+        filled[place.name] += torch.Size(wanted).numel()
+    buffers = {name for name, _ in model.named_buffers()}
+    for name in sorted(set(shapes) - tied_names(model) - buffers):
+        if filled[name] < torch.Size(shapes[name]).numel():
+            raise CheckpointError(
+                f"{where}: it has no tensor {name}" + (f", or only a part of it ({filled[name]} values)" if filled[name] else "")
+            )

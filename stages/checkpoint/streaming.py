@@ -1,0 +1,127 @@
+"""Windows through a decoder of any size, one block in memory: hidden states, what each block is called with, reading ahead."""
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.checkpoint.architecture import Call, Decoder, run_block
+from stages.errors import ArchitectureError, PruningError
+from stages.files import require_room
+
+GPU_SHARE = 0.25  # of the GPU's memory: hidden states up to this stay there
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two arguments of a block are equal, tensors bit by bit."""
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and (one == other or not isinstance(one, (int, float, str, bool)))
+
+
+class Stream:
+    """The hidden states of some windows on their way through a decoder, block after block.
+
+    Args:
+        windows: [windows, tokens], int64.
+        batch: windows per forward pass.
+        budget: bytes of host memory that the hidden states may take; if they need more they lie in a file. None: no bound.
+        scratch: directory for that file.
+
+    Raises:
+        ArchitectureError: what the blocks receive differs from window to window.
+        SparsesweepError: no room for the file.
+    """
+
+    def __init__(
+        self, decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int | None = None, scratch: Path | None = None
+    ) -> None:
+        self.decoder, self.batch, self.shape = decoder, batch, windows.shape
+        self.starts = range(0, len(windows), batch)
+        self.calls: dict[int, list[Call]] = {}
+        self.place = "memory"
+        self._finite = torch.tensor(True, device=decoder.device)
+        with decoder.before_blocks():
+            for start in self.starts:
+                calls = decoder.calls(windows[start : start + batch])
+                if start == 0:
+                    self.hidden = self._room(calls[0].hidden, budget, scratch)
+                self.hidden[start : start + batch] = calls[0].hidden
+                for call in calls:
+                    call.hidden = call.hidden[:0]
+                self._require_same(calls, len(windows[start : start + batch]))
+
+    def _room(self, first: torch.Tensor, budget: int | None, scratch: Path | None) -> torch.Tensor:
+        """Hidden states in GPU memory where they are a small part of it, else on the host, else in a file without a name."""
+        shape = (self.shape[0], *first.shape[1:])
+        count = torch.Size(shape).numel()
+        needed = count * first.itemsize
+        if first.is_cuda and needed <= GPU_SHARE * torch.cuda.get_device_properties(first.device).total_memory:
+            self.place = "GPU memory"
+            return torch.empty(shape, dtype=first.dtype, device=first.device)
+        if budget is None or needed <= budget:
+            return torch.empty(shape, dtype=first.dtype)
+        directory = scratch or Path(tempfile.gettempdir())
+        require_room(directory, needed)
+        self.place = f"a file of {needed / 1e9:.2f} GB in {directory}"
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.truncate(needed)
+            return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=count, dtype=first.dtype).view(shape)
+
+    def _require_same(self, calls: list[Call], windows: int) -> None:
+        known = self.calls.setdefault(windows, calls)
+        for call, before in zip(calls, known, strict=True):
+            if not same(call.arguments, before.arguments) or not same(call.keywords, before.keywords):
+                reason = "what its blocks receive differs from window to window; this architecture is not supported"
+                raise ArchitectureError(f"{self.decoder.name}: {reason}")
+
+    def parts(self, index: int) -> Iterator[tuple[slice, torch.Tensor, Call]]:
+        """The hidden states, a micro-batch at a time on the device, with the call for block `index`."""
+        for start in self.starts:
+            part = self.hidden[start : start + self.batch].to(self.decoder.device, non_blocking=True)
+            yield slice(start, start + len(part)), part, self.calls[len(part)][index]
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """All windows through a loaded block."""
+        for where, part, call in self.parts(index):
+            self.put(where, run_block(block, part, call))
+        self.require_finite(index)
+
+    def put(self, where: slice, output: torch.Tensor) -> None:
+        self.hidden[where] = output
+        self._finite &= torch.isfinite(output).all()  # looked at once a block: each look makes a GPU wait
+
+    def require_finite(self, index: int) -> None:
+        """Raises PruningError if block `index` put out NaN or infinity."""
+        if not self._finite:
+            raise PruningError(f"block {index}: found NaN or infinity in its outputs, wanted finite activations")
+
+
+@contextmanager
+def read_ahead(decoder: Decoder, order: range) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+    """Each block's tensors as stored, the next block's being read by a thread while the caller works on one."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+
+        def blocks() -> Iterator[dict[str, torch.Tensor]]:
+            future = reader.submit(decoder.read, order[0])
+            for following in [*order[1:], None]:
+                tensors = future.result()
+                if following is not None:
+                    future = reader.submit(decoder.read, following)
+                yield tensors
+
+        try:
+            yield blocks()
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,65 @@
+"""Several processes that prune together, started by torchrun: each has some of the windows, all have the sums.
+
+Without torch.distributed there is one process and nothing to add up.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Join the other processes where torchrun started this one: by nccl on GPUs, by gloo on CPUs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def own(device: torch.device) -> torch.device:
+    """This process's GPU among those of its machine, unless one was named."""
+    if device.type == "cuda" and device.index is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def count() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, changed in place to its sum over all processes; the same bits in each."""
+    if distributed.is_initialized():
+        device = tensor.device
+        on_device = tensor.to(_device())
+        distributed.all_reduce(on_device)
+        tensor.copy_(on_device.to(device))
+    return tensor
+
+
+def share(tensor: torch.Tensor, owner: int) -> torch.Tensor:
+    """The tensor, changed in place to that of the process `owner`."""
+    if distributed.is_initialized():
+        on_device = tensor.to(_device())
+        distributed.broadcast(on_device, owner)
+        tensor.copy_(on_device)
+    return tensor
+
+
+def _device() -> torch.device:
+    """Where the backend wants its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,97 @@
+"""Small random checkpoints of many architectures, made from their real config classes and saved by transformers."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {**SIZES, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+
+# model type -> what differs from its defaults
+CONFIGS: dict[str, dict] = {
+    "llama": SIZES,
+    "mistral": {**SIZES, "sliding_window": 8},
+    "qwen2": {**SIZES, "tie_word_embeddings": True},
+    "qwen3": {**SIZES, "head_dim": 8},
+    "gemma": {**SIZES, "head_dim": 8},
+    "gemma2": {**SIZES, **SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**SIZES, **SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "phi": SIZES,
+    "phi3": SIZES,
+    "gpt2": GPT2,
+    "gpt_neo": {
+        **SIZES,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 8,
+    },
+    "gpt_neox": {**SIZES, "rotary_pct": 0.5},
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "falcon": {**SIZES, "multi_query": True, "new_decoder_architecture": False, "alibi": False},
+    "mpt": {"vocab_size": 96, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
+    "stablelm": SIZES,
+    "starcoder2": SIZES,
+    "cohere": SIZES,
+    "cohere2": {**SIZES, **SLIDING},
+    "olmo": SIZES,
+    "olmo2": SIZES,
+    "olmo3": {**SIZES, **SLIDING},
+    "granite": SIZES,
+    "smollm3": SIZES,
+    "glm4": {**SIZES, "head_dim": 8},
+    "nemotron": SIZES,
+    "codegen": {**GPT2, "rotary_dim": 4},
+    "gpt_bigcode": GPT2,
+    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8},
+    "olmoe": {**EXPERTS, "num_experts": 4},
+    "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """With weights large enough for attention and routing to tell tokens apart, norms and biases included."""
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[kind])).eval()
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        else:
+            parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    return made.to(torch.bfloat16)
+
+
+def write(directory: Path, kind: str) -> Path:
+    model(kind).save_pretrained(directory, max_shard_size="30KB")
+    return directory

@@ -1,0 +1,216 @@
+"""Every architecture, streamed, against a plain whole-model reference that knows nothing of blocks or streams."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from stages.checkpoint.architecture import Decoder
+from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
+from stages.checkpoint.model import load_model
+from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.streaming import Stream
+from stages.config import LocalBase
+from stages.pruning.block_loop import Plan, prune_blocks
+from stages.pruning.method import ScoreAndSelect, SparseGpt
+from stages.pruning.patterns import Nm, Unstructured
+from stages.release.packing import pack
+from stages.release.verification import verify
+from stages.sources import base as checkpoints
+from tests import architectures
+
+CPU = torch.device("cpu")
+BATCH = 2
+WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
+UNTOUCHED = r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe)\.gate\.weight|shared_expert_gate|router|e_score"
+SPARSEGPT = SparseGpt(score="obs", damping=0.01, damping_limit=1.0, block_size=16)
+
+
+def fetched(kind: str, directory: Path) -> Checkpoint:
+    """A checkpoint of this architecture as the fetch stage writes it."""
+    source = architectures.write(directory / "source", kind)
+    local = LocalBase(source="local", path=str(source), name=f"tests/{kind}", fingerprint=None, license="mit")
+    (directory / "base").mkdir()
+    checkpoints.fetch(local, directory / "base", downloads=directory / "unused")
+    return Checkpoint(directory / "base")
+
+
+def streamed(base: Checkpoint, method, pattern, expert_tokens: int = 0, windows: torch.Tensor = WINDOWS, batch: int = BATCH):
+    decoder = Decoder(base, torch.float32, CPU)
+    names = [matrix.name for block in decoder.matrices for matrix in block]
+    plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate="pruned", error_tokens=60, expert_tokens=expert_tokens)
+    return decoder, list(prune_blocks(Stream(decoder, windows, batch=batch), plan))
+
+
+def mask_of(changes: dict, matrix) -> torch.Tensor:
+    """[rows, columns]"""
+    mask = changes[matrix.tensor].mask
+    mask = mask if matrix.expert is None else mask[matrix.expert]
+    return mask.T if matrix.transposed else mask
+
+
+@contextmanager
+def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict]:
+    """(parameter, expert) -> the tokens that its product read, one tensor a call; experts' routing worked out here."""
+    seen, names, hooks = {}, {id(parameter): name for name, parameter in parameters.items()}, []
+
+    def of_linear(module, arguments):
+        seen.setdefault((names[id(module.weight)], None), []).append(arguments[0])
+
+    def of_experts(module, arguments):
+        tokens, chosen, _ = arguments
+        for expert in range(len(module.down_proj)):
+            own = tokens[(chosen == expert).any(dim=-1)]
+            between = module._apply_gate(linear(own, module.gate_up_proj[expert]))
+            seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(own[None])
+            seen.setdefault((names[id(module.down_proj)], expert), []).append(between[None])
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
+            hooks.append(module.register_forward_pre_hook(of_linear))
+        elif id(getattr(module, "gate_up_proj", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_experts))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def plain_wanda(decoder: Decoder, sparsity: float):
+    """The published procedure, the whole model run anew for every block (arXiv:2306.11695, algorithm 1)."""
+    model = AutoModelForCausalLM.from_pretrained(decoder.checkpoint.directory, dtype=torch.float32).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    all_parameters, masks = dict(model.named_parameters()), {}
+    for index, matrices in enumerate(decoder.matrices):
+        full = {matrix: f"{decoder.prefix}.{index}.{matrix.place.name}" for matrix in matrices}
+        with inputs_of(model, {name: all_parameters[name] for name in full.values()}) as seen:
+            for start in range(0, len(WINDOWS), BATCH):
+                model(WINDOWS[start : start + BATCH], use_cache=False)
+        for matrix, name in full.items():
+            norm = sum(
+                tokens.view(-1, WINDOWS.shape[1] if matrix.place.expert is None else max(1, tokens.shape[1]), tokens.shape[-1])
+                .square()
+                .sum(dim=(0, 1))
+                for tokens in seen[name, matrix.place.expert]
+            )
+            weight = matrix.place.of(all_parameters[name])
+            weight = weight.T if matrix.transposed else weight
+            order = torch.sort(weight.abs() * norm.sqrt(), dim=1, stable=True).indices
+            drop = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, order[:, : int(weight.shape[1] * sparsity)], True)
+            weight[drop] = 0
+            masks[matrix.name] = ~drop
+    return model, masks
+
+
+@pytest.mark.parametrize("kind", architectures.CONFIGS)
+def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound(kind, tmp_path):
+    base = fetched(kind, tmp_path)
+    decoder, blocks = streamed(base, ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"))
+    model, masks = plain_wanda(decoder, 0.5)
+    changes = {name: change for block in blocks for name, change in block.changes.items()}
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    assert changes.keys() == {matrix.tensor for matrix in matrices}
+    for matrix in matrices:
+        mask = mask_of(changes, matrix)
+        assert torch.equal(mask, masks[matrix.name]), matrix.name
+        assert ((~mask).sum(dim=1) == matrix.shape[1] // 2).all()
+    assert all(re.search(UNTOUCHED, name) for name in base if name not in changes), [name for name in base if name not in changes]
+    assert not any(re.search(UNTOUCHED, name) for name in changes)
+
+    (tmp_path / "sparse").mkdir()
+    rows = []
+    for block in blocks:
+        write_block(tmp_path / f"sparse/block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
+        rows += [{"matrix": name, "zeros": int((~change.mask).sum())} for name, change in block.changes.items()]
+    write_manifest(tmp_path / "sparse", base=base.fingerprint, recipe={}, matrices=rows)
+    delta = SparseDelta(tmp_path / "sparse", base.fingerprint)
+    ours = load_model(base, delta, dtype=torch.float32, device=CPU)
+    if model._can_set_experts_implementation():
+        ours.set_experts_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(ours(WINDOWS).logits, model(WINDOWS).logits)
+    (tmp_path / "release").mkdir()
+    pack(base, delta, tmp_path / "release")
+    verified = verify(tmp_path / "release", base, delta)  # every other tensor bit by bit, and stock transformers' logits
+    assert verified.matrices == len(changes)
+    assert verified.sparsity == pytest.approx(0.5, abs=0.001)
+
+
+def test_at_least_twenty_five_architectures_are_covered():
+    asked = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neo gpt_neox gptj opt bloom falcon mpt
+    stablelm starcoder2 cohere olmo olmo2 granite smollm3 mixtral qwen2_moe qwen3_moe olmoe"""
+    assert set(asked.split()) <= set(architectures.CONFIGS)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "mixtral"])
+def test_sparsegpt_compensates_whatever_holds_the_weights(kind, tmp_path):
+    base = fetched(kind, tmp_path)
+    pattern = Nm(kept=2, group=4)
+    _, swept = streamed(base, SPARSEGPT, pattern)
+    decoder, cut = streamed(base, ScoreAndSelect(score="wanda"), pattern)
+    for matrix in decoder.matrices[0]:  # later blocks read different inputs
+        mask = mask_of(swept[0].changes, matrix)
+        assert (mask.reshape(mask.shape[0], -1, 4).sum(dim=2) == 2).all()
+    errors = [{one.matrix.name: one.relative_error for one in blocks[0].matrices} for blocks in (swept, cut)]
+    assert sum(errors[0].values()) < sum(errors[1].values())
+
+
+def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tmp_path):
+    base = fetched("mixtral", tmp_path)
+    wanda, half = ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row")
+    decoder, blocks = streamed(base, wanda, half, expert_tokens=10**6)
+    experts = [one for one in blocks[0].matrices if one.matrix.place.expert is not None]
+    assert {one.calibrated_on for one in experts} == {"all tokens"}
+    assert {one.calibrated_on for one in blocks[0].matrices if one.matrix.place.expert is None} == {"its tokens"}
+    # Two of four experts a token: together they saw each of the 100 tokens twice, in each of three matrices.
+    assert sum(one.tokens for one in experts) == 2 * 3 * WINDOWS.numel()
+
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval()
+    entered = []
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # not pruned yet when statistics are collected: as stored
+        assert f"model.layers.0.self_attn.{name}.weight" in blocks[0].changes
+    with torch.no_grad():
+        for start in range(0, len(WINDOWS), BATCH):
+            model(WINDOWS[start : start + BATCH], use_cache=False)
+    norm = torch.cat(entered).square().sum(dim=0).sqrt()
+    weight = base.tensor("model.layers.0.block_sparse_moe.experts.1.w1.weight").float()
+    expected = half.mask(weight.abs() * norm)
+    assert torch.equal(blocks[0].changes["model.layers.0.block_sparse_moe.experts.1.w1.weight"].mask, expected)
+
+
+def test_an_expert_that_no_token_chose_is_pruned_all_the_same(tmp_path):
+    base = fetched("mixtral", tmp_path)
+    one_token = WINDOWS[:1, :2]
+    _, blocks = streamed(base, ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"), 1, one_token, 1)
+    unseen = [one for block in blocks for one in block.matrices if one.tokens == 0]
+    assert unseen
+    assert {one.calibrated_on for one in unseen} == {"all tokens"}
+
+
+def test_experts_stored_as_one_tensor_are_pruned_one_by_one(tmp_path):
+    """As a checkpoint saved from the model's own parameters has them."""
+    separate = fetched("mixtral", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(separate.directory, dtype=torch.bfloat16)
+    (tmp_path / "fused").mkdir()
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "fused/model.safetensors")
+    model.config.save_pretrained(tmp_path / "fused")
+    local = LocalBase(source="local", path=str(tmp_path / "fused"), name="tests/fused", fingerprint=None, license="mit")
+    (tmp_path / "fused-base").mkdir()
+    checkpoints.fetch(local, tmp_path / "fused-base", downloads=tmp_path / "unused")
+    half = Unstructured(sparsity=0.5, threshold="row")
+    _, one_by_one = streamed(separate, ScoreAndSelect(score="wanda"), half)
+    decoder, fused = streamed(Checkpoint(tmp_path / "fused-base"), ScoreAndSelect(score="wanda"), half)
+    down = fused[1].changes["model.layers.1.mlp.experts.down_proj"].mask
+    for expert in range(4):
+        expected = one_by_one[1].changes[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"].mask
+        assert torch.equal(down[expert], expected)
+    assert "model.layers.0.mlp.experts.down_proj[3]" in {matrix.name for matrix in decoder.matrices[0]}
