@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     evaluation = config.read(composed(*arguments.overrides))["evaluation"].perplexity
-    contenders = (
+    contenders: tuple[Contender, ...] = (
         Peer(name="plain", command=[sys.executable, "-m", "benchmarks.peers.plain"]),
         Peer(name="llm-compressor", command=[str(llm_compressor(arguments.venv)), str(PEERS / "llm_compressor.py")]),
         Ours(option="exact"),

@@ -97,7 +97,8 @@ def sweep(weight: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, tor
     return weight, errors
 
 
-METHODS = {"wanda": Wanda, "sparsegpt": SparseGpt}
+Pruner = Wanda | SparseGpt
+METHODS: dict[str, type[Pruner]] = {"wanda": Wanda, "sparsegpt": SparseGpt}
 
 
 class Caught(Exception):
@@ -121,19 +122,19 @@ def inputs_of_blocks(model: PreTrainedModel, windows: torch.Tensor) -> tuple[tor
 
 
 @torch.no_grad()
-def prune(model: PreTrainedModel, windows: torch.Tensor, method: type[Wanda] | type[SparseGpt]) -> None:
+def prune(model: PreTrainedModel, windows: torch.Tensor, method: type[Pruner]) -> None:
     """Prune block after block, each on the outputs of its pruned predecessors."""
     inputs, keywords = inputs_of_blocks(model, windows)
     outputs = torch.empty_like(inputs)
     for number, block in enumerate(model.model.layers):
-        layers = [method(module) for module in block.modules() if isinstance(module, nn.Linear)]
-        hooks = [layer.layer.register_forward_hook(lambda _, given, __, add=layer.add: add(given[0][0])) for layer in layers]
+        pruners = [method(module) for module in block.modules() if isinstance(module, nn.Linear)]
+        hooks = [pruner.layer.register_forward_hook(lambda _, given, __, add=pruner.add: add(given[0][0])) for pruner in pruners]
         for i in range(len(windows)):
             block(inputs[i : i + 1], **keywords)
         for hook in hooks:
             hook.remove()
-        for layer in layers:
-            layer.prune()
+        for pruner in pruners:
+            pruner.prune()
         for i in range(len(windows)):
             outputs[i] = block(inputs[i : i + 1], **keywords)[0]
         inputs, outputs = outputs, inputs

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.checkpoint.layout import Place, read_layout, tied_names
-from stages.checkpoint.model import dematerialize, empty_model, materialize
+from stages.checkpoint.model import dematerialize, empty_model, materialize, put
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError
 
@@ -303,8 +303,10 @@ class Decoder:
         tables = {f"{name}.weight": module for name, module in self.model.named_modules() if type(module) is nn.Embedding}
         hooks = [module.register_forward_hook(lambda _, __, found: found.to(self.dtype)) for module in tables.values()]
         for tensor, place in needed.items():
-            dtype = self.checkpoint.dtype(tensor) if lookup and place.name in tables else self.dtype
-            place.of(materialize(self.model, place.name, dtype=dtype, device=self.device)).copy_(self.checkpoint.tensor(tensor))
+            value = self.checkpoint.tensor(tensor)
+            if not (lookup and place.name in tables) and value.is_floating_point():
+                value = value.to(self.dtype)
+            put(self.model, place.name, value.to(self.device))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:

@@ -39,13 +39,13 @@ def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, devic
     """Give a parameter or buffer memory, to be filled: floats in `dtype`, others in their own. Returns its tensor."""
     old = _get(module, name)
     value = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
-    _put(module, name, value)
+    put(module, name, value)
     return value
 
 
 def dematerialize(module: torch.nn.Module, name: str) -> None:
     """Take a parameter's or buffer's memory back."""
-    _put(module, name, torch.empty_like(_get(module, name), device="meta"))
+    put(module, name, torch.empty_like(_get(module, name), device="meta"))
 
 
 def _get(module: torch.nn.Module, name: str) -> torch.Tensor:
@@ -53,7 +53,8 @@ def _get(module: torch.nn.Module, name: str) -> torch.Tensor:
     return getattr(module.get_submodule(path), leaf)
 
 
-def _put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Make a tensor a parameter's or buffer's value."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:

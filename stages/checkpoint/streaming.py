@@ -1,5 +1,7 @@
 """Windows through a decoder of any size, one block in memory: hidden states, what each block is called with, reading ahead."""
 
+import ctypes
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,13 @@ from stages.errors import ArchitectureError, PruningError
 from stages.files import require_room
 
 GPU_SHARE = 0.25  # of the GPU's memory: hidden states up to this stay there
+
+
+def release_free_memory() -> None:
+    """Give what was freed back to the system, where the C library would keep it: glibc holds on to some of every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -120,6 +129,7 @@ def read_ahead(decoder: Decoder, order: range) -> Iterator[Iterator[dict[str, to
                 if following is not None:
                     future = reader.submit(decoder.read, following)
                 yield tensors
+                release_free_memory()
 
         try:
             yield blocks()
