@@ -344,9 +344,13 @@ class Evaluation:
     tasks: list[str]
     rows: int | None  # the first rows of each task; null: all
     batch_size: int
+    streamed: bool  # one block in memory at a time, for models larger than memory
     generations: Generations
 
     def __post_init__(self) -> None:
+        if self.streamed:
+            wanted = "none with evaluation.streamed: text comes token by token, and every token would read the whole model"
+            require(not self.generations.prompts, "evaluation.generations.prompts", self.generations.prompts, wanted)
         require_device("evaluation", self.device, self.dtype)
         for task in self.tasks:
             require_one_of("evaluation.tasks", task, TASKS)
@@ -474,6 +478,7 @@ def stage(*sections: str, parts: dict[str, tuple[str, ...]] | None = None) -> Ca
 
         main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
         main.sections = parts or {"": sections}
+        main.function = function
         return main
 
     return wrap

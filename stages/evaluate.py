@@ -12,6 +12,10 @@ from typing import Any
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read by datasets when imported: evaluation reads what fetch brought
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import torch
+from lm_eval.api.model import LM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from stages import config, record
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
@@ -19,9 +23,11 @@ from stages.checkpoint.reader import Checkpoint
 from stages.config import stage
 from stages.errors import ConfigError
 from stages.evaluation.generation import generate
-from stages.evaluation.harness import zero_shot
+from stages.evaluation.harness import WholeModel, zero_shot
 from stages.evaluation.perplexity import WindowLosses, cut_windows, window_losses
+from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, read_json, read_lines, replacing, write_json, write_lines
+from stages.streaming.architecture import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +44,15 @@ def main(part: str, evaluation: config.Evaluation) -> None:
     tokenizer = load_tokenizer(BASE)
     texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.perplexity.corpus}.jsonl")]
     windows = cut_windows(texts, tokenizer, length, evaluation.perplexity.windows)
-    model = load_model(base, delta, dtype=dtype, device=device)
-    log.info("read %s%s; evaluating the %s model on %s in %s", BASE, f" and {SPARSE}" if delta else "", part, device, dtype)
-
-    with record.gpu_memory("evaluation.perplexity.window_length", length):
-        losses = window_losses(model, windows)
+    log.info("reading %s%s; evaluating the %s model on %s in %s", BASE, f" and {SPARSE}" if delta else "", part, device, dtype)
+    if evaluation.streamed:
+        losses, scores, samples = score_streamed(Decoder(base, dtype, device), delta, tokenizer, windows, evaluation)
+        generations: list[dict[str, str]] = []
+    else:
+        model = load_model(base, delta, dtype=dtype, device=device)
+        losses, scores, samples = score_whole(model, tokenizer, windows, evaluation)
+        generations = generate(model, tokenizer, evaluation.generations.prompts, evaluation.generations.new_tokens)
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *windows.shape)
-    with tempfile.TemporaryDirectory() as scratch, record.gpu_memory("evaluation.batch_size", evaluation.batch_size):
-        scores, samples = zero_shot(
-            model,
-            tokenizer,
-            evaluation.tasks,
-            rows_in=TEXT / "evaluation",
-            limit=evaluation.rows,
-            batch_size=evaluation.batch_size,
-            scratch=Path(scratch),
-        )
-    generations = generate(model, tokenizer, evaluation.generations.prompts, evaluation.generations.new_tokens)
 
     metrics = {"perplexity": losses.perplexity, "perplexity_stderr": losses.stderr, **flatten(scores)}
     accuracy = [{"model": part, "task": task, **pick(score, "accuracy", "stderr", "rows")} for task, score in scores.items()]
@@ -77,6 +75,32 @@ def main(part: str, evaluation: config.Evaluation) -> None:
         for task, rows in samples.items():
             write_lines(details / f"samples-{task}.jsonl", rows)
     log.info("wrote the results of the %s model in %.0f s", part, stopwatch.seconds)
+
+
+Scores = tuple[WindowLosses, dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]
+
+
+def score_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor, evaluation: config.Evaluation) -> Scores:
+    """Window losses, task scores and task samples of a model in memory."""
+    with record.gpu_memory("evaluation.perplexity.window_length", windows.shape[1]):
+        losses = window_losses(model, windows)
+    return losses, *score_tasks(WholeModel(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.batch_size), evaluation)
+
+
+def score_streamed(
+    decoder: Decoder, delta: SparseDelta | None, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor, evaluation: config.Evaluation
+) -> Scores:
+    """The same, one block in memory at a time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = StreamedModel(decoder=decoder, delta=delta, scratch=Path(scratch))
+        with record.gpu_memory("evaluation.perplexity.window_length", windows.shape[1]):
+            losses = model.window_losses(windows)
+        return losses, *score_tasks(StreamedHarness(model, tokenizer, evaluation.batch_size), evaluation)
+
+
+def score_tasks(model: LM, evaluation: config.Evaluation) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+    with tempfile.TemporaryDirectory() as scratch, record.gpu_memory("evaluation.batch_size", evaluation.batch_size):
+        return zero_shot(model, evaluation.tasks, rows_in=TEXT / "evaluation", limit=evaluation.rows, scratch=Path(scratch))
 
 
 def pick(row: dict[str, Any], *keys: str) -> dict[str, Any]:

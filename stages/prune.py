@@ -17,10 +17,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from stages import config, record
-from stages.checkpoint.architecture import Decoder
 from stages.checkpoint.delta import write_manifest
 from stages.checkpoint.reader import Checkpoint
-from stages.checkpoint.streaming import Stream
 from stages.config import stage
 from stages.errors import ConfigError
 from stages.files import (
@@ -41,6 +39,8 @@ from stages.pruning.block_loop import Finished, Plan, PrunedBlock, micro_batch, 
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.method import PruneMatrices, ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Nm, Pattern, Unstructured
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def main(
             if journal.finished:
                 log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
             budget = max(0, memory_budget(prune.memory_budget) - block_bytes(decoder, plan.method))
-            stream = Stream(decoder, share_of(windows), batch=batch, budget=budget, scratch=journal.directory)
+            with decoder.before_blocks():
+                stream = Stream(decoder, share_of(windows), batch=batch, budget=budget, scratch=journal.directory)
             log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
             run_through(stream, plan, journal)
             if ranks.rank() == 0:
@@ -140,7 +141,8 @@ def share_of(windows: torch.Tensor) -> torch.Tensor:
 
 def code_sha256() -> str:
     """Of the code that decides what is pruned."""
-    files = sorted(CODE.glob("pruning/**/*.py")) + sorted(CODE.glob("checkpoint/*.py")) + [CODE / "prune.py"]
+    files = sorted(file for room in ("pruning", "streaming", "checkpoint") for file in CODE.glob(f"{room}/**/*.py"))
+    files.append(CODE / "prune.py")
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from stages import config, evaluate, prune
-from stages.checkpoint.architecture import Decoder
 from stages.errors import ConfigError
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Unstructured
+from stages.streaming.architecture import Decoder
 
 WANDA = config.Method(name="wanda", score="wanda", threshold="row", update="none")
 UNIFORM = config.Allocation(name="uniform")

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import ConfigError
 from stages.evaluation.perplexity import standard_error
@@ -32,7 +32,7 @@ STOCK = {
 SEED = 0
 
 
-class _QuietModel(HFLM):
+class WholeModel(HFLM):
     """lm-eval's model, whose progress bars are for a terminal only."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -64,18 +64,12 @@ def write_task(task: str, rows: Path, directory: Path, scratch: Path, stock_yaml
 
 
 def zero_shot(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: list[str],
-    *,
-    rows_in: Path,
-    limit: int | None,
-    batch_size: int,
-    scratch: Path,
+    model: LM, tasks: list[str], *, rows_in: Path, limit: int | None, scratch: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
     """Accuracy of each task, no examples in the prompt.
 
     Args:
+        model: a WholeModel, or one that is streamed.
         rows_in: directory of TASK.jsonl.
         limit: the first rows of each task; None for all.
         scratch: an empty directory for task definitions and caches.
@@ -101,7 +95,7 @@ def zero_shot(
     }
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about the defaults that we override
     outcome = simple_evaluate(
-        model=_QuietModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        model=model,
         tasks=list(names),
         task_manager=TaskManager(include_path=str(definitions)),
         num_fewshot=0,

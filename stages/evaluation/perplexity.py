@@ -82,12 +82,24 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> WindowLosses
     Raises:
         CheckpointError: a loss is NaN or infinite.
     """
-    losses = []
+    losses: list[float] = []
     for window in tqdm(windows.to(model.device), desc="perplexity", unit="window", disable=None):
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-        parts = zip(logits.split(ROWS_AT_ONCE), window[1:].split(ROWS_AT_ONCE), strict=True)
-        summed = sum(cross_entropy(part.float(), tokens, reduction="sum").item() for part, tokens in parts)
-        losses.append(summed / (len(window) - 1))
-        if not math.isfinite(losses[-1]):
-            raise CheckpointError(f"perplexity window {len(losses) - 1}: found loss {losses[-1]}, wanted a finite number")
+        losses.append(window_loss(logits, window, len(losses)))
     return WindowLosses(losses=losses)
+
+
+def window_loss(logits: torch.Tensor, window: torch.Tensor, index: int) -> float:
+    """Mean negative log-likelihood [nats per token] of a window's tokens but the first.
+
+    Args:
+        logits: [tokens - 1, vocabulary]. window: [tokens], int64. index: of the window, for the error.
+
+    Raises:
+        CheckpointError: it is NaN or infinite.
+    """
+    parts = zip(logits.split(ROWS_AT_ONCE), window[1:].split(ROWS_AT_ONCE), strict=True)
+    loss = sum(cross_entropy(part.float(), tokens, reduction="sum").item() for part, tokens in parts) / (len(window) - 1)
+    if not math.isfinite(loss):
+        raise CheckpointError(f"perplexity window {index}: found loss {loss}, wanted a finite number")
+    return loss

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.checkpoint.architecture import Decoder, Matrix, run_block
 from stages.checkpoint.delta import Change
-from stages.checkpoint.streaming import Stream, read_ahead
 from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.method import Pruned, PruneMatrices
 from stages.pruning.observer import Inputs, Observer
 from stages.pruning.patterns import Pattern
+from stages.streaming.architecture import Decoder, Matrix, run_block
+from stages.streaming.stream import Stream, read_ahead
 
-TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,7 +84,8 @@ def lost_and_total(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Ten
         weight, pruned: [rows, columns], float32.
         inputs: [tokens, columns], float32.
     """
-    return torch.stack([(inputs @ (weight - pruned).T).double().square().sum(), (inputs @ weight.T).double().square().sum()]).cpu()
+    norms = [torch.linalg.vector_norm(inputs @ matrix.T) for matrix in (weight - pruned, weight)]
+    return torch.stack(norms).double().square().cpu()
 
 
 def relative_error(lost: float, total: float) -> float:

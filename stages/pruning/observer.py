@@ -157,7 +157,7 @@ class Observer:
             self._send(path, expert)
         for layer, count in zip(self.layers, counts.tolist(), strict=True):
             if self.leader.get(layer) == layer:
-                self.inputs[layer].statistic.reduce()
+                self.inputs[layer].statistic.finish(all_sum)
                 self.inputs[layer].tokens = count
         for hook in (*self._hooks.values(), *self._doors):
             hook.remove()

@@ -3,11 +3,12 @@
 Matrices that read the same input share one statistic. Its scale is of no consequence: scores are compared within a matrix.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from stages.pruning.ranks import all_sum
+AllSum = Callable[[torch.Tensor], torch.Tensor]  # adds up over processes, in place
 
 DAMPING_STEP = 10.0
 TILES = 4
@@ -21,8 +22,8 @@ class Statistic(Protocol):
     def add(self, inputs: torch.Tensor) -> None:
         """Take in the inputs of some windows, [windows, tokens, columns], any float dtype."""
 
-    def reduce(self) -> None:
-        """Finish: add up what several processes collected."""
+    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
+        """No more windows will come; add up what several processes collected."""
 
 
 class NoStatistic:
@@ -32,7 +33,7 @@ class NoStatistic:
 
     def add(self, inputs: torch.Tensor) -> None: ...
 
-    def reduce(self) -> None: ...
+    def finish(self, all_sum: AllSum = lambda alone: alone) -> None: ...
 
 
 class SquaredNorm:
@@ -46,12 +47,12 @@ class SquaredNorm:
         self.windows = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        for norm in torch.linalg.vector_norm(inputs.float(), dim=1):
+        for squared_norm in inputs.float().square().sum(dim=1):
             self.value *= self.windows / (self.windows + 1)
             self.windows += 1
-            self.value += norm.square() / self.windows
+            self.value += squared_norm / self.windows
 
-    def reduce(self) -> None:
+    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
         all_windows = int(all_sum(torch.tensor(self.windows)))
         self.value *= self.windows / all_windows
         all_sum(self.value)
@@ -61,7 +62,7 @@ class SquaredNorm:
 class Gram:
     """SparseGPT's statistic: H = X Xᵀ, summed over tokens (arXiv:2301.00774, section 3.1).
 
-    value: [columns, columns], float32; whole only after `reduce`. damping: the share that made it factor, once it did.
+    value: [columns, columns], float32; whole only after `finish`. damping: the share that made it factor, once it did.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -77,7 +78,7 @@ class Gram:
             last = first + self._tile
             self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
 
-    def reduce(self) -> None:
+    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[:first, first:last] = self.value[first:last, :first].T

@@ -1,13 +1,19 @@
 import pytest
 import torch
 
+from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.config import TASKS
+from stages.errors import SparsesweepError
 from stages.evaluation.generation import generate
-from stages.evaluation.harness import STOCK, zero_shot
+from stages.evaluation.harness import STOCK, WholeModel, zero_shot
+from stages.evaluation.perplexity import window_losses
+from stages.evaluation.streamed import StreamedHarness, StreamedModel
+from stages.streaming.architecture import Decoder
 from tests import tiny
 
 CPU = torch.device("cpu")
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def test_every_task_of_the_configuration_has_a_stock_definition():
@@ -26,9 +32,8 @@ def rows_in(tmp_path_factory):
 
 def test_stock_tasks_run_on_our_rows(base, rows_in, tmp_path):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
-    scores, samples = zero_shot(
-        model, tiny.tokenizer(), ["boolq", "piqa", "lambada"], rows_in=rows_in, limit=3, batch_size=2, scratch=tmp_path
-    )
+    whole = WholeModel(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=2)
+    scores, samples = zero_shot(whole, ["boolq", "piqa", "lambada"], rows_in=rows_in, limit=3, scratch=tmp_path)
     assert set(scores) == set(samples) == {"boolq", "piqa", "lambada"}
     for task, score in scores.items():
         assert score["rows"] == len(samples[task]) == 3
@@ -36,8 +41,47 @@ def test_stock_tasks_run_on_our_rows(base, rows_in, tmp_path):
     assert "accuracy_norm" in scores["piqa"]
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_streamed_model_scores_as_the_whole_model_does(base, rows_in, tmp_path, pruned):
+    delta = None
+    if pruned:
+        change = Change(mask=torch.rand(base.shape(UP), generator=torch.Generator().manual_seed(0)) > 0.5)
+        write_block(tmp_path / "block-00001.safetensors", {UP: change}, base.fingerprint)
+        write_manifest(tmp_path, base=base.fingerprint, recipe={}, matrices=[])
+        delta = SparseDelta(tmp_path, base.fingerprint)
+    whole = load_model(base, delta, dtype=torch.float32, device=CPU)
+    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=delta, scratch=tmp_path)
+    windows = torch.randint(3, 400, (3, 40), generator=torch.Generator().manual_seed(0))
+    assert streamed.window_losses(windows).losses == pytest.approx(window_losses(whole, windows).losses, rel=1e-5)
+
+    found = []
+    for number, model in enumerate((WholeModel(pretrained=whole, tokenizer=tiny.tokenizer(), batch_size=2), harness_of(streamed))):
+        scratch = tmp_path / str(number)
+        scratch.mkdir()
+        found.append(zero_shot(model, ["boolq", "piqa", "lambada"], rows_in=rows_in, limit=3, scratch=scratch))
+    (_, by_whole), (_, by_stream) = found
+    for task, rows in by_whole.items():
+        for one, other in zip(rows, by_stream[task], strict=True):
+            assert one["correct"] == other["correct"]
+            for (score, greedy), (same_score, same_greedy) in zip(one["scores"], other["scores"], strict=True):
+                assert score == pytest.approx(same_score, rel=1e-4)
+                assert greedy == same_greedy
+
+
+def harness_of(streamed: StreamedModel) -> StreamedHarness:
+    return StreamedHarness(streamed, tiny.tokenizer(), batch_size=2)
+
+
+def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
+    model = harness_of(StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=None, scratch=tmp_path))
+    with pytest.raises(SparsesweepError, match="text is not generated"):
+        model.generate_until([])
+    with pytest.raises(SparsesweepError, match="rolling likelihoods are not offered"):
+        model.loglikelihood_rolling([])
+
+
 def test_no_tasks_are_no_scores(base, rows_in, tmp_path):
-    assert zero_shot(None, None, [], rows_in=rows_in, limit=3, batch_size=2, scratch=tmp_path) == ({}, {})
+    assert zero_shot(None, [], rows_in=rows_in, limit=3, scratch=tmp_path) == ({}, {})
 
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):

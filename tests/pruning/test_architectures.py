@@ -12,11 +12,9 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from stages.checkpoint.architecture import Decoder
 from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
-from stages.checkpoint.streaming import Stream
 from stages.config import LocalBase
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import ScoreAndSelect, SparseGpt
@@ -24,6 +22,8 @@ from stages.pruning.patterns import Nm, Unstructured
 from stages.release.packing import pack
 from stages.release.verification import verify
 from stages.sources import base as checkpoints
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
 from tests import architectures
 
 CPU = torch.device("cpu")
@@ -46,7 +46,9 @@ def streamed(base: Checkpoint, method, pattern, expert_tokens: int = 0, windows:
     decoder = Decoder(base, torch.float32, CPU)
     names = [matrix.name for block in decoder.matrices for matrix in block]
     plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate="pruned", error_tokens=60, expert_tokens=expert_tokens)
-    return decoder, list(prune_blocks(Stream(decoder, windows, batch=batch), plan))
+    with decoder.before_blocks():
+        stream = Stream(decoder, windows, batch=batch)
+    return decoder, list(prune_blocks(stream, plan))
 
 
 def mask_of(changes: dict, matrix) -> torch.Tensor:

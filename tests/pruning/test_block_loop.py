@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.checkpoint.architecture import Decoder
 from stages.checkpoint.layout import Place
 from stages.checkpoint.reader import Checkpoint
-from stages.checkpoint.streaming import Stream, same
 from stages.errors import ArchitectureError, CheckpointError, PruningError, SparsesweepError
 from stages.pruning.block_loop import Plan, lost_and_total, prune_blocks, relative_error
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.statistics import SquaredNorm
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream, same
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -24,7 +24,12 @@ WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed
 def run(decoder: Decoder, method, pattern, batch: int = 2, propagate: str = "pruned", windows: torch.Tensor = WINDOWS):
     names = [matrix.name for block in decoder.matrices for matrix in block]
     plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=propagate, error_tokens=60, expert_tokens=0)
-    return list(prune_blocks(Stream(decoder, windows, batch=batch), plan))
+    return list(prune_blocks(stream_of(decoder, windows, batch=batch), plan))
+
+
+def stream_of(decoder: Decoder, windows: torch.Tensor = WINDOWS, **how) -> Stream:
+    with decoder.before_blocks():
+        return Stream(decoder, windows, **how)
 
 
 def pruned(base: Checkpoint, method, pattern, batch: int = 2, propagate: str = "pruned"):
@@ -254,7 +259,7 @@ def test_activations_that_are_not_finite_name_the_layer(base):
             tensor = super().tensor(name, **how)
             return tensor * 1e38 if name == "model.layers.1.mlp.up_proj.weight" else tensor
 
-    with pytest.raises(PruningError, match=r"layer model.layers.1.mlp.down_proj.weight: found a score that is NaN or infinite"):
+    with pytest.raises(PruningError, match=r"layer model.layers.1.mlp.up_proj.weight: found NaN or infinity in its outputs"):
         run(Decoder(Broken(base.directory), torch.float32, CPU), ScoreAndSelect(score="wanda"), HALF)
 
 
@@ -269,7 +274,7 @@ def test_outputs_that_are_not_finite_name_the_layer(base):
 
 
 def test_hidden_states_that_are_not_finite_name_the_block(base):
-    stream = Stream(Decoder(base, torch.float32, CPU), WINDOWS, batch=5)
+    stream = stream_of(Decoder(base, torch.float32, CPU), batch=5)
     stream.put(slice(0, 1), stream.hidden[:1] * float("inf"))
     with pytest.raises(PruningError, match="block 7: found NaN or infinity in its outputs"):
         stream.require_finite(7)
@@ -349,8 +354,8 @@ def test_a_shard_that_vanishes_or_is_cut_short_on_the_way_is_named(base, tmp_pat
 def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_change_nothing(base, tmp_path):
     decoder = Decoder(base, torch.float32, CPU)
     needed = WINDOWS.numel() * 32 * 4
-    in_memory = Stream(decoder, WINDOWS, batch=2, budget=needed, scratch=tmp_path)
-    in_file = Stream(decoder, WINDOWS, batch=2, budget=needed - 1, scratch=tmp_path)
+    in_memory = stream_of(decoder, batch=2, budget=needed, scratch=tmp_path)
+    in_file = stream_of(decoder, batch=2, budget=needed - 1, scratch=tmp_path)
     assert (in_memory.place, in_file.place) == ("memory", f"a file of 0.00 GB in {tmp_path}")
     assert torch.equal(in_memory.hidden, in_file.hidden)
     assert not list(tmp_path.iterdir())
@@ -363,4 +368,4 @@ def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_
 def test_hidden_states_that_no_disk_has_room_for_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(SparsesweepError, match="found 0.00 GB free on its disk"):
-        Stream(Decoder(base, torch.float32, CPU), WINDOWS, batch=2, budget=0, scratch=tmp_path)
+        stream_of(Decoder(base, torch.float32, CPU), batch=2, budget=0, scratch=tmp_path)

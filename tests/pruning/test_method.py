@@ -16,7 +16,7 @@ def sweep(block_size: int, score: str = "obs") -> SparseGpt:
 def gram_of(inputs: torch.Tensor) -> Gram:
     gram = Gram(inputs.shape[1], CPU)
     gram.add(inputs[None])
-    gram.reduce()
+    gram.finish()
     return gram
 
 

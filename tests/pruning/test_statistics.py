@@ -29,7 +29,7 @@ def test_gram_is_the_sum_of_the_outer_products_of_the_tokens(columns):
     gram = Gram(columns, CPU)
     gram.add(inputs[:2])
     gram.add(inputs[2:])
-    gram.reduce()
+    gram.finish()
     torch.testing.assert_close(gram.value, sum(window.T @ window for window in inputs))
     assert torch.equal(gram.value, gram.value.T)
 
@@ -38,7 +38,7 @@ def test_the_factor_is_of_the_damped_inverse():
     torch.manual_seed(0)
     gram = Gram(4, CPU)
     gram.add(torch.randn(1, 20, 4))
-    gram.reduce()
+    gram.finish()
     damped = gram.value + 0.01 * gram.value.diagonal().mean() * torch.eye(4)
     factor = gram.inverse_factor(0.01, 1.0)
     assert gram.damping == 0.01

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.checkpoint.architecture import Call, Decoder, run_block
 from stages.errors import ArchitectureError, PruningError
 from stages.files import require_room
+from stages.streaming.architecture import Call, Decoder, run_block
 
 GPU_SHARE = 0.25  # of the GPU's memory: hidden states up to this stay there
 
@@ -42,6 +42,8 @@ def same(one: Any, other: Any) -> bool:
 class Stream:
     """The hidden states of some windows on their way through a decoder, block after block.
 
+    Made within `decoder.before_blocks()`, which gives embeddings their weights.
+
     Args:
         windows: [windows, tokens], int64.
         batch: windows per forward pass.
@@ -60,16 +62,15 @@ class Stream:
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
         self.place = "memory"
-        self._finite = torch.tensor(True, device=decoder.device)
-        with decoder.before_blocks():
-            for start in self.starts:
-                calls = decoder.calls(windows[start : start + batch])
-                if start == 0:
-                    self.hidden = self._room(calls[0].hidden, budget, scratch)
-                self.hidden[start : start + batch] = calls[0].hidden
-                for call in calls:
-                    call.hidden = call.hidden[:0]
-                self._require_same(calls, len(windows[start : start + batch]))
+        self._check = torch.zeros((), device=decoder.device)
+        for start in self.starts:
+            calls = decoder.calls(windows[start : start + batch])
+            if start == 0:
+                self.hidden = self._room(calls[0].hidden, budget, scratch)
+            self.hidden[start : start + batch] = calls[0].hidden
+            for call in calls:
+                call.hidden = call.hidden[:0]
+            self._require_same(calls, len(windows[start : start + batch]))
 
     def _room(self, first: torch.Tensor, budget: int | None, scratch: Path | None) -> torch.Tensor:
         """Hidden states in GPU memory where they are a small part of it, else on the host, else in a file without a name."""
@@ -109,11 +110,11 @@ class Stream:
 
     def put(self, where: slice, output: torch.Tensor) -> None:
         self.hidden[where] = output
-        self._finite &= torch.isfinite(output).all()  # looked at once a block: each look makes a GPU wait
+        self._check += output.sum(dtype=torch.float32) * 0  # 0, or NaN; looked at once a block: each look makes a GPU wait
 
     def require_finite(self, index: int) -> None:
         """Raises PruningError if block `index` put out NaN or infinity."""
-        if not self._finite:
+        if self._check != 0:
             raise PruningError(f"block {index}: found NaN or infinity in its outputs, wanted finite activations")
 
 

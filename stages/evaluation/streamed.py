@@ -1,0 +1,132 @@
+"""The same scores from a model that is larger than memory: all sequences through it block by block."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lm_eval.api.model import TemplateLM
+from transformers import PreTrainedTokenizerBase
+
+from stages.checkpoint.delta import SparseDelta
+from stages.errors import SparsesweepError
+from stages.evaluation.perplexity import WindowLosses, window_loss
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream, read_ahead
+
+BUCKET = 32  # tokens: sequences are padded on the right to a multiple of it
+CONTEXT_LENGTH = 2048  # tokens, where the checkpoint states none
+MEMORY_SHARE = 0.5  # of what is free, for hidden states; beyond it they lie in a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedModel:
+    """base, or base + delta, one block in memory at a time.
+
+    scratch: directory for hidden states that do not fit in memory.
+    """
+
+    decoder: Decoder
+    delta: SparseDelta | None
+    scratch: Path
+
+    @torch.no_grad()
+    def hidden(self, groups: list[torch.Tensor], batch: int) -> list[torch.Tensor]:
+        """Each group's outputs of the last block; the model is read once for all.
+
+        Args:
+            groups: each [sequences, tokens], int64. batch: sequences per forward pass.
+
+        Returns:
+            For each group [sequences, tokens, width], compute dtype.
+        """
+        decoder = self.decoder
+        budget = int(MEMORY_SHARE * psutil.virtual_memory().available / len(groups))
+        with decoder.before_blocks():
+            streams = [Stream(decoder, group, batch=batch, budget=budget, scratch=self.scratch) for group in groups]
+        with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
+            for index, tensors in enumerate(blocks):
+                if self.delta is not None:
+                    tensors = {name: self.delta.apply(name, tensor) for name, tensor in tensors.items()}
+                with decoder.loaded(index, tensors) as block:
+                    for stream in streams:
+                        stream.advance(index, block)
+        return [stream.hidden for stream in streams]
+
+    @contextmanager
+    def head(self) -> Iterator[Any]:
+        """Yields a function from hidden states, [tokens, width], to logits, [tokens, vocabulary]."""
+        with self.decoder.after_blocks():
+            yield lambda hidden: self.decoder.logits(hidden[None].to(self.decoder.device))[0]
+
+    @torch.no_grad()
+    def window_losses(self, windows: torch.Tensor) -> WindowLosses:
+        """As perplexity.window_losses: one window a pass, [windows, tokens], int64."""
+        (hidden,) = self.hidden([windows], batch=1)
+        with self.head() as logits:
+            parts = zip(hidden, windows.to(self.decoder.device), strict=True)
+            return WindowLosses(losses=[window_loss(logits(states[:-1]), window, index) for index, (states, window) in enumerate(parts)])
+
+    @torch.no_grad()
+    def continuation_scores(self, sequences: list[tuple[list[int], int]], batch: int) -> list[tuple[float, bool]]:
+        """How likely the end of each sequence is after its beginning.
+
+        Args:
+            sequences: tokens, and how many of the last ones are scored.
+            batch: sequences per forward pass.
+
+        Returns:
+            For each the summed log-probability [nats], and whether every scored token is the most likely one.
+        """
+        buckets: dict[int, list[int]] = defaultdict(list)
+        for number, (tokens, _) in enumerate(sequences):
+            buckets[-(-(len(tokens) - 1) // BUCKET) * BUCKET].append(number)
+        groups = [
+            torch.tensor([(sequences[n][0][:-1] + [0] * length)[:length] for n in members]) for length, members in sorted(buckets.items())
+        ]
+        found: dict[int, tuple[float, bool]] = {}
+        outputs = self.hidden(groups, batch)
+        with self.head() as logits:
+            for (_, members), hidden in zip(sorted(buckets.items()), outputs, strict=True):
+                for number, states in zip(members, hidden, strict=True):
+                    tokens, scored = sequences[number]
+                    end = len(tokens) - 1
+                    wanted = torch.tensor(tokens[-scored:], device=self.decoder.device)
+                    likely = torch.log_softmax(logits(states[end - scored : end]).float(), dim=-1)
+                    total = likely.gather(1, wanted[:, None]).sum().item()
+                    found[number] = total, bool((likely.argmax(dim=-1) == wanted).all())
+        return [found[number] for number in range(len(sequences))]
+
+
+class StreamedHarness(TemplateLM):
+    """A streamed model as lm-eval wants it; it scores continuations and does not generate."""
+
+    def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        super().__init__()
+        self.streamed, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.max_length = model.decoder.checkpoint.context_length or CONTEXT_LENGTH
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
+
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        sequences = [((context + continuation)[-(self.max_length + 1) :], len(continuation)) for _, context, continuation in requests]
+        return self.streamed.continuation_scores(sequences, self.batch_size)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        raise SparsesweepError("evaluation.streamed: rolling likelihoods are not offered; no task of this project asks for them")
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        raise SparsesweepError("evaluation.streamed: text is not generated; no task of this project asks for it")

@@ -1,0 +1,216 @@
+"""Kill -9 at any moment, run again: the bytes are those of a run that nobody interrupted."""
+
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stages import config, prune
+from stages.errors import SparsesweepError
+from stages.files import PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, sha256, write_json
+from stages.pruning import journal as journals
+
+METHOD = config.SparseGptMethod(
+    name="sparsegpt", score="obs", threshold="matrix", update="sparsegpt", damping=0.01, damping_limit=1.0, block_size=16
+)
+PATTERN = config.Unstructured(name="unstructured", sparsity=0.5)
+PRUNE = config.Prune(device="cpu", dtype="float32", micro_batch=2, propagate="pruned", error_tokens=60, expert_tokens=0, memory_budget=None)
+
+
+def write_windows(seed: int = 0) -> None:
+    directory = Path("artifacts/calibration")
+    directory.mkdir(parents=True, exist_ok=True)
+    windows = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(seed))
+    save_file({"windows": windows}, directory / "windows.safetensors")
+    write_json(directory / "provenance.json", {"windows_sha256": sha256(directory / "windows.safetensors")})
+
+
+@pytest.fixture()
+def project(canonical, tmp_path, monkeypatch) -> Path:
+    """A directory in which the prune stage can run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    shutil.copytree(canonical, "artifacts/base")
+    write_windows()
+    return tmp_path
+
+
+def run(**changes: object) -> dict[str, bytes]:
+    """Run the stage; everything that a later stage reads, file by file."""
+    sections = {"method": METHOD, "pattern": PATTERN, "allocation": config.Allocation(name="uniform"), "prune": PRUNE, **changes}
+    prune.main.function(**sections)
+    return {path.name: path.read_bytes() for path in [*SPARSE.iterdir(), PRUNE_RESULTS / "sparsity.json"]}
+
+
+def resumed_after() -> int:
+    return read_json(PRUNE_RESULTS / "provenance.json")["resumed_after"]
+
+
+def killed_while(prepare) -> bool:
+    """Run the stage in a child process that `prepare` arranges to be killed; whether it was, or had finished before."""
+    child = os.fork()
+    if not child:
+        try:
+            prepare()
+            run()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def kill(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner: object, name: str, number: int, before: bool):
+    """Kill before or after the nth call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*arguments, **keywords):
+        calls.append(1)
+        if before and len(calls) == number:
+            kill()
+        result = original(*arguments, **keywords)
+        if len(calls) == number:
+            kill()
+        return result
+
+    return lambda: setattr(owner, name, counted)
+
+
+# where, and how many blocks must have been finished by then (None: an earlier moment may already count the next)
+MOMENTS = {
+    "before the first block": (at_call(prune, "prune_blocks", 1, True), 0),
+    "while the first delta file is written": (at_call(journals, "write_block", 1, False), 0),
+    "before the first record is in place": (at_call(journals, "sha256", 1, False), 0),
+    "after the second block": (at_call(journals.Journal, "write", 2, False), 2),
+    "while the third delta file is written": (at_call(journals, "write_block", 3, False), 2),
+    "before the results are written": (at_call(prune, "write_results", 1, True), 3),
+    "while the delta files are handed over": (at_call(journals.os, "link", 2, False), 3),
+    "between the delta and its results": (at_call(prune, "write_manifest", 1, False), 3),
+    "before the journal is removed": (at_call(prune, "write_results", 1, False), 3),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_after_its_last_finished_block_with_the_same_bytes(project, moment):
+    expected = run()
+    assert not PRUNE_JOURNAL.exists()
+    shutil.rmtree(SPARSE), shutil.rmtree(PRUNE_RESULTS)  # as DVC does before it runs a stage
+    prepare, finished = MOMENTS[moment]
+    assert killed_while(prepare)
+    assert run() == expected
+    assert resumed_after() == finished
+    assert not PRUNE_JOURNAL.exists()
+    assert {path.name for path in Path("artifacts").iterdir()} == {"base", "calibration", "sparse"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the_same_bytes(project, seed):
+    started = time.perf_counter()
+    expected = run()
+    seconds, draw = time.perf_counter() - started, random.Random(seed)
+
+    def killed_later() -> None:
+        threading.Timer(draw.uniform(0, seconds), kill).start()
+
+    kills = sum(killed_while(killed_later) for _ in range(4))
+    assert run() == expected
+    assert kills
+
+
+def test_a_run_in_dense_propagation_resumes_too(project):
+    dense = config.Prune(**{name: getattr(PRUNE, name) for name in PRUNE.__slots__} | {"propagate": "dense"})
+    expected = run(prune=dense)
+    child = os.fork()
+    if not child:
+        at_call(journals.Journal, "write", 2, False)()
+        run(prune=dense)
+    os.waitpid(child, 0)
+    assert run(prune=dense) == expected
+    assert resumed_after() == 2
+
+
+def interrupted() -> None:
+    assert killed_while(at_call(journals.Journal, "write", 2, False))
+    assert PRUNE_JOURNAL.exists()
+
+
+def test_another_base_starts_afresh(project, caplog):
+    interrupted()
+    name = next(Path("artifacts/base").glob("*.safetensors")).name
+    provenance = read_json(Path("artifacts/base/provenance.json"))
+    provenance["files"][name] = "0" * 64
+    write_json(Path("artifacts/base/provenance.json"), provenance)
+    with caplog.at_level("INFO"):
+        run()
+    assert resumed_after() == 0
+    assert "an interrupted run of something else (base differ" in caplog.text
+
+
+def test_other_windows_start_afresh(project):
+    interrupted()
+    write_windows(seed=1)
+    found = run()
+    assert resumed_after() == 0
+    assert found == run()
+
+
+def test_another_configuration_starts_afresh(project):
+    interrupted()
+    run(pattern=config.Unstructured(name="unstructured", sparsity=0.25))
+    assert resumed_after() == 0
+
+
+def test_other_code_starts_afresh(project, monkeypatch):
+    interrupted()
+    monkeypatch.setattr(prune, "code_sha256", lambda: "0" * 64)
+    run()
+    assert resumed_after() == 0
+
+
+def test_a_block_whose_bytes_changed_since_is_pruned_again(project):
+    expected = run()
+    interrupted()
+    path = PRUNE_JOURNAL / "block-00001.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert run() == expected
+    assert resumed_after() == 1
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_keeps_the_blocks_finished(project, monkeypatch):
+    expected = run()
+    write, calls = journals.write_block, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(journals, "write_block", full)
+    with pytest.raises(SparsesweepError, match=r"artifacts/.prune: the disk is full .*; the blocks finished so far are kept"):
+        run()
+    monkeypatch.undo()
+    os.chdir(project)
+    assert run() == expected
+    assert resumed_after() == 2
+
+
+def test_two_runs_in_one_place_are_refused(project):
+    facts = {"base": "b"}
+    with (
+        journals.opened(PRUNE_JOURNAL, facts, "b"),
+        pytest.raises(SparsesweepError, match=r"artifacts/.prune: another run is pruning here"),
+        journals.opened(PRUNE_JOURNAL, facts, "b"),
+    ):
+        pass
