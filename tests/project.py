@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,18 @@ class Project:
         output = done.stdout + done.stderr
         assert (done.returncode != 0) == fails, f"{' '.join(command)} exited with {done.returncode}:\n{output}"
         return output
+
+    def killed_once(self, path: str, *command: str) -> bool:
+        """Run a command and kill it, with all its children, as soon as `path` is there; whether it came to that."""
+        process = subprocess.Popen(
+            command, cwd=self.root, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None:
+            if (self.root / path).exists():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return True
+        return False
 
     def stages_run(self, *command: str) -> list[str]:
         """Which stages a DVC command executed, in order."""
@@ -84,7 +97,7 @@ def write_configuration(root: Path, data: Path) -> None:
         conf / "evaluation/tiny.yaml",
         "defaults: [evaluation_schema, /text@_global_.text.evaluation: [tiny_articles, tiny_boolq, tiny_piqa], _self_]\n"
         "name: tiny\ndevice: auto\ndtype: auto\nperplexity: {corpus: tiny_articles, window_length: 64, windows: 4}\n"
-        "tasks: [boolq, piqa]\nrows: 4\nbatch_size: 4\ngenerations: {new_tokens: 3, prompts: [river stone]}\n",
+        "tasks: [boolq, piqa]\nrows: 4\nbatch_size: 4\nstreamed: false\ngenerations: {new_tokens: 3, prompts: [river stone]}\n",
     )
     _yaml(
         conf / "experiment/tiny.yaml",

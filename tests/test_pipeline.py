@@ -184,6 +184,21 @@ def test_no_path_of_the_machine_reaches_the_release(project):
         assert str(project.root.parent) not in path.read_text(), path.name
 
 
+def test_repro_goes_on_after_a_kill(project):
+    """The journal lasts some milliseconds here, so that a kill may come too late: then another point is tried."""
+    for seed in range(20, 25):
+        point = ["exp", "run", "-S", "experiment=tiny", "-S", f"calibration.seed={seed}"]
+        if (
+            project.killed_once("artifacts/.prune/block-00000.json", "dvc", *point, "prune")
+            and (project.root / "artifacts/.prune").exists()
+        ):
+            break
+    assert project.stages_run("repro", "prune") == ["prune"]
+    provenance = json.loads((project.root / "results/prune/provenance.json").read_text())
+    assert provenance["resumed_after"] >= 1
+    assert not (project.root / "artifacts/.prune").exists()
+
+
 # What a team shares.
 
 
