@@ -59,6 +59,14 @@ CONFIGS: dict[str, dict] = {
     "nemotron": SIZES,
     "codegen": {**GPT2, "rotary_dim": 4},
     "gpt_bigcode": GPT2,
+    "arcee": SIZES,
+    "exaone4": {**SIZES, "sliding_window": 8},
+    "seed_oss": {**SIZES, "head_dim": 8},
+    "ernie4_5": SIZES,
+    "persimmon": SIZES,
+    "openai-gpt": GPT2,
+    "phimoe": {**SIZES, "num_local_experts": 4},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "head_dim": 8, "n_group": 1, "topk_group": 1},
     "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8},
@@ -79,11 +87,20 @@ CONFIGS: dict[str, dict] = {
     },
 }
 
+# What is refused, and the weight that says why.
+REFUSED: dict[str, tuple[dict, str]] = {
+    "mamba": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}, "layers.0.mixer.A_log"),
+    "rwkv": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3}, "blocks.0.attention.time_mix_key"),
+    "jamba": ({**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False}, "layers.0.mamba.A_log"),
+    "gpt_oss": ({**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "layers.0.mlp"),
+    "llama4_text": ({**SIZES, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8}, "feed_forward.experts.gate_up_proj"),
+}
+
 
 def model(kind: str, seed: int = 0) -> PreTrainedModel:
     """With weights large enough for attention and routing to tell tokens apart, norms and biases included."""
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[kind])).eval()
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(CONFIGS.get(kind) or REFUSED[kind][0]))).eval()
     for parameter in made.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -29,10 +28,13 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"{directory}: transformers knows no decoder language model of type {config.model_type!r}")
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model.apply(model._init_weights)  # buffers anew, outside the scope of `dtype`, as from_pretrained computes them
-    return model
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    return model.apply(model._init_weights)  # computes the buffers, as it does for from_pretrained
 
 
 def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

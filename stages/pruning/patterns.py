@@ -9,6 +9,8 @@ from fractions import Fraction
 
 import torch
 
+FEW_ROWS = 64  # a GPU selects in each row by one group of threads, and sorts by all
+
 
 def pruned_count(total: int, sparsity: float) -> int:
     """How many of `total` weights go: floor(total * sparsity), the sparsity read as the decimal that the user wrote.
@@ -48,6 +50,8 @@ def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
         values = scores.detach().float().clone().numpy()
         values.partition(nth - 1, axis=1)
         return torch.from_numpy(values[:, nth - 1 : nth].copy()).to(scores.dtype)
+    if len(scores) < FEW_ROWS:
+        return scores.sort(dim=1).values[:, nth - 1 : nth]
     return scores.kthvalue(nth, dim=1, keepdim=True).values
 
 

@@ -358,4 +358,4 @@ def _is_experts(module: nn.Module, parameter: torch.Tensor) -> bool:
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """[windows, tokens, width] through one loaded block, called as its model calls it."""
     output = block(hidden, *call.arguments, **call.keywords)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -16,6 +16,7 @@ from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.config import LocalBase
+from stages.errors import ArchitectureError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Nm, Unstructured
@@ -144,6 +145,15 @@ def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound
     verified = verify(tmp_path / "release", base, delta)  # every other tensor bit by bit, and stock transformers' logits
     assert verified.matrices == len(changes)
     assert verified.sparsity == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize("kind", architectures.REFUSED)
+def test_what_cannot_be_handled_is_refused_by_name_and_reason_before_any_weight_is_read(kind, tmp_path, monkeypatch):
+    base = fetched(kind, tmp_path)
+    monkeypatch.setattr(Checkpoint, "tensor", None)
+    reason = rf"{kind}: .*{re.escape(architectures.REFUSED[kind][1])}.* is neither a linear layer's weight nor experts'; .* not supported"
+    with pytest.raises(ArchitectureError, match=reason):
+        _ = Decoder(base, torch.float32, CPU).matrices
 
 
 def test_at_least_twenty_five_architectures_are_covered():

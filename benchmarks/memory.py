@@ -1,0 +1,104 @@
+"""Peak memory of pruning a model that is larger than what it is given: one block, not the model.
+
+python -m benchmarks.memory
+
+Writes a random checkpoint with zephyr-7b-beta's configuration (14.5 GB; --scratch says where), and runs `python -m stages.prune`
+on 4 windows of 128 tokens, on the CPU in float32, watching its memory. Prints the table and writes it between the markers in
+README.md. A finished measurement is kept in the scratch directory, and the checkpoint is removed at the end.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from benchmarks import random_checkpoint
+from benchmarks.markers import write_between
+from benchmarks.measure import measure
+from benchmarks.speed import ENVIRONMENT, composed, cpu
+from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, read_json, remove, write_json
+
+README = Path("README.md")
+START, END = "<!-- memory: python -m benchmarks.memory -->", "<!-- end of memory -->"
+POINTS = (("wanda", 32), ("wanda", 2), ("sparsegpt", 2))  # method, blocks
+WINDOWS, LENGTH = 4, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scratch", type=Path, default=Path(".cache/memory"), help="keeps finished measurements; needs 16 GB")
+    arguments = parser.parse_args()
+    project, rows = arguments.scratch / "project", []
+    for method, blocks in POINTS:
+        done = arguments.scratch / f"{method}-{blocks}.json"
+        if not done.is_file():
+            print(f"{method}, {blocks} blocks", file=sys.stderr, flush=True)
+            make_base(project, blocks)
+            write_json(done, measurement(project, method))
+        rows.append({"method": method, "blocks": blocks, **read_json(done)})
+    remove(project)
+    text = table(rows)
+    print(text)
+    write_between(README, START, END, text)
+
+
+def make_base(project: Path, blocks: int) -> None:
+    """What the fetch and sample stages would leave; the checkpoint stays where it is the right one already."""
+    provenance = project / BASE / "provenance.json"
+    if not provenance.is_file() or read_json(provenance)["blocks"] != blocks:
+        remove(project)
+        files = random_checkpoint.write(project / BASE, blocks)
+        write_json(provenance, {"name": "random/zephyr-7b-beta", "blocks": blocks, "files": files})
+    windows = torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    (project / CALIBRATION).mkdir(parents=True, exist_ok=True)
+    save_file({"windows": windows}, project / CALIBRATION / "windows.safetensors")
+    write_json(project / CALIBRATION / "provenance.json", {"windows_sha256": "random, generator 0"})
+
+
+def measurement(project: Path, method: str) -> dict[str, Any]:
+    """Prune at 50%.
+
+    Raises:
+        SystemExit: it failed; names its log.
+    """
+    params = composed(f"method={method}", "pattern.sparsity=0.5", "prune.device=cpu", "prune.dtype=float32")
+    OmegaConf.save(params, project / "params.yaml")
+    log = project / "log.txt"
+    cost = measure([sys.executable, "-m", "stages.prune"], directory=project, environment=ENVIRONMENT, log=log)
+    if cost.exit_code:
+        raise SystemExit(f"{method}: exit code {cost.exit_code}; see {log}")
+    run = read_json(project / PRUNE_RESULTS / "provenance.json")
+    return {
+        "peak_anonymous": cost.peak_anonymous,
+        "peak_resident": cost.peak_resident,
+        "seconds": run["seconds"],
+        "sparsity": read_json(project / PRUNE_RESULTS / "metrics.json")["sparsity"],
+        "checkpoint": sum(path.stat().st_size for path in (project / BASE).glob("*.safetensors")),
+        "torch": run["versions"]["torch"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each method and depth."""
+    lines = [
+        "| method | blocks | checkpoint | peak anonymous memory | peak resident memory | sparsity | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['blocks']} | {row['checkpoint'] / 1e9:.2f} GB | {row['peak_anonymous'] / 1e9:.2f} GB "
+            f"| {row['peak_resident'] / 1e9:.2f} GB | {row['sparsity']:.4f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nA random checkpoint with zephyr-7b-beta's configuration, in bfloat16; {WINDOWS} windows of {LENGTH} random tokens; 50% "
+        f"unstructured; computed in float32 on {cpu()}, {torch.get_num_threads()} threads, with torch {rows[0]['torch']}. Anonymous memory "
+        "is what no file backs; importing the libraries is in it."
+    )
+
+
+if __name__ == "__main__":
+    main()

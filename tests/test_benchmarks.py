@@ -1,0 +1,90 @@
+"""The benchmarks' own parts: what they measure with, what they write, and that the GPU script runs where little is installed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MistralForCausalLM
+
+from benchmarks import gpu, random_checkpoint
+from benchmarks.markers import write_between
+from benchmarks.measure import measure
+from stages.checkpoint.reader import Checkpoint
+from stages.streaming.architecture import Decoder
+from tests.test_pipeline import ROOT, closure
+
+
+def test_text_goes_between_its_markers_and_nowhere_else(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n")
+    write_between(document, "<!-- x -->", "<!-- end of x -->", "new")
+    assert document.read_text() == "a\n<!-- x -->\nnew\n<!-- end of x -->\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "found 0 times <!-- x -->"),
+        ("<!-- x --><!-- x --> <!-- end -->", "found 2 times <!-- x -->"),
+        ("<!-- end --><!-- x -->", "before"),
+    ],
+)
+def test_markers_that_are_not_there_once_are_named(tmp_path, content, message):
+    document = tmp_path / "page.md"
+    document.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_between(document, "<!-- x -->", "<!-- end -->", "new")
+
+
+def test_memory_that_no_file_backs_is_seen():
+    cost = measure([sys.executable, "-c", "import time; data = bytearray(b'x') * 100_000_000; time.sleep(0.3)"])
+    assert cost.exit_code == 0
+    assert 100e6 < cost.peak_anonymous < 150e6
+    assert cost.peak_resident >= cost.peak_anonymous
+
+
+def test_a_command_that_fails_says_how():
+    assert measure([sys.executable, "-c", "raise SystemExit(3)"]).exit_code == 3
+
+
+def test_the_random_checkpoint_is_a_zephyr_that_the_engine_takes(tmp_path, monkeypatch):
+    small = random_checkpoint.zephyr(2)
+    small.update({"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1})
+    monkeypatch.setattr(random_checkpoint, "zephyr", lambda _: small)
+    assert len(random_checkpoint.write(tmp_path, 2)) == 3
+    assert sum(map(len, Decoder(Checkpoint(tmp_path), torch.float32, torch.device("cpu")).matrices)) == 14
+
+
+def test_zephyr_has_seven_thousand_million_weights():
+    with torch.device("meta"):
+        assert MistralForCausalLM(random_checkpoint.zephyr(32)).num_parameters() == 7_241_732_096
+
+
+def test_the_gpu_benchmark_imports_torch_transformers_and_safetensors_alone():
+    files = closure(ROOT / "benchmarks/gpu.py") | {
+        ROOT / f"benchmarks/{name}.py" for name in ("random_checkpoint", "markers", "peers/plain")
+    }
+    roots = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                roots.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors", "numpy", "stages", "benchmarks"}
+
+
+def test_the_gpu_benchmarks_correctness_part_passes_on_the_cpu(capsys):
+    gpu.check(torch.device("cpu"))
+    assert "of the mask bits are those of the published procedure" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_benchmark_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=Path(ROOT), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "torch finds no GPU here" in done.stderr
