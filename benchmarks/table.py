@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.markers import write_between
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
+from stages.release.card import plus_minus
 
 README = Path("README.md")
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of results -->"
@@ -56,10 +57,6 @@ def row(point: str) -> dict[str, Any]:
         "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
         "prune": read_json(PRUNE_RESULTS / "provenance.json"),
     }
-
-
-def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
-    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

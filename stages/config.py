@@ -87,9 +87,7 @@ class LocalBase:
     license: str | None
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "base.path", self.path, "a directory with config.json and safetensors files")
-        require(bool(self.name), "base.name", self.name, "the ORG/NAME to put on the model card")
-        require(bool(self.license), "base.license", self.license, "the checkpoint's licence, which the release inherits")
+        require_described(self, "a directory with config.json and safetensors files")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,11 +102,16 @@ class GgufBase:
     license: str | None
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "base.path", self.path, "a GGUF file")
+        require_described(self, "a GGUF file")
         require_sha256("base.sha256", self.sha256)
-        require(bool(self.name), "base.name", self.name, "the ORG/NAME to put on the model card")
-        require(bool(self.license), "base.license", self.license, "the checkpoint's licence, which the release inherits")
         require_one_of("base.dtype", self.dtype, DTYPES)
+
+
+def require_described(base: LocalBase | GgufBase, file: str) -> None:
+    """A base from this machine says where it is, and what nothing on the disk says of it."""
+    require(bool(base.path), "base.path", base.path, file)
+    require(bool(base.name), "base.name", base.name, "the ORG/NAME to put on the model card")
+    require(bool(base.license), "base.license", base.license, "the checkpoint's licence, which the release inherits")
 
 
 Base = WheelBase | HubBase | LocalBase | GgufBase

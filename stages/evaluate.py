@@ -21,7 +21,6 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.config import stage
-from stages.errors import ConfigError
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import WholeModel, zero_shot
 from stages.evaluation.perplexity import WindowLosses, cut_windows, window_losses
@@ -39,7 +38,7 @@ def main(part: str, evaluation: config.Evaluation) -> None:
     dtype = record.choose_dtype(evaluation.dtype, device)
     base = Checkpoint(BASE)
     length = evaluation.perplexity.window_length
-    require_context(base, length)
+    base.require_context(length, "evaluation.perplexity.window_length")
     delta = SparseDelta(SPARSE, base.fingerprint) if part == "sparse" else None
     tokenizer = load_tokenizer(BASE)
     texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.perplexity.corpus}.jsonl")]
@@ -106,17 +105,6 @@ def score_tasks(model: LM, evaluation: config.Evaluation) -> tuple[dict[str, dic
 def pick(row: dict[str, Any], *keys: str) -> dict[str, Any]:
     """Some keys of a row: DVC plots only rows that all have the same keys."""
     return {key: row[key] for key in keys}
-
-
-def require_context(base: Checkpoint, length: int) -> None:
-    """Refuse windows that the model was not made for, before a weight is loaded.
-
-    Raises:
-        ConfigError: naming both lengths.
-    """
-    context = base.context_length
-    if context is not None and length > context:
-        raise ConfigError(f"evaluation.perplexity.window_length: found {length}, wanted at most the model's context of {context}")
 
 
 def flatten(scores: dict[str, dict[str, float]]) -> dict[str, float]:

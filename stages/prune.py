@@ -219,6 +219,7 @@ def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Patte
     return {
         "block": block.index,
         "matrix": matrix.name,
+        "tensor": matrix.tensor,
         "weights": weights,
         "zeros": weights - kept,
         "asked": patterns[matrix.name].sparsity,

@@ -54,6 +54,7 @@ def main(**sections: Any) -> None:
             name=name,
             base=base.provenance,
             recipe=recipe,
+            matrices=delta.manifest["matrices"],
             results=results,
             verified=verified,
             watts=sections["publish"].watts,

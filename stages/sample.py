@@ -26,23 +26,13 @@ log = logging.getLogger(__name__)
 
 @stage("calibration")
 def main(calibration: Calibration) -> None:
-    require_context(Checkpoint(BASE), calibration.window_length)
+    Checkpoint(BASE).require_context(calibration.window_length, "calibration.window_length")
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     drawn = draw(calibration, tokenizer)
     refuse_overlap(calibration, drawn, tokenizer)
     with replacing(CALIBRATION) as directory:
         write(directory, calibration, drawn)
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
-
-
-def require_context(base: Checkpoint, length: int) -> None:
-    """Refuse windows that the model was not made for.
-
-    Raises:
-        CalibrationError: naming both lengths.
-    """
-    if base.context_length is not None and length > base.context_length:
-        raise CalibrationError(f"calibration.window_length: found {length}, wanted at most the model's context of {base.context_length}")
 
 
 def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Window]]:

@@ -199,6 +199,14 @@ def test_repro_goes_on_after_a_kill(project):
     assert not (project.root / "artifacts/.prune").exists()
 
 
+def test_what_several_processes_made_is_taken_as_the_stages_result(project):
+    project.run("dvc", "exp", "run", "-S", "experiment=tiny", "prune")
+    project.run(*["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "stages.prune"])
+    assert json.loads((project.root / "results/prune/provenance.json").read_text())["processes"] == 2
+    project.run("dvc", "commit", "-f", "prune")
+    assert project.stages_run("repro", "prune") == []
+
+
 # What a team shares.
 
 

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from stages import config, evaluate, prune
+from stages import config, prune
 from stages.errors import ConfigError
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
 
 WANDA = config.Method(name="wanda", score="wanda", threshold="row", update="none")
+SWEEP = {"damping": 0.1, "damping_limit": 1.0, "block_size": 64}
 UNIFORM = config.Allocation(name="uniform")
 
 
@@ -46,6 +47,19 @@ def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values(decoder):
     assert prune.delta_bytes(decoder, moved=True) == weights // 8 + 2 * weights
 
 
-def test_an_evaluation_window_longer_than_the_context_is_refused(base):
-    with pytest.raises(ConfigError, match="evaluation.perplexity.window_length: found 513, wanted at most the model's context of 512"):
-        evaluate.require_context(base, 513)
+def test_experts_are_one_line_in_the_plot_of_errors():
+    rows = [{"block": 0, "matrix": f"layers.0.experts.{e}.w1.weight", "relative_error": e} for e in range(3)]
+    rows += [{"block": 0, "matrix": "layers.0.experts.down_proj[0]", "relative_error": 4.0}]
+    assert prune.error_by_block(rows) == [
+        {"block": 0, "relative_error": 1.0, "matrix": "w1"},
+        {"block": 0, "relative_error": 4.0, "matrix": "down_proj"},
+    ]
+
+
+def test_memory_is_what_is_asked_or_what_is_free(decoder):
+    assert prune.memory_budget(1.5) == 1610612736
+    assert prune.memory_budget(None) > 0
+    wanda, sweep = (prune.block_bytes(decoder, method) for method in (ScoreAndSelect(score="wanda"), SparseGpt(score="obs", **SWEEP)))
+    block = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(0))
+    assert wanda == 2 * 2 * block + 4 * block  # stored twice in bfloat16, computed in float32
+    assert sweep == wanda + 16 * 112**2

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from tests.architectures import CONFIGS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SPANS = re.findall(r"`([^`\n]+)`", README)
@@ -42,6 +44,18 @@ def test_every_make_target_exists(target):
 )
 def test_every_dvc_command_exists(subcommand):
     subprocess.run(["dvc", *subcommand.split(), "--help"], check=True, capture_output=True)
+
+
+def test_the_architectures_listed_are_those_tested():
+    listed = README.split("<!-- architectures: checked by tests/test_readme.py -->")[1].split("<!-- end of architectures -->")[0]
+    assert " ".join(listed.split()) == ", ".join(f"`{kind}`" for kind in CONFIGS)
+
+
+@pytest.mark.parametrize("table", ["memory", "speed"])
+def test_a_benchmarks_table_was_generated(table):
+    text = README.split(f"<!-- {table}: python -m benchmarks.{table} -->")[1].split(f"<!-- end of {table} -->")[0]
+    assert text.count("\n| wanda |") >= 2
+    assert text.count("\n| sparsegpt |") >= 1
 
 
 def test_the_results_were_generated():

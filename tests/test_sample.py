@@ -46,11 +46,6 @@ def test_a_source_that_is_too_small_is_named(workspace):
         sample.draw(calibration(window_length=500), tiny.tokenizer())
 
 
-def test_a_window_longer_than_the_models_context_is_refused(base):
-    with pytest.raises(CalibrationError, match="calibration.window_length: found 513, wanted at most the model's context of 512"):
-        sample.require_context(base, 513)
-
-
 @pytest.mark.parametrize("where", ["articles.jsonl", "task.jsonl"])
 def test_text_that_is_evaluated_must_not_be_calibrated_on(workspace, where):
     leaked = tiny.sentences(20, seed=4, length=90)[3]

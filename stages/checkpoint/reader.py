@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, ConfigError
 from stages.files import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -154,6 +154,18 @@ class Checkpoint:
     def context_length(self) -> int | None:
         """Tokens that the model was made for, where its config says so."""
         return read_json(self.directory / "config.json").get("max_position_embeddings")
+
+    def require_context(self, length: int, key: str) -> None:
+        """Refuse windows that the model was not made for.
+
+        Args:
+            length: tokens. key: of the configuration, for the error.
+
+        Raises:
+            ConfigError: naming the key and both lengths.
+        """
+        if self.context_length is not None and length > self.context_length:
+            raise ConfigError(f"{key}: found {length}, wanted at most the model's context of {self.context_length}")
 
     @cached_property
     def fingerprint(self) -> str:

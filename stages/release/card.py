@@ -60,13 +60,34 @@ def _known_to_the_hub(license_name: str) -> bool:
     return license_name in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
 
+def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
+    """A value and its standard error."""
+    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
+
+
+def exceptions(matrices: list[dict[str, Any]], method: dict[str, Any]) -> str:
+    """Markdown: where pruning had to do something else than was asked; nothing where it had not."""
+    lines = []
+    borrowed = [row for row in matrices if row["calibrated_on"] != "its tokens"]
+    if borrowed:
+        lines.append(
+            f"- {len(borrowed)} matrices of experts that too few calibration tokens chose were calibrated on a sample of all tokens; "
+            "sparsity.json names them."
+        )
+    raised = [row for row in matrices if row["damping"] not in (None, method.get("damping"))]
+    if raised:
+        most = max(row["damping"] for row in raised)
+        lines.append(f"- {len(raised)} matrices needed more damping than {method['damping']:g}, up to {most:g}; sparsity.json names them.")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def results_table(results: dict[str, Any]) -> str:
     """Markdown: dense beside sparse, with standard errors."""
     dense, sparse, protocol = results["dense"], results["sparse"], results["protocol"]
     lines = ["| | dense | sparse |", "|---|---|---|"]
 
     def row(label: str, key: str, digits: int) -> str:
-        cells = [f"{model[key]:.{digits}f} ± {model[key + '_stderr']:.{digits}f}" for model in (dense, sparse)]
+        cells = [plus_minus(model, key, digits) for model in (dense, sparse)]
         return f"| {label} | {cells[0]} | {cells[1]} |"
 
     corpus = f"perplexity, {protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}"
@@ -99,6 +120,7 @@ def write_card(
     name: str,
     base: dict[str, Any],
     recipe: dict[str, Any],
+    matrices: list[dict[str, Any]],
     results: dict[str, Any],
     verified: Verified,
     watts: float,
@@ -106,13 +128,14 @@ def write_card(
     """Write the whole card.
 
     Args:
-        base: provenance of the base. recipe: from the delta's manifest.
+        base: provenance of the base. recipe, matrices: from the delta's manifest.
         results: "dense", "sparse" (metrics), "accuracy", "protocol", "generations", "prune" (provenance of the pruning).
         verified: what the release's checks found. watts: assumed mean draw of the pruning device.
     """
     prune, method, pattern = results["prune"], recipe["method"], recipe["pattern_label"]
     energy = watts * prune["seconds"] / 3600
     rows = results["protocol"]["tasks"]["rows"]
+    says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     origin = f"revision `{base['revision']}`" if "revision" in base else f"a {base['source']} source"
     update = "the survivors keep their values" if method["update"] == "none" else f"the survivors were updated ({method['update']})"
@@ -135,9 +158,10 @@ client loads them, none becomes smaller or faster by itself.
 - Method: {method["name"]} (score {method["score"]}: {PAPERS[method["score"]]}; threshold per {method["threshold"]}; {update}).
 - Pattern: {pattern}; asked and achieved in each of {verified.matrices} matrices, counted on the written bytes.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
+- Order: block after block, each for the inputs that its {recipe["propagate"]} predecessors give it.
 - Calibration: windows with SHA-256 `{recipe["calibration"]}`; provenance.json has every document and offset.
 - Mean relative output error over the matrices, ||(W - W')X|| / ||WX||: {recipe["relative_error"]:.4f}.
-- Untouched, bit for bit: embeddings, output head, norms, biases ({verified.other_tensors} tensors).
+{exceptions(matrices, method)}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
 
 ## Results
 
@@ -150,7 +174,7 @@ normalisation, lm-eval {prune["versions"]["lm-eval"]}.
 
 Greedy continuations, dense beside sparse.
 
-{generations_table(results["generations"])}
+{says}
 
 ## Intended use
 

@@ -1,5 +1,6 @@
 """Is the written release what it should be? Measured on its own bytes and in stock transformers."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def verify(release: Path, base: Checkpoint, delta: SparseDelta) -> Verified:
 def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) -> Verified:
     if set(written) != set(base):
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
-    asked = {row["matrix"]: row["zeros"] for row in delta.manifest["matrices"]}
+    asked: Counter[str] = Counter()
+    for row in delta.manifest["matrices"]:
+        asked[row["tensor"]] += row["zeros"]
     if not set(delta) == set(asked) <= set(base):
         odd = sorted(set(delta) ^ set(asked)) or sorted(set(asked) - set(base))
         raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {odd[:3]}")
@@ -61,7 +64,7 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
         if change.values is None and not _same_bits(before[change.mask], after[change.mask]):
             raise ReleaseError(f"{name}: its kept weights differ from the base's")
         zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
-    return Verified(matrices=len(asked), other_tensors=len(set(base)) - len(asked), sparsity=zeros / weights)
+    return Verified(matrices=len(delta.manifest["matrices"]), other_tensors=len(set(base)) - len(asked), sparsity=zeros / weights)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

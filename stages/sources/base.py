@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import tempfile
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -92,25 +93,36 @@ def require_decoder(config: dict[str, Any], where: str) -> None:
         raise SourceError(f"{where}: found architecture {architectures} of type {kind!r}, wanted {wanted}")
 
 
-def _shards(names: list[str], where: str) -> list[str] | None:
-    """The safetensors files to take; None where the index must tell.
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """What to take of a repository or directory.
 
+    small: configuration, tokenizer, licence, and the index where there is one. indexed: whether it names the shards.
+    """
+
+    small: list[str]
+    indexed: bool
+
+    def shards(self, directory: Path) -> list[str]:
+        """The safetensors files; the small ones are in the directory by now."""
+        return sorted(set(read_weight_map(directory / INDEX).values())) if self.indexed else [SINGLE]
+
+
+def _files(names: list[str], where: str) -> _Files:
+    """
     Raises:
         SourceError: no config.json, only pickles, or no weights at all.
     """
     if "config.json" not in names:
         raise SourceError(f"{where}: found no config.json")
+    companions = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in COMPANIONS))
     if INDEX in names:
-        return None
+        return _Files(small=[*companions, INDEX], indexed=True)
     if SINGLE in names:
-        return [SINGLE]
+        return _Files(small=companions, indexed=False)
     if any(fnmatch(name, pattern) for name in names for pattern in PICKLES):
         raise SourceError(f"{where}: found weights only as pickles, which are never loaded; wanted safetensors")
     raise SourceError(f"{where}: found neither {INDEX} nor {SINGLE}")
-
-
-def _companions(names: list[str]) -> list[str]:
-    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in COMPANIONS))
 
 
 def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]:
@@ -122,18 +134,17 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]
     """
     repository = hub.resolve(str(base.repo), str(base.revision), "model")
     where, names = f"hub model {base.repo}", list(repository.sizes)
-    weights = _shards(names, where)
+    files = _files(names, where)
     license_name = base.license or repository.license
     if not license_name:
         raise SourceError(f"{where}: its card states no licence; set base.license to what applies")
     partial = repository.directory(downloads)
-    small = _companions(names) + ([INDEX] if weights is None else [])
     hub.require_room_for(repository, [name for name in names if fnmatch(name, "model*.safetensors")], partial)
-    hub.download(repository, small, partial)
+    hub.download(repository, files.small, partial)
     require_decoder(read_json(partial / "config.json"), where)
-    shards = weights if weights is not None else sorted(set(read_weight_map(partial / INDEX).values()))
+    shards = files.shards(partial)
     hub.download(repository, shards, partial)
-    for name in small + shards:
+    for name in files.small + shards:
         os.link(partial / name, directory / name)
     return {"source": "hub", "name": base.repo, "revision": repository.commit, "license": license_name}
 
@@ -149,13 +160,13 @@ def _from_local(base: LocalBase, directory: Path) -> dict[str, Any]:
         raise SourceError(f"base.path: found no directory {source}")
     names = sorted(path.name for path in source.iterdir())
     where = f"local checkpoint {source}"
-    weights = _shards(names, where)
+    files = _files(names, where)
     require_decoder(read_json(source / "config.json"), where)
-    shards = weights if weights is not None else sorted(set(read_weight_map(source / INDEX).values()))
+    shards = files.shards(source)
     for shard in shards:
         shard_header(source / shard)
     require_room(directory, sum((source / shard).stat().st_size for shard in shards))
-    for name in _companions(names) + ([INDEX] if weights is None else []) + shards:
+    for name in files.small + shards:
         shutil.copyfile(source / name, directory / name)
     return {"source": "local", "name": base.name, "license": base.license, "wanted_fingerprint": base.fingerprint}
 

@@ -1,6 +1,7 @@
 """Windows through a decoder of any size, one block in memory: hidden states, what each block is called with, reading ahead."""
 
 import ctypes
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from stages.errors import ArchitectureError, PruningError
-from stages.files import require_room
+from stages.files import full_disk, require_room
 from stages.streaming.architecture import Call, Decoder, run_block
 
 GPU_SHARE = 0.25  # of the GPU's memory: hidden states up to this stay there
@@ -85,9 +86,9 @@ class Stream:
         directory = scratch or Path(tempfile.gettempdir())
         require_room(directory, needed)
         self.place = f"a file of {needed / 1e9:.2f} GB in {directory}"
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.truncate(needed)
-            return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=count, dtype=first.dtype).view(shape)
+        with full_disk(directory, "nothing was computed"), tempfile.NamedTemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, needed)  # a map of a file that the disk has no room for kills the process
+            return torch.from_file(file.name, shared=True, size=count, dtype=first.dtype).view(shape)
 
     def _require_same(self, calls: list[Call], windows: int) -> None:
         known = self.calls.setdefault(windows, calls)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stages.checkpoint.model import load_model
-from stages.checkpoint.reader import Checkpoint, fingerprint
-from stages.errors import CheckpointError
+from stages.checkpoint.reader import Checkpoint, all_finite, fingerprint
+from stages.errors import CheckpointError, ConfigError
 from tests import tiny
 
 
@@ -42,3 +42,23 @@ def test_a_model_with_other_parameters_than_its_tensors_is_refused(base):
 
     with pytest.raises(CheckpointError, match="does not fit MistralForCausalLM: it has no tensor model.norm.weight"):
         load_model(Short(base.directory), None, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_windows_longer_than_the_models_context_are_refused(base):
+    base.require_context(512, "calibration.window_length")
+    with pytest.raises(ConfigError, match="calibration.window_length: found 513, wanted at most the model's context of 512"):
+        base.require_context(513, "calibration.window_length")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_a_single_value_that_is_not_finite_is_seen(dtype, value):
+    tensor = torch.randn(3, 700_000).to(dtype)
+    assert all_finite(tensor)
+    tensor[-1, -1] = value
+    assert not all_finite(tensor)
+
+
+def test_integers_and_empty_tensors_are_finite():
+    assert all_finite(torch.tensor([2**31 - 1]))
+    assert all_finite(torch.empty(0))

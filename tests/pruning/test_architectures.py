@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from stages import prune
 from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
@@ -29,6 +30,7 @@ from tests import architectures
 
 CPU = torch.device("cpu")
 BATCH = 2
+HALF = Unstructured(sparsity=0.5, threshold="row")
 WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
 UNTOUCHED = r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe)\.gate\.weight|shared_expert_gate|router|e_score"
 SPARSEGPT = SparseGpt(score="obs", damping=0.01, damping_limit=1.0, block_size=16)
@@ -116,7 +118,7 @@ def plain_wanda(decoder: Decoder, sparsity: float):
 @pytest.mark.parametrize("kind", architectures.CONFIGS)
 def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound(kind, tmp_path):
     base = fetched(kind, tmp_path)
-    decoder, blocks = streamed(base, ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"))
+    decoder, blocks = streamed(base, ScoreAndSelect(score="wanda"), HALF)
     model, masks = plain_wanda(decoder, 0.5)
     changes = {name: change for block in blocks for name, change in block.changes.items()}
     matrices = [matrix for block in decoder.matrices for matrix in block]
@@ -132,7 +134,7 @@ def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound
     rows = []
     for block in blocks:
         write_block(tmp_path / f"sparse/block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
-        rows += [{"matrix": name, "zeros": int((~change.mask).sum())} for name, change in block.changes.items()]
+        rows += [prune.matrix_row(block, one, dict.fromkeys(masks, HALF)) for one in block.matrices]
     write_manifest(tmp_path / "sparse", base=base.fingerprint, recipe={}, matrices=rows)
     delta = SparseDelta(tmp_path / "sparse", base.fingerprint)
     ours = load_model(base, delta, dtype=torch.float32, device=CPU)
@@ -143,7 +145,7 @@ def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound
     (tmp_path / "release").mkdir()
     pack(base, delta, tmp_path / "release")
     verified = verify(tmp_path / "release", base, delta)  # every other tensor bit by bit, and stock transformers' logits
-    assert verified.matrices == len(changes)
+    assert verified.matrices == len(masks)
     assert verified.sparsity == pytest.approx(0.5, abs=0.001)
 
 
@@ -177,7 +179,7 @@ def test_sparsegpt_compensates_whatever_holds_the_weights(kind, tmp_path):
 
 def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tmp_path):
     base = fetched("mixtral", tmp_path)
-    wanda, half = ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row")
+    wanda, half = ScoreAndSelect(score="wanda"), HALF
     decoder, blocks = streamed(base, wanda, half, expert_tokens=10**6)
     experts = [one for one in blocks[0].matrices if one.matrix.place.expert is not None]
     assert {one.calibrated_on for one in experts} == {"all tokens"}
@@ -202,7 +204,7 @@ def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tm
 def test_an_expert_that_no_token_chose_is_pruned_all_the_same(tmp_path):
     base = fetched("mixtral", tmp_path)
     one_token = WINDOWS[:1, :2]
-    _, blocks = streamed(base, ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"), 1, one_token, 1)
+    _, blocks = streamed(base, ScoreAndSelect(score="wanda"), HALF, 1, one_token, 1)
     unseen = [one for block in blocks for one in block.matrices if one.tokens == 0]
     assert unseen
     assert {one.calibrated_on for one in unseen} == {"all tokens"}
@@ -218,9 +220,8 @@ def test_experts_stored_as_one_tensor_are_pruned_one_by_one(tmp_path):
     local = LocalBase(source="local", path=str(tmp_path / "fused"), name="tests/fused", fingerprint=None, license="mit")
     (tmp_path / "fused-base").mkdir()
     checkpoints.fetch(local, tmp_path / "fused-base", downloads=tmp_path / "unused")
-    half = Unstructured(sparsity=0.5, threshold="row")
-    _, one_by_one = streamed(separate, ScoreAndSelect(score="wanda"), half)
-    decoder, fused = streamed(Checkpoint(tmp_path / "fused-base"), ScoreAndSelect(score="wanda"), half)
+    _, one_by_one = streamed(separate, ScoreAndSelect(score="wanda"), HALF)
+    decoder, fused = streamed(Checkpoint(tmp_path / "fused-base"), ScoreAndSelect(score="wanda"), HALF)
     down = fused[1].changes["model.layers.1.mlp.experts.down_proj"].mask
     for expert in range(4):
         expected = one_by_one[1].changes[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"].mask

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.errors import ReleaseError
-from stages.release.card import default_name, write_card
+from stages.release.card import default_name, exceptions, write_card
 from stages.release.packing import pack, write_sums
 from stages.release.verification import verify
 from tests import tiny
@@ -18,6 +18,7 @@ RECIPE = {
     "pattern": {"name": "unstructured", "sparsity": 0.5},
     "pattern_label": "unstructured",
     "calibration": "c0ffee",
+    "propagate": "pruned",
     "sparsity": 0.5,
     "relative_error": 0.2,
 }
@@ -35,7 +36,7 @@ def delta(base, tmp_path):
             mask[:, ::2] = True
             moved = base.tensor(name)[mask] + 1 if name.endswith("0.mlp.up_proj.weight") else None
             changes[name] = Change(mask=mask, values=moved)
-            rows.append({"matrix": name, "zeros": int((~mask).sum())})
+            rows.append({"tensor": name, "zeros": int((~mask).sum())})
     write_block(directory / "block-00000.safetensors", changes, base.fingerprint)
     write_manifest(directory, base=base.fingerprint, recipe=RECIPE, matrices=rows)
     return SparseDelta(directory, base.fingerprint)
@@ -95,7 +96,7 @@ def test_a_tensor_that_is_missing_is_found(release, base, delta):
 
 
 def test_a_matrix_that_the_manifest_has_and_the_files_lack_is_found(release, base, delta):
-    delta.manifest["matrices"].append({"matrix": "model.norm.weight", "zeros": 0})
+    delta.manifest["matrices"].append({"tensor": "model.norm.weight", "zeros": 0})
     with pytest.raises(ReleaseError, match=r"do not have the same matrices: \['model.norm.weight'\]"):
         verify(release, base, delta)
 
@@ -135,6 +136,17 @@ def test_a_name_says_base_method_and_amount():
     assert default_name("org/big-7b", recipe) == "big-7b-wanda-2of4"
 
 
+MATRICES = [
+    {"calibrated_on": "its tokens", "damping": None},
+    {"calibrated_on": "all tokens", "damping": 0.01},
+    {"calibrated_on": "its tokens", "damping": 1.0},
+]
+
+
+def test_a_pruning_without_exceptions_mentions_none():
+    assert exceptions(MATRICES[:1], {}) == ""
+
+
 def results() -> dict:
     scores = {"perplexity": 20.0, "perplexity_stderr": 1.0, "boolq": 0.5, "boolq_stderr": 0.1, "accuracy_mean": 0.5}
     scores |= {"accuracy_mean_stderr": 0.1}
@@ -156,7 +168,8 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
     path = tmp_path / "README.md"
     base_facts = {"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x"}
     verified = verify(release, base, delta)
-    write_card(path, name="small", base=base_facts, recipe=RECIPE, results=results(), verified=verified, watts=50.0)
+    recipe = {**RECIPE, "method": {**RECIPE["method"], "damping": 0.01}}
+    write_card(path, name="small", base=base_facts, recipe=recipe, matrices=MATRICES, results=results(), verified=verified, watts=50.0)
     card = ModelCard.load(path)
     assert (card.data.base_model, card.data.license, card.data.library_name) == ("org/big-7b", "mit", "transformers")
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -170,6 +183,9 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
         "git checkout abc123\n",
         "a\\|b",
         "&lt;x>",
+        "that its pruned predecessors give it",
+        "1 matrices of experts that too few calibration tokens chose",
+        "1 matrices needed more damping than 0.01, up to 1; sparsity.json",
     ):
         assert fact in card.content, fact
     for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
