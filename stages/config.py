@@ -102,8 +102,8 @@ class GgufBase:
     license: str | None
 
     def __post_init__(self) -> None:
-        require_described(self, "a GGUF file")
         require_sha256("base.sha256", self.sha256)
+        require_described(self, "a GGUF file")
         require_one_of("base.dtype", self.dtype, DTYPES)
 
 

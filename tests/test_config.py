@@ -52,6 +52,11 @@ def test_every_corpus_is_named_by_a_preset_or_part_of_one(path):
     assert any(re.search(rf"\b{path.stem}\b", text) for text in presets if text != path.read_text())
 
 
+def test_a_streamed_evaluation_generates_no_text():
+    with pytest.raises(ConfigError, match="evaluation.generations.prompts: found .*, wanted none with evaluation.streamed"):
+        config.read(composed("evaluation.streamed=true"))
+
+
 def test_every_experiment_opens_with_the_command_that_runs_it():
     for path in CONF.glob("experiment/*.yaml"):
         assert f"# dvc exp run -S experiment={path.stem}" in path.read_text().splitlines()[:2]
@@ -87,6 +92,10 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
             ["method=sparsegpt", "pattern=nm_4_8", "method.block_size=100"],
             "method.block_size: found 100, wanted a multiple of pattern.group = 8",
         ),
+        (["prune.propagate=sparse"], "prune.propagate: found 'sparse', wanted one of pruned, dense"),
+        (["prune.expert_tokens=-1"], "prune.expert_tokens: found -1, wanted 0 or more tokens"),
+        (["prune.memory_budget=0"], "prune.memory_budget: found 0.0, wanted null or more than 0 GiB"),
+        (["method=sparsegpt", "method.damping_limit=0.001"], "method.damping_limit: found 0.001, wanted at least method.damping = 0.01"),
     ],
 )
 def test_a_bad_value_names_its_key_what_was_found_and_what_is_wanted(overrides, message):

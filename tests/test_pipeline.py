@@ -184,6 +184,18 @@ def test_no_path_of_the_machine_reaches_the_release(project):
         assert str(project.root.parent) not in path.read_text(), path.name
 
 
+def test_a_streamed_evaluation_scores_the_same_and_is_published_without_generations(project):
+    def metrics() -> dict[str, float]:
+        return json.loads((project.root / "results/sparse/metrics.json").read_text())
+
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    whole = metrics()
+    streamed = ["-S", "evaluation.streamed=true", "-S", "evaluation.generations.prompts=[]"]
+    assert "evaluate_sparse" in project.stages_run("exp", "run", "-S", "experiment=tiny", *streamed)
+    assert metrics() == pytest.approx(whole, rel=1e-4)
+    assert "(not generated in this evaluation)" in (project.root / "release/README.md").read_text()
+
+
 def test_repro_goes_on_after_a_kill(project):
     """The journal lasts some milliseconds here, so that a kill may come too late: then another point is tried."""
     for seed in range(20, 25):
