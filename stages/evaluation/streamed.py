@@ -51,7 +51,8 @@ class StreamedModel:
         with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
             for index, tensors in enumerate(blocks):
                 if self.delta is not None:
-                    tensors = {name: self.delta.apply(name, tensor) for name, tensor in tensors.items()}
+                    for name, tensor in tensors.items():
+                        tensors[name] = self.delta.apply(name, tensor)
                 with decoder.loaded(index, tensors) as block:
                     for stream in streams:
                         stream.advance(index, block)

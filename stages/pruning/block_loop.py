@@ -24,6 +24,7 @@ from stages.pruning.patterns import Pattern
 from stages.streaming.architecture import Decoder, Matrix, run_block
 from stages.streaming.stream import Stream, read_ahead
 
+ROWS_AT_ONCE = 2048  # of a matrix whose error is measured
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -113,7 +114,8 @@ def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Cha
         for index, tensors in enumerate(blocks):
             changes, is_last = done(index), index == count - 1
             if changes is not None and plan.propagate == "pruned":
-                tensors = {name: changes[name].apply(tensor) if name in changes else tensor for name, tensor in tensors.items()}
+                for name, change in changes.items():
+                    tensors[name] = change.apply(tensors[name])
             with decoder.loaded(index, tensors) as block:
                 if changes is None:
                     observer = _observe(stream, plan, index, block)
@@ -153,12 +155,10 @@ def _prune_block(decoder: Decoder, plan: Plan, index: int, block: nn.Module, obs
         sample = inputs.sampled()
         for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
             change = _change(matrix, outcome, decoder.checkpoint.dtype(matrix.tensor))
-            pruned = _pruned(weight, outcome, decoder.checkpoint.dtype(matrix.tensor))
-            lost, total = ranks.all_sum(lost_and_total(weight, pruned, sample)).tolist()
+            target = matrix.of(block) if plan.propagate == "pruned" else None
+            lost, total = ranks.all_sum(_replace(weight, outcome, decoder.checkpoint.dtype(matrix.tensor), target, sample)).tolist()
             if not math.isfinite(lost + total):
                 raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
-            if plan.propagate == "pruned":
-                matrix.of(block).copy_(pruned)
             parts[matrix.tensor].append((matrix.expert, change))
             finished[matrix.name] = Finished(
                 matrix=matrix,
@@ -212,11 +212,26 @@ def _change(matrix: Matrix, outcome: Pruned, stored: torch.dtype) -> Change:
     return Change(mask=mask.cpu().contiguous(), values=None if values is None else values[mask].to(stored).cpu())
 
 
-def _pruned(weight: torch.Tensor, outcome: Pruned, stored: torch.dtype) -> torch.Tensor:
-    """The matrix as base + delta will have it: rounded to the checkpoint's dtype; [rows, columns], float32."""
-    if outcome.values is None:
-        return weight.masked_fill(~outcome.mask, 0)
-    return outcome.values.to(stored).to(weight.dtype).masked_fill_(~outcome.mask, 0)
+def _replace(weight: torch.Tensor, outcome: Pruned, stored: torch.dtype, target: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+    """Put the matrix as base + delta will have it, rounded to the checkpoint's dtype, into the block; some rows at a time.
+
+    Args:
+        weight: [rows, columns], float32; may be the target itself.
+        target: the block's parameter, [rows, columns], or None where the dense one stays.
+
+    Returns:
+        See lost_and_total.
+    """
+    found = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        kept = outcome.mask[rows]
+        values = weight[rows] if outcome.values is None else outcome.values[rows].to(stored).to(weight.dtype)
+        pruned = values.masked_fill(~kept, 0)
+        found += lost_and_total(weight[rows], pruned, sample)
+        if target is not None:
+            target[rows] = pruned
+    return found
 
 
 def _joined(parts: list[tuple[int | None, Change]]) -> Change:

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import torch
 
+WEIGHTS_AT_ONCE = 2**22  # a selection takes some times their memory
 FEW_ROWS = 64  # a GPU selects in each row by one group of threads, and sorts by all
 
 
@@ -33,10 +34,17 @@ def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     Raises:
         ValueError: a score is NaN or infinite.
     """
-    if not torch.isfinite(scores).all():
+    if not all(torch.isfinite(part).all() for part in scores.split(max(1, WEIGHTS_AT_ONCE // scores.shape[1]))):
         raise ValueError("found a score that is NaN or infinite, wanted finite scores")
-    if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    rows = max(1, WEIGHTS_AT_ONCE // scores.shape[1])
+    for part, kept in zip(scores.split(rows), mask.split(rows), strict=True):
+        if count:
+            kept.copy_(_keep_highest(part, count))
+    return mask
+
+
+def _keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     highest_dropped = _nth_lowest(scores, count)
     below = scores < highest_dropped
     equal = scores == highest_dropped
