@@ -123,6 +123,7 @@ def table(scratch: Path, blocks: int, device: torch.device) -> str:
     for name, method, pattern, propagate in POINTS:
         out = scratch / "delta"
         out.mkdir(exist_ok=True)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
             seconds = timed(lambda: disk_to_disk(base, windows, method, pattern, propagate, out, device))  # noqa: B023  called at once
@@ -135,9 +136,10 @@ def table(scratch: Path, blocks: int, device: torch.device) -> str:
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines) + (
         f"\n\nA random checkpoint with zephyr-7b-beta's configuration ({blocks} blocks), {WINDOWS} windows of {LENGTH} tokens, disk to "
-        f"disk, in bfloat16 on {torch.cuda.get_device_name(device)}, device memory capped at {CAP / 2**30:.0f} GiB, torch "
-        f"{torch.__version__}. The floor is the largest of reading ({rates.disk / 1e9:.1f} GB/s measured), bfloat16 products "
-        f"({rates.bfloat16 / 1e12:.0f} TFLOP/s) plus float32 Gram products ({rates.float32 / 1e12:.0f} TFLOP/s), all else free."
+        f"disk (without the journal's hashes), in bfloat16 on {torch.cuda.get_device_name(device)}, device memory capped at "
+        f"{CAP / 2**30:.0f} GiB, torch {torch.__version__}. The floor is the larger of reading ({rates.disk / 1e9:.1f} GB/s measured, of files lately written) and of "
+        f"products in bfloat16 ({rates.bfloat16 / 1e12:.0f} TFLOP/s) and, for the Gram matrices, float32 ({rates.float32 / 1e12:.0f} "
+        "TFLOP/s), all else free."
     )
 
 

@@ -4,7 +4,7 @@ python -m benchmarks.memory
 
 Writes a random checkpoint with zephyr-7b-beta's configuration (14.5 GB; --scratch says where), and runs `python -m stages.prune`
 on 4 windows of 128 tokens, on the CPU in float32, watching its memory. Prints the table and writes it between the markers in
-README.md. A finished measurement is kept in the scratch directory, and the checkpoint is removed at the end.
+README.md. A finished measurement is kept in the scratch directory (after a change of code, remove it); the checkpoint is not.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks import random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from benchmarks.speed import ENVIRONMENT, composed, cpu
-from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, read_json, remove, write_json
+from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, write_json
 
 README = Path("README.md")
 START, END = "<!-- memory: python -m benchmarks.memory -->", "<!-- end of memory -->"
@@ -35,10 +35,11 @@ def main() -> None:
     project, rows = arguments.scratch / "project", []
     for method, blocks in POINTS:
         done = arguments.scratch / f"{method}-{blocks}.json"
-        if not done.is_file():
+        machine = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        if not done.is_file() or read_json(done)["machine"] != machine:
             print(f"{method}, {blocks} blocks", file=sys.stderr, flush=True)
             make_base(project, blocks)
-            write_json(done, measurement(project, method))
+            write_json(done, {"machine": machine, **measurement(project, method)})
         rows.append({"method": method, "blocks": blocks, **read_json(done)})
     remove(project)
     text = table(rows)
@@ -65,6 +66,7 @@ def measurement(project: Path, method: str) -> dict[str, Any]:
     Raises:
         SystemExit: it failed; names its log.
     """
+    remove(project / PRUNE_JOURNAL)  # of a measurement that was interrupted
     params = composed(f"method={method}", "pattern.sparsity=0.5", "prune.device=cpu", "prune.dtype=float32")
     OmegaConf.save(params, project / "params.yaml")
     log = project / "log.txt"
@@ -78,7 +80,6 @@ def measurement(project: Path, method: str) -> dict[str, Any]:
         "seconds": run["seconds"],
         "sparsity": read_json(project / PRUNE_RESULTS / "metrics.json")["sparsity"],
         "checkpoint": sum(path.stat().st_size for path in (project / BASE).glob("*.safetensors")),
-        "torch": run["versions"]["torch"],
     }
 
 
@@ -95,8 +96,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     return "\n".join(lines) + (
         f"\n\nA random checkpoint with zephyr-7b-beta's configuration, in bfloat16; {WINDOWS} windows of {LENGTH} random tokens; 50% "
-        f"unstructured; computed in float32 on {cpu()}, {torch.get_num_threads()} threads, with torch {rows[0]['torch']}. Anonymous memory "
-        "is what no file backs; importing the libraries is in it."
+        f"unstructured; computed in float32 on {cpu()}, {torch.get_num_threads()} threads, with torch {rows[0]['machine']['torch']}. "
+        "Anonymous memory is what no file backs; importing the libraries is in it."
     )
 
 

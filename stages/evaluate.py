@@ -90,7 +90,8 @@ def score_streamed(
     decoder: Decoder, delta: SparseDelta | None, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor, evaluation: config.Evaluation
 ) -> Scores:
     """The same, one block in memory at a time."""
-    with tempfile.TemporaryDirectory() as scratch:
+    DENSE_RESULTS.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=DENSE_RESULTS.parent, prefix=".streamed-") as scratch:  # /tmp may be memory
         model = StreamedModel(decoder=decoder, delta=delta, scratch=Path(scratch))
         with record.gpu_memory("evaluation.perplexity.window_length", windows.shape[1]):
             losses = model.window_losses(windows)

@@ -45,6 +45,8 @@ from stages.streaming.stream import Stream
 log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
+LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
+COPIES_CUT, COPIES_SWEPT = 3, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
 @stage("method", "pattern", "allocation", "prune")
@@ -77,17 +79,29 @@ def main(
         "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
     }
     with ranks.joined(device), record.gpu_memory("prune.micro_batch", batch):
-        facts = {"base": base.fingerprint, **recipe, "prune": asdict(prune), "batch": batch, "processes": ranks.count()}
+        how = {key: value for key, value in asdict(prune).items() if key not in ("memory_budget", "device")}  # these change no byte
+        facts = {"base": base.fingerprint, "config": sha256(BASE / "config.json"), **recipe, "prune": how}
+        facts |= {"batch": batch, "processes": ranks.count()}
         facts |= {"device": record.device_name(device), "dtype": str(dtype), "code": code_sha256(), "versions": record.versions()}
         with opened(PRUNE_JOURNAL, facts, base.fingerprint) as journal:
-            require_room(SPARSE, delta_bytes(decoder, moved=plan.method.moves) - journal.size)
+            if ranks.rank() == 0:
+                require_room(SPARSE, delta_bytes(decoder, plan) - journal.size)
             log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
             log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
             if journal.finished:
                 log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
-            budget = max(0, memory_budget(prune.memory_budget) - block_bytes(decoder, plan.method))
+            budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - block_bytes(decoder, plan.method))
+            share, first = share_of(windows)
             with decoder.before_blocks():
-                stream = Stream(decoder, share_of(windows), batch=batch, budget=budget, scratch=journal.directory)
+                stream = Stream(
+                    decoder,
+                    share,
+                    batch=batch,
+                    budget=budget,
+                    scratch=PRUNE_JOURNAL.parent,
+                    first_window=first,
+                    all_windows=len(windows),
+                )
             log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
             run_through(stream, plan, journal)
             if ranks.rank() == 0:
@@ -128,15 +142,16 @@ def write_results(journal: Journal, decoder: Decoder, recipe: dict[str, Any], fa
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
 
-def share_of(windows: torch.Tensor) -> torch.Tensor:
-    """This process's windows, [its windows, tokens].
+def share_of(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This process's windows, [its windows, tokens], and the number of its first.
 
     Raises:
         ConfigError: there are fewer windows than processes.
     """
     if len(windows) < ranks.count():
         raise ConfigError(f"calibration.windows: found {len(windows)}, wanted at least one for each of {ranks.count()} processes")
-    return windows.tensor_split(ranks.count())[ranks.rank()]
+    shares = windows.tensor_split(ranks.count())
+    return shares[ranks.rank()], sum(map(len, shares[: ranks.rank()]))
 
 
 def code_sha256() -> str:
@@ -152,24 +167,20 @@ def memory_budget(asked: float | None) -> int:
 
 
 def block_bytes(decoder: Decoder, method: PruneMatrices) -> int:
-    """About how many bytes of host memory the loop needs beside the hidden states.
+    """About how many bytes of host memory the loop needs beside the hidden states, rather too many than too few.
 
-    The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype,
-    and of its widest layer the Gram matrix, its factor and what it is worked out in.
+    The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype, a
+    Gram matrix for every layer, and of the largest layer the float32 copies that a method works on.
     """
-    stored = compute = widest = 0
+    stored = work = 0
     for index, matrices in enumerate(decoder.matrices):
-        shapes = [decoder.checkpoint.shape(name) for name in decoder.tensors(index)]
-        weights = sum(torch.Size(shape).numel() for shape in shapes)
-        stored = max(
-            stored,
-            sum(torch.Size(s).numel() * decoder.checkpoint.dtype(n).itemsize for n, s in zip(decoder.tensors(index), shapes, strict=True)),
-        )
-        compute = max(compute, weights * decoder.dtype.itemsize)
-        widest = max(widest, *(matrix.shape[1] for matrix in matrices))
-    if decoder.device.type != "cpu":
-        return 2 * stored
-    return 2 * stored + compute + (4 * 4 * widest**2 if method.moves else 0)
+        sizes = {name: torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(index)}
+        stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
+        largest, widest = max(torch.Size(matrix.shape).numel() for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
+        grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
+        copies = 4 * largest * (COPIES_SWEPT if method.moves else COPIES_CUT)
+        work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + copies + (grams if method.moves else 0))
+    return LIBRARIES + 2 * stored + (work if decoder.device.type == "cpu" else 0)
 
 
 def compose(method: config.Method | config.SparseGptMethod) -> PruneMatrices:
@@ -203,11 +214,13 @@ def plan_patterns(
     return patterns
 
 
-def delta_bytes(decoder: Decoder, moved: bool) -> int:
-    """At most how many bytes the delta takes: a bit a weight, and the survivors' values where they move."""
-    matrices = [matrix for block in decoder.matrices for matrix in block]
-    counts = [(torch.Size(matrix.shape).numel(), decoder.checkpoint.dtype(matrix.tensor).itemsize) for matrix in matrices]
-    return sum(count // 8 + (count * size if moved else 0) for count, size in counts)
+def delta_bytes(decoder: Decoder, plan: Plan) -> int:
+    """About how many bytes the delta takes: a bit a weight, and the survivors' values where they move."""
+    total = 0.0
+    for matrix in (matrix for block in decoder.matrices for matrix in block):
+        count, kept = torch.Size(matrix.shape).numel(), 1 - plan.patterns[matrix.name].sparsity
+        total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.method.moves else 0)
+    return int(total)
 
 
 def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Pattern]) -> dict[str, Any]:

@@ -3,6 +3,8 @@ import torch
 
 from stages import config, prune
 from stages.errors import ConfigError
+from stages.files import write_json
+from stages.pruning.block_loop import Plan
 from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
@@ -40,11 +42,13 @@ def test_a_methods_composition_is_what_its_configuration_says():
     assert prune.compose(method) == SparseGpt(score="obs", damping=0.1, damping_limit=1.0, block_size=64)
 
 
-def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values(decoder):
-    patterns = prune.plan_patterns(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.5), UNIFORM)
-    weights = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in patterns)
-    assert prune.delta_bytes(decoder, moved=False) == weights // 8
-    assert prune.delta_bytes(decoder, moved=True) == weights // 8 + 2 * weights
+def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values_of_the_survivors(decoder):
+    patterns = prune.plan_patterns(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.75), UNIFORM)
+    weights = sum(torch.Size(matrix.shape).numel() for block in decoder.matrices for matrix in block)
+    how = {"patterns": patterns, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
+    assert prune.delta_bytes(decoder, Plan(method=ScoreAndSelect(score="wanda"), **how)) == weights // 8
+    sweep = SparseGpt(score="obs", **SWEEP)
+    assert prune.delta_bytes(decoder, Plan(method=sweep, **how)) == weights // 8 + 2 * weights // 4
 
 
 def test_experts_are_one_line_in_the_plot_of_errors():
@@ -61,5 +65,22 @@ def test_memory_is_what_is_asked_or_what_is_free(decoder):
     assert prune.memory_budget(None) > 0
     wanda, sweep = (prune.block_bytes(decoder, method) for method in (ScoreAndSelect(score="wanda"), SparseGpt(score="obs", **SWEEP)))
     block = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(0))
-    assert wanda == 2 * 2 * block + 4 * block  # stored twice in bfloat16, computed in float32
-    assert sweep == wanda + 16 * 112**2
+    largest = 32 * 112
+    assert wanda == 2**29 + 2 * 2 * block + 4 * block + 3 * 4 * largest  # stored twice in bfloat16, computed in float32
+    assert sweep == wanda + 9 * 4 * largest + 4 * (6 * 32**2 + 112**2) + 12 * 112**2  # seven layers' Gram matrices
+
+
+@pytest.mark.parametrize(
+    ("config_json", "length"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({"max_seq_len": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({"n_head": 8}, None),
+    ],
+)
+def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_path, config_json, length):
+    base.directory = tmp_path
+    write_json(tmp_path / "config.json", config_json)
+    assert base.context_length == length

@@ -1,5 +1,6 @@
 """A checkpoint, or a checkpoint and a delta, as a model of transformers, filled tensor by tensor."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -35,6 +36,12 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
     return model.apply(model._init_weights)  # computes the buffers, as it does for from_pretrained
+
+
+def parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter in a model of `dtype`: float32 for the few that transformers keeps so, such as routers' biases."""
+    kept = model._get_dtype_plan(dtype)
+    return next((other for part, other in kept.items() if re.search(rf"(^|\.){part}(\.|$)", name)), dtype)
 
 
 def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -78,7 +85,7 @@ def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtyp
     filled: dict[str, torch.Tensor] = {}
     for name, place in read_layout(model, base).items():
         if place.name not in filled:
-            filled[place.name] = materialize(model, place.name, dtype=dtype, device=device)
+            filled[place.name] = materialize(model, place.name, dtype=parameter_dtype(model, place.name, dtype), device=device)
         tensor = base.tensor(name)
         place.of(filled[place.name]).copy_(tensor if delta is None else delta.apply(name, tensor))
     model.tie_weights()

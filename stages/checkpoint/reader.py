@@ -28,6 +28,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 EXPONENTS = {torch.float64: 0x7FF0 << 48, torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 BYTES_AT_ONCE = 2**26
 
 
@@ -153,7 +154,9 @@ class Checkpoint:
     @cached_property
     def context_length(self) -> int | None:
         """Tokens that the model was made for, where its config says so."""
-        return read_json(self.directory / "config.json").get("max_position_embeddings")
+        config = read_json(self.directory / "config.json")
+        stated = (part.get(key) for part in (config, config.get("text_config") or {}) for key in CONTEXT_KEYS)
+        return next((length for length in stated if isinstance(length, int)), None)
 
     def require_context(self, length: int, key: str) -> None:
         """Refuse windows that the model was not made for.

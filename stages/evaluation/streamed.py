@@ -16,7 +16,7 @@ from stages.checkpoint.delta import SparseDelta
 from stages.errors import SparsesweepError
 from stages.evaluation.perplexity import WindowLosses, window_loss
 from stages.streaming.architecture import Decoder
-from stages.streaming.stream import Stream, read_ahead
+from stages.streaming.stream import GPU_SHARE, Stream, read_ahead
 
 BUCKET = 32  # tokens: sequences are padded on the right to a multiple of it
 CONTEXT_LENGTH = 2048  # tokens, where the checkpoint states none
@@ -47,7 +47,8 @@ class StreamedModel:
         decoder = self.decoder
         budget = int(MEMORY_SHARE * psutil.virtual_memory().available / len(groups))
         with decoder.before_blocks():
-            streams = [Stream(decoder, group, batch=batch, budget=budget, scratch=self.scratch) for group in groups]
+            share = GPU_SHARE / len(groups)
+            streams = [Stream(decoder, group, batch=batch, budget=budget, scratch=self.scratch, gpu_share=share) for group in groups]
         with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
             for index, tensors in enumerate(blocks):
                 if self.delta is not None:
@@ -85,7 +86,8 @@ class StreamedModel:
         """
         buckets: dict[int, list[int]] = defaultdict(list)
         for number, (tokens, _) in enumerate(sequences):
-            buckets[-(-(len(tokens) - 1) // BUCKET) * BUCKET].append(number)
+            padded = -(-(len(tokens) - 1) // BUCKET) * BUCKET
+            buckets[min(padded, self.decoder.checkpoint.context_length or padded)].append(number)
         groups = [
             torch.tensor([(sequences[n][0][:-1] + [0] * length)[:length] for n in members]) for length, members in sorted(buckets.items())
         ]

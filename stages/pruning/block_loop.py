@@ -62,7 +62,8 @@ class Plan:
 
     patterns: matrix name -> the pattern that its mask must have.
     propagate: "pruned" or "dense", whose outputs the next block's statistics are collected on.
-    error_tokens: about how many calibration tokens the relative error is measured on, evenly spread.
+    error_tokens: about how many calibration tokens the relative error is measured on, evenly spread; for an
+        expert the first eighth of that number that chose it.
     expert_tokens: an expert that fewer tokens chose is calibrated on the sample of all tokens.
     """
 
@@ -127,8 +128,8 @@ def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Cha
 def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module) -> Observer:
     """All windows through a block; in dense propagation its outputs go on."""
     layers = list(dict.fromkeys(matrix.layer for matrix in stream.decoder.matrices[index]))
-    tokens = torch.Size(stream.shape).numel()
-    observer = Observer(block, layers, plan.method.statistic, tokens, plan.error_tokens)
+    tokens = stream.all_windows * stream.shape[1]
+    observer = Observer(block, layers, plan.method.statistic, tokens, plan.error_tokens, stream.first_window * stream.shape[1])
     passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
     for where, part, call in stream.parts(index):
         output = observer.run(part, partial(run_block, block, call=call), stop=not passing_on)
@@ -148,10 +149,8 @@ def _prune_block(decoder: Decoder, plan: Plan, index: int, block: nn.Module, obs
         raise PruningError(f"layer {unseen[0]}: no calibration token reached it")
     finished: dict[str, Finished] = {}
     parts: dict[str, list[tuple[int | None, Change]]] = {matrix.tensor: [] for matrix in decoder.matrices[index]}
-    for number, (inputs, layers) in enumerate(observer.groups()):
-        matrices = [matrix for layer in layers for matrix in by_layer[layer]]
-        weights = [decoder.stored(matrix, block) for matrix in matrices]
-        outcomes = _prune(plan, matrices, weights, inputs, owner=number % ranks.count())
+    groups = ((inputs, [matrix for layer in layers for matrix in by_layer[layer]]) for inputs, layers in observer.groups())
+    for inputs, matrices, weights, outcomes in _outcomes(decoder, plan, block, groups):
         sample = inputs.sampled()
         for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
             change = _change(matrix, outcome, decoder.checkpoint.dtype(matrix.tensor))
@@ -174,34 +173,53 @@ def _prune_block(decoder: Decoder, plan: Plan, index: int, block: nn.Module, obs
     )
 
 
-def _prune(plan: Plan, matrices: list[Matrix], weights: list[torch.Tensor], inputs: Inputs, owner: int) -> list[Pruned]:
-    """What the method makes of the matrices that read one input; one process works it out for all."""
+Group = tuple[Inputs, list[Matrix]]  # the matrices that read one input
+
+
+def _outcomes(
+    decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[Group]
+) -> Iterator[tuple[Inputs, list[Matrix], list[torch.Tensor], list[Pruned]]]:
+    """What the method makes of each group, with its weights. Several processes first work out their own, then share them."""
+
+    def weights_of(matrices: list[Matrix]) -> list[torch.Tensor]:
+        return [decoder.stored(matrix, block) for matrix in matrices]
+
+    if ranks.count() == 1:  # one after another: a group's statistic goes before the next is factored
+        for inputs, matrices in groups:
+            weights = weights_of(matrices)
+            yield inputs, matrices, weights, _solve(plan, inputs, matrices, weights)
+        return
+    everyones = list(enumerate(groups))
+    own = {
+        number: _solve(plan, inputs, matrices, weights_of(matrices))
+        for number, (inputs, matrices) in everyones
+        if number % ranks.count() == ranks.rank()
+    }
+    for number, (inputs, matrices) in everyones:
+        weights, owner = weights_of(matrices), number % ranks.count()
+        yield inputs, matrices, weights, [_shared(own.get(number, [])[i:], weight, plan, owner) for i, weight in enumerate(weights)]
+
+
+def _solve(plan: Plan, inputs: Inputs, matrices: list[Matrix], weights: list[torch.Tensor]) -> list[Pruned]:
     names = ", ".join(matrix.name for matrix in matrices)
     if not all(torch.isfinite(part).all() for part in inputs.sample):
-        raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations")
-    if ranks.rank() != owner:
-        return [_received(weight, plan.method.moves, owner) for weight in weights]
+        reason = "; float16 overflows above 65504, bfloat16 does not" if inputs.sample[0].dtype == torch.float16 else ""
+        raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations{reason}")
     try:
-        outcomes = plan.method(weights, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
+        return plan.method(weights, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
     except (ArithmeticError, ValueError) as error:
         raise PruningError(f"layer {names}: {error}") from error
-    for outcome in outcomes:
-        _send(outcome, owner)
-    return outcomes
 
 
-def _send(outcome: Pruned, owner: int) -> None:
-    ranks.share(outcome.mask.to(torch.uint8), owner)
-    if outcome.values is not None:
-        ranks.share(outcome.values, owner)
-    ranks.share(torch.tensor(outcome.damping or 0.0, dtype=torch.float64), owner)
-
-
-def _received(weight: torch.Tensor, moves: bool, owner: int) -> Pruned:
-    mask = ranks.share(torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), owner).bool()
-    values = ranks.share(torch.empty_like(weight), owner) if moves else None
-    damping = ranks.share(torch.zeros((), dtype=torch.float64), owner).item()
-    return Pruned(mask=mask, values=values, damping=damping or None)
+def _shared(own: list[Pruned], weight: torch.Tensor, plan: Plan, owner: int) -> Pruned:
+    """A matrix's outcome from the process that worked it out; `own` begins with it there, and is empty elsewhere."""
+    shape, device = weight.shape, weight.device
+    mask = own[0].mask.to(torch.uint8) if own else torch.empty(shape, dtype=torch.uint8, device=device)
+    damping = torch.tensor((own[0].damping if own else None) or 0.0, dtype=torch.float64)
+    values = own[0].values if own else torch.empty(shape, dtype=torch.float32, device=device) if plan.method.moves else None
+    if values is not None:
+        ranks.share(values, owner)
+    return Pruned(mask=ranks.share(mask, owner).bool(), values=values, damping=ranks.share(damping, owner).item() or None)
 
 
 def _change(matrix: Matrix, outcome: Pruned, stored: torch.dtype) -> Change:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from stages.errors import PruningError
 from stages.pruning.ranks import all_sum
 from stages.pruning.statistics import Statistic
 
@@ -47,15 +48,22 @@ class Observer:
     Args:
         layers: those to watch.
         statistic: makes an empty statistic from a number of columns and a device.
-        tokens: how many will come in all; sampled: about how many of them to keep, evenly spread. Of an expert's, the first
-            eighth of that number.
+        tokens: how many all processes will see; sampled: about how many of them to keep, evenly spread. Of an expert's, the
+            first eighth of that number.
+        first_token: of this process among all.
     """
 
     def __init__(
-        self, block: nn.Module, layers: list[Layer], statistic: Callable[[int, torch.device], Statistic], tokens: int, sampled: int
+        self,
+        block: nn.Module,
+        layers: list[Layer],
+        statistic: Callable[[int, torch.device], Statistic],
+        tokens: int,
+        sampled: int,
+        first_token: int = 0,
     ) -> None:
         self.block, self.layers, self.statistic, self.sampled = block, layers, statistic, sampled
-        self.stride, self.first_token, self.batch = max(1, tokens // sampled), 0, (0, 0)
+        self.stride, self.first_token, self.batch = max(1, tokens // sampled), first_token, (0, 0)
         self.leader: dict[Layer, Layer] = {}
         self.inputs: dict[Layer, Inputs] = {}
         self._handed: dict[tuple[Any, ...], tuple[Layer, torch.Tensor]] = {}
@@ -133,6 +141,8 @@ class Observer:
         seen = self.inputs[layer]
         rows = inputs.reshape(-1, columns)
         if layer[1] is None:
+            if len(rows) != self.batch[0] * self.batch[1]:
+                raise PruningError(f"layer {layer[0]}: found {len(rows)} tokens, wanted the block's {self.batch[0]} x {self.batch[1]}")
             seen.statistic.add(rows.view(*self.batch, columns))
             seen.sample.append(self._spread(rows))
         else:
@@ -152,14 +162,16 @@ class Observer:
         counts = torch.tensor([self.inputs[layer].tokens if layer in self.inputs else 0 for layer in self.layers])
         for layer, count in zip(self.layers, all_sum(counts).tolist(), strict=True):
             if layer[1] is not None:
-                self._settle(layer, enough=count >= minimum)
+                self._settle(layer, enough=count >= max(1, minimum))
+        for door in self._doors:
+            door.remove()  # what is sent in now is no new token
         for path, expert in self._starved():
             self._send(path, expert)
         for layer, count in zip(self.layers, counts.tolist(), strict=True):
             if self.leader.get(layer) == layer:
                 self.inputs[layer].statistic.finish(all_sum)
                 self.inputs[layer].tokens = count
-        for hook in (*self._hooks.values(), *self._doors):
+        for hook in self._hooks.values():
             hook.remove()
 
     def _settle(self, layer: Layer, enough: bool) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
+from stages.errors import ConfigError
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
@@ -20,17 +22,26 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
 
 
 def own(device: torch.device) -> torch.device:
-    """This process's GPU among those of its machine, unless one was named."""
-    if device.type == "cuda" and device.index is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    """This process's GPU among those of its machine, unless one was named.
+
+    Raises:
+        ConfigError: there are more processes than GPUs.
+    """
+    if device.type != "cuda" or device.index is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    if local_count() > torch.cuda.device_count():
+        raise ConfigError(f"--nproc-per-node: found {local_count()}, wanted at most the {torch.cuda.device_count()} GPUs of this machine")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def local_count() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def rank() -> int:
@@ -52,7 +63,13 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def share(tensor: torch.Tensor, owner: int) -> torch.Tensor:
-    """The tensor, changed in place to that of the process `owner`."""
+    """The tensor, changed in place to that of the process `owner`.
+
+    Raises:
+        ValueError: it is not contiguous; its memory is sent as it lies.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"found a tensor of strides {tensor.stride()} for shape {list(tensor.shape)}, wanted a contiguous one")
     if distributed.is_initialized():
         on_device = tensor.to(_device())
         distributed.broadcast(on_device, owner)

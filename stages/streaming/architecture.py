@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.checkpoint.layout import Place, read_layout, tied_names
-from stages.checkpoint.model import dematerialize, empty_model, materialize, put
+from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError
 
@@ -120,6 +120,7 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._read_again: dict[str, torch.Tensor] = {}  # of the block that is loaded, see stored
         self.model = empty_model(checkpoint.directory, dtype)
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one expert after another, each by its own product
@@ -305,7 +306,7 @@ class Decoder:
         for tensor, place in needed.items():
             value = self.checkpoint.tensor(tensor)
             if not (lookup and place.name in tables) and value.is_floating_point():
-                value = value.to(self.dtype)
+                value = value.to(parameter_dtype(self.model, place.name, self.dtype))
             put(self.model, place.name, value.to(self.device))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -316,8 +317,8 @@ class Decoder:
         finally:
             for hook in hooks:
                 hook.remove()
-            for place in needed.values():
-                dematerialize(self.model, place.name)
+            for name in {*(place.name for place in needed.values()), *(tied & parameters.keys())}:
+                dematerialize(self.model, name)
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """A block's tensors as stored, on the host: name in the checkpoint -> tensor. Safe to call in another thread."""
@@ -329,13 +330,15 @@ class Decoder:
         block, parameters = self.blocks[index], {}
         for tensor, place in self._tensors[index].items():
             if place.name not in parameters:
-                parameters[place.name] = materialize(block, place.name, dtype=self.dtype, device=self.device)
+                dtype = parameter_dtype(self.model, f"{self.prefix}.{index}.{place.name}", self.dtype)
+                parameters[place.name] = materialize(block, place.name, dtype=dtype, device=self.device)
             place.of(parameters[place.name]).copy_(tensors.pop(tensor), non_blocking=True)
         try:
             yield block
         finally:
             for name in parameters:
                 dematerialize(block, name)
+            self._read_again.clear()
 
     def stored(self, matrix: Matrix, block: nn.Module) -> torch.Tensor:
         """A matrix of a loaded block with the values of the checkpoint, [rows, columns], float32.
@@ -345,8 +348,12 @@ class Decoder:
         stored = self.checkpoint.dtype(matrix.tensor)
         if self.dtype in (stored, torch.float32):
             return matrix.of(block).float()
-        tensor = self.checkpoint.tensor(matrix.tensor)
-        part = tensor if matrix.expert is None else tensor[matrix.expert]
+        if matrix.expert is None:
+            part = self.checkpoint.tensor(matrix.tensor)
+        else:
+            if matrix.tensor not in self._read_again:
+                self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
+            part = self._read_again[matrix.tensor][matrix.expert]
         return (part.T if matrix.transposed else part).to(self.device).float()
 
 

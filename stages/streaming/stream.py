@@ -17,7 +17,7 @@ from stages.errors import ArchitectureError, PruningError
 from stages.files import full_disk, require_room
 from stages.streaming.architecture import Call, Decoder, run_block
 
-GPU_SHARE = 0.25  # of the GPU's memory: hidden states up to this stay there
+GPU_SHARE = 0.25
 
 
 def release_free_memory() -> None:
@@ -50,6 +50,8 @@ class Stream:
         batch: windows per forward pass.
         budget: bytes of host memory that the hidden states may take; if they need more they lie in a file. None: no bound.
         scratch: directory for that file.
+        first_window, all_windows: where these windows lie among those of all processes.
+        gpu_share: of the GPU's memory: hidden states up to this stay there.
 
     Raises:
         ArchitectureError: what the blocks receive differs from window to window.
@@ -57,8 +59,18 @@ class Stream:
     """
 
     def __init__(
-        self, decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int | None = None, scratch: Path | None = None
+        self,
+        decoder: Decoder,
+        windows: torch.Tensor,
+        *,
+        batch: int,
+        budget: int | None = None,
+        scratch: Path | None = None,
+        first_window: int = 0,
+        all_windows: int | None = None,
+        gpu_share: float = GPU_SHARE,
     ) -> None:
+        self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(windows), gpu_share
         self.decoder, self.batch, self.shape = decoder, batch, windows.shape
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
@@ -70,7 +82,7 @@ class Stream:
                 self.hidden = self._room(calls[0].hidden, budget, scratch)
             self.hidden[start : start + batch] = calls[0].hidden
             for call in calls:
-                call.hidden = call.hidden[:0]
+                call.hidden = call.hidden.new_empty(0)
             self._require_same(calls, len(windows[start : start + batch]))
 
     def _room(self, first: torch.Tensor, budget: int | None, scratch: Path | None) -> torch.Tensor:
@@ -78,7 +90,7 @@ class Stream:
         shape = (self.shape[0], *first.shape[1:])
         count = torch.Size(shape).numel()
         needed = count * first.itemsize
-        if first.is_cuda and needed <= GPU_SHARE * torch.cuda.get_device_properties(first.device).total_memory:
+        if first.is_cuda and needed <= self.gpu_share * torch.cuda.get_device_properties(first.device).total_memory:
             self.place = "GPU memory"
             return torch.empty(shape, dtype=first.dtype, device=first.device)
         if budget is None or needed <= budget:
@@ -86,9 +98,10 @@ class Stream:
         directory = scratch or Path(tempfile.gettempdir())
         require_room(directory, needed)
         self.place = f"a file of {needed / 1e9:.2f} GB in {directory}"
-        with full_disk(directory, "nothing was computed"), tempfile.NamedTemporaryFile(dir=directory) as file:
+        with full_disk(directory, "nothing was computed"), tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, needed)  # a map of a file that the disk has no room for kills the process
-            return torch.from_file(file.name, shared=True, size=count, dtype=first.dtype).view(shape)
+            path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
+            return torch.from_file(path, shared=True, size=count, dtype=first.dtype).view(shape)
 
     def _require_same(self, calls: list[Call], windows: int) -> None:
         known = self.calls.setdefault(windows, calls)

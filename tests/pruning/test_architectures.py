@@ -196,9 +196,9 @@ def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tm
         for start in range(0, len(WINDOWS), BATCH):
             model(WINDOWS[start : start + BATCH], use_cache=False)
     norm = torch.cat(entered).square().sum(dim=0).sqrt()
-    weight = base.tensor("model.layers.0.block_sparse_moe.experts.1.w1.weight").float()
-    expected = half.mask(weight.abs() * norm)
-    assert torch.equal(blocks[0].changes["model.layers.0.block_sparse_moe.experts.1.w1.weight"].mask, expected)
+    for expert in range(4):
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
+        assert torch.equal(blocks[0].changes[name].mask, half.mask(base.tensor(name).float().abs() * norm))
 
 
 def test_an_expert_that_no_token_chose_is_pruned_all_the_same(tmp_path):
@@ -227,3 +227,46 @@ def test_experts_stored_as_one_tensor_are_pruned_one_by_one(tmp_path):
         expected = one_by_one[1].changes[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"].mask
         assert torch.equal(down[expert], expected)
     assert "model.layers.0.mlp.experts.down_proj[3]" in {matrix.name for matrix in decoder.matrices[0]}
+
+
+@pytest.mark.parametrize("method", [ScoreAndSelect(score="wanda"), SPARSEGPT])
+def test_an_expert_that_no_token_chose_is_calibrated_on_all_even_where_none_are_asked_for(tmp_path, method):
+    base = fetched("mixtral", tmp_path)
+    _, blocks = streamed(base, method, HALF, expert_tokens=0, windows=WINDOWS[:1, :2], batch=1)
+    unseen = [one for block in blocks for one in block.matrices if one.tokens == 0]
+    assert unseen
+    assert {one.calibrated_on for one in unseen} == {"all tokens"}
+    assert all(one.relative_error > 0 for one in unseen)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_what_transformers_keeps_in_float32_stays_so_in_bfloat16(kind, tmp_path):
+    base = fetched(kind, tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.bfloat16)
+    ours = load_model(base, None, dtype=torch.bfloat16, device=CPU)
+    dtypes = {name: tensor.dtype for name, tensor in stock.state_dict().items()}
+    assert torch.float32 in dtypes.values()
+    assert {name: tensor.dtype for name, tensor in ours.state_dict().items()} == dtypes
+    decoder = Decoder(base, torch.bfloat16, CPU)
+    with decoder.loaded(2, decoder.read(2)) as block:
+        for name, tensor in block.state_dict().items():
+            assert tensor.dtype == dtypes[f"{decoder.prefix}.2.{name}"], name
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_nothing_outside_the_blocks_keeps_its_weights(kind, tmp_path):
+    decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
+    for scope in (decoder.before_blocks, decoder.after_blocks):
+        with scope():
+            pass
+        assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+def test_float16_on_a_bfloat16_checkpoint_scores_the_stored_weights(tmp_path):
+    """Values that float16 rounds to zero are still told apart."""
+    decoder = Decoder(fetched("granitemoe", tmp_path), torch.float16, CPU)
+    for matrix in decoder.matrices[0]:
+        tensor = decoder.checkpoint.tensor(matrix.tensor)
+        expected = (tensor if matrix.expert is None else tensor[matrix.expert]).float()
+        with decoder.loaded(0, decoder.read(0)) as block:
+            assert torch.equal(decoder.stored(matrix, block), expected)

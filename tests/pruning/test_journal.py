@@ -94,7 +94,7 @@ MOMENTS = {
     "while the third delta file is written": (at_call(journals, "write_block", 3, False), 2),
     "before the results are written": (at_call(prune, "write_results", 1, True), 3),
     "while the delta files are handed over": (at_call(journals.os, "link", 2, False), 3),
-    "between the delta and its results": (at_call(prune, "write_manifest", 1, False), 3),
+    "while the results are written": (at_call(prune, "write_manifest", 1, False), 3),
     "before the journal is removed": (at_call(prune, "write_results", 1, False), 3),
 }
 
@@ -153,6 +153,24 @@ def test_another_base_starts_afresh(project, caplog):
         run()
     assert resumed_after() == 0
     assert "an interrupted run of something else (base differ" in caplog.text
+
+
+def test_another_config_json_starts_afresh(project):
+    interrupted()
+    facts = read_json(Path("artifacts/base/config.json"))
+    write_json(Path("artifacts/base/config.json"), {**facts, "rms_norm_eps": 0.1})
+    found = run()
+    assert resumed_after() == 0
+    assert found == run()
+
+
+def test_more_memory_goes_on_where_less_was_too_little(project):
+    expected = run()
+    interrupted()
+    more = config.Prune(**{name: getattr(PRUNE, name) for name in PRUNE.__slots__} | {"memory_budget": 0.0001})
+    assert run(prune=more) == expected
+    assert resumed_after() == 2
+    assert read_json(PRUNE_RESULTS / "provenance.json")["hidden_states"].startswith("a file of")
 
 
 def test_other_windows_start_afresh(project):
