@@ -137,9 +137,9 @@ def table(scratch: Path, blocks: int, device: torch.device) -> str:
     return "\n".join(lines) + (
         f"\n\nA random checkpoint with zephyr-7b-beta's configuration ({blocks} blocks), {WINDOWS} windows of {LENGTH} tokens, disk to "
         f"disk (without the journal's hashes), in bfloat16 on {torch.cuda.get_device_name(device)}, device memory capped at "
-        f"{CAP / 2**30:.0f} GiB, torch {torch.__version__}. The floor is the larger of reading ({rates.disk / 1e9:.1f} GB/s measured, of files lately written) and of "
-        f"products in bfloat16 ({rates.bfloat16 / 1e12:.0f} TFLOP/s) and, for the Gram matrices, float32 ({rates.float32 / 1e12:.0f} "
-        "TFLOP/s), all else free."
+        f"{CAP / 2**30:.0f} GiB, torch {torch.__version__}. The floor is the larger of reading ({rates.disk / 1e9:.1f} GB/s measured, of "
+        f"files lately written) and of products in bfloat16 ({rates.bfloat16 / 1e12:.0f} TFLOP/s) and, for the Gram matrices, float32 "
+        f"({rates.float32 / 1e12:.0f} TFLOP/s), all else free."
     )
 
 
