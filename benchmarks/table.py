@@ -20,6 +20,7 @@ START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of result
 POINTS = (
     "method=magnitude",
     "",
+    "prune=one_pass",
     "method=sparsegpt",
     "pattern.sparsity=0.6",
     "method=sparsegpt pattern.sparsity=0.6",

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,15 +33,13 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
     Returns:
         [ceil(elements / 8)], uint8; the first element is the lowest bit of the first byte.
     """
-    bits = mask.reshape(-1).to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return sum((bits[:, i] << i for i in range(1, 8)), start=bits[:, 0])
+    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
 
 
 def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The mask of `shape`, bool, whose bits `pack` gave."""
-    bits = torch.stack([(packed >> i) & 1 for i in range(8)], dim=1).reshape(-1)
-    return bits[: torch.Size(shape).numel()].bool().view(shape)
+    bits = np.unpackbits(packed.numpy(), count=torch.Size(shape).numel(), bitorder="little")
+    return torch.from_numpy(bits).bool().view(shape)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,6 +5,7 @@ one parameter for all experts, by the product in which that slice appears.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +93,7 @@ class Observer:
         """
         self.batch, self._stop, self._order = (hidden.shape[0], hidden.shape[1]), stop, []
         try:
-            with _ExpertProducts(self):
+            with _ExpertProducts(self) if self._experts else nullcontext():
                 return forward(hidden)
         except _LastInputSeen:
             return None

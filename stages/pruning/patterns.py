@@ -49,6 +49,8 @@ def _keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     below = scores < highest_dropped
     equal = scores == highest_dropped
     still_to_drop = count - below.sum(dim=1, keepdim=True)
+    if torch.equal(equal.sum(dim=1, keepdim=True), still_to_drop):
+        return ~(below | equal)
     return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
 
 

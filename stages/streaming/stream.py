@@ -17,14 +17,24 @@ from stages.errors import ArchitectureError, PruningError
 from stages.files import full_disk, require_room
 from stages.streaming.architecture import Call, Decoder, run_block
 
+M_ARENA_MAX = -8  # malloc.h
 GPU_SHARE = 0.25
 
 
 def release_free_memory() -> None:
     """Give what was freed back to the system, where the C library would keep it: glibc holds on to some of every block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    if (trim := _of_glibc("malloc_trim")) is not None:
         trim(0)
+
+
+def share_one_heap() -> None:
+    """Let threads allocate where the main thread does: in a heap of their own, glibc would keep what they free."""
+    if (option := _of_glibc("mallopt")) is not None:
+        option(M_ARENA_MAX, 1)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def same(one: Any, other: Any) -> bool:
@@ -135,6 +145,7 @@ class Stream:
 @contextmanager
 def read_ahead(decoder: Decoder, order: range) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
     """Each block's tensors as stored, the next block's being read by a thread while the caller works on one."""
+    share_one_heap()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
 
         def blocks() -> Iterator[dict[str, torch.Tensor]]:
