@@ -18,15 +18,12 @@ from stages.release.card import plus_minus
 README = Path("README.md")
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of results -->"
 POINTS = (
-    "method=magnitude",
     "",
     "prune=one_pass",
     "method=sparsegpt",
     "pattern.sparsity=0.6",
     "method=sparsegpt pattern.sparsity=0.6",
-    "pattern.sparsity=0.7",
     "pattern=nm_2_4",
-    "pattern=nm_4_8",
 )
 
 
