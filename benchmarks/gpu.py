@@ -8,7 +8,6 @@ Needs torch, transformers and safetensors alone. Makes its own checkpoint: rando
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from benchmarks import random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.peers import plain
 from stages.checkpoint.delta import write_block
-from stages.checkpoint.reader import INDEX, Checkpoint, shard_header
+from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
 from stages.pruning.block_loop import Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.journal import WriteBehind
@@ -79,8 +78,7 @@ def check(device: torch.device) -> None:
     windows = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
     with TemporaryDirectory() as scratch:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch)
-        index(Path(scratch))
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch, max_shard_size="100KB")
         for name, method, threshold in (("wanda", WANDA, "row"), ("sparsegpt", SPARSEGPT, "matrix")):
             model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32).eval()
             plain.prune(model, windows, plain.METHODS[name])
@@ -93,14 +91,6 @@ def check(device: torch.device) -> None:
             print(f"{name} on {device.type}: {share:.5f} of the mask bits are those of the published procedure", flush=True)
             if share < AGREEMENT[name]:
                 raise SystemExit(f"{name}: found {share:.5f} of the mask bits the same, wanted {AGREEMENT[name]}")
-
-
-def index(directory: Path) -> None:
-    """The index that a checkpoint of a single file lacks."""
-    single = directory / "model.safetensors"
-    if single.is_file():
-        names = [name for name in shard_header(single) if name != "__metadata__"]
-        (directory / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, single.name)}))
 
 
 def run(

@@ -1,6 +1,6 @@
 """Wanda and SparseGPT as published: the whole model and all hidden states in memory, one window after another.
 
-python -m benchmarks.peers.plain wanda|sparsegpt BASE WINDOWS OUT [--windows N]
+python -m benchmarks.peers.plain wanda|sparsegpt BASE WINDOWS OUT
 
 Sun et al. 2024, arXiv:2306.11695; Frantar & Alistarh 2023, arXiv:2301.00774. For models shaped like LLaMA, in float32, 50%
 unstructured. Writes the pruned model in bfloat16, and seconds.json: the wall seconds of load, prune and save.
@@ -147,11 +147,10 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="directory of a checkpoint")
     parser.add_argument("windows", type=Path, help="safetensors file with windows, [windows, tokens], int64")
     parser.add_argument("out", type=Path, help="directory of the pruned checkpoint")
-    parser.add_argument("--windows", type=int, dest="count", help="take only the first so many")
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    windows = load_file(arguments.windows)["windows"][: arguments.count]
+    windows = load_file(arguments.windows)["windows"]
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
     prune(model, windows, METHODS[arguments.method])
     model.to(torch.bfloat16).save_pretrained(arguments.out)
