@@ -23,9 +23,10 @@ from benchmarks.peers import plain
 from stages.checkpoint.delta import write_block
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
+from stages.pruning import method as methods
 from stages.pruning.block_loop import Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.journal import WriteBehind
-from stages.pruning.method import PruneMatrices, ScoreAndSelect, SparseGpt
+from stages.pruning.method import Keep, Method, SparseGpt
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
@@ -34,9 +35,12 @@ README = Path("README.md")
 START, END = "<!-- gpu: python -m benchmarks.gpu -->", "<!-- end of gpu -->"
 WINDOWS, LENGTH, BLOCKS = 128, 2048, 32
 CAP = 15 * 2**30  # bytes of device memory
-WANDA = ScoreAndSelect(score="wanda")
-SPARSEGPT = SparseGpt(score="obs", damping=0.01, damping_limit=1.0, block_size=128)
-POINTS: tuple[tuple[str, PruneMatrices, Pattern, str], ...] = (
+WANDA = Method(score=methods.WANDA, update=Keep())
+SPARSEGPT = Method(
+    score=methods.obs_score(0.01, 1.0),
+    update=SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=True),
+)
+POINTS: tuple[tuple[str, Method, Pattern, str], ...] = (
     ("wanda", WANDA, Unstructured(sparsity=0.5, threshold="row"), "pruned"),
     ("wanda", WANDA, Unstructured(sparsity=0.5, threshold="row"), "dense"),
     ("wanda", WANDA, Nm(kept=2, group=4), "pruned"),
@@ -93,9 +97,7 @@ def check(device: torch.device) -> None:
                 raise SystemExit(f"{name}: found {share:.5f} of the mask bits the same, wanted {AGREEMENT[name]}")
 
 
-def run(
-    decoder: Decoder, windows: torch.Tensor, method: PruneMatrices, pattern: Pattern, propagate: str, batch: int
-) -> Iterator[PrunedBlock]:
+def run(decoder: Decoder, windows: torch.Tensor, method: Method, pattern: Pattern, propagate: str, batch: int) -> Iterator[PrunedBlock]:
     """The engine, as the prune stage runs it."""
     names = [matrix.name for block in decoder.matrices for matrix in block]
     plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=propagate, error_tokens=512, expert_tokens=64)
@@ -134,7 +136,7 @@ def table(scratch: Path, blocks: int, device: torch.device) -> str:
 
 
 def disk_to_disk(
-    base: Checkpoint, windows: torch.Tensor, method: PruneMatrices, pattern: Pattern, propagate: str, out: Path, device: torch.device
+    base: Checkpoint, windows: torch.Tensor, method: Method, pattern: Pattern, propagate: str, out: Path, device: torch.device
 ) -> None:
     decoder = Decoder(base, torch.bfloat16, device)
     with WriteBehind() as behind:
@@ -172,7 +174,7 @@ class Rates:
 
         return times * 2 * size**3 / timed(several)
 
-    def floor(self, base: Checkpoint, method: PruneMatrices, propagate: str) -> float:
+    def floor(self, base: Checkpoint, method: Method, propagate: str) -> float:
         """Seconds that no implementation of this order on this machine can beat."""
         config = random_checkpoint.zephyr(1)
         width, between, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 4

@@ -209,38 +209,121 @@ class Calibration:
 
 
 @dataclass(kw_only=True, slots=True)
-class Method:
-    """Score and select; the survivors stay as they are."""
+class Score:
+    """What a weight is worth, by a formula without parameters."""
 
     name: str
-    score: str
-    threshold: str  # who competes: the weights of an output row, or of the whole matrix
-    update: str
-
-    def __post_init__(self) -> None:
-        require_one_of("method.threshold", self.threshold, ("row", "matrix"))
-        require_one_of("method.score", self.score, ("magnitude", "wanda"))
 
 
 @dataclass(kw_only=True, slots=True)
-class SparseGptMethod:
-    """Score, select and compensate column by column."""
+class RiaScore:
+    name: str
+    power: float  # of the norm of a weight's input
+
+    def __post_init__(self) -> None:
+        require(self.power >= 0, "method.score.power", self.power, "0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class NoUpdate:
+    """The survivors stay as they are."""
 
     name: str
-    score: str
-    threshold: str
-    update: str
-    damping: float  # share of the Gram matrix's mean diagonal
-    damping_limit: float  # up to where it is raised, tenfold a step, while the matrix does not factor
+
+
+@dataclass(kw_only=True, slots=True)
+class SparseGptUpdate:
+    """Compensate column by column."""
+
+    name: str
     block_size: int  # columns
 
     def __post_init__(self) -> None:
+        require(self.block_size > 0, "method.update.block_size", self.block_size, "at least 1 column")
+
+
+@dataclass(kw_only=True, slots=True)
+class LeastSquaresUpdate:
+    """Refit the survivors by conjugate gradients."""
+
+    name: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, "method.update.steps", self.steps, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class AdmmUpdate:
+    """Support and values together, then a refit."""
+
+    name: str
+    steps: int
+    penalty: float  # of the first step, as a share of the scaled Gram matrix's diagonal
+    growth: float  # of the penalty, factor a step
+    hold: int  # steps between two factorisations
+    refit_steps: int  # of conjugate gradients on the support found
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, "method.update.steps", self.steps, "at least 1")
+        require(self.penalty > 0, "method.update.penalty", self.penalty, "more than 0")
+        require(self.growth >= 1, "method.update.growth", self.growth, "1 or more")
+        require(self.hold > 0, "method.update.hold", self.hold, "at least 1")
+        require(self.refit_steps >= 0, "method.update.refit_steps", self.refit_steps, "0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class SwapsUpdate:
+    """Exact one-for-one swaps of the mask."""
+
+    name: str
+    cycles: int  # swaps in a row at most
+    candidates: int  # weights of each side whose pairs are tried
+    refit_steps: int  # of conjugate gradients on the support found; 0: the survivors stay as they are
+
+    def __post_init__(self) -> None:
+        require(self.cycles > 0, "method.update.cycles", self.cycles, "at least 1")
+        require(self.candidates > 0, "method.update.candidates", self.candidates, "at least 1")
+        require(self.refit_steps >= 0, "method.update.refit_steps", self.refit_steps, "0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class DsNoTUpdate:
+    """Swaps of the mask that lower the expected error."""
+
+    name: str
+    cycles: int  # swaps in a row at most
+    threshold: float  # of a row's expected error per token
+
+    def __post_init__(self) -> None:
+        require(self.cycles > 0, "method.update.cycles", self.cycles, "at least 1")
+        require(self.threshold >= 0, "method.update.threshold", self.threshold, "0 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class Damping:
+    """Of the Gram matrix, where one is factored or solved."""
+
+    share: float  # of its diagonal
+    limit: float  # up to where it is raised, tenfold a step, while the matrix does not factor
+
+    def __post_init__(self) -> None:
+        require(self.share > 0, "method.damping.share", self.share, "more than 0")
+        require(self.limit >= self.share, "method.damping.limit", self.limit, f"at least method.damping.share = {self.share:g}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Method:
+    """A score, who competes, and what the survivors do; score and update are sections of their own."""
+
+    name: str
+    score: Any
+    threshold: str  # who competes: the weights of an output row, or of the whole matrix
+    update: Any
+    damping: Damping
+
+    def __post_init__(self) -> None:
         require_one_of("method.threshold", self.threshold, ("row", "matrix"))
-        require_one_of("method.score", self.score, ("magnitude", "wanda", "obs"))
-        require(self.damping > 0, "method.damping", self.damping, "more than 0")
-        limit = self.damping_limit
-        require(limit >= self.damping, "method.damping_limit", limit, f"at least method.damping = {self.damping:g}")
-        require(self.block_size > 0, "method.block_size", self.block_size, "at least 1 column")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -261,9 +344,12 @@ class Nm:
     name: str
     kept: int  # N, weights kept of each group
     group: int  # M, consecutive input columns
+    permutation_rounds: int | None  # how often an input channel is tried in other groups; null: channels stay in place
 
     def __post_init__(self) -> None:
         require(0 < self.kept < self.group, "pattern.kept", self.kept, f"N in 1..{self.group - 1}, below pattern.group")
+        rounds = self.permutation_rounds
+        require(rounds is None or rounds >= 0, "pattern.permutation_rounds", rounds, "null or 0 and more")
 
     @property
     def sparsity(self) -> float:
@@ -271,18 +357,92 @@ class Nm:
 
     @property
     def label(self) -> str:
-        return f"{self.kept}:{self.group}"
+        return f"{self.kept}:{self.group}" + ("" if self.permutation_rounds is None else " permuted")
 
 
 Pattern = Unstructured | Nm
 
 
 @dataclass(kw_only=True, slots=True)
-class Allocation:
+class UniformAllocation:
+    """Every matrix is as sparse as the pattern says."""
+
     name: str
 
+
+def require_bounds(lowest: float, highest: float) -> None:
+    require(0 <= lowest <= highest <= 1, "allocation.lowest, highest", (lowest, highest), "0 <= lowest <= highest <= 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class OwlAllocation:
+    """Blocks with many outliers among their scores are pruned less."""
+
+    name: str
+    multiple: float  # an outlier's score is more than so many times the mean
+    strength: float  # half the spread of the blocks' sparsities
+    lowest: float  # sparsity that every matrix has at least
+    highest: float  # at most
+
     def __post_init__(self) -> None:
-        require_one_of("allocation.name", self.name, ("uniform",))
+        require_bounds(self.lowest, self.highest)
+        require(self.multiple > 0, "allocation.multiple", self.multiple, "more than 0")
+        require(0 <= self.strength < 1, "allocation.strength", self.strength, "a spread in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class AlphaPruningAllocation:
+    """Blocks whose weights have heavy-tailed spectra are pruned less."""
+
+    name: str
+    strength: float  # half the spread of the blocks' sparsities, relative to the mean
+    lowest: float
+    highest: float
+
+    def __post_init__(self) -> None:
+        require_bounds(self.lowest, self.highest)
+        require(0 <= self.strength < 1, "allocation.strength", self.strength, "a spread in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class LossAllocation:
+    """Matrices, and rows within them, whose errors raise the model's loss less are pruned more."""
+
+    name: str
+    windows: int  # the first calibration windows, whose gradients are taken
+    rows: bool  # whether the rows of a matrix, too, compete by what their errors cost; for method.threshold = matrix
+    lowest: float
+    highest: float
+
+    def __post_init__(self) -> None:
+        require_bounds(self.lowest, self.highest)
+        require(self.windows > 0, "allocation.windows", self.windows, "at least 1")
+
+
+Allocation = UniformAllocation | OwlAllocation | AlphaPruningAllocation | LossAllocation
+
+
+@dataclass(kw_only=True, slots=True)
+class NoReconstruction:
+    """The survivors stay as the method left them."""
+
+    name: str
+
+
+@dataclass(kw_only=True, slots=True)
+class SubBlockReconstruction:
+    """The survivors of each part of a block learn to give the dense part's outputs."""
+
+    name: str
+    epochs: int  # passes over the calibration windows
+    learning_rate: float  # of the first step; falls to 0
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "reconstruction.epochs", self.epochs, "at least 1")
+        require(self.learning_rate > 0, "reconstruction.learning_rate", self.learning_rate, "more than 0")
+
+
+Reconstruct = NoReconstruction | SubBlockReconstruction
 
 
 # prune, evaluation, publish: how the stages run
@@ -299,6 +459,7 @@ class Prune:
     device: str
     dtype: str  # of the block's arithmetic; statistics are float32 always
     micro_batch: int | None  # windows per forward pass
+    by_parts: bool  # whether a block's MLP is pruned after its attention, for what the pruned attention gives it
     propagate: str  # whose outputs the next block is pruned for: the pruned block's, or the dense one's
     error_tokens: int
     expert_tokens: int  # an expert that fewer calibration tokens chose is calibrated on a sample of all
@@ -380,20 +541,40 @@ class Choice:
 
 BASES = Choice(key="source", options={"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "gguf": GgufBase})
 TEXTS = Choice(key="source", options={"wheel": WheelText, "hub": HubText, "local": LocalText})
-METHODS = Choice(key="update", options={"none": Method, "sparsegpt": SparseGptMethod})
+SCORES = Choice(key="name", options={"magnitude": Score, "wanda": Score, "wanda_variant": Score, "ria": RiaScore, "obs": Score})
+UPDATES = Choice(
+    key="name",
+    options={
+        "none": NoUpdate,
+        "sparsegpt": SparseGptUpdate,
+        "least_squares": LeastSquaresUpdate,
+        "admm": AdmmUpdate,
+        "swaps": SwapsUpdate,
+        "dsnot": DsNoTUpdate,
+    },
+)
+ALLOCATIONS = Choice(
+    key="name",
+    options={"uniform": UniformAllocation, "owl": OwlAllocation, "alphapruning": AlphaPruningAllocation, "loss": LossAllocation},
+)
 PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})
+RECONSTRUCTIONS = Choice(key="name", options={"none": NoReconstruction, "sub_block": SubBlockReconstruction})
 
 SECTIONS: dict[str, Choice | type] = {
     "base": BASES,
     "text": Text,
     "calibration": Calibration,
-    "method": METHODS,
+    "method": Method,
     "pattern": PATTERNS,
-    "allocation": Allocation,
+    "allocation": ALLOCATIONS,
+    "reconstruction": RECONSTRUCTIONS,
     "prune": Prune,
     "evaluation": Evaluation,
     "publish": Publish,
 }
+
+
+PARTS = {"method": {"score": SCORES, "update": UPDATES}}  # sections within a section
 
 
 def _typed(name: str, node: Any, shape: Choice | type) -> Any:
@@ -403,9 +584,12 @@ def _typed(name: str, node: Any, shape: Choice | type) -> Any:
         require_one_of(f"{name}.{shape.key}", node.get(shape.key), list(shape.options))
         shape = shape.options[node[shape.key]]
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(shape), node))
+        section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(shape), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
+    for part, choice in PARTS.get(name, {}).items():
+        setattr(section, part, _typed(f"{name}.{part}", node[part], choice))
+    return section
 
 
 def _typed_text(node: DictConfig) -> Text:
@@ -433,9 +617,27 @@ def _check_together(sections: dict[str, Any]) -> None:
     require_one_of("evaluation.perplexity.corpus", evaluation.perplexity.corpus, fetched)
     for name in evaluation.tasks:
         require_one_of("evaluation.tasks", name, fetched)
-    if isinstance(sections["pattern"], Nm) and isinstance(sections["method"], SparseGptMethod):
-        size, group = sections["method"].block_size, sections["pattern"].group
-        require(size % group == 0, "method.block_size", size, f"a multiple of pattern.group = {group}")
+    _check_method(sections["method"], sections["pattern"], sections["allocation"])
+    if sections["prune"].propagate == "dense":
+        name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts
+        require(name == "none", "reconstruction.name", name, "none with prune.propagate = dense: no block is run pruned")
+        require(not by_parts, "prune.by_parts", by_parts, "false with prune.propagate = dense: no block is run pruned")
+
+
+def _check_method(method: Method, pattern: Pattern, allocation: Allocation) -> None:
+    update, score, threshold = method.update, method.score.name, method.threshold
+    if isinstance(pattern, Nm):
+        name = allocation.name
+        require(name == "uniform", "allocation.name", name, f"uniform: with pattern.name = nm every matrix is {pattern.label}")
+        if isinstance(update, SparseGptUpdate):
+            wanted = f"a multiple of pattern.group = {pattern.group}"
+            require(update.block_size % pattern.group == 0, "method.update.block_size", update.block_size, wanted)
+    elif score == "wanda_variant":
+        require(threshold == "matrix", "method.threshold", threshold, "matrix with method.score.name = wanda_variant")
+    if isinstance(update, DsNoTUpdate):
+        require(score != "obs", "method.score.name", score, "a score that needs no Gram matrix with method.update.name = dsnot")
+    if isinstance(allocation, LossAllocation) and allocation.rows:
+        require(threshold == "matrix", "method.threshold", threshold, "matrix with allocation.rows, whose rows compete")
 
 
 def read(cfg: DictConfig) -> dict[str, Any]:
@@ -495,6 +697,10 @@ def _register() -> None:
         if name != "text":
             for option, node in options.items():
                 store.store(group=name, name=f"{option}_schema", node=node)
+    for section, parts in PARTS.items():
+        for part, choice in parts.items():
+            for option, node in choice.options.items():
+                store.store(group=f"{section}/{part}", name=f"{option}_schema", node=node)
 
 
 _register()

@@ -157,7 +157,7 @@ def beside_dense_generations(generations: list[dict[str, str]]) -> list[dict[str
 def frontier_row(recipe: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
     """One point of the perplexity-sparsity plot."""
     return {
-        "method": recipe["method"]["name"],
+        "method": recipe["label"],
         "pattern": recipe["pattern_label"],
         "sparsity": recipe["sparsity"],
         "perplexity": metrics["perplexity"],

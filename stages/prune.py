@@ -7,7 +7,10 @@ torchrun --nproc-per-node N -m stages.prune     on N GPUs, each with its share o
 import hashlib
 import logging
 import re
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,16 @@ from stages.files import (
     sha256,
     write_json,
 )
+from stages.pruning import method as methods
 from stages.pruning import ranks
-from stages.pruning.allocation import ALLOCATIONS
+from stages.pruning.allocation import alphapruning, error_driven, meet_budget, owl
 from stages.pruning.block_loop import Finished, Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.journal import Journal, WriteBehind, opened
-from stages.pruning.method import PruneMatrices, ScoreAndSelect, SparseGpt
-from stages.pruning.patterns import Nm, Pattern, Unstructured
+from stages.pruning.method import Method
+from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
+from stages.pruning.reconstruction import Reconstruction
+from stages.pruning.statistics import Gram
+from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 
@@ -46,14 +53,17 @@ log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
 LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
+COPIES_TRAINED = 4  # of a block's weights in float32: gradients, Adam's two moments, activations and masks
+GRID = [step / 50 for step in range(50)] + [0.99]  # sparsities at which an allocation foresees errors
 COPIES_CUT, COPIES_SWEPT = 3, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
-@stage("method", "pattern", "allocation", "prune")
+@stage("method", "pattern", "allocation", "reconstruction", "prune")
 def main(
-    method: config.Method | config.SparseGptMethod,
+    method: config.Method,
     pattern: config.Pattern,
     allocation: config.Allocation,
+    reconstruction: config.Reconstruct,
     prune: config.Prune,
 ) -> None:
     stopwatch = record.Stopwatch()
@@ -64,10 +74,13 @@ def main(
     decoder = Decoder(base, dtype, device)
     plan = Plan(
         method=compose(method),
-        patterns=plan_patterns(decoder, method, pattern, allocation),
+        patterns=plan_patterns(decoder, method.threshold, pattern),
         propagate=prune.propagate,
         error_tokens=prune.error_tokens,
         expert_tokens=prune.expert_tokens,
+        by_parts=prune.by_parts,
+        reconstruction=reconstruction_of(reconstruction),
+        permutation_rounds=pattern.permutation_rounds if isinstance(pattern, config.Nm) else None,
     )
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
     recipe = {
@@ -75,39 +88,128 @@ def main(
         "pattern": asdict(pattern),
         "pattern_label": pattern.label,
         "allocation": asdict(allocation),
+        "reconstruction": asdict(reconstruction),
+        "label": label(method, allocation, reconstruction, prune),
         "propagate": prune.propagate,
         "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
     }
-    with ranks.joined(device), record.gpu_memory("prune.micro_batch", batch):
-        how = {key: value for key, value in asdict(prune).items() if key not in ("memory_budget", "device")}  # these change no byte
-        facts = {"base": base.fingerprint, "config": sha256(BASE / "config.json"), **recipe, "prune": how}
-        facts |= {"batch": batch, "processes": ranks.count()}
-        facts |= {"device": record.device_name(device), "dtype": str(dtype), "code": code_sha256(), "versions": record.versions()}
-        with opened(PRUNE_JOURNAL, facts, base.fingerprint) as journal:
-            if ranks.rank() == 0:
-                require_room(SPARSE, delta_bytes(decoder, plan) - journal.size)
-            log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
-            log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
-            if journal.finished:
-                log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
-            budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - block_bytes(decoder, plan.method))
-            share, first = share_of(windows)
-            with decoder.before_blocks():
-                stream = Stream(
-                    decoder,
-                    share,
-                    batch=batch,
-                    budget=budget,
-                    scratch=PRUNE_JOURNAL.parent,
-                    first_window=first,
-                    all_windows=len(windows),
-                )
-            log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
-            run_through(stream, plan, journal)
-            if ranks.rank() == 0:
-                earlier = sum(block["seconds"] for block in journal.records(journal.finished))
-                facts = {"batch": batch, "processes": ranks.count(), "hidden_states": stream.place, "resumed_after": journal.finished}
-                write_results(journal, decoder, recipe, facts, record.of_run(device, dtype, stopwatch, earlier))
+    with (
+        ranks.joined(device),
+        record.gpu_memory("prune.micro_batch", batch),
+        opened(PRUNE_JOURNAL, fingerprint(base, recipe, prune, batch, device, dtype), base.fingerprint) as journal,
+    ):
+        if ranks.rank() == 0:
+            require_room(SPARSE, delta_bytes(decoder, plan) - journal.size)
+        log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
+        log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
+        if journal.finished:
+            log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
+        budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - block_bytes(decoder, plan))
+        make_stream = partial(stream_of, decoder, batch, budget, one_by_one=plan.reconstruction is not None)
+        if not isinstance(allocation, config.UniformAllocation):
+            spread = Unstructured(sparsity=pattern.sparsity, threshold=method.threshold)
+            plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
+        stream = make_stream(windows)
+        log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
+        run_through(stream, plan, journal)
+        if ranks.rank() == 0:
+            earlier = sum(block["seconds"] for block in journal.records(journal.finished))
+            found = {"batch": batch, "processes": ranks.count(), "hidden_states": stream.place, "resumed_after": journal.finished}
+            write_results(journal, decoder, recipe, found, record.of_run(device, dtype, stopwatch, earlier))
+
+
+def fingerprint(
+    base: Checkpoint, recipe: dict[str, Any], prune: config.Prune, batch: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """All that shapes a block's outcome: what an interrupted run finished is taken over where these are the same."""
+    how = {key: value for key, value in asdict(prune).items() if key not in ("memory_budget", "device")}  # these change no byte
+    facts = {"base": base.fingerprint, "config": sha256(BASE / "config.json"), **recipe, "prune": how, "batch": batch}
+    facts |= {"processes": ranks.count(), "device": record.device_name(device), "dtype": str(dtype)}
+    return facts | {"code": code_sha256(), "versions": record.versions()}
+
+
+def stream_of(decoder: Decoder, batch: int, budget: int, windows: torch.Tensor, one_by_one: bool) -> Stream:
+    """This process's share of some windows, before the first block."""
+    share, first = share_of(windows)
+    make = partial(Stream, decoder, share, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent)
+    with decoder.before_blocks():
+        return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
+
+
+def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
+    """What tells one pruned model from another in a plot: the method, and all that differs from the default."""
+    parts = [method.name]
+    parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
+    parts += ["reconstructed"] if reconstruction.name != "none" else []
+    parts += ["by parts"] if prune.by_parts else []
+    parts += ["one pass"] if prune.propagate == "dense" else []
+    return ", ".join(parts)
+
+
+def allocated(
+    plan: Plan,
+    decoder: Decoder,
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation,
+    pattern: Unstructured,
+    windows: torch.Tensor,
+    make_stream: Callable[[torch.Tensor], Stream],
+    journal: Journal,
+) -> Plan:
+    """The plan with a sparsity for every matrix, so that all together have the pattern's, to the weight.
+
+    Raises:
+        ConfigError: the bounds of the allocation do not allow the sparsity.
+    """
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    sizes = [torch.Size(matrix.shape).numel() for matrix in matrices]
+    budget, bounds = pruned_count(sum(sizes), pattern.sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
+    try:
+        if isinstance(allocation, config.LossAllocation):
+            first = windows[: allocation.windows]
+            felt = journal.survey(lambda: look_at_loss(make_stream(first), share_of(first)[0], pattern.threshold))
+            curves = [felt[f"{matrix.name}.curve"].tolist() for matrix in matrices]
+            counts = error_driven(curves, grid=GRID, sizes=sizes, budget=budget, **bounds)
+        else:
+            found = journal.survey(
+                lambda: {"blocks": torch.tensor(look_at_blocks(allocation, decoder, windows, make_stream), dtype=torch.float64)}
+            )
+            wanted_of = owl if isinstance(allocation, config.OwlAllocation) else alphapruning
+            by_block = wanted_of(found["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=allocation.strength)
+            wanted = [by_block[index] for index, block in enumerate(decoder.matrices) for _ in block]
+            counts = meet_budget(wanted, sizes=sizes, budget=budget, **bounds)
+    except ValueError as error:
+        raise ConfigError(f"allocation: {error}") from error
+    shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
+    patterns: dict[str, Pattern] = {matrix.name: replace(pattern, sparsity=share) for matrix, share in zip(matrices, shares, strict=True)}
+    rows = {}
+    if isinstance(allocation, config.LossAllocation) and allocation.rows:
+        rows = {matrix.name: felt[f"{matrix.name}.rows"] for matrix in matrices}
+    return replace(plan, patterns=patterns, rows=rows)
+
+
+def look_at_loss(stream: Stream, windows: torch.Tensor, threshold: str) -> dict[str, torch.Tensor]:
+    """For every matrix its curve of expected losses and its rows' sensitivities, as the journal keeps them.
+
+    An expert that no token chose has the curve that costs nothing, and rows that are alike.
+    """
+    found = sensitivities(stream, windows, GRID, threshold)
+    kept: dict[str, torch.Tensor] = {}
+    for matrix in (matrix for block in stream.decoder.matrices for matrix in block):
+        felt = found.get(matrix.name) or Sensitivity(curve=[0.0] * len(GRID), rows=torch.ones(matrix.shape[0]))
+        kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
+    return kept
+
+
+def look_at_blocks(
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation,
+    decoder: Decoder,
+    windows: torch.Tensor,
+    make_stream: Callable[[torch.Tensor], Stream],
+) -> list[float]:
+    """What the allocation goes by, for each block."""
+    if isinstance(allocation, config.OwlAllocation):
+        return outlier_shares(make_stream(windows), allocation.multiple)
+    return spectral_exponents(decoder)
 
 
 def run_through(stream: Stream, plan: Plan, journal: Journal) -> None:
@@ -166,7 +268,7 @@ def memory_budget(asked: float | None) -> int:
     return int(asked * 2**30) if asked else psutil.virtual_memory().available
 
 
-def block_bytes(decoder: Decoder, method: PruneMatrices) -> int:
+def block_bytes(decoder: Decoder, plan: Plan) -> int:
     """About how many bytes of host memory the loop needs beside the hidden states, rather too many than too few.
 
     The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype, a
@@ -178,35 +280,64 @@ def block_bytes(decoder: Decoder, method: PruneMatrices) -> int:
         stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
         largest, widest = max(torch.Size(matrix.shape).numel() for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
         grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
-        copies = 4 * largest * (COPIES_SWEPT if method.moves else COPIES_CUT)
-        work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + copies + (grams if method.moves else 0))
+        solved = plan.method.statistic is Gram
+        copies = 4 * largest * (COPIES_SWEPT if solved else COPIES_CUT)
+        trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
+        work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
     return LIBRARIES + 2 * stored + (work if decoder.device.type == "cpu" else 0)
 
 
-def compose(method: config.Method | config.SparseGptMethod) -> PruneMatrices:
+def compose(method: config.Method) -> Method:
     """The method that a configuration names."""
-    if isinstance(method, config.SparseGptMethod):
-        return SparseGpt(score=method.score, damping=method.damping, damping_limit=method.damping_limit, block_size=method.block_size)
-    return ScoreAndSelect(score=method.score)
+    return Method(score=score_of(method), update=update_of(method))
 
 
-def plan_patterns(
-    decoder: Decoder, method: config.Method | config.SparseGptMethod, pattern: config.Pattern, allocation: config.Allocation
-) -> dict[str, Pattern]:
+def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | None:
+    if isinstance(reconstruction, config.NoReconstruction):
+        return None
+    return Reconstruction(epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate)
+
+
+def score_of(method: config.Method) -> methods.Score:
+    if isinstance(method.score, config.RiaScore):
+        return methods.ria_score(method.score.power)
+    if method.score.name == "obs":
+        return methods.obs_score(method.damping.share, method.damping.limit)
+    return {"magnitude": methods.MAGNITUDE, "wanda": methods.WANDA, "wanda_variant": methods.WANDA_VARIANT}[method.score.name]
+
+
+def update_of(method: config.Method) -> methods.Update:
+    parameters = {key: value for key, value in asdict(method.update).items() if key != "name"}
+    share, limit = method.damping.share, method.damping.limit
+    match method.update:
+        case config.SparseGptUpdate():
+            sweeping = method.score.name == "obs"
+            return methods.SparseGpt(damping=share, damping_limit=limit, choose_while_sweeping=sweeping, **parameters)
+        case config.LeastSquaresUpdate():
+            return methods.LeastSquares(damping=share, **parameters)
+        case config.AdmmUpdate():
+            return methods.Admm(damping=share, **parameters)
+        case config.SwapsUpdate():
+            return methods.Swaps(damping=share, **parameters)
+        case config.DsNoTUpdate():
+            return methods.DsNoT(**parameters)
+        case _:
+            return methods.Keep()
+
+
+def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> dict[str, Pattern]:
     """The pattern of every matrix in scope, found to fit its shape before any weight is read.
 
     Raises:
         ConfigError: a matrix whose columns the pattern does not divide; names it.
         ArchitectureError: see Decoder.matrices.
     """
-    matrices = [matrix for block in decoder.matrices for matrix in block]
-    sparsities = ALLOCATIONS[allocation.name]([matrix.name for matrix in matrices], pattern.sparsity)
     patterns: dict[str, Pattern] = {}
-    for matrix in matrices:
+    for matrix in (matrix for block in decoder.matrices for matrix in block):
         if isinstance(pattern, config.Nm):
             patterns[matrix.name] = Nm(kept=pattern.kept, group=pattern.group)
         else:
-            patterns[matrix.name] = Unstructured(sparsity=sparsities[matrix.name], threshold=method.threshold)
+            patterns[matrix.name] = Unstructured(sparsity=pattern.sparsity, threshold=threshold)
         try:
             patterns[matrix.name].check(matrix.shape[1])
         except ValueError as error:
@@ -219,7 +350,7 @@ def delta_bytes(decoder: Decoder, plan: Plan) -> int:
     total = 0.0
     for matrix in (matrix for block in decoder.matrices for matrix in block):
         count, kept = torch.Size(matrix.shape).numel(), 1 - plan.patterns[matrix.name].sparsity
-        total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.method.moves else 0)
+        total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.moves else 0)
     return int(total)
 
 
@@ -235,7 +366,7 @@ def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Patte
         "tensor": matrix.tensor,
         "weights": weights,
         "zeros": weights - kept,
-        "asked": patterns[matrix.name].sparsity,
+        "asked": float(patterns[matrix.name].sparsity),
         "sparsity": (weights - kept) / weights,
         "relative_error": finished.relative_error,
         "tokens": finished.tokens,

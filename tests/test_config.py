@@ -18,8 +18,13 @@ from stages.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 GROUPS = [path for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "text"]
-ASKED = {"hub": ["base.repo=a/b", "base.revision=main"], "local": ["base.path=d", "base.name=a/b", "base.license=mit"]}
-ASKED["gguf"] = ["base.path=f", "base.name=a/b", "base.license=mit", f"base.sha256='{'0' * 64}'"]
+PARTS = sorted(CONF.glob("method/*/*.yaml"))
+ASKED = {
+    "base=hub": ["base.repo=a/b", "base.revision=main"],
+    "base=local": ["base.path=d", "base.name=a/b", "base.license=mit"],
+    "base=gguf": ["base.path=f", "base.name=a/b", "base.license=mit", f"base.sha256='{'0' * 64}'"],
+    "allocation=loss": ["method.threshold=matrix"],
+}
 
 
 def composed(*overrides: str):
@@ -41,9 +46,16 @@ def test_params_yaml_is_the_composed_default():
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_option_of_every_group_is_valid(path):
-    asked = ASKED.get(path.stem, []) if path.parent.name == "base" else []
-    sections = config.read(composed(f"{path.parent.name}={path.stem}", *asked))
+    option = f"{path.parent.name}={path.stem}"
+    sections = config.read(composed(option, *ASKED.get(option, [])))
     assert set(sections) == set(config.SECTIONS)
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_part_of_a_method_is_valid(path):
+    method = config.read(composed(f"method/{path.parent.name}={path.stem}", "method.threshold=matrix"))["method"]
+    part = getattr(method, path.parent.name)
+    assert getattr(part, "name", path.stem) == path.stem
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "text").glob("*.yaml")), ids=lambda path: path.stem)
@@ -68,11 +80,11 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["pattern.sparsity=1.0"], r"pattern.sparsity: found 1.0, wanted a fraction of zeros in \[0, 1\)"),
         (["pattern.sparsity=-0.1"], r"pattern.sparsity: found -0.1"),
         (["pattern=nm_2_4", "pattern.kept=4"], r"pattern.kept: found 4, wanted N in 1..3, below pattern.group"),
-        (["method.score=guess"], "method.score: found 'guess', wanted one of magnitude, wanda"),
+        (["method.score.name=guess"], "method.score.name: found 'guess', wanted one of magnitude, wanda"),
         (["method.threshold=column"], "method.threshold: found 'column', wanted one of row, matrix"),
-        (["method.update=guess"], "method.update: found 'guess', wanted one of none, sparsegpt"),
+        (["method.update.name=guess"], "method.update.name: found 'guess', wanted one of none, sparsegpt, least_squares"),
         (["pattern.name=guess"], "pattern.name: found 'guess', wanted one of unstructured, nm"),
-        (["allocation.name=guess"], "allocation.name: found 'guess', wanted one of uniform"),
+        (["allocation.name=guess"], "allocation.name: found 'guess', wanted one of uniform, owl"),
         (["base.source=guess"], "base.source: found 'guess', wanted one of wheel, hub, local, gguf"),
         (["base.sha256=abc"], "base.sha256: found 'abc', wanted the SHA-256"),
         (["base=hub"], "base.repo: found None, wanted ORG/NAME"),
@@ -89,18 +101,98 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["evaluation.rows=1"], "evaluation.rows: found 1, wanted null or at least 2"),
         (["prune.device=tpu"], "prune.device: found 'tpu', wanted auto, cpu or cuda"),
         (
-            ["method=sparsegpt", "pattern=nm_4_8", "method.block_size=100"],
-            "method.block_size: found 100, wanted a multiple of pattern.group = 8",
+            ["method=sparsegpt", "pattern=nm_4_8", "method.update.block_size=100"],
+            "method.update.block_size: found 100, wanted a multiple of pattern.group = 8",
         ),
         (["prune.propagate=sparse"], "prune.propagate: found 'sparse', wanted one of pruned, dense"),
         (["prune.expert_tokens=-1"], "prune.expert_tokens: found -1, wanted 0 or more tokens"),
         (["prune.memory_budget=0"], "prune.memory_budget: found 0.0, wanted null or more than 0 GiB"),
-        (["method=sparsegpt", "method.damping_limit=0.001"], "method.damping_limit: found 0.001, wanted at least method.damping = 0.01"),
+        (["method.damping.limit=0.001"], "method.damping.limit: found 0.001, wanted at least method.damping.share = 0.01"),
     ],
 )
 def test_a_bad_value_names_its_key_what_was_found_and_what_is_wanted(overrides, message):
     with pytest.raises(ConfigError, match=message):
         config.read(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("score=ria", "score.power", -0.5, "0 or more"),
+        ("update=sparsegpt", "update.block_size", 0, "at least 1 column"),
+        ("update=least_squares", "update.steps", 0, "at least 1"),
+        ("update=admm", "update.steps", 0, "at least 1"),
+        ("update=admm", "update.penalty", 0.0, "more than 0"),
+        ("update=admm", "update.growth", 0.9, "1 or more"),
+        ("update=admm", "update.hold", 0, "at least 1"),
+        ("update=admm", "update.refit_steps", -1, "0 or more"),
+        ("update=swaps", "update.cycles", 0, "at least 1"),
+        ("update=swaps", "update.candidates", 0, "at least 1"),
+        ("update=swaps", "update.refit_steps", -1, "0 or more"),
+        ("update=dsnot", "update.cycles", 0, "at least 1"),
+        ("update=dsnot", "update.threshold", -0.1, "0 or more"),
+        ("damping=published", "damping.share", 0.0, "more than 0"),
+        ("damping=published", "damping.limit", 0.001, "at least method.damping.share = 0.01"),
+    ],
+)
+def test_every_parameter_of_a_method_has_its_range(part, key, value, wanted):
+    with pytest.raises(ConfigError, match=rf"method.{key}: found {value}, wanted {wanted}"):
+        config.read(composed(f"method/{part}", f"method.{key}={value}"))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "key", "value", "wanted"),
+    [
+        ("owl", "multiple", 0.0, "more than 0"),
+        ("owl", "strength", 1.0, r"a spread in \[0, 1\)"),
+        ("alphapruning", "strength", -0.1, r"a spread in \[0, 1\)"),
+        ("loss", "windows", 0, "at least 1"),
+    ],
+)
+def test_every_parameter_of_an_allocation_has_its_range(allocation, key, value, wanted):
+    with pytest.raises(ConfigError, match=rf"allocation.{key}: found {value}, wanted {wanted}"):
+        config.read(composed("method.threshold=matrix", f"allocation={allocation}", f"allocation.{key}={value}"))
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "loss"])
+@pytest.mark.parametrize(("lowest", "highest"), [(-0.1, 0.9), (0.6, 0.5), (0.0, 1.1)])
+def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowest, highest):
+    bounds = [f"allocation.lowest={lowest}", f"allocation.highest={highest}"]
+    with pytest.raises(ConfigError, match=r"allocation.lowest, highest: found .*, wanted 0 <= lowest <= highest <= 1"):
+        config.read(composed("method.threshold=matrix", f"allocation={allocation}", *bounds))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pattern=nm_2_4", "allocation=owl"], "allocation.name: found 'owl', wanted uniform: with pattern.name = nm every matrix is 2:4"),
+        (
+            ["method=wanda_variant", "method.threshold=row"],
+            "method.threshold: found 'row', wanted matrix with method.score.name = wanda_variant",
+        ),
+        (
+            ["method=dsnot", "method/score=obs"],
+            "method.score.name: found 'obs', wanted a score that needs no Gram matrix with method.update.name = dsnot",
+        ),
+        (["allocation=loss"], "method.threshold: found 'row', wanted matrix with allocation.rows, whose rows compete"),
+    ],
+)
+def test_a_method_that_does_not_fit_its_pattern_or_allocation_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        config.read(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=wanda_variant", "method.threshold=row", "pattern=nm_2_4"],  # groups compete, whatever the threshold
+        ["method=sparsegpt", "method.update.block_size=100"],
+        ["allocation=loss", "allocation.rows=false"],
+        ["method=dsnot", "method/score=ria"],
+    ],
+)
+def test_what_fits_together_is_taken(overrides):
+    config.read(composed(*overrides))
 
 
 @pytest.mark.parametrize("override", ["pattern.sparsity=abc", "calibration.windows=many", "pattern.sparsty=0.5", "method.damping=1"])

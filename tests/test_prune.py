@@ -5,13 +5,16 @@ from stages import config, prune
 from stages.errors import ConfigError
 from stages.files import write_json
 from stages.pruning.block_loop import Plan
-from stages.pruning.method import ScoreAndSelect, SparseGpt
+from stages.pruning.method import DsNoT, SparseGpt, Swaps
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
+from tests.methods import MAGNITUDE, WANDA, sparsegpt
+from tests.test_config import composed
 
-WANDA = config.Method(name="wanda", score="wanda", threshold="row", update="none")
-SWEEP = {"damping": 0.1, "damping_limit": 1.0, "block_size": 64}
-UNIFORM = config.Allocation(name="uniform")
+
+def configured(method: str) -> config.Method:
+    """A preset of conf/method."""
+    return config.read(composed(f"method={method}", "method.threshold=matrix"))["method"]
 
 
 @pytest.fixture()
@@ -24,31 +27,35 @@ def test_columns_that_m_does_not_divide_name_the_matrix_before_any_weight_is_rea
     with pytest.raises(
         ConfigError, match="model.layers.0.self_attn.q_proj.weight: found 32 columns, wanted a multiple of pattern.group = 3"
     ):
-        prune.plan_patterns(decoder, WANDA, config.Nm(name="nm", kept=1, group=3), UNIFORM)
+        prune.plan_patterns(decoder, "row", config.Nm(name="nm", kept=1, group=3, permutation_rounds=None))
 
 
 def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
-    patterns = prune.plan_patterns(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.3), UNIFORM)
+    patterns = prune.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.3))
     assert len(patterns) == 21
     assert set(patterns.values()) == {Unstructured(sparsity=0.3, threshold="row")}
     assert all(".layers." in name for name in patterns)
 
 
 def test_a_methods_composition_is_what_its_configuration_says():
-    assert prune.compose(WANDA) == ScoreAndSelect(score="wanda")
-    method = config.SparseGptMethod(
-        name="s", score="obs", threshold="matrix", update="sparsegpt", damping=0.1, damping_limit=1.0, block_size=64
-    )
-    assert prune.compose(method) == SparseGpt(score="obs", damping=0.1, damping_limit=1.0, block_size=64)
+    assert prune.compose(configured("wanda")) == WANDA
+    assert prune.compose(configured("magnitude")) == MAGNITUDE
+    assert prune.compose(configured("swaps_least_squares")).update == Swaps(damping=0.01, cycles=25, candidates=16, refit_steps=20)
+    assert prune.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
+
+
+@pytest.mark.parametrize(("name", "sweeping"), [("sparsegpt", True), ("wanda_sparsegpt", False)])
+def test_sparsegpt_chooses_while_sweeping_by_its_own_score_alone(name, sweeping):
+    update = prune.compose(configured(name)).update
+    assert update == SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=sweeping)
 
 
 def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values_of_the_survivors(decoder):
-    patterns = prune.plan_patterns(decoder, WANDA, config.Unstructured(name="unstructured", sparsity=0.75), UNIFORM)
+    patterns = prune.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.75))
     weights = sum(torch.Size(matrix.shape).numel() for block in decoder.matrices for matrix in block)
     how = {"patterns": patterns, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
-    assert prune.delta_bytes(decoder, Plan(method=ScoreAndSelect(score="wanda"), **how)) == weights // 8
-    sweep = SparseGpt(score="obs", **SWEEP)
-    assert prune.delta_bytes(decoder, Plan(method=sweep, **how)) == weights // 8 + 2 * weights // 4
+    assert prune.delta_bytes(decoder, Plan(method=WANDA, **how)) == weights // 8
+    assert prune.delta_bytes(decoder, Plan(method=sparsegpt(), **how)) == weights // 8 + 2 * weights // 4
 
 
 def test_experts_are_one_line_in_the_plot_of_errors():
@@ -63,7 +70,8 @@ def test_experts_are_one_line_in_the_plot_of_errors():
 def test_memory_is_what_is_asked_or_what_is_free(decoder):
     assert prune.memory_budget(1.5) == 1610612736
     assert prune.memory_budget(None) > 0
-    wanda, sweep = (prune.block_bytes(decoder, method) for method in (ScoreAndSelect(score="wanda"), SparseGpt(score="obs", **SWEEP)))
+    how = {"patterns": {}, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
+    wanda, sweep = (prune.block_bytes(decoder, Plan(method=method, **how)) for method in (WANDA, sparsegpt()))
     block = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(0))
     largest = 32 * 112
     assert wanda == 2**29 + 2 * 2 * block + 4 * block + 3 * 4 * largest  # stored twice in bfloat16, computed in float32

@@ -1,7 +1,7 @@
 """The sparse delta: what pruning changed, and nothing else.
 
-For every matrix in scope the mask as packed bits, 1 = kept, and only where survivors moved their values. One safetensors
-file per decoder block and a manifest. base + delta = the pruned model.
+For every matrix in scope the mask as packed bits, 1 = kept; only where survivors moved their values; and only where rows or
+columns changed places their order. One safetensors file per decoder block and a manifest. base + delta = the pruned model.
 """
 
 import json
@@ -48,15 +48,24 @@ class Change:
 
     mask: [rows, columns], bool, True = kept.
     values: [kept], the survivors' new values in row-major order in the base's dtype; None where they did not move.
+    rows, columns: [rows], [columns], int32, where the base's are put before the mask is laid on: the new row i is the base's
+        row rows[i]; None where they stay in place.
     """
 
     mask: torch.Tensor
     values: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def reorder(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base's matrix, its rows and columns in their new places."""
+        weight = weight if self.rows is None else weight[self.rows.long().to(weight.device)]
+        return weight if self.columns is None else weight[:, self.columns.long().to(weight.device)]
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """The pruned matrix, [rows, columns], in the dtype of `weight`, exact zeros where the mask is False."""
         if self.values is None:
-            return weight.masked_fill(~self.mask, 0)
+            return self.reorder(weight).masked_fill(~self.mask, 0)
         return torch.zeros_like(weight).masked_scatter_(self.mask, self.values.to(weight.dtype))
 
 
@@ -69,6 +78,9 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
         tensors[f"{name}.mask"] = pack(change.mask)
         if change.values is not None:
             tensors[f"{name}.values"] = change.values
+        for key, order in (("rows", change.rows), ("columns", change.columns)):
+            if order is not None:
+                tensors[f"{name}.{key}"] = order
     facts = {"format": FORMAT, "base": base, "polarity": "1 = kept", "shapes": shapes}
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
@@ -82,20 +94,24 @@ def read_block(path: Path) -> dict[str, Change]:
     return {name: _read_change(path, name, *place) for name, place in _block_index(path).items()}
 
 
-def _block_index(path: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Tensor name -> shape, and whether its survivors moved."""
+Stored = tuple[tuple[int, ...], frozenset[str]]  # a matrix's shape, and what is stored of it beside the mask
+
+
+def _block_index(path: Path) -> dict[str, Stored]:
+    """Tensor name -> what the file has of it."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes, stored = json.loads(file.metadata()[METADATA])["shapes"], set(file.keys())
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
-    return {name: (tuple(shape), f"{name}.values" in stored) for name, shape in shapes.items()}
+    parts = ("values", "rows", "columns")
+    return {name: (tuple(shape), frozenset(part for part in parts if f"{name}.{part}" in stored)) for name, shape in shapes.items()}
 
 
-def _read_change(path: Path, name: str, shape: tuple[int, ...], moved: bool) -> Change:
+def _read_change(path: Path, name: str, shape: tuple[int, ...], parts: frozenset[str]) -> Change:
     with safe_open(path, framework="pt") as file:
         mask = unpack(file.get_tensor(f"{name}.mask"), shape)
-        return Change(mask=mask, values=file.get_tensor(f"{name}.values") if moved else None)
+        return Change(mask=mask, **{part: file.get_tensor(f"{name}.{part}") for part in parts})
 
 
 def write_manifest(directory: Path, *, base: str, recipe: dict[str, Any], matrices: list[dict[str, Any]]) -> None:
@@ -126,7 +142,7 @@ class SparseDelta:
             raise CheckpointError(f"{directory}: a delta of base {self.manifest['base'][:12]}, wanted one of base {base[:12]}")
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Path, tuple[int, ...], bool]]:
+    def _places(self) -> dict[str, tuple[Path, tuple[int, ...], frozenset[str]]]:
         paths = [self.directory / shard for shard in self.manifest["shards"]]
         return {name: (path, *place) for path in paths for name, place in _block_index(path).items()}
 
@@ -137,8 +153,7 @@ class SparseDelta:
         return name in self._places
 
     def change(self, name: str) -> Change:
-        path, shape, moved = self._places[name]
-        return _read_change(path, name, shape, moved)
+        return _read_change(self._places[name][0], name, *self._places[name][1:])
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as the pruned model has it; a tensor out of scope comes back as it is."""

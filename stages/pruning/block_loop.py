@@ -7,8 +7,9 @@ pruned for inputs that the pruned model will not give it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,14 @@ from torch import nn
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import ranks
-from stages.pruning.method import Pruned, PruneMatrices
+from stages.pruning.couplings import Coupling
+from stages.pruning.method import Method, Pruned
 from stages.pruning.observer import Inputs, Observer
 from stages.pruning.patterns import Pattern
-from stages.streaming.architecture import Decoder, Matrix, run_block
-from stages.streaming.stream import Stream, read_ahead
+from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
+from stages.pruning.reordering import STAYS, Order, find_orders, proven_couplings
+from stages.streaming.architecture import Decoder, Matrix, Part
+from stages.streaming.stream import Stream, read_ahead, room
 
 ROWS_AT_ONCE = 2048  # of a matrix whose error is measured
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
@@ -65,13 +69,27 @@ class Plan:
     error_tokens: about how many calibration tokens the relative error is measured on, evenly spread; for an
         expert the first eighth of that number that chose it.
     expert_tokens: an expert that fewer tokens chose is calibrated on the sample of all tokens.
+    by_parts: whether attention and MLP are pruned one after the other, the MLP for what the pruned attention gives it.
+    reconstruction: what the survivors of each part do in the end, or None.
+    permutation_rounds: how often a column is tried in other groups of N:M, see permutations; None: columns stay in place.
+    rows: matrix name -> what a squared error of each of its outputs costs, [rows], float32, above 0; for a matrix that is
+        not named they cost the same. It tells when the rows of a matrix compete.
     """
 
-    method: PruneMatrices
+    method: Method
     patterns: dict[str, Pattern]
     propagate: str
     error_tokens: int
     expert_tokens: int
+    by_parts: bool = False
+    reconstruction: Reconstruction | None = None
+    permutation_rounds: int | None = None
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def moves(self) -> bool:
+        """Whether survivors change."""
+        return self.method.moves or self.reconstruction is not None
 
 
 def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
@@ -119,70 +137,160 @@ def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Cha
                     tensors[name] = change.apply(tensors[name])
             with decoder.loaded(index, tensors) as block:
                 if changes is None:
-                    observer = _observe(stream, plan, index, block)
-                    yield _prune_block(decoder, plan, index, block, observer)
+                    yield _prune_block(stream, plan, index, block)
                 if not is_last and (changes is not None or plan.propagate == "pruned"):
                     stream.advance(index, block)
 
 
-def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module) -> Observer:
-    """All windows through a block; in dense propagation its outputs go on."""
-    layers = list(dict.fromkeys(matrix.layer for matrix in stream.decoder.matrices[index]))
+def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module) -> PrunedBlock:
+    """Part after part, or all of it at once."""
+    decoder = stream.decoder
+    parts = decoder.parts(index) if plan.by_parts else [Part(path="", matrices=decoder.matrices[index])]
+    couplings, settled = _couplings(stream, plan, index, block), {}
+    for part in parts:
+        observer, targets = _observe(stream, plan, index, block, part)
+        orders = _orders(decoder, plan, block, observer, [coupling for coupling in couplings if coupling.consumer in part.matrices])
+        found = _prune_part(decoder, plan, block, part, observer, orders)
+        if plan.reconstruction and targets is not None:
+            masks = _parameter_masks(block, found)
+            reconstruct(stream, index, block, part.path, masks, targets, plan.reconstruction)
+            for one in found:
+                _take_over(decoder, block, one)
+        settled.update({one.finished.matrix.name: one for one in found})
+    changes: dict[str, list[tuple[int | None, Change]]] = {}
+    for matrix in decoder.matrices[index]:
+        changes.setdefault(matrix.tensor, []).append((matrix.expert, settled[matrix.name].change))
+    return PrunedBlock(
+        index=index,
+        changes={tensor: _joined(parts) for tensor, parts in changes.items()},
+        matrices=[settled[matrix.name].finished for matrix in decoder.matrices[index]],
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Settled:
+    """What became of one matrix; where a reconstruction follows, also what its error is measured by.
+
+    mask: [rows, columns], bool. sample: [tokens, columns], float32; expected: [tokens, rows], its dense outputs.
+    """
+
+    finished: Finished
+    change: Change
+    mask: torch.Tensor
+    order: Order
+    sample: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
+
+
+def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module, part: Part) -> tuple[Observer, torch.Tensor | None]:
+    """All windows through a block up to the inputs of a part's last layer; in dense propagation the block's outputs go on.
+
+    Returns:
+        What the part's layers read and, where a reconstruction follows, the part's outputs, [windows, tokens, width].
+    """
+    layers = list(dict.fromkeys(matrix.layer for matrix in part.matrices))
     tokens = stream.all_windows * stream.shape[1]
     observer = Observer(block, layers, plan.method.statistic, tokens, plan.error_tokens, stream.first_window * stream.shape[1])
     passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
-    for where, part, call in stream.parts(index):
-        output = observer.run(part, partial(run_block, block, call=call), stop=not passing_on)
-        if output is not None and passing_on:
+    targets = None
+    if plan.reconstruction:
+        targets, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
+    for where, hidden, call in stream.parts(index):
+        path = part.path if targets is not None else ""
+        output = observer.run(hidden, partial(part_output, block, path, call=call), stop=targets is None and not passing_on)
+        if output is not None and targets is not None:
+            targets[where] = output.view_as(hidden)
+        elif output is not None and passing_on:
             stream.put(where, output)
     stream.require_finite(index)
     observer.finish(plan.expert_tokens)
-    return observer
+    return observer, targets
 
 
-def _prune_block(decoder: Decoder, plan: Plan, index: int, block: nn.Module, observer: Observer) -> PrunedBlock:
+def _parameter_masks(block: nn.Module, found: list[_Settled]) -> dict[str, torch.Tensor]:
+    """The masks of all matrices of a part, as those of the block's parameters."""
+    masks: dict[str, torch.Tensor] = {}
+    for one in found:
+        place = one.finished.matrix.place
+        whole = masks.setdefault(place.name, torch.zeros_like(block.get_parameter(place.name), dtype=torch.bool))
+        part = place.of(whole)
+        part.copy_(one.mask.T if one.finished.matrix.transposed else one.mask)
+    return masks
+
+
+def _take_over(decoder: Decoder, block: nn.Module, one: _Settled) -> None:
+    """Make what reconstruction left in the block the matrix's outcome, rounded to the checkpoint's dtype in both."""
+    assert one.sample is not None and one.expected is not None
+    matrix, stored = one.finished.matrix, decoder.checkpoint.dtype(one.finished.matrix.tensor)
+    target = matrix.of(block)
+    values = target.to(stored).float().masked_fill(~one.mask, 0)
+    target.copy_(values)
+    one.change = _change(matrix, Pruned(mask=one.mask, values=values), one.order, stored)
+    lost = torch.linalg.vector_norm(one.sample @ values.T - one.expected).double().square().cpu()
+    total = torch.linalg.vector_norm(one.expected).double().square().cpu()
+    one.finished.relative_error = relative_error(*ranks.all_sum(torch.stack([lost, total])).tolist())
+
+
+def _couplings(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[Coupling]:
+    if plan.permutation_rounds is None:
+        return []
+    _, part, call = next(stream.parts(index))
+    return proven_couplings(stream.decoder, index, block, part, call)
+
+
+def _orders(decoder: Decoder, plan: Plan, block: nn.Module, observer: Observer, couplings: list[Coupling]) -> dict[str, Order]:
+    """By matrix name; the consumers' inputs are reordered."""
+    if plan.permutation_rounds is None:
+        return {}
+    readers = Counter(observer.leader.values())  # of each distinct input
+    alone = [coupling for coupling in couplings if (layer := coupling.consumer.layer) in observer.inputs and readers[layer] == 1]
+    inputs = {coupling.consumer.name: observer.inputs[coupling.consumer.layer] for coupling in alone}
+    weights = {coupling.consumer.name: decoder.stored(coupling.consumer, block) for coupling in alone}
+    return find_orders(alone, weights, inputs, plan.patterns, plan.method.score, plan.permutation_rounds)
+
+
+def _prune_part(decoder: Decoder, plan: Plan, block: nn.Module, part: Part, observer: Observer, orders: dict[str, Order]) -> list[_Settled]:
     by_layer: dict[Any, list[Matrix]] = {}
-    for matrix in decoder.matrices[index]:
+    for matrix in part.matrices:
         by_layer.setdefault(matrix.layer, []).append(matrix)
     unseen = [matrices[0].name for layer, matrices in by_layer.items() if layer not in observer.leader]
     if unseen:
         raise PruningError(f"layer {unseen[0]}: no calibration token reached it")
-    finished: dict[str, Finished] = {}
-    parts: dict[str, list[tuple[int | None, Change]]] = {matrix.tensor: [] for matrix in decoder.matrices[index]}
+    settled = []
     groups = ((inputs, [matrix for layer in layers for matrix in by_layer[layer]]) for inputs, layers in observer.groups())
-    for inputs, matrices, weights, outcomes in _outcomes(decoder, plan, block, groups):
+    for inputs, matrices, weights, outcomes in _outcomes(decoder, plan, block, groups, orders):
         sample = inputs.sampled()
         for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
-            change = _change(matrix, outcome, decoder.checkpoint.dtype(matrix.tensor))
+            order, stored = orders.get(matrix.name, STAYS), decoder.checkpoint.dtype(matrix.tensor)
+            expected = sample @ weight.T if plan.reconstruction else None
             target = matrix.of(block) if plan.propagate == "pruned" else None
-            lost, total = ranks.all_sum(_replace(weight, outcome, decoder.checkpoint.dtype(matrix.tensor), target, sample)).tolist()
+            lost, total = ranks.all_sum(_replace(weight, outcome, stored, target, sample)).tolist()
             if not math.isfinite(lost + total):
                 raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
-            parts[matrix.tensor].append((matrix.expert, change))
-            finished[matrix.name] = Finished(
+            finished = Finished(
                 matrix=matrix,
                 relative_error=relative_error(lost, total),
                 damping=outcome.damping,
                 tokens=inputs.tokens,
                 calibrated_on="its tokens" if inputs.routed else "all tokens",
             )
-    return PrunedBlock(
-        index=index,
-        changes={tensor: _joined(changes) for tensor, changes in parts.items()},
-        matrices=[finished[matrix.name] for matrix in decoder.matrices[index]],
-    )
+            one = _Settled(finished=finished, change=_change(matrix, outcome, order, stored), mask=outcome.mask, order=order)
+            if plan.reconstruction:
+                one.sample, one.expected = sample, expected
+            settled.append(one)
+    return settled
 
 
 Group = tuple[Inputs, list[Matrix]]  # the matrices that read one input
 
 
 def _outcomes(
-    decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[Group]
+    decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[Group], orders: dict[str, Order]
 ) -> Iterator[tuple[Inputs, list[Matrix], list[torch.Tensor], list[Pruned]]]:
     """What the method makes of each group, with its weights. Several processes first work out their own, then share them."""
 
     def weights_of(matrices: list[Matrix]) -> list[torch.Tensor]:
-        return [decoder.stored(matrix, block) for matrix in matrices]
+        return [orders.get(matrix.name, STAYS).of(decoder.stored(matrix, block)) for matrix in matrices]
 
     if ranks.count() == 1:  # one after another: a group's statistic goes before the next is factored
         for inputs, matrices in groups:
@@ -205,16 +313,30 @@ def _solve(plan: Plan, inputs: Inputs, matrices: list[Matrix], weights: list[tor
     if not all(torch.isfinite(part).all() for part in inputs.sample):
         reason = "; float16 overflows above 65504, bfloat16 does not" if inputs.sample[0].dtype == torch.float16 else ""
         raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations{reason}")
+    scales = [_row_scale(plan.rows.get(matrix.name), weight) for matrix, weight in zip(matrices, weights, strict=True)]
+    weights = [weight if scale is None else weight * scale for weight, scale in zip(weights, scales, strict=True)]
     try:
-        return plan.method(weights, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
+        outcomes = plan.method(weights, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
     except (ArithmeticError, ValueError) as error:
         raise PruningError(f"layer {names}: {error}") from error
+    return [
+        outcome if scale is None or outcome.values is None else replace(outcome, values=outcome.values / scale)
+        for outcome, scale in zip(outcomes, scales, strict=True)
+    ]
+
+
+def _row_scale(costs: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """[rows, 1], 1 on average: scaled by the root of what its squared error costs, each row's error counts alike."""
+    if costs is None:
+        return None
+    scale = costs.to(weight.device).sqrt()
+    return (scale / scale.mean())[:, None]
 
 
 def _shared(own: list[Pruned], weight: torch.Tensor, plan: Plan, owner: int) -> Pruned:
     """A matrix's outcome from the process that worked it out; `own` begins with it there, and is empty elsewhere."""
     shape, device = weight.shape, weight.device
-    mask = own[0].mask.to(torch.uint8) if own else torch.empty(shape, dtype=torch.uint8, device=device)
+    mask = own[0].mask.to(torch.uint8).contiguous() if own else torch.empty(shape, dtype=torch.uint8, device=device)
     damping = torch.tensor((own[0].damping if own else None) or 0.0, dtype=torch.float64)
     values = own[0].values if own else torch.empty(shape, dtype=torch.float32, device=device) if plan.method.moves else None
     if values is not None:
@@ -222,12 +344,14 @@ def _shared(own: list[Pruned], weight: torch.Tensor, plan: Plan, owner: int) -> 
     return Pruned(mask=ranks.share(mask, owner).bool(), values=values, damping=ranks.share(damping, owner).item() or None)
 
 
-def _change(matrix: Matrix, outcome: Pruned, stored: torch.dtype) -> Change:
+def _change(matrix: Matrix, outcome: Pruned, order: Order, stored: torch.dtype) -> Change:
     """The outcome on the CPU, in the checkpoint's orientation and dtype."""
-    mask, values = outcome.mask, outcome.values
+    mask, values, places = outcome.mask, outcome.values, [order.rows, order.columns]
     if matrix.transposed:
-        mask, values = mask.T, None if values is None else values.T
-    return Change(mask=mask.cpu().contiguous(), values=None if values is None else values[mask].to(stored).cpu())
+        mask, values, places = mask.T, None if values is None else values.T, places[::-1]
+    rows, columns = (None if place is None else place.int().cpu() for place in places)
+    moved = None if values is None else values[mask].to(stored).cpu()
+    return Change(mask=mask.cpu().contiguous(), values=moved, rows=rows, columns=columns)
 
 
 def _replace(weight: torch.Tensor, outcome: Pruned, stored: torch.dtype, target: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.errors import SparsesweepError
@@ -50,6 +51,19 @@ class Journal:
 
     def record_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.json"
+
+    def survey(self, look: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What an interrupted run had learned before its first block, else what `look` gives now, kept for the next run."""
+        path = self.directory / "survey.safetensors"
+        if ranks.share(torch.tensor(int(path.is_file())), 0):
+            return load_file(path)
+        found = look()
+        if ranks.rank() == 0:
+            with full_disk(self.directory, "nothing was pruned"):
+                part = path.with_suffix(".part")
+                save_file(found, part)
+                part.replace(path)
+        return found
 
     def changes(self, index: int) -> dict[str, Change] | None:
         """A finished block's changes, or None."""
@@ -108,16 +122,21 @@ def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, directory)
         _require_fingerprint(directory, fingerprint)
         journal = Journal(directory, base)
         ranks.share(torch.tensor(journal.finished), 0)
         yield journal
         remove(directory)
-    except BlockingIOError:
-        raise SparsesweepError(f"{directory}: another run is pruning here; wait for it or stop it") from None
     finally:
         os.close(lock)
+
+
+def _lock(lock: int, directory: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SparsesweepError(f"{directory}: another run is pruning here; wait for it or stop it") from None
 
 
 def _require_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> None:

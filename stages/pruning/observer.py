@@ -42,6 +42,11 @@ class Inputs:
         """[tokens, columns], float32."""
         return torch.cat(self.sample).float()
 
+    def reorder(self, order: torch.Tensor) -> None:
+        """Make the input `order[k]`, int64, the k-th."""
+        self.statistic.reorder(order)
+        self.sample = [part[:, order] for part in self.sample]
+
 
 class Observer:
     """Watches the layers of one loaded block.
@@ -126,6 +131,7 @@ class Observer:
 
         return hook
 
+    @torch.no_grad()
     def see(self, layer: Layer, inputs: torch.Tensor) -> None:
         """Take in what a layer is handed, unless another layer was handed the same."""
         self._order.append(layer)
@@ -153,7 +159,7 @@ class Observer:
 
     def _spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """Every stride-th token of the calibration set, whatever the micro-batch: [tokens, columns]."""
-        return tokens.reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
+        return tokens.detach().reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
 
     def finish(self, minimum: int) -> None:
         """Add up over ranks, and give experts that fewer than `minimum` tokens chose the sample of all that reached the mixture.

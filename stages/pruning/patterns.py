@@ -6,14 +6,17 @@ another, and the counts of the ranges add up to that of the whole.
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd
 
 import torch
 
 WEIGHTS_AT_ONCE = 2**22  # a selection takes some times their memory
+SAMPLED_SCORES = 2**17
+FEW_COLUMNS = 16  # within which all pairs are compared
 FEW_ROWS = 64  # a GPU selects in each row by one group of threads, and sorts by all
 
 
-def pruned_count(total: int, sparsity: float) -> int:
+def pruned_count(total: int, sparsity: float | Fraction) -> int:
     """How many of `total` weights go: floor(total * sparsity), the sparsity read as the decimal that the user wrote.
 
     (In binary 100 * 0.29 is just below 29.)
@@ -54,6 +57,20 @@ def _keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
 
 
+def keep_highest_of_few(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """As keep_highest, quicker for short rows: every score is compared with every other of its row."""
+    if not torch.isfinite(scores).all():
+        raise ValueError("found a score that is NaN or infinite, wanted finite scores")
+    columns = scores.T.contiguous()
+    above = torch.zeros_like(columns, dtype=torch.int8)  # scores of the row that are kept before this one
+    for left in range(len(columns)):
+        for right in range(left + 1, len(columns)):
+            right_first = columns[right] >= columns[left]
+            above[left] += right_first
+            above[right] += ~right_first
+    return (above < len(columns) - count).T.contiguous()
+
+
 def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
     """[rows, 1]: the nth lowest of each row, by partition; nth counts from 1."""
     if scores.device.type == "cpu":
@@ -69,11 +86,11 @@ def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
 class Unstructured:
     """Any weights, a fraction of each row or of the whole matrix.
 
-    sparsity: fraction of zeros in [0, 1).
+    sparsity: fraction of zeros in [0, 1); a Fraction is what an allocation gave the matrix, and is met to the weight.
     threshold: "row" if the weights of an output row compete, "matrix" if all do.
     """
 
-    sparsity: float
+    sparsity: float | Fraction
     threshold: str
 
     def check(self, columns: int) -> None:
@@ -93,12 +110,33 @@ class Unstructured:
             The same shape, bool.
         """
         rows, columns = scores.shape
-        competitors = 1 if self.threshold == "row" else rows
         end = first_column + columns
-        count = pruned_count(competitors * end, self.sparsity) - pruned_count(competitors * first_column, self.sparsity)
+        if self.threshold == "matrix":
+            count = pruned_count(rows * end, self.sparsity) - pruned_count(rows * first_column, self.sparsity)
+            return keep_highest(scores.reshape(1, -1), count).view(rows, columns)
+        if isinstance(self.sparsity, Fraction):
+            return _keep_highest_evenly(scores, pruned_count(rows * end, self.sparsity) - pruned_count(rows * first_column, self.sparsity))
+        return keep_highest(scores, pruned_count(end, self.sparsity) - pruned_count(first_column, self.sparsity))
+
+    def roughly(self, scores: torch.Tensor) -> torch.Tensor:
+        """About the mask of a whole matrix, [rows, columns], at less cost: one threshold, from a sample of the scores."""
         if self.threshold == "row":
-            return keep_highest(scores, count)
-        return keep_highest(scores.reshape(1, -1), count).view(rows, columns)
+            return self.mask(scores)
+        stride = max(1, scores.numel() // SAMPLED_SCORES)
+        while gcd(stride, scores.shape[1]) > 1:  # else it meets the same few columns in every row
+            stride += 1
+        sample = scores.flatten()[::stride]
+        return scores > _nth_lowest(sample[None], max(1, pruned_count(len(sample), self.sparsity)))
+
+
+def _keep_highest_evenly(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Drop `count` of all, as many in every row, or one more in the rows whose next weight carries least."""
+    each, more = divmod(count, len(scores))
+    mask = keep_highest(scores, each)
+    if more:
+        rows = ~keep_highest(_nth_lowest(scores, each + 1).view(1, -1), more)[0]
+        mask[rows] = keep_highest(scores[rows], each + 1)
+    return mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +169,11 @@ class Nm:
         """Choose in every group of `scores`, [rows, columns], columns a multiple of the group."""
         self.check(scores.shape[1])
         groups = scores.reshape(-1, self.group)
-        return keep_highest(groups, self.group - self.kept).view(scores.shape)
+        keep = keep_highest_of_few if self.group <= FEW_COLUMNS else keep_highest
+        return keep(groups, self.group - self.kept).view(scores.shape)
+
+    def roughly(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.mask(scores)
 
 
 Pattern = Unstructured | Nm

@@ -12,6 +12,7 @@ AllSum = Callable[[torch.Tensor], torch.Tensor]  # adds up over processes, in pl
 
 DAMPING_STEP = 10.0
 TILES = 4
+WEAK = 1e-9  # of the mean diagonal
 
 
 class Statistic(Protocol):
@@ -25,6 +26,9 @@ class Statistic(Protocol):
     def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
         """No more windows will come; add up what several processes collected."""
 
+    def reorder(self, order: torch.Tensor) -> None:
+        """After `finish`: make the input `order[k]`, int64, the k-th."""
+
 
 class NoStatistic:
     """For scores that look at weights alone."""
@@ -34,6 +38,8 @@ class NoStatistic:
     def add(self, inputs: torch.Tensor) -> None: ...
 
     def finish(self, all_sum: AllSum = lambda alone: alone) -> None: ...
+
+    def reorder(self, order: torch.Tensor) -> None: ...
 
 
 class SquaredNorm:
@@ -57,6 +63,47 @@ class SquaredNorm:
         self.value *= self.windows / all_windows
         all_sum(self.value)
         self.windows = all_windows
+
+    def reorder(self, order: torch.Tensor) -> None:
+        self.value = self.value[order]
+
+    @property
+    def squared_norm(self) -> torch.Tensor:
+        """[columns], float32."""
+        return self.value
+
+
+class Moments:
+    """DSnoT's statistic: each input's mean, variance and mean square over tokens, [columns], float32; whole after `finish`."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sums = torch.zeros(2, columns, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.sums += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
+        self.tokens += len(tokens)
+
+    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
+        self.tokens = int(all_sum(torch.tensor(self.tokens)))
+        all_sum(self.sums)
+
+    def reorder(self, order: torch.Tensor) -> None:
+        self.sums = self.sums[:, order]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return (self.sums[0] / self.tokens).float()
+
+    @property
+    def variance(self) -> torch.Tensor:
+        mean, mean_square = self.sums / self.tokens
+        return (mean_square - mean.square()).clamp_min(0).float()
+
+    @property
+    def squared_norm(self) -> torch.Tensor:
+        return (self.sums[1] / self.tokens).float()
 
 
 class Gram:
@@ -84,6 +131,14 @@ class Gram:
             self.value[:first, first:last] = self.value[first:last, :first].T
         all_sum(self.value)
 
+    def reorder(self, order: torch.Tensor) -> None:
+        self.value = self.value[order][:, order]
+
+    @property
+    def squared_norm(self) -> torch.Tensor:
+        """[columns], float32: each input's squared norm over all tokens."""
+        return self.value.diagonal()
+
     @property
     def dead(self) -> torch.Tensor:
         """[columns], bool: inputs that were zero in every token."""
@@ -105,8 +160,7 @@ class Gram:
             ArithmeticError: H has NaN or infinity, or is not positive definite even with the limit.
         """
         if self._factor is None:
-            if not torch.isfinite(self.value.diagonal()).all():
-                raise ArithmeticError("found NaN or infinity in the Gram matrix of the inputs")
+            self._require_finite()
             for share in dampings(damping, limit):
                 self._factor = _inverse_factor(self.value, self.dead, share)
                 if self._factor is not None:
@@ -115,6 +169,26 @@ class Gram:
             else:
                 raise ArithmeticError(f"the Gram matrix of the inputs does not factor at any damping from {damping:g} to {limit:g}")
         return self._factor
+
+    def inverse_diagonal(self, damping: float, limit: float) -> torch.Tensor:
+        """The diagonal of the damped matrix's inverse, [columns], float32; see inverse_factor."""
+        return self.inverse_factor(damping, limit).square().sum(dim=0)
+
+    def damped(self, damping: float) -> torch.Tensor:
+        """A copy whose diagonal is larger by the share `damping`, [columns, columns], float32; dead inputs count as weak ones.
+
+        Raises:
+            ArithmeticError: it has NaN or infinity.
+        """
+        self._require_finite()
+        damped, weak = self.value.clone(), WEAK * self.value.diagonal().mean()
+        diagonal = damped.diagonal()
+        diagonal.mul_(1 + damping).clamp_min_(weak if weak > 0 else 1)
+        return damped
+
+    def _require_finite(self) -> None:
+        if not torch.isfinite(self.value.diagonal()).all():
+            raise ArithmeticError("found NaN or infinity in the Gram matrix of the inputs")
 
 
 def dampings(first: float, limit: float) -> list[float]:

@@ -11,14 +11,31 @@ from stages.release.verification import Verified
 PAPERS = {
     "magnitude": "[Han et al. 2015](https://arxiv.org/abs/1506.02626)",
     "wanda": "[Sun et al. 2024](https://arxiv.org/abs/2306.11695)",
+    "wanda_variant": "[Sun et al. 2024](https://arxiv.org/abs/2306.11695), their code's variant",
+    "ria": "[Zhang et al. 2024](https://openreview.net/forum?id=Tr0lPx9woF)",
     "obs": "[Frantar & Alistarh 2023](https://arxiv.org/abs/2301.00774)",
+    "sparsegpt": "[Frantar & Alistarh 2023](https://arxiv.org/abs/2301.00774)",
+    "least_squares": "conjugate gradients on the Gram matrix",
+    "admm": "[Meng et al. 2024](https://arxiv.org/abs/2406.07831)",
+    "swaps": "[Zimmer et al. 2025](https://arxiv.org/abs/2512.10922)",
+    "dsnot": "[Zhang et al. 2024](https://arxiv.org/abs/2310.08915)",
+}
+RECONSTRUCTIONS = {
+    "none": "none",
+    "sub_block": "{epochs} passes of Adam over the calibration windows for each part of a block, against its dense outputs",
+}
+ALLOCATIONS = {
+    "uniform": "every matrix as sparse as the whole",
+    "owl": "blocks with many outliers are pruned less ([Yin et al. 2024](https://arxiv.org/abs/2310.05175))",
+    "alphapruning": "blocks with heavy-tailed spectra are pruned less ([Lu et al. 2024](https://arxiv.org/abs/2410.10912))",
+    "loss": "zeros lie where the gradients of a few calibration windows say that they cost least",
 }
 
 
 def default_name(base: str, recipe: dict[str, Any]) -> str:
     """BASE-METHOD-sparse50, or BASE-METHOD-2of4."""
     nm = recipe["pattern"]["name"] == "nm"
-    amount = recipe["pattern_label"].replace(":", "of") if nm else f"sparse{100 * recipe['pattern']['sparsity']:g}"
+    amount = recipe["pattern_label"].replace(":", "of").replace(" ", "-") if nm else f"sparse{100 * recipe['pattern']['sparsity']:g}"
     return f"{base.rsplit('/', 1)[-1]}-{recipe['method']['name'].replace('_', '-')}-{amount}"
 
 
@@ -49,7 +66,7 @@ def metadata(base: dict[str, Any], name: str, recipe: dict[str, Any], results: d
         license_name=None if _known_to_the_hub(base["license"]) else base["license"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", recipe["method"]["name"], recipe["pattern_label"], "sparsesweep"],
+        tags=["pruned", "sparse", recipe["method"]["name"], recipe["pattern_label"].replace(" ", "-"), "sparsesweep"],
         model_name=name,
         eval_results=[perplexity, *tasks],
     )
@@ -74,10 +91,10 @@ def exceptions(matrices: list[dict[str, Any]], method: dict[str, Any]) -> str:
             f"- {len(borrowed)} matrices of experts that too few calibration tokens chose were calibrated on a sample of all tokens; "
             "sparsity.json names them."
         )
-    raised = [row for row in matrices if row["damping"] not in (None, method.get("damping"))]
+    raised = [row for row in matrices if row["damping"] not in (None, method["damping"]["share"])]
     if raised:
-        most = max(row["damping"] for row in raised)
-        lines.append(f"- {len(raised)} matrices needed more damping than {method['damping']:g}, up to {most:g}; sparsity.json names them.")
+        most, share = max(row["damping"] for row in raised), method["damping"]["share"]
+        lines.append(f"- {len(raised)} matrices needed more damping than {share:g}, up to {most:g}; sparsity.json names them.")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -138,7 +155,8 @@ def write_card(
     says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     origin = f"revision `{base['revision']}`" if "revision" in base else f"a {base['source']} source"
-    update = "the survivors keep their values" if method["update"] == "none" else f"the survivors were updated ({method['update']})"
+    score, update = method["score"]["name"], method["update"]["name"]
+    then = "the mask stays as chosen, the survivors keep their values" if update == "none" else f"then {update}: {PAPERS[update]}"
     checkout = f"git checkout {prune['code']}"
     if prune["code"] == "unknown" or prune["code"].endswith("-dirty"):
         checkout = f"# made by code that is in no commit ({prune['code']})"
@@ -149,14 +167,16 @@ def write_card(
 # {name}
 
 [{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * recipe["sparsity"]:.4g}% of the weights of its decoder
-blocks' linear layers set to zero, in one shot, without training. The tensors are plain dense ones with exact zeros: any
+blocks' linear layers set to zero, in one shot, without training on a task. The tensors are plain dense ones with exact zeros: any
 client loads them, none becomes smaller or faster by itself.
 
 ## What was done
 
 - Base: {base["name"]}, {origin}, weights with fingerprint `{base["fingerprint"]}`.
-- Method: {method["name"]} (score {method["score"]}: {PAPERS[method["score"]]}; threshold per {method["threshold"]}; {update}).
-- Pattern: {pattern}; asked and achieved in each of {verified.matrices} matrices, counted on the written bytes.
+- Method: {method["name"]} (score {score}: {PAPERS[score]}; threshold per {method["threshold"]}; {then}).
+- Allocation: {recipe["allocation"]["name"]}: {ALLOCATIONS[recipe["allocation"]["name"]]}.
+- Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(**recipe["reconstruction"])}.
+- Pattern: {pattern}; achieved as allocated in each of {verified.matrices} matrices, counted on the written bytes.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
 - Order: block after block, each for the inputs that its {recipe["propagate"]} predecessors give it.
 - Calibration: windows with SHA-256 `{recipe["calibration"]}`; provenance.json has every document and offset.

@@ -107,6 +107,17 @@ class Matrix:
         return part.T if self.transposed else part
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some matrices of a block, and the module that they are in.
+
+    path: the module's name inside the block; "" for the block itself.
+    """
+
+    path: str
+    matrices: list[Matrix]
+
+
 class Decoder:
     """A decoder language model of which one block at a time has weights.
 
@@ -206,6 +217,17 @@ class Decoder:
         _, rows, columns = parameter.shape
         return [Matrix(tensor=tensor, expert=part.expert, place=part, transposed=False, shape=(rows, columns)) for part in experts]
 
+    def parts(self, index: int) -> list[Part]:
+        """A block's matrices by the child module that they are in, attention and MLP in most models.
+
+        Linear layers that are children themselves make up the last part, that of the block.
+        """
+        by_path: dict[str, list[Matrix]] = {}
+        for matrix in self.matrices[index]:
+            child, _, rest = matrix.place.name.partition(".")
+            by_path.setdefault(child if "." in rest else "", []).append(matrix)
+        return [Part(path=path, matrices=matrices) for path, matrices in sorted(by_path.items(), key=lambda item: item[0] == "")]
+
     def _is_router(self, block: nn.Module, name: str) -> bool:
         """Whether a weight beside experts has one output for each of them, or one for a shared expert."""
         path, parameter = name.rpartition(".")[0], block.get_parameter(name)
@@ -254,7 +276,6 @@ class Decoder:
                 return True
         return calls[-1].hidden.dim() != calls[0].hidden.dim()
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run what comes after the blocks.
 

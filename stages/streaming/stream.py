@@ -50,6 +50,28 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or not isinstance(one, (int, float, str, bool)))
 
 
+def room(shape: tuple[int, ...], dtype: torch.dtype, budget: int | None, scratch: Path | None) -> tuple[torch.Tensor, str]:
+    """An empty tensor in host memory, or if that takes more than `budget` bytes in a file without a name; and where it is.
+
+    Args:
+        scratch: directory for the file.
+
+    Raises:
+        SparsesweepError: no room for the file.
+    """
+    count = torch.Size(shape).numel()
+    needed = count * dtype.itemsize
+    if budget is None or needed <= budget:
+        return torch.empty(shape, dtype=dtype), "memory"
+    directory = scratch or Path(tempfile.gettempdir())
+    require_room(directory, needed)
+    with full_disk(directory, "nothing was computed"), tempfile.TemporaryFile(dir=directory) as file:
+        os.posix_fallocate(file.fileno(), 0, needed)  # a map of a file that the disk has no room for kills the process
+        path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
+        mapped = torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+    return mapped, f"a file of {needed / 1e9:.2f} GB in {directory}"
+
+
 class Stream:
     """The hidden states of some windows on their way through a decoder, block after block.
 
@@ -62,6 +84,7 @@ class Stream:
         scratch: directory for that file.
         first_window, all_windows: where these windows lie among those of all processes.
         gpu_share: of the GPU's memory: hidden states up to this stay there.
+        one_by_one: whether single windows will be asked for, too.
 
     Raises:
         ArchitectureError: what the blocks receive differs from window to window.
@@ -79,8 +102,10 @@ class Stream:
         first_window: int = 0,
         all_windows: int | None = None,
         gpu_share: float = GPU_SHARE,
+        one_by_one: bool = False,
     ) -> None:
         self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(windows), gpu_share
+        self.budget, self.scratch = budget, scratch
         self.decoder, self.batch, self.shape = decoder, batch, windows.shape
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
@@ -89,13 +114,17 @@ class Stream:
         for start in self.starts:
             calls = decoder.calls(windows[start : start + batch])
             if start == 0:
-                self.hidden = self._room(calls[0].hidden, budget, scratch)
+                self.hidden = self._room(calls[0].hidden)
             self.hidden[start : start + batch] = calls[0].hidden
             for call in calls:
                 call.hidden = call.hidden.new_empty(0)
             self._require_same(calls, len(windows[start : start + batch]))
+        if one_by_one and 1 not in self.calls:
+            self.calls[1] = decoder.calls(windows[:1])
+            for call in self.calls[1]:
+                call.hidden = call.hidden.new_empty(0)
 
-    def _room(self, first: torch.Tensor, budget: int | None, scratch: Path | None) -> torch.Tensor:
+    def _room(self, first: torch.Tensor) -> torch.Tensor:
         """Hidden states in GPU memory where they are a small part of it, else on the host, else in a file without a name."""
         shape = (self.shape[0], *first.shape[1:])
         count = torch.Size(shape).numel()
@@ -103,15 +132,8 @@ class Stream:
         if first.is_cuda and needed <= self.gpu_share * torch.cuda.get_device_properties(first.device).total_memory:
             self.place = "GPU memory"
             return torch.empty(shape, dtype=first.dtype, device=first.device)
-        if budget is None or needed <= budget:
-            return torch.empty(shape, dtype=first.dtype)
-        directory = scratch or Path(tempfile.gettempdir())
-        require_room(directory, needed)
-        self.place = f"a file of {needed / 1e9:.2f} GB in {directory}"
-        with full_disk(directory, "nothing was computed"), tempfile.TemporaryFile(dir=directory) as file:
-            os.posix_fallocate(file.fileno(), 0, needed)  # a map of a file that the disk has no room for kills the process
-            path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
-            return torch.from_file(path, shared=True, size=count, dtype=first.dtype).view(shape)
+        hidden, self.place = room(shape, first.dtype, self.budget, self.scratch)
+        return hidden
 
     def _require_same(self, calls: list[Call], windows: int) -> None:
         known = self.calls.setdefault(windows, calls)
@@ -125,6 +147,10 @@ class Stream:
         for start in self.starts:
             part = self.hidden[start : start + self.batch].to(self.decoder.device, non_blocking=True)
             yield slice(start, start + len(part)), part, self.calls[len(part)][index]
+
+    def window(self, index: int, window: int) -> tuple[torch.Tensor, Call]:
+        """One window's hidden states, [1, tokens, width], on the device, with the call for block `index`."""
+        return self.hidden[window : window + 1].to(self.decoder.device), self.calls[1][index]
 
     def advance(self, index: int, block: nn.Module) -> None:
         """All windows through a loaded block."""

@@ -19,7 +19,6 @@ from stages.checkpoint.reader import Checkpoint
 from stages.config import LocalBase
 from stages.errors import ArchitectureError
 from stages.pruning.block_loop import Plan, prune_blocks
-from stages.pruning.method import ScoreAndSelect, SparseGpt
 from stages.pruning.patterns import Nm, Unstructured
 from stages.release.packing import pack
 from stages.release.verification import verify
@@ -27,13 +26,14 @@ from stages.sources import base as checkpoints
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
+from tests.methods import WANDA, sparsegpt
 
 CPU = torch.device("cpu")
 BATCH = 2
 HALF = Unstructured(sparsity=0.5, threshold="row")
 WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
 UNTOUCHED = r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe)\.gate\.weight|shared_expert_gate|router|e_score"
-SPARSEGPT = SparseGpt(score="obs", damping=0.01, damping_limit=1.0, block_size=16)
+SPARSEGPT = sparsegpt()
 
 
 def fetched(kind: str, directory: Path) -> Checkpoint:
@@ -118,7 +118,7 @@ def plain_wanda(decoder: Decoder, sparsity: float):
 @pytest.mark.parametrize("kind", architectures.CONFIGS)
 def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound(kind, tmp_path):
     base = fetched(kind, tmp_path)
-    decoder, blocks = streamed(base, ScoreAndSelect(score="wanda"), HALF)
+    decoder, blocks = streamed(base, WANDA, HALF)
     model, masks = plain_wanda(decoder, 0.5)
     changes = {name: change for block in blocks for name, change in block.changes.items()}
     matrices = [matrix for block in decoder.matrices for matrix in block]
@@ -169,7 +169,7 @@ def test_sparsegpt_compensates_whatever_holds_the_weights(kind, tmp_path):
     base = fetched(kind, tmp_path)
     pattern = Nm(kept=2, group=4)
     _, swept = streamed(base, SPARSEGPT, pattern)
-    decoder, cut = streamed(base, ScoreAndSelect(score="wanda"), pattern)
+    decoder, cut = streamed(base, WANDA, pattern)
     for matrix in decoder.matrices[0]:  # later blocks read different inputs
         mask = mask_of(swept[0].changes, matrix)
         assert (mask.reshape(mask.shape[0], -1, 4).sum(dim=2) == 2).all()
@@ -179,7 +179,7 @@ def test_sparsegpt_compensates_whatever_holds_the_weights(kind, tmp_path):
 
 def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tmp_path):
     base = fetched("mixtral", tmp_path)
-    wanda, half = ScoreAndSelect(score="wanda"), HALF
+    wanda, half = WANDA, HALF
     decoder, blocks = streamed(base, wanda, half, expert_tokens=10**6)
     experts = [one for one in blocks[0].matrices if one.matrix.place.expert is not None]
     assert {one.calibrated_on for one in experts} == {"all tokens"}
@@ -204,7 +204,7 @@ def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tm
 def test_an_expert_that_no_token_chose_is_pruned_all_the_same(tmp_path):
     base = fetched("mixtral", tmp_path)
     one_token = WINDOWS[:1, :2]
-    _, blocks = streamed(base, ScoreAndSelect(score="wanda"), HALF, 1, one_token, 1)
+    _, blocks = streamed(base, WANDA, HALF, 1, one_token, 1)
     unseen = [one for block in blocks for one in block.matrices if one.tokens == 0]
     assert unseen
     assert {one.calibrated_on for one in unseen} == {"all tokens"}
@@ -220,8 +220,8 @@ def test_experts_stored_as_one_tensor_are_pruned_one_by_one(tmp_path):
     local = LocalBase(source="local", path=str(tmp_path / "fused"), name="tests/fused", fingerprint=None, license="mit")
     (tmp_path / "fused-base").mkdir()
     checkpoints.fetch(local, tmp_path / "fused-base", downloads=tmp_path / "unused")
-    _, one_by_one = streamed(separate, ScoreAndSelect(score="wanda"), HALF)
-    decoder, fused = streamed(Checkpoint(tmp_path / "fused-base"), ScoreAndSelect(score="wanda"), HALF)
+    _, one_by_one = streamed(separate, WANDA, HALF)
+    decoder, fused = streamed(Checkpoint(tmp_path / "fused-base"), WANDA, HALF)
     down = fused[1].changes["model.layers.1.mlp.experts.down_proj"].mask
     for expert in range(4):
         expected = one_by_one[1].changes[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"].mask
@@ -229,7 +229,7 @@ def test_experts_stored_as_one_tensor_are_pruned_one_by_one(tmp_path):
     assert "model.layers.0.mlp.experts.down_proj[3]" in {matrix.name for matrix in decoder.matrices[0]}
 
 
-@pytest.mark.parametrize("method", [ScoreAndSelect(score="wanda"), SPARSEGPT])
+@pytest.mark.parametrize("method", [WANDA, SPARSEGPT])
 def test_an_expert_that_no_token_chose_is_calibrated_on_all_even_where_none_are_asked_for(tmp_path, method):
     base = fetched("mixtral", tmp_path)
     _, blocks = streamed(base, method, HALF, expert_tokens=0, windows=WINDOWS[:1, :2], batch=1)

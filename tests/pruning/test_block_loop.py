@@ -8,16 +8,17 @@ from stages.checkpoint.layout import Place
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError, PruningError, SparsesweepError
 from stages.pruning.block_loop import Plan, lost_and_total, prune_blocks, relative_error
-from stages.pruning.method import ScoreAndSelect, SparseGpt
+from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream, same
 from tests import tiny
+from tests.methods import MAGNITUDE, WANDA, sparsegpt
 
 CPU = torch.device("cpu")
 HALF = Unstructured(sparsity=0.5, threshold="row")
-SPARSEGPT = SparseGpt(score="obs", damping=0.01, damping_limit=1.0, block_size=16)
+SPARSEGPT = sparsegpt()
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -81,7 +82,7 @@ def published_wanda(directory, sparsity: float, nm: tuple[int, int] | None = Non
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_masks_are_those_of_the_published_wanda(base, batch):
-    changes, _ = pruned(base, ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"), batch)
+    changes, _ = pruned(base, WANDA, Unstructured(sparsity=0.5, threshold="row"), batch)
     expected = published_wanda(base.directory, 0.5)
     assert changes.keys() == expected.keys()
     for name, mask in expected.items():
@@ -89,12 +90,12 @@ def test_masks_are_those_of_the_published_wanda(base, batch):
 
 
 def test_masks_of_two_of_four_are_those_of_the_published_wanda(base):
-    changes, _ = pruned(base, ScoreAndSelect(score="wanda"), Nm(kept=2, group=4), batch=1)
+    changes, _ = pruned(base, WANDA, Nm(kept=2, group=4), batch=1)
     for name, mask in published_wanda(base.directory, 0.5, nm=(2, 4)).items():
         assert torch.equal(changes[name].mask, mask), name
 
 
-@pytest.mark.parametrize("method", [ScoreAndSelect(score="magnitude"), SPARSEGPT])
+@pytest.mark.parametrize("method", [MAGNITUDE, SPARSEGPT])
 def test_every_matrix_is_as_sparse_as_asked(base, method):
     changes, _ = pruned(base, method, Unstructured(sparsity=0.25, threshold="row"))
     assert len(changes) == 21
@@ -119,7 +120,7 @@ def test_relative_error_by_hand():
 
 def test_errors_are_between_zero_and_one_and_grow_with_sparsity(base):
     def errors(sparsity):
-        _, blocks = pruned(base, ScoreAndSelect(score="wanda"), Unstructured(sparsity=sparsity, threshold="row"))
+        _, blocks = pruned(base, WANDA, Unstructured(sparsity=sparsity, threshold="row"))
         return [matrix.relative_error for block in blocks for matrix in block.matrices]
 
     low, high = errors(0.25), errors(0.75)
@@ -128,13 +129,13 @@ def test_errors_are_between_zero_and_one_and_grow_with_sparsity(base):
 
 def test_the_relative_error_is_that_of_evenly_spread_tokens_whatever_the_micro_batch(base):
     def errors(batch):
-        _, blocks = pruned(base, ScoreAndSelect(score="magnitude"), HALF, batch)
+        _, blocks = pruned(base, MAGNITUDE, HALF, batch)
         return [matrix.relative_error for block in blocks for matrix in block.matrices]
 
     assert errors(1) == pytest.approx(errors(5), rel=1e-4)
 
 
-METHODS = [ScoreAndSelect(score="wanda"), SPARSEGPT]
+METHODS = [WANDA, SPARSEGPT]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,7 +158,7 @@ def test_the_same_run_gives_the_same_bits(base, method):
 
 
 def test_dense_propagation_prunes_every_block_for_the_inputs_of_the_dense_model(base):
-    changes, _ = pruned(base, ScoreAndSelect(score="wanda"), HALF, batch=1, propagate="dense")
+    changes, _ = pruned(base, WANDA, HALF, batch=1, propagate="dense")
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval()
     norms, hooks = {}, []
     for name, module in model.named_modules():
@@ -173,7 +174,7 @@ def test_dense_propagation_prunes_every_block_for_the_inputs_of_the_dense_model(
     for name, norm in norms.items():
         expected = HALF.mask(model.get_submodule(name).weight.detach().abs() * norm.sqrt())
         assert int((changes[f"{name}.weight"].mask != expected).sum()) <= 2, name
-    exact, _ = pruned(base, ScoreAndSelect(score="wanda"), HALF, batch=1)
+    exact, _ = pruned(base, WANDA, HALF, batch=1)
     first, last = "model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.q_proj.weight"
     assert torch.equal(changes[first].mask, exact[first].mask)
     assert not torch.equal(changes[last].mask, exact[last].mask)
@@ -186,7 +187,7 @@ def products(decoder: Decoder, **how: str) -> dict[str, int]:
         for name, module in block.named_modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
-    run(decoder, ScoreAndSelect(score="wanda"), HALF, batch=1, **how)
+    run(decoder, WANDA, HALF, batch=1, **how)
     return counts
 
 
@@ -203,7 +204,7 @@ def test_no_product_is_made_whose_output_nobody_reads(base):
 def test_layers_that_read_the_same_input_share_one_statistic(base):
     made = []
 
-    class Counted(ScoreAndSelect):
+    class Counted(Method):
         @property
         def statistic(self):
             def make(columns, device):
@@ -212,7 +213,7 @@ def test_layers_that_read_the_same_input_share_one_statistic(base):
 
             return make
 
-    pruned(base, Counted(score="wanda"), HALF)
+    pruned(base, Counted(score=WANDA.score, update=WANDA.update), HALF)
     assert made == [32, 32, 32, 112] * 3
 
 
@@ -231,7 +232,7 @@ def test_a_tied_embedding_is_found_and_left_alone(tmp_path):
 
     names = [name for name in tiny.model(tie_word_embeddings=True).state_dict() if name != "lm_head.weight"]
     write_json(directory / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "one.safetensors")})
-    changes, _ = pruned(Checkpoint(directory), ScoreAndSelect(score="wanda"), Unstructured(sparsity=0.5, threshold="row"))
+    changes, _ = pruned(Checkpoint(directory), WANDA, Unstructured(sparsity=0.5, threshold="row"))
     kinds = (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -260,7 +261,7 @@ def test_activations_that_are_not_finite_name_the_layer(base):
             return tensor * 1e38 if name == "model.layers.1.mlp.up_proj.weight" else tensor
 
     with pytest.raises(PruningError, match=r"layer model.layers.1.mlp.up_proj.weight: found NaN or infinity in its outputs"):
-        run(Decoder(Broken(base.directory), torch.float32, CPU), ScoreAndSelect(score="wanda"), HALF)
+        run(Decoder(Broken(base.directory), torch.float32, CPU), WANDA, HALF)
 
 
 def test_outputs_that_are_not_finite_name_the_layer(base):
@@ -270,7 +271,7 @@ def test_outputs_that_are_not_finite_name_the_layer(base):
             return torch.full_like(tensor, 3e38) if name == "model.layers.1.mlp.down_proj.weight" else tensor
 
     with pytest.raises(PruningError, match="layer model.layers.1.mlp.down_proj.weight: found NaN or infinity in its outputs"):
-        run(Decoder(Broken(base.directory), torch.float32, CPU), ScoreAndSelect(score="magnitude"), HALF)
+        run(Decoder(Broken(base.directory), torch.float32, CPU), MAGNITUDE, HALF)
 
 
 def test_hidden_states_that_are_not_finite_name_the_block(base):
@@ -322,7 +323,7 @@ def test_blocks_that_receive_other_things_in_every_window_are_refused(base):
 
     decoder.calls = with_tokens
     with pytest.raises(ArchitectureError, match="mistral: what its blocks receive differs from window to window"):
-        run(decoder, ScoreAndSelect(score="wanda"), HALF, batch=1)
+        run(decoder, WANDA, HALF, batch=1)
 
 
 def test_a_layer_that_no_token_reaches_is_named(base):
@@ -334,7 +335,7 @@ def test_a_layer_that_no_token_reaches_is_named(base):
     decoder.read = lambda index: {name: idle if name.endswith("q_proj.weight") else base.tensor(name) for name in decoder.tensors(index)}
     decoder.blocks[0].self_attn.q_proj = torch.nn.Linear(32, 32, bias=False)
     with pytest.raises(PruningError, match="layer model.layers.0.self_attn.q_proj.weight: no calibration token reached it"):
-        run(decoder, ScoreAndSelect(score="wanda"), HALF, batch=5)
+        run(decoder, WANDA, HALF, batch=5)
 
 
 def test_a_shard_that_vanishes_or_is_cut_short_on_the_way_is_named(base, tmp_path):
@@ -345,10 +346,10 @@ def test_a_shard_that_vanishes_or_is_cut_short_on_the_way_is_named(base, tmp_pat
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match=f"shard .*{shard.name}: found .* bytes of .*, wanted .*: it is truncated"):
-        run(decoder, ScoreAndSelect(score="wanda"), HALF)
+        run(decoder, WANDA, HALF)
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"shard .*{shard.name}: No such file or directory; was it there a moment ago"):
-        run(decoder, ScoreAndSelect(score="wanda"), HALF)
+        run(decoder, WANDA, HALF)
 
 
 def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_change_nothing(base, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,18 @@ from stages import config, prune
 from stages.errors import SparsesweepError
 from stages.files import PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, sha256, write_json
 from stages.pruning import journal as journals
+from tests.test_config import composed
 
-METHOD = config.SparseGptMethod(
-    name="sparsegpt", score="obs", threshold="matrix", update="sparsegpt", damping=0.01, damping_limit=1.0, block_size=16
+METHOD = config.Method(
+    name="sparsegpt",
+    score=config.Score(name="obs"),
+    threshold="matrix",
+    update=config.SparseGptUpdate(name="sparsegpt", block_size=16),
+    damping=config.Damping(share=0.01, limit=1.0),
 )
 PATTERN = config.Unstructured(name="unstructured", sparsity=0.5)
-PRUNE = config.Prune(device="cpu", dtype="float32", micro_batch=2, propagate="pruned", error_tokens=60, expert_tokens=0, memory_budget=None)
+DEFAULTS = config.read(composed())
+PRUNE = replace(DEFAULTS["prune"], device="cpu", dtype="float32", micro_batch=2, error_tokens=60, expert_tokens=0)
 
 
 def write_windows(seed: int = 0) -> None:
@@ -44,8 +51,8 @@ def project(canonical, tmp_path, monkeypatch) -> Path:
 
 def run(**changes: object) -> dict[str, bytes]:
     """Run the stage; everything that a later stage reads, file by file."""
-    sections = {"method": METHOD, "pattern": PATTERN, "allocation": config.Allocation(name="uniform"), "prune": PRUNE, **changes}
-    prune.main.function(**sections)
+    sections = {"method": METHOD, "pattern": PATTERN, "prune": PRUNE, **changes}
+    prune.main.function(**{name: sections.get(name, DEFAULTS[name]) for name in prune.main.sections[""]})
     return {path.name: path.read_bytes() for path in [*SPARSE.iterdir(), PRUNE_RESULTS / "sparsity.json"]}
 
 
@@ -53,13 +60,13 @@ def resumed_after() -> int:
     return read_json(PRUNE_RESULTS / "provenance.json")["resumed_after"]
 
 
-def killed_while(prepare) -> bool:
+def killed_while(prepare, **changes: object) -> bool:
     """Run the stage in a child process that `prepare` arranges to be killed; whether it was, or had finished before."""
     child = os.fork()
     if not child:
         try:
             prepare()
-            run()
+            run(**changes)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -126,7 +133,7 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
 
 
 def test_a_run_in_dense_propagation_resumes_too(project):
-    dense = config.Prune(**{name: getattr(PRUNE, name) for name in PRUNE.__slots__} | {"propagate": "dense"})
+    dense = replace(PRUNE, propagate="dense")
     expected = run(prune=dense)
     child = os.fork()
     if not child:
@@ -166,7 +173,7 @@ def test_another_config_json_starts_afresh(project):
 def test_more_memory_goes_on_where_less_was_too_little(project):
     expected = run()
     interrupted()
-    more = config.Prune(**{name: getattr(PRUNE, name) for name in PRUNE.__slots__} | {"memory_budget": 0.0001})
+    more = replace(PRUNE, memory_budget=0.0001)
     assert run(prune=more) == expected
     assert resumed_after() == 2
     assert read_json(PRUNE_RESULTS / "provenance.json")["hidden_states"].startswith("a file of")

@@ -1,16 +1,38 @@
+from functools import cache
+
 import pytest
 import torch
 
-from stages.pruning.method import ScoreAndSelect, SparseGpt
-from stages.pruning.patterns import Nm, Unstructured
-from stages.pruning.statistics import Gram, SquaredNorm
+from stages import config
+from stages import prune as stage
+from stages.pruning import method as methods
+from stages.pruning.method import Keep, LeastSquares, Method, Pruned, Swaps
+from stages.pruning.patterns import Nm, Pattern, Unstructured
+from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
 from stages.pruning.updates.sparsegpt import sparsegpt
+from tests.methods import MAGNITUDE, WANDA
+from tests.methods import sparsegpt as sweep
+from tests.test_config import composed
 
 CPU = torch.device("cpu")
+HALF = Unstructured(sparsity=0.5, threshold="row")
+SCORES = {"obs": None, "wanda": methods.WANDA, "magnitude": methods.MAGNITUDE}
+PATTERNS = [Unstructured(sparsity=0.3, threshold="row"), Unstructured(sparsity=0.7, threshold="matrix"), Nm(kept=2, group=4)]
+PATTERNS += [Nm(kept=4, group=8)]
+COMPOSITIONS = [
+    (score, update) for score in config.SCORES.options for update in config.UPDATES.options if (score, update) != ("obs", "dsnot")
+]
 
 
-def sweep(block_size: int, score: str = "obs") -> SparseGpt:
-    return SparseGpt(score=score, damping=0.01, damping_limit=0.01, block_size=block_size)
+@cache
+def composition(score: str, update: str) -> Method:
+    """As a configuration names it."""
+    overrides = ["method.threshold=matrix", f"method/score={score}", f"method/update={update}"]
+    return stage.compose(config.read(composed(*overrides))["method"])
+
+
+every_composition = pytest.mark.parametrize(("score", "update"), COMPOSITIONS)
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 
 def gram_of(inputs: torch.Tensor) -> Gram:
@@ -58,12 +80,12 @@ def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(thres
     gram.value = torch.eye(16)
     pattern = Unstructured(sparsity=0.5, threshold=threshold)
     mask, updated = prune(sweep(16), weight, gram, pattern)
-    expected, _ = prune(ScoreAndSelect(score="magnitude"), weight, gram, pattern)
+    expected, _ = prune(MAGNITUDE, weight, gram, pattern)
     assert torch.equal(mask, expected)
     torch.testing.assert_close(updated, weight * mask)
 
 
-@pytest.mark.parametrize("score", ["obs", "wanda", "magnitude"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
     "pattern", [Unstructured(sparsity=0.5, threshold="row"), Unstructured(sparsity=0.6, threshold="matrix"), Nm(kept=2, group=4)]
 )
@@ -71,7 +93,7 @@ def test_compensation_lowers_the_output_error(score, pattern):
     torch.manual_seed(0)
     inputs = torch.randn(400, 32) @ torch.randn(32, 32)
     weight, gram = torch.randn(16, 32), gram_of(inputs)
-    mask, updated = prune(sweep(8, score), weight, gram, pattern)
+    mask, updated = prune(sweep(8, score=SCORES[score]), weight, gram, pattern)
     with_update = (inputs @ (weight - updated).T).norm()
     without = (inputs @ (weight * ~mask).T).norm()
     assert with_update < without
@@ -99,12 +121,7 @@ def test_weights_of_dead_inputs_go_first_and_what_is_kept_of_them_stays():
     inputs = torch.randn(50, 8)
     inputs[:, :6] = 0
     weight = torch.randn(4, 8)
-    mask, updated = prune(
-        sweep(8),
-        weight,
-        gram_of(inputs),
-        Unstructured(sparsity=0.5, threshold="row"),
-    )
+    mask, updated = prune(sweep(8), weight, gram_of(inputs), HALF)
     assert mask[:, 6:].all()
     assert torch.equal(updated[:, :6][mask[:, :6]], weight[:, :6][mask[:, :6]])
 
@@ -112,8 +129,185 @@ def test_weights_of_dead_inputs_go_first_and_what_is_kept_of_them_stays():
 def test_wanda_prunes_what_carries_least():
     statistic = SquaredNorm(2, CPU)
     statistic.add(torch.tensor([[[1.0, 10.0]]]))
-    mask, updated = prune(
-        ScoreAndSelect(score="wanda"), torch.tensor([[3.0, -1.0]]), statistic, Unstructured(sparsity=0.5, threshold="row")
-    )
+    mask, updated = prune(WANDA, torch.tensor([[3.0, -1.0]]), statistic, HALF)
     assert mask.tolist() == [[False, True]]
     assert updated is None
+
+
+# Every composition.
+
+
+def seen(statistic: type[Statistic], inputs: torch.Tensor) -> Statistic:
+    """What is known of inputs, [tokens, columns]."""
+    found = statistic(inputs.shape[1], CPU)
+    found.add(inputs[None])
+    found.finish()
+    return found
+
+
+def correlated(seed: int, columns: int = 32, tokens: int = 120) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, generator=random) @ torch.randn(columns, columns, generator=random)
+
+
+def weights(seed: int, rows: int = 6, columns: int = 32) -> torch.Tensor:
+    """As stored: bfloat16 values in float32."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def require_exact(pruned: Pruned, pattern: Pattern) -> None:
+    mask = pruned.mask
+    rows, columns = mask.shape
+    if isinstance(pattern, Nm):
+        assert (mask.view(rows, -1, pattern.group).sum(dim=2) == pattern.kept).all()
+    elif pattern.threshold == "row":
+        assert ((~mask).sum(dim=1) == int(columns * pattern.sparsity)).all()
+    else:
+        assert int((~mask).sum()) == int(rows * columns * pattern.sparsity)
+    if pruned.values is not None:
+        assert torch.isfinite(pruned.values).all()
+        assert (pruned.values[~mask] == 0).all()
+
+
+@every_composition
+@every_pattern
+def test_counts_are_exact_under_ties(score, update, pattern):
+    method = composition(score, update)
+    (pruned,) = method([torch.ones(6, 32)], seen(method.statistic, torch.eye(32)), [pattern])
+    require_exact(pruned, pattern)
+
+
+@every_composition
+@every_pattern
+def test_counts_are_exact_on_bfloat16_values(score, update, pattern):
+    method = composition(score, update)
+    (pruned,) = method([weights(1)], seen(method.statistic, correlated(1)), [pattern])
+    require_exact(pruned, pattern)
+
+
+@every_composition
+@every_pattern
+def test_a_method_says_whether_it_moves(score, update, pattern):
+    method = composition(score, update)
+    (pruned,) = method([weights(1)], seen(method.statistic, correlated(1)), [pattern])
+    assert (pruned.values is not None) == method.moves
+
+
+@every_composition
+@every_pattern
+def test_inputs_that_are_always_zero_do_no_harm(score, update, pattern):
+    method, inputs = composition(score, update), correlated(2)
+    inputs[:, 3:7] = 0
+    (pruned,) = method([weights(2)], seen(method.statistic, inputs), [pattern])
+    require_exact(pruned, pattern)
+
+
+@every_composition
+def test_inputs_that_are_all_zero_do_no_harm(score, update):
+    method = composition(score, update)
+    (pruned,) = method([weights(2)], seen(method.statistic, torch.zeros(20, 32)), [HALF])
+    require_exact(pruned, HALF)
+
+
+@pytest.mark.parametrize(("score", "update"), [one for one in COMPOSITIONS if one[0] != "magnitude"])
+def test_weights_of_inputs_that_are_always_zero_go_first(score, update):
+    method, inputs = composition(score, update), correlated(3) / 100
+    inputs[:, ::2] = 0
+    (pruned,) = method([weights(3)], seen(method.statistic, inputs), [HALF])
+    assert torch.equal(pruned.mask, (torch.arange(32) % 2 == 1).expand(6, 32))
+
+
+@every_composition
+@every_pattern
+def test_matrices_that_share_an_input_come_out_as_they_would_alone(score, update, pattern):
+    method, both = composition(score, update), [weights(4), weights(5, rows=10)]
+    together = method(both, seen(method.statistic, correlated(4)), [pattern, pattern])
+    for one, weight in zip(together, both, strict=True):
+        (alone,) = method([weight], seen(method.statistic, correlated(4)), [pattern])
+        assert torch.equal(one.mask, alone.mask)
+        if one.values is not None:
+            torch.testing.assert_close(one.values, alone.values, rtol=1e-3, atol=1e-4)
+
+
+def test_matrices_that_share_an_input_may_be_pruned_to_different_sparsities():
+    for score, update in COMPOSITIONS:
+        method, both = composition(score, update), [weights(4), weights(5)]
+        first, second = method(both, seen(method.statistic, correlated(4)), PATTERNS[:2])
+        require_exact(first, PATTERNS[0])
+        require_exact(second, PATTERNS[1])
+
+
+@every_composition
+def test_no_method_changes_the_weights_that_it_is_given(score, update):
+    method, weight = composition(score, update), weights(6)
+    method([weight], seen(method.statistic, correlated(6)), [HALF])
+    assert torch.equal(weight, weights(6))
+
+
+@pytest.mark.parametrize(
+    ("score", "update", "statistic"),
+    [
+        ("magnitude", "none", NoStatistic),
+        ("wanda", "none", SquaredNorm),
+        ("magnitude", "dsnot", Moments),
+        ("obs", "none", Gram),
+        ("magnitude", "swaps", Gram),
+    ],
+)
+def test_a_method_asks_for_the_least_statistic_that_score_and_update_need(score, update, statistic):
+    assert composition(score, update).statistic is statistic
+
+
+# What an update gains.
+
+
+def lost(weight: torch.Tensor, pruned: Pruned, gram: torch.Tensor) -> float:
+    """||(W - W') X||_F^2, damped as the updates have it, in float64."""
+    values = weight * pruned.mask if pruned.values is None else pruned.values
+    difference = (weight - values).double()
+    return float((difference @ gram.double() * difference).sum())
+
+
+def losses(method: Method, seed: int, pattern: Pattern) -> float:
+    weight, gram = weights(seed, rows=16), seen(Gram, correlated(seed))
+    (pruned,) = method([weight], gram, [pattern])
+    return lost(weight, pruned, gram.damped(0.01))
+
+
+@pytest.mark.parametrize("score", config.SCORES.options)
+@every_pattern
+def test_swaps_never_raise_the_error_of_the_scores_mask(score, pattern):
+    for seed in range(3):
+        assert losses(composition(score, "swaps"), seed, pattern) <= losses(composition(score, "none"), seed, pattern) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("score", config.SCORES.options)
+@every_pattern
+def test_least_squares_loses_less_than_no_update(score, pattern):
+    for seed in range(3):
+        assert losses(composition(score, "least_squares"), seed, pattern) < losses(composition(score, "none"), seed, pattern)
+
+
+@every_pattern
+def test_a_refit_after_swaps_loses_less_than_either(pattern):
+    swaps = {"damping": 0.01, "cycles": 25, "candidates": 16}
+    refitted = Method(score=methods.WANDA, update=Swaps(**swaps, refit_steps=20))
+    for seed in range(3):
+        assert losses(refitted, seed, pattern) < losses(Method(score=methods.WANDA, update=Swaps(**swaps, refit_steps=0)), seed, pattern)
+        assert losses(refitted, seed, pattern) < losses(
+            Method(score=methods.WANDA, update=LeastSquares(damping=0.01, steps=20)), seed, pattern
+        )
+
+
+def test_without_an_update_the_damping_that_the_score_took_is_told():
+    score = methods.obs_score(0.01, 1.0)
+    (pruned,) = Method(score=score, update=Keep())([weights(0)], seen(Gram, correlated(0)), [HALF])
+    assert pruned.damping == 0.01
+
+
+@pytest.mark.parametrize("update", [one for one in config.UPDATES.options if one not in ("none", "dsnot")])
+def test_a_gram_matrix_that_is_not_finite_is_refused(update):
+    method, inputs = composition("wanda", update), correlated(0)
+    inputs[0, 0] = float("inf")
+    with pytest.raises((ArithmeticError, ValueError), match="NaN or infinit"):
+        method([weights(0)], seen(method.statistic, inputs), [HALF])

@@ -1,9 +1,10 @@
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
 
-from stages.pruning.patterns import Nm, Unstructured, keep_highest, pruned_count
+from stages.pruning.patterns import Nm, Unstructured, keep_highest, keep_highest_of_few, pruned_count
 
 
 def test_keep_highest_by_hand():
@@ -72,3 +73,84 @@ def test_four_of_eight_is_not_two_of_four():
 def test_columns_that_groups_do_not_fill_are_refused():
     with pytest.raises(ValueError, match="found 10 columns, wanted a multiple of pattern.group = 4"):
         Nm(kept=2, group=4).mask(torch.rand(2, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 2, 4, 8, 16])
+def test_among_few_columns_the_same_are_kept_as_among_many(columns, dtype):
+    scores = torch.randint(0, 5, (60, columns), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for count in range(columns + 1):
+        assert torch.equal(keep_highest_of_few(scores, count), keep_highest(scores, count))
+
+
+def test_scores_of_few_columns_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Nm(kept=2, group=4).mask(torch.tensor([[1.0, 2.0, 3.0, float("nan")]]))
+
+
+# What an allocation gave a matrix.
+
+
+def test_a_fraction_is_met_to_the_weight():
+    assert pruned_count(21, Fraction(10, 21)) == 10
+    assert pruned_count(3 * 10**12, Fraction(1, 3)) == 10**12
+
+
+@pytest.mark.parametrize("count", [0, 1, 29, 30, 31, 74, 149, 150])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_share_the_count_of_a_fraction_evenly(count, tied):
+    scores = torch.ones(5, 30) if tied else torch.rand(5, 30, generator=torch.Generator().manual_seed(count))
+    dropped = (~Unstructured(sparsity=Fraction(count, 150), threshold="row").mask(scores)).sum(dim=1)
+    assert int(dropped.sum()) == count
+    assert dropped.max() - dropped.min() <= 1
+
+
+def test_one_more_goes_in_the_row_whose_next_weight_carries_least():
+    scores = torch.tensor([[1.0, 5.0, 6.0], [4.0, 3.0, 2.0]])
+    mask = Unstructured(sparsity=Fraction(3, 6), threshold="row").mask(scores)
+    assert mask.tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_a_fraction_that_rows_share_without_remainder_is_the_decimals_mask():
+    scores = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
+    fraction, decimal = (Unstructured(sparsity=sparsity, threshold="row").mask(scores) for sparsity in (Fraction(1, 4), 0.25))
+    assert torch.equal(fraction, decimal)
+
+
+@pytest.mark.parametrize("threshold", ["row", "matrix"])
+@pytest.mark.parametrize("count", [0, 1, 50, 76, 110, 111])
+def test_the_counts_of_column_ranges_add_up_to_a_fractions(threshold, count):
+    scores = torch.rand(3, 37, generator=torch.Generator().manual_seed(0))
+    pattern = Unstructured(sparsity=Fraction(count, 111), threshold=threshold)
+    parts = [pattern.mask(scores[:, a:b], a) for a, b in itertools.pairwise([0, 10, 20, 30, 37])]
+    assert sum(int((~part).sum()) for part in parts) == count
+
+
+# At less cost.
+
+
+def rough_share(sparsity: float | Fraction, scale: torch.Tensor) -> float:
+    """Of zeros in the rough mask of a 512 x 512 matrix whose columns differ by a scale."""
+    scores = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) * scale
+    return float((~Unstructured(sparsity=sparsity, threshold="matrix").roughly(scores)).float().mean())
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, Fraction(123457, 512 * 512)])
+def test_one_threshold_from_a_sample_prunes_about_as_many_as_asked(sparsity):
+    assert rough_share(sparsity, torch.ones(512)) == pytest.approx(float(sparsity), abs=0.02)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_a_sample_sees_all_columns_alike(sparsity):
+    """Inputs differ in scale, and every stride-th weight of a matrix may be in every stride-th column."""
+    assert rough_share(sparsity, 1 + 9.0 * (torch.arange(512) % 2)) == pytest.approx(sparsity, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(sparsity=0.3, threshold="row"), Unstructured(sparsity=Fraction(70, 240), threshold="row"), Nm(kept=2, group=4)],
+    ids=str,
+)
+def test_where_few_weights_compete_the_rough_mask_is_the_exact_one(pattern):
+    scores = torch.rand(10, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pattern.roughly(scores), pattern.mask(scores))

@@ -30,8 +30,16 @@ def run(command: list[str], directory: Path) -> dict[str, torch.Tensor]:
     return {name: delta.change(name).mask for name in delta}
 
 
-@pytest.mark.parametrize(("kind", "method"), [("gpt2", "sparsegpt"), ("mixtral", "wanda")])
-def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind, method, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "method", "allocation"),
+    [
+        ("gpt2", "sparsegpt", "loss"),
+        ("mixtral", "wanda", "uniform"),
+        ("mixtral", "wanda_variant", "owl"),
+        ("gpt2", "dsnot", "alphapruning"),
+    ],
+)
+def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind, method, allocation, tmp_path):
     """Sums are added up in another order; see the same bound for micro-batches in test_block_loop."""
     base = fetched(kind, tmp_path)
     (tmp_path / BASE).parent.mkdir()
@@ -40,7 +48,9 @@ def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind
     windows = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
     save_file({"windows": windows}, tmp_path / CALIBRATION / "windows.safetensors")
     write_json(tmp_path / CALIBRATION / "provenance.json", {"windows_sha256": "0"})
-    params = composed(f"method={method}", "prune.micro_batch=1", "prune.expert_tokens=45", "prune.error_tokens=10")
+    params = composed(
+        f"method={method}", f"allocation={allocation}", "prune.micro_batch=1", "prune.expert_tokens=45", "prune.error_tokens=10"
+    )
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(params))
 
     one = run(ONE, tmp_path)

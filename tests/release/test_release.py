@@ -6,17 +6,26 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from stages import config
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.errors import ReleaseError
-from stages.release.card import default_name, exceptions, write_card
+from stages.release.card import ALLOCATIONS, PAPERS, default_name, exceptions, write_card
 from stages.release.packing import pack, write_sums
 from stages.release.verification import verify
 from tests import tiny
 
 RECIPE = {
-    "method": {"name": "wanda", "score": "wanda", "threshold": "row", "update": "none"},
+    "method": {
+        "name": "wanda",
+        "score": {"name": "wanda"},
+        "threshold": "row",
+        "update": {"name": "none"},
+        "damping": {"share": 0.01, "limit": 1.0},
+    },
     "pattern": {"name": "unstructured", "sparsity": 0.5},
     "pattern_label": "unstructured",
+    "allocation": {"name": "uniform"},
+    "reconstruction": {"name": "none"},
     "calibration": "c0ffee",
     "propagate": "pruned",
     "sparsity": 0.5,
@@ -144,7 +153,7 @@ MATRICES = [
 
 
 def test_a_pruning_without_exceptions_mentions_none():
-    assert exceptions(MATRICES[:1], {}) == ""
+    assert exceptions(MATRICES[:1], RECIPE["method"]) == ""
 
 
 def results() -> dict:
@@ -168,8 +177,7 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
     path = tmp_path / "README.md"
     base_facts = {"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x"}
     verified = verify(release, base, delta)
-    recipe = {**RECIPE, "method": {**RECIPE["method"], "damping": 0.01}}
-    write_card(path, name="small", base=base_facts, recipe=recipe, matrices=MATRICES, results=results(), verified=verified, watts=50.0)
+    write_card(path, name="small", base=base_facts, recipe=RECIPE, matrices=MATRICES, results=results(), verified=verified, watts=50.0)
     card = ModelCard.load(path)
     assert (card.data.base_model, card.data.license, card.data.library_name) == ("org/big-7b", "mit", "transformers")
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -184,6 +192,9 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
         "a\\|b",
         "&lt;x>",
         "that its pruned predecessors give it",
+        "Method: wanda (score wanda: [Sun et al. 2024]",
+        "the survivors keep their values",
+        "every matrix as sparse as the whole",
         "1 matrices of experts that too few calibration tokens chose",
         "1 matrices needed more damping than 0.01, up to 1; sparsity.json",
     ):
@@ -191,3 +202,12 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
     for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
         assert f"## {section}" in card.content
     assert "Only the first 20 rows" in card.content
+
+
+@pytest.mark.parametrize("choice", [config.SCORES, config.UPDATES], ids=["score", "update"])
+def test_the_card_knows_the_paper_of_every_part_of_a_method(choice):
+    assert set(choice.options) - {"none"} <= set(PAPERS)
+
+
+def test_the_card_knows_what_every_allocation_does():
+    assert set(ALLOCATIONS) == set(config.ALLOCATIONS.options)

@@ -1,0 +1,225 @@
+"""The leaderboard: every method at every sparsity and pattern, under one protocol, through the pipeline itself.
+
+python -m benchmarks.quality                 measure what is missing, most telling points first
+python -m benchmarks.quality --minutes 60    stop before a point that is begun later than that
+python -m benchmarks.quality --tables        measure nothing, write the tables
+
+Each point is one `dvc exp run` on the embedded model. What was measured is kept in benchmarks/quality.json, which is
+committed, so that a later run goes on where an earlier one stopped; a point whose pruning code has changed since is measured
+again with --stale. Writes the table between the markers in README.md and every number to benchmarks/QUALITY.md.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.markers import write_between
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json, write_json
+from stages.prune import code_sha256
+
+README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
+START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
+
+PATTERNS = {
+    "50%": "pattern.sparsity=0.5",
+    "60%": "pattern.sparsity=0.6",
+    "70%": "pattern.sparsity=0.7",
+    "2:4": "pattern=nm_2_4",
+    "4:8": "pattern=nm_4_8",
+}
+UNSTRUCTURED = ("50%", "60%", "70%")
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A row of the leaderboard.
+
+    overrides: what composes it, beside pattern and seed. patterns: those it is for. seeds: calibration seeds.
+    """
+
+    name: str
+    overrides: str
+    patterns: tuple[str, ...] = tuple(PATTERNS)
+    seeds: tuple[int, ...] = (0,)
+
+
+CONTENDERS = (
+    Contender(name="Wanda", overrides="method=wanda", seeds=SEEDS),
+    Contender(name="SparseGPT", overrides="method=sparsegpt", seeds=SEEDS),
+    Contender(name="ADMM", overrides="method=admm", seeds=SEEDS),
+    Contender(name="magnitude", overrides="method=magnitude"),
+    Contender(name="magnitude, per matrix", overrides="method=magnitude_per_matrix", patterns=UNSTRUCTURED),
+    Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
+    Contender(name="RIA", overrides="method=ria"),
+    Contender(name="OBS score", overrides="method=obs"),
+    Contender(name="DSnoT", overrides="method=dsnot"),
+    Contender(name="swaps", overrides="method=swaps"),
+    Contender(name="Wanda + least squares", overrides="method=wanda_least_squares"),
+    Contender(name="swaps + least squares", overrides="method=swaps_least_squares"),
+    Contender(name="Wanda + SparseGPT update", overrides="method=wanda_sparsegpt"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    contender: str
+    overrides: str
+    pattern: str
+    seed: int
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the experiment, without defaults."""
+        seed = [f"calibration.seed={self.seed}"] if self.seed else []
+        return [*self.overrides.split(), PATTERNS[self.pattern], *seed, "evaluation=perplexity"]
+
+    @property
+    def command(self) -> str:
+        return " ".join(["dvc exp run", *(f"-S {argument}" for argument in self.arguments), "evaluate_sparse"])
+
+
+def points() -> list[Point]:
+    """All, first seeds first, and within a seed one pattern after another."""
+    found = [
+        Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed)
+        for pattern in ("50%", "2:4", "60%", "70%", "4:8")
+        for contender in CONTENDERS
+        if pattern in contender.patterns
+        for seed in contender.seeds
+    ]
+    return sorted(found, key=lambda point: point.seed > 0)
+
+
+def measured(point: Point) -> dict[str, Any]:
+    """Run one point and read what the workspace holds then."""
+    print("$", point.command, flush=True)
+    subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
+    metrics, prune = read_json(SPARSE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
+    return {
+        **asdict(point),
+        "perplexity": metrics["perplexity"],
+        "relative_error": read_json(PRUNE_RESULTS / "metrics.json")["relative_error"],
+        "sparsity": read_json(PRUNE_RESULTS / "metrics.json")["sparsity"],
+        "seconds": prune["seconds"],
+        "peak_memory_gib": prune["peak_memory_gib"],
+        "device": prune["device"],
+        "dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"],
+        "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
+        "code": code_sha256(),
+    }
+
+
+def load() -> dict[Point, dict[str, Any]]:
+    rows = read_json(RESULTS) if RESULTS.is_file() else []
+    return {Point(**{key: row[key] for key in Point.__dataclass_fields__}): row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than that")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
+    parser.add_argument("--stale", action="store_true", help="measure again what other pruning code measured")
+    arguments = parser.parse_args()
+    rows, started, code = load(), time.monotonic(), code_sha256()
+    for point in [] if arguments.tables else points():
+        if point in rows and not (arguments.stale and rows[point]["code"] != code):
+            continue
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        rows[point] = measured(point)
+        write_json(RESULTS, [rows[known] for known in points() if known in rows])
+    missing = [point for point in points() if point not in rows]
+    FULL.write_text(full_table(rows, missing), encoding="utf8")
+    text = table(rows, missing)
+    print(text)
+    write_between(README, START, END, text)
+
+
+Rows = dict[Point, dict[str, Any]]
+
+
+def of(rows: Rows, contender: Contender, pattern: str) -> list[dict[str, Any]]:
+    """What was measured of a cell, seed after seed."""
+    return [
+        row
+        for point, row in rows.items()
+        if (point.contender, point.overrides, point.pattern) == (contender.name, contender.overrides, pattern)
+    ]
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """The mean and, of several, the sample standard deviation."""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table(rows: Rows, missing: list[Point]) -> str:
+    """Markdown: perplexity of every contender at every pattern, the best first, and what the numbers are."""
+    lines = ["| method | " + " | ".join(PATTERNS) + " | composed by |", "|---" * (len(PATTERNS) + 2) + "|"]
+    best = {
+        pattern: min((mean(row["perplexity"] for row in found) for c in CONTENDERS if (found := of(rows, c, pattern))), default=0.0)
+        for pattern in PATTERNS
+    }
+
+    def cell(contender: Contender, pattern: str) -> str:
+        found = [row["perplexity"] for row in of(rows, contender, pattern)]
+        if not found:
+            return "" if pattern in contender.patterns else "–"
+        text = mean_and_spread(found)
+        return f"**{text}**" if mean(found) == best[pattern] else text
+
+    for contender in sorted(CONTENDERS, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
+        cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
+        lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
+    return "\n".join(lines) + "\n\n" + _notes(rows, missing)
+
+
+def _notes(rows: Rows, missing: list[Point]) -> str:
+    row = next(iter(rows.values()))
+    protocol, devices = row["protocol"], sorted({found["device"] for found in rows.values()})
+    left = f" {len(missing)} of {len(points())} points are not measured yet." if missing else ""
+    stale = sum(found["code"] != code_sha256() for found in rows.values())
+    old = f" {stale} points were measured with earlier pruning code." if stale else ""
+    return (
+        f"SmolLM2-135M-Instruct (dense: {row['dense_perplexity']:.2f}); calibration of 32 windows of 512 C4 tokens, the same for every "
+        f"method; perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
+        f"{', '.join(devices)}. ± is the standard deviation over {len(SEEDS)} calibration seeds; without it, one seed. –: does not apply."
+        f"{left}{old} Layer errors, seconds, memory and the command of every cell: [benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
+    )
+
+
+def full_table(rows: Rows, missing: list[Point]) -> str:
+    """Markdown: every cell with all its numbers and its command."""
+    lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", ""]
+    for pattern in PATTERNS:
+        lines += [
+            f"## {pattern}",
+            "",
+            "| method | seeds | perplexity | over dense | relative layer error | seconds | peak memory | command (seed 0) |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|---|")
+        found = [(contender, of(rows, contender, pattern)) for contender in CONTENDERS]
+        for contender, cells in sorted(((c, f) for c, f in found if f), key=lambda pair: mean(row["perplexity"] for row in pair[1])):
+            point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
+            ratio = mean(row["perplexity"] / row["dense_perplexity"] for row in cells)
+            seeds, perplexity = ", ".join(str(row["seed"]) for row in cells), mean_and_spread([row["perplexity"] for row in cells])
+            lines.append(
+                f"| {contender.name} | {seeds} | {perplexity} "
+                f"| {ratio:.2f} | {mean(row['relative_error'] for row in cells):.4f} | {mean(row['seconds'] for row in cells):.0f} "
+                f"| {max(row['peak_memory_gib'] for row in cells):.2f} GiB | `{point.command}` |"
+            )
+        lines.append("")
+    if missing:
+        lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in missing), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Input channels of a block change places where that leaves its function as it was, for N:M groups that lose less."""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.errors import PruningError
+from stages.pruning.couplings import Coupling, couplings
+from stages.pruning.method import Score
+from stages.pruning.observer import Inputs
+from stages.pruning.patterns import Nm, Pattern
+from stages.pruning.permutations import channel_permutation
+from stages.streaming.architecture import Call, Decoder, run_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Where a matrix's rows and columns come from, int64, or None where they stay."""
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] in their new places."""
+        weight = weight if self.rows is None else weight[self.rows]
+        return weight if self.columns is None else weight[:, self.columns]
+
+
+STAYS = Order()
+
+
+def proven_couplings(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, call: Call) -> list[Coupling]:
+    """The couplings of a loaded dense block, proven in float32 on some windows' hidden states.
+
+    Raises:
+        PruningError: there are none.
+    """
+    if decoder.dtype != torch.float32:
+        block, call, hidden = deepcopy(block).float(), _in_float32(call), hidden.float()
+    found = couplings(block, decoder.matrices[index], partial(run_block, block, call=call), hidden)
+    if not found:
+        wanted = "a layer whose inputs other layers without bias make channel by channel, as a gated MLP's"
+        raise PruningError(f"block {index}: found no input channels that may change places, wanted {wanted}; set pattern.rounds to null")
+    return found
+
+
+def find_orders(
+    found: list[Coupling],
+    weights: dict[str, torch.Tensor],
+    inputs: dict[str, Inputs],
+    patterns: dict[str, Pattern],
+    score: Score,
+    rounds: int,
+) -> dict[str, Order]:
+    """An order for the channels of every coupling, and what it does to each of its matrices.
+
+    Args:
+        found: the couplings. weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads;
+            reordered in place.
+        patterns: by name, N:M. score: what the masks will be chosen by. rounds: see channel_permutation.
+
+    Returns:
+        By matrix; those that stay in place are not named.
+    """
+    orders: dict[str, Order] = {}
+    for coupling in found:
+        name, pattern = coupling.consumer.name, patterns[coupling.consumer.name]
+        assert isinstance(pattern, Nm)
+        order = channel_permutation(score.of(weights[name], inputs[name].statistic), pattern.kept, pattern.group, rounds=rounds)
+        inputs[name].reorder(order)
+        orders[name] = replace(orders.get(name, STAYS), columns=order)
+        for producer in coupling.producers:
+            orders[producer.name] = replace(orders.get(producer.name, STAYS), rows=order)
+    return orders
+
+
+def _in_float32(call: Call) -> Call:
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.float() if value.is_floating_point() else value
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(cast, value))
+        return value
+
+    return Call(hidden=call.hidden, arguments=cast(call.arguments), keywords={key: cast(value) for key, value in call.keywords.items()})

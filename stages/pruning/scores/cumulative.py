@@ -1,0 +1,27 @@
+"""Cumulative share: how much of its row's total score goes when a weight and all below it go.
+
+    C_ij = sum_{k: S_ik <= S_ij} S_ik / sum_k S_ik     # the variant of Wanda in github.com/locuslab/wanda, --use_variant
+
+The variant drops, in every row, the lowest scores as long as they sum to at most alpha times the row's sum, and searches the
+one alpha of the matrix that reaches the sparsity. That alpha drops exactly the weights with C_ij <= alpha, so dropping
+the lowest C_ij of the whole matrix is the same without a search, and to the weight. Within a row C ranks as S does: it
+changes a mask only where the weights of a matrix compete.
+"""
+
+import torch
+
+
+def cumulative_share(scores: torch.Tensor) -> torch.Tensor:
+    """Replace scores by their cumulative share of the row.
+
+    Args:
+        scores: [rows, columns], float32, 0 or more.
+
+    Returns:
+        [rows, columns], float32, 0..1 up to rounding; of equal scores the leftmost has the smallest share. A row of zeros gives zeros.
+    """
+    ascending, order = scores.sort(dim=1, stable=True)
+    running = ascending.cumsum(dim=1)
+    total = running[:, -1:]
+    shares = running / total.where(total > 0, 1)
+    return torch.empty_like(scores).scatter_(1, order, shares)

@@ -1,0 +1,28 @@
+"""RIA: a weight is worth its share of its row and of its column, times a power of the norm of its input.
+
+    S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^power    # Zhang et al. 2024, openreview.net/forum?id=Tr0lPx9woF
+
+A weight that is small everywhere but large for its row or column stays, so that no input or output is cut off as a whole.
+"""
+
+import torch
+
+
+def ria(weight: torch.Tensor, squared_norm: torch.Tensor, power: float) -> torch.Tensor:
+    """Scores by relative importance and activation.
+
+    Args:
+        weight: [rows, columns], float32.
+        squared_norm: [columns], float32, squared norm of each input over the calibration tokens, up to a common factor.
+        power: 0 or more; at 0 the inputs do not count.
+
+    Returns:
+        [rows, columns], float32, 0 or more; 0 where the weight is, in rows and columns of zeros too.
+    """
+    magnitude = weight.abs()
+    return (_share(magnitude, dim=0) + _share(magnitude, dim=1)) * squared_norm.pow(power / 2)
+
+
+def _share(magnitude: torch.Tensor, dim: int) -> torch.Tensor:
+    total = magnitude.sum(dim=dim, keepdim=True)
+    return magnitude / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -1,0 +1,215 @@
+"""What the dense model tells of its matrices before any is pruned: evidence for an allocation, one block in memory at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+from torch.overrides import TorchFunctionMode
+
+from stages.errors import PruningError
+from stages.pruning import ranks
+from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
+from stages.pruning.observer import Layer, Observer
+from stages.pruning.scores.wanda import wanda
+from stages.pruning.statistics import SquaredNorm
+from stages.streaming.architecture import Decoder, Matrix, run_block
+from stages.streaming.stream import Stream, read_ahead, room
+
+LEAST_SHARE = 1e-6  # of a matrix's mean sensitivity: what a row that had no gradient is taken to have
+
+
+@dataclass(kw_only=True, slots=True)
+class Sensitivity:
+    """How the loss feels errors of one matrix.
+
+    curve: expected rise of the loss, up to a common factor, at each sparsity of the grid.
+    rows: [rows], float32, mean over tokens of the squared gradient of the loss by each output.
+    """
+
+    curve: list[float]
+    rows: torch.Tensor
+
+
+@torch.no_grad()
+def outlier_shares(stream: Stream, multiple: float) -> list[float]:
+    """OWL's evidence: for each block the share of Wanda scores above `multiple` times their mean, on dense inputs."""
+    shares = []
+    for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
+        layers = _layers(stream.decoder, index)
+        observer = Observer(block, layers, SquaredNorm, stream.all_windows * stream.shape[1], 1, stream.first_window * stream.shape[1])
+        for where, part, call in stream.parts(index):
+            output = observer.run(part, partial(run_block, block, call=call), stop=False)
+            if output is not None:
+                stream.put(where, output)
+        stream.require_finite(index)
+        observer.finish(minimum=1)
+        norms = _squared_norms(observer, stream.all_windows)
+        matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
+        scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
+        shares.append(outlier_share(torch.cat(scores), multiple))
+    return shares
+
+
+@torch.no_grad()
+def spectral_exponents(decoder: Decoder) -> list[float]:
+    """AlphaPruning's evidence: for each block the mean over its matrices of the Hill exponent of their spectra."""
+    exponents = []
+    for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
+        found = [hill_exponent(decoder.stored(matrix, block)) for matrix in decoder.matrices[index]]
+        exponents.append(sum(found) / len(found))
+    return exponents
+
+
+def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], threshold: str) -> dict[str, Sensitivity]:
+    """Our own evidence: what pruning each matrix is expected to add to the loss, by a diagonal second-order estimate.
+
+        L(W') - L(W) ~ 1/2 sum_i E[g_i²] sum_j (W_ij - W'_ij)² ||X_j||²
+
+    with g the gradient of the next-token loss by the matrix's outputs: the Fisher information of the outputs times the
+    expected square of their errors, inputs and gradients taken as independent (as in K-FAC, Martens & Grosse 2015,
+    arXiv:1503.05671) and inputs as uncorrelated (as in Wanda).
+
+    The windows run forward block by block, then backward block by block, each block run again for its gradients.
+
+    Args:
+        stream: these windows, before the first block.
+        windows: [windows, tokens], int64, for their next tokens.
+        grid: sparsities, ascending. threshold: "row" or "matrix", see allocation.removal_curve.
+
+    Returns:
+        By the name of the matrix; an expert that no token chose, or whose outputs the loss does not feel, is not there.
+
+    Raises:
+        PruningError: activations or gradients that are not finite; names the block.
+    """
+    decoder, count = stream.decoder, len(stream.decoder.blocks)
+    entered, _ = room((count, *stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
+    with torch.no_grad():
+        for index, block in _dense_blocks(decoder, range(count)):
+            entered[index] = stream.hidden
+            stream.advance(index, block)
+        gradient = _loss_gradient(stream, windows)
+        found: dict[str, Sensitivity] = {}
+        for index, block in _dense_blocks(decoder, range(count - 1, -1, -1)):
+            stream.hidden = entered[index]
+            norms, rows, gradient = _backward(stream, index, block, gradient)
+            for matrix in decoder.matrices[index]:
+                if matrix.layer not in norms:
+                    continue
+                felt = rows[matrix.layer]
+                if matrix.place.rows is not None:
+                    felt = felt[slice(*matrix.place.rows)]
+                if not felt.any():
+                    continue
+                felt = felt.clamp_min(LEAST_SHARE * felt.mean())
+                squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
+                found[matrix.name] = Sensitivity(
+                    curve=removal_curve(squared.mul_(felt[:, None]), grid=grid, threshold=threshold), rows=felt.cpu()
+                )
+    return found
+
+
+def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Module]]:
+    with read_ahead(decoder, order) as blocks:
+        for index, tensors in zip(order, blocks, strict=True):
+            with decoder.loaded(index, tensors) as block:
+                yield index, block
+
+
+def _layers(decoder: Decoder, index: int) -> list[Layer]:
+    return list(dict.fromkeys(matrix.layer for matrix in decoder.matrices[index]))
+
+
+def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor]:
+    """Of each layer's inputs, [columns], summed over its tokens, by window; without experts that no token chose."""
+    found = {}
+    for inputs, layers in observer.groups():
+        assert isinstance(inputs.statistic, SquaredNorm)
+        if inputs.routed:
+            found.update(dict.fromkeys(layers, inputs.statistic.value * inputs.statistic.windows / windows))
+    return found
+
+
+def _loss_gradient(stream: Stream, windows: torch.Tensor) -> torch.Tensor:
+    """Of the next-token loss, summed over tokens, by the last block's output: in the shape of the hidden states."""
+    gradient = torch.empty_like(stream.hidden)
+    with stream.decoder.after_blocks(), torch.enable_grad():
+        for start in stream.starts:
+            where = slice(start, start + stream.batch)
+            hidden = stream.hidden[where].to(stream.decoder.device).requires_grad_()
+            logits = stream.decoder.logits(hidden)[:, :-1].flatten(0, 1).float()
+            targets = windows[where, 1:].flatten().to(logits.device)
+            gradient[where] = torch.autograd.grad(cross_entropy(logits, targets, reduction="sum"), hidden)[0]
+    return gradient
+
+
+def _backward(
+    stream: Stream, index: int, block: nn.Module, gradient: torch.Tensor
+) -> tuple[dict[Layer, torch.Tensor], dict[Layer, torch.Tensor], torch.Tensor]:
+    """The squared norm of each layer's inputs, its outputs' mean squared gradients over its tokens, the gradient by the block's input."""
+    layers, tokens = _layers(stream.decoder, index), stream.all_windows * stream.shape[1]
+    observer = Observer(block, layers, SquaredNorm, tokens, 1, stream.first_window * stream.shape[1])
+    matrices, device = stream.decoder.matrices[index], stream.decoder.device
+    rows = {matrix.layer: torch.zeros(_outputs_of(matrix, block), device=device) for matrix in matrices}
+
+    def take(layer: Layer, output: torch.Tensor) -> None:
+        def add(by_output: torch.Tensor) -> None:
+            rows[layer] += by_output.flatten(0, -2).float().square().sum(dim=0)
+
+        output.register_hook(add)
+
+    with _outputs(block, layers, take):
+        for where, part, call in stream.parts(index):
+            with torch.enable_grad():
+                hidden = part.detach().requires_grad_()
+                output = observer.run(hidden, partial(run_block, block, call=call), stop=False)
+                assert output is not None
+                (by_input,) = torch.autograd.grad(output, hidden, gradient[where].to(output))
+            gradient[where] = by_input
+    if not torch.isfinite(gradient).all():
+        raise PruningError(f"block {index}: found NaN or infinity in the gradients, wanted finite ones")
+    observer.finish(minimum=1)
+    counts = {layer: observer.inputs[leader].tokens for layer, leader in observer.leader.items()}
+    norms = _squared_norms(observer, stream.all_windows)
+    return norms, {layer: ranks.all_sum(rows[layer]) / counts[layer] for layer in norms}, gradient
+
+
+def _outputs_of(matrix: Matrix, block: nn.Module) -> int:
+    """Of the layer that the matrix is in: it may hold others beside it, as a fused gate and up projection does."""
+    shape = block.get_parameter(matrix.place.name).shape[0 if matrix.place.expert is None else 1 :]
+    return shape[1 if matrix.transposed else 0]
+
+
+@contextmanager
+def _outputs(block: nn.Module, layers: list[Layer], take: Callable[[Layer, torch.Tensor], None]) -> Iterator[None]:
+    """Hand the output of every layer's product to `take` while the block runs."""
+    experts: dict[int, Layer] = {
+        block.get_parameter(name)[expert].data_ptr(): (name, expert) for name, expert in layers if expert is not None
+    }
+    plain = [(name, block.get_submodule(name.rpartition(".")[0])) for name, expert in layers if expert is None]
+    with ExitStack() as stack:
+        for name, module in plain:
+            hook = module.register_forward_hook(lambda _, __, output, name=name: take((name, None), output))
+            stack.callback(hook.remove)
+        if experts:
+            stack.enter_context(_ExpertOutputs(experts, take))
+        yield
+
+
+class _ExpertOutputs(TorchFunctionMode):
+    """Sees every product with a watched expert's weight."""
+
+    def __init__(self, experts: dict[int, Layer], take: Callable[[Layer, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.experts, self.take = experts, take
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
+        output = function(*arguments, **(keywords or {}))
+        if function is linear and (layer := self.experts.get(arguments[1].data_ptr())) is not None:
+            self.take(layer, output)
+        return output

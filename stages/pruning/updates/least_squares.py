@@ -1,0 +1,41 @@
+"""Least squares on a fixed support: the survivors take the values that lose the least.
+
+    min ||(W - W') X||_F²  over W' that are zero where the mask is:   W'_S = argmin (w - w')ᵀ H (w - w'),  H = X Xᵀ
+
+row by row; all rows at once by conjugate gradients, preconditioned by the diagonal of H, each row's residual and direction
+masked by its own support (Meng et al. 2024, ALPS, arXiv:2406.07831, section 3.3).
+"""
+
+import torch
+
+
+def least_squares(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, steps: int) -> torch.Tensor:
+    """Refit the kept weights.
+
+    The error falls with every step, up to rounding, so that the result is never worse than `start`.
+
+    Args:
+        target: [rows, columns], float32, the weights whose products with the inputs are to be met.
+        gram: [columns, columns], float32, symmetric, with a positive diagonal.
+        mask: [rows, columns], bool, True = kept.
+        start: [rows, columns], float32; what it holds outside the mask is ignored.
+        steps: of conjugate gradients; as many as a row keeps weights solve it exactly, but for rounding.
+
+    Returns:
+        [rows, columns], float32, zero where the mask is False.
+    """
+    diagonal = gram.diagonal()
+    values = start * mask
+    residual = (target - values) @ gram * mask
+    direction = residual / diagonal
+    slope = (residual * direction).sum(dim=1, keepdim=True)
+    for _ in range(steps):
+        curved = direction @ gram * mask
+        curvature = (direction * curved).sum(dim=1, keepdim=True)
+        step = torch.where(curvature > 0, slope / curvature, 0)  # 0 where a row is solved
+        values += step * direction
+        residual -= step * curved
+        scaled = residual / diagonal
+        before, slope = slope, (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled + torch.where(before > 0, slope / before, 0) * direction
+    return values

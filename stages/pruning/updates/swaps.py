@@ -1,0 +1,83 @@
+"""Swaps: exchange a kept weight p for a dropped weight q of the same row as long as that lowers the row's output error.
+
+    error = e^T G e,   e = w * (1 - m),   c = G e                                    # Zimmer et al. 2025 (SparseSwaps), arXiv:2512.10922
+    change = (2 w_p c_p + w_p^2 G_pp) + (w_q^2 G_qq - 2 w_q c_q) - 2 w_p w_q G_pq    # of the error, when p goes and q comes back
+
+with G the Gram matrix of the inputs. The weights do not change, and each row (or group) keeps as many as before.
+"""
+
+import torch
+
+PAIRS_AT_ONCE = 2**22  # a search takes some times their memory
+LEAST_GAIN = 1e-5  # of the row's error; below it a gain may be rounding
+
+Swap = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # change of the error, p, q: each [rows]
+
+
+def swaps(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, *, cycles: int, candidates: int, group: int | None) -> torch.Tensor:
+    """Refine a mask, in each row by the best swap of each cycle.
+
+    Every swap taken is evaluated exactly. In groups all pairs are; in whole rows, those among the `candidates` kept weights
+    that are cheapest to drop and as many dropped weights that are most worth bringing back, each taken alone.
+
+    Args:
+        weight: [rows, columns], float32; not changed.
+        gram: [columns, columns], float32, symmetric.
+        mask: [rows, columns], bool, True = kept; not changed.
+        cycles: swaps in a row at most; a row without one that helps is done before.
+        candidates: kept weights, and dropped weights, whose pairs are tried; from the number of columns on, all are.
+        group: columns, consecutive and dividing the matrix's, within which p and q must lie; None for the whole row.
+
+    Returns:
+        [rows, columns], bool, True = kept, with the counts of `mask` in every row and group.
+    """
+    columns = weight.shape[1]
+    pairs = columns * group if group else max(columns, min(candidates, columns) ** 2)
+    slab = max(1, PAIRS_AT_ONCE // pairs)
+    mask = mask.clone()
+    for part, kept in zip(weight.split(slab), mask.split(slab), strict=True):
+        _refine(part, gram, kept, cycles, candidates, group)
+    return mask
+
+
+def _refine(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, cycles: int, candidates: int, group: int | None) -> None:
+    """Swap in `mask` itself; the other tensors shrink to the rows that still improve."""
+    rows = torch.arange(len(weight), device=weight.device)
+    dropped = weight * ~mask
+    c = dropped @ gram
+    error = (dropped * c).sum(dim=1)
+    for _ in range(cycles):
+        leave, enter = _costs(weight, gram, mask[rows], c)
+        change, p, q = _best_in_groups(weight, gram, leave, enter, group) if group else _best(weight, gram, leave, enter, candidates)
+        helps = change < -LEAST_GAIN * error.clamp(min=0)
+        rows, weight, c, error, change, p, q = (each[helps] for each in (rows, weight, c, error, change, p, q))
+        if not len(rows):
+            return
+        mask[rows, p], mask[rows, q] = False, True
+        c += weight.gather(1, p[:, None]) * gram[p] - weight.gather(1, q[:, None]) * gram[q]
+        error += change
+
+
+def _costs(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the error gains when a kept weight leaves alone, and when a dropped one enters alone; infinite for the others."""
+    own, cross = weight.square() * gram.diagonal(), 2 * weight * c
+    return (own + cross).where(mask, torch.inf), (own - cross).where(~mask, torch.inf)
+
+
+def _best(weight: torch.Tensor, gram: torch.Tensor, leave: torch.Tensor, enter: torch.Tensor, candidates: int) -> Swap:
+    count = min(candidates, weight.shape[1])
+    leave, p = leave.topk(count, largest=False)
+    enter, q = enter.topk(count, largest=False)
+    w_p, w_q = weight.gather(1, p)[:, :, None], weight.gather(1, q)[:, None, :]
+    change = leave[:, :, None] + enter[:, None, :] - 2 * w_p * w_q * gram[p[:, :, None], q[:, None, :]]
+    lowest, pair = change.flatten(1).min(dim=1)
+    return lowest, p.gather(1, pair[:, None] // count)[:, 0], q.gather(1, pair[:, None] % count)[:, 0]
+
+
+def _best_in_groups(weight: torch.Tensor, gram: torch.Tensor, leave: torch.Tensor, enter: torch.Tensor, group: int) -> Swap:
+    leave, enter, w = (each.unflatten(1, (-1, group)) for each in (leave, enter, weight))
+    blocks = gram.unflatten(0, (-1, group)).unflatten(2, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    change = leave[..., :, None] + enter[..., None, :] - 2 * w[..., :, None] * w[..., None, :] * blocks
+    lowest, pair = change.flatten(1).min(dim=1)
+    first = pair // group**2 * group  # column of the group
+    return lowest, first + pair % group**2 // group, first + pair % group

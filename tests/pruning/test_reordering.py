@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from stages.checkpoint.delta import Change, read_block, write_block
+from stages.checkpoint.model import load_model
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import PruningError
+from stages.pruning.block_loop import Plan, prune_blocks
+from stages.pruning.patterns import Nm
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
+from tests import architectures
+from tests.methods import WANDA, sparsegpt
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+class Applied:
+    """Changes in the place of a delta on disk."""
+
+    def __init__(self, changes: dict[str, Change]) -> None:
+        self.changes = changes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.changes
+
+    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self.changes[name].apply(tensor) if name in self.changes else tensor
+
+
+def prune(base, method=WANDA, rounds: int | None = 4, dtype: torch.dtype = torch.float32, windows: torch.Tensor = WINDOWS):
+    decoder = Decoder(base, dtype, CPU)
+    with decoder.before_blocks():
+        stream = Stream(decoder, windows, batch=2)
+    patterns = {matrix.name: Nm(kept=2, group=4) for block in decoder.matrices for matrix in block}
+    how = {"propagate": "pruned", "error_tokens": 120, "expert_tokens": 0, "permutation_rounds": rounds}
+    blocks = list(prune_blocks(stream, Plan(method=method, patterns=patterns, **how)))
+    return {name: change for block in blocks for name, change in block.changes.items()}, stream.hidden, blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_masks_the_reordered_model_is_the_dense_one(base, dtype):
+    changes, _, _ = prune(base, dtype=dtype)
+    for change in changes.values():
+        change.mask = torch.ones_like(change.mask)
+    assert any(change.columns is not None for change in changes.values())
+    dense, reordered = (load_model(base, delta, dtype=torch.float32, device=CPU) for delta in (None, Applied(changes)))
+    with torch.no_grad():
+        torch.testing.assert_close(reordered(WINDOWS).logits, dense(WINDOWS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_exactly_the_mlps_change_places(base):
+    changes, _, _ = prune(base)
+    for name, change in changes.items():
+        assert (change.columns is not None) == name.endswith("down_proj.weight")
+        assert (change.rows is not None) == name.endswith(("gate_proj.weight", "up_proj.weight"))
+
+
+@pytest.mark.parametrize("method", [WANDA, sparsegpt()])
+def test_every_group_keeps_two_of_four_and_the_delta_gives_the_model_that_was_calibrated(base, method):
+    changes, hidden, _ = prune(base, method)
+    model = load_model(base, Applied(changes), dtype=torch.float32, device=CPU)
+    for name, change in changes.items():
+        assert (change.mask.view(-1, 4).sum(dim=1) == 2).all()
+        assert torch.equal(model.get_parameter(name) != 0, change.mask)
+    with torch.no_grad():
+        second = model.model(WINDOWS, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(second, hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_the_down_projections_lose_less(base):
+    def errors(rounds):
+        _, _, blocks = prune(base, rounds=rounds)
+        return [m.relative_error for block in blocks for m in block.matrices if m.matrix.name.endswith("down_proj.weight")]
+
+    assert sum(errors(4)) < sum(errors(None))
+
+
+def test_a_change_with_orders_survives_the_disk(tmp_path):
+    order = torch.tensor([2, 0, 1], dtype=torch.int32)
+    change = Change(mask=torch.tensor([[True, False, True]] * 3), rows=order, columns=order.flip(0))
+    write_block(tmp_path / "block", {"a": change}, base="c0ffee")
+    read = read_block(tmp_path / "block")["a"]
+    weight = torch.arange(9.0).view(3, 3)
+    assert read.apply(weight).tolist() == change.apply(weight).tolist() == [[7, 0, 8], [1, 0, 2], [4, 0, 5]]
+
+
+def test_a_block_without_channels_that_may_change_places_is_refused(tmp_path):
+    with pytest.raises(PruningError, match="block 0: found no input channels that may change places"):
+        prune(Checkpoint(architectures.write(tmp_path, "gpt2")), windows=WINDOWS % 90)

@@ -1,0 +1,351 @@
+"""What is learned block by block, against plain transformers on the whole model; and what an allocation makes of it."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy, linear
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from stages import config, prune
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import ConfigError, PruningError
+from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
+from stages.pruning.allocation import hill_exponent
+from stages.pruning.journal import Journal
+from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
+from tests.pruning import test_journal as stage
+from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
+from tests.pruning.test_architectures import fetched
+
+CPU = torch.device("cpu")
+GRID = [0.0, 0.25, 0.5, 0.9]
+WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+def stream_of(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2) -> Stream:
+    decoder = Decoder(base, torch.float32, CPU)
+    with decoder.before_blocks():
+        return Stream(decoder, windows, batch=batch)
+
+
+def streamed(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2, threshold: str = "row") -> dict[str, Sensitivity]:
+    return sensitivities(stream_of(base, windows, batch), windows, GRID, threshold)
+
+
+def whole(base: Checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
+
+
+@contextmanager
+def products(model, take) -> Iterator[None]:
+    """Hand what every layer of the blocks read and gave to `take`: (parameter, expert), inputs and outputs [tokens, width]."""
+    names, hooks = {id(parameter): name for name, parameter in model.named_parameters()}, []
+
+    def of_linear(module, arguments, output):
+        take((names[id(module.weight)], None), arguments[0].flatten(0, -2), output)
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            hooks.append(module.register_forward_hook(of_linear))
+        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            module.forward = own_experts(module, names, take)
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def own_experts(module, names, take):
+    """A mixture's forward pass in a few lines."""
+
+    def forward(tokens, chosen, weights):
+        output = torch.zeros_like(tokens)
+        for expert in range(len(module.down_proj)):
+            where, slot = (chosen == expert).nonzero(as_tuple=True)
+            own = tokens[where]
+            both = linear(own, module.gate_up_proj[expert])
+            between = module._apply_gate(both)
+            out = linear(between, module.down_proj[expert])
+            if len(own):
+                take((names[id(module.gate_up_proj)], expert), own, both)
+                take((names[id(module.down_proj)], expert), between, out)
+            output = output.index_add(0, where, out * weights[where, slot, None])
+        return output
+
+    return forward
+
+
+def literally(base: Checkpoint, windows: torch.Tensor) -> tuple[dict, dict]:
+    """Of each layer: mean over its tokens of the squared gradient by its outputs; mean over windows of its inputs' squared norm."""
+    rows, norms, tokens = {}, {}, {}
+
+    def take(layer, inputs, output):
+        tokens[layer] = tokens.get(layer, 0) + inputs.numel() // inputs.shape[-1]
+        norms[layer] = norms.get(layer, 0) + inputs.detach().square().sum(dim=0) / len(windows)
+
+        def add(gradient):
+            rows[layer] = rows.get(layer, 0) + gradient.flatten(0, -2).square().sum(dim=0)
+
+        output.register_hook(add)
+
+    model = whole(base)
+    with products(model, take):
+        logits = model(windows, use_cache=False).logits[:, :-1]
+        cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
+    return {layer: total / tokens[layer] for layer, total in rows.items()}, norms
+
+
+def of_matrix(found: dict, decoder: Decoder, index: int, matrix) -> torch.Tensor:
+    """What was found of the outputs of the layer in which a matrix appears: its own rows."""
+    values = found[f"{decoder.prefix}.{index}.{matrix.place.name}", matrix.place.expert]
+    return values if matrix.place.rows is None else values[slice(*matrix.place.rows)]
+
+
+def every_matrix(decoder: Decoder):
+    return [(index, matrix) for index, block in enumerate(decoder.matrices) for matrix in block]
+
+
+def stored(decoder: Decoder, matrix) -> torch.Tensor:
+    tensor = decoder.checkpoint.tensor(matrix.tensor)
+    tensor = (tensor if matrix.expert is None else tensor[matrix.expert]).float()
+    return tensor.T if matrix.transposed else tensor
+
+
+def literal_curve(squared: torch.Tensor, threshold: str) -> list[float]:
+    """At each sparsity of the grid the sum of the lowest scores."""
+    total = []
+    for sparsity in GRID:
+        competing = squared.double().tolist() if threshold == "row" else [squared.double().flatten().tolist()]
+        total.append(sum(sum(sorted(scores)[: math.floor(len(scores) * Fraction(str(sparsity)))]) for scores in competing))
+    return total
+
+
+# Sensitivities.
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_rows_have_the_squared_gradients_of_the_whole_model_whatever_the_micro_batch(base, batch):
+    found, (expected, _) = streamed(base, batch=batch), literally(base, WINDOWS)
+    decoder = Decoder(base, torch.float32, CPU)
+    assert len(found) == 21
+    for index, matrix in every_matrix(decoder):
+        torch.testing.assert_close(found[matrix.name].rows, of_matrix(expected, decoder, index, matrix), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("threshold", ["row", "matrix"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_curve_adds_up_the_lowest_scores_times_what_their_rows_cost(base, threshold, batch):
+    found, (rows, norms) = streamed(base, batch=batch, threshold=threshold), literally(base, WINDOWS)
+    decoder = Decoder(base, torch.float32, CPU)
+    for index, matrix in every_matrix(decoder):
+        layer = f"{decoder.prefix}.{index}.{matrix.place.name}", None
+        squared = stored(decoder, matrix).square() * norms[layer] * rows[layer][:, None]
+        assert found[matrix.name].curve == pytest.approx(literal_curve(squared, threshold), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sensitivities_are_those_of_the_whole_model_whatever_holds_the_weights(kind, batch, tmp_path):
+    base = fetched(kind, tmp_path)
+    found, (rows, norms) = streamed(base, SMALL_WINDOWS, batch), literally(base, SMALL_WINDOWS)
+    decoder = Decoder(base, torch.float32, CPU)
+    for index, matrix in every_matrix(decoder):
+        felt = of_matrix(rows, decoder, index, matrix)
+        torch.testing.assert_close(found[matrix.name].rows, felt, rtol=1e-3, atol=1e-5 * float(felt.mean()))
+        norm = norms[f"{decoder.prefix}.{index}.{matrix.place.name}", matrix.place.expert]
+        squared = stored(decoder, matrix).square() * norm * felt[:, None]
+        assert found[matrix.name].curve == pytest.approx(literal_curve(squared, "row"), rel=1e-3), matrix.name
+
+
+def test_an_expert_that_no_token_chose_is_not_felt_and_costs_nothing(tmp_path):
+    base, one = fetched("mixtral", tmp_path), SMALL_WINDOWS[:1, :2]
+    found, decoder = streamed(base, one, 1), Decoder(base, torch.float32, CPU)
+    unseen = [matrix for _, matrix in every_matrix(decoder) if matrix.name not in found]
+    assert unseen
+    assert all(matrix.place.expert is not None for matrix in unseen)
+    kept = prune.look_at_loss(stream_of(base, one, 1), one, "row")
+    assert {name.rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
+    for matrix in unseen:
+        assert not kept[f"{matrix.name}.curve"].any()
+        assert kept[f"{matrix.name}.rows"].tolist() == [1.0] * matrix.shape[0]
+
+
+def test_a_row_without_any_gradient_still_costs_something(base):
+    """Nothing reads the fifth output of the last block's up projection here."""
+
+    class Cut(Checkpoint):
+        def tensor(self, name, **how):
+            tensor = super().tensor(name, **how)
+            if name == "model.layers.2.mlp.down_proj.weight":
+                tensor[:, 5] = 0
+            return tensor
+
+    found = streamed(Cut(base.directory))["model.layers.2.mlp.up_proj.weight"].rows
+    assert found[5] == pytest.approx(1e-6 * float(found.mean()), rel=1e-3)
+
+
+def test_gradients_that_are_not_finite_name_the_block(base):
+    class Broken(Checkpoint):
+        def tensor(self, name, **how):
+            tensor = super().tensor(name, **how)
+            return tensor * 3e38 if name == "lm_head.weight" else tensor
+
+    with pytest.raises(PruningError, match="block 2: found NaN or infinity in the gradients, wanted finite ones"):
+        streamed(Broken(base.directory))
+
+
+def loaded_blocks(decoder: Decoder) -> list[int]:
+    return [index for index, block in enumerate(decoder.blocks) if not all(parameter.is_meta for parameter in block.parameters())]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda stream: sensitivities(stream, WINDOWS, GRID, "row"), lambda stream: outlier_shares(stream, 3.0)],
+    ids=["sensitivities", "outlier_shares"],
+)
+def test_only_the_block_that_runs_has_weights(base, look):
+    stream, seen = stream_of(base), []
+    decoder = stream.decoder
+    for index, block in enumerate(decoder.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: seen.append((index, loaded_blocks(decoder))))
+    head = decoder.model.lm_head.register_forward_pre_hook(lambda *_: seen.append(("head", loaded_blocks(decoder))))
+    look(stream)
+    head.remove()
+    assert {index for index, _ in seen} >= {0, 1, 2}
+    assert all(loaded == ([] if index == "head" else [index]) for index, loaded in seen)
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+# What the other allocations go by.
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
+def test_outlier_shares_are_those_of_the_whole_model(kind, batch, tmp_path):
+    base = fetched(kind, tmp_path)
+    _, norms = literally(base, SMALL_WINDOWS)
+    decoder, expected = Decoder(base, torch.float32, CPU), []
+    for index, matrices in enumerate(decoder.matrices):
+        layers = [(f"{decoder.prefix}.{index}.{matrix.place.name}", matrix.place.expert) for matrix in matrices]
+        scores = [stored(decoder, m).abs() * norms[layer].sqrt() for m, layer in zip(matrices, layers, strict=True)]
+        together = torch.cat([each.flatten() for each in scores])
+        expected.append(float((together > 3 * together.mean()).double().mean()))
+    assert all(share > 0 for share in expected)
+    assert outlier_shares(stream_of(base, SMALL_WINDOWS, batch), 3.0) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
+def test_a_blocks_exponent_is_the_mean_of_its_matrices(kind, tmp_path):
+    decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
+    expected = [[hill_exponent(stored(decoder, matrix)) for matrix in matrices] for matrices in decoder.matrices]
+    assert spectral_exponents(decoder) == pytest.approx([sum(each) / len(each) for each in expected])
+    assert len(set(spectral_exponents(decoder))) == 3
+
+
+# What the prune stage makes of it.
+
+project = stage.project
+BOUNDS = {"lowest": 0.2, "highest": 0.7}
+PATTERN = config.Unstructured(name="unstructured", sparsity=0.37)
+ALLOCATIONS = {
+    "owl": config.OwlAllocation(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
+    "alphapruning": config.AlphaPruningAllocation(name="alphapruning", strength=0.3, **BOUNDS),
+    "loss": config.LossAllocation(name="loss", windows=3, rows=False, **BOUNDS),
+    "loss with rows": config.LossAllocation(name="loss", windows=3, rows=True, **BOUNDS),
+}
+LOOKS = ("sensitivities", "outlier_shares", "spectral_exponents")
+
+
+def sparsities() -> list[dict]:
+    return read_json(PRUNE_RESULTS / "sparsity.json")
+
+
+@pytest.mark.parametrize("threshold", ["matrix", "row"])
+@pytest.mark.parametrize("name", [name for name in ALLOCATIONS if name != "loss with rows"])
+def test_an_allocation_meets_the_budget_to_the_weight_within_its_bounds(project, name, threshold):
+    stage.run(method=replace(stage.METHOD, threshold=threshold), pattern=PATTERN, allocation=ALLOCATIONS[name])
+    rows = sparsities()
+    total = sum(row["weights"] for row in rows)
+    assert sum(row["zeros"] for row in rows) == math.floor(total * Fraction("0.37"))
+    assert all(0.2 <= row["sparsity"] <= 0.7 for row in rows)
+    assert all(row["sparsity"] == pytest.approx(row["asked"]) for row in rows)
+    assert len({row["sparsity"] for row in rows}) > 1
+
+
+@pytest.mark.parametrize("windows", [SMALL_WINDOWS, SMALL_WINDOWS[:1, :2]], ids=["many tokens", "two tokens"])
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_a_mixture_meets_the_budget_too_even_if_no_token_chose_some_experts(project, tmp_path, name, windows):
+    shutil.rmtree(BASE)
+    (tmp_path / "mixture").mkdir()
+    fetched("mixtral", tmp_path / "mixture").directory.rename(BASE)
+    save_file({"windows": windows.clone()}, CALIBRATION / "windows.safetensors")
+    stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
+    rows = sparsities()
+    assert any("experts" in row["matrix"] for row in rows)
+    assert sum(row["zeros"] for row in rows) == math.floor(sum(row["weights"] for row in rows) * Fraction("0.37"))
+    assert all(math.isfinite(row["relative_error"]) for row in rows)
+
+
+def test_blocks_are_told_apart_by_owl_and_matrices_by_loss(project):
+    stage.run(pattern=PATTERN, allocation=ALLOCATIONS["owl"])
+    blocks = [[row["sparsity"] for row in sparsities() if row["block"] == index] for index in range(3)]
+    assert all(max(block) - min(block) < 0.01 for block in blocks)
+    assert len({round(block[0], 2) for block in blocks}) > 1
+    stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
+    assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0}) > 1
+
+
+def test_rows_that_compete_by_what_their_errors_cost_are_pruned_otherwise_but_as_much(project):
+    alike = stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
+    zeros = {row["matrix"]: row["zeros"] for row in sparsities()}
+    apart = stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss with rows"])
+    assert {row["matrix"]: row["zeros"] for row in sparsities()} == zeros
+    assert alike["block-00000.safetensors"] != apart["block-00000.safetensors"]
+
+
+def test_bounds_that_do_not_allow_the_sparsity_are_refused(project):
+    narrow = config.AlphaPruningAllocation(name="alphapruning", strength=0.3, lowest=0.4, highest=0.6)
+    with pytest.raises(ConfigError, match=r"allocation: found a budget of .* weights, wanted .* from 0.4 to 0.6 allows"):
+        stage.run(pattern=PATTERN, allocation=narrow)
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("finished", [1, 2])
+def test_a_killed_run_goes_on_with_what_was_learned_before_and_the_same_bytes(project, name, finished, monkeypatch):
+    asked = {"pattern": PATTERN, "allocation": ALLOCATIONS[name]}
+    expected = stage.run(**asked)
+    assert stage.killed_while(stage.at_call(Journal, "write", finished, False), **asked)
+    assert (PRUNE_JOURNAL / "survey.safetensors").is_file()
+    for look in LOOKS:
+        monkeypatch.setattr(prune, look, None)
+    assert stage.run(**asked) == expected
+    assert stage.resumed_after() == finished
+
+
+def test_a_run_that_is_killed_while_it_learns_learns_again(project):
+    asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["loss"]}
+    expected = stage.run(**asked)
+    assert stage.killed_while(stage.at_call(prune, "look_at_loss", 1, False), **asked)
+    assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
+    assert stage.run(**asked) == expected
+
+
+def test_what_was_learned_for_another_allocation_is_forgotten(project):
+    asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["owl"]}
+    expected = stage.run(**asked)
+    other = config.OwlAllocation(name="owl", multiple=5.0, strength=0.08, **BOUNDS)
+    assert stage.killed_while(stage.at_call(Journal, "write", 1, False), pattern=PATTERN, allocation=other)
+    assert stage.run(**asked) == expected
+    assert stage.resumed_after() == 0
