@@ -410,11 +410,14 @@ class LossAllocation:
 
     name: str
     windows: int  # the first calibration windows, whose gradients are taken
-    rows: bool  # whether the rows of a matrix, too, compete by what their errors cost; for method.threshold = matrix
+    row_strength: float  # power of what a row's errors cost by which the rows of a matrix compete, with method.threshold = matrix
+    row_floor: float  # least cost of a row's errors, share of its matrix's mean
     lowest: float
     highest: float
 
     def __post_init__(self) -> None:
+        require(0 <= self.row_strength <= 1, "allocation.row_strength", self.row_strength, "a power in [0, 1]; 0: rows compete alike")
+        require(0 < self.row_floor <= 1, "allocation.row_floor", self.row_floor, "a share in (0, 1]")
         require_bounds(self.lowest, self.highest)
         require(self.windows > 0, "allocation.windows", self.windows, "at least 1")
 
@@ -636,8 +639,6 @@ def _check_method(method: Method, pattern: Pattern, allocation: Allocation) -> N
         require(threshold == "matrix", "method.threshold", threshold, "matrix with method.score.name = wanda_variant")
     if isinstance(update, DsNoTUpdate):
         require(score != "obs", "method.score.name", score, "a score that needs no Gram matrix with method.update.name = dsnot")
-    if isinstance(allocation, LossAllocation) and allocation.rows:
-        require(threshold == "matrix", "method.threshold", threshold, "matrix with allocation.rows, whose rows compete")
 
 
 def read(cfg: DictConfig) -> dict[str, Any]:

@@ -166,9 +166,9 @@ def allocated(
     try:
         if isinstance(allocation, config.LossAllocation):
             first = windows[: allocation.windows]
-            felt = journal.survey(lambda: look_at_loss(make_stream(first), share_of(first)[0], pattern.threshold))
+            felt = journal.survey(lambda: look_at_loss(make_stream(first), share_of(first)[0], pattern.threshold, allocation.row_floor))
             curves = [felt[f"{matrix.name}.curve"].tolist() for matrix in matrices]
-            counts = error_driven(curves, grid=GRID, sizes=sizes, budget=budget, **bounds)
+            counts = spread(curves, sizes, pattern.sparsity, allocation)
         else:
             found = journal.survey(
                 lambda: {"blocks": torch.tensor(look_at_blocks(allocation, decoder, windows, make_stream), dtype=torch.float64)}
@@ -182,20 +182,38 @@ def allocated(
     shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
     patterns: dict[str, Pattern] = {matrix.name: replace(pattern, sparsity=share) for matrix, share in zip(matrices, shares, strict=True)}
     rows = {}
-    if isinstance(allocation, config.LossAllocation) and allocation.rows:
-        rows = {matrix.name: felt[f"{matrix.name}.rows"] for matrix in matrices}
+    if isinstance(allocation, config.LossAllocation) and allocation.row_strength:
+        rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
     return replace(plan, patterns=patterns, rows=rows)
 
 
-def look_at_loss(stream: Stream, windows: torch.Tensor, threshold: str) -> dict[str, torch.Tensor]:
+def spread(curves: list[list[float]], sizes: list[int], sparsity: float | Fraction, allocation: config.LossAllocation) -> list[int]:
+    """Zeros of every matrix where they cost least; a matrix without a curve, of which nothing is known, gets its even share."""
+    known = [number for number, curve in enumerate(curves) if curve]
+    counts = [pruned_count(size, sparsity) for size in sizes]
+    left = pruned_count(sum(sizes), sparsity) - sum(count for number, count in enumerate(counts) if number not in known)
+    found = error_driven(
+        [curves[number] for number in known],
+        grid=GRID,
+        sizes=[sizes[number] for number in known],
+        budget=left,
+        lowest=allocation.lowest,
+        highest=allocation.highest,
+    )
+    for number, count in zip(known, found, strict=True):
+        counts[number] = count
+    return counts
+
+
+def look_at_loss(stream: Stream, windows: torch.Tensor, threshold: str, floor: float) -> dict[str, torch.Tensor]:
     """For every matrix its curve of expected losses and its rows' sensitivities, as the journal keeps them.
 
-    An expert that no token chose has the curve that costs nothing, and rows that are alike.
+    An expert that no token chose has an empty curve, and rows that are alike.
     """
-    found = sensitivities(stream, windows, GRID, threshold)
+    found = sensitivities(stream, windows, GRID, threshold, floor)
     kept: dict[str, torch.Tensor] = {}
     for matrix in (matrix for block in stream.decoder.matrices for matrix in block):
-        felt = found.get(matrix.name) or Sensitivity(curve=[0.0] * len(GRID), rows=torch.ones(matrix.shape[0]))
+        felt = found.get(matrix.name) or Sensitivity(curve=[], rows=torch.ones(matrix.shape[0]))
         kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
     return kept
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import gpu, random_checkpoint
+from benchmarks import gpu, quality, random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
+from stages import config
 from stages.checkpoint.reader import Checkpoint
 from stages.streaming.architecture import Decoder
+from tests.test_config import composed
 from tests.test_pipeline import ROOT, closure
 
 
@@ -88,3 +90,30 @@ def test_without_a_gpu_the_benchmark_says_so():
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=Path(ROOT), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "torch finds no GPU here" in done.stderr
+
+
+def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the_same():
+    points = quality.points()
+    assert len({point.command for point in points}) == len(points)
+    for point in points:
+        sections = config.read(composed(*point.arguments))
+        assert sections["calibration"].seed == point.seed
+
+
+def row(point: quality.Point, perplexity: float) -> dict:
+    measured = {"perplexity": perplexity, "dense_perplexity": 10.0, "relative_error": 0.1, "seconds": 5, "peak_memory_gib": 0.5}
+    protocol = {"tokens": 100, "corpus": "wikipedia", "window_length": 10}
+    return {**vars(point), **measured, "device": "a CPU", "protocol": protocol, "code": "old"}
+
+
+def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_missing():
+    points = [point for point in quality.points() if point.contender in ("Wanda", "SparseGPT") and point.pattern == "50%"]
+    rows = {point: row(point, 40.0 + point.seed if point.contender == "Wanda" else 30.0) for point in points}
+    missing = [point for point in quality.points() if point not in rows]
+    text = quality.table(rows, missing)
+    wanda, sparsegpt = (next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("Wanda", "SparseGPT"))
+    assert "| 41.00 ± 1.00 |" in wanda
+    assert "| **30.00 ± 0.00** |" in sparsegpt
+    assert f"{len(missing)} of {len(quality.points())} points are not measured yet" in text
+    assert f"{len(rows)} points were measured with earlier pruning code" in text
+    assert "| 0, 1, 2 | 41.00 ± 1.00 | 4.10 | 0.1000 | 5 | 0.50 GiB |" in quality.full_table(rows, missing)

@@ -174,7 +174,8 @@ def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowes
             ["method=dsnot", "method/score=obs"],
             "method.score.name: found 'obs', wanted a score that needs no Gram matrix with method.update.name = dsnot",
         ),
-        (["allocation=loss"], "method.threshold: found 'row', wanted matrix with allocation.rows, whose rows compete"),
+        (["allocation=loss", "allocation.row_strength=2"], r"allocation.row_strength: found 2.0, wanted a power in \[0, 1\]"),
+        (["allocation=loss", "allocation.row_floor=0"], r"allocation.row_floor: found 0.0, wanted a share in \(0, 1\]"),
     ],
 )
 def test_a_method_that_does_not_fit_its_pattern_or_allocation_is_refused(overrides, message):
@@ -187,7 +188,7 @@ def test_a_method_that_does_not_fit_its_pattern_or_allocation_is_refused(overrid
     [
         ["method=wanda_variant", "method.threshold=row", "pattern=nm_2_4"],  # groups compete, whatever the threshold
         ["method=sparsegpt", "method.update.block_size=100"],
-        ["allocation=loss", "allocation.rows=false"],
+        ["allocation=loss"],
         ["method=dsnot", "method/score=ria"],
     ],
 )

@@ -91,7 +91,7 @@ def _parent(matrix: Matrix) -> str:
 
 
 def _has_bias(block: nn.Module, matrix: Matrix) -> bool:
-    module = block.get_submodule(matrix.place.name.rpartition(".")[0])
+    module = block.get_submodule(matrix.layer.module)
     return any("bias" in name for name, _ in module.named_parameters(recurse=False))
 
 

@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 from stages.errors import PruningError
 from stages.pruning.ranks import all_sum
 from stages.pruning.statistics import Statistic
-
-Layer = tuple[str, int | None]  # a weight's name inside the block, and the expert where it holds several
+from stages.streaming.architecture import Layer
 
 
 class _LastInputSeen(Exception):
@@ -77,13 +76,11 @@ class Observer:
         self._last: Layer | None = None
         self._stop = False
         self._entered: dict[str, list[torch.Tensor]] = {}
-        self._experts = {block.get_parameter(name)[expert].data_ptr(): (name, expert) for name, expert in layers if expert is not None}
-        self._hooks = {
-            (name, None): block.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(self._watch((name, None)))
-            for name, expert in layers
-            if expert is None
-        }
-        modules = {name.rpartition(".")[0] for name, expert in layers if expert is not None}
+        experts = [layer for layer in layers if layer.expert is not None]
+        self._experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in experts}
+        linear_layers = [layer for layer in layers if layer.expert is None]
+        self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._watch(layer)) for layer in linear_layers}
+        modules = {layer.module for layer in experts}
         self._doors = [block.get_submodule(path).register_forward_pre_hook(self._enter(path), with_kwargs=True) for path in modules]
 
     def run(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], *, stop: bool) -> torch.Tensor | None:
@@ -108,7 +105,7 @@ class Observer:
             self._drop_followers()
 
     def _drop_followers(self) -> None:
-        if self._last is None and self._order and self._order[-1][1] is None:
+        if self._last is None and self._order and self._order[-1].expert is None:
             self._last = self._order[-1]
         for layer, leader in self.leader.items():
             if layer not in (leader, self._last) and layer in self._hooks:
@@ -147,9 +144,9 @@ class Observer:
             self.inputs[layer] = Inputs(statistic=self.statistic(columns, inputs.device))
         seen = self.inputs[layer]
         rows = inputs.reshape(-1, columns)
-        if layer[1] is None:
+        if layer.expert is None:
             if len(rows) != self.batch[0] * self.batch[1]:
-                raise PruningError(f"layer {layer[0]}: found {len(rows)} tokens, wanted the block's {self.batch[0]} x {self.batch[1]}")
+                raise PruningError(f"layer {layer.name}: found {len(rows)} tokens, wanted the block's {self.batch[0]} x {self.batch[1]}")
             seen.statistic.add(rows.view(*self.batch, columns))
             seen.sample.append(self._spread(rows))
         else:
@@ -168,7 +165,7 @@ class Observer:
         """
         counts = torch.tensor([self.inputs[layer].tokens if layer in self.inputs else 0 for layer in self.layers])
         for layer, count in zip(self.layers, all_sum(counts).tolist(), strict=True):
-            if layer[1] is not None:
+            if layer.expert is not None:
                 self._settle(layer, enough=count >= max(1, minimum))
         for door in self._doors:
             door.remove()  # what is sent in now is no new token
@@ -187,14 +184,14 @@ class Observer:
             self.inputs.pop(layer, None)
             self.leader.pop(layer, None)
         elif layer not in self.leader:
-            weight = self.block.get_parameter(layer[0])
+            weight = self.block.get_parameter(layer.name)
             empty = weight.new_empty(0, weight.shape[-1])
             self.leader[layer] = layer
             self.inputs[layer] = Inputs(statistic=self.statistic(weight.shape[-1], weight.device), sample=[empty])
 
     def _starved(self) -> list[tuple[str, int]]:
         missing = [layer for layer in self.layers if layer not in self.leader]
-        starved = {(name.rpartition(".")[0], expert) for name, expert in missing if expert is not None}
+        starved = {(layer.module, layer.expert) for layer in missing if layer.expert is not None}
         return sorted((path, expert) for path, expert in starved if path in self._entered)
 
     def _send(self, path: str, expert: int) -> None:
@@ -204,7 +201,7 @@ class Observer:
         with _ExpertProducts(self):
             self.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
         for layer, seen in self.inputs.items():
-            if layer[1] == expert and layer[0].rpartition(".")[0] == path:
+            if (layer.module, layer.expert) == (path, expert):
                 seen.routed = False
 
     def groups(self) -> Iterator[tuple[Inputs, list[Layer]]]:

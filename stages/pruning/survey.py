@@ -14,13 +14,11 @@ from torch.overrides import TorchFunctionMode
 from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
-from stages.pruning.observer import Layer, Observer
+from stages.pruning.observer import Observer
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import Decoder, Matrix, run_block
+from stages.streaming.architecture import Decoder, Layer, Matrix, run_block
 from stages.streaming.stream import Stream, read_ahead, room
-
-LEAST_SHARE = 1e-6  # of a matrix's mean sensitivity: what a row that had no gradient is taken to have
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +63,7 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
     return exponents
 
 
-def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], threshold: str) -> dict[str, Sensitivity]:
+def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
     """Our own evidence: what pruning each matrix is expected to add to the loss, by a diagonal second-order estimate.
 
         L(W') - L(W) ~ 1/2 sum_i E[g_i²] sum_j (W_ij - W'_ij)² ||X_j||²
@@ -80,6 +78,8 @@ def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], thre
         stream: these windows, before the first block.
         windows: [windows, tokens], int64, for their next tokens.
         grid: sparsities, ascending. threshold: "row" or "matrix", see allocation.removal_curve.
+        floor: least E[g_i²], share of its matrix's mean: where a softmax is saturated gradients are small, yet to lose what
+            saturates it is dear.
 
     Returns:
         By the name of the matrix; an expert that no token chose, or whose outputs the loss does not feel, is not there.
@@ -106,7 +106,7 @@ def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], thre
                     felt = felt[slice(*matrix.place.rows)]
                 if not felt.any():
                     continue
-                felt = felt.clamp_min(LEAST_SHARE * felt.mean())
+                felt = felt.clamp_min(floor * felt.mean())
                 squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
                 found[matrix.name] = Sensitivity(
                     curve=removal_curve(squared.mul_(felt[:, None]), grid=grid, threshold=threshold), rows=felt.cpu()
@@ -188,14 +188,13 @@ def _outputs_of(matrix: Matrix, block: nn.Module) -> int:
 @contextmanager
 def _outputs(block: nn.Module, layers: list[Layer], take: Callable[[Layer, torch.Tensor], None]) -> Iterator[None]:
     """Hand the output of every layer's product to `take` while the block runs."""
-    experts: dict[int, Layer] = {
-        block.get_parameter(name)[expert].data_ptr(): (name, expert) for name, expert in layers if expert is not None
-    }
-    plain = [(name, block.get_submodule(name.rpartition(".")[0])) for name, expert in layers if expert is None]
+    experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in layers if layer.expert is not None}
     with ExitStack() as stack:
-        for name, module in plain:
-            hook = module.register_forward_hook(lambda _, __, output, name=name: take((name, None), output))
-            stack.callback(hook.remove)
+        for layer in layers:
+            if layer.expert is None:
+                module = block.get_submodule(layer.module)
+                hook = module.register_forward_hook(lambda _, __, output, layer=layer: take(layer, output))
+                stack.callback(hook.remove)
         if experts:
             stack.enter_context(_ExpertOutputs(experts, take))
         yield

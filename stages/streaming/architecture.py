@@ -7,9 +7,9 @@ the blocks and what arguments each block receives; so nothing here names a model
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -76,6 +76,21 @@ class Call:
     keywords: dict[str, Any]
 
 
+class Layer(NamedTuple):
+    """A product with inputs of its own: a linear layer, or an expert.
+
+    name: of its weight inside the block. expert: its index where the weight holds several, or None.
+    """
+
+    name: str
+    expert: int | None
+
+    @property
+    def module(self) -> str:
+        """The path inside the block of the module that the weight belongs to."""
+        return self.name.rpartition(".")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
     """A matrix in scope: all of a tensor of the checkpoint, or one expert of a tensor that holds several.
@@ -97,9 +112,9 @@ class Matrix:
         return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
 
     @property
-    def layer(self) -> tuple[str, int | None]:
-        """The product in which it appears: the parameter, and the expert where that holds several."""
-        return self.place.name, self.place.expert
+    def layer(self) -> Layer:
+        """The product in which it appears."""
+        return Layer(self.place.name, self.place.expert)
 
     def of(self, block: nn.Module) -> torch.Tensor:
         """[rows, columns], a view of the loaded block's parameter."""
@@ -163,7 +178,7 @@ class Decoder:
         for name, place in self.layout.items():
             if place.name.startswith(f"{self.prefix}."):
                 index, inner = place.name.removeprefix(f"{self.prefix}.").split(".", 1)
-                tensors[int(index)][name] = Place(name=inner, expert=place.expert, rows=place.rows)
+                tensors[int(index)][name] = replace(place, name=inner)
         orders = [{name: position for position, name in enumerate(block.state_dict())} for block in self.blocks]
         return [
             dict(sorted(found.items(), key=lambda item: (order[item[1].name], item[1].expert or 0, item[1].rows or (0, 0))))
@@ -213,7 +228,7 @@ class Decoder:
             columns_first = isinstance(module, Conv1D)
             rows, columns = reversed(place.of(parameter).shape) if columns_first else place.of(parameter).shape
             return [Matrix(tensor=tensor, expert=None, place=place, transposed=columns_first, shape=(rows, columns))]
-        experts = [Place(name=place.name, expert=expert) for expert in range(len(parameter))]
+        experts = [replace(place, expert=expert) for expert in range(len(parameter))]
         _, rows, columns = parameter.shape
         return [Matrix(tensor=tensor, expert=part.expert, place=part, transposed=False, shape=(rows, columns)) for part in experts]
 
