@@ -7,9 +7,7 @@ torchrun --nproc-per-node N -m stages.prune     on N GPUs, each with its share o
 import hashlib
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from fractions import Fraction
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tqdm import tqdm
 from stages import config, record
 from stages.checkpoint.delta import write_manifest
 from stages.checkpoint.reader import Checkpoint
+from stages.composition import allocated, compose, label, plan_patterns, reconstruction_of
 from stages.config import stage
 from stages.errors import ConfigError
 from stages.files import (
@@ -36,16 +35,11 @@ from stages.files import (
     sha256,
     write_json,
 )
-from stages.pruning import method as methods
 from stages.pruning import ranks
-from stages.pruning.allocation import alphapruning, error_driven, meet_budget, owl
 from stages.pruning.block_loop import Finished, Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.journal import Journal, WriteBehind, opened
-from stages.pruning.method import Method
-from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
-from stages.pruning.reconstruction import Reconstruction
+from stages.pruning.patterns import Pattern, Unstructured
 from stages.pruning.statistics import Gram
-from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 
@@ -54,7 +48,6 @@ log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
 LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
 COPIES_TRAINED = 4  # of a block's weights in float32: gradients, Adam's two moments, activations and masks
-GRID = [step / 50 for step in range(50)] + [0.99]  # sparsities at which an allocation foresees errors
 COPIES_CUT, COPIES_SWEPT = 3, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
@@ -136,100 +129,6 @@ def stream_of(decoder: Decoder, batch: int, budget: int, windows: torch.Tensor, 
         return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
 
 
-def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
-    """What tells one pruned model from another in a plot: the method, and all that differs from the default."""
-    parts = [method.name]
-    parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
-    parts += ["reconstructed"] if reconstruction.name != "none" else []
-    parts += ["by parts"] if prune.by_parts else []
-    parts += ["one pass"] if prune.propagate == "dense" else []
-    return ", ".join(parts)
-
-
-def allocated(
-    plan: Plan,
-    decoder: Decoder,
-    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation,
-    pattern: Unstructured,
-    windows: torch.Tensor,
-    make_stream: Callable[[torch.Tensor], Stream],
-    journal: Journal,
-) -> Plan:
-    """The plan with a sparsity for every matrix, so that all together have the pattern's, to the weight.
-
-    Raises:
-        ConfigError: the bounds of the allocation do not allow the sparsity.
-    """
-    matrices = [matrix for block in decoder.matrices for matrix in block]
-    sizes = [torch.Size(matrix.shape).numel() for matrix in matrices]
-    budget, bounds = pruned_count(sum(sizes), pattern.sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
-    try:
-        if isinstance(allocation, config.LossAllocation):
-            first = windows[: allocation.windows]
-            felt = journal.survey(lambda: look_at_loss(make_stream(first), share_of(first)[0], pattern.threshold, allocation.row_floor))
-            curves = [felt[f"{matrix.name}.curve"].tolist() for matrix in matrices]
-            counts = spread(curves, sizes, pattern.sparsity, allocation)
-        else:
-            found = journal.survey(
-                lambda: {"blocks": torch.tensor(look_at_blocks(allocation, decoder, windows, make_stream), dtype=torch.float64)}
-            )
-            wanted_of = owl if isinstance(allocation, config.OwlAllocation) else alphapruning
-            by_block = wanted_of(found["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=allocation.strength)
-            wanted = [by_block[index] for index, block in enumerate(decoder.matrices) for _ in block]
-            counts = meet_budget(wanted, sizes=sizes, budget=budget, **bounds)
-    except ValueError as error:
-        raise ConfigError(f"allocation: {error}") from error
-    shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
-    patterns: dict[str, Pattern] = {matrix.name: replace(pattern, sparsity=share) for matrix, share in zip(matrices, shares, strict=True)}
-    rows = {}
-    if isinstance(allocation, config.LossAllocation) and allocation.row_strength:
-        rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
-    return replace(plan, patterns=patterns, rows=rows)
-
-
-def spread(curves: list[list[float]], sizes: list[int], sparsity: float | Fraction, allocation: config.LossAllocation) -> list[int]:
-    """Zeros of every matrix where they cost least; a matrix without a curve, of which nothing is known, gets its even share."""
-    known = [number for number, curve in enumerate(curves) if curve]
-    counts = [pruned_count(size, sparsity) for size in sizes]
-    left = pruned_count(sum(sizes), sparsity) - sum(count for number, count in enumerate(counts) if number not in known)
-    found = error_driven(
-        [curves[number] for number in known],
-        grid=GRID,
-        sizes=[sizes[number] for number in known],
-        budget=left,
-        lowest=allocation.lowest,
-        highest=allocation.highest,
-    )
-    for number, count in zip(known, found, strict=True):
-        counts[number] = count
-    return counts
-
-
-def look_at_loss(stream: Stream, windows: torch.Tensor, threshold: str, floor: float) -> dict[str, torch.Tensor]:
-    """For every matrix its curve of expected losses and its rows' sensitivities, as the journal keeps them.
-
-    An expert that no token chose has an empty curve, and rows that are alike.
-    """
-    found = sensitivities(stream, windows, GRID, threshold, floor)
-    kept: dict[str, torch.Tensor] = {}
-    for matrix in (matrix for block in stream.decoder.matrices for matrix in block):
-        felt = found.get(matrix.name) or Sensitivity(curve=[], rows=torch.ones(matrix.shape[0]))
-        kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
-    return kept
-
-
-def look_at_blocks(
-    allocation: config.OwlAllocation | config.AlphaPruningAllocation,
-    decoder: Decoder,
-    windows: torch.Tensor,
-    make_stream: Callable[[torch.Tensor], Stream],
-) -> list[float]:
-    """What the allocation goes by, for each block."""
-    if isinstance(allocation, config.OwlAllocation):
-        return outlier_shares(make_stream(windows), allocation.multiple)
-    return spectral_exponents(decoder)
-
-
 def run_through(stream: Stream, plan: Plan, journal: Journal) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
@@ -277,7 +176,7 @@ def share_of(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
 def code_sha256() -> str:
     """Of the code that decides what is pruned."""
     files = sorted(file for room in ("pruning", "streaming", "checkpoint") for file in CODE.glob(f"{room}/**/*.py"))
-    files.append(CODE / "prune.py")
+    files += [CODE / "prune.py", CODE / "composition.py"]
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
@@ -303,64 +202,6 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
         trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
         work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
     return LIBRARIES + 2 * stored + (work if decoder.device.type == "cpu" else 0)
-
-
-def compose(method: config.Method) -> Method:
-    """The method that a configuration names."""
-    return Method(score=score_of(method), update=update_of(method))
-
-
-def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | None:
-    if isinstance(reconstruction, config.NoReconstruction):
-        return None
-    return Reconstruction(epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate)
-
-
-def score_of(method: config.Method) -> methods.Score:
-    if isinstance(method.score, config.RiaScore):
-        return methods.ria_score(method.score.power)
-    if method.score.name == "obs":
-        return methods.obs_score(method.damping.share, method.damping.limit)
-    return {"magnitude": methods.MAGNITUDE, "wanda": methods.WANDA, "wanda_variant": methods.WANDA_VARIANT}[method.score.name]
-
-
-def update_of(method: config.Method) -> methods.Update:
-    parameters = {key: value for key, value in asdict(method.update).items() if key != "name"}
-    share, limit = method.damping.share, method.damping.limit
-    match method.update:
-        case config.SparseGptUpdate():
-            sweeping = method.score.name == "obs"
-            return methods.SparseGpt(damping=share, damping_limit=limit, choose_while_sweeping=sweeping, **parameters)
-        case config.LeastSquaresUpdate():
-            return methods.LeastSquares(damping=share, **parameters)
-        case config.AdmmUpdate():
-            return methods.Admm(damping=share, **parameters)
-        case config.SwapsUpdate():
-            return methods.Swaps(damping=share, **parameters)
-        case config.DsNoTUpdate():
-            return methods.DsNoT(**parameters)
-        case _:
-            return methods.Keep()
-
-
-def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> dict[str, Pattern]:
-    """The pattern of every matrix in scope, found to fit its shape before any weight is read.
-
-    Raises:
-        ConfigError: a matrix whose columns the pattern does not divide; names it.
-        ArchitectureError: see Decoder.matrices.
-    """
-    patterns: dict[str, Pattern] = {}
-    for matrix in (matrix for block in decoder.matrices for matrix in block):
-        if isinstance(pattern, config.Nm):
-            patterns[matrix.name] = Nm(kept=pattern.kept, group=pattern.group)
-        else:
-            patterns[matrix.name] = Unstructured(sparsity=pattern.sparsity, threshold=threshold)
-        try:
-            patterns[matrix.name].check(matrix.shape[1])
-        except ValueError as error:
-            raise ConfigError(f"{matrix.name}: {error}") from None
-    return patterns
 
 
 def delta_bytes(decoder: Decoder, plan: Plan) -> int:

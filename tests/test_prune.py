@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages import config, prune
+from stages import composition, config, prune
 from stages.errors import ConfigError
 from stages.files import write_json
 from stages.pruning.block_loop import Plan
@@ -27,31 +27,31 @@ def test_columns_that_m_does_not_divide_name_the_matrix_before_any_weight_is_rea
     with pytest.raises(
         ConfigError, match="model.layers.0.self_attn.q_proj.weight: found 32 columns, wanted a multiple of pattern.group = 3"
     ):
-        prune.plan_patterns(decoder, "row", config.Nm(name="nm", kept=1, group=3, permutation_rounds=None))
+        composition.plan_patterns(decoder, "row", config.Nm(name="nm", kept=1, group=3, permutation_rounds=None))
 
 
 def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
-    patterns = prune.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.3))
+    patterns = composition.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.3))
     assert len(patterns) == 21
     assert set(patterns.values()) == {Unstructured(sparsity=0.3, threshold="row")}
     assert all(".layers." in name for name in patterns)
 
 
 def test_a_methods_composition_is_what_its_configuration_says():
-    assert prune.compose(configured("wanda")) == WANDA
-    assert prune.compose(configured("magnitude")) == MAGNITUDE
-    assert prune.compose(configured("swaps_least_squares")).update == Swaps(damping=0.01, cycles=25, candidates=16, refit_steps=20)
-    assert prune.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
+    assert composition.compose(configured("wanda")) == WANDA
+    assert composition.compose(configured("magnitude")) == MAGNITUDE
+    assert composition.compose(configured("swaps_least_squares")).update == Swaps(damping=0.01, cycles=25, candidates=16, refit_steps=20)
+    assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
 
 
 @pytest.mark.parametrize(("name", "sweeping"), [("sparsegpt", True), ("wanda_sparsegpt", False)])
 def test_sparsegpt_chooses_while_sweeping_by_its_own_score_alone(name, sweeping):
-    update = prune.compose(configured(name)).update
+    update = composition.compose(configured(name)).update
     assert update == SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=sweeping)
 
 
 def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values_of_the_survivors(decoder):
-    patterns = prune.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.75))
+    patterns = composition.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.75))
     weights = sum(torch.Size(matrix.shape).numel() for block in decoder.matrices for matrix in block)
     how = {"patterns": patterns, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
     assert prune.delta_bytes(decoder, Plan(method=WANDA, **how)) == weights // 8

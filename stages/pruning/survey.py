@@ -63,7 +63,7 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
     return exponents
 
 
-def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
+def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
     """Our own evidence: what pruning each matrix is expected to add to the loss, by a diagonal second-order estimate.
 
         L(W') - L(W) ~ 1/2 sum_i E[g_i²] sum_j (W_ij - W'_ij)² ||X_j||²
@@ -75,8 +75,7 @@ def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], thre
     The windows run forward block by block, then backward block by block, each block run again for its gradients.
 
     Args:
-        stream: these windows, before the first block.
-        windows: [windows, tokens], int64, for their next tokens.
+        stream: a few windows, before the first block.
         grid: sparsities, ascending. threshold: "row" or "matrix", see allocation.removal_curve.
         floor: least E[g_i²], share of its matrix's mean: where a softmax is saturated gradients are small, yet to lose what
             saturates it is dear.
@@ -93,7 +92,7 @@ def sensitivities(stream: Stream, windows: torch.Tensor, grid: list[float], thre
         for index, block in _dense_blocks(decoder, range(count)):
             entered[index] = stream.hidden
             stream.advance(index, block)
-        gradient = _loss_gradient(stream, windows)
+        gradient = _loss_gradient(stream)
         found: dict[str, Sensitivity] = {}
         for index, block in _dense_blocks(decoder, range(count - 1, -1, -1)):
             stream.hidden = entered[index]
@@ -135,7 +134,7 @@ def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor
     return found
 
 
-def _loss_gradient(stream: Stream, windows: torch.Tensor) -> torch.Tensor:
+def _loss_gradient(stream: Stream) -> torch.Tensor:
     """Of the next-token loss, summed over tokens, by the last block's output: in the shape of the hidden states."""
     gradient = torch.empty_like(stream.hidden)
     with stream.decoder.after_blocks(), torch.enable_grad():
@@ -143,7 +142,7 @@ def _loss_gradient(stream: Stream, windows: torch.Tensor) -> torch.Tensor:
             where = slice(start, start + stream.batch)
             hidden = stream.hidden[where].to(stream.decoder.device).requires_grad_()
             logits = stream.decoder.logits(hidden)[:, :-1].flatten(0, 1).float()
-            targets = windows[where, 1:].flatten().to(logits.device)
+            targets = stream.windows[where, 1:].flatten().to(logits.device)
             gradient[where] = torch.autograd.grad(cross_entropy(logits, targets, reduction="sum"), hidden)[0]
     return gradient
 

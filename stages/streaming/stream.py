@@ -106,7 +106,7 @@ class Stream:
     ) -> None:
         self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(windows), gpu_share
         self.budget, self.scratch = budget, scratch
-        self.decoder, self.batch, self.shape = decoder, batch, windows.shape
+        self.decoder, self.batch, self.windows, self.shape = decoder, batch, windows, windows.shape
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
         self.place = "memory"

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from stages import config, prune
+from stages import composition, config
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, PruningError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
@@ -39,7 +39,7 @@ def stream_of(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2)
 
 
 def streamed(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2, threshold: str = "row") -> dict[str, Sensitivity]:
-    return sensitivities(stream_of(base, windows, batch), windows, GRID, threshold, 1e-6)
+    return sensitivities(stream_of(base, windows, batch), GRID, threshold, 1e-6)
 
 
 def whole(base: Checkpoint):
@@ -175,7 +175,7 @@ def test_of_an_expert_that_no_token_chose_nothing_is_known(tmp_path):
     unseen = [matrix for _, matrix in every_matrix(decoder) if matrix.name not in found]
     assert unseen
     assert all(matrix.place.expert is not None for matrix in unseen)
-    kept = prune.look_at_loss(stream_of(base, one, 1), one, "row", 1e-6)
+    kept = composition.look_at_loss(stream_of(base, one, 1), "row", 1e-6)
     assert {name.rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
     for matrix in unseen:
         assert len(kept[f"{matrix.name}.curve"]) == 0
@@ -212,7 +212,7 @@ def loaded_blocks(decoder: Decoder) -> list[int]:
 
 @pytest.mark.parametrize(
     "look",
-    [lambda stream: sensitivities(stream, WINDOWS, GRID, "row", 1e-6), lambda stream: outlier_shares(stream, 3.0)],
+    [lambda stream: sensitivities(stream, GRID, "row", 1e-6), lambda stream: outlier_shares(stream, 3.0)],
     ids=["sensitivities", "outlier_shares"],
 )
 def test_only_the_block_that_runs_has_weights(base, look):
@@ -329,7 +329,7 @@ def test_a_killed_run_goes_on_with_what_was_learned_before_and_the_same_bytes(pr
     assert stage.killed_while(stage.at_call(Journal, "write", finished, False), **asked)
     assert (PRUNE_JOURNAL / "survey.safetensors").is_file()
     for look in LOOKS:
-        monkeypatch.setattr(prune, look, None)
+        monkeypatch.setattr(composition, look, None)
     assert stage.run(**asked) == expected
     assert stage.resumed_after() == finished
 
@@ -337,7 +337,7 @@ def test_a_killed_run_goes_on_with_what_was_learned_before_and_the_same_bytes(pr
 def test_a_run_that_is_killed_while_it_learns_learns_again(project):
     asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["loss"]}
     expected = stage.run(**asked)
-    assert stage.killed_while(stage.at_call(prune, "look_at_loss", 1, False), **asked)
+    assert stage.killed_while(stage.at_call(composition, "look_at_loss", 1, False), **asked)
     assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
     assert stage.run(**asked) == expected
 

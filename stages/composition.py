@@ -1,0 +1,173 @@
+"""From a configuration to what the block loop takes: method, patterns, and how many zeros each matrix gets."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+import torch
+
+from stages import config
+from stages.errors import ConfigError
+from stages.pruning import method as methods
+from stages.pruning.allocation import alphapruning, error_driven, meet_budget, owl
+from stages.pruning.block_loop import Plan
+from stages.pruning.journal import Journal
+from stages.pruning.method import Method
+from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
+from stages.pruning.reconstruction import Reconstruction
+from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
+
+GRID = [step / 50 for step in range(50)] + [0.99]  # sparsities at which an allocation foresees errors
+
+
+def compose(method: config.Method) -> Method:
+    """The method that a configuration names."""
+    return Method(score=score_of(method), update=update_of(method))
+
+
+def score_of(method: config.Method) -> methods.Score:
+    if isinstance(method.score, config.RiaScore):
+        return methods.ria_score(method.score.power)
+    if method.score.name == "obs":
+        return methods.obs_score(method.damping.share, method.damping.limit)
+    return {"magnitude": methods.MAGNITUDE, "wanda": methods.WANDA, "wanda_variant": methods.WANDA_VARIANT}[method.score.name]
+
+
+def update_of(method: config.Method) -> methods.Update:
+    parameters = {key: value for key, value in asdict(method.update).items() if key != "name"}
+    share, limit = method.damping.share, method.damping.limit
+    match method.update:
+        case config.SparseGptUpdate():
+            sweeping = method.score.name == "obs"
+            return methods.SparseGpt(damping=share, damping_limit=limit, choose_while_sweeping=sweeping, **parameters)
+        case config.LeastSquaresUpdate():
+            return methods.LeastSquares(damping=share, **parameters)
+        case config.AdmmUpdate():
+            return methods.Admm(damping=share, **parameters)
+        case config.SwapsUpdate():
+            return methods.Swaps(damping=share, **parameters)
+        case config.DsNoTUpdate():
+            return methods.DsNoT(**parameters)
+        case _:
+            return methods.Keep()
+
+
+def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | None:
+    if isinstance(reconstruction, config.NoReconstruction):
+        return None
+    return Reconstruction(epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate)
+
+
+def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
+    """What tells one pruned model from another in a plot: the method, and all that differs from the default."""
+    parts = [method.name]
+    parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
+    parts += ["reconstructed"] if reconstruction.name != "none" else []
+    parts += ["by parts"] if prune.by_parts else []
+    parts += ["one pass"] if prune.propagate == "dense" else []
+    return ", ".join(parts)
+
+
+def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> dict[str, Pattern]:
+    """The pattern of every matrix in scope, found to fit its shape before any weight is read.
+
+    Raises:
+        ConfigError: a matrix whose columns the pattern does not divide; names it.
+        ArchitectureError: see Decoder.matrices.
+    """
+    patterns: dict[str, Pattern] = {}
+    for matrix in (matrix for block in decoder.matrices for matrix in block):
+        if isinstance(pattern, config.Nm):
+            patterns[matrix.name] = Nm(kept=pattern.kept, group=pattern.group)
+        else:
+            patterns[matrix.name] = Unstructured(sparsity=pattern.sparsity, threshold=threshold)
+        try:
+            patterns[matrix.name].check(matrix.shape[1])
+        except ValueError as error:
+            raise ConfigError(f"{matrix.name}: {error}") from None
+    return patterns
+
+
+def allocated(
+    plan: Plan,
+    decoder: Decoder,
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation,
+    pattern: Unstructured,
+    windows: torch.Tensor,
+    make_stream: Callable[[torch.Tensor], Stream],
+    journal: Journal,
+) -> Plan:
+    """The plan with a sparsity for every matrix, so that all together have the pattern's, to the weight.
+
+    Raises:
+        ConfigError: the bounds of the allocation do not allow the sparsity.
+    """
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    sizes = [torch.Size(matrix.shape).numel() for matrix in matrices]
+    budget, bounds = pruned_count(sum(sizes), pattern.sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
+    try:
+        if isinstance(allocation, config.LossAllocation):
+            felt = journal.survey(lambda: look_at_loss(make_stream(windows[: allocation.windows]), pattern.threshold, allocation.row_floor))
+            curves = [felt[f"{matrix.name}.curve"].tolist() for matrix in matrices]
+            counts = spread(curves, sizes, pattern.sparsity, allocation)
+        else:
+            found = journal.survey(
+                lambda: {"blocks": torch.tensor(look_at_blocks(allocation, decoder, windows, make_stream), dtype=torch.float64)}
+            )
+            wanted_of = owl if isinstance(allocation, config.OwlAllocation) else alphapruning
+            by_block = wanted_of(found["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=allocation.strength)
+            wanted = [by_block[index] for index, block in enumerate(decoder.matrices) for _ in block]
+            counts = meet_budget(wanted, sizes=sizes, budget=budget, **bounds)
+    except ValueError as error:
+        raise ConfigError(f"allocation: {error}") from error
+    shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
+    patterns: dict[str, Pattern] = {matrix.name: replace(pattern, sparsity=share) for matrix, share in zip(matrices, shares, strict=True)}
+    rows = {}
+    if isinstance(allocation, config.LossAllocation) and allocation.row_strength:
+        rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
+    return replace(plan, patterns=patterns, rows=rows)
+
+
+def spread(curves: list[list[float]], sizes: list[int], sparsity: float | Fraction, allocation: config.LossAllocation) -> list[int]:
+    """Zeros of every matrix where they cost least; a matrix without a curve, of which nothing is known, gets its even share."""
+    known = [number for number, curve in enumerate(curves) if curve]
+    counts = [pruned_count(size, sparsity) for size in sizes]
+    left = pruned_count(sum(sizes), sparsity) - sum(count for number, count in enumerate(counts) if number not in known)
+    found = error_driven(
+        [curves[number] for number in known],
+        grid=GRID,
+        sizes=[sizes[number] for number in known],
+        budget=left,
+        lowest=allocation.lowest,
+        highest=allocation.highest,
+    )
+    for number, count in zip(known, found, strict=True):
+        counts[number] = count
+    return counts
+
+
+def look_at_loss(stream: Stream, threshold: str, floor: float) -> dict[str, torch.Tensor]:
+    """For every matrix its curve of expected losses and its rows' sensitivities, as the journal keeps them.
+
+    An expert that no token chose has an empty curve, and rows that are alike.
+    """
+    found = sensitivities(stream, GRID, threshold, floor)
+    kept: dict[str, torch.Tensor] = {}
+    for matrix in (matrix for block in stream.decoder.matrices for matrix in block):
+        felt = found.get(matrix.name) or Sensitivity(curve=[], rows=torch.ones(matrix.shape[0]))
+        kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
+    return kept
+
+
+def look_at_blocks(
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation,
+    decoder: Decoder,
+    windows: torch.Tensor,
+    make_stream: Callable[[torch.Tensor], Stream],
+) -> list[float]:
+    """What the allocation goes by, for each block."""
+    if isinstance(allocation, config.OwlAllocation):
+        return outlier_shares(make_stream(windows), allocation.multiple)
+    return spectral_exponents(decoder)
