@@ -49,20 +49,39 @@ class Contender:
     seeds: tuple[int, ...] = (0,)
 
 
+GROUPED = ("2:4", "4:8")
 CONTENDERS = (
     Contender(name="Wanda", overrides="method=wanda", seeds=SEEDS),
     Contender(name="SparseGPT", overrides="method=sparsegpt", seeds=SEEDS),
+    Contender(
+        name="ADMM, loss allocation, reconstruction",
+        overrides="method=admm allocation=loss reconstruction=sub_block",
+        patterns=UNSTRUCTURED,
+        seeds=SEEDS,
+    ),
+    Contender(
+        name="ADMM, permuted, reconstruction",
+        overrides="method=admm reconstruction=sub_block pattern.permutation_rounds=4",
+        patterns=GROUPED,
+        seeds=SEEDS,
+    ),
+    Contender(name="ADMM, loss allocation", overrides="method=admm allocation=loss", patterns=UNSTRUCTURED, seeds=SEEDS),
+    Contender(name="ADMM, reconstruction", overrides="method=admm reconstruction=sub_block", seeds=SEEDS),
     Contender(name="ADMM", overrides="method=admm", seeds=SEEDS),
+    Contender(name="Wanda, reconstruction", overrides="method=wanda reconstruction=sub_block"),
+    Contender(name="SparseGPT, loss allocation", overrides="method=sparsegpt allocation=loss", patterns=UNSTRUCTURED),
+    Contender(name="swaps + least squares", overrides="method=swaps_least_squares"),
+    Contender(name="Wanda + least squares", overrides="method=wanda_least_squares"),
+    Contender(name="Wanda + SparseGPT update", overrides="method=wanda_sparsegpt"),
+    Contender(name="swaps", overrides="method=swaps"),
+    Contender(name="DSnoT", overrides="method=dsnot"),
+    Contender(name="RIA", overrides="method=ria"),
+    Contender(name="SparseGPT, OWL", overrides="method=sparsegpt allocation=owl", patterns=UNSTRUCTURED),
+    Contender(name="SparseGPT, AlphaPruning", overrides="method=sparsegpt allocation=alphapruning", patterns=UNSTRUCTURED),
+    Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
+    Contender(name="OBS score", overrides="method=obs"),
     Contender(name="magnitude", overrides="method=magnitude"),
     Contender(name="magnitude, per matrix", overrides="method=magnitude_per_matrix", patterns=UNSTRUCTURED),
-    Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
-    Contender(name="RIA", overrides="method=ria"),
-    Contender(name="OBS score", overrides="method=obs"),
-    Contender(name="DSnoT", overrides="method=dsnot"),
-    Contender(name="swaps", overrides="method=swaps"),
-    Contender(name="Wanda + least squares", overrides="method=wanda_least_squares"),
-    Contender(name="swaps + least squares", overrides="method=swaps_least_squares"),
-    Contender(name="Wanda + SparseGPT update", overrides="method=wanda_sparsegpt"),
 )
 
 
@@ -79,7 +98,7 @@ class Point:
     def arguments(self) -> list[str]:
         """Of the experiment, without defaults."""
         seed = [f"calibration.seed={self.seed}"] if self.seed else []
-        return [*self.overrides.split(), PATTERNS[self.pattern], *seed, "evaluation=perplexity"]
+        return [PATTERNS[self.pattern], *self.overrides.split(), *seed, "evaluation=perplexity"]
 
     @property
     def command(self) -> str:
@@ -87,12 +106,11 @@ class Point:
 
 
 def points() -> list[Point]:
-    """All, first seeds first, and within a seed one pattern after another."""
+    """All: first seeds before others, the contenders in their order."""
     found = [
         Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed)
-        for pattern in ("50%", "2:4", "60%", "70%", "4:8")
         for contender in CONTENDERS
-        if pattern in contender.patterns
+        for pattern in contender.patterns
         for seed in contender.seeds
     ]
     return sorted(found, key=lambda point: point.seed > 0)
