@@ -106,14 +106,14 @@ class Point:
 
 
 def points() -> list[Point]:
-    """All: first seeds before others, the contenders in their order."""
+    """All: first seeds before others, 4:8 last, the contenders in their order."""
     found = [
         Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed)
         for contender in CONTENDERS
         for pattern in contender.patterns
         for seed in contender.seeds
     ]
-    return sorted(found, key=lambda point: point.seed > 0)
+    return sorted(found, key=lambda point: (point.seed > 0, point.pattern == "4:8"))
 
 
 def measured(point: Point) -> dict[str, Any]:
