@@ -9,6 +9,7 @@ import torch
 from stages import config
 from stages.errors import ConfigError
 from stages.pruning import method as methods
+from stages.pruning import ranks
 from stages.pruning.allocation import alphapruning, error_driven, meet_budget, owl
 from stages.pruning.block_loop import Plan
 from stages.pruning.journal import Journal
@@ -62,7 +63,8 @@ def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | No
 
 def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
     """What tells one pruned model from another in a plot: the method, and all that differs from the default."""
-    parts = [method.name]
+    parts = [method.name] if method.score.name in method.name else [f"{method.name} ({method.score.name})"]
+    parts += [method.update.name] if method.update.name != "none" and method.update.name not in method.name else []
     parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
     parts += ["reconstructed"] if reconstruction.name != "none" else []
     parts += ["by parts"] if prune.by_parts else []
@@ -109,7 +111,8 @@ def allocated(
     budget, bounds = pruned_count(sum(sizes), pattern.sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
     try:
         if isinstance(allocation, config.LossAllocation):
-            felt = journal.survey(lambda: look_at_loss(make_stream(windows[: allocation.windows]), pattern.threshold, allocation.row_floor))
+            few = windows[: max(allocation.windows, ranks.count())]
+            felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.threshold, allocation.row_floor))
             curves = [felt[f"{matrix.name}.curve"].tolist() for matrix in matrices]
             counts = spread(curves, sizes, pattern.sparsity, allocation)
         else:

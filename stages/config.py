@@ -410,7 +410,7 @@ class LossAllocation:
 
     name: str
     windows: int  # the first calibration windows, whose gradients are taken
-    row_strength: float  # power of what a row's errors cost by which the rows of a matrix compete, with method.threshold = matrix
+    row_strength: float  # power of what a row's errors cost by which rows compete, where they do (method.threshold = matrix)
     row_floor: float  # least cost of a row's errors, share of its matrix's mean
     lowest: float
     highest: float
@@ -621,6 +621,9 @@ def _check_together(sections: dict[str, Any]) -> None:
     for name in evaluation.tasks:
         require_one_of("evaluation.tasks", name, fetched)
     _check_method(sections["method"], sections["pattern"], sections["allocation"])
+    if isinstance(sections["allocation"], LossAllocation):
+        windows, wanted = sections["allocation"].windows, f"at most calibration.windows = {calibration.windows}"
+        require(windows <= calibration.windows, "allocation.windows", windows, wanted)
     if sections["prune"].propagate == "dense":
         name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts
         require(name == "none", "reconstruction.name", name, "none with prune.propagate = dense: no block is run pruned")
@@ -629,6 +632,11 @@ def _check_together(sections: dict[str, Any]) -> None:
 
 def _check_method(method: Method, pattern: Pattern, allocation: Allocation) -> None:
     update, score, threshold = method.update, method.score.name, method.threshold
+    if not isinstance(allocation, UniformAllocation):
+        bounds = f"between allocation.lowest = {allocation.lowest:g} and allocation.highest = {allocation.highest:g}"
+        require(allocation.lowest <= pattern.sparsity <= allocation.highest, "pattern.sparsity", pattern.sparsity, bounds)
+    if isinstance(update, AdmmUpdate):
+        require(score == "wanda", "method.score.name", score, "wanda with method.update.name = admm, in which weights compete by that")
     if isinstance(pattern, Nm):
         name = allocation.name
         require(name == "uniform", "allocation.name", name, f"uniform: with pattern.name = nm every matrix is {pattern.label}")

@@ -39,7 +39,7 @@ from stages.pruning import ranks
 from stages.pruning.block_loop import Finished, Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.patterns import Pattern, Unstructured
-from stages.pruning.statistics import Gram
+from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 
@@ -83,6 +83,7 @@ def main(
         "allocation": asdict(allocation),
         "reconstruction": asdict(reconstruction),
         "label": label(method, allocation, reconstruction, prune),
+        "by_parts": prune.by_parts,
         "propagate": prune.propagate,
         "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
     }
@@ -198,7 +199,7 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
         largest, widest = max(torch.Size(matrix.shape).numel() for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
         grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
         solved = plan.method.statistic is Gram
-        copies = 4 * largest * (COPIES_SWEPT if solved else COPIES_CUT)
+        copies = 4 * largest * (COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT)
         trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
         work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
     return LIBRARIES + 2 * stored + (work if decoder.device.type == "cpu" else 0)

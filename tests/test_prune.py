@@ -92,3 +92,19 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
     base.directory = tmp_path
     write_json(tmp_path / "config.json", config_json)
     assert base.context_length == length
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "wanda"),
+        (["method=sparsegpt"], "sparsegpt (obs)"),
+        (["method=sparsegpt", "method/score=ria", "allocation=owl"], "sparsegpt (ria), owl allocation"),
+        (["method/update=swaps"], "wanda, swaps"),
+        (["prune=one_pass"], "wanda, one pass"),
+        (["reconstruction=sub_block", "prune=by_parts"], "wanda, reconstructed, by parts"),
+    ],
+)
+def test_the_label_tells_models_apart_in_a_plot(overrides, expected):
+    sections = config.read(composed(*overrides))
+    assert composition.label(*(sections[name] for name in ("method", "allocation", "reconstruction", "prune"))) == expected

@@ -61,3 +61,9 @@ def test_a_benchmarks_table_was_generated(table):
 def test_the_results_were_generated():
     table = README.split("<!-- results: python -m benchmarks.table -->")[1].split("<!-- end of results -->")[0]
     assert table.count("`dvc exp run") >= 5
+
+
+def test_the_leaderboard_was_generated():
+    text = README.split("<!-- quality: python -m benchmarks.quality -->")[1].split("<!-- end of quality -->")[0]
+    assert all(f"\n| {name} |" in text for name in ("Wanda", "SparseGPT", "ADMM, loss allocation, reconstruction"))
+    assert "seed 0" in (ROOT / "benchmarks/QUALITY.md").read_text()

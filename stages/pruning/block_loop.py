@@ -152,10 +152,10 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module) -> Pr
         orders = _orders(decoder, plan, block, observer, [coupling for coupling in couplings if coupling.consumer in part.matrices])
         found = _prune_part(decoder, plan, block, part, observer, orders)
         if plan.reconstruction and targets is not None:
-            masks = _parameter_masks(block, found)
-            reconstruct(stream, index, block, part.path, masks, targets, plan.reconstruction)
+            masks, values = _parameters(block, found)
+            reconstruct(stream, index, block, part.path, masks, values, targets, plan.reconstruction)
             for one in found:
-                _take_over(decoder, block, one)
+                _take_over(decoder, block, one, values)
         settled.update({one.finished.matrix.name: one for one in found})
     changes: dict[str, list[tuple[int | None, Change]]] = {}
     for matrix in decoder.matrices[index]:
@@ -171,13 +171,15 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module) -> Pr
 class _Settled:
     """What became of one matrix; where a reconstruction follows, also what its error is measured by.
 
-    mask: [rows, columns], bool. sample: [tokens, columns], float32; expected: [tokens, rows], its dense outputs.
+    mask: [rows, columns], bool. values: the survivors', [rows, columns], float32. sample: [tokens, columns], float32.
+    expected: [tokens, rows], float32, the dense outputs of the sample.
     """
 
     finished: Finished
     change: Change
     mask: torch.Tensor
     order: Order
+    values: torch.Tensor | None = None
     sample: torch.Tensor | None = None
     expected: torch.Tensor | None = None
 
@@ -207,24 +209,26 @@ def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module, part: Par
     return observer, targets
 
 
-def _parameter_masks(block: nn.Module, found: list[_Settled]) -> dict[str, torch.Tensor]:
-    """The masks of all matrices of a part, as those of the block's parameters."""
+def _parameters(block: nn.Module, found: list[_Settled]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The masks and the survivors' values of all matrices of a part, in the shape of the block's parameters, by their names."""
     masks: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     for one in found:
-        place = one.finished.matrix.place
-        whole = masks.setdefault(place.name, torch.zeros_like(block.get_parameter(place.name), dtype=torch.bool))
-        part = place.of(whole)
-        part.copy_(one.mask.T if one.finished.matrix.transposed else one.mask)
-    return masks
+        matrix, parameter = one.finished.matrix, block.get_parameter(one.finished.matrix.place.name)
+        for whole, part in ((masks, one.mask), (values, one.values)):
+            assert part is not None
+            empty = torch.zeros(parameter.shape, dtype=part.dtype, device=parameter.device)
+            matrix.place.of(whole.setdefault(matrix.place.name, empty)).copy_(part.T if matrix.transposed else part)
+    return masks, values
 
 
-def _take_over(decoder: Decoder, block: nn.Module, one: _Settled) -> None:
-    """Make what reconstruction left in the block the matrix's outcome, rounded to the checkpoint's dtype in both."""
+def _take_over(decoder: Decoder, block: nn.Module, one: _Settled, found: dict[str, torch.Tensor]) -> None:
+    """Make what reconstruction found the matrix's outcome, rounded to the checkpoint's dtype in the block and in the change."""
     assert one.sample is not None and one.expected is not None
     matrix, stored = one.finished.matrix, decoder.checkpoint.dtype(one.finished.matrix.tensor)
-    target = matrix.of(block)
-    values = target.to(stored).float().masked_fill(~one.mask, 0)
-    target.copy_(values)
+    part = matrix.place.of(found[matrix.place.name])
+    values = (part.T if matrix.transposed else part).to(stored).float().masked_fill(~one.mask, 0)
+    matrix.of(block).copy_(values)
     one.change = _change(matrix, Pruned(mask=one.mask, values=values), one.order, stored)
     lost = torch.linalg.vector_norm(one.sample @ values.T - one.expected).double().square().cpu()
     total = torch.linalg.vector_norm(one.expected).double().square().cpu()
@@ -276,6 +280,7 @@ def _prune_part(decoder: Decoder, plan: Plan, block: nn.Module, part: Part, obse
             )
             one = _Settled(finished=finished, change=_change(matrix, outcome, order, stored), mask=outcome.mask, order=order)
             if plan.reconstruction:
+                one.values = weight * outcome.mask if outcome.values is None else outcome.values
                 one.sample, one.expected = sample, expected
             settled.append(one)
     return settled
@@ -340,6 +345,7 @@ def _shared(own: list[Pruned], weight: torch.Tensor, plan: Plan, owner: int) -> 
     damping = torch.tensor((own[0].damping if own else None) or 0.0, dtype=torch.float64)
     values = own[0].values if own else torch.empty(shape, dtype=torch.float32, device=device) if plan.method.moves else None
     if values is not None:
+        values = values.contiguous()
         ranks.share(values, owner)
     return Pruned(mask=ranks.share(mask, owner).bool(), values=values, damping=ranks.share(damping, owner).item() or None)
 

@@ -34,35 +34,40 @@ class Coupling:
     producers: list[Matrix]
 
 
+def candidates(block: nn.Module, matrices: list[Matrix]) -> list[Coupling]:
+    """What may be coupled by names, shapes and biases alone; the same in every process."""
+    separate = [matrix for matrix in matrices if matrix.expert is None]  # not a slice of one tensor for all experts
+    found = [Coupling(consumer=matrix, producers=_beside(block, matrix, separate)) for matrix in separate]
+    return [coupling for coupling in found if coupling.producers]
+
+
 @torch.no_grad()
 def couplings(
-    block: nn.Module, matrices: list[Matrix], run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+    block: nn.Module, options: list[Coupling], run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
 ) -> list[Coupling]:
     """Find the couplings of a block by trial.
 
     Args:
         block: loaded, in float32; its weights are changed on the way and are the same bits afterwards.
-        matrices: of the block.
+        options: see candidates.
         run: puts hidden states through the block, the same every time.
         hidden: [windows, tokens, width], float32. An expert that none of these tokens chooses is not found.
 
     Returns:
-        One for each consumer whose producers are proven, in the order of `matrices`.
+        One for each consumer whose producers are proven, in the order of the options.
 
     Raises:
         ValueError: hidden states of another dtype, whose rounding would hide what the trial looks for.
     """
     if hidden.dtype != torch.float32:
         raise ValueError(f"found {hidden.dtype} hidden states, wanted torch.float32: coarser rounding hides what a reordering changes")
-    separate = [matrix for matrix in matrices if matrix.expert is None]  # not a slice of one tensor for all experts
-    candidates = [Coupling(consumer=matrix, producers=_beside(block, matrix, separate)) for matrix in separate]
     expected = run(hidden.clone())
 
     def change(reorderings: list[Reordering], order: torch.Tensor) -> float:
         with _reordered(block, reorderings, order):
             return largest_change(run(hidden.clone()), expected)
 
-    return [coupling for coupling in candidates if coupling.producers and _proven(coupling, change)]
+    return [coupling for coupling in options if _proven(coupling, change)]
 
 
 def largest_change(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from stages.pruning.updates.least_squares import least_squares
 from stages.pruning.updates.sparsegpt import sparsegpt
 from stages.pruning.updates.swaps import swaps
 
-STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gram)  # each knows what those before it know
+STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gram)  # all but the first know squared norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +180,15 @@ class LeastSquares:
     def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
         gram, masks = statistic.damped(self.damping), chosen(weights, statistic, patterns, score)
         pairs = zip(weights, masks, strict=True)
-        return [Pruned(mask=mask, values=least_squares(weight, gram, mask, weight, self.steps)) for weight, mask in pairs]
+        refitted = [(mask, least_squares(weight, gram, mask, weight, self.steps)) for weight, mask in pairs]
+        return [Pruned(mask=mask, values=values, damping=statistic.damping) for mask, values in refitted]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admm:
-    """Support and values together, then a refit; see updates.admm, updates.least_squares. The score is not asked.
+    """Support and values together, then a refit; see updates.admm, updates.least_squares.
+
+    Weights compete by what they carry, as with Wanda's score; no other is asked.
 
     damping: share of the Gram matrix's diagonal. refit_steps: of least squares on the support found.
     """
@@ -236,7 +239,7 @@ class Swaps:
         for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
             better = swaps(weight, gram, mask, cycles=self.cycles, candidates=self.candidates, group=group_of(pattern))
             values = least_squares(weight, gram, better, weight, self.refit_steps) if self.moves else None
-            outcomes.append(Pruned(mask=better, values=values))
+            outcomes.append(Pruned(mask=better, values=values, damping=statistic.damping))
         return outcomes
 
 

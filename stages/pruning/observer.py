@@ -158,18 +158,19 @@ class Observer:
         """Every stride-th token of the calibration set, whatever the micro-batch: [tokens, columns]."""
         return tokens.detach().reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
 
-    def finish(self, minimum: int) -> None:
+    def finish(self, minimum: int | None) -> None:
         """Add up over ranks, and give experts that fewer than `minimum` tokens chose the sample of all that reached the mixture.
 
         An expert's few tokens tell little of what it reads; what its router would send it is like what it sends the others.
+        With None experts are taken as they come, and one that no token chose is left out.
         """
         counts = torch.tensor([self.inputs[layer].tokens if layer in self.inputs else 0 for layer in self.layers])
         for layer, count in zip(self.layers, all_sum(counts).tolist(), strict=True):
             if layer.expert is not None:
-                self._settle(layer, enough=count >= max(1, minimum))
+                self._settle(layer, enough=count >= max(1, minimum or 0))
         for door in self._doors:
             door.remove()  # what is sent in now is no new token
-        for path, expert in self._starved():
+        for path, expert in self._starved() if minimum is not None else []:
             self._send(path, expert)
         for layer, count in zip(self.layers, counts.tolist(), strict=True):
             if self.leader.get(layer) == layer:
@@ -206,7 +207,7 @@ class Observer:
 
     def groups(self) -> Iterator[tuple[Inputs, list[Layer]]]:
         """Each distinct input with the layers that read it; its statistic is let go of with it."""
-        for leader in list(self.inputs):
+        for leader in [layer for layer in self.layers if layer in self.inputs]:  # the same order in every process
             yield self.inputs.pop(leader), [layer for layer in self.layers if self.leader.get(layer) == leader]
 
 

@@ -60,31 +60,40 @@ def part_output(block: nn.Module, path: str, hidden: torch.Tensor, call: Call) -
 
 
 def reconstruct(
-    stream: Stream, index: int, block: nn.Module, path: str, masks: dict[str, torch.Tensor], targets: torch.Tensor, how: Reconstruction
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    path: str,
+    masks: dict[str, torch.Tensor],
+    values: dict[str, torch.Tensor],
+    targets: torch.Tensor,
+    how: Reconstruction,
 ) -> None:
-    """Train the kept weights of a part, in place; dropped ones stay exactly zero.
+    """Train the kept weights of a part; dropped ones stay exactly zero.
+
+    Several processes each take a window of their own a step and average the gradients: N of them take N times fewer steps.
 
     Args:
         stream: what the pruned blocks before this one give.
-        block: loaded; the part's matrices are pruned, its other weights stay as they are.
+        block: loaded; the part's matrices follow the training, rounded to the compute dtype, its other weights stay.
         path: of the part, see part_output.
         masks: by the name of a parameter inside the block, in its shape, bool, True = kept.
+        values: likewise, float32, where the training starts; changed in place.
         targets: [windows, tokens, width], the part's dense outputs.
 
     Raises:
-        PruningError: the loss is not finite.
+        PruningError: the weights found are not finite.
     """
-    parameters = [block.get_parameter(name).requires_grad_() for name in masks]
-    kept = [mask.to(parameters[0].device) for mask in masks.values()]
-    masters = [parameter.detach().float() for parameter in parameters]  # the same memory where it is float32 already
+    parameters, kept = [block.get_parameter(name).requires_grad_() for name in masks], list(masks.values())
+    masters = [values[name] for name in masks]
     optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS)
     order = _order(len(stream.hidden), how.epochs * (stream.all_windows // ranks.count()))
     for step, window in enumerate(order):
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
             output = part_output(block, path, hidden, call)
-            weight = 1 / hidden.float().square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            lost = (output.float().view_as(hidden) - targets[window].to(hidden.device)).square()
+            weight = 1 / hidden.float().square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+            lost = (output.float().view_as(hidden) - targets[window].to(hidden.device)).square().sum(dim=-1)
             gradients = torch.autograd.grad((lost * weight).mean(), parameters)
         for master, gradient, mask in zip(masters, gradients, kept, strict=True):
             master.grad = ranks.all_sum(gradient.float().mul_(mask).div_(ranks.count()))
@@ -92,9 +101,10 @@ def reconstruct(
         optimiser.step()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.data.copy_(master)
-    for parameter in parameters:
+    for parameter, master in zip(parameters, masters, strict=True):
         parameter.requires_grad_(False)
-    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        master.grad = None
+    if not all(torch.isfinite(master).all() for master in masters):
         name = next(iter(masks))
         raise PruningError(
             f"block {index}: found NaN or infinity in the reconstruction of {name} and what goes with it, wanted finite weights"

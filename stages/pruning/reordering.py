@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from stages.errors import PruningError
-from stages.pruning.couplings import Coupling, couplings
+from stages.pruning import ranks
+from stages.pruning.couplings import Coupling, candidates, couplings
 from stages.pruning.method import Score
 from stages.pruning.observer import Inputs
 from stages.pruning.patterns import Nm, Pattern
@@ -41,10 +42,14 @@ def proven_couplings(decoder: Decoder, index: int, block: nn.Module, hidden: tor
     """
     if decoder.dtype != torch.float32:
         block, call, hidden = deepcopy(block).float(), _in_float32(call), hidden.float()
-    found = couplings(block, decoder.matrices[index], partial(run_block, block, call=call), hidden)
+    options = candidates(block, decoder.matrices[index])
+    proven = [] if ranks.rank() else couplings(block, options, partial(run_block, block, call=call), hidden)
+    flags = ranks.share(torch.tensor([option in proven for option in options], dtype=torch.uint8), 0)  # one trial for all processes
+    found = [option for option, flag in zip(options, flags.tolist(), strict=True) if flag]
     if not found:
         wanted = "a layer whose inputs other layers without bias make channel by channel, as a gated MLP's"
-        raise PruningError(f"block {index}: found no input channels that may change places, wanted {wanted}; set pattern.rounds to null")
+        advice = "set pattern.permutation_rounds to null"
+        raise PruningError(f"block {index}: found no input channels that may change places, wanted {wanted}; {advice}")
     return found
 
 
@@ -71,6 +76,7 @@ def find_orders(
         name, pattern = coupling.consumer.name, patterns[coupling.consumer.name]
         assert isinstance(pattern, Nm)
         order = channel_permutation(score.of(weights[name], inputs[name].statistic), pattern.kept, pattern.group, rounds=rounds)
+        ranks.share(order, 0)
         inputs[name].reorder(order)
         orders[name] = replace(orders.get(name, STAYS), columns=order)
         for producer in coupling.producers:

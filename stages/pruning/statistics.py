@@ -133,6 +133,7 @@ class Gram:
 
     def reorder(self, order: torch.Tensor) -> None:
         self.value = self.value[order][:, order]
+        self._factor = self.damping = None
 
     @property
     def squared_norm(self) -> torch.Tensor:

@@ -45,7 +45,7 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
             if output is not None:
                 stream.put(where, output)
         stream.require_finite(index)
-        observer.finish(minimum=1)
+        observer.finish(None)
         norms = _squared_norms(observer, stream.all_windows)
         matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
         scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
@@ -129,21 +129,18 @@ def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor
     found = {}
     for inputs, layers in observer.groups():
         assert isinstance(inputs.statistic, SquaredNorm)
-        if inputs.routed:
-            found.update(dict.fromkeys(layers, inputs.statistic.value * inputs.statistic.windows / windows))
+        found.update(dict.fromkeys(layers, inputs.statistic.value * inputs.statistic.windows / windows))
     return found
 
 
 def _loss_gradient(stream: Stream) -> torch.Tensor:
     """Of the next-token loss, summed over tokens, by the last block's output: in the shape of the hidden states."""
-    gradient = torch.empty_like(stream.hidden)
+    gradient, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
     with stream.decoder.after_blocks(), torch.enable_grad():
-        for start in stream.starts:
-            where = slice(start, start + stream.batch)
-            hidden = stream.hidden[where].to(stream.decoder.device).requires_grad_()
-            logits = stream.decoder.logits(hidden)[:, :-1].flatten(0, 1).float()
-            targets = stream.windows[where, 1:].flatten().to(logits.device)
-            gradient[where] = torch.autograd.grad(cross_entropy(logits, targets, reduction="sum"), hidden)[0]
+        for window, targets in enumerate(stream.windows):  # one by one: logits are large
+            hidden = stream.hidden[window][None].to(stream.decoder.device).requires_grad_()
+            logits = stream.decoder.logits(hidden)[0, :-1].float()
+            gradient[window] = torch.autograd.grad(cross_entropy(logits, targets[1:].to(logits.device), reduction="sum"), hidden)[0]
     return gradient
 
 
@@ -172,7 +169,7 @@ def _backward(
             gradient[where] = by_input
     if not torch.isfinite(gradient).all():
         raise PruningError(f"block {index}: found NaN or infinity in the gradients, wanted finite ones")
-    observer.finish(minimum=1)
+    observer.finish(None)
     counts = {layer: observer.inputs[leader].tokens for layer, leader in observer.leader.items()}
     norms = _squared_norms(observer, stream.all_windows)
     return norms, {layer: ranks.all_sum(rows[layer]) / counts[layer] for layer in norms}, gradient

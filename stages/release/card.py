@@ -22,7 +22,7 @@ PAPERS = {
 }
 RECONSTRUCTIONS = {
     "none": "none",
-    "sub_block": "{epochs} passes of Adam over the calibration windows for each part of a block, against its dense outputs",
+    "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense outputs",
 }
 ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",
@@ -157,6 +157,7 @@ def write_card(
     origin = f"revision `{base['revision']}`" if "revision" in base else f"a {base['source']} source"
     score, update = method["score"]["name"], method["update"]["name"]
     then = "the mask stays as chosen, the survivors keep their values" if update == "none" else f"then {update}: {PAPERS[update]}"
+    unit = "each part of a block" if recipe["by_parts"] else "each block"
     checkout = f"git checkout {prune['code']}"
     if prune["code"] == "unknown" or prune["code"].endswith("-dirty"):
         checkout = f"# made by code that is in no commit ({prune['code']})"
@@ -175,7 +176,7 @@ client loads them, none becomes smaller or faster by itself.
 - Base: {base["name"]}, {origin}, weights with fingerprint `{base["fingerprint"]}`.
 - Method: {method["name"]} (score {score}: {PAPERS[score]}; threshold per {method["threshold"]}; {then}).
 - Allocation: {recipe["allocation"]["name"]}: {ALLOCATIONS[recipe["allocation"]["name"]]}.
-- Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(**recipe["reconstruction"])}.
+- Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(unit=unit, **recipe["reconstruction"])}.
 - Pattern: {pattern}; achieved as allocated in each of {verified.matrices} matrices, counted on the written bytes.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
 - Order: block after block, each for the inputs that its {recipe["propagate"]} predecessors give it.

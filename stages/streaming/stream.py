@@ -105,7 +105,7 @@ class Stream:
         one_by_one: bool = False,
     ) -> None:
         self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(windows), gpu_share
-        self.budget, self.scratch = budget, scratch
+        self.budget, self.scratch = budget, scratch  # the budget: what the hidden states leave of it
         self.decoder, self.batch, self.windows, self.shape = decoder, batch, windows, windows.shape
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
@@ -133,6 +133,8 @@ class Stream:
             self.place = "GPU memory"
             return torch.empty(shape, dtype=first.dtype, device=first.device)
         hidden, self.place = room(shape, first.dtype, self.budget, self.scratch)
+        if self.budget is not None and self.place == "memory":
+            self.budget -= needed
         return hidden
 
     def _require_same(self, calls: list[Call], windows: int) -> None:

@@ -20,7 +20,10 @@ SCORES = {"obs": None, "wanda": methods.WANDA, "magnitude": methods.MAGNITUDE}
 PATTERNS = [Unstructured(sparsity=0.3, threshold="row"), Unstructured(sparsity=0.7, threshold="matrix"), Nm(kept=2, group=4)]
 PATTERNS += [Nm(kept=4, group=8)]
 COMPOSITIONS = [
-    (score, update) for score in config.SCORES.options for update in config.UPDATES.options if (score, update) != ("obs", "dsnot")
+    (score, update)
+    for score in config.SCORES.options
+    for update in config.UPDATES.options
+    if (score, update) != ("obs", "dsnot") and (score == "wanda" or update != "admm")
 ]
 
 

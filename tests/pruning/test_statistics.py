@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.pruning.statistics import Gram, SquaredNorm, dampings
+from stages.pruning.statistics import Gram, Moments, SquaredNorm, dampings
 
 CPU = torch.device("cpu")
 
@@ -69,3 +69,23 @@ def test_a_gram_matrix_that_does_not_factor_within_the_limit_is_refused():
     gram.value = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
     with pytest.raises(ArithmeticError, match="does not factor at any damping from 0.01 to 1"):
         gram.inverse_factor(0.01, 1.0)
+
+
+def test_a_reordered_gram_matrix_factors_as_that_of_the_reordered_inputs():
+    torch.manual_seed(0)
+    inputs, order = torch.randn(2, 20, 6), torch.tensor([3, 0, 5, 1, 2, 4])
+    gram, expected = Gram(6, CPU), Gram(6, CPU)
+    gram.add(inputs)
+    gram.finish()
+    gram.inverse_factor(0.01, 0.01)
+    gram.reorder(order)
+    expected.add(inputs[..., order])
+    expected.finish()
+    torch.testing.assert_close(gram.inverse_factor(0.01, 0.01), expected.inverse_factor(0.01, 0.01))
+
+
+def test_moments_by_hand():
+    moments = Moments(1, CPU)
+    moments.add(torch.tensor([[[1.0], [2.0]], [[3.0], [6.0]]]))
+    moments.finish()
+    assert (moments.mean.item(), moments.variance.item(), moments.squared_norm.item()) == (3.0, 3.5, 12.5)

@@ -27,6 +27,7 @@ RECIPE = {
     "allocation": {"name": "uniform"},
     "reconstruction": {"name": "none"},
     "calibration": "c0ffee",
+    "by_parts": False,
     "propagate": "pruned",
     "sparsity": 0.5,
     "relative_error": 0.2,

@@ -29,6 +29,9 @@ def admm(
 
     Returns:
         values [rows, columns], float32, zero where the mask is False; mask [rows, columns], bool, the last one.
+
+    Raises:
+        ArithmeticError: the Gram matrix plus the penalty does not factor.
     """
     scale = gram.diagonal().sqrt()
     unit = gram / scale / scale[:, None]
@@ -54,4 +57,7 @@ def admm(
 def _inverse(unit: torch.Tensor, rho: float) -> torch.Tensor:
     shifted = unit.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if failed:
+        raise ArithmeticError(f"the Gram matrix of the inputs does not factor with a penalty of {rho:g}; raise it, or the damping")
+    return torch.cholesky_inverse(factor)
