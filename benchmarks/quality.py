@@ -193,7 +193,8 @@ def table(rows: Rows, missing: list[Point]) -> str:
         text = mean_and_spread(found)
         return f"**{text}**" if mean(found) == best[pattern] else text
 
-    for contender in sorted(CONTENDERS, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
+    begun = [contender for contender in CONTENDERS if any(of(rows, contender, pattern) for pattern in PATTERNS)]
+    for contender in sorted(begun, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
     return "\n".join(lines) + "\n\n" + _notes(rows, missing)
