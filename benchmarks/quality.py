@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.markers import write_between
+from benchmarks.table import command
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json, write_json
 from stages.prune import code_sha256
 
@@ -102,7 +103,7 @@ class Point:
 
     @property
     def command(self) -> str:
-        return " ".join(["dvc exp run", *(f"-S {argument}" for argument in self.arguments), "evaluate_sparse"])
+        return " ".join([*command(" ".join(self.arguments)), "evaluate_sparse"])
 
 
 def points() -> list[Point]:
@@ -120,12 +121,12 @@ def measured(point: Point) -> dict[str, Any]:
     """Run one point and read what the workspace holds then."""
     print("$", point.command, flush=True)
     subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
-    metrics, prune = read_json(SPARSE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
+    pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
     return {
         **asdict(point),
-        "perplexity": metrics["perplexity"],
-        "relative_error": read_json(PRUNE_RESULTS / "metrics.json")["relative_error"],
-        "sparsity": read_json(PRUNE_RESULTS / "metrics.json")["sparsity"],
+        "perplexity": read_json(SPARSE_RESULTS / "metrics.json")["perplexity"],
+        "relative_error": pruned["relative_error"],
+        "sparsity": pruned["sparsity"],
         "seconds": prune["seconds"],
         "peak_memory_gib": prune["peak_memory_gib"],
         "device": prune["device"],
