@@ -17,10 +17,11 @@ from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
 from stages.pruning.reconstruction import Reconstruction
 from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
-from stages.streaming.architecture import Decoder
+from stages.streaming.architecture import Decoder, Matrix
 from stages.streaming.stream import Stream
 
 GRID = [step / 50 for step in range(50)] + [0.99]  # sparsities at which an allocation foresees errors
+RECONSTRUCTED: dict[str, list[str]] = {"none": [], "block": ["reconstructed"], "sub_block": ["sub-blocks reconstructed"]}
 
 
 def compose(method: config.Method) -> Method:
@@ -44,11 +45,11 @@ def update_of(method: config.Method) -> methods.Update:
             sweeping = method.score.name == "obs"
             return methods.SparseGpt(damping=share, damping_limit=limit, choose_while_sweeping=sweeping, **parameters)
         case config.LeastSquaresUpdate():
-            return methods.LeastSquares(damping=share, **parameters)
+            return methods.SwapAndRefit(damping=share, cycles=0, candidates=0, refit_steps=method.update.steps)
         case config.AdmmUpdate():
             return methods.Admm(damping=share, **parameters)
         case config.SwapsUpdate():
-            return methods.Swaps(damping=share, **parameters)
+            return methods.SwapAndRefit(damping=share, **parameters)
         case config.DsNoTUpdate():
             return methods.DsNoT(**parameters)
         case _:
@@ -58,7 +59,9 @@ def update_of(method: config.Method) -> methods.Update:
 def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | None:
     if isinstance(reconstruction, config.NoReconstruction):
         return None
-    return Reconstruction(epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate)
+    return Reconstruction(
+        epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate, toward_model=reconstruction.name == "block"
+    )
 
 
 def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
@@ -66,7 +69,7 @@ def label(method: config.Method, allocation: config.Allocation, reconstruction: 
     parts = [method.name] if method.score.name in method.name else [f"{method.name} ({method.score.name})"]
     parts += [method.update.name] if method.update.name != "none" and method.update.name not in method.name else []
     parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
-    parts += ["reconstructed"] if reconstruction.name != "none" else []
+    parts += RECONSTRUCTED[reconstruction.name]
     parts += ["by parts"] if prune.by_parts else []
     parts += ["one pass"] if prune.propagate == "dense" else []
     return ", ".join(parts)
@@ -107,34 +110,45 @@ def allocated(
         ConfigError: the bounds of the allocation do not allow the sparsity.
     """
     matrices = [matrix for block in decoder.matrices for matrix in block]
-    sizes = [torch.Size(matrix.shape).numel() for matrix in matrices]
-    budget, bounds = pruned_count(sum(sizes), pattern.sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
+    rows: dict[str, torch.Tensor] = {}
     try:
         if isinstance(allocation, config.LossAllocation):
             few = windows[: max(allocation.windows, ranks.count())]
             felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.threshold, allocation.row_floor))
-            curves = [felt[f"{matrix.name}.curve"].tolist() for matrix in matrices]
-            counts = spread(curves, sizes, pattern.sparsity, allocation)
+            counts = counts_by_loss([felt[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation)
+            if allocation.row_strength:
+                rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
         else:
-            found = journal.survey(
-                lambda: {"blocks": torch.tensor(look_at_blocks(allocation, decoder, windows, make_stream), dtype=torch.float64)}
-            )
-            wanted_of = owl if isinstance(allocation, config.OwlAllocation) else alphapruning
-            by_block = wanted_of(found["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=allocation.strength)
-            wanted = [by_block[index] for index, block in enumerate(decoder.matrices) for _ in block]
-            counts = meet_budget(wanted, sizes=sizes, budget=budget, **bounds)
+            found = journal.survey(lambda: look_at_blocks(allocation, decoder, windows, make_stream))
+            counts = counts_by_block(found["blocks"].tolist(), decoder.matrices, pattern.sparsity, allocation)
     except ValueError as error:
         raise ConfigError(f"allocation: {error}") from error
-    shares = [Fraction(count, size) for count, size in zip(counts, sizes, strict=True)]
-    patterns: dict[str, Pattern] = {matrix.name: replace(pattern, sparsity=share) for matrix, share in zip(matrices, shares, strict=True)}
-    rows = {}
-    if isinstance(allocation, config.LossAllocation) and allocation.row_strength:
-        rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
+    patterns: dict[str, Pattern] = {
+        matrix.name: replace(pattern, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
+    }
     return replace(plan, patterns=patterns, rows=rows)
 
 
-def spread(curves: list[list[float]], sizes: list[int], sparsity: float | Fraction, allocation: config.LossAllocation) -> list[int]:
+def counts_by_block(
+    found: list[float],
+    matrices: list[list[Matrix]],
+    sparsity: float | Fraction,
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation,
+) -> list[int]:
+    """Zeros of every matrix by what was found of its block."""
+    wanted_of = owl if isinstance(allocation, config.OwlAllocation) else alphapruning
+    by_block = wanted_of(found, sparsity=float(sparsity), strength=allocation.strength)
+    wanted = [by_block[index] for index, block in enumerate(matrices) for _ in block]
+    sizes = [matrix.size for block in matrices for matrix in block]
+    budget = pruned_count(sum(sizes), sparsity)
+    return meet_budget(wanted, sizes=sizes, budget=budget, lowest=allocation.lowest, highest=allocation.highest)
+
+
+def counts_by_loss(
+    curves: list[list[float]], matrices: list[Matrix], sparsity: float | Fraction, allocation: config.LossAllocation
+) -> list[int]:
     """Zeros of every matrix where they cost least; a matrix without a curve, of which nothing is known, gets its even share."""
+    sizes = [matrix.size for matrix in matrices]
     known = [number for number, curve in enumerate(curves) if curve]
     counts = [pruned_count(size, sparsity) for size in sizes]
     left = pruned_count(sum(sizes), sparsity) - sum(count for number, count in enumerate(counts) if number not in known)
@@ -169,8 +183,10 @@ def look_at_blocks(
     decoder: Decoder,
     windows: torch.Tensor,
     make_stream: Callable[[torch.Tensor], Stream],
-) -> list[float]:
-    """What the allocation goes by, for each block."""
+) -> dict[str, torch.Tensor]:
+    """What the allocation goes by, for each block, as the journal keeps it."""
     if isinstance(allocation, config.OwlAllocation):
-        return outlier_shares(make_stream(windows), allocation.multiple)
-    return spectral_exponents(decoder)
+        found = outlier_shares(make_stream(windows), allocation.multiple)
+    else:
+        found = spectral_exponents(decoder)
+    return {"blocks": torch.tensor(found, dtype=torch.float64)}

@@ -433,8 +433,11 @@ class NoReconstruction:
 
 
 @dataclass(kw_only=True, slots=True)
-class SubBlockReconstruction:
-    """The survivors of each part of a block learn to give the dense part's outputs."""
+class SomeReconstruction:
+    """block: the survivors of each block learn to give the dense model's hidden states.
+
+    sub_block: those of each part of a block, what the part would give with dense weights.
+    """
 
     name: str
     epochs: int  # passes over the calibration windows
@@ -445,7 +448,7 @@ class SubBlockReconstruction:
         require(self.learning_rate > 0, "reconstruction.learning_rate", self.learning_rate, "more than 0")
 
 
-Reconstruct = NoReconstruction | SubBlockReconstruction
+Reconstruct = NoReconstruction | SomeReconstruction
 
 
 # prune, evaluation, publish: how the stages run
@@ -561,7 +564,7 @@ ALLOCATIONS = Choice(
     options={"uniform": UniformAllocation, "owl": OwlAllocation, "alphapruning": AlphaPruningAllocation, "loss": LossAllocation},
 )
 PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})
-RECONSTRUCTIONS = Choice(key="name", options={"none": NoReconstruction, "sub_block": SubBlockReconstruction})
+RECONSTRUCTIONS = Choice(key="name", options={"none": NoReconstruction, "block": SomeReconstruction, "sub_block": SomeReconstruction})
 
 SECTIONS: dict[str, Choice | type] = {
     "base": BASES,
@@ -624,8 +627,10 @@ def _check_together(sections: dict[str, Any]) -> None:
     if isinstance(sections["allocation"], LossAllocation):
         windows, wanted = sections["allocation"].windows, f"at most calibration.windows = {calibration.windows}"
         require(windows <= calibration.windows, "allocation.windows", windows, wanted)
+    name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts
+    wanted = "none or sub_block with prune.by_parts = true: the dense model's hidden states are those of whole blocks"
+    require(not (by_parts and name == "block"), "reconstruction.name", name, wanted)
     if sections["prune"].propagate == "dense":
-        name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts
         require(name == "none", "reconstruction.name", name, "none with prune.propagate = dense: no block is run pruned")
         require(not by_parts, "prune.by_parts", by_parts, "false with prune.propagate = dense: no block is run pruned")
 

@@ -196,7 +196,7 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
     for index, matrices in enumerate(decoder.matrices):
         sizes = {name: torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(index)}
         stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
-        largest, widest = max(torch.Size(matrix.shape).numel() for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
+        largest, widest = max(matrix.size for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
         grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
         solved = plan.method.statistic is Gram
         copies = 4 * largest * (COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT)
@@ -209,7 +209,7 @@ def delta_bytes(decoder: Decoder, plan: Plan) -> int:
     """About how many bytes the delta takes: a bit a weight, and the survivors' values where they move."""
     total = 0.0
     for matrix in (matrix for block in decoder.matrices for matrix in block):
-        count, kept = torch.Size(matrix.shape).numel(), 1 - plan.patterns[matrix.name].sparsity
+        count, kept = matrix.size, 1 - plan.patterns[matrix.name].sparsity
         total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.moves else 0)
     return int(total)
 

@@ -105,6 +105,10 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
             "method.update.block_size: found 100, wanted a multiple of pattern.group = 8",
         ),
         (["prune.propagate=sparse"], "prune.propagate: found 'sparse', wanted one of pruned, dense"),
+        (
+            ["reconstruction=block", "prune=by_parts"],
+            "reconstruction.name: found 'block', wanted none or sub_block with prune.by_parts = true",
+        ),
         (["prune.expert_tokens=-1"], "prune.expert_tokens: found -1, wanted 0 or more tokens"),
         (["prune.memory_budget=0"], "prune.memory_budget: found 0.0, wanted null or more than 0 GiB"),
         (["method.damping.limit=0.001"], "method.damping.limit: found 0.001, wanted at least method.damping.share = 0.01"),

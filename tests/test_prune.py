@@ -5,7 +5,7 @@ from stages import composition, config, prune
 from stages.errors import ConfigError
 from stages.files import write_json
 from stages.pruning.block_loop import Plan
-from stages.pruning.method import DsNoT, SparseGpt, Swaps
+from stages.pruning.method import DsNoT, SparseGpt, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
 from tests.methods import MAGNITUDE, WANDA, sparsegpt
@@ -40,7 +40,9 @@ def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
 def test_a_methods_composition_is_what_its_configuration_says():
     assert composition.compose(configured("wanda")) == WANDA
     assert composition.compose(configured("magnitude")) == MAGNITUDE
-    assert composition.compose(configured("swaps_least_squares")).update == Swaps(damping=0.01, cycles=25, candidates=16, refit_steps=20)
+    assert composition.compose(configured("swaps_least_squares")).update == SwapAndRefit(
+        damping=0.01, cycles=25, candidates=16, refit_steps=20
+    )
     assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
 
 
@@ -102,7 +104,8 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
         (["method=sparsegpt", "method/score=ria", "allocation=owl"], "sparsegpt (ria), owl allocation"),
         (["method/update=swaps"], "wanda, swaps"),
         (["prune=one_pass"], "wanda, one pass"),
-        (["reconstruction=sub_block", "prune=by_parts"], "wanda, reconstructed, by parts"),
+        (["reconstruction=block"], "wanda, reconstructed"),
+        (["reconstruction=sub_block", "prune=by_parts"], "wanda, sub-blocks reconstructed, by parts"),
     ],
 )
 def test_the_label_tells_models_apart_in_a_plot(overrides, expected):

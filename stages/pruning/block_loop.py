@@ -21,7 +21,7 @@ from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.couplings import Coupling
 from stages.pruning.method import Method, Pruned
-from stages.pruning.observer import Inputs, Observer
+from stages.pruning.observer import Inputs, Observer, watch
 from stages.pruning.patterns import Pattern
 from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
 from stages.pruning.reordering import STAYS, Order, find_orders, proven_couplings
@@ -129,26 +129,33 @@ def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Cha
         PruningError: naming the layer: scores that are not finite, a Gram matrix that does not factor, no tokens.
     """
     decoder, count = stream.decoder, len(stream.decoder.blocks)
+    dense = stream.twin() if plan.reconstruction and plan.reconstruction.toward_model else None
     with read_ahead(decoder, range(count)) as blocks:
         for index, tensors in enumerate(blocks):
             changes, is_last = done(index), index == count - 1
+            if changes is not None and dense is not None:
+                with decoder.loaded(index, dict(tensors)) as block:
+                    dense.advance(index, block)
             if changes is not None and plan.propagate == "pruned":
                 for name, change in changes.items():
                     tensors[name] = change.apply(tensors[name])
             with decoder.loaded(index, tensors) as block:
                 if changes is None:
-                    yield _prune_block(stream, plan, index, block)
+                    if dense is not None:
+                        dense.advance(index, block)
+                    yield _prune_block(stream, plan, index, block, dense)
                 if not is_last and (changes is not None or plan.propagate == "pruned"):
                     stream.advance(index, block)
 
 
-def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module) -> PrunedBlock:
-    """Part after part, or all of it at once."""
+def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, dense: Stream | None) -> PrunedBlock:
+    """Part after part, or all of it at once; dense: what the dense model makes of the windows, up to and with this block."""
     decoder = stream.decoder
-    parts = decoder.parts(index) if plan.by_parts else [Part(path="", matrices=decoder.matrices[index])]
+    parts = decoder.parts(index) if plan.by_parts else [decoder.whole(index)]
     couplings, settled = _couplings(stream, plan, index, block), {}
     for part in parts:
-        observer, targets = _observe(stream, plan, index, block, part)
+        observer, outputs = _observe(stream, plan, index, block, part)
+        targets = outputs if dense is None else dense.hidden
         orders = _orders(decoder, plan, block, observer, [coupling for coupling in couplings if coupling.consumer in part.matrices])
         found = _prune_part(decoder, plan, block, part, observer, orders)
         if plan.reconstruction and targets is not None:
@@ -188,25 +195,23 @@ def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module, part: Par
     """All windows through a block up to the inputs of a part's last layer; in dense propagation the block's outputs go on.
 
     Returns:
-        What the part's layers read and, where a reconstruction follows, the part's outputs, [windows, tokens, width].
+        What the part's layers read and, where a reconstruction toward them follows, the part's outputs, [windows, tokens, width].
     """
-    layers = list(dict.fromkeys(matrix.layer for matrix in part.matrices))
-    tokens = stream.all_windows * stream.shape[1]
-    observer = Observer(block, layers, plan.method.statistic, tokens, plan.error_tokens, stream.first_window * stream.shape[1])
+    observer = watch(stream, block, part.layers, plan.method.statistic, plan.error_tokens)
     passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
-    targets = None
-    if plan.reconstruction:
-        targets, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
+    outputs = None
+    if plan.reconstruction and not plan.reconstruction.toward_model:
+        outputs, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
     for where, hidden, call in stream.parts(index):
-        path = part.path if targets is not None else ""
-        output = observer.run(hidden, partial(part_output, block, path, call=call), stop=targets is None and not passing_on)
-        if output is not None and targets is not None:
-            targets[where] = output.view_as(hidden)
+        path = part.path if outputs is not None else ""
+        output = observer.run(hidden, partial(part_output, block, path, call=call), stop=outputs is None and not passing_on)
+        if output is not None and outputs is not None:
+            outputs[where] = output.view_as(hidden)
         elif output is not None and passing_on:
             stream.put(where, output)
     stream.require_finite(index)
     observer.finish(plan.expert_tokens)
-    return observer, targets
+    return observer, outputs
 
 
 def _parameters(block: nn.Module, found: list[_Settled]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -126,8 +126,9 @@ class Keep:
     statistic: type[Statistic] = NoStatistic
 
     def __call__(self, weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        masks = chosen(weights, statistic, patterns, score)
-        return [Pruned(mask=mask, damping=getattr(statistic, "damping", None)) for mask in masks]
+        masks = chosen(weights, statistic, patterns, score)  # may factor the statistic
+        damping = statistic.damping if isinstance(statistic, Gram) else None
+        return [Pruned(mask=mask, damping=damping) for mask in masks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,23 +169,6 @@ class SparseGpt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeastSquares:
-    """Refit the survivors of the score, see updates.least_squares. damping: share of the Gram matrix's diagonal."""
-
-    damping: float
-    steps: int
-
-    moves = True
-    statistic: type[Statistic] = Gram
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        gram, masks = statistic.damped(self.damping), chosen(weights, statistic, patterns, score)
-        pairs = zip(weights, masks, strict=True)
-        refitted = [(mask, least_squares(weight, gram, mask, weight, self.steps)) for weight, mask in pairs]
-        return [Pruned(mask=mask, values=values, damping=statistic.damping) for mask, values in refitted]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Admm:
     """Support and values together, then a refit; see updates.admm, updates.least_squares.
 
@@ -216,10 +200,10 @@ class Admm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swaps:
-    """Better the score's mask by exact swaps, see updates.swaps; then refit the survivors, or let them be (0 steps).
+class SwapAndRefit:
+    """Better the score's mask by exact swaps, or let it be (0 cycles); then refit the survivors, or let them be (0 steps).
 
-    damping: share of the Gram matrix's diagonal.
+    damping: share of the Gram matrix's diagonal. cycles, candidates: see updates.swaps. refit_steps: of updates.least_squares.
     """
 
     damping: float

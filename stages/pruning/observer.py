@@ -18,6 +18,7 @@ from stages.errors import PruningError
 from stages.pruning.ranks import all_sum
 from stages.pruning.statistics import Statistic
 from stages.streaming.architecture import Layer
+from stages.streaming.stream import Stream
 
 
 class _LastInputSeen(Exception):
@@ -77,7 +78,7 @@ class Observer:
         self._stop = False
         self._entered: dict[str, list[torch.Tensor]] = {}
         experts = [layer for layer in layers if layer.expert is not None]
-        self._experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in experts}
+        self._products = ExpertProducts(block, experts, lambda layer, inputs, _: self.see(layer, inputs)) if experts else nullcontext()
         linear_layers = [layer for layer in layers if layer.expert is None]
         self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._watch(layer)) for layer in linear_layers}
         modules = {layer.module for layer in experts}
@@ -95,7 +96,7 @@ class Observer:
         """
         self.batch, self._stop, self._order = (hidden.shape[0], hidden.shape[1]), stop, []
         try:
-            with _ExpertProducts(self) if self._experts else nullcontext():
+            with self._products:
                 return forward(hidden)
         except _LastInputSeen:
             return None
@@ -199,7 +200,7 @@ class Observer:
         """All sampled tokens to one expert."""
         tokens = torch.cat(self._entered[path])
         chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
-        with _ExpertProducts(self):
+        with self._products:
             self.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
         for layer, seen in self.inputs.items():
             if (layer.module, layer.expert) == (path, expert):
@@ -211,14 +212,27 @@ class Observer:
             yield self.inputs.pop(leader), [layer for layer in self.layers if self.leader.get(layer) == leader]
 
 
-class _ExpertProducts(TorchFunctionMode):
-    """Sees every product with a watched expert's weight."""
+def watch(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[Statistic], sampled: int = 1) -> Observer:
+    """An observer of what a stream's windows make some layers of a loaded block read; see Observer."""
+    length = stream.shape[1]
+    return Observer(block, layers, statistic, stream.all_windows * length, sampled, stream.first_window * length)
 
-    def __init__(self, observer: Observer) -> None:
+
+class ExpertProducts(TorchFunctionMode):
+    """Hands on the input and the output of every product with an expert's weight.
+
+    Args:
+        block: loaded. experts: those to watch.
+        take: called with the layer, [tokens, columns] and [tokens, rows].
+    """
+
+    def __init__(self, block: nn.Module, experts: list[Layer], take: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> None:
         super().__init__()
-        self.observer = observer
+        self.experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in experts}
+        self.take = take
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        if function is linear and (layer := self.observer._experts.get(arguments[1].data_ptr())) is not None:
-            self.observer.see(layer, arguments[0])
-        return function(*arguments, **(keywords or {}))
+        output = function(*arguments, **(keywords or {}))
+        if function is linear and (layer := self.experts.get(arguments[1].data_ptr())) is not None:
+            self.take(layer, arguments[0], output)
+        return output

@@ -74,7 +74,7 @@ def keep_highest_of_few(scores: torch.Tensor, count: int) -> torch.Tensor:
 def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
     """[rows, 1]: the nth lowest of each row, by partition; nth counts from 1."""
     if scores.device.type == "cpu":
-        values = scores.detach().float().clone().numpy()
+        values = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).clone().numpy()  # numpy has no bfloat16
         values.partition(nth - 1, axis=1)
         return torch.from_numpy(values[:, nth - 1 : nth].copy()).to(scores.dtype)
     if len(scores) < FEW_ROWS:

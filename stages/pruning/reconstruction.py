@@ -1,9 +1,11 @@
-"""Sub-block reconstruction: the survivors of a part of a block learn to give the dense part's outputs, for a few passes.
+"""Reconstruction: the survivors of a block, or of a part of it, learn to give dense outputs, for a few passes.
 
-    min E_t ||y_t - y'_t||² / ||h_t||²  over the kept weights of the part, by Adam      # after Kim et al. 2025, arXiv:2510.14444
+    min E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)  over the kept weights, by Adam      # after Kim et al. 2025, arXiv:2510.14444
 
-y: the part's output with dense weights, y': with pruned ones, both for the inputs that the pruned model gives it. h: what enters
-the block, by whose size the norm before the next layer divides, so that a few tokens of huge activations do not own the loss.
+y': the part's output for what the pruned model gives it. y: with dense weights for the same inputs; or, toward the model, what
+the dense model has there, so that every block makes good what the blocks before it lost. h: what enters the block. By the size
+of what a layer is given its norm divides, so that a few tokens of huge activations, or the block in which they arise, do not own
+the loss.
 """
 
 from dataclasses import dataclass
@@ -21,10 +23,16 @@ BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How long and how fast: passes over the calibration windows, one window a step; the rate of the first step falls to 0."""
+    """How long, how fast, and toward what.
+
+    epochs: passes over the calibration windows, one window a step. learning_rate: of the first step; falls to 0.
+    toward_model: whether whole blocks learn to give the dense model's hidden states, and so to undo what the blocks before
+        them did; else every part learns to give what it would give with dense weights.
+    """
 
     epochs: int
     learning_rate: float
+    toward_model: bool
 
 
 class _Reached(Exception):
@@ -79,7 +87,7 @@ def reconstruct(
         path: of the part, see part_output.
         masks: by the name of a parameter inside the block, in its shape, bool, True = kept.
         values: likewise, float32, where the training starts; changed in place.
-        targets: [windows, tokens, width], the part's dense outputs.
+        targets: [windows, tokens, width], what the part shall put out.
 
     Raises:
         PruningError: the weights found are not finite.
@@ -92,9 +100,10 @@ def reconstruct(
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
             output = part_output(block, path, hidden, call)
-            weight = 1 / hidden.float().square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-            lost = (output.float().view_as(hidden) - targets[window].to(hidden.device)).square().sum(dim=-1)
-            gradients = torch.autograd.grad((lost * weight).mean(), parameters)
+            target = targets[window].to(hidden.device).float()
+            size = torch.maximum(hidden.float().square().mean(dim=-1), target.square().mean(dim=-1))
+            lost = (output.float().view_as(hidden) - target).square().sum(dim=-1)
+            gradients = torch.autograd.grad((lost / size.clamp_min(torch.finfo(torch.float32).tiny)).mean(), parameters)
         for master, gradient, mask in zip(masters, gradients, kept, strict=True):
             master.grad = ranks.all_sum(gradient.float().mul_(mask).div_(ranks.count()))
         optimiser.param_groups[0]["lr"] = how.learning_rate * (1 - step / len(order))

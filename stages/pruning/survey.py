@@ -4,17 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, linear
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import cross_entropy
 
 from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
-from stages.pruning.observer import Observer
+from stages.pruning.observer import ExpertProducts, Observer, watch
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Decoder, Layer, Matrix, run_block
@@ -38,8 +36,7 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
     """OWL's evidence: for each block the share of Wanda scores above `multiple` times their mean, on dense inputs."""
     shares = []
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
-        layers = _layers(stream.decoder, index)
-        observer = Observer(block, layers, SquaredNorm, stream.all_windows * stream.shape[1], 1, stream.first_window * stream.shape[1])
+        observer = watch(stream, block, stream.decoder.whole(index).layers, SquaredNorm)
         for where, part, call in stream.parts(index):
             output = observer.run(part, partial(run_block, block, call=call), stop=False)
             if output is not None:
@@ -100,9 +97,7 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
             for matrix in decoder.matrices[index]:
                 if matrix.layer not in norms:
                     continue
-                felt = rows[matrix.layer]
-                if matrix.place.rows is not None:
-                    felt = felt[slice(*matrix.place.rows)]
+                felt = matrix.own(rows[matrix.layer])
                 if not felt.any():
                     continue
                 felt = felt.clamp_min(floor * felt.mean())
@@ -118,10 +113,6 @@ def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Modu
         for index, tensors in zip(order, blocks, strict=True):
             with decoder.loaded(index, tensors) as block:
                 yield index, block
-
-
-def _layers(decoder: Decoder, index: int) -> list[Layer]:
-    return list(dict.fromkeys(matrix.layer for matrix in decoder.matrices[index]))
 
 
 def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor]:
@@ -148,8 +139,8 @@ def _backward(
     stream: Stream, index: int, block: nn.Module, gradient: torch.Tensor
 ) -> tuple[dict[Layer, torch.Tensor], dict[Layer, torch.Tensor], torch.Tensor]:
     """The squared norm of each layer's inputs, its outputs' mean squared gradients over its tokens, the gradient by the block's input."""
-    layers, tokens = _layers(stream.decoder, index), stream.all_windows * stream.shape[1]
-    observer = Observer(block, layers, SquaredNorm, tokens, 1, stream.first_window * stream.shape[1])
+    layers = stream.decoder.whole(index).layers
+    observer = watch(stream, block, layers, SquaredNorm)
     matrices, device = stream.decoder.matrices[index], stream.decoder.device
     rows = {matrix.layer: torch.zeros(_outputs_of(matrix, block), device=device) for matrix in matrices}
 
@@ -184,7 +175,7 @@ def _outputs_of(matrix: Matrix, block: nn.Module) -> int:
 @contextmanager
 def _outputs(block: nn.Module, layers: list[Layer], take: Callable[[Layer, torch.Tensor], None]) -> Iterator[None]:
     """Hand the output of every layer's product to `take` while the block runs."""
-    experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in layers if layer.expert is not None}
+    experts = [layer for layer in layers if layer.expert is not None]
     with ExitStack() as stack:
         for layer in layers:
             if layer.expert is None:
@@ -192,19 +183,5 @@ def _outputs(block: nn.Module, layers: list[Layer], take: Callable[[Layer, torch
                 hook = module.register_forward_hook(lambda _, __, output, layer=layer: take(layer, output))
                 stack.callback(hook.remove)
         if experts:
-            stack.enter_context(_ExpertOutputs(experts, take))
+            stack.enter_context(ExpertProducts(block, experts, lambda layer, _, output: take(layer, output)))
         yield
-
-
-class _ExpertOutputs(TorchFunctionMode):
-    """Sees every product with a watched expert's weight."""
-
-    def __init__(self, experts: dict[int, Layer], take: Callable[[Layer, torch.Tensor], None]) -> None:
-        super().__init__()
-        self.experts, self.take = experts, take
-
-    def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        output = function(*arguments, **(keywords or {}))
-        if function is linear and (layer := self.experts.get(arguments[1].data_ptr())) is not None:
-            self.take(layer, output)
-        return output

@@ -22,7 +22,8 @@ PAPERS = {
 }
 RECONSTRUCTIONS = {
     "none": "none",
-    "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense outputs",
+    "block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense model's hidden states",
+    "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against its dense outputs",
 }
 ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",

@@ -112,9 +112,18 @@ class Matrix:
         return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
 
     @property
+    def size(self) -> int:
+        """How many weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def layer(self) -> Layer:
         """The product in which it appears."""
         return Layer(self.place.name, self.place.expert)
+
+    def own(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Its [rows] of a tensor that has one entry for each of its layer's outputs."""
+        return outputs if self.place.rows is None else outputs[slice(*self.place.rows)]
 
     def of(self, block: nn.Module) -> torch.Tensor:
         """[rows, columns], a view of the loaded block's parameter."""
@@ -131,6 +140,11 @@ class Part:
 
     path: str
     matrices: list[Matrix]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Each once."""
+        return list(dict.fromkeys(matrix.layer for matrix in self.matrices))
 
 
 class Decoder:
@@ -231,6 +245,10 @@ class Decoder:
         experts = [replace(place, expert=expert) for expert in range(len(parameter))]
         _, rows, columns = parameter.shape
         return [Matrix(tensor=tensor, expert=part.expert, place=part, transposed=False, shape=(rows, columns)) for part in experts]
+
+    def whole(self, index: int) -> Part:
+        """All of a block."""
+        return Part(path="", matrices=self.matrices[index])
 
     def parts(self, index: int) -> list[Part]:
         """A block's matrices by the child module that they are in, attention and MLP in most models.

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,18 @@ class Stream:
             self.calls[1] = decoder.calls(windows[:1])
             for call in self.calls[1]:
                 call.hidden = call.hidden.new_empty(0)
+
+    def twin(self) -> "Stream":
+        """The same windows, as far as these have come, with hidden states of their own.
+
+        Raises:
+            SparsesweepError: no room for their file.
+        """
+        twin = copy(self)
+        twin.hidden = twin._room(self.hidden)
+        twin.hidden.copy_(self.hidden)
+        self.budget, twin._check = twin.budget, self._check.clone()  # both have taken theirs
+        return twin
 
     def _room(self, first: torch.Tensor) -> torch.Tensor:
         """Hidden states in GPU memory where they are a small part of it, else on the host, else in a file without a name."""

@@ -366,6 +366,21 @@ def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_
     assert torch.equal(in_memory.hidden, in_file.hidden)
 
 
+def test_a_twin_begins_where_the_stream_is_goes_its_own_way_and_takes_its_own_memory(base, tmp_path):
+    decoder = Decoder(base, torch.float32, CPU)
+    needed = WINDOWS.numel() * 32 * 4
+    stream = stream_of(decoder, batch=2, budget=2 * needed - 1, scratch=tmp_path)
+    with decoder.loaded(0, decoder.read(0)) as block:
+        stream.advance(0, block)
+        once = stream.hidden.clone()
+        twin = stream.twin()
+        assert (stream.budget, twin.budget, twin.place) == (needed - 1, needed - 1, f"a file of 0.00 GB in {tmp_path}")
+        assert torch.equal(twin.hidden, once)
+        twin.advance(0, block)
+    assert torch.equal(stream.hidden, once)
+    assert not torch.equal(twin.hidden, once)
+
+
 def test_hidden_states_that_no_disk_has_room_for_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(SparsesweepError, match="found 0.00 GB free on its disk"):

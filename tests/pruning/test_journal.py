@@ -132,20 +132,24 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
     assert run() == expected
 
 
-def test_a_run_in_dense_propagation_resumes_too(project):
-    dense = replace(PRUNE, propagate="dense")
-    expected = run(prune=dense)
-    child = os.fork()
-    if not child:
-        at_call(journals.Journal, "write", 2, False)()
-        run(prune=dense)
-    os.waitpid(child, 0)
-    assert run(prune=dense) == expected
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prune": replace(PRUNE, propagate="dense")},
+        {"reconstruction": config.SomeReconstruction(name="block", epochs=1, learning_rate=1e-3)},
+        {"reconstruction": config.SomeReconstruction(name="sub_block", epochs=1, learning_rate=1e-3)},
+    ],
+    ids=["dense propagation", "toward the dense model", "toward dense parts"],
+)
+def test_a_run_resumes_whatever_the_blocks_are_pruned_for(project, how):
+    expected = run(**how)
+    interrupted(**how)
+    assert run(**how) == expected
     assert resumed_after() == 2
 
 
-def interrupted() -> None:
-    assert killed_while(at_call(journals.Journal, "write", 2, False))
+def interrupted(**changes: object) -> None:
+    assert killed_while(at_call(journals.Journal, "write", 2, False), **changes)
     assert PRUNE_JOURNAL.exists()
 
 

@@ -8,18 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.config import CONF
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
+from stages.pruning.reconstruction import BETAS, part_output
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
+from tests.pruning import reconstruct_alone
 from tests.pruning.test_architectures import fetched
 from tests.test_config import composed
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
 ONE = [sys.executable, "-m", "stages.prune"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "stages.prune"]
+BOTH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+TWO = [*BOTH, "stages.prune"]
 
 
 def run(command: list[str], directory: Path) -> dict[str, torch.Tensor]:
@@ -64,3 +69,39 @@ def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind
     assert [(row["matrix"], row["tokens"], row["calibrated_on"]) for row in rows] == tokens
     assert read_json(tmp_path / PRUNE_RESULTS / "provenance.json")["processes"] == 2
     assert not (tmp_path / PRUNE_JOURNAL).exists()
+
+
+def test_two_processes_train_on_a_window_of_each_a_step(base, tmp_path):
+    """As one process that averages the gradients of both windows."""
+    windows = torch.randint(3, 400, (6, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"windows": windows}, tmp_path / "windows.safetensors")
+    paths = [str(base.directory), str(tmp_path / "windows.safetensors"), str(tmp_path)]
+    done = subprocess.run([*BOTH, reconstruct_alone.__name__, *paths], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [load_file(tmp_path / f"{rank}.safetensors")["values"] for rank in range(2)]
+    assert torch.equal(*found)
+
+    decoder, how = Decoder(base, torch.float32, torch.device("cpu")), reconstruct_alone.HOW
+    with decoder.before_blocks():
+        stream = Stream(decoder, windows, batch=1, one_by_one=True)
+    with decoder.loaded(0, decoder.read(0)) as block:
+        calls = [stream.window(0, window) for window in range(6)]
+        with torch.no_grad():
+            targets = [part_output(block, "mlp", hidden, call) for hidden, call in calls]
+        weight = block.get_parameter(reconstruct_alone.NAME).requires_grad_()
+        mask = torch.arange(weight.numel()).view(weight.shape) % 3 > 0
+        weight.data.mul_(mask)
+        optimiser = torch.optim.Adam([weight], lr=how.learning_rate, betas=BETAS)
+        generator = torch.Generator().manual_seed(0)
+        order = [window for _ in range(how.epochs) for window in torch.randperm(3, generator=generator).tolist()]
+        for step, window in enumerate(order):
+            losses = []
+            for both in (window, 3 + window):
+                hidden, call = calls[both]
+                lost = (part_output(block, "mlp", hidden, call) - targets[both]).square().sum(dim=-1)
+                size = torch.maximum(hidden.square().mean(dim=-1), targets[both].square().mean(dim=-1))
+                losses.append((lost / size).mean())
+            weight.grad = torch.autograd.grad(sum(losses) / 2, weight)[0] * mask
+            optimiser.param_groups[0]["lr"] = how.learning_rate * (1 - step / len(order))
+            optimiser.step()
+        torch.testing.assert_close(found[0], weight.detach(), rtol=1e-3, atol=1e-5)

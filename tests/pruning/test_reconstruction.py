@@ -15,7 +15,7 @@ from tests.methods import WANDA
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
-HOW = Reconstruction(epochs=4, learning_rate=1e-3)
+HOW = Reconstruction(epochs=4, learning_rate=1e-3, toward_model=False)
 
 
 def decoder_of(base) -> Decoder:
@@ -103,7 +103,8 @@ def test_the_steps_are_those_of_adam_on_the_loss_of_the_formula(halved):
         with torch.enable_grad():
             gate, up = seen[0] @ weights[0].T, seen[0] @ weights[1].T
             output = (torch.nn.functional.silu(gate) * up) @ weights[2].T
-            loss = ((output - targets[window]).square() / hidden.square().mean(-1, keepdim=True)).sum(-1).mean()
+            size = torch.maximum(hidden.square().mean(-1, keepdim=True), targets[window].square().mean(-1, keepdim=True))
+            loss = ((output - targets[window]).square() / size).sum(-1).mean()
             gradients = torch.autograd.grad(loss, weights)
         for weight, (first, second), gradient, name in zip(literal, moments, gradients, names, strict=True):
             gradient = (gradient * masks[name]).double()
@@ -122,8 +123,8 @@ def test_a_rate_that_explodes_is_refused_naming_the_block(halved):
         reconstruct(stream, 0, block, "mlp", masks, values_of(block, masks), targets, replace(HOW, learning_rate=1e30))
 
 
-@pytest.mark.parametrize("by_parts", [False, True])
-def test_reconstruction_keeps_the_counts_and_lowers_what_the_next_block_is_given_wrong(base, by_parts):
+@pytest.mark.parametrize(("by_parts", "toward_model"), [(False, False), (True, False), (False, True)])
+def test_reconstruction_keeps_the_counts_and_lowers_what_the_next_block_is_given_wrong(base, by_parts, toward_model):
     def last_hidden(**how):
         decoder = decoder_of(base)
         stream = stream_of(decoder)
@@ -136,7 +137,7 @@ def test_reconstruction_keeps_the_counts_and_lowers_what_the_next_block_is_given
         with dense_decoder.loaded(index, dense_decoder.read(index)) as block, torch.no_grad():
             dense.advance(index, block)
     plain, _ = last_hidden()
-    better, blocks = last_hidden(reconstruction=HOW)
+    better, blocks = last_hidden(reconstruction=replace(HOW, toward_model=toward_model))
     assert (better - dense.hidden).norm() < (plain - dense.hidden).norm()
     for block in blocks:
         for change in block.changes.values():

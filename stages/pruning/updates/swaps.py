@@ -24,7 +24,7 @@ def swaps(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, *, cycle
         weight: [rows, columns], float32; not changed.
         gram: [columns, columns], float32, symmetric.
         mask: [rows, columns], bool, True = kept; not changed.
-        cycles: swaps in a row at most; a row without one that helps is done before.
+        cycles: swaps in a row at most; a row without one that helps is done before. 0: the mask stays.
         candidates: kept weights, and dropped weights, whose pairs are tried; from the number of columns on, all are.
         group: columns, consecutive and dividing the matrix's, within which p and q must lie; None for the whole row.
 
@@ -35,6 +35,8 @@ def swaps(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, *, cycle
     pairs = columns * group if group else max(columns, min(candidates, columns) ** 2)
     slab = max(1, PAIRS_AT_ONCE // pairs)
     mask = mask.clone()
+    if not cycles:
+        return mask
     for part, kept in zip(weight.split(slab), mask.split(slab), strict=True):
         _refine(part, gram, kept, cycles, candidates, group)
     return mask

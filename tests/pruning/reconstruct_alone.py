@@ -1,0 +1,42 @@
+"""Reconstruct a part with this process's windows; started by test_ranks as one of several.
+
+python tests/pruning/reconstruct_alone.py CHECKPOINT WINDOWS OUT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.checkpoint.reader import Checkpoint
+from stages.prune import share_of
+from stages.pruning import ranks
+from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
+
+NAME = "mlp.up_proj.weight"
+HOW = Reconstruction(epochs=2, learning_rate=1e-3, toward_model=False)
+
+
+@torch.no_grad()
+def main(checkpoint: Path, windows: Path, out: Path) -> None:
+    with ranks.joined(torch.device("cpu")):
+        decoder = Decoder(Checkpoint(checkpoint), torch.float32, torch.device("cpu"))
+        every = load_file(windows)["windows"]
+        share, first = share_of(every)
+        with decoder.before_blocks():
+            stream = Stream(decoder, share, batch=1, first_window=first, all_windows=len(every), one_by_one=True)
+        with decoder.loaded(0, decoder.read(0)) as block:
+            targets = torch.cat([part_output(block, "mlp", hidden, call) for _, hidden, call in stream.parts(0)])
+            weight = block.get_parameter(NAME)
+            mask = torch.arange(weight.numel()).view(weight.shape) % 3 > 0
+            weight.mul_(mask)
+            values = weight.clone()
+            reconstruct(stream, 0, block, "mlp", {NAME: mask}, {NAME: values}, targets, HOW)
+            save_file({"values": values}, out / f"{ranks.rank()}.safetensors")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
