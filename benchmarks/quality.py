@@ -2,6 +2,7 @@
 
 python -m benchmarks.quality                 measure what is missing, most telling points first
 python -m benchmarks.quality --minutes 60    stop before a point that is begun later than that
+python -m benchmarks.quality --pattern 2:4   measure what is missing at one pattern
 python -m benchmarks.quality --tables        measure nothing, write the tables
 
 Each point is one `dvc exp run` on the embedded model. What was measured is kept in benchmarks/quality.json, which is
@@ -155,11 +156,14 @@ def load() -> dict[Point, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than that")
+    parser.add_argument("--pattern", choices=PATTERNS, help="measure points at this one alone")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     parser.add_argument("--stale", action="store_true", help="measure again what other pruning code measured")
     arguments = parser.parse_args()
     rows, started, code = load(), time.monotonic(), code_sha256()
     for point in [] if arguments.tables else points():
+        if arguments.pattern not in (None, point.pattern):
+            continue
         if point in rows and not (arguments.stale and rows[point]["code"] != code):
             continue
         if time.monotonic() - started > 60 * arguments.minutes:

@@ -41,7 +41,7 @@ from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.patterns import Pattern, Unstructured
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Decoder
-from stages.streaming.stream import Stream
+from stages.streaming.stream import GPU_SHARE, Stream
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,8 @@ def main(
         if journal.finished:
             log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
         budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - block_bytes(decoder, plan))
-        make_stream = partial(stream_of, decoder, batch, budget, one_by_one=plan.reconstruction is not None)
+        streams = 2 if plan.reconstruction and plan.reconstruction.toward_model else 1  # the dense model's beside the pruned one's
+        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.reconstruction is not None)
         if not isinstance(allocation, config.UniformAllocation):
             spread = Unstructured(sparsity=pattern.sparsity, threshold=method.threshold)
             plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
@@ -122,10 +123,10 @@ def fingerprint(
     return facts | {"code": code_sha256(), "versions": record.versions()}
 
 
-def stream_of(decoder: Decoder, batch: int, budget: int, windows: torch.Tensor, one_by_one: bool) -> Stream:
+def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windows: torch.Tensor, one_by_one: bool) -> Stream:
     """This process's share of some windows, before the first block."""
     share, first = share_of(windows)
-    make = partial(Stream, decoder, share, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent)
+    make = partial(Stream, decoder, share, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent, gpu_share=gpu_share)
     with decoder.before_blocks():
         return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
 

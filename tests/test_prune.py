@@ -46,6 +46,12 @@ def test_a_methods_composition_is_what_its_configuration_says():
     assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("none", None), ("block", True), ("sub_block", False)])
+def test_a_reconstruction_is_toward_what_its_name_says(name, expected):
+    found = composition.reconstruction_of(config.read(composed(f"reconstruction={name}"))["reconstruction"])
+    assert (found and found.toward_model) is expected
+
+
 @pytest.mark.parametrize(("name", "sweeping"), [("sparsegpt", True), ("wanda_sparsegpt", False)])
 def test_sparsegpt_chooses_while_sweeping_by_its_own_score_alone(name, sweeping):
     update = composition.compose(configured(name)).update

@@ -86,6 +86,10 @@ class Plan:
     permutation_rounds: int | None = None
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.reconstruction and self.reconstruction.toward_model and (self.by_parts or self.propagate != "pruned"):
+            raise ValueError("a reconstruction toward the dense model wants whole blocks that are run pruned")
+
     @property
     def moves(self) -> bool:
         """Whether survivors change."""
@@ -133,7 +137,7 @@ def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Cha
     with read_ahead(decoder, range(count)) as blocks:
         for index, tensors in enumerate(blocks):
             changes, is_last = done(index), index == count - 1
-            if changes is not None and dense is not None:
+            if changes is not None and dense is not None and not is_last:
                 with decoder.loaded(index, dict(tensors)) as block:
                     dense.advance(index, block)
             if changes is not None and plan.propagate == "pruned":

@@ -5,7 +5,7 @@ one parameter for all experts, by the product in which that slice appears.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class Observer:
         self._stop = False
         self._entered: dict[str, list[torch.Tensor]] = {}
         experts = [layer for layer in layers if layer.expert is not None]
-        self._products = ExpertProducts(block, experts, lambda layer, inputs, _: self.see(layer, inputs)) if experts else nullcontext()
+        self._experts = experts
         linear_layers = [layer for layer in layers if layer.expert is None]
         self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._watch(layer)) for layer in linear_layers}
         modules = {layer.module for layer in experts}
@@ -96,7 +96,7 @@ class Observer:
         """
         self.batch, self._stop, self._order = (hidden.shape[0], hidden.shape[1]), stop, []
         try:
-            with self._products:
+            with self._products():
                 return forward(hidden)
         except _LastInputSeen:
             return None
@@ -104,6 +104,11 @@ class Observer:
             self.first_token += hidden.shape[0] * hidden.shape[1]
             self._handed.clear()
             self._drop_followers()
+
+    def _products(self) -> AbstractContextManager[object]:
+        if not self._experts:
+            return nullcontext()
+        return ExpertProducts(self.block, self._experts, lambda layer, inputs, _: self.see(layer, inputs))
 
     def _drop_followers(self) -> None:
         if self._last is None and self._order and self._order[-1].expert is None:
@@ -200,7 +205,7 @@ class Observer:
         """All sampled tokens to one expert."""
         tokens = torch.cat(self._entered[path])
         chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
-        with self._products:
+        with self._products():
             self.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
         for layer, seen in self.inputs.items():
             if (layer.module, layer.expert) == (path, expert):

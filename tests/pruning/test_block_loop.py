@@ -369,12 +369,13 @@ def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_
 def test_a_twin_begins_where_the_stream_is_goes_its_own_way_and_takes_its_own_memory(base, tmp_path):
     decoder = Decoder(base, torch.float32, CPU)
     needed = WINDOWS.numel() * 32 * 4
-    stream = stream_of(decoder, batch=2, budget=2 * needed - 1, scratch=tmp_path)
+    stream = stream_of(decoder, batch=2, budget=3 * needed - 1, scratch=tmp_path)
     with decoder.loaded(0, decoder.read(0)) as block:
         stream.advance(0, block)
         once = stream.hidden.clone()
         twin = stream.twin()
-        assert (stream.budget, twin.budget, twin.place) == (needed - 1, needed - 1, f"a file of 0.00 GB in {tmp_path}")
+        assert (stream.budget, twin.budget, twin.place) == (needed - 1, needed - 1, "memory")
+        assert stream.twin().place == f"a file of 0.00 GB in {tmp_path}"
         assert torch.equal(twin.hidden, once)
         twin.advance(0, block)
     assert torch.equal(stream.hidden, once)

@@ -25,6 +25,11 @@ def test_keep_highest_equals_a_stable_sort(dtype):
         assert torch.equal(keep_highest(scores, count), expected)
 
 
+def test_scores_that_differ_beyond_float32_are_told_apart():
+    scores = torch.tensor([[1.0 + 2e-12, 1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert keep_highest(scores, 2).tolist() == [[True, False, False]]
+
+
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="NaN or infinite"):
         keep_highest(torch.tensor([[1.0, float("nan")]]), 1)

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.model import load_model
 from stages.errors import PruningError
+from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
@@ -61,10 +62,14 @@ def values_of(block, masks) -> dict[str, torch.Tensor]:
 def error(stream: Stream, block, targets) -> float:
     calls = [stream.window(0, window) for window in range(len(WINDOWS))]
     lost = [
-        ((part_output(block, "mlp", hidden, call) - targets[i]).square() / hidden.square().mean(-1, keepdim=True)).mean()
-        for i, (hidden, call) in enumerate(calls)
+        (part_output(block, "mlp", hidden, call) - targets[i]).square() / size(hidden, targets[i]) for i, (hidden, call) in enumerate(calls)
     ]
-    return float(sum(lost) / len(lost))
+    return float(torch.cat(lost).mean())
+
+
+def size(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What an error is measured by, [..., tokens, 1]."""
+    return torch.maximum(hidden.square().mean(-1, keepdim=True), target.square().mean(-1, keepdim=True))
 
 
 def test_the_error_of_the_part_falls(halved):
@@ -103,8 +108,7 @@ def test_the_steps_are_those_of_adam_on_the_loss_of_the_formula(halved):
         with torch.enable_grad():
             gate, up = seen[0] @ weights[0].T, seen[0] @ weights[1].T
             output = (torch.nn.functional.silu(gate) * up) @ weights[2].T
-            size = torch.maximum(hidden.square().mean(-1, keepdim=True), targets[window].square().mean(-1, keepdim=True))
-            loss = ((output - targets[window]).square() / size).sum(-1).mean()
+            loss = ((output - targets[window]).square() / size(hidden, targets[window])).sum(-1).mean()
             gradients = torch.autograd.grad(loss, weights)
         for weight, (first, second), gradient, name in zip(literal, moments, gradients, names, strict=True):
             gradient = (gradient * masks[name]).double()
@@ -143,6 +147,26 @@ def test_reconstruction_keeps_the_counts_and_lowers_what_the_next_block_is_given
         for change in block.changes.values():
             assert ((~change.mask).sum(dim=1) == change.mask.shape[1] // 2).all()
             assert change.values is not None
+
+
+def test_toward_the_model_a_block_learns_the_dense_models_hidden_states(base, monkeypatch):
+    targets = []
+    monkeypatch.setattr(block_loop, "reconstruct", lambda *arguments: targets.append(arguments[6].clone()))
+    blocks_of(base, reconstruction=replace(HOW, toward_model=True))
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval()
+    found = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        model(WINDOWS)
+    assert len(targets) == len(found) == 3
+    for target, dense in zip(targets, found, strict=True):
+        torch.testing.assert_close(target, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_toward_the_model_takes_whole_blocks_that_are_run_pruned(base):
+    with pytest.raises(ValueError, match="wants whole blocks that are run pruned"):
+        plan_of(decoder_of(base), by_parts=True, reconstruction=replace(HOW, toward_model=True))
 
 
 def test_the_relative_error_is_that_of_the_weights_that_the_delta_holds(base):
