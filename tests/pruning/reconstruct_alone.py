@@ -1,6 +1,6 @@
 """Reconstruct a part with this process's windows; started by test_ranks as one of several.
 
-python tests/pruning/reconstruct_alone.py CHECKPOINT WINDOWS OUT
+python -m tests.pruning.reconstruct_alone CHECKPOINT WINDOWS OUT
 """
 
 import sys
