@@ -12,6 +12,7 @@ from stages.pruning import method as methods
 from stages.pruning import ranks
 from stages.pruning.allocation import alphapruning, error_driven, meet_budget, owl
 from stages.pruning.block_loop import Plan
+from stages.pruning.distillation import Distillation
 from stages.pruning.journal import Journal
 from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
@@ -21,7 +22,12 @@ from stages.streaming.architecture import Decoder, Matrix
 from stages.streaming.stream import Stream
 
 GRID = [step / 50 for step in range(50)] + [0.99]  # sparsities at which an allocation foresees errors
-RECONSTRUCTED: dict[str, list[str]] = {"none": [], "block": ["reconstructed"], "sub_block": ["sub-blocks reconstructed"]}
+RECONSTRUCTED: dict[str, list[str]] = {
+    "none": [],
+    "block": ["reconstructed"],
+    "sub_block": ["sub-blocks reconstructed"],
+    "distilled": ["distilled"],
+}
 
 
 def compose(method: config.Method) -> Method:
@@ -57,11 +63,22 @@ def update_of(method: config.Method) -> methods.Update:
 
 
 def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | None:
-    if isinstance(reconstruction, config.NoReconstruction):
+    """What blocks learn one by one."""
+    match reconstruction:
+        case config.SomeReconstruction(name=name, epochs=epochs, learning_rate=rate):
+            return Reconstruction(epochs=epochs, learning_rate=rate, toward_model=name == "block")
+        case config.Distilled(block_epochs=epochs, block_learning_rate=rate) if epochs:
+            return Reconstruction(epochs=epochs, learning_rate=rate, toward_model=True)
+        case _:
+            return None
+
+
+def distillation_of(reconstruction: config.Reconstruct, blocks: int) -> Distillation | None:
+    """What the last of so many blocks learn together."""
+    if not isinstance(reconstruction, config.Distilled):
         return None
-    return Reconstruction(
-        epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate, toward_model=reconstruction.name == "block"
-    )
+    first = blocks - max(1, round(reconstruction.share * blocks))
+    return Distillation(first=first, epochs=reconstruction.epochs, learning_rate=reconstruction.learning_rate)
 
 
 def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:

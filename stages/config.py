@@ -448,7 +448,26 @@ class SomeReconstruction:
         require(self.learning_rate > 0, "reconstruction.learning_rate", self.learning_rate, "more than 0")
 
 
-Reconstruct = NoReconstruction | SomeReconstruction
+@dataclass(kw_only=True, slots=True)
+class Distilled:
+    """The survivors of the last blocks learn together what the dense model predicts; those before, its hidden states block by block."""
+
+    name: str
+    share: float  # of the blocks, counted from the last, that learn together; rounded to whole blocks, at least one
+    epochs: int  # passes over the calibration windows in which they do
+    learning_rate: float  # of the first step; falls to 0
+    block_epochs: int  # passes in which each of the blocks before them learns alone, as with reconstruction=block; 0: they do not
+    block_learning_rate: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, "reconstruction.share", self.share, "a share in (0, 1]")
+        require(self.epochs > 0, "reconstruction.epochs", self.epochs, "at least 1")
+        require(self.learning_rate > 0, "reconstruction.learning_rate", self.learning_rate, "more than 0")
+        require(self.block_epochs >= 0, "reconstruction.block_epochs", self.block_epochs, "0 or more")
+        require(self.block_learning_rate > 0, "reconstruction.block_learning_rate", self.block_learning_rate, "more than 0")
+
+
+Reconstruct = NoReconstruction | SomeReconstruction | Distilled
 
 
 # prune, evaluation, publish: how the stages run
@@ -564,7 +583,10 @@ ALLOCATIONS = Choice(
     options={"uniform": UniformAllocation, "owl": OwlAllocation, "alphapruning": AlphaPruningAllocation, "loss": LossAllocation},
 )
 PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})
-RECONSTRUCTIONS = Choice(key="name", options={"none": NoReconstruction, "block": SomeReconstruction, "sub_block": SomeReconstruction})
+RECONSTRUCTIONS = Choice(
+    key="name",
+    options={"none": NoReconstruction, "block": SomeReconstruction, "sub_block": SomeReconstruction, "distilled": Distilled},
+)
 
 SECTIONS: dict[str, Choice | type] = {
     "base": BASES,
@@ -629,7 +651,7 @@ def _check_together(sections: dict[str, Any]) -> None:
         require(windows <= calibration.windows, "allocation.windows", windows, wanted)
     name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts
     wanted = "none or sub_block with prune.by_parts = true: the dense model's hidden states are those of whole blocks"
-    require(not (by_parts and name == "block"), "reconstruction.name", name, wanted)
+    require(not (by_parts and name in ("block", "distilled")), "reconstruction.name", name, wanted)
     if sections["prune"].propagate == "dense":
         require(name == "none", "reconstruction.name", name, "none with prune.propagate = dense: no block is run pruned")
         require(not by_parts, "prune.by_parts", by_parts, "false with prune.propagate = dense: no block is run pruned")

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from stages import config, record
-from stages.checkpoint.delta import write_manifest
+from stages.checkpoint.delta import write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
-from stages.composition import allocated, compose, label, plan_patterns, reconstruction_of
+from stages.composition import allocated, compose, distillation_of, label, plan_patterns, reconstruction_of
 from stages.config import stage
 from stages.errors import ConfigError
 from stages.files import (
@@ -36,7 +36,8 @@ from stages.files import (
     write_json,
 )
 from stages.pruning import ranks
-from stages.pruning.block_loop import Finished, Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.distillation import TOKENS_AT_ONCE, Distilled, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.patterns import Pattern, Unstructured
 from stages.pruning.statistics import Gram, Moments
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
 LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
 COPIES_TRAINED = 4  # of a block's weights in float32: gradients, Adam's two moments, activations and masks
+COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, what is between, and a gradient
 COPIES_CUT, COPIES_SWEPT = 3, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
@@ -73,6 +75,7 @@ def main(
         expert_tokens=prune.expert_tokens,
         by_parts=prune.by_parts,
         reconstruction=reconstruction_of(reconstruction),
+        distillation=distillation_of(reconstruction, len(decoder.blocks)),
         permutation_rounds=pattern.permutation_rounds if isinstance(pattern, config.Nm) else None,
     )
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
@@ -99,18 +102,21 @@ def main(
         if journal.finished:
             log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
         budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - block_bytes(decoder, plan))
-        streams = 2 if plan.reconstruction and plan.reconstruction.toward_model else 1  # the dense model's beside the pruned one's
-        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.reconstruction is not None)
+        streams = 1 + plan.toward_model + (plan.distillation is not None)  # the pruned model's and its companions
+        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.learns)
         if not isinstance(allocation, config.UniformAllocation):
             spread = Unstructured(sparsity=pattern.sparsity, threshold=method.threshold)
             plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
         stream = make_stream(windows)
+        beside = Companions.of(stream, plan)
         log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
-        run_through(stream, plan, journal)
+        run_through(stream, plan, journal, beside)
+        distilled = learn_together(plan, journal, beside)
         if ranks.rank() == 0:
             earlier = sum(block["seconds"] for block in journal.records(journal.finished))
             found = {"batch": batch, "processes": ranks.count(), "hidden_states": stream.place, "resumed_after": journal.finished}
-            write_results(journal, decoder, recipe, found, record.of_run(device, dtype, stopwatch, earlier))
+            found |= {"divergences": distilled.divergences} if distilled else {}
+            write_results(journal, decoder, recipe, found, record.of_run(device, dtype, stopwatch, earlier), distilled)
 
 
 def fingerprint(
@@ -131,29 +137,37 @@ def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windo
         return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
 
 
-def run_through(stream: Stream, plan: Plan, journal: Journal) -> None:
+def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
-    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
-        for block in prune_blocks(stream, plan, journal.changes):
+    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=ranks.quiet()) as bar:
+        for block in prune_blocks(stream, plan, journal.changes, beside):
             if ranks.rank() == 0:
                 rows = [matrix_row(block, finished, plan.patterns) for finished in block.matrices]
                 behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
             bar.update()
 
 
-def quiet() -> bool | None:
-    """No bar where nobody looks, nor from any process but the first."""
-    return True if ranks.rank() > 0 else None
+def learn_together(plan: Plan, journal: Journal, beside: Companions) -> Distilled | None:
+    """Train the last blocks, all of which the journal has, where the plan says so."""
+    if plan.distillation is None or beside.entering is None or beside.dense is None:
+        return None
+    ranks.meet()  # the first process has written the last block
+    return distill(beside.entering, beside.dense.hidden, plan.distillation, journal.written)
 
 
-def write_results(journal: Journal, decoder: Decoder, recipe: dict[str, Any], facts: dict[str, Any], run: dict[str, Any]) -> None:
-    """The delta and what is known of it, from the whole journal."""
+def write_results(
+    journal: Journal, decoder: Decoder, recipe: dict[str, Any], facts: dict[str, Any], run: dict[str, Any], distilled: Distilled | None
+) -> None:
+    """The delta and what is known of it, from the whole journal and what a distillation made of its last blocks."""
     base, count = decoder.checkpoint.fingerprint, len(decoder.blocks)
     rows = [row for block in journal.records(count) for row in block["rows"]]
     summary = summarise(rows)
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
         journal.hand_over(count, sparse)
+        for index, changes in distilled.changes(journal.written) if distilled else []:
+            (sparse / journal.delta_path(index).name).unlink()  # a link into the journal
+            write_block(sparse / journal.delta_path(index).name, changes, base)
         write_manifest(sparse, base=base, recipe={**recipe, **summary}, matrices=rows)
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
@@ -191,18 +205,25 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
     """About how many bytes of host memory the loop needs beside the hidden states, rather too many than too few.
 
     The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype, a
-    Gram matrix for every layer, and of the largest layer the float32 copies that a method works on.
+    Gram matrix for every layer, and of the largest layer the float32 copies that a method works on. A distillation needs what
+    comes after the blocks instead, and some tokens' logits.
     """
-    stored = work = 0
+    stored = work = inside = 0
     for index, matrices in enumerate(decoder.matrices):
         sizes = {name: torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(index)}
+        inside += sum(sizes.values())
         stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
         largest, widest = max(matrix.size for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
         grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
         solved = plan.method.statistic is Gram
         copies = 4 * largest * (COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT)
-        trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
+        trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.learns else 0
         work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
+    if plan.distillation:
+        every = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout)
+        vocabulary = decoder.model.config.get_text_config().vocab_size
+        after = (every - inside) * decoder.dtype.itemsize + COPIES_OF_LOGITS * 4 * vocabulary * TOKENS_AT_ONCE
+        work = max(work, trained + after)
     return LIBRARIES + 2 * stored + (work if decoder.device.type == "cpu" else 0)
 
 

@@ -20,6 +20,7 @@ from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.couplings import Coupling
+from stages.pruning.distillation import Distillation
 from stages.pruning.method import Method, Pruned
 from stages.pruning.observer import Inputs, Observer, watch
 from stages.pruning.patterns import Pattern
@@ -36,7 +37,7 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 class Finished:
     """One matrix's outcome.
 
-    relative_error: ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens.
+    relative_error: ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens, before any distillation.
     damping: share of the Gram matrix's mean diagonal that it took to factor it, or None.
     tokens: how many the layer saw; calibrated_on: "its tokens", or "all tokens" for an expert that too few chose.
     """
@@ -70,7 +71,9 @@ class Plan:
         expert the first eighth of that number that chose it.
     expert_tokens: an expert that fewer tokens chose is calibrated on the sample of all tokens.
     by_parts: whether attention and MLP are pruned one after the other, the MLP for what the pruned attention gives it.
-    reconstruction: what the survivors of each part do in the end, or None.
+    reconstruction: what the survivors of each part learn in the end, or None.
+    distillation: what the survivors of the last blocks learn together when all blocks are pruned, or None; those blocks are
+        not reconstructed.
     permutation_rounds: how often a column is tried in other groups of N:M, see permutations; None: columns stay in place.
     rows: matrix name -> what a squared error of each of its outputs costs, [rows], float32, above 0; for a matrix that is
         not named they cost the same. It tells when the rows of a matrix compete.
@@ -83,17 +86,55 @@ class Plan:
     expert_tokens: int
     by_parts: bool = False
     reconstruction: Reconstruction | None = None
+    distillation: Distillation | None = None
     permutation_rounds: int | None = None
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.reconstruction and self.reconstruction.toward_model and (self.by_parts or self.propagate != "pruned"):
-            raise ValueError("a reconstruction toward the dense model wants whole blocks that are run pruned")
+        if self.reconstruction and self.reconstruction.toward_model and self.by_parts:
+            raise ValueError("a reconstruction toward the dense model wants whole blocks")
+        if self.learns and self.propagate != "pruned":
+            raise ValueError("survivors that learn want blocks that are run pruned")
+
+    @property
+    def learns(self) -> bool:
+        """Whether survivors are trained."""
+        return self.reconstruction is not None or self.distillation is not None
 
     @property
     def moves(self) -> bool:
         """Whether survivors change."""
-        return self.method.moves or self.reconstruction is not None
+        return self.method.moves or self.learns
+
+    @property
+    def toward_model(self) -> bool:
+        """Whether survivors learn what the dense model has, so that it runs beside the pruned one."""
+        return self.distillation is not None or (self.reconstruction is not None and self.reconstruction.toward_model)
+
+    def reconstruction_of(self, index: int) -> Reconstruction | None:
+        """Of a block."""
+        return self.reconstruction if self.distillation is None or index < self.distillation.first else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """What goes through the blocks beside the pruned stream.
+
+    dense: the same windows through the dense blocks, where survivors learn from it. entering: what enters the first block that
+    a distillation trains, once the loop has come there.
+    """
+
+    dense: Stream | None
+    entering: Stream | None
+
+    @classmethod
+    def of(cls, stream: Stream, plan: Plan) -> "Companions":
+        """Those that a plan wants; made before the first block.
+
+        Raises:
+            SparsesweepError: no room for a file of hidden states.
+        """
+        return cls(dense=stream.twin() if plan.toward_model else None, entering=stream.twin() if plan.distillation else None)
 
 
 def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
@@ -118,13 +159,16 @@ def relative_error(lost: float, total: float) -> float:
 
 
 @torch.no_grad()
-def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Change] | None] = lambda _: None) -> Iterator[PrunedBlock]:
+def prune_blocks(
+    stream: Stream, plan: Plan, done: Callable[[int], dict[str, Change] | None] = lambda _: None, beside: Companions | None = None
+) -> Iterator[PrunedBlock]:
     """Prune block after block.
 
     Args:
         stream: the calibration windows, or this process's share of them.
         done: gives the changes of a block that an earlier run finished, or None. The windows run through such a block
             again, and it is not yielded.
+        beside: what goes along; by default what the plan wants.
 
     Yields:
         One PrunedBlock for each block, as soon as it is done.
@@ -133,21 +177,23 @@ def prune_blocks(stream: Stream, plan: Plan, done: Callable[[int], dict[str, Cha
         PruningError: naming the layer: scores that are not finite, a Gram matrix that does not factor, no tokens.
     """
     decoder, count = stream.decoder, len(stream.decoder.blocks)
-    dense = stream.twin() if plan.reconstruction and plan.reconstruction.toward_model else None
+    beside = beside or Companions.of(stream, plan)
     with read_ahead(decoder, range(count)) as blocks:
         for index, tensors in enumerate(blocks):
             changes, is_last = done(index), index == count - 1
-            if changes is not None and dense is not None and not is_last:
+            if beside.entering is not None and plan.distillation and index == plan.distillation.first:
+                beside.entering.hidden.copy_(stream.hidden)
+            if changes is not None and beside.dense is not None:
                 with decoder.loaded(index, dict(tensors)) as block:
-                    dense.advance(index, block)
+                    beside.dense.advance(index, block)
             if changes is not None and plan.propagate == "pruned":
                 for name, change in changes.items():
                     tensors[name] = change.apply(tensors[name])
             with decoder.loaded(index, tensors) as block:
                 if changes is None:
-                    if dense is not None:
-                        dense.advance(index, block)
-                    yield _prune_block(stream, plan, index, block, dense)
+                    if beside.dense is not None:
+                        beside.dense.advance(index, block)
+                    yield _prune_block(stream, plan, index, block, beside.dense)
                 if not is_last and (changes is not None or plan.propagate == "pruned"):
                     stream.advance(index, block)
 
@@ -159,12 +205,13 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, dense
     couplings, settled = _couplings(stream, plan, index, block), {}
     for part in parts:
         observer, outputs = _observe(stream, plan, index, block, part)
-        targets = outputs if dense is None else dense.hidden
+        targets = dense.hidden if outputs is None and dense is not None else outputs
+        reconstruction = plan.reconstruction_of(index)
         orders = _orders(decoder, plan, block, observer, [coupling for coupling in couplings if coupling.consumer in part.matrices])
-        found = _prune_part(decoder, plan, block, part, observer, orders)
-        if plan.reconstruction and targets is not None:
+        found = _prune_part(decoder, plan, block, part, observer, orders, follows=reconstruction is not None)
+        if reconstruction and targets is not None:
             masks, values = _parameters(block, found)
-            reconstruct(stream, index, block, part.path, masks, values, targets, plan.reconstruction)
+            reconstruct(stream, index, block, part.path, masks, values, targets, reconstruction)
             for one in found:
                 _take_over(decoder, block, one, values)
         settled.update({one.finished.matrix.name: one for one in found})
@@ -203,8 +250,8 @@ def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module, part: Par
     """
     observer = watch(stream, block, part.layers, plan.method.statistic, plan.error_tokens)
     passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
-    outputs = None
-    if plan.reconstruction and not plan.reconstruction.toward_model:
+    reconstruction, outputs = plan.reconstruction_of(index), None
+    if reconstruction and not reconstruction.toward_model:
         outputs, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
     for where, hidden, call in stream.parts(index):
         path = part.path if outputs is not None else ""
@@ -227,7 +274,7 @@ def _parameters(block: nn.Module, found: list[_Settled]) -> tuple[dict[str, torc
         for whole, part in ((masks, one.mask), (values, one.values)):
             assert part is not None
             empty = torch.zeros(parameter.shape, dtype=part.dtype, device=parameter.device)
-            matrix.place.of(whole.setdefault(matrix.place.name, empty)).copy_(part.T if matrix.transposed else part)
+            matrix.part_of(whole.setdefault(matrix.place.name, empty)).copy_(part)
     return masks, values
 
 
@@ -235,8 +282,7 @@ def _take_over(decoder: Decoder, block: nn.Module, one: _Settled, found: dict[st
     """Make what reconstruction found the matrix's outcome, rounded to the checkpoint's dtype in the block and in the change."""
     assert one.sample is not None and one.expected is not None
     matrix, stored = one.finished.matrix, decoder.checkpoint.dtype(one.finished.matrix.tensor)
-    part = matrix.place.of(found[matrix.place.name])
-    values = (part.T if matrix.transposed else part).to(stored).float().masked_fill(~one.mask, 0)
+    values = matrix.part_of(found[matrix.place.name]).to(stored).float().masked_fill(~one.mask, 0)
     matrix.of(block).copy_(values)
     one.change = _change(matrix, Pruned(mask=one.mask, values=values), one.order, stored)
     lost = torch.linalg.vector_norm(one.sample @ values.T - one.expected).double().square().cpu()
@@ -262,7 +308,10 @@ def _orders(decoder: Decoder, plan: Plan, block: nn.Module, observer: Observer, 
     return find_orders(alone, weights, inputs, plan.patterns, plan.method.score, plan.permutation_rounds)
 
 
-def _prune_part(decoder: Decoder, plan: Plan, block: nn.Module, part: Part, observer: Observer, orders: dict[str, Order]) -> list[_Settled]:
+def _prune_part(
+    decoder: Decoder, plan: Plan, block: nn.Module, part: Part, observer: Observer, orders: dict[str, Order], follows: bool
+) -> list[_Settled]:
+    """Choose and update, matrix by matrix; follows: whether a reconstruction does, which wants to know where to start from."""
     by_layer: dict[Any, list[Matrix]] = {}
     for matrix in part.matrices:
         by_layer.setdefault(matrix.layer, []).append(matrix)
@@ -275,7 +324,7 @@ def _prune_part(decoder: Decoder, plan: Plan, block: nn.Module, part: Part, obse
         sample = inputs.sampled()
         for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
             order, stored = orders.get(matrix.name, STAYS), decoder.checkpoint.dtype(matrix.tensor)
-            expected = sample @ weight.T if plan.reconstruction else None
+            expected = sample @ weight.T if follows else None
             target = matrix.of(block) if plan.propagate == "pruned" else None
             lost, total = ranks.all_sum(_replace(weight, outcome, stored, target, sample)).tolist()
             if not math.isfinite(lost + total):
@@ -288,7 +337,7 @@ def _prune_part(decoder: Decoder, plan: Plan, block: nn.Module, part: Part, obse
                 calibrated_on="its tokens" if inputs.routed else "all tokens",
             )
             one = _Settled(finished=finished, change=_change(matrix, outcome, order, stored), mask=outcome.mask, order=order)
-            if plan.reconstruction:
+            if follows:
                 one.values = weight * outcome.mask if outcome.values is None else outcome.values
                 one.sample, one.expected = sample, expected
             settled.append(one)

@@ -66,8 +66,12 @@ class Journal:
         return found
 
     def changes(self, index: int) -> dict[str, Change] | None:
-        """A finished block's changes, or None."""
-        return read_block(self.delta_path(index)) if index < self.finished else None
+        """The changes of a block that an interrupted run finished, or None."""
+        return self.written(index) if index < self.finished else None
+
+    def written(self, index: int) -> dict[str, Change]:
+        """The changes of a block, whichever run wrote it."""
+        return read_block(self.delta_path(index))
 
     def write(self, index: int, changes: dict[str, Change], record: dict[str, Any]) -> None:
         """Add a finished block.

@@ -77,11 +77,10 @@ class Observer:
         self._last: Layer | None = None
         self._stop = False
         self._entered: dict[str, list[torch.Tensor]] = {}
-        experts = [layer for layer in layers if layer.expert is not None]
-        self._experts = experts
+        self._experts = [layer for layer in layers if layer.expert is not None]
         linear_layers = [layer for layer in layers if layer.expert is None]
         self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._watch(layer)) for layer in linear_layers}
-        modules = {layer.module for layer in experts}
+        modules = {layer.module for layer in self._experts}
         self._doors = [block.get_submodule(path).register_forward_pre_hook(self._enter(path), with_kwargs=True) for path in modules]
 
     def run(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], *, stop: bool) -> torch.Tensor | None:

@@ -95,7 +95,7 @@ def reconstruct(
     parameters, kept = [block.get_parameter(name).requires_grad_() for name in masks], list(masks.values())
     masters = [values[name] for name in masks]
     optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS)
-    order = _order(len(stream.hidden), how.epochs * (stream.all_windows // ranks.count()))
+    order = order_of_windows(stream, how.epochs)
     for step, window in enumerate(order):
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
@@ -120,10 +120,11 @@ def reconstruct(
         )
 
 
-def _order(windows: int, steps: int) -> list[int]:
-    """The window of each step: all in turn, every pass in another order."""
+def order_of_windows(stream: Stream, epochs: int) -> list[int]:
+    """This process's window of each step: all in turn, every pass in another order; as many steps as every other process makes."""
     generator = torch.Generator().manual_seed(0)
+    steps = epochs * (stream.all_windows // ranks.count())
     order: list[int] = []
     while len(order) < steps:
-        order += torch.randperm(windows, generator=generator).tolist()
+        order += torch.randperm(len(stream.hidden), generator=generator).tolist()
     return order[:steps]

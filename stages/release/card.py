@@ -24,6 +24,9 @@ RECONSTRUCTIONS = {
     "none": "none",
     "block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense model's hidden states",
     "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against its dense outputs",
+    "distilled": "Adam on the survivors of the last {share:.0%} of the blocks together, {epochs} times over the calibration windows, "
+    "against the dense model's next-token distributions; before that on those of {unit} of the others, {block_epochs} times, against "
+    "the dense model's hidden states",
 }
 ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",
@@ -159,6 +162,7 @@ def write_card(
     score, update = method["score"]["name"], method["update"]["name"]
     then = "the mask stays as chosen, the survivors keep their values" if update == "none" else f"then {update}: {PAPERS[update]}"
     unit = "each part of a block" if recipe["by_parts"] else "each block"
+    measured = ", before the last blocks learned together" if recipe["reconstruction"]["name"] == "distilled" else ""
     checkout = f"git checkout {prune['code']}"
     if prune["code"] == "unknown" or prune["code"].endswith("-dirty"):
         checkout = f"# made by code that is in no commit ({prune['code']})"
@@ -182,7 +186,7 @@ client loads them, none becomes smaller or faster by itself.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
 - Order: block after block, each for the inputs that its {recipe["propagate"]} predecessors give it.
 - Calibration: windows with SHA-256 `{recipe["calibration"]}`; provenance.json has every document and offset.
-- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||: {recipe["relative_error"]:.4f}.
+- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {recipe["relative_error"]:.4f}.
 {exceptions(matrices, method)}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
 
 ## Results

@@ -125,9 +125,18 @@ class Matrix:
         """Its [rows] of a tensor that has one entry for each of its layer's outputs."""
         return outputs if self.place.rows is None else outputs[slice(*self.place.rows)]
 
+    def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """[rows, columns], a view of a tensor that is laid out like the block's parameter: it, its mask, its gradient."""
+        part = self.place.of(parameter)
+        return part.T if self.transposed else part
+
     def of(self, block: nn.Module) -> torch.Tensor:
         """[rows, columns], a view of the loaded block's parameter."""
-        part = self.place.of(block.get_parameter(self.place.name))
+        return self.part_of(block.get_parameter(self.place.name))
+
+    def stored_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[rows, columns], a view of a tensor that is laid out like the checkpoint's: it, or its mask."""
+        part = tensor if self.expert is None else tensor[self.expert]
         return part.T if self.transposed else part
 
 
@@ -403,12 +412,10 @@ class Decoder:
         if self.dtype in (stored, torch.float32):
             return matrix.of(block).float()
         if matrix.expert is None:
-            part = self.checkpoint.tensor(matrix.tensor)
-        else:
-            if matrix.tensor not in self._read_again:
-                self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
-            part = self._read_again[matrix.tensor][matrix.expert]
-        return (part.T if matrix.transposed else part).to(self.device).float()
+            return matrix.stored_in(self.checkpoint.tensor(matrix.tensor)).to(self.device).float()
+        if matrix.tensor not in self._read_again:
+            self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
+        return matrix.stored_in(self._read_again[matrix.tensor]).to(self.device).float()
 
 
 def _is_experts(module: nn.Module, parameter: torch.Tensor) -> bool:

@@ -1,0 +1,236 @@
+"""Distillation: the survivors of the last blocks learn together to predict what the dense model predicts.
+
+    min E_t KL(p_t || p'_t)  over the kept weights, by Adam      # Hinton et al. 2015, arXiv:1503.02531, at temperature 1
+
+p_t: the dense model's distribution of the token after t, p'_t: the pruned model's. The hidden states of a late block may differ
+much where the loss does not, and little where it does; this asks of all of them only what the model is for. One block is in
+memory at a time: a window goes forward block by block, what enters each is kept, and then backward block by block, each run
+again for its gradients. The survivors' values and Adam's moments lie beside, in memory or in a file.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div, log_softmax
+from tqdm import tqdm
+
+from stages.checkpoint.delta import Change
+from stages.errors import PruningError
+from stages.pruning import ranks
+from stages.pruning.reconstruction import BETAS, order_of_windows
+from stages.streaming.architecture import Decoder, run_block
+from stages.streaming.stream import Stream, read_ahead, room
+
+TOKENS_AT_ONCE = 256  # whose logits are in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Which blocks, how long, how fast.
+
+    first: the block from which on all learn. epochs: passes over the calibration windows, one window a step.
+    learning_rate: of the first step; falls to 0.
+    """
+
+    first: int
+    epochs: int
+    learning_rate: float
+
+
+class Distilled:
+    """The outcome. divergences: of every step before it was made, nats per token."""
+
+    def __init__(self, learners: list["_Learner"], divergences: list[float]) -> None:
+        self._learners, self.divergences = learners, divergences
+
+    def changes(self, changes_of: Callable[[int], dict[str, Change]]) -> Iterator[tuple[int, dict[str, Change]]]:
+        """Each block that learned, in order: its changes the same but for the survivors' values, in the checkpoint's dtype.
+
+        Args:
+            changes_of: as for `distill`.
+
+        Raises:
+            PruningError: a weight is not finite; names the block.
+        """
+        for learner in self._learners:
+            yield learner.index, learner.changes(changes_of(learner.index))
+
+
+def distill(stream: Stream, targets: torch.Tensor, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> Distilled:
+    """Train the kept weights of all blocks from `how.first` on; dropped ones stay exactly zero.
+
+    Several processes each take a window of their own a step and average the gradients: N of them take N times fewer steps.
+
+    Args:
+        stream: what enters the first block that learns; does not move on.
+        targets: [windows, tokens, width], what the dense model's last block puts out.
+        changes_of: gives what pruning did to a block.
+
+    Raises:
+        PruningError: the loss is not finite; names the step.
+    """
+    decoder, count = stream.decoder, len(stream.decoder.blocks)
+    learners = _learners(stream, how, changes_of)
+    order = order_of_windows(stream, how.epochs)
+    there_and_back = [*range(how.first, count - 1), *range(count - 1, how.first - 1, -1)]
+    divergences: list[float] = []
+    with torch.no_grad(), decoder.after_blocks(), read_ahead(decoder, there_and_back * len(order)) as blocks:
+        for step, window in enumerate(tqdm(order, desc="distilling", unit="step", disable=ranks.quiet())):
+            rate = how.learning_rate * (1 - step / len(order))
+            divergences.append(_step(stream, window, targets[window], learners, blocks, rate))
+            if not math.isfinite(divergences[-1]):
+                raise PruningError(f"distillation, step {step}: found NaN or infinity as the loss, wanted finite logits")
+    return Distilled(learners, divergences)
+
+
+class _Learner:
+    """What is trained of one block: the survivors of its matrices, one matrix after the other, each in row-major order.
+
+    Args:
+        changes: what pruning did to the block. tensors: its tensors as stored in the base.
+        rest: makes a tensor of a shape and dtype where there is room.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        index: int,
+        changes: dict[str, Change],
+        tensors: dict[str, torch.Tensor],
+        rest: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+        learning_rate: float,
+    ) -> None:
+        self.decoder, self.index, self.matrices = decoder, index, decoder.matrices[index]
+        masks = [matrix.stored_in(changes[matrix.tensor].mask) for matrix in self.matrices]
+        self.counts = [int(mask.sum()) for mask in masks]
+        self.mask = rest((sum(mask.numel() for mask in masks),), torch.bool)
+        torch.cat([mask.reshape(-1) for mask in masks], out=self.mask)
+        self.survivors, first_moment, second_moment = rest((3, sum(self.counts)), torch.float32).zero_()
+        pruned = {name: change.apply(tensors[name]) for name, change in changes.items()}
+        parts = zip(self.matrices, masks, self.survivors.split(self.counts), strict=True)
+        for matrix, mask, survivors in parts:
+            survivors.copy_(matrix.stored_in(pruned[matrix.tensor])[mask])
+        self.optimiser = torch.optim.Adam([self.survivors], lr=learning_rate, betas=BETAS)
+        self.optimiser.state[self.survivors] = {"step": torch.zeros(()), "exp_avg": first_moment, "exp_avg_sq": second_moment}
+
+    @property
+    def masks(self) -> list[torch.Tensor]:
+        """Of every matrix, [rows, columns], bool."""
+        parts = self.mask.split([matrix.size for matrix in self.matrices])
+        return [part.view(matrix.shape) for part, matrix in zip(parts, self.matrices, strict=True)]
+
+    def weights(self) -> list[torch.Tensor]:
+        """Every matrix as it is now, [rows, columns], float32, exact zeros where its mask is False."""
+        parts = zip(self.masks, self.survivors.split(self.counts), strict=True)
+        return [torch.zeros(mask.shape).masked_scatter_(mask, survivors) for mask, survivors in parts]
+
+    @contextmanager
+    def loaded(self, tensors: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
+        """The block with the weights as they are now, and all that is not trained as stored."""
+        with self.decoder.loaded(self.index, tensors) as block:
+            for matrix, weight in zip(self.matrices, self.weights(), strict=True):
+                matrix.of(block).copy_(weight)
+            yield block
+
+    def learn(self, by_parameter: dict[str, torch.Tensor], rate: float) -> None:
+        """A step of Adam.
+
+        Args:
+            by_parameter: the gradients, by the parameter's name inside the block.
+        """
+        gradients = [
+            matrix.part_of(by_parameter[matrix.place.name]).float().cpu()[mask]
+            for matrix, mask in zip(self.matrices, self.masks, strict=True)
+        ]
+        self.survivors.grad = ranks.all_sum(torch.cat(gradients).div_(ranks.count()))
+        self.optimiser.param_groups[0]["lr"] = rate
+        self.optimiser.step()
+        self.survivors.grad = None
+
+    def changes(self, before: dict[str, Change]) -> dict[str, Change]:
+        """The block's changes with the survivors as they are now, in the dtype of the checkpoint.
+
+        Raises:
+            PruningError: a weight is not finite.
+        """
+        if not torch.isfinite(self.survivors).all():
+            raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
+        values: dict[str, list[torch.Tensor]] = {}
+        for matrix, mask, weight in zip(self.matrices, self.masks, self.weights(), strict=True):
+            kept = weight.T[mask.T] if matrix.transposed else weight[mask]
+            values.setdefault(matrix.tensor, []).append(kept.to(self.decoder.checkpoint.dtype(matrix.tensor)))
+        return {name: replace(change, values=torch.cat(values[name])) for name, change in before.items()}
+
+
+def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_Learner]:
+    """One for every block that learns; together they take as much room as the hidden states leave, and a file beyond that."""
+    left = stream.budget
+
+    def rest(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        nonlocal left
+        tensor, place = room(shape, dtype, left, stream.scratch)
+        if left is not None and place == "memory":
+            left -= tensor.nbytes
+        return tensor
+
+    learning = range(how.first, len(stream.decoder.blocks))
+    with read_ahead(stream.decoder, learning) as blocks:
+        return [
+            _Learner(stream.decoder, index, changes_of(index), tensors, rest, how.learning_rate)
+            for index, tensors in zip(learning, blocks, strict=True)
+        ]
+
+
+def _step(
+    stream: Stream,
+    window: int,
+    target: torch.Tensor,
+    learners: list[_Learner],
+    blocks: Iterator[dict[str, torch.Tensor]],
+    rate: float,
+) -> float:
+    """One window there and back. Returns the divergence before the step, nats per token, of all processes' windows."""
+    hidden, _ = stream.window(learners[0].index, window)
+    entered, gradient, divergence = [hidden], None, torch.zeros((), dtype=torch.float64)
+    for learner in learners[:-1]:
+        with learner.loaded(next(blocks)) as block:
+            entered.append(run_block(block, entered[-1], stream.calls[1][learner.index]))
+    for learner in reversed(learners):
+        with learner.loaded(next(blocks)) as block:
+            names = list(dict.fromkeys(matrix.place.name for matrix in learner.matrices))
+            parameters = [block.get_parameter(name).requires_grad_() for name in names]
+            hidden = entered.pop().detach().requires_grad_()
+            with torch.enable_grad():
+                output = run_block(block, hidden, stream.calls[1][learner.index])
+            if gradient is None:
+                divergence, gradient = divergence_and_gradient(stream.decoder, output.detach(), target)
+            gradient, *found = torch.autograd.grad(output, [hidden, *parameters], gradient, materialize_grads=True)
+            learner.learn(dict(zip(names, found, strict=True)), rate)
+    return float(ranks.all_sum(divergence)) / ranks.count()
+
+
+def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || p'), the mean over tokens, and its gradient by what the last block puts out.
+
+    Args:
+        decoder: with weights after the blocks.
+        hidden: [1, tokens, width], what the last block puts out. target: [tokens, width], what the dense model's does.
+
+    Returns:
+        Nats, [], float64; and [1, tokens, width], in the dtype of `hidden`.
+    """
+    divergence, gradient = torch.zeros((), dtype=torch.float64), torch.empty_like(hidden)
+    for start in range(0, hidden.shape[1], TOKENS_AT_ONCE):
+        tokens = slice(start, start + TOKENS_AT_ONCE)
+        wanted = log_softmax(decoder.logits(target[None, tokens].to(hidden.device)).float(), dim=-1)
+        with torch.enable_grad():
+            part = hidden[:, tokens].detach().requires_grad_()
+            found = log_softmax(decoder.logits(part).float(), dim=-1)
+            lost = kl_div(found, wanted, reduction="sum", log_target=True) / hidden.shape[1]
+        (gradient[:, tokens],) = torch.autograd.grad(lost, part)
+        divergence += lost.detach().double().cpu()
+    return divergence, gradient
