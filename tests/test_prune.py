@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,10 +48,20 @@ def test_a_methods_composition_is_what_its_configuration_says():
     assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("none", None), ("block", True), ("sub_block", False)])
+@pytest.mark.parametrize(("name", "expected"), [("none", None), ("block", True), ("sub_block", False), ("distilled", True)])
 def test_a_reconstruction_is_toward_what_its_name_says(name, expected):
     found = composition.reconstruction_of(config.read(composed(f"reconstruction={name}"))["reconstruction"])
     assert (found and found.toward_model) is expected
+
+
+def test_a_distillation_takes_its_share_of_the_blocks_and_one_at_least():
+    def first(share: float, blocks: int) -> int:
+        return composition.distillation_of(replace(distilled, share=share), blocks).first
+
+    distilled = config.read(composed("reconstruction=distilled"))["reconstruction"]
+    assert composition.distillation_of(config.read(composed())["reconstruction"], 30) is None
+    assert (first(0.5, 30), first(1.0, 30), first(0.4, 32), first(0.01, 30)) == (15, 0, 19, 29)
+    assert composition.reconstruction_of(replace(distilled, block_epochs=0)) is None
 
 
 @pytest.mark.parametrize(("name", "sweeping"), [("sparsegpt", True), ("wanda_sparsegpt", False)])
@@ -111,6 +123,7 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
         (["method/update=swaps"], "wanda, swaps"),
         (["prune=one_pass"], "wanda, one pass"),
         (["reconstruction=block"], "wanda, reconstructed"),
+        (["reconstruction=distilled"], "wanda, distilled"),
         (["reconstruction=sub_block", "prune=by_parts"], "wanda, sub-blocks reconstructed, by parts"),
     ],
 )

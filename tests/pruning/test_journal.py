@@ -29,6 +29,7 @@ METHOD = config.Method(
 PATTERN = config.Unstructured(name="unstructured", sparsity=0.5)
 DEFAULTS = config.read(composed())
 PRUNE = replace(DEFAULTS["prune"], device="cpu", dtype="float32", micro_batch=2, error_tokens=60, expert_tokens=0)
+DISTILLED = config.Distilled(name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3)
 
 
 def write_windows(seed: int = 0) -> None:
@@ -138,14 +139,30 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
         {"prune": replace(PRUNE, propagate="dense")},
         {"reconstruction": config.SomeReconstruction(name="block", epochs=1, learning_rate=1e-3)},
         {"reconstruction": config.SomeReconstruction(name="sub_block", epochs=1, learning_rate=1e-3)},
+        {"reconstruction": DISTILLED},
     ],
-    ids=["dense propagation", "toward the dense model", "toward dense parts"],
+    ids=["dense propagation", "toward the dense model", "toward dense parts", "distilled"],
 )
 def test_a_run_resumes_whatever_the_blocks_are_pruned_for(project, how):
     expected = run(**how)
     interrupted(**how)
     assert run(**how) == expected
     assert resumed_after() == 2
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [at_call(prune, "distill", 1, True), at_call(prune, "distill", 1, False), at_call(prune, "write_block", 2, False)],
+    ids=["before it", "after it", "while its outcome is written"],
+)
+def test_a_run_that_is_killed_around_a_distillation_makes_it_again_with_the_same_bytes(project, moment):
+    expected = run(reconstruction=DISTILLED)
+    divergences = read_json(PRUNE_RESULTS / "provenance.json")["divergences"]
+    assert len(divergences) == 5
+    assert killed_while(moment, reconstruction=DISTILLED)
+    assert run(reconstruction=DISTILLED) == expected
+    assert resumed_after() == 3
+    assert read_json(PRUNE_RESULTS / "provenance.json")["divergences"] == divergences
 
 
 def interrupted(**changes: object) -> None:

@@ -12,13 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
-from stages.config import CONF
+from stages.config import CONF, LocalBase
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
 from stages.pruning.reconstruction import BETAS, part_output
+from stages.sources import base as checkpoints
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
+from tests import tiny
 from tests.pruning import reconstruct_alone
 from tests.pruning.test_architectures import fetched
+from tests.pruning.test_distillation import literal
 from tests.test_config import composed
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
@@ -105,3 +108,29 @@ def test_two_processes_train_on_a_window_of_each_a_step(base, tmp_path):
             optimiser.param_groups[0]["lr"] = how.learning_rate * (1 - step / len(order))
             optimiser.step()
         torch.testing.assert_close(found[0], weight.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_distil_by_the_mean_gradient_of_a_window_of_each(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source", dtype=torch.float32)
+    (tmp_path / BASE).mkdir(parents=True)
+    local = LocalBase(source="local", path=str(source), name="tests/exact", fingerprint=None, license="mit")
+    checkpoints.fetch(local, tmp_path / BASE, downloads=tmp_path / "unused")
+    (tmp_path / CALIBRATION).mkdir()
+    windows = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"windows": windows}, tmp_path / CALIBRATION / "windows.safetensors")
+    write_json(tmp_path / CALIBRATION / "provenance.json", {"windows_sha256": "0"})
+    distilled = ["reconstruction=distilled", "reconstruction.share=0.67", "reconstruction.block_epochs=0", "reconstruction.epochs=2"]
+    params = composed("method=magnitude", "allocation.name=uniform", "prune.micro_batch=1", *distilled)
+    (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(params))
+    run(TWO, tmp_path)
+
+    base = Checkpoint(tmp_path / BASE)
+    delta = SparseDelta(tmp_path / SPARSE, base.fingerprint)
+    changes = {name: delta.change(name) for name in delta}
+    blocks = [{name: change for name, change in changes.items() if f".layers.{index}." in name} for index in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    order = [[window, 3 + window] for _ in range(2) for window in torch.randperm(3, generator=generator).tolist()]
+    expected, divergences = literal(base, blocks, windows, order, rate=3e-4)
+    assert read_json(tmp_path / PRUNE_RESULTS / "provenance.json")["divergences"] == pytest.approx(divergences, rel=1e-4)
+    for name, values in expected.items():
+        torch.testing.assert_close(changes[name].values, values, rtol=1e-3, atol=2e-5)

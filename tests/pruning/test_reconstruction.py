@@ -164,8 +164,8 @@ def test_toward_the_model_a_block_learns_the_dense_models_hidden_states(base, mo
         torch.testing.assert_close(target, dense, rtol=1e-4, atol=1e-5)
 
 
-def test_toward_the_model_takes_whole_blocks_that_are_run_pruned(base):
-    with pytest.raises(ValueError, match="wants whole blocks that are run pruned"):
+def test_toward_the_model_takes_whole_blocks(base):
+    with pytest.raises(ValueError, match="toward the dense model wants whole blocks"):
         plan_of(decoder_of(base), by_parts=True, reconstruction=replace(HOW, toward_model=True))
 
 

@@ -1,0 +1,184 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+
+from stages.checkpoint.delta import Change
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import PruningError
+from stages.pruning import block_loop, distillation
+from stages.pruning.block_loop import Companions, Plan, prune_blocks
+from stages.pruning.distillation import Distillation, Distilled, distill, divergence_and_gradient
+from stages.pruning.patterns import Nm, Unstructured
+from stages.pruning.reconstruction import BETAS, Reconstruction
+from stages.streaming.architecture import Decoder
+from stages.streaming.stream import Stream
+from tests import tiny
+from tests.methods import MAGNITUDE
+from tests.pruning.test_architectures import fetched
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(0))
+HOW = Distillation(first=1, epochs=2, learning_rate=1e-3)
+Changes = dict[str, Change]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory) -> Checkpoint:
+    """A checkpoint in float32, so that no rounding hides what a step did."""
+    return Checkpoint(tiny.write_checkpoint(tmp_path_factory.mktemp("exact"), dtype=torch.float32))
+
+
+def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, **more) -> tuple[Companions, list[Changes]]:
+    """Pruned by magnitude, which no rounding of activations sways: what goes into a distillation, and every block's changes."""
+    decoder = Decoder(base, torch.float32, CPU)
+    pattern = pattern or Unstructured(sparsity=0.5, threshold="row")
+    patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
+    plan = Plan(method=MAGNITUDE, patterns=patterns, propagate="pruned", error_tokens=9, expert_tokens=0, **{"distillation": how, **more})
+    with decoder.before_blocks():
+        stream = Stream(decoder, WINDOWS, batch=2, one_by_one=True)
+    beside = Companions.of(stream, plan)
+    return beside, [block.changes for block in prune_blocks(stream, plan, beside=beside)]
+
+
+def distilled(beside: Companions, before: list[Changes], how: Distillation = HOW) -> tuple[Distilled, dict[int, Changes]]:
+    outcome = distill(beside.entering, beside.dense.hidden, how, before.__getitem__)
+    return outcome, dict(outcome.changes(before.__getitem__))
+
+
+def literal(
+    base: Checkpoint, before: list[Changes], windows: torch.Tensor, steps: list[list[int]], rate: float
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The whole model in memory, the mean gradient of the windows of a step, Adam on the last two of three blocks."""
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval() for _ in range(2))
+    changes = {name: change for block in before for name, change in block.items()}
+    weights = dict(pruned.named_parameters())
+    for name, change in changes.items():
+        weights[name].data.mul_(change.mask)
+    learning = {name: weights[name] for block in before[1:] for name in block}
+    optimiser = torch.optim.Adam(learning.values(), betas=BETAS)
+    divergences = []
+    for step, chosen in enumerate(steps):
+        with torch.no_grad():
+            wanted = dense(windows[chosen]).logits.log_softmax(-1)
+        found = pruned(windows[chosen]).logits.log_softmax(-1)
+        lost = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        optimiser.zero_grad()
+        lost.backward()
+        for name, weight in learning.items():
+            weight.grad *= changes[name].mask
+        optimiser.param_groups[0]["lr"] = rate * (1 - step / len(steps))
+        optimiser.step()
+        divergences.append(lost.item())
+    return {name: weight.detach()[changes[name].mask] for name, weight in learning.items()}, divergences
+
+
+def test_the_steps_are_those_of_adam_on_the_divergence_of_whole_models(exact):
+    beside, before = prepared(exact)
+    outcome, after = distilled(beside, before)
+    generator = torch.Generator().manual_seed(0)
+    order = [[window] for _ in range(2) for window in torch.randperm(5, generator=generator).tolist()]
+    expected, divergences = literal(exact, before, WINDOWS, order, HOW.learning_rate)
+    assert outcome.divergences == pytest.approx(divergences, rel=1e-4)
+    found = {name: change.values for block in after.values() for name, change in block.items()}
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=2e-5)
+
+
+def test_the_divergence_falls(exact):
+    beside, before = prepared(exact)
+    outcome, _ = distilled(beside, before, replace(HOW, epochs=6, learning_rate=3e-3))
+    assert sum(outcome.divergences[-5:]) < 0.8 * sum(outcome.divergences[:5])
+
+
+def test_masks_stay_and_the_blocks_before_the_first_are_not_touched(base):
+    beside, before = prepared(base)
+    _, after = distilled(beside, before)
+    assert list(after) == [1, 2]
+    for index, changes in after.items():
+        assert changes.keys() == before[index].keys()
+        for name, change in changes.items():
+            assert torch.equal(change.mask, before[index][name].mask)
+            assert change.values.dtype == torch.bfloat16
+            applied = change.apply(base.tensor(name))
+            assert (applied[~change.mask] == 0).all()
+            assert not torch.equal(applied, before[index][name].apply(base.tensor(name)))
+
+
+def test_orders_of_channels_are_kept(base):
+    beside, before = prepared(base, Nm(kept=2, group=4), permutation_rounds=1)
+    _, after = distilled(beside, before)
+    moved = 0
+    for index, changes in after.items():
+        for name, change in changes.items():
+            for key in ("rows", "columns"):
+                order, was = getattr(change, key), getattr(before[index][name], key)
+                assert (order is None) == (was is None)
+                moved += order is not None and torch.equal(order, was)
+    assert moved == 6  # gate's and up's rows, down's columns, of two blocks
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
+def test_transposed_matrices_and_experts_learn_too(kind, tmp_path):
+    beside, before = prepared(fetched(kind, tmp_path), how=replace(HOW, epochs=8, learning_rate=3e-3))
+    outcome, after = distilled(beside, before, replace(HOW, epochs=8, learning_rate=3e-3))
+    assert sum(outcome.divergences[-5:]) < 0.9 * sum(outcome.divergences[:5])
+    for index, changes in after.items():
+        for name, change in changes.items():
+            start = before[index][name].apply(beside.dense.decoder.checkpoint.tensor(name))[change.mask]
+            assert change.values.shape == start.shape
+            assert torch.corrcoef(torch.stack([change.values.float(), start.float()]))[0, 1] > 0.8  # each moved a little, from its place
+
+
+def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path):
+    beside, before = prepared(exact)
+    _, expected = distilled(beside, before)
+    beside.entering.budget, beside.entering.scratch = 0, tmp_path
+    _, found = distilled(beside, before)
+    assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_divergence_and_its_gradient_are_the_same_some_tokens_at_a_time(exact, monkeypatch):
+    decoder = Decoder(exact, torch.float32, CPU)
+    monkeypatch.setattr(distillation, "TOKENS_AT_ONCE", 7)
+    torch.manual_seed(0)
+    hidden, target = torch.randn(1, 24, 32), torch.randn(24, 32)
+    with decoder.after_blocks():
+        found, gradient = divergence_and_gradient(decoder, hidden, target)
+        leaf = hidden.clone().requires_grad_()
+        wanted, told = (decoder.logits(states).log_softmax(-1) for states in (target[None], leaf))
+        expected = kl_div(told, wanted, reduction="sum", log_target=True) / 24
+        (by_hidden,) = torch.autograd.grad(expected, leaf)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, by_hidden, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_predicts_as_the_dense_one_diverges_by_nothing(exact):
+    decoder = Decoder(exact, torch.float32, CPU)
+    hidden = torch.randn(1, 24, 32)
+    with decoder.after_blocks():
+        found, gradient = divergence_and_gradient(decoder, hidden, hidden[0])
+    assert found.item() == pytest.approx(0, abs=1e-6)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_a_loss_that_is_not_finite_stops_it(exact):
+    beside, before = prepared(exact)
+    with pytest.raises(PruningError, match="distillation, step 1: found NaN or infinity as the loss, wanted finite logits"):
+        distilled(beside, before, replace(HOW, learning_rate=1e30))
+
+
+def test_blocks_that_learn_together_are_not_reconstructed_alone(base, monkeypatch):
+    alone = []
+    monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, *_: alone.append(index))
+    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True))
+    assert alone == [0]
+
+
+def test_it_wants_blocks_that_are_run_pruned(base):
+    with pytest.raises(ValueError, match="survivors that learn want blocks that are run pruned"):
+        Plan(method=MAGNITUDE, patterns={}, propagate="dense", error_tokens=1, expert_tokens=0, distillation=HOW)
