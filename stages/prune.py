@@ -164,9 +164,8 @@ def write_results(
     rows = [row for block in journal.records(count) for row in block["rows"]]
     summary = summarise(rows)
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
-        journal.hand_over(count, sparse)
+        journal.hand_over(distilled.first if distilled else count, sparse)
         for index, changes in distilled.changes(journal.written) if distilled else []:
-            (sparse / journal.delta_path(index).name).unlink()  # a link into the journal
             write_block(sparse / journal.delta_path(index).name, changes, base)
         write_manifest(sparse, base=base, recipe={**recipe, **summary}, matrices=rows)
         write_json(results / "sparsity.json", rows)

@@ -5,12 +5,12 @@
 p_t: the dense model's distribution of the token after t, p'_t: the pruned model's. The hidden states of a late block may differ
 much where the loss does not, and little where it does; this asks of all of them only what the model is for. One block is in
 memory at a time: a window goes forward block by block, what enters each is kept, and then backward block by block, each run
-again for its gradients. The survivors' values and Adam's moments lie beside, in memory or in a file.
+again for its gradients. Masks, the survivors' values and Adam's moments lie beside, in memory or in files.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,10 +42,11 @@ class Distillation:
 
 
 class Distilled:
-    """The outcome. divergences: of every step before it was made, nats per token."""
+    """The outcome. first: the block from which on all learned. divergences: of every step before it was made, nats per token."""
 
     def __init__(self, learners: list["_Learner"], divergences: list[float]) -> None:
         self._learners, self.divergences = learners, divergences
+        self.first = learners[0].index
 
     def changes(self, changes_of: Callable[[int], dict[str, Change]]) -> Iterator[tuple[int, dict[str, Change]]]:
         """Each block that learned, in order: its changes the same but for the survivors' values, in the checkpoint's dtype.
@@ -73,22 +74,20 @@ def distill(stream: Stream, targets: torch.Tensor, how: Distillation, changes_of
     Raises:
         PruningError: the loss is not finite; names the step.
     """
-    decoder, count = stream.decoder, len(stream.decoder.blocks)
     learners = _learners(stream, how, changes_of)
     order = order_of_windows(stream, how.epochs)
-    there_and_back = [*range(how.first, count - 1), *range(count - 1, how.first - 1, -1)]
     divergences: list[float] = []
-    with torch.no_grad(), decoder.after_blocks(), read_ahead(decoder, there_and_back * len(order)) as blocks:
+    with torch.no_grad(), stream.decoder.after_blocks():
         for step, window in enumerate(tqdm(order, desc="distilling", unit="step", disable=ranks.quiet())):
             rate = how.learning_rate * (1 - step / len(order))
-            divergences.append(_step(stream, window, targets[window], learners, blocks, rate))
+            divergences.append(_step(stream, window, targets[window], learners, rate))
             if not math.isfinite(divergences[-1]):
                 raise PruningError(f"distillation, step {step}: found NaN or infinity as the loss, wanted finite logits")
     return Distilled(learners, divergences)
 
 
 class _Learner:
-    """What is trained of one block: the survivors of its matrices, one matrix after the other, each in row-major order.
+    """What is trained of one block: the survivors of its pruned tensors, one tensor after the other, each as the checkpoint has it.
 
     Args:
         changes: what pruning did to the block. tensors: its tensors as stored in the base.
@@ -104,37 +103,26 @@ class _Learner:
         rest: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
         learning_rate: float,
     ) -> None:
-        self.decoder, self.index, self.matrices = decoder, index, decoder.matrices[index]
-        masks = [matrix.stored_in(changes[matrix.tensor].mask) for matrix in self.matrices]
-        self.counts = [int(mask.sum()) for mask in masks]
-        self.mask = rest((sum(mask.numel() for mask in masks),), torch.bool)
-        torch.cat([mask.reshape(-1) for mask in masks], out=self.mask)
+        self.decoder, self.index = decoder, index
+        self.shapes = {name: change.mask.shape for name, change in changes.items()}
+        self.counts = [int(change.mask.sum()) for change in changes.values()]
+        self.others = {name: tensor for name, tensor in tensors.items() if name not in changes}
+        self.mask = rest((sum(map(math.prod, self.shapes.values())),), torch.bool)
+        torch.cat([change.mask.flatten() for change in changes.values()], out=self.mask)
         self.survivors, first_moment, second_moment = rest((3, sum(self.counts)), torch.float32).zero_()
-        pruned = {name: change.apply(tensors[name]) for name, change in changes.items()}
-        parts = zip(self.matrices, masks, self.survivors.split(self.counts), strict=True)
-        for matrix, mask, survivors in parts:
-            survivors.copy_(matrix.stored_in(pruned[matrix.tensor])[mask])
+        for survivors, (name, change) in zip(self.survivors.split(self.counts), changes.items(), strict=True):
+            survivors.copy_(change.apply(tensors[name])[change.mask])
         self.optimiser = torch.optim.Adam([self.survivors], lr=learning_rate, betas=BETAS)
         self.optimiser.state[self.survivors] = {"step": torch.zeros(()), "exp_avg": first_moment, "exp_avg_sq": second_moment}
 
-    @property
-    def masks(self) -> list[torch.Tensor]:
-        """Of every matrix, [rows, columns], bool."""
-        parts = self.mask.split([matrix.size for matrix in self.matrices])
-        return [part.view(matrix.shape) for part, matrix in zip(parts, self.matrices, strict=True)]
+    def _by_tensor(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = whole.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
-    def weights(self) -> list[torch.Tensor]:
-        """Every matrix as it is now, [rows, columns], float32, exact zeros where its mask is False."""
-        parts = zip(self.masks, self.survivors.split(self.counts), strict=True)
-        return [torch.zeros(mask.shape).masked_scatter_(mask, survivors) for mask, survivors in parts]
-
-    @contextmanager
-    def loaded(self, tensors: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
-        """The block with the weights as they are now, and all that is not trained as stored."""
-        with self.decoder.loaded(self.index, tensors) as block:
-            for matrix, weight in zip(self.matrices, self.weights(), strict=True):
-                matrix.of(block).copy_(weight)
-            yield block
+    def loaded(self) -> AbstractContextManager[nn.Module]:
+        """The block with the survivors as they are now, exact zeros beside them, and all that is not trained as stored."""
+        weights = torch.zeros(len(self.mask)).masked_scatter_(self.mask, self.survivors)
+        return self.decoder.loaded(self.index, self.others | self._by_tensor(weights))
 
     def learn(self, by_parameter: dict[str, torch.Tensor], rate: float) -> None:
         """A step of Adam.
@@ -142,11 +130,11 @@ class _Learner:
         Args:
             by_parameter: the gradients, by the parameter's name inside the block.
         """
-        gradients = [
-            matrix.part_of(by_parameter[matrix.place.name]).float().cpu()[mask]
-            for matrix, mask in zip(self.matrices, self.masks, strict=True)
-        ]
-        self.survivors.grad = ranks.all_sum(torch.cat(gradients).div_(ranks.count()))
+        whole = torch.empty(len(self.mask))
+        gradients = self._by_tensor(whole)
+        for matrix in self.decoder.matrices[self.index]:
+            matrix.stored_in(gradients[matrix.tensor]).copy_(matrix.part_of(by_parameter[matrix.place.name]))
+        self.survivors.grad = ranks.all_sum(whole[self.mask].div_(ranks.count()))
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
         self.survivors.grad = None
@@ -159,11 +147,8 @@ class _Learner:
         """
         if not torch.isfinite(self.survivors).all():
             raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
-        values: dict[str, list[torch.Tensor]] = {}
-        for matrix, mask, weight in zip(self.matrices, self.masks, self.weights(), strict=True):
-            kept = weight.T[mask.T] if matrix.transposed else weight[mask]
-            values.setdefault(matrix.tensor, []).append(kept.to(self.decoder.checkpoint.dtype(matrix.tensor)))
-        return {name: replace(change, values=torch.cat(values[name])) for name, change in before.items()}
+        parts = zip(self.shapes, self.survivors.split(self.counts), strict=True)
+        return {name: replace(before[name], values=part.to(self.decoder.checkpoint.dtype(name))) for name, part in parts}
 
 
 def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_Learner]:
@@ -185,23 +170,16 @@ def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dic
         ]
 
 
-def _step(
-    stream: Stream,
-    window: int,
-    target: torch.Tensor,
-    learners: list[_Learner],
-    blocks: Iterator[dict[str, torch.Tensor]],
-    rate: float,
-) -> float:
+def _step(stream: Stream, window: int, target: torch.Tensor, learners: list[_Learner], rate: float) -> float:
     """One window there and back. Returns the divergence before the step, nats per token, of all processes' windows."""
     hidden, _ = stream.window(learners[0].index, window)
     entered, gradient, divergence = [hidden], None, torch.zeros((), dtype=torch.float64)
     for learner in learners[:-1]:
-        with learner.loaded(next(blocks)) as block:
+        with learner.loaded() as block:
             entered.append(run_block(block, entered[-1], stream.calls[1][learner.index]))
     for learner in reversed(learners):
-        with learner.loaded(next(blocks)) as block:
-            names = list(dict.fromkeys(matrix.place.name for matrix in learner.matrices))
+        with learner.loaded() as block:
+            names = list(dict.fromkeys(matrix.place.name for matrix in stream.decoder.matrices[learner.index]))
             parameters = [block.get_parameter(name).requires_grad_() for name in names]
             hidden = entered.pop().detach().requires_grad_()
             with torch.enable_grad():
@@ -214,7 +192,9 @@ def _step(
 
 
 def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || p'), the mean over tokens, and its gradient by what the last block puts out.
+    """KL(p || p'), the mean over tokens, and the gradient of the sum over tokens by what the last block puts out.
+
+    Adam does not care for a common factor, and float16 would lose a mean's small ones.
 
     Args:
         decoder: with weights after the blocks.
@@ -230,7 +210,7 @@ def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torc
         with torch.enable_grad():
             part = hidden[:, tokens].detach().requires_grad_()
             found = log_softmax(decoder.logits(part).float(), dim=-1)
-            lost = kl_div(found, wanted, reduction="sum", log_target=True) / hidden.shape[1]
+            lost = kl_div(found, wanted, reduction="sum", log_target=True)
         (gradient[:, tokens],) = torch.autograd.grad(lost, part)
         divergence += lost.detach().double().cpu()
-    return divergence, gradient
+    return divergence / hidden.shape[1], gradient

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -184,7 +184,7 @@ class Stream:
 
 
 @contextmanager
-def read_ahead(decoder: Decoder, order: Sequence[int]) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+def read_ahead(decoder: Decoder, order: range) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
     """Each block's tensors as stored, the next block's being read by a thread while the caller works on one."""
     share_one_heap()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
