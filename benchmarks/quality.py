@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -236,30 +237,53 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
     )
 
 
+def averaged(cells: list[dict[str, Any]], key: str) -> float:
+    return mean(row[key] for row in cells)
+
+
+def rise(cells: list[dict[str, Any]]) -> float:
+    """Perplexity over the dense model's, the difference."""
+    return averaged(cells, "perplexity") - averaged(cells, "dense_perplexity")
+
+
+EXPLAINED = (
+    "Damage: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda and SparseGPT at the same "
+    "pattern. Seconds and peak memory are those of pruning; in brackets how many times SparseGPT's seconds. The relative layer error "
+    "is measured before the last blocks learn together."
+)
+COLUMNS = ("method", "seeds", "perplexity", "over dense", "damage", "relative layer error", "seconds", "peak memory", "command (seed 0)")
+
+
 def full_table(rows: Rows, missing: list[Point]) -> str:
     """Markdown: every cell with all its numbers and its command."""
-    lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", ""]
+    lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", EXPLAINED, ""]
     for pattern in PATTERNS:
-        lines += [
-            f"## {pattern}",
-            "",
-            "| method | seeds | perplexity | over dense | relative layer error | seconds | peak memory | command (seed 0) |",
-        ]
-        lines.append("|---|---|---|---|---|---|---|---|")
-        found = [(contender, of(rows, contender, pattern)) for contender in CONTENDERS]
-        for contender, cells in sorted(((c, f) for c, f in found if f), key=lambda pair: mean(row["perplexity"] for row in pair[1])):
-            point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
-            ratio = mean(row["perplexity"] / row["dense_perplexity"] for row in cells)
-            seeds, perplexity = ", ".join(str(row["seed"]) for row in cells), mean_and_spread([row["perplexity"] for row in cells])
-            lines.append(
-                f"| {contender.name} | {seeds} | {perplexity} "
-                f"| {ratio:.2f} | {mean(row['relative_error'] for row in cells):.4f} | {mean(row['seconds'] for row in cells):.0f} "
-                f"| {max(row['peak_memory_gib'] for row in cells):.2f} GiB | `{point.command}` |"
-            )
+        lines += [f"## {pattern}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        found = {contender: cells for contender in CONTENDERS if (cells := of(rows, contender, pattern))}
+        published = {contender.name: cells for contender, cells in found.items() if contender.name in ("Wanda", "SparseGPT")}
+        for contender, cells in sorted(found.items(), key=lambda item: averaged(item[1], "perplexity")):
+            lines.append(full_row(contender, pattern, cells, published))
         lines.append("")
     if missing:
         lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in missing), ""]
     return "\n".join(lines)
+
+
+def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], published: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a cell's numbers, beside those of the published methods at its pattern as far as they are measured."""
+    point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
+    damage = f"{rise(cells) / min(map(rise, published.values())):.2f}" if published else ""
+    pace = f" ({averaged(cells, 'seconds') / averaged(published['SparseGPT'], 'seconds'):.1f})" if "SparseGPT" in published else ""
+    numbers = [
+        ", ".join(str(row["seed"]) for row in cells),
+        mean_and_spread([row["perplexity"] for row in cells]),
+        f"{mean(row['perplexity'] / row['dense_perplexity'] for row in cells):.2f}",
+        damage,
+        f"{averaged(cells, 'relative_error'):.4f}",
+        f"{averaged(cells, 'seconds'):.0f}{pace}",
+        f"{max(row['peak_memory_gib'] for row in cells):.2f} GiB",
+    ]
+    return f"| {contender.name} | {' | '.join(numbers)} | `{point.command}` |"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from stages.files import (
 )
 from stages.pruning import ranks
 from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
-from stages.pruning.distillation import TOKENS_AT_ONCE, Distilled, distill
+from stages.pruning.distillation import TOKENS_AT_ONCE, DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.patterns import Pattern, Unstructured
 from stages.pruning.statistics import Gram, Moments
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
 LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
 COPIES_TRAINED = 4  # of a block's weights in float32: gradients, Adam's two moments, activations and masks
+COPIES_DISTILLED = 5  # likewise: weights, gradients, the survivors' gradients, and two that Adam makes
 COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, what is between, and a gradient
 COPIES_CUT, COPIES_SWEPT = 3, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
@@ -96,7 +97,8 @@ def main(
         opened(PRUNE_JOURNAL, fingerprint(base, recipe, prune, batch, device, dtype), base.fingerprint) as journal,
     ):
         if ranks.rank() == 0:
-            require_room(SPARSE, delta_bytes(decoder, plan) - journal.size)
+            twice = delta_bytes(decoder, plan, plan.distillation.first) if plan.distillation else 0  # as pruned and as distilled
+            require_room(SPARSE, delta_bytes(decoder, plan) + twice - journal.size)
         log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
         if journal.finished:
@@ -140,7 +142,7 @@ def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windo
 def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
-    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=ranks.quiet()) as bar:
+    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
         for block in prune_blocks(stream, plan, journal.changes, beside):
             if ranks.rank() == 0:
                 rows = [matrix_row(block, finished, plan.patterns) for finished in block.matrices]
@@ -148,16 +150,28 @@ def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions
             bar.update()
 
 
-def learn_together(plan: Plan, journal: Journal, beside: Companions) -> Distilled | None:
+def learn_together(plan: Plan, journal: Journal, beside: Companions) -> DistilledBlocks | None:
     """Train the last blocks, all of which the journal has, where the plan says so."""
-    if plan.distillation is None or beside.entering is None or beside.dense is None:
+    if plan.distillation is None:
         return None
+    assert beside.entering is not None and beside.dense is not None
     ranks.meet()  # the first process has written the last block
-    return distill(beside.entering, beside.dense.hidden, plan.distillation, journal.written)
+    show = partial(tqdm, desc="distilling", unit="step", disable=quiet())
+    return distill(beside.entering, beside.dense.hidden, plan.distillation, journal.written, show)
+
+
+def quiet() -> bool | None:
+    """No bar where nobody looks, nor from any process but the first."""
+    return True if ranks.rank() > 0 else None
 
 
 def write_results(
-    journal: Journal, decoder: Decoder, recipe: dict[str, Any], facts: dict[str, Any], run: dict[str, Any], distilled: Distilled | None
+    journal: Journal,
+    decoder: Decoder,
+    recipe: dict[str, Any],
+    facts: dict[str, Any],
+    run: dict[str, Any],
+    distilled: DistilledBlocks | None,
 ) -> None:
     """The delta and what is known of it, from the whole journal and what a distillation made of its last blocks."""
     base, count = decoder.checkpoint.fingerprint, len(decoder.blocks)
@@ -165,7 +179,7 @@ def write_results(
     summary = summarise(rows)
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
         journal.hand_over(distilled.first if distilled else count, sparse)
-        for index, changes in distilled.changes(journal.written) if distilled else []:
+        for index, changes in distilled.changes() if distilled else []:
             write_block(sparse / journal.delta_path(index).name, changes, base)
         write_manifest(sparse, base=base, recipe={**recipe, **summary}, matrices=rows)
         write_json(results / "sparsity.json", rows)
@@ -204,32 +218,32 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
     """About how many bytes of host memory the loop needs beside the hidden states, rather too many than too few.
 
     The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype, a
-    Gram matrix for every layer, and of the largest layer the float32 copies that a method works on. A distillation needs what
-    comes after the blocks instead, and some tokens' logits.
+    Gram matrix for every layer, and of the largest layer the float32 copies that a method works on. A distillation needs copies of
+    a block on the host whatever the device, and on a CPU also its gradients, what comes after the blocks and some tokens' logits.
     """
-    stored = work = inside = 0
+    stored = work = inside = biggest = 0
     for index, matrices in enumerate(decoder.matrices):
         sizes = {name: torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(index)}
-        inside += sum(sizes.values())
+        inside, biggest = inside + sum(sizes.values()), max(biggest, sum(sizes.values()))
         stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
         largest, widest = max(matrix.size for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
         grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
         solved = plan.method.statistic is Gram
         copies = 4 * largest * (COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT)
-        trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.learns else 0
+        trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
         work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
+    distilled = COPIES_DISTILLED * 4 * biggest if plan.distillation else 0
     if plan.distillation:
-        every = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout)
-        vocabulary = decoder.model.config.get_text_config().vocab_size
-        after = (every - inside) * decoder.dtype.itemsize + COPIES_OF_LOGITS * 4 * vocabulary * TOKENS_AT_ONCE
-        work = max(work, trained + after)
-    return LIBRARIES + 2 * stored + (work if decoder.device.type == "cpu" else 0)
+        outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - inside
+        logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
+        work = max(work, (2 * biggest + outside) * decoder.dtype.itemsize + logits)
+    return LIBRARIES + 2 * stored + distilled + (work if decoder.device.type == "cpu" else 0)
 
 
-def delta_bytes(decoder: Decoder, plan: Plan) -> int:
-    """About how many bytes the delta takes: a bit a weight, and the survivors' values where they move."""
+def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
+    """About how many bytes the delta takes from a block on: a bit a weight, and the survivors' values where they move."""
     total = 0.0
-    for matrix in (matrix for block in decoder.matrices for matrix in block):
+    for matrix in (matrix for block in decoder.matrices[first:] for matrix in block):
         count, kept = matrix.size, 1 - plan.patterns[matrix.name].sparsity
         total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.moves else 0)
     return int(total)

@@ -116,4 +116,10 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
     assert "| **30.00 ± 0.00** |" in sparsegpt
     assert f"{len(missing)} of {len(quality.points())} points are not measured yet" in text
     assert f"{len(rows)} points were measured with earlier pruning code" in text
-    assert "| 0, 1, 2 | 41.00 ± 1.00 | 4.10 | 0.1000 | 5 | 0.50 GiB |" in quality.full_table(rows, missing)
+    full = quality.full_table(rows, missing)
+    assert "| 0, 1, 2 | 41.00 ± 1.00 | 4.10 | 1.55 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full  # (41 - 10) / (30 - 10) of SparseGPT's rise
+
+
+def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
+    point = next(point for point in quality.points() if point.contender == "ADMM")
+    assert "| 0 | 40.00 | 4.00 |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)}, [])

@@ -7,6 +7,7 @@ from stages import composition, config, prune
 from stages.errors import ConfigError
 from stages.files import write_json
 from stages.pruning.block_loop import Plan
+from stages.pruning.distillation import Distillation
 from stages.pruning.method import DsNoT, SparseGpt, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
@@ -76,6 +77,7 @@ def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values_of_the_surv
     how = {"patterns": patterns, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
     assert prune.delta_bytes(decoder, Plan(method=WANDA, **how)) == weights // 8
     assert prune.delta_bytes(decoder, Plan(method=sparsegpt(), **how)) == weights // 8 + 2 * weights // 4
+    assert prune.delta_bytes(decoder, Plan(method=WANDA, **how), first=1) == 2 * weights // 3 // 8
 
 
 def test_experts_are_one_line_in_the_plot_of_errors():
@@ -95,6 +97,12 @@ def test_memory_is_what_is_asked_or_what_is_free(decoder):
     block = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(0))
     largest = 32 * 112
     assert wanda == 2**29 + 2 * 2 * block + 4 * block + 3 * 4 * largest  # stored twice in bfloat16, computed in float32
+    learning = Plan(method=WANDA, distillation=Distillation(first=1, epochs=1, learning_rate=1e-3), **how)
+    outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - 3 * block
+    logits = 4 * 4 * 400 * 256
+    assert prune.block_bytes(decoder, learning) == 2**29 + 4 * block + 5 * 4 * block + max(
+        4 * block + 3 * 4 * largest, 4 * (2 * block + outside) + logits
+    )
     assert sweep == wanda + 9 * 4 * largest + 4 * (6 * 32**2 + 112**2) + 12 * 112**2  # seven layers' Gram matrices
 
 

@@ -111,8 +111,8 @@ class Plan:
         """Whether survivors learn what the dense model has, so that it runs beside the pruned one."""
         return self.distillation is not None or (self.reconstruction is not None and self.reconstruction.toward_model)
 
-    def reconstruction_of(self, index: int) -> Reconstruction | None:
-        """Of a block."""
+    def reconstruction_in(self, index: int) -> Reconstruction | None:
+        """What a block learns alone."""
         return self.reconstruction if self.distillation is None or index < self.distillation.first else None
 
 
@@ -183,7 +183,7 @@ def prune_blocks(
             changes, is_last = done(index), index == count - 1
             if beside.entering is not None and plan.distillation and index == plan.distillation.first:
                 beside.entering.hidden.copy_(stream.hidden)
-            if changes is not None and beside.dense is not None:
+            if changes is not None and beside.dense is not None and (plan.distillation or not is_last):
                 with decoder.loaded(index, dict(tensors)) as block:
                     beside.dense.advance(index, block)
             if changes is not None and plan.propagate == "pruned":
@@ -206,7 +206,7 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, dense
     for part in parts:
         observer, outputs = _observe(stream, plan, index, block, part)
         targets = dense.hidden if outputs is None and dense is not None else outputs
-        reconstruction = plan.reconstruction_of(index)
+        reconstruction = plan.reconstruction_in(index)
         orders = _orders(decoder, plan, block, observer, [coupling for coupling in couplings if coupling.consumer in part.matrices])
         found = _prune_part(decoder, plan, block, part, observer, orders, follows=reconstruction is not None)
         if reconstruction and targets is not None:
@@ -250,7 +250,7 @@ def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module, part: Par
     """
     observer = watch(stream, block, part.layers, plan.method.statistic, plan.error_tokens)
     passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
-    reconstruction, outputs = plan.reconstruction_of(index), None
+    reconstruction, outputs = plan.reconstruction_in(index), None
     if reconstruction and not reconstruction.toward_model:
         outputs, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
     for where, hidden, call in stream.parts(index):

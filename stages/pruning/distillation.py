@@ -3,20 +3,19 @@
     min E_t KL(p_t || p'_t)  over the kept weights, by Adam      # Hinton et al. 2015, arXiv:1503.02531, at temperature 1
 
 p_t: the dense model's distribution of the token after t, p'_t: the pruned model's. The hidden states of a late block may differ
-much where the loss does not, and little where it does; this asks of all of them only what the model is for. One block is in
-memory at a time: a window goes forward block by block, what enters each is kept, and then backward block by block, each run
-again for its gradients. Masks, the survivors' values and Adam's moments lie beside, in memory or in files.
+much where the loss does not, and little where it does; this asks of all of them only what the model is for. In memory are one
+block at a time and what comes after the blocks: a window goes forward block by block, what enters each is kept, and then backward
+block by block, each run again for its gradients. Masks, the survivors' values and Adam's moments lie in memory or in files.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
-from tqdm import tqdm
 
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
@@ -41,27 +40,30 @@ class Distillation:
     learning_rate: float
 
 
-class Distilled:
+class DistilledBlocks:
     """The outcome. first: the block from which on all learned. divergences: of every step before it was made, nats per token."""
 
-    def __init__(self, learners: list["_Learner"], divergences: list[float]) -> None:
-        self._learners, self.divergences = learners, divergences
+    def __init__(self, learners: list["_Learner"], changes_of: Callable[[int], dict[str, Change]], divergences: list[float]) -> None:
+        self._learners, self._changes_of, self.divergences = learners, changes_of, divergences
         self.first = learners[0].index
 
-    def changes(self, changes_of: Callable[[int], dict[str, Change]]) -> Iterator[tuple[int, dict[str, Change]]]:
+    def changes(self) -> Iterator[tuple[int, dict[str, Change]]]:
         """Each block that learned, in order: its changes the same but for the survivors' values, in the checkpoint's dtype.
-
-        Args:
-            changes_of: as for `distill`.
 
         Raises:
             PruningError: a weight is not finite; names the block.
         """
         for learner in self._learners:
-            yield learner.index, learner.changes(changes_of(learner.index))
+            yield learner.index, learner.changes(self._changes_of(learner.index))
 
 
-def distill(stream: Stream, targets: torch.Tensor, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> Distilled:
+def distill(
+    stream: Stream,
+    targets: torch.Tensor,
+    how: Distillation,
+    changes_of: Callable[[int], dict[str, Change]],
+    show: Callable[[list[int]], Iterable[int]] = iter,
+) -> DistilledBlocks:
     """Train the kept weights of all blocks from `how.first` on; dropped ones stay exactly zero.
 
     Several processes each take a window of their own a step and average the gradients: N of them take N times fewer steps.
@@ -70,6 +72,7 @@ def distill(stream: Stream, targets: torch.Tensor, how: Distillation, changes_of
         stream: what enters the first block that learns; does not move on.
         targets: [windows, tokens, width], what the dense model's last block puts out.
         changes_of: gives what pruning did to a block.
+        show: passes the steps through, for a progress bar.
 
     Raises:
         PruningError: the loss is not finite; names the step.
@@ -78,12 +81,12 @@ def distill(stream: Stream, targets: torch.Tensor, how: Distillation, changes_of
     order = order_of_windows(stream, how.epochs)
     divergences: list[float] = []
     with torch.no_grad(), stream.decoder.after_blocks():
-        for step, window in enumerate(tqdm(order, desc="distilling", unit="step", disable=ranks.quiet())):
+        for step, window in enumerate(show(order)):
             rate = how.learning_rate * (1 - step / len(order))
             divergences.append(_step(stream, window, targets[window], learners, rate))
             if not math.isfinite(divergences[-1]):
                 raise PruningError(f"distillation, step {step}: found NaN or infinity as the loss, wanted finite logits")
-    return Distilled(learners, divergences)
+    return DistilledBlocks(learners, changes_of, divergences)
 
 
 class _Learner:
@@ -91,7 +94,7 @@ class _Learner:
 
     Args:
         changes: what pruning did to the block. tensors: its tensors as stored in the base.
-        rest: makes a tensor of a shape and dtype where there is room.
+        make_room: makes a tensor of a shape and dtype where there is room.
     """
 
     def __init__(
@@ -100,16 +103,16 @@ class _Learner:
         index: int,
         changes: dict[str, Change],
         tensors: dict[str, torch.Tensor],
-        rest: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+        make_room: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
         learning_rate: float,
     ) -> None:
         self.decoder, self.index = decoder, index
         self.shapes = {name: change.mask.shape for name, change in changes.items()}
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.others = {name: tensor for name, tensor in tensors.items() if name not in changes}
-        self.mask = rest((sum(map(math.prod, self.shapes.values())),), torch.bool)
+        self.mask = make_room((sum(map(math.prod, self.shapes.values())),), torch.bool)
         torch.cat([change.mask.flatten() for change in changes.values()], out=self.mask)
-        self.survivors, first_moment, second_moment = rest((3, sum(self.counts)), torch.float32).zero_()
+        self.survivors, first_moment, second_moment = make_room((3, sum(self.counts)), torch.float32).zero_()
         for survivors, (name, change) in zip(self.survivors.split(self.counts), changes.items(), strict=True):
             survivors.copy_(change.apply(tensors[name])[change.mask])
         self.optimiser = torch.optim.Adam([self.survivors], lr=learning_rate, betas=BETAS)
@@ -155,7 +158,7 @@ def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dic
     """One for every block that learns; together they take as much room as the hidden states leave, and a file beyond that."""
     left = stream.budget
 
-    def rest(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def make_room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         nonlocal left
         tensor, place = room(shape, dtype, left, stream.scratch)
         if left is not None and place == "memory":
@@ -165,7 +168,7 @@ def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dic
     learning = range(how.first, len(stream.decoder.blocks))
     with read_ahead(stream.decoder, learning) as blocks:
         return [
-            _Learner(stream.decoder, index, changes_of(index), tensors, rest, how.learning_rate)
+            _Learner(stream.decoder, index, changes_of(index), tensors, make_room, how.learning_rate)
             for index, tensors in zip(learning, blocks, strict=True)
         ]
 

@@ -52,11 +52,6 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def quiet() -> bool | None:
-    """For a progress bar: none where nobody looks, nor from any process but the first."""
-    return True if rank() > 0 else None
-
-
 def meet() -> None:
     """Wait until all processes are here."""
     all_sum(torch.zeros(()))

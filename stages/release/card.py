@@ -24,9 +24,9 @@ RECONSTRUCTIONS = {
     "none": "none",
     "block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense model's hidden states",
     "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against its dense outputs",
-    "distilled": "Adam on the survivors of the last {share:.0%} of the blocks together, {epochs} times over the calibration windows, "
-    "against the dense model's next-token distributions; before that on those of {unit} of the others, {block_epochs} times, against "
-    "the dense model's hidden states",
+    "distilled": "Adam on the survivors of the last blocks together (share {share:g}, rounded to whole blocks), {epochs} times over the "
+    "calibration windows, against the dense model's next-token distributions; before that on those of each block before them alone, "
+    "{block_epochs} times, against the dense model's hidden states",
 }
 ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",

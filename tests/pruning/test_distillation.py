@@ -10,7 +10,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 from stages.pruning import block_loop, distillation
 from stages.pruning.block_loop import Companions, Plan, prune_blocks
-from stages.pruning.distillation import Distillation, Distilled, distill, divergence_and_gradient
+from stages.pruning.distillation import Distillation, DistilledBlocks, distill, divergence_and_gradient
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import BETAS, Reconstruction
 from stages.streaming.architecture import Decoder
@@ -31,9 +31,9 @@ def exact(tmp_path_factory) -> Checkpoint:
     return Checkpoint(tiny.write_checkpoint(tmp_path_factory.mktemp("exact"), dtype=torch.float32))
 
 
-def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, **more) -> tuple[Companions, list[Changes]]:
+def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torch.float32, **more) -> tuple[Companions, list[Changes]]:
     """Pruned by magnitude, which no rounding of activations sways: what goes into a distillation, and every block's changes."""
-    decoder = Decoder(base, torch.float32, CPU)
+    decoder = Decoder(base, dtype, CPU)
     pattern = pattern or Unstructured(sparsity=0.5, threshold="row")
     patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
     plan = Plan(method=MAGNITUDE, patterns=patterns, propagate="pruned", error_tokens=9, expert_tokens=0, **{"distillation": how, **more})
@@ -43,9 +43,9 @@ def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, **more) ->
     return beside, [block.changes for block in prune_blocks(stream, plan, beside=beside)]
 
 
-def distilled(beside: Companions, before: list[Changes], how: Distillation = HOW) -> tuple[Distilled, dict[int, Changes]]:
+def distilled(beside: Companions, before: list[Changes], how: Distillation = HOW) -> tuple[DistilledBlocks, dict[int, Changes]]:
     outcome = distill(beside.entering, beside.dense.hidden, how, before.__getitem__)
-    return outcome, dict(outcome.changes(before.__getitem__))
+    return outcome, dict(outcome.changes())
 
 
 def literal(
@@ -108,9 +108,17 @@ def test_masks_stay_and_the_blocks_before_the_first_are_not_touched(base):
             assert not torch.equal(applied, before[index][name].apply(base.tensor(name)))
 
 
+def near_where_it_was(base: Checkpoint, name: str, change: Change, was: Change) -> bool:
+    """Whether every survivor moved a little from its own place; survivors of other places have nothing in common with it."""
+    start = was.apply(base.tensor(name))[was.mask]
+    assert change.values.shape == start.shape
+    return bool(torch.corrcoef(torch.stack([change.values.float(), start.float()]))[0, 1] > 0.8)
+
+
 def test_orders_of_channels_are_kept(base):
     beside, before = prepared(base, Nm(kept=2, group=4), permutation_rounds=1)
     _, after = distilled(beside, before)
+    assert all(near_where_it_was(base, name, change, before[i][name]) for i, changes in after.items() for name, change in changes.items())
     moved = 0
     for index, changes in after.items():
         for name, change in changes.items():
@@ -121,25 +129,39 @@ def test_orders_of_channels_are_kept(base):
     assert moved == 6  # gate's and up's rows, down's columns, of two blocks
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "granitemoe"])
 def test_transposed_matrices_and_experts_learn_too(kind, tmp_path):
-    beside, before = prepared(fetched(kind, tmp_path), how=replace(HOW, epochs=8, learning_rate=3e-3))
-    outcome, after = distilled(beside, before, replace(HOW, epochs=8, learning_rate=3e-3))
+    """Experts: many tensors of the checkpoint in one parameter, and one tensor that holds them all."""
+    base, how = fetched(kind, tmp_path), replace(HOW, epochs=8, learning_rate=3e-3)
+    beside, before = prepared(base, how=how)
+    outcome, after = distilled(beside, before, how)
     assert sum(outcome.divergences[-5:]) < 0.9 * sum(outcome.divergences[:5])
-    for index, changes in after.items():
-        for name, change in changes.items():
-            start = before[index][name].apply(beside.dense.decoder.checkpoint.tensor(name))[change.mask]
-            assert change.values.shape == start.shape
-            assert torch.corrcoef(torch.stack([change.values.float(), start.float()]))[0, 1] > 0.8  # each moved a little, from its place
+    assert all(near_where_it_was(base, name, change, before[i][name]) for i, changes in after.items() for name, change in changes.items())
 
 
-def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path):
+def test_computed_in_bfloat16_the_divergence_falls_too(base):
+    how = replace(HOW, epochs=6, learning_rate=3e-3)
+    beside, before = prepared(base, how=how, dtype=torch.bfloat16)
+    outcome, _ = distilled(beside, before, how)
+    assert sum(outcome.divergences[-5:]) < 0.8 * sum(outcome.divergences[:5])
+
+
+def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path, monkeypatch):
     beside, before = prepared(exact)
     _, expected = distilled(beside, before)
     beside.entering.budget, beside.entering.scratch = 0, tmp_path
+    places, room = [], distillation.room
+
+    def noted(*arguments):
+        tensor, place = room(*arguments)
+        places.append(place)
+        return tensor, place
+
+    monkeypatch.setattr(distillation, "room", noted)
     _, found = distilled(beside, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
-    assert not list(tmp_path.iterdir())
+    assert len(places) == 4  # masks, and survivors with their moments, of two blocks
+    assert all(place.startswith("a file of ") for place in places)
 
 
 def test_the_divergence_and_its_gradient_are_the_same_some_tokens_at_a_time(exact, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from stages import config
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.errors import ReleaseError
-from stages.release.card import ALLOCATIONS, PAPERS, default_name, exceptions, write_card
+from stages.release.card import ALLOCATIONS, PAPERS, RECONSTRUCTIONS, default_name, exceptions, write_card
 from stages.release.packing import pack, write_sums
 from stages.release.verification import verify
 from tests import tiny
+from tests.test_config import composed
 
 RECIPE = {
     "method": {
@@ -212,3 +214,23 @@ def test_the_card_knows_the_paper_of_every_part_of_a_method(choice):
 
 def test_the_card_knows_what_every_allocation_does():
     assert set(ALLOCATIONS) == set(config.ALLOCATIONS.options)
+
+
+@pytest.mark.parametrize("name", list(config.RECONSTRUCTIONS.options))
+def test_the_card_says_what_every_reconstruction_did(name):
+    section = config.read(composed(f"reconstruction={name}"))["reconstruction"]
+    said = RECONSTRUCTIONS[name].format(unit="each block", **asdict(section))
+    assert "{" not in said
+    assert (str(section.epochs) in said) if name != "none" else said == "none"
+
+
+def test_the_card_says_when_the_errors_were_measured_where_blocks_learned_together(release, base, delta, tmp_path):
+    verified = verify(release, base, delta)
+    distilled = config.read(composed("reconstruction=distilled"))["reconstruction"]
+    recipe = RECIPE | {"reconstruction": asdict(distilled)}
+    facts = {"name": "org/base", "license": "mit", "source": "local", "fingerprint": base.fingerprint}
+    path = tmp_path / "README.md"
+    write_card(path, name="small", base=facts, recipe=recipe, matrices=MATRICES, results=results(), verified=verified, watts=50.0)
+    text = path.read_text()
+    assert "||(W - W')X|| / ||WX||, before the last blocks learned together: 0.2000" in text
+    assert "last blocks together (share 0.5, rounded to whole blocks), 1 times over the calibration windows" in text
