@@ -44,23 +44,33 @@ class Contender:
     """A row of the leaderboard.
 
     overrides: what composes it, beside pattern and seed. patterns: those it is for. seeds: calibration seeds.
+    leads: patterns at which the comparison stands on it, so that all its seeds come before other contenders.
     """
 
     name: str
     overrides: str
     patterns: tuple[str, ...] = tuple(PATTERNS)
     seeds: tuple[int, ...] = (0,)
+    leads: tuple[str, ...] = ()
 
 
 GROUPED = ("2:4", "4:8")
 CONTENDERS = (
     Contender(name="Wanda", overrides="method=wanda", seeds=SEEDS),
-    Contender(name="SparseGPT", overrides="method=sparsegpt", seeds=SEEDS),
+    Contender(name="SparseGPT", overrides="method=sparsegpt", seeds=SEEDS, leads=tuple(PATTERNS)),
     Contender(
         name="ADMM, loss allocation, distilled",
         overrides="method=admm_short allocation=loss reconstruction=distilled",
         patterns=UNSTRUCTURED,
         seeds=SEEDS,
+        leads=UNSTRUCTURED,
+    ),
+    Contender(
+        name="ADMM, permuted, distilled",
+        overrides="method=admm_short reconstruction=distilled pattern.permutation_rounds=2",
+        patterns=GROUPED,
+        seeds=SEEDS,
+        leads=GROUPED,
     ),
     Contender(name="ADMM, distilled", overrides="method=admm_short reconstruction=distilled", seeds=SEEDS),
     Contender(
@@ -78,6 +88,7 @@ CONTENDERS = (
         name="ADMM, permuted, reconstruction",
         overrides="method=admm_short reconstruction=block pattern.permutation_rounds=4",
         patterns=GROUPED,
+        seeds=SEEDS,
     ),
     Contender(
         name="ADMM, loss allocation, sub-block reconstruction",
@@ -126,14 +137,15 @@ class Point:
 
 
 def points() -> list[Point]:
-    """All: first seeds before others, 4:8 last, the contenders in their order."""
+    """All: those that lead before others, first seeds before others, 4:8 last, the contenders in their order."""
     found = [
-        Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed)
+        (pattern not in contender.leads, Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed))
         for contender in CONTENDERS
         for pattern in contender.patterns
         for seed in contender.seeds
     ]
-    return sorted(found, key=lambda point: (point.seed > 0, point.pattern == "4:8"))
+    found.sort(key=lambda one: (one[0], one[1].seed, one[1].pattern == "4:8"))
+    return [point for _, point in found]
 
 
 def measured(point: Point) -> dict[str, Any]:

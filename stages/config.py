@@ -454,14 +454,14 @@ class Distilled:
 
     name: str
     share: float  # of the blocks, counted from the last, that learn together; rounded to whole blocks, at least one
-    epochs: int  # passes over the calibration windows in which they do
+    epochs: float  # passes over the calibration windows in which they do; the last may be a part of one
     learning_rate: float  # of the first step; falls to 0
     block_epochs: int  # passes in which each of the blocks before them learns alone, as with reconstruction=block; 0: they do not
     block_learning_rate: float
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, "reconstruction.share", self.share, "a share in (0, 1]")
-        require(self.epochs > 0, "reconstruction.epochs", self.epochs, "at least 1")
+        require(self.epochs > 0, "reconstruction.epochs", self.epochs, "more than 0")
         require(self.learning_rate > 0, "reconstruction.learning_rate", self.learning_rate, "more than 0")
         require(self.block_epochs >= 0, "reconstruction.block_epochs", self.block_epochs, "0 or more")
         require(self.block_learning_rate > 0, "reconstruction.block_learning_rate", self.block_learning_rate, "more than 0")

@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
 LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
 COPIES_TRAINED = 4  # of a block's weights in float32: gradients, Adam's two moments, activations and masks
-COPIES_DISTILLED = 5  # likewise: weights, gradients, the survivors' gradients, and two that Adam makes
-COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, what is between, and a gradient
+COPIES_DISTILLED = 5  # likewise: weights, gradients, the survivors' gradients and places
+COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, and what is between
 COPIES_CUT, COPIES_SWEPT = 3, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
@@ -112,11 +112,12 @@ def main(
         stream = make_stream(windows)
         beside = Companions.of(stream, plan)
         log.info("%d windows a pass; hidden states are in %s", batch, stream.place)
+        found = {"batch": batch, "processes": ranks.count(), "hidden_states": stream.place, "resumed_after": journal.finished}
         run_through(stream, plan, journal, beside)
+        del stream  # nobody needs its hidden states any more
         distilled = learn_together(plan, journal, beside)
         if ranks.rank() == 0:
             earlier = sum(block["seconds"] for block in journal.records(journal.finished))
-            found = {"batch": batch, "processes": ranks.count(), "hidden_states": stream.place, "resumed_after": journal.finished}
             found |= {"divergences": distilled.divergences} if distilled else {}
             write_results(journal, decoder, recipe, found, record.of_run(device, dtype, stopwatch, earlier), distilled)
 
@@ -232,8 +233,9 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
         copies = 4 * largest * (COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT)
         trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
         work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
-    distilled = COPIES_DISTILLED * 4 * biggest if plan.distillation else 0
+    distilled = 0
     if plan.distillation:
+        distilled = COPIES_DISTILLED * 4 * biggest
         outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - inside
         logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
         work = max(work, (2 * biggest + outside) * decoder.dtype.itemsize + logits)

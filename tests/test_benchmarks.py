@@ -100,6 +100,24 @@ def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the
         assert sections["calibration"].seed == point.seed
 
 
+def test_what_the_comparison_stands_on_is_measured_before_the_rest_seed_after_seed():
+    points = quality.points()
+    leads = [point for c in quality.CONTENDERS for point in points if point.contender == c.name and point.pattern in c.leads]
+    assert {point.contender for point in leads} == {"SparseGPT", "ADMM, loss allocation, distilled", "ADMM, permuted, distilled"}
+    assert set(points[: len(leads)]) == set(leads)
+    assert [point.seed for point in points[: len(leads)]] == sorted(point.seed for point in leads)
+
+
+@pytest.mark.parametrize("pattern", list(quality.PATTERNS))
+def test_the_best_preset_is_the_row_that_the_comparison_stands_on(pattern):
+    name = "best_" + pattern.strip("%").replace(":", "_")
+    (best,) = [one for one in quality.CONTENDERS if pattern in one.leads and one.name != "SparseGPT"]
+    preset = config.read(composed(f"experiment={name}"))
+    row = config.read(composed(quality.PATTERNS[pattern], *best.overrides.split()))
+    parts = ("method", "pattern", "allocation", "reconstruction", "prune", "calibration")
+    assert [preset[part] for part in parts] == [row[part] for part in parts]
+
+
 def row(point: quality.Point, perplexity: float) -> dict:
     measured = {"perplexity": perplexity, "dense_perplexity": 10.0, "relative_error": 0.1, "seconds": 5, "peak_memory_gib": 0.5}
     protocol = {"tokens": 100, "corpus": "wikipedia", "window_length": 10}

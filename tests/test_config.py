@@ -115,7 +115,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
             "reconstruction.name: found 'distilled', wanted none with prune.propagate = dense",
         ),
         (["reconstruction=distilled", "reconstruction.share=0"], r"reconstruction.share: found 0.0, wanted a share in \(0, 1\]"),
-        (["reconstruction=distilled", "reconstruction.epochs=0"], "reconstruction.epochs: found 0, wanted at least 1"),
+        (["reconstruction=distilled", "reconstruction.epochs=0"], "reconstruction.epochs: found 0.0, wanted more than 0"),
         (["reconstruction=distilled", "reconstruction.learning_rate=0"], "reconstruction.learning_rate: found 0.0, wanted more than 0"),
         (["reconstruction=distilled", "reconstruction.block_epochs=-1"], "reconstruction.block_epochs: found -1, wanted 0 or more"),
         (

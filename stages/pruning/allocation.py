@@ -13,6 +13,7 @@ from bisect import bisect_right
 from fractions import Fraction
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from stages.pruning.patterns import pruned_count
@@ -185,8 +186,15 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold:
         raise ValueError("found a score that is NaN or infinite, wanted finite scores")
     competing = squared_scores if threshold == "row" else squared_scores.reshape(1, -1)
     ends = [pruned_count(competing.shape[1], sparsity) for sparsity in grid]
-    parts = competing.sort(dim=1).values.tensor_split(ends, dim=1)[:-1]
+    parts = _ascending_rows(competing).tensor_split(ends, dim=1)[:-1]
     return list(accumulate(float(part.sum(dtype=torch.float64)) for part in parts))
+
+
+def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
+    """Each row sorted."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=1))  # several times quicker than torch's
+    return values.sort(dim=1).values
 
 
 def error_driven(

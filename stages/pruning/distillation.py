@@ -5,17 +5,18 @@
 p_t: the dense model's distribution of the token after t, p'_t: the pruned model's. The hidden states of a late block may differ
 much where the loss does not, and little where it does; this asks of all of them only what the model is for. In memory are one
 block at a time and what comes after the blocks: a window goes forward block by block, what enters each is kept, and then backward
-block by block, each run again for its gradients. Masks, the survivors' values and Adam's moments lie in memory or in files.
+block by block, each run again for its gradients. The survivors, their places and Adam's moments lie in memory or in files.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
@@ -31,12 +32,12 @@ TOKENS_AT_ONCE = 256  # whose logits are in memory
 class Distillation:
     """Which blocks, how long, how fast.
 
-    first: the block from which on all learn. epochs: passes over the calibration windows, one window a step.
+    first: the block from which on all learn. epochs: passes over the calibration windows, one window a step, at least one step.
     learning_rate: of the first step; falls to 0.
     """
 
     first: int
-    epochs: int
+    epochs: float
     learning_rate: float
 
 
@@ -104,40 +105,45 @@ class _Learner:
         changes: dict[str, Change],
         tensors: dict[str, torch.Tensor],
         make_room: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
-        learning_rate: float,
     ) -> None:
         self.decoder, self.index = decoder, index
         self.shapes = {name: change.mask.shape for name, change in changes.items()}
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.others = {name: tensor for name, tensor in tensors.items() if name not in changes}
-        self.mask = make_room((sum(map(math.prod, self.shapes.values())),), torch.bool)
-        torch.cat([change.mask.flatten() for change in changes.values()], out=self.mask)
+        self.places = make_room((sum(self.counts),), torch.int32 if sum(self.sizes) < 2**31 else torch.int64)
         self.survivors, first_moment, second_moment = make_room((3, sum(self.counts)), torch.float32).zero_()
-        for survivors, (name, change) in zip(self.survivors.split(self.counts), changes.items(), strict=True):
+        parts = zip(self.places.split(self.counts), self.survivors.split(self.counts), self._starts(), changes.items(), strict=True)
+        for places, survivors, start, (name, change) in parts:
+            places.copy_(change.mask.flatten().nonzero()[:, 0] + start)
             survivors.copy_(change.apply(tensors[name])[change.mask])
-        self.optimiser = torch.optim.Adam([self.survivors], lr=learning_rate, betas=BETAS)
+        self.optimiser = torch.optim.Adam([self.survivors], betas=BETAS, fused=True)
         self.optimiser.state[self.survivors] = {"step": torch.zeros(()), "exp_avg": first_moment, "exp_avg_sq": second_moment}
 
+    def _starts(self) -> list[int]:
+        """Where each tensor begins when one follows the other."""
+        return list(accumulate(self.sizes[:-1], initial=0))
+
     def _by_tensor(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = whole.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+        parts = zip(whole.split(self.sizes), self.shapes.items(), strict=True)
+        return {name: part.view(shape) for part, (name, shape) in parts}
 
     def loaded(self) -> AbstractContextManager[nn.Module]:
         """The block with the survivors as they are now, exact zeros beside them, and all that is not trained as stored."""
-        weights = torch.zeros(len(self.mask)).masked_scatter_(self.mask, self.survivors)
+        weights = torch.zeros(sum(self.sizes)).index_copy_(0, self.places.long(), self.survivors)
         return self.decoder.loaded(self.index, self.others | self._by_tensor(weights))
 
     def learn(self, by_parameter: dict[str, torch.Tensor], rate: float) -> None:
         """A step of Adam.
 
         Args:
-            by_parameter: the gradients, by the parameter's name inside the block.
+            by_parameter: the gradients, by the parameter's name inside the block. rate: the learning rate.
         """
-        whole = torch.empty(len(self.mask))
+        whole = torch.empty(sum(self.sizes))
         gradients = self._by_tensor(whole)
         for matrix in self.decoder.matrices[self.index]:
             matrix.stored_in(gradients[matrix.tensor]).copy_(matrix.part_of(by_parameter[matrix.place.name]))
-        self.survivors.grad = ranks.all_sum(whole[self.mask].div_(ranks.count()))
+        self.survivors.grad = ranks.all_sum(whole.index_select(0, self.places).div_(ranks.count()))
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
         self.survivors.grad = None
@@ -168,8 +174,7 @@ def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dic
     learning = range(how.first, len(stream.decoder.blocks))
     with read_ahead(stream.decoder, learning) as blocks:
         return [
-            _Learner(stream.decoder, index, changes_of(index), tensors, make_room, how.learning_rate)
-            for index, tensors in zip(learning, blocks, strict=True)
+            _Learner(stream.decoder, index, changes_of(index), tensors, make_room) for index, tensors in zip(learning, blocks, strict=True)
         ]
 
 
@@ -212,8 +217,11 @@ def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torc
         wanted = log_softmax(decoder.logits(target[None, tokens].to(hidden.device)).float(), dim=-1)
         with torch.enable_grad():
             part = hidden[:, tokens].detach().requires_grad_()
-            found = log_softmax(decoder.logits(part).float(), dim=-1)
-            lost = kl_div(found, wanted, reduction="sum", log_target=True)
-        (gradient[:, tokens],) = torch.autograd.grad(lost, part)
-        divergence += lost.detach().double().cpu()
+            logits = decoder.logits(part)
+        found = log_softmax(logits.detach().float(), dim=-1)
+        difference = wanted - found
+        likely = wanted.exp_()
+        divergence += difference.mul_(likely).sum().double().cpu()
+        by_logits = found.exp_().sub_(likely)
+        (gradient[:, tokens],) = torch.autograd.grad(logits, part, by_logits.to(logits))
     return divergence / hidden.shape[1], gradient

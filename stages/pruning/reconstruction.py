@@ -94,7 +94,7 @@ def reconstruct(
     """
     parameters, kept = [block.get_parameter(name).requires_grad_() for name in masks], list(masks.values())
     masters = [values[name] for name in masks]
-    optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS)
+    optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS, fused=True)
     order = order_of_windows(stream, how.epochs)
     for step, window in enumerate(order):
         hidden, call = stream.window(index, window)
@@ -120,10 +120,10 @@ def reconstruct(
         )
 
 
-def order_of_windows(stream: Stream, epochs: int) -> list[int]:
+def order_of_windows(stream: Stream, epochs: float) -> list[int]:
     """This process's window of each step: all in turn, every pass in another order; as many steps as every other process makes."""
     generator = torch.Generator().manual_seed(0)
-    steps = epochs * (stream.all_windows // ranks.count())
+    steps = max(1, round(epochs * (stream.all_windows // ranks.count())))
     order: list[int] = []
     while len(order) < steps:
         order += torch.randperm(len(stream.hidden), generator=generator).tolist()

@@ -24,7 +24,7 @@ RECONSTRUCTIONS = {
     "none": "none",
     "block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense model's hidden states",
     "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against its dense outputs",
-    "distilled": "Adam on the survivors of the last blocks together (share {share:g}, rounded to whole blocks), {epochs} times over the "
+    "distilled": "Adam on the survivors of the last blocks together (share {share:g}, rounded to whole blocks), {epochs:g} times over the "
     "calibration windows, against the dense model's next-token distributions; before that on those of each block before them alone, "
     "{block_epochs} times, against the dense model's hidden states",
 }

@@ -75,11 +75,12 @@ def literal(
     return {name: weight.detach()[changes[name].mask] for name, weight in learning.items()}, divergences
 
 
-def test_the_steps_are_those_of_adam_on_the_divergence_of_whole_models(exact):
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 10), (1.4, 7)])
+def test_the_steps_are_those_of_adam_on_the_divergence_of_whole_models(exact, epochs, steps):
     beside, before = prepared(exact)
-    outcome, after = distilled(beside, before)
+    outcome, after = distilled(beside, before, replace(HOW, epochs=epochs))
     generator = torch.Generator().manual_seed(0)
-    order = [[window] for _ in range(2) for window in torch.randperm(5, generator=generator).tolist()]
+    order = [[window] for _ in range(2) for window in torch.randperm(5, generator=generator).tolist()][:steps]
     expected, divergences = literal(exact, before, WINDOWS, order, HOW.learning_rate)
     assert outcome.divergences == pytest.approx(divergences, rel=1e-4)
     found = {name: change.values for block in after.values() for name, change in block.items()}

@@ -221,7 +221,7 @@ def test_the_card_says_what_every_reconstruction_did(name):
     section = config.read(composed(f"reconstruction={name}"))["reconstruction"]
     said = RECONSTRUCTIONS[name].format(unit="each block", **asdict(section))
     assert "{" not in said
-    assert (str(section.epochs) in said) if name != "none" else said == "none"
+    assert (f"{section.epochs:g}" in said) if name != "none" else said == "none"
 
 
 def test_the_card_says_when_the_errors_were_measured_where_blocks_learned_together(release, base, delta, tmp_path):
