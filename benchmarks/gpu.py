@@ -145,7 +145,7 @@ def disk_to_disk(
     torch.cuda.synchronize()
 
 
-def timed(action: Callable[[], None]) -> float:
+def timed(action: Callable[[], object]) -> float:
     """Wall seconds."""
     started = time.perf_counter()
     action()
@@ -158,7 +158,7 @@ class Rates:
     def __init__(self, base: Checkpoint, device: torch.device) -> None:
         names = list(base)[: len(base.shard_of) // 4]
         size = sum(torch.Size(base.shape(name)).numel() * base.dtype(name).itemsize for name in names)
-        self.disk = size / timed(lambda: [base.tensor(name) for name in names] and None)
+        self.disk = size / timed(lambda: [base.tensor(name) for name in names])
         self.bfloat16 = self._products(torch.bfloat16, device)
         self.float32 = self._products(torch.float32, device)
 

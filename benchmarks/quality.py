@@ -214,7 +214,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def table(rows: Rows, missing: list[Point]) -> str:
-    """Markdown: perplexity of every contender at every pattern, the best first, and what the numbers are."""
+    """Markdown: what the best leaves of the damage, perplexity of every contender at every pattern, and what the numbers are."""
     lines = ["| method | " + " | ".join(PATTERNS) + " | composed by |", "|---" * (len(PATTERNS) + 2) + "|"]
     best = {
         pattern: min((mean(row["perplexity"] for row in found) for c in CONTENDERS if (found := of(rows, c, pattern))), default=0.0)
@@ -232,7 +232,7 @@ def table(rows: Rows, missing: list[Point]) -> str:
     for contender in sorted(begun, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
-    return "\n".join(lines) + "\n\n" + _notes(rows, missing)
+    return "\n".join([*summary(rows), "", *lines, "", _notes(rows, missing)])
 
 
 def _notes(rows: Rows, missing: list[Point]) -> str:
@@ -244,7 +244,9 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
     return (
         f"SmolLM2-135M-Instruct (dense: {row['dense_perplexity']:.2f}); calibration of 32 windows of 512 C4 tokens, the same for every "
         f"method; perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
-        f"{', '.join(devices)}. ± is the standard deviation over {len(SEEDS)} calibration seeds; without it, one seed. –: does not apply."
+        f"{', '.join(devices)}. Damage is the rise of perplexity over the dense model's; what is left is its share of the rise by the "
+        f"better of Wanda and SparseGPT. ± is the standard deviation over {len(SEEDS)} calibration seeds; without it, one seed. "
+        f"–: does not apply."
         f"{left}{old} Layer errors, seconds, memory and the command of every cell: [benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
 
@@ -256,6 +258,36 @@ def averaged(cells: list[dict[str, Any]], key: str) -> float:
 def rise(cells: list[dict[str, Any]]) -> float:
     """Perplexity over the dense model's, the difference."""
     return averaged(cells, "perplexity") - averaged(cells, "dense_perplexity")
+
+
+def published(rows: Rows, pattern: str) -> dict[str, list[dict[str, Any]]]:
+    """What was measured of Wanda and SparseGPT at a pattern, by their names."""
+    return {c.name: cells for c in CONTENDERS if c.name in ("Wanda", "SparseGPT") and (cells := of(rows, c, pattern))}
+
+
+def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
+    """The rise of perplexity as a share of the rise by the better of the published methods."""
+    return rise(cells) / min(map(rise, known.values()))
+
+
+def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
+    """How many times SparseGPT's seconds."""
+    return averaged(cells, "seconds") / averaged(known["SparseGPT"], "seconds")
+
+
+def summary(rows: Rows) -> list[str]:
+    """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all."""
+    lines = ["| | better of Wanda and SparseGPT | best | damage that is left | seconds, times SparseGPT's | which |", "|---" * 6 + "|"]
+    for pattern in PATTERNS:
+        known = published(rows, pattern)
+        if "SparseGPT" not in known:
+            continue
+        measured = {contender.name: cells for contender in CONTENDERS if (cells := of(rows, contender, pattern))}
+        name, best = min(measured.items(), key=lambda item: averaged(item[1], "perplexity"))
+        better = min(known.values(), key=rise)
+        numbers = [mean_and_spread([row["perplexity"] for row in cells]) for cells in (better, best)]
+        lines.append(f"| {pattern} | {' | '.join(numbers)} | {damage(best, known):.2f} | {pace(best, known):.1f} | {name} |")
+    return lines
 
 
 EXPLAINED = (
@@ -272,27 +304,24 @@ def full_table(rows: Rows, missing: list[Point]) -> str:
     for pattern in PATTERNS:
         lines += [f"## {pattern}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         found = {contender: cells for contender in CONTENDERS if (cells := of(rows, contender, pattern))}
-        published = {contender.name: cells for contender, cells in found.items() if contender.name in ("Wanda", "SparseGPT")}
         for contender, cells in sorted(found.items(), key=lambda item: averaged(item[1], "perplexity")):
-            lines.append(full_row(contender, pattern, cells, published))
+            lines.append(full_row(contender, pattern, cells, published(rows, pattern)))
         lines.append("")
     if missing:
         lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in missing), ""]
     return "\n".join(lines)
 
 
-def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], published: Mapping[str, list[dict[str, Any]]]) -> str:
+def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> str:
     """Markdown: a cell's numbers, beside those of the published methods at its pattern as far as they are measured."""
     point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
-    damage = f"{rise(cells) / min(map(rise, published.values())):.2f}" if published else ""
-    pace = f" ({averaged(cells, 'seconds') / averaged(published['SparseGPT'], 'seconds'):.1f})" if "SparseGPT" in published else ""
     numbers = [
         ", ".join(str(row["seed"]) for row in cells),
         mean_and_spread([row["perplexity"] for row in cells]),
         f"{mean(row['perplexity'] / row['dense_perplexity'] for row in cells):.2f}",
-        damage,
+        f"{damage(cells, known):.2f}" if known else "",
         f"{averaged(cells, 'relative_error'):.4f}",
-        f"{averaged(cells, 'seconds'):.0f}{pace}",
+        f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else ""),
         f"{max(row['peak_memory_gib'] for row in cells):.2f} GiB",
     ]
     return f"| {contender.name} | {' | '.join(numbers)} | `{point.command}` |"

@@ -138,6 +138,18 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
     assert "| 0, 1, 2 | 41.00 ± 1.00 | 4.10 | 1.55 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full  # (41 - 10) / (30 - 10) of SparseGPT's rise
 
 
+def test_the_summary_sets_the_best_against_the_better_published_method_where_sparsegpt_is_measured():
+    points = [point for point in quality.points() if point.contender in ("Wanda", "SparseGPT", "ADMM") and point.seed == 0]
+    found = {"Wanda": 40.0, "SparseGPT": 30.0, "ADMM": 22.0}
+    rows = {
+        point: row(point, found[point.contender]) | {"seconds": 20 if point.contender == "ADMM" else 5}
+        for point in points
+        if point.pattern == "50%" or (point.pattern == "60%" and point.contender != "SparseGPT")
+    }
+    lines = quality.summary(rows)
+    assert lines[2:] == ["| 50% | 30.00 | 22.00 | 0.60 | 4.0 | ADMM |"]  # (22 - 10) / (30 - 10)
+
+
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
     point = next(point for point in quality.points() if point.contender == "ADMM")
     assert "| 0 | 40.00 | 4.00 |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)}, [])
