@@ -92,12 +92,12 @@ CONTENDERS = (
     ),
     Contender(
         name="ADMM, loss allocation, sub-block reconstruction",
-        overrides="method=admm allocation=loss reconstruction=sub_block",
+        overrides="method=admm allocation=loss reconstruction=sub_block prune=by_parts",
         patterns=UNSTRUCTURED,
     ),
     Contender(
         name="ADMM, permuted, sub-block reconstruction",
-        overrides="method=admm reconstruction=sub_block pattern.permutation_rounds=4",
+        overrides="method=admm reconstruction=sub_block prune=by_parts pattern.permutation_rounds=4",
         patterns=GROUPED,
     ),
     Contender(name="SparseGPT, loss allocation", overrides="method=sparsegpt allocation=loss", patterns=UNSTRUCTURED),

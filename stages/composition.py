@@ -53,7 +53,7 @@ def update_of(method: config.Method) -> methods.Update:
         case config.LeastSquaresUpdate():
             return methods.SwapAndRefit(damping=share, cycles=0, candidates=0, refit_steps=method.update.steps)
         case config.AdmmUpdate():
-            return methods.Admm(damping=share, **parameters)
+            return methods.Admm(damping=share, damping_limit=limit, **parameters)
         case config.SwapsUpdate():
             return methods.SwapAndRefit(damping=share, **parameters)
         case config.DsNoTUpdate():

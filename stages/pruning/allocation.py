@@ -13,7 +13,6 @@ from bisect import bisect_right
 from fractions import Fraction
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 
 from stages.pruning.patterns import pruned_count
@@ -191,10 +190,12 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold:
 
 
 def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
-    """Each row sorted."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=1))  # several times quicker than torch's
-    return values.sort(dim=1).values
+    """Each row sorted; on a CPU by NumPy, which is several times quicker."""
+    if values.device.type != "cpu":
+        return values.sort(dim=1).values
+    ordered = values.clone()
+    ordered.numpy().sort(axis=1)
+    return ordered
 
 
 def error_driven(

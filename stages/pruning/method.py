@@ -17,7 +17,7 @@ from stages.pruning.scores.magnitude import magnitude
 from stages.pruning.scores.obs import obs
 from stages.pruning.scores.ria import ria
 from stages.pruning.scores.wanda import wanda
-from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
+from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic, dampings
 from stages.pruning.updates.admm import admm
 from stages.pruning.updates.dsnot import dsnot
 from stages.pruning.updates.least_squares import least_squares
@@ -174,10 +174,12 @@ class Admm:
 
     Weights compete by what they carry, as with Wanda's score; no other is asked.
 
-    damping: share of the Gram matrix's diagonal. refit_steps: of least squares on the support found.
+    damping: share of the Gram matrix's diagonal; damping_limit: up to where it is raised. refit_steps: of least squares on the
+        support found.
     """
 
     damping: float
+    damping_limit: float
     steps: int
     penalty: float
     growth: float
@@ -188,15 +190,23 @@ class Admm:
     statistic: type[Statistic] = Gram
 
     def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        gram, rows, whole = statistic.damped(self.damping), [len(weight) for weight in weights], torch.cat(weights)
+        rows, whole = [len(weight) for weight in weights], torch.cat(weights)
 
         def keep(scores: torch.Tensor, exactly: bool) -> torch.Tensor:
             parts = zip(patterns, scores.split(rows), strict=True)
             return torch.cat([pattern.mask(part) if exactly else pattern.roughly(part) for pattern, part in parts])
 
-        found, mask = admm(whole, gram, keep, steps=self.steps, penalty=self.penalty, growth=self.growth, hold=self.hold)
+        for damping in dampings(self.damping, self.damping_limit):
+            gram = statistic.damped(damping)
+            try:
+                found, mask = admm(whole, gram, keep, steps=self.steps, penalty=self.penalty, growth=self.growth, hold=self.hold)
+                break
+            except ArithmeticError:
+                if damping >= self.damping_limit:
+                    raise
         values = least_squares(whole, gram, mask, found, self.refit_steps)
-        return [Pruned(mask=kept, values=moved) for kept, moved in zip(mask.split(rows), values.split(rows), strict=True)]
+        parts = zip(mask.split(rows), values.split(rows), strict=True)
+        return [Pruned(mask=kept, values=moved, damping=damping) for kept, moved in parts]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,8 +148,8 @@ class Gram:
     def inverse_factor(self, damping: float, limit: float) -> torch.Tensor:
         """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹; computed once for all that share H.
 
-        d is `damping`, or where H does not factor with it, ten times as much, and so on up to the limit. Dead inputs count
-        as unit inputs.
+        d is `damping`, or where H does not factor with it, in float32 or else in float64, ten times as much, and so on up to
+        the limit. Dead inputs count as unit inputs.
 
         Args:
             damping, limit: shares of the mean diagonal added to the diagonal.
@@ -163,7 +163,9 @@ class Gram:
         if self._factor is None:
             self._require_finite()
             for share in dampings(damping, limit):
-                self._factor = _inverse_factor(self.value, self.dead, share)
+                for dtype in (torch.float32, torch.float64):
+                    if self._factor is None:
+                        self._factor = _inverse_factor(self.value.to(dtype), self.dead, share)
                 if self._factor is not None:
                     self.damping = share
                     break
@@ -201,16 +203,16 @@ def dampings(first: float, limit: float) -> list[float]:
 
 
 def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor | None:
-    """None where the damped matrix is not positive definite.
+    """U in float32, worked out in the dtype of the Gram matrix; None where rounded so the damped matrix is not positive definite.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards; then U = R⁻¹.
     """
     damped = gram.flip(0, 1)
-    damped.diagonal().add_(dead.flip(0).float()).add_(damping * gram.diagonal().mean())
+    damped.diagonal().add_(dead.flip(0).to(gram.dtype)).add_(damping * gram.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return None
     del damped
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True).float()
     return factor if torch.isfinite(factor).all() else None

@@ -64,6 +64,21 @@ def test_damping_is_raised_step_by_step_until_the_matrix_factors():
     assert dampings(0.01, 0.01) == [0.01]
 
 
+def test_what_float32_cannot_factor_float64_does_at_the_same_damping():
+    torch.manual_seed(0)
+    inputs = torch.randint(-8, 9, (64, 32)).float()  # of products that float32 holds exactly, and of half the rank
+    gram = Gram(64, CPU)
+    gram.value = inputs @ inputs.T
+    share = 1e-8
+    mean = gram.value.diagonal().mean()
+    assert torch.linalg.cholesky_ex(gram.value + share * mean * torch.eye(64)).info > 0
+    factor = gram.inverse_factor(share, 1.0)
+    assert factor.dtype == torch.float32
+    assert gram.damping == share
+    exact = (gram.value.double() + share * mean.double() * torch.eye(64, dtype=torch.float64)).inverse()
+    torch.testing.assert_close(factor.T @ factor, exact.float(), rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
 def test_a_gram_matrix_that_does_not_factor_within_the_limit_is_refused():
     gram = Gram(2, CPU)
     gram.value = torch.tensor([[1.0, 3.0], [3.0, 1.0]])

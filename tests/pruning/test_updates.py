@@ -1,5 +1,7 @@
 """What the survivors do: least squares and ADMM by hand, against slow float64 loops, and against SparseGPT."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -176,7 +178,7 @@ def outcome(method: Method, weight: torch.Tensor, gram: torch.Tensor, pattern: P
 
 
 def composed(hold: int = 5) -> Method:
-    update = Admm(damping=0.01, steps=30, penalty=0.1, growth=1.3, hold=hold, refit_steps=12)
+    update = Admm(damping=0.01, damping_limit=1.0, steps=30, penalty=0.1, growth=1.3, hold=hold, refit_steps=12)
     return Method(score=methods.WANDA.score, update=update)
 
 
@@ -221,3 +223,18 @@ def test_the_refit_after_admm_lowers_the_error():
     refitted = outcome(composed(), weight, gram, PATTERNS[1])
     assert torch.equal(refitted.mask, mask)
     assert lost(weight, refitted.values, gram) < lost(weight, rough, gram)
+
+
+INDEFINITE = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # scaled to a unit diagonal: eigenvalues 1 ± 1.5 / (1 + damping), and the penalty
+
+
+def test_admm_raises_the_damping_until_it_factors_and_says_which():
+    weight = torch.tensor([[1.0, 2.0]])
+    assert outcome(composed(), weight, torch.eye(2), PATTERNS[0]).damping == 0.01
+    assert outcome(composed(), weight, INDEFINITE, PATTERNS[0]).damping == 1.0
+
+
+def test_admm_refuses_what_does_not_factor_within_the_limit():
+    update = replace(composed().update, damping_limit=0.1)
+    with pytest.raises(ArithmeticError, match="does not factor with a penalty of 0.1"):
+        outcome(Method(score=methods.WANDA.score, update=update), torch.ones(1, 2), INDEFINITE, PATTERNS[0])
