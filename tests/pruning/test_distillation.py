@@ -18,6 +18,7 @@ from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
 from tests.pruning.test_architectures import fetched
+from tests.pruning.test_survey import loaded_blocks
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -161,8 +162,19 @@ def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path, monkeypat
     monkeypatch.setattr(distillation, "room", noted)
     _, found = distilled(beside, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
-    assert len(places) == 4  # masks, and survivors with their moments, of two blocks
+    assert len(places) == 4  # places, and survivors with their moments, of two blocks
     assert all(place.startswith("a file of ") for place in places)
+
+
+def test_only_the_block_that_runs_has_weights(exact):
+    beside, before = prepared(exact)
+    decoder, seen = beside.entering.decoder, []
+    for index, block in enumerate(decoder.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: seen.append((index, loaded_blocks(decoder))))
+    distilled(beside, before)
+    steps = len(WINDOWS) * HOW.epochs
+    assert seen == [(1, [1]), (2, [2]), (1, [1])] * steps
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
 
 
 def test_the_divergence_and_its_gradient_are_the_same_some_tokens_at_a_time(exact, monkeypatch):

@@ -76,6 +76,44 @@ def test_the_sweep_equals_its_literal_transcription(block_size):
     torch.testing.assert_close(found, swept_literally(weight, damped, mask), rtol=1e-4, atol=1e-4)
 
 
+def chosen_and_swept_literally(weight: torch.Tensor, damped: torch.Tensor, pattern: Pattern, block_size: int) -> torch.Tensor:
+    """The published sweep: a mask for each block of columns, or group, by the weights as the sweep has left them."""
+    weight, factor = weight.clone().double(), torch.linalg.cholesky(damped.double().inverse(), upper=True)
+    decision = pattern.group if isinstance(pattern, Nm) else block_size
+    for start in range(0, weight.shape[1], decision):
+        part = slice(start, min(start + decision, weight.shape[1]))
+        scores = (weight[:, part] / factor.diagonal()[part]).square()
+        drop = torch.zeros_like(scores, dtype=torch.bool)
+        if isinstance(pattern, Nm):
+            drop.scatter_(1, scores.argsort(dim=1)[:, : pattern.group - pattern.kept], True)
+        else:
+            drop.view(-1)[scores.flatten().argsort()[: int(scores.numel() * pattern.sparsity)]] = True
+        for j in range(part.start, part.stop):
+            error = weight[:, j] * drop[:, j - start] / factor[j, j]
+            weight[:, j:] -= error[:, None] * factor[j, j:]
+            weight[drop[:, j - start], j] = 0
+    return weight.float()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5, threshold="matrix"), Nm(kept=2, group=4), Nm(kept=4, group=8)], ids=str)
+@pytest.mark.parametrize("columns", [80, 208])
+def test_a_mask_chosen_in_a_sweep_of_several_blocks_and_strips_is_the_published_one(columns, pattern):
+    torch.manual_seed(0)
+    weight, gram = torch.randn(8, columns), gram_of(torch.randn(300, columns) @ torch.randn(columns, columns))
+    damped = gram.value + 0.01 * gram.value.diagonal().mean() * torch.eye(columns)
+    mask, found = prune(sweep(80), weight, gram, pattern)
+    expected = chosen_and_swept_literally(weight, damped, pattern, 80)
+    assert torch.equal(mask, expected != 0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_damping_that_a_sweep_took_is_told():
+    gram = Gram(2, CPU)
+    gram.value = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # needs more than half the diagonal
+    (pruned,) = sweep(2)([torch.tensor([[1.0, 2.0]])], gram, [HALF])
+    assert pruned.damping == 1.0
+
+
 @pytest.mark.parametrize("threshold", ["row", "matrix"])
 def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(threshold):
     torch.manual_seed(0)

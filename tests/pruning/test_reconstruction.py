@@ -207,3 +207,23 @@ def test_by_parts_the_mlp_is_pruned_for_what_the_pruned_attention_gives_it(base)
     mask = torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
     found = changes["model.layers.2.mlp.down_proj.weight"].mask
     assert (found != mask).float().mean() < 0.005
+
+
+def test_by_parts_attention_and_mlp_each_learn_what_they_would_give_with_dense_weights(base, monkeypatch):
+    learned = {}
+    monkeypatch.setattr(block_loop, "reconstruct", lambda _, index, __, path, *rest: learned.update({(index, path): rest[2].clone()}))
+    first = blocks_of(base, reconstruction=HOW, by_parts=True)[0]
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval()
+    layer, given = model.model.layers[0], {}
+    layer.self_attn.register_forward_hook(lambda _, __, output: given.update(self_attn=output[0]))
+    layer.mlp.register_forward_hook(lambda _, __, output: given.update(mlp=output))
+    with torch.no_grad():
+        model(WINDOWS)
+        torch.testing.assert_close(learned[0, "self_attn"], given["self_attn"], rtol=1e-4, atol=1e-6)
+        dense_mlp = given["mlp"]
+        for name, change in first.changes.items():
+            if ".self_attn." in name:
+                model.get_parameter(name).mul_(change.mask)
+        model(WINDOWS)
+    torch.testing.assert_close(learned[0, "mlp"], given["mlp"], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(dense_mlp, given["mlp"], rtol=1e-2)

@@ -6,13 +6,15 @@ from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
+from stages.pruning.method import Admm, Method
 from stages.pruning.patterns import Nm
+from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
 from tests.methods import WANDA, sparsegpt
 
-CPU = torch.device("cpu")
+CPU, TWO_OF_FOUR = torch.device("cpu"), Nm(kept=2, group=4)
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -29,12 +31,12 @@ class Applied:
         return self.changes[name].apply(tensor) if name in self.changes else tensor
 
 
-def prune(base, method=WANDA, rounds: int | None = 4, dtype: torch.dtype = torch.float32, windows: torch.Tensor = WINDOWS):
+def prune(base, method=WANDA, rounds: int | None = 4, dtype=torch.float32, windows=WINDOWS, pattern=TWO_OF_FOUR, **more):
     decoder = Decoder(base, dtype, CPU)
     with decoder.before_blocks():
-        stream = Stream(decoder, windows, batch=2)
-    patterns = {matrix.name: Nm(kept=2, group=4) for block in decoder.matrices for matrix in block}
-    how = {"propagate": "pruned", "error_tokens": 120, "expert_tokens": 0, "permutation_rounds": rounds}
+        stream = Stream(decoder, windows, batch=2, one_by_one=True)
+    patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
+    how = {"propagate": "pruned", "error_tokens": 120, "expert_tokens": 0, "permutation_rounds": rounds, **more}
     blocks = list(prune_blocks(stream, Plan(method=method, patterns=patterns, **how)))
     return {name: change for block in blocks for name, change in block.changes.items()}, stream.hidden, blocks
 
@@ -57,12 +59,18 @@ def test_exactly_the_mlps_change_places(base):
         assert (change.rows is not None) == name.endswith(("gate_proj.weight", "up_proj.weight"))
 
 
-@pytest.mark.parametrize("method", [WANDA, sparsegpt()])
-def test_every_group_keeps_two_of_four_and_the_delta_gives_the_model_that_was_calibrated(base, method):
-    changes, hidden, _ = prune(base, method)
+LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True)}
+ADMM = Method(score=WANDA.score, update=Admm(damping=0.01, damping_limit=1.0, steps=10, penalty=0.1, growth=2.2, hold=2, refit_steps=2))
+
+
+@pytest.mark.parametrize("pattern", [Nm(kept=2, group=4), Nm(kept=4, group=8)], ids=str)
+@pytest.mark.parametrize(("method", "more"), [(WANDA, {}), (sparsegpt(), {}), (ADMM, {}), (ADMM, LEARNING)])
+def test_every_group_keeps_n_of_m_and_the_delta_gives_the_model_that_was_calibrated(base, method, more, pattern):
+    changes, hidden, _ = prune(base, method, pattern=pattern, **more)
     model = load_model(base, Applied(changes), dtype=torch.float32, device=CPU)
+    assert any(change.columns is not None for change in changes.values())
     for name, change in changes.items():
-        assert (change.mask.view(-1, 4).sum(dim=1) == 2).all()
+        assert (change.mask.view(-1, pattern.group).sum(dim=1) == pattern.kept).all()
         assert torch.equal(model.get_parameter(name) != 0, change.mask)
     with torch.no_grad():
         second = model.model(WINDOWS, output_hidden_states=True).hidden_states[2]

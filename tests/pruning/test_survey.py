@@ -19,10 +19,14 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, PruningError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
 from stages.pruning.allocation import hill_exponent
+from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.journal import Journal
+from stages.pruning.method import Method, SwapAndRefit
+from stages.pruning.patterns import Unstructured
 from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
+from tests.methods import WANDA
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
@@ -305,6 +309,40 @@ def test_blocks_are_told_apart_by_owl_and_matrices_by_loss(project):
     assert len({round(block[0], 2) for block in blocks}) > 1
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
     assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0}) > 1
+
+
+@pytest.mark.parametrize(("name", "look"), [("owl", "outlier_shares"), ("alphapruning", "spectral_exponents")])
+def test_blocks_are_as_sparse_as_the_rule_says_of_what_was_seen(project, monkeypatch, name, look):
+    """Of no block more than the bounds, so that they do not hide the rule."""
+    seen = [0.1, 0.4, 0.3]
+    monkeypatch.setattr(composition, look, lambda *_: seen)
+    stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
+    if name == "owl":
+        distances = [2 * 0.08 * (value - 0.1) / 0.3 for value in seen]
+        expected = [0.37 + sum(distances) / 3 - distance for distance in distances]
+    else:
+        ratios = [1 - 0.3 + 2 * 0.3 * (value - 0.1) / 0.3 for value in seen]
+        expected = [0.37 * ratio / (sum(ratios) / 3) for ratio in ratios]
+    assert [row["sparsity"] for row in sparsities()] == pytest.approx([expected[row["block"]] for row in sparsities()], abs=2e-3)
+
+
+def test_where_rows_do_not_compete_what_their_errors_cost_changes_nothing(base):
+    """A row's best values do not depend on how dear its error is."""
+    plan = Plan(
+        method=Method(score=WANDA.score, update=SwapAndRefit(damping=0.01, cycles=0, candidates=0, refit_steps=40)),
+        patterns={},
+        propagate="pruned",
+        error_tokens=60,
+        expert_tokens=0,
+    )
+    decoder = Decoder(base, torch.float32, CPU)
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    plan = replace(plan, patterns={matrix.name: Unstructured(sparsity=0.5, threshold="row") for matrix in matrices})
+    costs = {matrix.name: torch.rand(matrix.shape[0], generator=torch.Generator().manual_seed(0)) + 0.1 for matrix in matrices}
+    alike, apart = (next(prune_blocks(stream_of(base), replace(plan, rows=rows))) for rows in ({}, costs))
+    for name, change in alike.changes.items():
+        assert torch.equal(change.mask, apart.changes[name].mask)
+        torch.testing.assert_close(change.values.float(), apart.changes[name].values.float(), rtol=2e-2, atol=1e-3)
 
 
 def test_rows_that_compete_by_what_their_errors_cost_are_pruned_otherwise_but_as_much(project):
