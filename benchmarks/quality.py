@@ -245,8 +245,8 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
         f"SmolLM2-135M-Instruct (dense: {row['dense_perplexity']:.2f}); calibration of 32 windows of 512 C4 tokens, the same for every "
         f"method; perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
         f"{', '.join(devices)}. Damage is the rise of perplexity over the dense model's; what is left is its share of the rise by the "
-        f"better of Wanda and SparseGPT. ± is the standard deviation over {len(SEEDS)} calibration seeds; without it, one seed. "
-        f"–: does not apply."
+        f"better of Wanda and SparseGPT. ± is the standard deviation over the calibration seeds, {len(SEEDS)} at most, that QUALITY.md "
+        f"names; without it, one seed. –: does not apply."
         f"{left}{old} Layer errors, seconds, memory and the command of every cell: [benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
 
@@ -265,28 +265,38 @@ def published(rows: Rows, pattern: str) -> dict[str, list[dict[str, Any]]]:
     return {c.name: cells for c in CONTENDERS if c.name in ("Wanda", "SparseGPT") and (cells := of(rows, c, pattern))}
 
 
+def with_the_same_seeds(cells: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of both whose seeds both have."""
+    seeds = {row["seed"] for row in cells} & {row["seed"] for row in others}
+    return [row for row in cells if row["seed"] in seeds], [row for row in others if row["seed"] in seeds]
+
+
 def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
-    """The rise of perplexity as a share of the rise by the better of the published methods."""
-    return rise(cells) / min(map(rise, known.values()))
+    """The rise of perplexity as a share of the rise by the better of the published methods, on the same seeds."""
+    own, better = with_the_same_seeds(cells, min(known.values(), key=rise))
+    return rise(own) / rise(better)
 
 
 def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
-    """How many times SparseGPT's seconds."""
-    return averaged(cells, "seconds") / averaged(known["SparseGPT"], "seconds")
+    """How many times SparseGPT's seconds, on the same seeds."""
+    own, sparsegpt = with_the_same_seeds(cells, known["SparseGPT"])
+    return averaged(own, "seconds") / averaged(sparsegpt, "seconds")
 
 
 def summary(rows: Rows) -> list[str]:
-    """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all."""
-    lines = ["| | better of Wanda and SparseGPT | best | damage that is left | seconds, times SparseGPT's | which |", "|---" * 6 + "|"]
+    """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
+    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage that is left", "seconds, times SparseGPT's", "which is best")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
         known = published(rows, pattern)
         if "SparseGPT" not in known:
             continue
         measured = {contender.name: cells for contender in CONTENDERS if (cells := of(rows, contender, pattern))}
         name, best = min(measured.items(), key=lambda item: averaged(item[1], "perplexity"))
-        better = min(known.values(), key=rise)
-        numbers = [mean_and_spread([row["perplexity"] for row in cells]) for cells in (better, best)]
-        lines.append(f"| {pattern} | {' | '.join(numbers)} | {damage(best, known):.2f} | {pace(best, known):.1f} | {name} |")
+        both = with_the_same_seeds(min(known.values(), key=rise), best)
+        seeds = ", ".join(str(row["seed"]) for row in both[0])
+        numbers = " | ".join(mean_and_spread([row["perplexity"] for row in cells]) for cells in both)
+        lines.append(f"| {pattern} | {seeds} | {numbers} | {damage(best, known):.2f} | {pace(best, known):.1f} | {name} |")
     return lines
 
 

@@ -147,7 +147,14 @@ def test_the_summary_sets_the_best_against_the_better_published_method_where_spa
         if point.pattern == "50%" or (point.pattern == "60%" and point.contender != "SparseGPT")
     }
     lines = quality.summary(rows)
-    assert lines[2:] == ["| 50% | 30.00 | 22.00 | 0.60 | 4.0 | ADMM |"]  # (22 - 10) / (30 - 10)
+    assert lines[2:] == ["| 50% | 0 | 30.00 | 22.00 | 0.60 | 4.0 | ADMM |"]  # (22 - 10) / (30 - 10)
+
+
+def test_the_summary_compares_on_the_seeds_that_both_have():
+    points = [p for p in quality.points() if p.contender in ("SparseGPT", "ADMM, distilled") and p.pattern == "50%" and p.seed < 2]
+    found = {("SparseGPT", 0): 30.0, ("SparseGPT", 1): 90.0, ("ADMM, distilled", 0): 20.0}
+    rows = {p: row(p, found[p.contender, p.seed]) for p in points if (p.contender, p.seed) in found}
+    assert quality.summary(rows)[2:] == ["| 50% | 0 | 30.00 | 20.00 | 0.50 | 1.0 | ADMM, distilled |"]
 
 
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
