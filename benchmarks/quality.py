@@ -260,9 +260,19 @@ def rise(cells: list[dict[str, Any]]) -> float:
     return averaged(cells, "perplexity") - averaged(cells, "dense_perplexity")
 
 
+def ranked(rows: Rows, pattern: str) -> list[tuple[Contender, list[dict[str, Any]]]]:
+    """The contenders measured at a pattern, the best first, with their cells."""
+    found = [(contender, cells) for contender in CONTENDERS if (cells := of(rows, contender, pattern))]
+    return sorted(found, key=lambda one: averaged(one[1], "perplexity"))
+
+
 def published(rows: Rows, pattern: str) -> dict[str, list[dict[str, Any]]]:
     """What was measured of Wanda and SparseGPT at a pattern, by their names."""
-    return {c.name: cells for c in CONTENDERS if c.name in ("Wanda", "SparseGPT") and (cells := of(rows, c, pattern))}
+    return {contender.name: cells for contender, cells in ranked(rows, pattern) if contender.name in ("Wanda", "SparseGPT")}
+
+
+def named_seeds(cells: list[dict[str, Any]]) -> str:
+    return ", ".join(str(row["seed"]) for row in cells)
 
 
 def with_the_same_seeds(cells: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -291,12 +301,11 @@ def summary(rows: Rows) -> list[str]:
         known = published(rows, pattern)
         if "SparseGPT" not in known:
             continue
-        measured = {contender.name: cells for contender in CONTENDERS if (cells := of(rows, contender, pattern))}
-        name, best = min(measured.items(), key=lambda item: averaged(item[1], "perplexity"))
+        winner, best = ranked(rows, pattern)[0]
         both = with_the_same_seeds(min(known.values(), key=rise), best)
-        seeds = ", ".join(str(row["seed"]) for row in both[0])
         numbers = " | ".join(mean_and_spread([row["perplexity"] for row in cells]) for cells in both)
-        lines.append(f"| {pattern} | {seeds} | {numbers} | {damage(best, known):.2f} | {pace(best, known):.1f} | {name} |")
+        share, times = f"{damage(best, known):.2f}", f"{pace(best, known):.1f}"
+        lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {share} | {times} | {winner.name} |")
     return lines
 
 
@@ -313,9 +322,8 @@ def full_table(rows: Rows, missing: list[Point]) -> str:
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", EXPLAINED, ""]
     for pattern in PATTERNS:
         lines += [f"## {pattern}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        found = {contender: cells for contender in CONTENDERS if (cells := of(rows, contender, pattern))}
-        for contender, cells in sorted(found.items(), key=lambda item: averaged(item[1], "perplexity")):
-            lines.append(full_row(contender, pattern, cells, published(rows, pattern)))
+        known = published(rows, pattern)
+        lines += [full_row(contender, pattern, cells, known) for contender, cells in ranked(rows, pattern)]
         lines.append("")
     if missing:
         lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in missing), ""]
@@ -326,7 +334,7 @@ def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], kn
     """Markdown: a cell's numbers, beside those of the published methods at its pattern as far as they are measured."""
     point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
     numbers = [
-        ", ".join(str(row["seed"]) for row in cells),
+        named_seeds(cells),
         mean_and_spread([row["perplexity"] for row in cells]),
         f"{mean(row['perplexity'] / row['dense_perplexity'] for row in cells):.2f}",
         f"{damage(cells, known):.2f}" if known else "",

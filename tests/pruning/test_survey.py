@@ -328,16 +328,14 @@ def test_blocks_are_as_sparse_as_the_rule_says_of_what_was_seen(project, monkeyp
 
 def test_where_rows_do_not_compete_what_their_errors_cost_changes_nothing(base):
     """A row's best values do not depend on how dear its error is."""
+    matrices = [matrix for block in Decoder(base, torch.float32, CPU).matrices for matrix in block]
     plan = Plan(
         method=Method(score=WANDA.score, update=SwapAndRefit(damping=0.01, cycles=0, candidates=0, refit_steps=40)),
-        patterns={},
+        patterns={matrix.name: Unstructured(sparsity=0.5, threshold="row") for matrix in matrices},
         propagate="pruned",
         error_tokens=60,
         expert_tokens=0,
     )
-    decoder = Decoder(base, torch.float32, CPU)
-    matrices = [matrix for block in decoder.matrices for matrix in block]
-    plan = replace(plan, patterns={matrix.name: Unstructured(sparsity=0.5, threshold="row") for matrix in matrices})
     costs = {matrix.name: torch.rand(matrix.shape[0], generator=torch.Generator().manual_seed(0)) + 0.1 for matrix in matrices}
     alike, apart = (next(prune_blocks(stream_of(base), replace(plan, rows=rows))) for rows in ({}, costs))
     for name, change in alike.changes.items():
