@@ -63,10 +63,10 @@ def test_the_counts_of_column_ranges_add_up(threshold):
     assert total == (3 * pruned_count(37, 0.61) if threshold == "row" else pruned_count(111, 0.61))
 
 
-@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 16)])
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 16), (5, 24), (16, 32), (95, 96)])
 def test_n_of_every_m_are_kept(kept, group):
     torch.manual_seed(0)
-    mask = Nm(kept=kept, group=group).mask(torch.rand(5, 48))
+    mask = Nm(kept=kept, group=group).mask(torch.rand(5, 96))
     assert (mask.view(5, -1, group).sum(dim=2) == kept).all()
 
 

@@ -77,6 +77,22 @@ def test_every_group_keeps_n_of_m_and_the_delta_gives_the_model_that_was_calibra
     torch.testing.assert_close(second, hidden, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("method", [WANDA, ADMM])
+def test_experts_change_places_one_by_one(tmp_path, kind, method):
+    """qwen2_moe: the experts, and MLPs without experts in every other block."""
+    base, windows = Checkpoint(architectures.write(tmp_path, kind)), WINDOWS % 90
+    changes, hidden, _ = prune(base, method, windows=windows)
+    orders = {name: tuple(change.columns.tolist()) for name, change in changes.items() if change.columns is not None}
+    assert set(orders) == {name for name in changes if name.endswith(("w2.weight", "down_proj.weight"))}
+    assert len(set(orders.values())) > 4
+    assert all(change.mask.view(-1, 4).sum(dim=1).eq(2).all() for change in changes.values())
+    model = load_model(base, Applied(changes), dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        states = model.model(windows, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[-2], hidden, rtol=1e-3, atol=1e-4)
+
+
 def test_the_down_projections_lose_less(base):
     def errors(rounds):
         _, _, blocks = prune(base, rounds=rounds)
