@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -692,7 +692,16 @@ def read(cfg: DictConfig) -> dict[str, Any]:
     return sections
 
 
-def stage(*sections: str, parts: dict[str, tuple[str, ...]] | None = None) -> Callable[[Callable[..., None]], Callable[[], None]]:
+class Stage(Protocol):
+    """A Hydra entry point, the function behind it, and the sections that this is handed, by part."""
+
+    function: Callable[..., None]
+    sections: dict[str, tuple[str, ...]]
+
+    def __call__(self) -> None: ...
+
+
+def stage(*sections: str, parts: dict[str, tuple[str, ...]] | None = None) -> Callable[[Callable[..., None]], Stage]:
     """Make a function a Hydra entry point that is handed only the sections that DVC tracks for it.
 
     Every section is checked, so that a bad value stops the first stage that runs, but only these are passed on.
@@ -703,7 +712,7 @@ def stage(*sections: str, parts: dict[str, tuple[str, ...]] | None = None) -> Ca
             part's name is passed as `part`.
     """
 
-    def wrap(function: Callable[..., None]) -> Callable[[], None]:
+    def wrap(function: Callable[..., None]) -> Stage:
         def task(cfg: DictConfig) -> None:
             try:
                 config = read(cfg)
@@ -717,7 +726,7 @@ def stage(*sections: str, parts: dict[str, tuple[str, ...]] | None = None) -> Ca
                 log.error("%s: %s", type(error).__name__, error)
                 sys.exit(1)
 
-        main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
+        main: Stage = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
         main.sections = parts or {"": sections}
         main.function = function
         return main

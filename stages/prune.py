@@ -119,7 +119,7 @@ def main(
         if ranks.rank() == 0:
             earlier = sum(block["seconds"] for block in journal.records(journal.finished))
             found |= {"divergences": distilled.divergences} if distilled else {}
-            write_results(journal, decoder, recipe, found, record.of_run(device, dtype, stopwatch, earlier), distilled)
+            write_results(journal, decoder, recipe, found | record.of_run(device, dtype, stopwatch, earlier), distilled)
 
 
 def fingerprint(
@@ -167,12 +167,7 @@ def quiet() -> bool | None:
 
 
 def write_results(
-    journal: Journal,
-    decoder: Decoder,
-    recipe: dict[str, Any],
-    facts: dict[str, Any],
-    run: dict[str, Any],
-    distilled: DistilledBlocks | None,
+    journal: Journal, decoder: Decoder, recipe: dict[str, Any], run: dict[str, Any], distilled: DistilledBlocks | None
 ) -> None:
     """The delta and what is known of it, from the whole journal and what a distillation made of its last blocks."""
     base, count = decoder.checkpoint.fingerprint, len(decoder.blocks)
@@ -186,7 +181,7 @@ def write_results(
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
         write_json(results / "metrics.json", {**summary, "seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]})
-        write_json(results / "provenance.json", {**recipe, "base": base, **facts, **run})
+        write_json(results / "provenance.json", {**recipe, "base": base, **run})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
@@ -222,24 +217,30 @@ def block_bytes(decoder: Decoder, plan: Plan) -> int:
     Gram matrix for every layer, and of the largest layer the float32 copies that a method works on. A distillation needs copies of
     a block on the host whatever the device, and on a CPU also its gradients, what comes after the blocks and some tokens' logits.
     """
-    stored = work = inside = biggest = 0
+    on_cpu, width = decoder.device.type == "cpu", decoder.dtype.itemsize
+    solved = plan.method.statistic is Gram
+    copies = COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT
+    counts, stored, work = [], 0, 0
     for index, matrices in enumerate(decoder.matrices):
-        sizes = {name: torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(index)}
-        inside, biggest = inside + sum(sizes.values()), max(biggest, sum(sizes.values()))
+        sizes = {name: weights(decoder, name) for name in decoder.tensors(index)}
+        counts.append(sum(sizes.values()))
         stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
         largest, widest = max(matrix.size for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
         grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + 12 * widest**2
-        solved = plan.method.statistic is Gram
-        copies = 4 * largest * (COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT)
-        trained = COPIES_TRAINED * 4 * sum(sizes.values()) if plan.reconstruction else 0
-        work = max(work, sum(sizes.values()) * decoder.dtype.itemsize + trained + copies + (grams if solved else 0))
-    distilled = 0
+        trained = COPIES_TRAINED * 4 * counts[-1] if plan.reconstruction else 0
+        work = max(work, counts[-1] * width + trained + copies * 4 * largest + (grams if solved else 0))
+    host = LIBRARIES + 2 * stored
     if plan.distillation:
-        distilled = COPIES_DISTILLED * 4 * biggest
-        outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - inside
+        host += COPIES_DISTILLED * 4 * max(counts)
+        outside = sum(weights(decoder, name) for name in decoder.layout) - sum(counts)
         logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
-        work = max(work, (2 * biggest + outside) * decoder.dtype.itemsize + logits)
-    return LIBRARIES + 2 * stored + distilled + (work if decoder.device.type == "cpu" else 0)
+        work = max(work, (2 * max(counts) + outside) * width + logits)
+    return host + (work if on_cpu else 0)
+
+
+def weights(decoder: Decoder, name: str) -> int:
+    """How many a tensor of the checkpoint has."""
+    return torch.Size(decoder.checkpoint.shape(name)).numel()
 
 
 def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:

@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import ranks
-from stages.pruning.reconstruction import BETAS, order_of_windows
+from stages.pruning.reconstruction import BETAS, schedule
 from stages.streaming.architecture import Decoder, run_block
 from stages.streaming.stream import Stream, read_ahead, room
 
@@ -63,7 +63,7 @@ def distill(
     targets: torch.Tensor,
     how: Distillation,
     changes_of: Callable[[int], dict[str, Change]],
-    show: Callable[[list[int]], Iterable[int]] = iter,
+    show: Callable[[list[tuple[int, float]]], Iterable[tuple[int, float]]] = iter,
 ) -> DistilledBlocks:
     """Train the kept weights of all blocks from `how.first` on; dropped ones stay exactly zero.
 
@@ -79,11 +79,9 @@ def distill(
         PruningError: the loss is not finite; names the step.
     """
     learners = _learners(stream, how, changes_of)
-    order = order_of_windows(stream, how.epochs)
     divergences: list[float] = []
     with torch.no_grad(), stream.decoder.after_blocks():
-        for step, window in enumerate(show(order)):
-            rate = how.learning_rate * (1 - step / len(order))
+        for step, (window, rate) in enumerate(show(schedule(stream, how.epochs, how.learning_rate))):
             divergences.append(_step(stream, window, targets[window], learners, rate))
             if not math.isfinite(divergences[-1]):
                 raise PruningError(f"distillation, step {step}: found NaN or infinity as the loss, wanted finite logits")
@@ -143,7 +141,7 @@ class _Learner:
         gradients = self._by_tensor(whole)
         for matrix in self.decoder.matrices[self.index]:
             matrix.stored_in(gradients[matrix.tensor]).copy_(matrix.part_of(by_parameter[matrix.place.name]))
-        self.survivors.grad = ranks.all_sum(whole.index_select(0, self.places).div_(ranks.count()))
+        self.survivors.grad = ranks.mean(whole.index_select(0, self.places))
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
         self.survivors.grad = None
@@ -196,7 +194,7 @@ def _step(stream: Stream, window: int, target: torch.Tensor, learners: list[_Lea
                 divergence, gradient = divergence_and_gradient(stream.decoder, output.detach(), target)
             gradient, *found = torch.autograd.grad(output, [hidden, *parameters], gradient, materialize_grads=True)
             learner.learn(dict(zip(names, found, strict=True)), rate)
-    return float(ranks.all_sum(divergence)) / ranks.count()
+    return float(ranks.mean(divergence))
 
 
 def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

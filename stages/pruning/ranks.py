@@ -67,6 +67,11 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, changed in place to its mean over all processes."""
+    return all_sum(tensor.div_(count()))
+
+
 def share(tensor: torch.Tensor, owner: int) -> torch.Tensor:
     """The tensor, changed in place to that of the process `owner`.
 

@@ -95,8 +95,7 @@ def reconstruct(
     parameters, kept = [block.get_parameter(name).requires_grad_() for name in masks], list(masks.values())
     masters = [values[name] for name in masks]
     optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS, fused=True)
-    order = order_of_windows(stream, how.epochs)
-    for step, window in enumerate(order):
+    for window, rate in schedule(stream, how.epochs, how.learning_rate):
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
             output = part_output(block, path, hidden, call)
@@ -105,8 +104,8 @@ def reconstruct(
             lost = (output.float().view_as(hidden) - target).square().sum(dim=-1)
             gradients = torch.autograd.grad((lost / size.clamp_min(torch.finfo(torch.float32).tiny)).mean(), parameters)
         for master, gradient, mask in zip(masters, gradients, kept, strict=True):
-            master.grad = ranks.all_sum(gradient.float().mul_(mask).div_(ranks.count()))
-        optimiser.param_groups[0]["lr"] = how.learning_rate * (1 - step / len(order))
+            master.grad = ranks.mean(gradient.float().mul_(mask))
+        optimiser.param_groups[0]["lr"] = rate
         optimiser.step()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.data.copy_(master)
@@ -120,11 +119,14 @@ def reconstruct(
         )
 
 
-def order_of_windows(stream: Stream, epochs: float) -> list[int]:
-    """This process's window of each step: all in turn, every pass in another order; as many steps as every other process makes."""
+def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[int, float]]:
+    """This process's window of each step and the learning rate, which falls to 0; as many steps as every other process makes.
+
+    All windows come in turn, in every pass in another order.
+    """
     generator = torch.Generator().manual_seed(0)
     steps = max(1, round(epochs * (stream.all_windows // ranks.count())))
     order: list[int] = []
     while len(order) < steps:
         order += torch.randperm(len(stream.hidden), generator=generator).tolist()
-    return order[:steps]
+    return [(window, learning_rate * (1 - step / steps)) for step, window in enumerate(order[:steps])]
