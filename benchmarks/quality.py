@@ -6,8 +6,9 @@ python -m benchmarks.quality --pattern 2:4   measure what is missing at one patt
 python -m benchmarks.quality --tables        measure nothing, write the tables
 
 Each point is one `dvc exp run` on the embedded model. What was measured is kept in benchmarks/quality.json, which is
-committed, so that a later run goes on where an earlier one stopped; a point whose pruning code has changed since is measured
-again with --stale. Writes the table between the markers in README.md and every number to benchmarks/QUALITY.md.
+committed, so that a later run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see
+benchmarks.behaviour) is measured again with --stale. Writes the table between the markers in README.md and every number to
+benchmarks/QUALITY.md.
 """
 
 import argparse
@@ -15,143 +16,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import behaviour
+from benchmarks.contenders import CONTENDERS, PATTERNS, SEEDS, Contender, Point, points
 from benchmarks.markers import write_between
-from benchmarks.table import command
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json, write_json
-from stages.prune import code_sha256
 
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
-
-PATTERNS = {
-    "50%": "pattern.sparsity=0.5",
-    "60%": "pattern.sparsity=0.6",
-    "70%": "pattern.sparsity=0.7",
-    "2:4": "pattern=nm_2_4",
-    "4:8": "pattern=nm_4_8",
-}
-UNSTRUCTURED = ("50%", "60%", "70%")
-SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A row of the leaderboard.
-
-    overrides: what composes it, beside pattern and seed. patterns: those it is for. seeds: calibration seeds.
-    leads: patterns at which the comparison stands on it, so that all its seeds come before other contenders.
-    """
-
-    name: str
-    overrides: str
-    patterns: tuple[str, ...] = tuple(PATTERNS)
-    seeds: tuple[int, ...] = (0,)
-    leads: tuple[str, ...] = ()
-
-
-GROUPED = ("2:4", "4:8")
-CONTENDERS = (
-    Contender(name="Wanda", overrides="method=wanda", seeds=SEEDS),
-    Contender(name="SparseGPT", overrides="method=sparsegpt", seeds=SEEDS, leads=tuple(PATTERNS)),
-    Contender(
-        name="ADMM, loss allocation, distilled",
-        overrides="method=admm_short allocation=loss reconstruction=distilled",
-        patterns=UNSTRUCTURED,
-        seeds=SEEDS,
-        leads=UNSTRUCTURED,
-    ),
-    Contender(
-        name="ADMM, permuted, distilled",
-        overrides="method=admm_short reconstruction=distilled pattern.permutation_rounds=2",
-        patterns=GROUPED,
-        seeds=SEEDS,
-        leads=GROUPED,
-    ),
-    # What is quick before what learns, so that a table begun compares many.
-    Contender(name="ADMM, loss allocation", overrides="method=admm allocation=loss", patterns=UNSTRUCTURED),
-    Contender(name="ADMM", overrides="method=admm"),
-    Contender(name="SparseGPT, loss allocation", overrides="method=sparsegpt allocation=loss", patterns=UNSTRUCTURED),
-    Contender(name="swaps + least squares", overrides="method=swaps_least_squares"),
-    Contender(name="Wanda + least squares", overrides="method=wanda_least_squares"),
-    Contender(name="Wanda + SparseGPT update", overrides="method=wanda_sparsegpt"),
-    Contender(name="swaps", overrides="method=swaps"),
-    Contender(name="DSnoT", overrides="method=dsnot"),
-    Contender(name="RIA", overrides="method=ria"),
-    Contender(name="SparseGPT, OWL", overrides="method=sparsegpt allocation=owl", patterns=UNSTRUCTURED),
-    Contender(name="SparseGPT, AlphaPruning", overrides="method=sparsegpt allocation=alphapruning", patterns=UNSTRUCTURED),
-    Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
-    Contender(name="OBS score", overrides="method=obs"),
-    Contender(name="magnitude", overrides="method=magnitude"),
-    Contender(name="magnitude, per matrix", overrides="method=magnitude_per_matrix", patterns=UNSTRUCTURED),
-    Contender(name="ADMM, distilled", overrides="method=admm_short reconstruction=distilled", seeds=SEEDS),
-    Contender(
-        name="ADMM, loss allocation, reconstruction",
-        overrides="method=admm_short allocation=loss reconstruction=block",
-        patterns=UNSTRUCTURED,
-        seeds=SEEDS,
-    ),
-    Contender(name="ADMM, reconstruction", overrides="method=admm_short reconstruction=block", seeds=SEEDS),
-    Contender(name="SparseGPT, distilled", overrides="method=sparsegpt reconstruction=distilled"),
-    Contender(name="Wanda, distilled", overrides="method=wanda reconstruction=distilled"),
-    Contender(
-        name="ADMM, permuted, reconstruction",
-        overrides="method=admm_short reconstruction=block pattern.permutation_rounds=4",
-        patterns=GROUPED,
-        seeds=SEEDS,
-    ),
-    Contender(
-        name="ADMM, loss allocation, sub-block reconstruction",
-        overrides="method=admm allocation=loss reconstruction=sub_block prune=by_parts",
-        patterns=UNSTRUCTURED,
-    ),
-    Contender(
-        name="ADMM, permuted, sub-block reconstruction",
-        overrides="method=admm reconstruction=sub_block prune=by_parts pattern.permutation_rounds=4",
-        patterns=GROUPED,
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One measurement."""
-
-    contender: str
-    overrides: str
-    pattern: str
-    seed: int
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of the experiment, without defaults."""
-        seed = [f"calibration.seed={self.seed}"] if self.seed else []
-        return [PATTERNS[self.pattern], *self.overrides.split(), *seed, "evaluation=perplexity"]
-
-    @property
-    def command(self) -> str:
-        return " ".join([*command(" ".join(self.arguments)), "evaluate_sparse"])
-
-
-def points() -> list[Point]:
-    """All: those that lead before others, first seeds before others, 4:8 last, the contenders in their order."""
-    found = [
-        (pattern not in contender.leads, Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed))
-        for contender in CONTENDERS
-        for pattern in contender.patterns
-        for seed in contender.seeds
-    ]
-    found.sort(key=lambda one: (one[0], one[1].seed, one[1].pattern == "4:8"))
-    return [point for _, point in found]
 
 
 def measured(point: Point) -> dict[str, Any]:
     """Run one point and read what the workspace holds then."""
     print("$", point.command, flush=True)
+    with behaviour.project():
+        figures = behaviour.measured(point)
     subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
     pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
     return {
@@ -164,13 +47,22 @@ def measured(point: Point) -> dict[str, Any]:
         "device": prune["device"],
         "dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"],
         "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
-        "code": code_sha256(),
+        "behaviour": figures,
     }
+
+
+def stale(row: dict[str, Any], now: Mapping[str, behaviour.Figures]) -> bool:
+    """Whether the code has come to prune otherwise since, by what it makes of a small model."""
+    return not behaviour.same(row["behaviour"], now.get(of_row(row).cell))
+
+
+def of_row(row: dict[str, Any]) -> Point:
+    return Point(**{key: row[key] for key in Point.__dataclass_fields__})
 
 
 def load() -> dict[Point, dict[str, Any]]:
     rows = read_json(RESULTS) if RESULTS.is_file() else []
-    return {Point(**{key: row[key] for key in Point.__dataclass_fields__}): row for row in rows}
+    return {of_row(row): row for row in rows}
 
 
 def main() -> None:
@@ -178,13 +70,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than that")
     parser.add_argument("--pattern", choices=PATTERNS, help="measure points at this one alone")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
-    parser.add_argument("--stale", action="store_true", help="measure again what other pruning code measured")
+    parser.add_argument("--stale", action="store_true", help="measure again what the code prunes otherwise now")
     arguments = parser.parse_args()
-    rows, started, code = load(), time.monotonic(), code_sha256()
+    rows, started, now = load(), time.monotonic(), behaviour.load()
     for point in [] if arguments.tables else points():
         if arguments.pattern not in (None, point.pattern):
             continue
-        if point in rows and not (arguments.stale and rows[point]["code"] != code):
+        if point in rows and not (arguments.stale and stale(rows[point], now)):
             continue
         if time.monotonic() - started > 60 * arguments.minutes:
             break
@@ -240,8 +132,9 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
     row = next(iter(rows.values()))
     protocol, devices = row["protocol"], sorted({found["device"] for found in rows.values()})
     left = f" {len(missing)} of {len(points())} points are not measured yet." if missing else ""
-    stale = sum(found["code"] != code_sha256() for found in rows.values())
-    old = f" {stale} points were measured with earlier pruning code." if stale else ""
+    now = behaviour.load()
+    count = sum(stale(found, now) for found in rows.values())
+    old = f" {count} points were measured with code that pruned otherwise." if count else ""
     return (
         f"SmolLM2-135M-Instruct (dense: {row['dense_perplexity']:.2f}); calibration of 32 windows of 512 C4 tokens, the same for every "
         f"method; perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "

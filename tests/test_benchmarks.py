@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import gpu, quality, random_checkpoint
+from benchmarks import behaviour, contenders, gpu, quality, random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages import config
@@ -17,6 +17,8 @@ from stages.checkpoint.reader import Checkpoint
 from stages.streaming.architecture import Decoder
 from tests.test_config import composed
 from tests.test_pipeline import ROOT, closure
+
+KNOWN = behaviour.load()
 
 
 def test_text_goes_between_its_markers_and_nowhere_else(tmp_path):
@@ -93,7 +95,7 @@ def test_without_a_gpu_the_benchmark_says_so():
 
 
 def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the_same():
-    points = quality.points()
+    points = contenders.points()
     assert len({point.command for point in points}) == len(points)
     for point in points:
         sections = config.read(composed(*point.arguments))
@@ -101,45 +103,45 @@ def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the
 
 
 def test_what_the_comparison_stands_on_is_measured_before_the_rest_seed_after_seed():
-    points = quality.points()
-    leads = [point for c in quality.CONTENDERS for point in points if point.contender == c.name and point.pattern in c.leads]
+    points = contenders.points()
+    leads = [point for c in contenders.CONTENDERS for point in points if point.contender == c.name and point.pattern in c.leads]
     assert {point.contender for point in leads} == {"SparseGPT", "ADMM, loss allocation, distilled", "ADMM, permuted, distilled"}
     assert set(points[: len(leads)]) == set(leads)
     assert [point.seed for point in points[: len(leads)]] == sorted(point.seed for point in leads)
 
 
-@pytest.mark.parametrize("pattern", list(quality.PATTERNS))
+@pytest.mark.parametrize("pattern", list(contenders.PATTERNS))
 def test_the_best_preset_is_the_row_that_the_comparison_stands_on(pattern):
     name = "best_" + pattern.strip("%").replace(":", "_")
-    (best,) = [one for one in quality.CONTENDERS if pattern in one.leads and one.name != "SparseGPT"]
+    (best,) = [one for one in contenders.CONTENDERS if pattern in one.leads and one.name != "SparseGPT"]
     preset = config.read(composed(f"experiment={name}"))
-    row = config.read(composed(quality.PATTERNS[pattern], *best.overrides.split()))
+    row = config.read(composed(contenders.PATTERNS[pattern], *best.overrides.split()))
     parts = ("method", "pattern", "allocation", "reconstruction", "prune", "calibration")
     assert [preset[part] for part in parts] == [row[part] for part in parts]
 
 
-def row(point: quality.Point, perplexity: float) -> dict:
+def row(point: contenders.Point, perplexity: float) -> dict:
     measured = {"perplexity": perplexity, "dense_perplexity": 10.0, "relative_error": 0.1, "seconds": 5, "peak_memory_gib": 0.5}
     protocol = {"tokens": 100, "corpus": "wikipedia", "window_length": 10}
-    return {**vars(point), **measured, "device": "a CPU", "protocol": protocol, "code": "old"}
+    return {**vars(point), **measured, "device": "a CPU", "protocol": protocol, "behaviour": {"error": 0.0}}
 
 
 def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_missing():
-    points = [point for point in quality.points() if point.contender in ("Wanda", "SparseGPT") and point.pattern == "50%"]
+    points = [point for point in contenders.points() if point.contender in ("Wanda", "SparseGPT") and point.pattern == "50%"]
     rows = {point: row(point, 40.0 + point.seed if point.contender == "Wanda" else 30.0) for point in points}
-    missing = [point for point in quality.points() if point not in rows]
+    missing = [point for point in contenders.points() if point not in rows]
     text = quality.table(rows, missing)
     wanda, sparsegpt = (next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("Wanda", "SparseGPT"))
     assert "| 41.00 ± 1.00 |" in wanda
     assert "| **30.00 ± 0.00** |" in sparsegpt
-    assert f"{len(missing)} of {len(quality.points())} points are not measured yet" in text
-    assert f"{len(rows)} points were measured with earlier pruning code" in text
+    assert f"{len(missing)} of {len(contenders.points())} points are not measured yet" in text
+    assert f"{len(rows)} points were measured with code that pruned otherwise" in text
     full = quality.full_table(rows, missing)
     assert "| 0, 1, 2 | 41.00 ± 1.00 | 4.10 | 1.55 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full  # (41 - 10) / (30 - 10) of SparseGPT's rise
 
 
 def test_the_summary_sets_the_best_against_the_better_published_method_where_sparsegpt_is_measured():
-    points = [point for point in quality.points() if point.contender in ("Wanda", "SparseGPT", "ADMM") and point.seed == 0]
+    points = [point for point in contenders.points() if point.contender in ("Wanda", "SparseGPT", "ADMM") and point.seed == 0]
     found = {"Wanda": 40.0, "SparseGPT": 30.0, "ADMM": 22.0}
     rows = {
         point: row(point, found[point.contender]) | {"seconds": 20 if point.contender == "ADMM" else 5}
@@ -151,12 +153,33 @@ def test_the_summary_sets_the_best_against_the_better_published_method_where_spa
 
 
 def test_the_summary_compares_on_the_seeds_that_both_have():
-    points = [p for p in quality.points() if p.contender in ("SparseGPT", "ADMM, distilled") and p.pattern == "50%" and p.seed < 2]
+    points = [p for p in contenders.points() if p.contender in ("SparseGPT", "ADMM, distilled") and p.pattern == "50%" and p.seed < 2]
     found = {("SparseGPT", 0): 30.0, ("SparseGPT", 1): 90.0, ("ADMM, distilled", 0): 20.0}
     rows = {p: row(p, found[p.contender, p.seed]) for p in points if (p.contender, p.seed) in found}
     assert quality.summary(rows)[2:] == ["| 50% | 0 | 30.00 | 20.00 | 0.50 | 1.0 | ADMM, distilled |"]
 
 
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
-    point = next(point for point in quality.points() if point.contender == "ADMM")
+    point = next(point for point in contenders.points() if point.contender == "ADMM")
     assert "| 0 | 40.00 | 4.00 |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)}, [])
+
+
+@pytest.fixture(scope="module")
+def small_project():
+    with behaviour.project():
+        yield
+
+
+@pytest.mark.parametrize("point", behaviour.cells(), ids=lambda point: point.cell)
+def test_what_is_pruned_is_what_the_leaderboard_was_measured_with(point, small_project):
+    """If a change is meant, python -m benchmarks.behaviour writes the new figures, and the cells' points are stale."""
+    found = behaviour.measured(point)
+    assert behaviour.same(found, KNOWN[point.cell]), f"found {found}, wanted {KNOWN[point.cell]}"
+
+
+def test_a_point_is_stale_when_its_cell_has_other_figures_since():
+    found = row(contenders.points()[0], 30.0) | {"behaviour": {"error": 0.1, "output": 0.5}}
+    cell = contenders.points()[0].cell
+    assert not quality.stale(found, {cell: {"error": 0.1, "output": 0.5 + 1e-4}})
+    assert quality.stale(found, {cell: {"error": 0.1, "output": 0.51}})
+    assert quality.stale(found, {})

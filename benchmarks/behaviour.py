@@ -1,0 +1,130 @@
+"""What every cell of the leaderboard makes of a small random model: tells a change of what is pruned from a mere rewrite.
+
+python -m benchmarks.behaviour
+
+Takes a minute or two and writes benchmarks/behaviour.json, in which figures that are still the same stay as they are. The tests
+hold the code to that file. benchmarks.quality keeps with each point the figures that its code had, and calls it stale where the
+file now has others.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
+
+from benchmarks.contenders import CONTENDERS, Point
+from benchmarks.speed import composed
+from stages import config, prune
+from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.model import load_model
+from stages.checkpoint.reader import Checkpoint
+from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, read_json, write_json
+
+FILE = Path("benchmarks/behaviour.json")
+TOLERANCES = {"error": 0.01, "left": 0.01, "output": 0.02}  # relative; rounding alone, as by other threads, moves them by half of that
+WINDOWS, LENGTH, VOCABULARY = 32, 64, 96
+
+Figures = dict[str, float]
+
+
+def main() -> None:
+    kept, found = load(), {}
+    with project():
+        for point in cells():
+            figures = measured(point)
+            changed = not same(figures, kept.get(point.cell))
+            found[point.cell] = figures if changed else kept[point.cell]
+            print("changed  " if changed else "as it was", point.cell, figures, flush=True)
+    write_json(FILE, found)
+
+
+def load() -> dict[str, Figures]:
+    """Of every cell, as they were written last."""
+    return read_json(FILE) if FILE.is_file() else {}
+
+
+def cells() -> list[Point]:
+    """A point of every cell."""
+    return [
+        Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
+        for contender in CONTENDERS
+        for pattern in contender.patterns
+    ]
+
+
+def same(figures: Figures, others: Figures | None) -> bool:
+    """Whether they differ by rounding at most."""
+    return others is not None and all(math.isclose(figures[name], others[name], rel_tol=TOLERANCES[name]) for name in figures)
+
+
+@contextmanager
+def project() -> Iterator[None]:
+    """Work where the fetch and sample stages have left a random model and random windows, in one thread, for a while."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as directory, chdir(directory):
+            write_inputs()
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def write_inputs() -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.05,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.randn_like(parameter).div(2).exp()  # some channels are louder than others
+    model.to(torch.bfloat16).save_pretrained(BASE, max_shard_size="300KB")
+    write_json(BASE / "provenance.json", {"name": "random", "files": {"model.safetensors": "generator 0"}})
+    windows = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    CALIBRATION.mkdir(parents=True)
+    save_file({"windows": windows}, CALIBRATION / "windows.safetensors")
+    write_json(CALIBRATION / "provenance.json", {"windows_sha256": "generator 0"})
+
+
+def measured(point: Point) -> Figures:
+    """Prune in a project.
+
+    Returns:
+        error: the mean relative error of the matrices, as the prune stage reports it.
+        left: the Euclidean norm of what was pruned, all together, over what it was.
+        output: the distance of the pruned model's logits on the calibration windows to the dense model's, over these.
+    """
+    sections = config.read(composed(*point.arguments, "prune.device=cpu", "prune.dtype=float32"))
+    prune.main.function(**{name: sections[name] for name in prune.main.sections[""]})
+    base, windows = Checkpoint(BASE), load_file(CALIBRATION / "windows.safetensors")["windows"]
+    delta = SparseDelta(SPARSE, base.fingerprint)
+    dense, pruned = (load_model(base, one, dtype=torch.float32, device=torch.device("cpu")) for one in (None, delta))
+    with torch.no_grad():
+        expected, found = (model(windows).logits for model in (dense, pruned))
+    figures = {
+        "error": read_json(PRUNE_RESULTS / "metrics.json")["relative_error"],
+        "left": norm([pruned.get_parameter(name) for name in delta]) / norm([dense.get_parameter(name) for name in delta]),
+        "output": float((found - expected).norm() / expected.norm()),
+    }
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The rows and columns of the leaderboard: compositions of methods, and the sparsities and patterns that they compete at."""
+
+from dataclasses import dataclass
+
+from benchmarks.table import command
+
+PATTERNS = {
+    "50%": "pattern.sparsity=0.5",
+    "60%": "pattern.sparsity=0.6",
+    "70%": "pattern.sparsity=0.7",
+    "2:4": "pattern=nm_2_4",
+    "4:8": "pattern=nm_4_8",
+}
+UNSTRUCTURED = ("50%", "60%", "70%")
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A row of the leaderboard.
+
+    overrides: what composes it, beside pattern and seed. patterns: those it is for. seeds: calibration seeds.
+    leads: patterns at which the comparison stands on it, so that all its seeds come before other contenders.
+    """
+
+    name: str
+    overrides: str
+    patterns: tuple[str, ...] = tuple(PATTERNS)
+    seeds: tuple[int, ...] = (0,)
+    leads: tuple[str, ...] = ()
+
+
+GROUPED = ("2:4", "4:8")
+CONTENDERS = (
+    Contender(name="Wanda", overrides="method=wanda", seeds=SEEDS),
+    Contender(name="SparseGPT", overrides="method=sparsegpt", seeds=SEEDS, leads=tuple(PATTERNS)),
+    Contender(
+        name="ADMM, loss allocation, distilled",
+        overrides="method=admm_short allocation=loss reconstruction=distilled",
+        patterns=UNSTRUCTURED,
+        seeds=SEEDS,
+        leads=UNSTRUCTURED,
+    ),
+    Contender(
+        name="ADMM, permuted, distilled",
+        overrides="method=admm_short reconstruction=distilled pattern.permutation_rounds=2",
+        patterns=GROUPED,
+        seeds=SEEDS,
+        leads=GROUPED,
+    ),
+    # What is quick before what learns, so that a table begun compares many.
+    Contender(name="ADMM, loss allocation", overrides="method=admm allocation=loss", patterns=UNSTRUCTURED),
+    Contender(name="ADMM", overrides="method=admm"),
+    Contender(name="SparseGPT, loss allocation", overrides="method=sparsegpt allocation=loss", patterns=UNSTRUCTURED),
+    Contender(name="swaps + least squares", overrides="method=swaps_least_squares"),
+    Contender(name="Wanda + least squares", overrides="method=wanda_least_squares"),
+    Contender(name="Wanda + SparseGPT update", overrides="method=wanda_sparsegpt"),
+    Contender(name="swaps", overrides="method=swaps"),
+    Contender(name="DSnoT", overrides="method=dsnot"),
+    Contender(name="RIA", overrides="method=ria"),
+    Contender(name="SparseGPT, OWL", overrides="method=sparsegpt allocation=owl", patterns=UNSTRUCTURED),
+    Contender(name="SparseGPT, AlphaPruning", overrides="method=sparsegpt allocation=alphapruning", patterns=UNSTRUCTURED),
+    Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
+    Contender(name="OBS score", overrides="method=obs"),
+    Contender(name="magnitude", overrides="method=magnitude"),
+    Contender(name="magnitude, per matrix", overrides="method=magnitude_per_matrix", patterns=UNSTRUCTURED),
+    Contender(name="ADMM, distilled", overrides="method=admm_short reconstruction=distilled", seeds=SEEDS),
+    Contender(
+        name="ADMM, loss allocation, reconstruction",
+        overrides="method=admm_short allocation=loss reconstruction=block",
+        patterns=UNSTRUCTURED,
+        seeds=SEEDS,
+    ),
+    Contender(name="ADMM, reconstruction", overrides="method=admm_short reconstruction=block", seeds=SEEDS),
+    Contender(name="SparseGPT, distilled", overrides="method=sparsegpt reconstruction=distilled"),
+    Contender(name="Wanda, distilled", overrides="method=wanda reconstruction=distilled"),
+    Contender(
+        name="ADMM, permuted, reconstruction",
+        overrides="method=admm_short reconstruction=block pattern.permutation_rounds=4",
+        patterns=GROUPED,
+        seeds=SEEDS,
+    ),
+    Contender(
+        name="ADMM, loss allocation, sub-block reconstruction",
+        overrides="method=admm allocation=loss reconstruction=sub_block prune=by_parts",
+        patterns=UNSTRUCTURED,
+    ),
+    Contender(
+        name="ADMM, permuted, sub-block reconstruction",
+        overrides="method=admm reconstruction=sub_block prune=by_parts pattern.permutation_rounds=4",
+        patterns=GROUPED,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    contender: str
+    overrides: str
+    pattern: str
+    seed: int
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the experiment, without defaults."""
+        seed = [f"calibration.seed={self.seed}"] if self.seed else []
+        return [PATTERNS[self.pattern], *self.overrides.split(), *seed, "evaluation=perplexity"]
+
+    @property
+    def cell(self) -> str:
+        """What it shares with other seeds."""
+        return f"{self.pattern} {self.overrides}"
+
+    @property
+    def command(self) -> str:
+        return " ".join([*command(" ".join(self.arguments)), "evaluate_sparse"])
+
+
+def points() -> list[Point]:
+    """All: those that lead before others, first seeds before others, 4:8 last, the contenders in their order."""
+    found = [
+        (pattern not in contender.leads, Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed))
+        for contender in CONTENDERS
+        for pattern in contender.patterns
+        for seed in contender.seeds
+    ]
+    found.sort(key=lambda one: (one[0], one[1].seed, one[1].pattern == "4:8"))
+    return [point for _, point in found]
