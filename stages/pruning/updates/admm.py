@@ -4,7 +4,7 @@
 
 with H = X Xᵀ scaled to a unit diagonal (Boža 2024, arXiv:2401.02938: columns by their norm), so that the penalty means the
 same for every column and `keep` compares what weights carry, as Wanda does. ρ grows by a constant factor; H + ρ I is factored
-anew every few steps.
+anew every few steps. Far beyond the unit diagonal it freezes the support before the values have told which: end near 1.
 """
 
 from collections.abc import Callable
