@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def main() -> None:
     write_json(FILE, found)
 
 
+@cache
 def load() -> dict[str, Figures]:
     """Of every cell, as they were written last."""
     return read_json(FILE) if FILE.is_file() else {}

@@ -28,6 +28,7 @@ from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
 
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
+STALE = " †"
 
 
 def measured(point: Point) -> dict[str, Any]:
@@ -101,9 +102,11 @@ def of(rows: Rows, contender: Contender, pattern: str) -> list[dict[str, Any]]:
     ]
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """The mean and, of several, the sample standard deviation."""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def perplexity(cells: list[dict[str, Any]]) -> str:
+    """The mean and, of several, the sample standard deviation; with a sign if one is stale."""
+    values, now = [row["perplexity"] for row in cells], behaviour.load()
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}{STALE if any(stale(row, now) for row in cells) else ''}"
 
 
 def table(rows: Rows, missing: list[Point]) -> str:
@@ -115,11 +118,10 @@ def table(rows: Rows, missing: list[Point]) -> str:
     }
 
     def cell(contender: Contender, pattern: str) -> str:
-        found = [row["perplexity"] for row in of(rows, contender, pattern)]
+        found = of(rows, contender, pattern)
         if not found:
             return "" if pattern in contender.patterns else "–"
-        text = mean_and_spread(found)
-        return f"**{text}**" if mean(found) == best[pattern] else text
+        return f"**{perplexity(found)}**" if averaged(found, "perplexity") == best[pattern] else perplexity(found)
 
     begun = [contender for contender in CONTENDERS if any(of(rows, contender, pattern) for pattern in PATTERNS)]
     for contender in sorted(begun, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
@@ -134,7 +136,7 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
     left = f" {len(missing)} of {len(points())} points are not measured yet." if missing else ""
     now = behaviour.load()
     count = sum(stale(found, now) for found in rows.values())
-    old = f" {count} points were measured with code that pruned otherwise." if count else ""
+    old = f"{STALE}: {count} points are of methods that prune otherwise since." if count else ""
     return (
         f"SmolLM2-135M-Instruct (dense: {row['dense_perplexity']:.2f}); calibration of 32 windows of 512 C4 tokens, the same for every "
         f"method; perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
@@ -197,7 +199,7 @@ def summary(rows: Rows) -> list[str]:
             continue
         winner, best = ranked(rows, pattern)[0]
         both = with_the_same_seeds(min(known.values(), key=rise), best)
-        numbers = " | ".join(mean_and_spread([row["perplexity"] for row in cells]) for cells in both)
+        numbers = " | ".join(map(perplexity, both))
         share, times = f"{damage(best, known):.2f}", f"{pace(best, known):.1f}"
         lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {share} | {times} | {winner.name} |")
     return lines
@@ -229,7 +231,7 @@ def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], kn
     point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
     numbers = [
         named_seeds(cells),
-        mean_and_spread([row["perplexity"] for row in cells]),
+        perplexity(cells),
         f"{mean(row['perplexity'] / row['dense_perplexity'] for row in cells):.2f}",
         f"{damage(cells, known):.2f}" if known else "",
         f"{averaged(cells, 'relative_error'):.4f}",
