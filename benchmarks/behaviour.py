@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from benchmarks.contenders import CONTENDERS, Point
+from benchmarks.memory import write_windows
 from benchmarks.speed import composed
 from stages import config, prune
 from stages.checkpoint.delta import SparseDelta
@@ -95,10 +96,7 @@ def write_inputs() -> None:
             parameter.data = torch.randn_like(parameter).div(2).exp()  # some channels are louder than others
     model.to(torch.bfloat16).save_pretrained(BASE, max_shard_size="300KB")
     write_json(BASE / "provenance.json", {"name": "random", "files": {"model.safetensors": "generator 0"}})
-    windows = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    CALIBRATION.mkdir(parents=True)
-    save_file({"windows": windows}, CALIBRATION / "windows.safetensors")
-    write_json(CALIBRATION / "provenance.json", {"windows_sha256": "generator 0"})
+    write_windows(CALIBRATION, torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
 
 
 def measured(point: Point) -> Figures:

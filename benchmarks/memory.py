@@ -54,10 +54,14 @@ def make_base(project: Path, blocks: int) -> None:
         remove(project)
         files = random_checkpoint.write(project / BASE, blocks)
         write_json(provenance, {"name": "random/zephyr-7b-beta", "blocks": blocks, "files": files})
-    windows = torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    (project / CALIBRATION).mkdir(parents=True, exist_ok=True)
-    save_file({"windows": windows}, project / CALIBRATION / "windows.safetensors")
-    write_json(project / CALIBRATION / "provenance.json", {"windows_sha256": "random, generator 0"})
+    write_windows(project / CALIBRATION, torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
+
+
+def write_windows(directory: Path, windows: torch.Tensor) -> None:
+    """Random windows, [windows, tokens], int64, as the sample stage leaves those that it draws."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({"windows": windows}, directory / "windows.safetensors")
+    write_json(directory / "provenance.json", {"windows_sha256": "random, generator 0"})
 
 
 def measurement(project: Path, method: str) -> dict[str, Any]:

@@ -112,16 +112,13 @@ def perplexity(cells: list[dict[str, Any]]) -> str:
 def table(rows: Rows, missing: list[Point]) -> str:
     """Markdown: what the best leaves of the damage, perplexity of every contender at every pattern, and what the numbers are."""
     lines = ["| method | " + " | ".join(PATTERNS) + " | composed by |", "|---" * (len(PATTERNS) + 2) + "|"]
-    best = {
-        pattern: min((mean(row["perplexity"] for row in found) for c in CONTENDERS if (found := of(rows, c, pattern))), default=0.0)
-        for pattern in PATTERNS
-    }
+    best = {pattern: found[0][0] for pattern in PATTERNS if (found := ranked(rows, pattern))}
 
     def cell(contender: Contender, pattern: str) -> str:
         found = of(rows, contender, pattern)
         if not found:
             return "" if pattern in contender.patterns else "–"
-        return f"**{perplexity(found)}**" if averaged(found, "perplexity") == best[pattern] else perplexity(found)
+        return f"**{perplexity(found)}**" if contender == best[pattern] else perplexity(found)
 
     begun = [contender for contender in CONTENDERS if any(of(rows, contender, pattern) for pattern in PATTERNS)]
     for contender in sorted(begun, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
