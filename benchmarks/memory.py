@@ -20,7 +20,7 @@ from benchmarks import random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from benchmarks.speed import ENVIRONMENT, composed, cpu
-from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, write_json
+from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, sha256, write_json
 
 README = Path("README.md")
 START, END = "<!-- memory: python -m benchmarks.memory -->", "<!-- end of memory -->"
@@ -58,10 +58,10 @@ def make_base(project: Path, blocks: int) -> None:
 
 
 def write_windows(directory: Path, windows: torch.Tensor) -> None:
-    """Random windows, [windows, tokens], int64, as the sample stage leaves those that it draws."""
+    """Windows, [windows, tokens], int64, as the sample stage leaves those that it draws."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file({"windows": windows}, directory / "windows.safetensors")
-    write_json(directory / "provenance.json", {"windows_sha256": "random, generator 0"})
+    write_json(directory / "provenance.json", {"windows_sha256": sha256(directory / "windows.safetensors")})
 
 
 def measurement(project: Path, method: str) -> dict[str, Any]:

@@ -7,11 +7,13 @@ python -m benchmarks.quality --tables        measure nothing, write the tables
 
 Each point is one `dvc exp run` on the embedded model. What was measured is kept in benchmarks/quality.json, which is
 committed, so that a later run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see
-benchmarks.behaviour) is measured again with --stale. Writes the table between the markers in README.md and every number to
-benchmarks/QUALITY.md.
+benchmarks.behaviour) is measured again with --stale. That sees the pruning code and its settings alone: after a change of the base,
+the calibration or the evaluation, empty the file. Writes the table between the markers in README.md and every number to
+benchmarks/QUALITY.md, and leaves the default in the workspace.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import time
@@ -24,16 +26,21 @@ from typing import Any
 from benchmarks import behaviour
 from benchmarks.contenders import CONTENDERS, PATTERNS, SEEDS, Contender, Point, points
 from benchmarks.markers import write_between
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json, write_json
+from benchmarks.table import MODEL, the_default_afterwards
+from stages.files import DENSE_RESULTS, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
+from stages.prune import code_sha256
 
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
 
+Rows = dict[Point, dict[str, Any]]
+
 
 def measured(point: Point) -> dict[str, Any]:
-    """Run one point and read what the workspace holds then."""
+    """Run one point, from its beginning, and read what the workspace holds then."""
     print("$", point.command, flush=True)
+    remove(PRUNE_JOURNAL)  # of a run that was killed: its seconds would not be whole
     with behaviour.project():
         figures = behaviour.measured(point)
     subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
@@ -46,6 +53,8 @@ def measured(point: Point) -> dict[str, Any]:
         "seconds": prune["seconds"],
         "peak_memory_gib": prune["peak_memory_gib"],
         "device": prune["device"],
+        "code": prune["code"],
+        "calibration": prune["calibration"],
         "dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"],
         "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
         "behaviour": figures,
@@ -61,7 +70,7 @@ def of_row(row: dict[str, Any]) -> Point:
     return Point(**{key: row[key] for key in Point.__dataclass_fields__})
 
 
-def load() -> dict[Point, dict[str, Any]]:
+def load() -> Rows:
     rows = read_json(RESULTS) if RESULTS.is_file() else []
     return {of_row(row): row for row in rows}
 
@@ -73,16 +82,15 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     parser.add_argument("--stale", action="store_true", help="measure again what the code prunes otherwise now")
     arguments = parser.parse_args()
-    rows, started, now = load(), time.monotonic(), behaviour.load()
-    for point in [] if arguments.tables else points():
-        if arguments.pattern not in (None, point.pattern):
-            continue
-        if point in rows and not (arguments.stale and stale(rows[point], now)):
-            continue
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
-        rows[point] = measured(point)
-        write_json(RESULTS, [rows[known] for known in points() if known in rows])
+    rows, now = load(), behaviour.load()
+    wanted = [
+        point
+        for point in points()
+        if arguments.pattern in (None, point.pattern) and (point not in rows or (arguments.stale and stale(rows[point], now)))
+    ]
+    if wanted and not arguments.tables:
+        with the_default_afterwards():
+            measure(wanted, rows, arguments.minutes)
     missing = [point for point in points() if point not in rows]
     FULL.write_text(full_table(rows, missing), encoding="utf8")
     text = table(rows, missing)
@@ -90,7 +98,22 @@ def main() -> None:
     write_between(README, START, END, text)
 
 
-Rows = dict[Point, dict[str, Any]]
+def measure(wanted: list[Point], rows: Rows, minutes: float) -> None:
+    """Measure points into the rows and the file, one after another.
+
+    Raises:
+        SystemExit: the pruning code is no longer that which was imported, so that its behaviour is not known.
+    """
+    started, code = time.monotonic(), code_sha256()
+    for point in wanted:
+        if time.monotonic() - started > 60 * minutes:
+            return
+        if code_sha256() != code:
+            raise SystemExit("stages/ has changed since the measurement began; start it again")
+        rows[point] = measured(point)
+        scratch = RESULTS.with_suffix(".new")
+        write_json(scratch, [rows[known] for known in points() if known in rows])
+        scratch.replace(RESULTS)
 
 
 def of(rows: Rows, contender: Contender, pattern: str) -> list[dict[str, Any]]:
@@ -133,14 +156,15 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
     left = f" {len(missing)} of {len(points())} points are not measured yet." if missing else ""
     now = behaviour.load()
     count = sum(stale(found, now) for found in rows.values())
-    old = f"{STALE}: {count} points are of methods that prune otherwise since." if count else ""
+    old = f"{STALE}: with points, {count} of all, measured before a change of the code that altered their result." if count else ""
     return (
-        f"SmolLM2-135M-Instruct (dense: {row['dense_perplexity']:.2f}); calibration of 32 windows of 512 C4 tokens, the same for every "
-        f"method; perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
-        f"{', '.join(devices)}. Damage is the rise of perplexity over the dense model's; what is left is its share of the rise by the "
-        f"better of Wanda and SparseGPT. ± is the standard deviation over the calibration seeds, {len(SEEDS)} at most, that QUALITY.md "
-        f"names; without it, one seed. –: does not apply."
-        f"{left}{old} Layer errors, seconds, memory and the command of every cell: [benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
+        f"{MODEL}, dense perplexity {row['dense_perplexity']:.2f}; calibration of 32 windows of 512 C4 tokens, the same for every method; "
+        f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
+        f"{', '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda "
+        "and SparseGPT; then the same of the loss in nats per token (the logarithm of perplexity). Seconds: as a multiple of SparseGPT's. "
+        f"± is the standard deviation over calibration seeds ({len(SEEDS)} at most; without it, one), not over text. –: does not apply."
+        f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
+        "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
 
 
@@ -151,6 +175,16 @@ def averaged(cells: list[dict[str, Any]], key: str) -> float:
 def rise(cells: list[dict[str, Any]]) -> float:
     """Perplexity over the dense model's, the difference."""
     return averaged(cells, "perplexity") - averaged(cells, "dense_perplexity")
+
+
+def rise_in_nats(cells: list[dict[str, Any]]) -> float:
+    """The same of the loss, nats per token."""
+    return mean(math.log(row["perplexity"] / row["dense_perplexity"]) for row in cells)
+
+
+def peak(cells: list[dict[str, Any]]) -> float:
+    """GiB."""
+    return max(row["peak_memory_gib"] for row in cells)
 
 
 def ranked(rows: Rows, pattern: str) -> list[tuple[Contender, list[dict[str, Any]]]]:
@@ -174,10 +208,10 @@ def with_the_same_seeds(cells: list[dict[str, Any]], others: list[dict[str, Any]
     return [row for row in cells if row["seed"] in seeds], [row for row in others if row["seed"] in seeds]
 
 
-def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
-    """The rise of perplexity as a share of the rise by the better of the published methods, on the same seeds."""
+def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """The rise of perplexity, and of the loss, as a share of that by the better of the published methods, on the same seeds."""
     own, better = with_the_same_seeds(cells, min(known.values(), key=rise))
-    return rise(own) / rise(better)
+    return rise(own) / rise(better), rise_in_nats(own) / rise_in_nats(better)
 
 
 def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
@@ -188,7 +222,7 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
 
 def summary(rows: Rows) -> list[str]:
     """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
-    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage that is left", "seconds, times SparseGPT's", "which is best")
+    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "in nats", "seconds", "peak memory", "which is best")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
         known = published(rows, pattern)
@@ -197,17 +231,31 @@ def summary(rows: Rows) -> list[str]:
         winner, best = ranked(rows, pattern)[0]
         both = with_the_same_seeds(min(known.values(), key=rise), best)
         numbers = " | ".join(map(perplexity, both))
-        share, times = f"{damage(best, known):.2f}", f"{pace(best, known):.1f}"
-        lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {share} | {times} | {winner.name} |")
+        shares, cost = " | ".join(f"{share:.2f}" for share in damage(best, known)), f"{pace(best, known):.1f} × | {peak(best):.1f} GiB"
+        lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {shares} | {cost} | {winner.name} |")
     return lines
 
 
 EXPLAINED = (
     "Damage: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda and SparseGPT at the same "
-    "pattern. Seconds and peak memory are those of pruning; in brackets how many times SparseGPT's seconds. The relative layer error "
-    "is measured before the last blocks learn together."
+    "pattern; then the same of the loss in nats per token. Seconds and peak memory are those of pruning; in brackets how many times "
+    "SparseGPT's seconds. Both comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
+    "shown. The relative layer error is measured before the last blocks learn together. The command is that of the first seed shown; "
+    "another adds `-S calibration.seed=N`."
 )
-COLUMNS = ("method", "seeds", "perplexity", "over dense", "damage", "relative layer error", "seconds", "peak memory", "command (seed 0)")
+COLUMNS = (
+    "method",
+    "seeds",
+    "perplexity",
+    "seed by seed",
+    "over dense",
+    "damage",
+    "in nats",
+    "relative layer error",
+    "seconds",
+    "peak memory",
+    "command",
+)
 
 
 def full_table(rows: Rows, missing: list[Point]) -> str:
@@ -225,15 +273,17 @@ def full_table(rows: Rows, missing: list[Point]) -> str:
 
 def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> str:
     """Markdown: a cell's numbers, beside those of the published methods at its pattern as far as they are measured."""
-    point = Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
+    point = of_row(cells[0])
+    shares = [f"{share:.2f}" for share in damage(cells, known)] if known else ["", ""]
     numbers = [
         named_seeds(cells),
         perplexity(cells),
+        ", ".join(f"{row['perplexity']:.2f}" for row in cells),
         f"{mean(row['perplexity'] / row['dense_perplexity'] for row in cells):.2f}",
-        f"{damage(cells, known):.2f}" if known else "",
+        *shares,
         f"{averaged(cells, 'relative_error'):.4f}",
         f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else ""),
-        f"{max(row['peak_memory_gib'] for row in cells):.2f} GiB",
+        f"{peak(cells):.2f} GiB",
     ]
     return f"| {contender.name} | {' | '.join(numbers)} | `{point.command}` |"
 

@@ -8,6 +8,8 @@ table and writes it between the markers in README.md.
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
 from stages.release.card import plus_minus
 
 README = Path("README.md")
+MODEL = "SmolLM2-135M-Instruct (a 4-bit GGUF file, Q4_1, dequantised to bfloat16)"
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of results -->"
 POINTS = (
     "",
@@ -34,14 +37,23 @@ def command(point: str) -> list[str]:
 
 def main() -> None:
     rows = []
-    for point in POINTS:
-        print("$", *command(point), flush=True)
-        subprocess.run([*command(point), "--quiet", "evaluate_sparse"], check=True, stdout=sys.stderr)
-        rows.append(row(point))
-    subprocess.run([*command(""), "--quiet"], check=True, stdout=sys.stderr)
+    with the_default_afterwards():
+        for point in POINTS:
+            print("$", *command(point), flush=True)
+            subprocess.run([*command(point), "--quiet", "evaluate_sparse"], check=True, stdout=sys.stderr)
+            rows.append(row(point))
     text = table(rows)
     print(text)
     write_between(README, START, END, text)
+
+
+@contextmanager
+def the_default_afterwards() -> Iterator[None]:
+    """Leave params.yaml, its lock file and the workspace as the default has them, whatever was run meanwhile."""
+    try:
+        yield
+    finally:
+        subprocess.run([*command(""), "--quiet"], check=True, stdout=sys.stderr)
 
 
 def row(point: str) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {run['peak_memory_gib']:.2f} GiB | `{point['command']}` |"
         )
     return "\n".join(lines) + (
-        f"\n\nSmolLM2-135M-Instruct; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity on {protocol['tokens']} tokens of "
+        f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity on {protocol['tokens']} tokens of "
         f"{protocol['corpus'].title()} in windows of {protocol['window_length']}; nine zero-shot tasks, {protocol['tasks']['rows']} rows "
         "of each, so the accuracies tell little apart. ± is one standard error over windows or rows, not over calibration seeds. "
         f"Seconds and peak memory are those of pruning, on {prune['device']}, in {prune['dtype']}."

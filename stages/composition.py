@@ -10,7 +10,7 @@ from stages import config
 from stages.errors import ConfigError
 from stages.pruning import method as methods
 from stages.pruning import ranks
-from stages.pruning.allocation import alphapruning, error_driven, meet_budget, owl
+from stages.pruning.allocation import alphapruning, bounds_of_counts, error_driven, meet_budget, owl
 from stages.pruning.block_loop import Plan
 from stages.pruning.distillation import Distillation
 from stages.pruning.journal import Journal
@@ -21,7 +21,7 @@ from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, sp
 from stages.streaming.architecture import Decoder, Matrix
 from stages.streaming.stream import Stream
 
-GRID = [step / 50 for step in range(50)] + [0.99]  # sparsities at which an allocation foresees errors
+GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees errors
 RECONSTRUCTED: dict[str, list[str]] = {
     "none": [],
     "block": ["reconstructed"],
@@ -82,9 +82,14 @@ def distillation_of(reconstruction: config.Reconstruct, blocks: int) -> Distilla
 
 
 def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
-    """What tells one pruned model from another in a plot: the method, and all that differs from the default."""
-    parts = [method.name] if method.score.name in method.name else [f"{method.name} ({method.score.name})"]
-    parts += [method.update.name] if method.update.name != "none" and method.update.name not in method.name else []
+    """What tells one pruned model from another in a plot, pattern and numbers apart: the method, and the parts that its name hides."""
+    score, update = method.score.name, method.update.name
+    named = max((option for option in config.SCORES.options if option in method.name), key=len, default=None)
+    parts = [method.name if score == named else f"{method.name} ({score})"]
+    if update == "none":
+        parts += [] if named else ["no update"]
+    else:
+        parts += [] if update in method.name else [update]
     parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
     parts += RECONSTRUCTED[reconstruction.name]
     parts += ["by parts"] if prune.by_parts else []
@@ -124,16 +129,18 @@ def allocated(
     """The plan with a sparsity for every matrix, so that all together have the pattern's, to the weight.
 
     Raises:
-        ConfigError: the bounds of the allocation do not allow the sparsity.
+        ConfigError: the bounds of the allocation do not allow the sparsity; before a weight is read.
+        PruningError: what it goes by is not finite, or a spectrum has no tail; names the matrix or the block.
     """
     matrices = [matrix for block in decoder.matrices for matrix in block]
-    rows: dict[str, torch.Tensor] = {}
+    sizes, rows = [matrix.size for matrix in matrices], dict[str, torch.Tensor]()
     try:
+        bounds_of_counts(sizes, pruned_count(sum(sizes), pattern.sparsity), allocation.lowest, allocation.highest)
         if isinstance(allocation, config.LossAllocation):
             few = windows[: max(allocation.windows, ranks.count())]
             felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.threshold, allocation.row_floor))
             counts = counts_by_loss([felt[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation)
-            if allocation.row_strength:
+            if allocation.row_strength and pattern.threshold == "matrix":
                 rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
         else:
             found = journal.survey(lambda: look_at_blocks(allocation, decoder, windows, make_stream))

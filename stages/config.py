@@ -304,7 +304,7 @@ class DsNoTUpdate:
 class Damping:
     """Of the Gram matrix, where one is factored or solved."""
 
-    share: float  # of its diagonal
+    share: float  # of its diagonal: of the mean (obs, sparsegpt), or of each entry (admm and the refits)
     limit: float  # up to where it is raised, tenfold a step, while the matrix does not factor
 
     def __post_init__(self) -> None:

@@ -138,9 +138,11 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
     assert "| 41.00 ± 1.00 † |" in wanda
     assert "| **30.00 ± 0.00** |" in sparsegpt
     assert f"{len(missing)} of {len(contenders.points())} points are not measured yet" in text
-    assert "†: 2 points are of methods that prune otherwise since" in text
+    assert "†: with points, 2 of all, measured before a change of the code" in text
     full = quality.full_table(rows, missing)
-    assert "| 0, 1, 2 | 41.00 ± 1.00 † | 4.10 | 1.55 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full  # (41 - 10) / (30 - 10) of SparseGPT's rise
+    assert (
+        "| 41.00 ± 1.00 † | 40.00, 41.00, 42.00 | 4.10 | 1.55 | 1.28 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full
+    )  # (41 - 10) / (30 - 10), ln 4.1 / ln 3
 
 
 def test_the_summary_sets_the_best_against_the_better_published_method_where_sparsegpt_is_measured():
@@ -152,19 +154,19 @@ def test_the_summary_sets_the_best_against_the_better_published_method_where_spa
         if point.pattern == "50%" or (point.pattern == "60%" and point.contender != "SparseGPT")
     }
     lines = quality.summary(rows)
-    assert lines[2:] == ["| 50% | 0 | 30.00 | 22.00 | 0.60 | 4.0 | ADMM |"]  # (22 - 10) / (30 - 10)
+    assert lines[2:] == ["| 50% | 0 | 30.00 | 22.00 | 0.60 | 0.72 | 4.0 × | 0.5 GiB | ADMM |"]  # (22 - 10) / (30 - 10), ln 2.2 / ln 3
 
 
 def test_the_summary_compares_on_the_seeds_that_both_have():
     points = [p for p in contenders.points() if p.contender in ("SparseGPT", "ADMM, distilled") and p.pattern == "50%" and p.seed < 2]
     found = {("SparseGPT", 0): 30.0, ("SparseGPT", 1): 90.0, ("ADMM, distilled", 0): 20.0}
     rows = {p: row(p, found[p.contender, p.seed]) for p in points if (p.contender, p.seed) in found}
-    assert quality.summary(rows)[2:] == ["| 50% | 0 | 30.00 | 20.00 | 0.50 | 1.0 | ADMM, distilled |"]
+    assert quality.summary(rows)[2:] == ["| 50% | 0 | 30.00 | 20.00 | 0.50 | 0.63 | 1.0 × | 0.5 GiB | ADMM, distilled |"]
 
 
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
     point = next(point for point in contenders.points() if point.contender == "ADMM")
-    assert "| 0 | 40.00 | 4.00 |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)}, [])
+    assert "| 0 | 40.00 | 40.00 | 4.00 |  |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)}, [])
 
 
 @pytest.fixture(scope="module")

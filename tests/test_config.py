@@ -23,7 +23,6 @@ ASKED = {
     "base=hub": ["base.repo=a/b", "base.revision=main"],
     "base=local": ["base.path=d", "base.name=a/b", "base.license=mit"],
     "base=gguf": ["base.path=f", "base.name=a/b", "base.license=mit", f"base.sha256='{'0' * 64}'"],
-    "allocation=loss": ["method.threshold=matrix"],
 }
 
 
@@ -168,7 +167,7 @@ def test_every_parameter_of_a_method_has_its_range(part, key, value, wanted):
 )
 def test_every_parameter_of_an_allocation_has_its_range(allocation, key, value, wanted):
     with pytest.raises(ConfigError, match=rf"allocation.{key}: found {value}, wanted {wanted}"):
-        config.read(composed("method.threshold=matrix", f"allocation={allocation}", f"allocation.{key}={value}"))
+        config.read(composed(f"allocation={allocation}", f"allocation.{key}={value}"))
 
 
 @pytest.mark.parametrize("allocation", ["owl", "alphapruning", "loss"])
@@ -176,7 +175,7 @@ def test_every_parameter_of_an_allocation_has_its_range(allocation, key, value, 
 def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowest, highest):
     bounds = [f"allocation.lowest={lowest}", f"allocation.highest={highest}"]
     with pytest.raises(ConfigError, match=r"allocation.lowest, highest: found .*, wanted 0 <= lowest <= highest <= 1"):
-        config.read(composed("method.threshold=matrix", f"allocation={allocation}", *bounds))
+        config.read(composed(f"allocation={allocation}", *bounds))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from stages.streaming.architecture import Decoder
 from tests.methods import MAGNITUDE, WANDA, sparsegpt
 from tests.test_config import composed
 
+UNIFORM = config.UniformAllocation(name="uniform")
+
 
 def configured(method: str) -> config.Method:
     """A preset of conf/method."""
@@ -93,17 +95,17 @@ def test_memory_is_what_is_asked_or_what_is_free(decoder):
     assert prune.memory_budget(1.5) == 1610612736
     assert prune.memory_budget(None) > 0
     how = {"patterns": {}, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
-    wanda, sweep = (prune.block_bytes(decoder, Plan(method=method, **how)) for method in (WANDA, sparsegpt()))
+    wanda, sweep = (prune.block_bytes(decoder, Plan(method=method, **how), UNIFORM) for method in (WANDA, sparsegpt()))
     block = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(0))
     largest = 32 * 112
-    assert wanda == 2**29 + 2 * 2 * block + 4 * block + 3 * 4 * largest  # stored twice in bfloat16, computed in float32
+    assert wanda == 2**29 + 2 * 2 * block + 4 * block + 8 * 4 * largest  # stored twice in bfloat16, computed in float32
     learning = Plan(method=WANDA, distillation=Distillation(first=1, epochs=1, learning_rate=1e-3), **how)
     outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - 3 * block
     logits = 4 * 4 * 400 * 256
-    assert prune.block_bytes(decoder, learning) == 2**29 + 4 * block + 5 * 4 * block + max(
-        4 * block + 3 * 4 * largest, 4 * (2 * block + outside) + logits
+    assert prune.block_bytes(decoder, learning, UNIFORM) == 2**29 + 4 * block + 5 * 4 * block + max(
+        4 * block + 8 * 4 * largest, 4 * (2 * block + outside) + logits
     )
-    assert sweep == wanda + 9 * 4 * largest + 4 * (6 * 32**2 + 112**2) + 12 * 112**2  # seven layers' Gram matrices
+    assert sweep == wanda + 4 * 4 * largest + 4 * (6 * 32**2 + 112**2) + 7 * 4 * 112**2  # seven layers' Gram matrices
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,11 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
         (["method=sparsegpt"], "sparsegpt (obs)"),
         (["method=sparsegpt", "method/score=ria", "allocation=owl"], "sparsegpt (ria), owl allocation"),
         (["method/update=swaps"], "wanda, swaps"),
+        (["method=swaps"], "swaps (wanda)"),
+        (["method=swaps", "method/update=none"], "swaps (wanda), no update"),
+        (["method=wanda_variant", "method/score=wanda"], "wanda_variant (wanda)"),
+        (["method=wanda_sparsegpt"], "wanda_sparsegpt"),
+        (["method=magnitude_per_matrix"], "magnitude_per_matrix"),
         (["prune=one_pass"], "wanda, one pass"),
         (["reconstruction=block"], "wanda, reconstructed"),
         (["reconstruction=distilled"], "wanda, distilled"),

@@ -43,7 +43,7 @@ def meet_budget(wanted: list[float], *, sizes: list[int], budget: int, lowest: f
     """
     _one_for_each_size("wanted sparsities", len(wanted), len(sizes))
     _finite("a wanted sparsity", wanted)
-    least, most = _bounds(sizes, budget, lowest, highest)
+    least, most = bounds_of_counts(sizes, budget, lowest, highest)
 
     def shifted(shift: float) -> list[float]:
         asked = (size * (sparsity + shift) for size, sparsity in zip(sizes, wanted, strict=True))
@@ -229,7 +229,7 @@ def error_driven(
         raise ValueError(f"found a grid of {len(grid)} points, wanted 2 or more")
     if grid[0] > highest or grid[-1] < lowest:
         raise ValueError(f"found a grid from {grid[0]} to {grid[-1]}, wanted one that meets the bounds {lowest} and {highest}")
-    least, most = _bounds(sizes, budget, max(lowest, grid[0]), min(highest, grid[-1]))
+    least, most = bounds_of_counts(sizes, budget, max(lowest, grid[0]), min(highest, grid[-1]))
 
     segments: list[tuple[float, float, int]] = []  # slope, error per weight; length, weights; matrix
     for matrix, curve in enumerate(curves):
@@ -255,8 +255,8 @@ def error_driven(
     return _whole(counts, budget)
 
 
-def _bounds(sizes: list[int], budget: int, lowest: float, highest: float) -> tuple[list[int], list[int]]:
-    """The least and the most zeros of each matrix, found to allow the budget."""
+def bounds_of_counts(sizes: list[int], budget: int, lowest: float, highest: float) -> tuple[list[int], list[int]]:
+    """The least and the most zeros of each matrix, found to allow the budget; arguments and errors are those of meet_budget."""
     if not 0 <= lowest <= highest <= 1:
         raise ValueError(f"found the bounds {lowest} and {highest}, wanted 0 <= lowest <= highest <= 1")
     least = [math.ceil(size * Fraction(str(lowest))) for size in sizes]

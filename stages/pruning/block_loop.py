@@ -38,7 +38,7 @@ class Finished:
     """One matrix's outcome.
 
     relative_error: ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens, before any distillation.
-    damping: share of the Gram matrix's mean diagonal that it took to factor it, or None.
+    damping: see method.Pruned.
     tokens: how many the layer saw; calibrated_on: "its tokens", or "all tokens" for an expert that too few chose.
     """
 
@@ -207,7 +207,8 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, dense
         observer, outputs = _observe(stream, plan, index, block, part)
         targets = dense.hidden if outputs is None and dense is not None else outputs
         reconstruction = plan.reconstruction_in(index)
-        orders = _orders(decoder, plan, block, observer, [coupling for coupling in couplings if coupling.consumer in part.matrices])
+        within = [one for one in couplings if all(matrix in part.matrices for matrix in (one.consumer, *one.producers))]
+        orders = _orders(decoder, plan, block, observer, within)
         found = _prune_part(decoder, plan, block, part, observer, orders, follows=reconstruction is not None)
         if reconstruction and targets is not None:
             masks, values = _parameters(block, found)
@@ -283,6 +284,8 @@ def _take_over(decoder: Decoder, block: nn.Module, one: _Settled, found: dict[st
     assert one.sample is not None and one.expected is not None
     matrix, stored = one.finished.matrix, decoder.checkpoint.dtype(one.finished.matrix.tensor)
     values = matrix.part_of(found[matrix.place.name]).to(stored).float().masked_fill(~one.mask, 0)
+    if not torch.isfinite(values).all():
+        raise PruningError(f"layer {matrix.name}: found NaN or infinity after its reconstruction in {stored}, wanted finite weights")
     matrix.of(block).copy_(values)
     one.change = _change(matrix, Pruned(mask=one.mask, values=values), one.order, stored)
     lost = torch.linalg.vector_norm(one.sample @ values.T - one.expected).double().square().cpu()

@@ -22,10 +22,8 @@ from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.reconstruction import BETAS, schedule
-from stages.streaming.architecture import Decoder, run_block
+from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, run_block
 from stages.streaming.stream import Stream, read_ahead, room
-
-TOKENS_AT_ONCE = 256  # whose logits are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +150,11 @@ class _Learner:
         Raises:
             PruningError: a weight is not finite.
         """
-        if not torch.isfinite(self.survivors).all():
-            raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
         parts = zip(self.shapes, self.survivors.split(self.counts), strict=True)
-        return {name: replace(before[name], values=part.to(self.decoder.checkpoint.dtype(name))) for name, part in parts}
+        found = {name: part.to(self.decoder.checkpoint.dtype(name)) for name, part in parts}
+        if not all(torch.isfinite(part).all() for part in found.values()):
+            raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
+        return {name: replace(before[name], values=part) for name, part in found.items()}
 
 
 def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_Learner]:

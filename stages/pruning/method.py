@@ -17,7 +17,7 @@ from stages.pruning.scores.magnitude import magnitude
 from stages.pruning.scores.obs import obs
 from stages.pruning.scores.ria import ria
 from stages.pruning.scores.wanda import wanda
-from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic, dampings
+from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic, first_to_factor
 from stages.pruning.updates.admm import admm
 from stages.pruning.updates.dsnot import dsnot
 from stages.pruning.updates.least_squares import least_squares
@@ -32,7 +32,8 @@ class Pruned:
     """One matrix's outcome.
 
     mask: [rows, columns], bool, True = kept. values: [rows, columns], float32, or None where the survivors did not move.
-    damping: share of the Gram matrix's mean diagonal that it took to factor it, where it was factored.
+    damping: what it took to factor the Gram matrix, where it was factored: a share of the diagonal's mean added to each entry of it
+        (the score obs, SparseGpt), or of each entry (Admm).
     """
 
     mask: torch.Tensor
@@ -196,15 +197,12 @@ class Admm:
             parts = zip(patterns, scores.split(rows), strict=True)
             return torch.cat([pattern.mask(part) if exactly else pattern.roughly(part) for pattern, part in parts])
 
-        for damping in dampings(self.damping, self.damping_limit):
+        def solve(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
             gram = statistic.damped(damping)
-            try:
-                found, mask = admm(whole, gram, keep, steps=self.steps, penalty=self.penalty, growth=self.growth, hold=self.hold)
-                break
-            except ArithmeticError:
-                if damping >= self.damping_limit:
-                    raise
-        values = least_squares(whole, gram, mask, found, self.refit_steps)
+            found, mask = admm(whole, gram, keep, steps=self.steps, penalty=self.penalty, growth=self.growth, hold=self.hold)
+            return mask, least_squares(whole, gram, mask, found, self.refit_steps)
+
+        (mask, values), damping = first_to_factor(solve, self.damping, self.damping_limit)
         parts = zip(mask.split(rows), values.split(rows), strict=True)
         return [Pruned(mask=kept, values=moved, damping=damping) for kept, moved in parts]
 
@@ -213,7 +211,8 @@ class Admm:
 class SwapAndRefit:
     """Better the score's mask by exact swaps, or let it be (0 cycles); then refit the survivors, or let them be (0 steps).
 
-    damping: share of the Gram matrix's diagonal. cycles, candidates: see updates.swaps. refit_steps: of updates.least_squares.
+    cycles, candidates: see updates.swaps. damping: share of the Gram matrix's diagonal, for the refit alone. refit_steps: of
+        updates.least_squares.
     """
 
     damping: float
@@ -228,11 +227,12 @@ class SwapAndRefit:
         return self.refit_steps > 0
 
     def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        gram, masks = statistic.damped(self.damping), chosen(weights, statistic, patterns, score)
+        gram, damped = statistic.finite(), statistic.damped(self.damping) if self.moves else None
+        masks = chosen(weights, statistic, patterns, score)
         outcomes = []
         for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
             better = swaps(weight, gram, mask, cycles=self.cycles, candidates=self.candidates, group=group_of(pattern))
-            values = least_squares(weight, gram, better, weight, self.refit_steps) if self.moves else None
+            values = None if damped is None else least_squares(weight, damped, better, weight, self.refit_steps)
             outcomes.append(Pruned(mask=better, values=values, damping=statistic.damping))
         return outcomes
 

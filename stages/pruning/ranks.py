@@ -30,9 +30,15 @@ def own(device: torch.device) -> torch.device:
     """This process's GPU among those of its machine, unless one was named.
 
     Raises:
-        ConfigError: there are more processes than GPUs.
+        ConfigError: there are more processes than GPUs, or one was named and there are several processes.
     """
-    if device.type != "cuda" or device.index is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
+    if device.type != "cuda" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    if device.index is not None and local_count() > 1:
+        raise ConfigError(
+            f"prune.device: found {str(device)!r} for {local_count()} processes, wanted cuda or auto: each takes a GPU of its own"
+        )
+    if device.index is not None:
         return device
     if local_count() > torch.cuda.device_count():
         raise ConfigError(f"--nproc-per-node: found {local_count()}, wanted at most the {torch.cuda.device_count()} GPUs of this machine")

@@ -1,6 +1,6 @@
 """Reconstruction: the survivors of a block, or of a part of it, learn to give dense outputs, for a few passes.
 
-    min E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)  over the kept weights, by Adam      # after Kim et al. 2025, arXiv:2510.14444
+    min E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)  over the kept weights, by Adam      # after Wagner et al. 2025, arXiv:2510.14444
 
 y': the part's output for what the pruned model gives it. y: with dense weights for the same inputs; or, toward the model, what
 the dense model has there, so that every block makes good what the blocks before it lost. h: what enters the block. By the size

@@ -70,12 +70,19 @@ def find_orders(
 
     Returns:
         By matrix; those that stay in place are not named.
+
+    Raises:
+        PruningError: scores that are not finite, a Gram matrix that does not factor; names the layer.
     """
     orders: dict[str, Order] = {}
     for coupling in found:
         name, pattern = coupling.consumer.name, patterns[coupling.consumer.name]
         assert isinstance(pattern, Nm)
-        order = channel_permutation(score.of(weights[name], inputs[name].statistic), pattern.kept, pattern.group, rounds=rounds)
+        try:
+            scores = score.of(weights[name], inputs[name].statistic)
+            order = channel_permutation(scores, pattern.kept, pattern.group, rounds=rounds)
+        except (ArithmeticError, ValueError) as error:
+            raise PruningError(f"layer {name}: {error}") from error
         ranks.share(order, 0)
         inputs[name].reorder(order)
         orders[name] = replace(orders.get(name, STAYS), columns=order)

@@ -4,10 +4,11 @@ Matrices that read the same input share one statistic. Its scale is of no conseq
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
+Found = TypeVar("Found")
 AllSum = Callable[[torch.Tensor], torch.Tensor]  # adds up over processes, in place
 
 DAMPING_STEP = 10.0
@@ -109,7 +110,7 @@ class Moments:
 class Gram:
     """SparseGPT's statistic: H = X Xᵀ, summed over tokens (arXiv:2301.00774, section 3.1).
 
-    value: [columns, columns], float32; whole only after `finish`. damping: the share that made it factor, once it did.
+    value: [columns, columns], float32; whole only after `finish`. damping: that of the factor, once there is one.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -161,21 +162,30 @@ class Gram:
             ArithmeticError: H has NaN or infinity, or is not positive definite even with the limit.
         """
         if self._factor is None:
-            self._require_finite()
-            for share in dampings(damping, limit):
-                for dtype in (torch.float32, torch.float64):
-                    if self._factor is None:
-                        self._factor = _inverse_factor(self.value.to(dtype), self.dead, share)
-                if self._factor is not None:
-                    self.damping = share
-                    break
-            else:
-                raise ArithmeticError(f"the Gram matrix of the inputs does not factor at any damping from {damping:g} to {limit:g}")
+            self.finite()
+            found = first_to_factor(self._factored, damping, limit)
+            self._factor, self.damping = found
         return self._factor
+
+    def _factored(self, damping: float) -> torch.Tensor:
+        try:
+            return _inverse_factor(self.value, self.dead, damping, torch.float32)
+        except torch.linalg.LinAlgError:
+            return _inverse_factor(self.value, self.dead, damping, torch.float64)
 
     def inverse_diagonal(self, damping: float, limit: float) -> torch.Tensor:
         """The diagonal of the damped matrix's inverse, [columns], float32; see inverse_factor."""
         return self.inverse_factor(damping, limit).square().sum(dim=0)
+
+    def finite(self) -> torch.Tensor:
+        """The matrix itself, [columns, columns], float32.
+
+        Raises:
+            ArithmeticError: it has NaN or infinity.
+        """
+        if not torch.isfinite(self.value.diagonal()).all():
+            raise ArithmeticError("found NaN or infinity in the Gram matrix of the inputs")
+        return self.value
 
     def damped(self, damping: float) -> torch.Tensor:
         """A copy whose diagonal is larger by the share `damping`, [columns, columns], float32; dead inputs count as weak ones.
@@ -183,36 +193,46 @@ class Gram:
         Raises:
             ArithmeticError: it has NaN or infinity.
         """
-        self._require_finite()
-        damped, weak = self.value.clone(), WEAK * self.value.diagonal().mean()
+        damped, weak = self.finite().clone(), WEAK * self.value.diagonal().mean()
         diagonal = damped.diagonal()
         diagonal.mul_(1 + damping).clamp_min_(weak if weak > 0 else 1)
         return damped
 
-    def _require_finite(self) -> None:
-        if not torch.isfinite(self.value.diagonal()).all():
-            raise ArithmeticError("found NaN or infinity in the Gram matrix of the inputs")
+
+def first_to_factor(attempt: Callable[[float], Found], damping: float, limit: float) -> tuple[Found, float]:
+    """What an attempt gives with the first damping at which it factors, and that damping.
+
+    Args:
+        attempt: raises torch.linalg.LinAlgError where a matrix does not factor.
+        damping, limit: the first to try; then ten times as much, and so on, the limit at the end.
+
+    Raises:
+        ArithmeticError: it does not factor with the limit either.
+    """
+    share = damping
+    while True:
+        try:
+            return attempt(share), share
+        except torch.linalg.LinAlgError as error:
+            if share >= limit:
+                raise ArithmeticError(
+                    f"the Gram matrix of the inputs does not factor at any damping from {damping:g} to {limit:g}"
+                ) from error
+        share = min(DAMPING_STEP * share, limit)
 
 
-def dampings(first: float, limit: float) -> list[float]:
-    """first, ten times first, and so on, the limit at the end."""
-    steps = [first]
-    while steps[-1] * DAMPING_STEP < limit:
-        steps.append(steps[-1] * DAMPING_STEP)
-    return steps + ([limit] if limit > first else [])
-
-
-def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor | None:
-    """U in float32, worked out in the dtype of the Gram matrix; None where rounded so the damped matrix is not positive definite.
+def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, dtype: torch.dtype) -> torch.Tensor:
+    """U in float32, worked out in `dtype`.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards; then U = R⁻¹.
+
+    Raises:
+        torch.linalg.LinAlgError: rounded so, the damped matrix is not positive definite.
     """
-    damped = gram.flip(0, 1)
-    damped.diagonal().add_(dead.flip(0).to(gram.dtype)).add_(damping * gram.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        return None
-    del damped
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True).float()
-    return factor if torch.isfinite(factor).all() else None
+    damped = gram.flip(0, 1).to(dtype)
+    damped.diagonal().add_(dead.flip(0).to(dtype)).add_(damping * gram.diagonal().to(dtype).mean())
+    factor = torch.linalg.cholesky(damped).flip(0, 1)
+    factor = torch.linalg.solve_triangular(factor, torch.eye(len(gram), out=damped), upper=True).float()
+    if not torch.isfinite(factor).all():
+        raise torch.linalg.LinAlgError("the factor's inverse is not finite")
+    return factor

@@ -15,7 +15,7 @@ from stages.pruning.allocation import hill_exponent, outlier_share, removal_curv
 from stages.pruning.observer import ExpertProducts, Observer, watch
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import Decoder, Layer, Matrix, run_block
+from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, run_block
 from stages.streaming.stream import Stream, read_ahead, room
 
 
@@ -33,7 +33,11 @@ class Sensitivity:
 
 @torch.no_grad()
 def outlier_shares(stream: Stream, multiple: float) -> list[float]:
-    """OWL's evidence: for each block the share of Wanda scores above `multiple` times their mean, on dense inputs."""
+    """OWL's evidence: for each block the share of Wanda scores above `multiple` times their mean, on dense inputs.
+
+    Raises:
+        PruningError: a score is not finite; names the block.
+    """
     shares = []
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
         observer = watch(stream, block, stream.decoder.whole(index).layers, SquaredNorm)
@@ -46,18 +50,32 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
         norms = _squared_norms(observer, stream.all_windows)
         matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
         scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
-        shares.append(outlier_share(torch.cat(scores), multiple))
+        try:
+            shares.append(outlier_share(torch.cat(scores), multiple))
+        except ValueError as error:
+            raise PruningError(f"block {index}: {error}") from error
     return shares
 
 
 @torch.no_grad()
 def spectral_exponents(decoder: Decoder) -> list[float]:
-    """AlphaPruning's evidence: for each block the mean over its matrices of the Hill exponent of their spectra."""
+    """AlphaPruning's evidence: for each block the mean over its matrices of the Hill exponent of their spectra.
+
+    Raises:
+        PruningError: a spectrum without a tail; names the layer.
+    """
     exponents = []
     for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
-        found = [hill_exponent(decoder.stored(matrix, block)) for matrix in decoder.matrices[index]]
+        found = [_exponent(decoder.stored(matrix, block), matrix) for matrix in decoder.matrices[index]]
         exponents.append(sum(found) / len(found))
     return exponents
+
+
+def _exponent(weight: torch.Tensor, matrix: Matrix) -> float:
+    try:
+        return hill_exponent(weight)
+    except ValueError as error:
+        raise PruningError(f"layer {matrix.name}: {error}") from error
 
 
 def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
@@ -128,10 +146,14 @@ def _loss_gradient(stream: Stream) -> torch.Tensor:
     """Of the next-token loss, summed over tokens, by the last block's output: in the shape of the hidden states."""
     gradient, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
     with stream.decoder.after_blocks(), torch.enable_grad():
-        for window, targets in enumerate(stream.windows):  # one by one: logits are large
-            hidden = stream.hidden[window][None].to(stream.decoder.device).requires_grad_()
-            logits = stream.decoder.logits(hidden)[0, :-1].float()
-            gradient[window] = torch.autograd.grad(cross_entropy(logits, targets[1:].to(logits.device), reduction="sum"), hidden)[0]
+        for hidden, tokens, found in zip(stream.hidden, stream.windows, gradient, strict=True):
+            found[-1] = 0  # of the last token nobody knows the next
+            for start in range(0, len(tokens) - 1, TOKENS_AT_ONCE):  # logits are large
+                part = slice(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
+                at = hidden[None, part].to(stream.decoder.device).requires_grad_()
+                logits, targets = stream.decoder.logits(at)[0].float(), tokens[1:][part]
+                (by_hidden,) = torch.autograd.grad(cross_entropy(logits, targets.to(logits.device), reduction="sum"), at)
+                found[part] = by_hidden[0]
     return gradient
 
 

@@ -20,6 +20,8 @@ from stages.checkpoint.model import dematerialize, empty_model, materialize, par
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError
 
+TOKENS_AT_ONCE = 256  # whose logits are in memory where survivors learn or gradients are taken
+
 
 class _AllRecorded(Exception):
     """Raised by the last recorder: what comes after the blocks is of no interest."""

@@ -207,6 +207,15 @@ def test_a_loss_that_is_not_finite_stops_it(exact):
         distilled(beside, before, replace(HOW, learning_rate=1e30))
 
 
+def test_a_weight_that_the_checkpoints_dtype_cannot_hold_is_refused_naming_the_block(exact, monkeypatch):
+    beside, before = prepared(exact)
+    outcome = distill(beside.entering, beside.dense.hidden, HOW, before.__getitem__)
+    outcome._learners[0].survivors[0] = 1e5
+    monkeypatch.setattr(exact, "dtype", lambda _: torch.float16)
+    with pytest.raises(PruningError, match="block 1: found NaN or infinity in its distillation, wanted finite weights"):
+        list(outcome.changes())
+
+
 def test_blocks_that_learn_together_are_not_reconstructed_alone(base, monkeypatch):
     alone = []
     monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, *_: alone.append(index))

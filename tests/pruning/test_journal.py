@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from benchmarks.memory import write_windows
 from stages import config, prune
 from stages.errors import SparsesweepError
-from stages.files import PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, sha256, write_json
+from stages.files import CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
 from stages.pruning import journal as journals
 from tests.test_config import composed
 
@@ -32,12 +32,8 @@ PRUNE = replace(DEFAULTS["prune"], device="cpu", dtype="float32", micro_batch=2,
 DISTILLED = config.Distilled(name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3)
 
 
-def write_windows(seed: int = 0) -> None:
-    directory = Path("artifacts/calibration")
-    directory.mkdir(parents=True, exist_ok=True)
-    windows = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(seed))
-    save_file({"windows": windows}, directory / "windows.safetensors")
-    write_json(directory / "provenance.json", {"windows_sha256": sha256(directory / "windows.safetensors")})
+def draw_windows(seed: int = 0) -> None:
+    write_windows(CALIBRATION, torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(seed)))
 
 
 @pytest.fixture()
@@ -46,7 +42,7 @@ def project(canonical, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "artifacts").mkdir()
     shutil.copytree(canonical, "artifacts/base")
-    write_windows()
+    draw_windows()
     return tmp_path
 
 
@@ -202,7 +198,7 @@ def test_more_memory_goes_on_where_less_was_too_little(project):
 
 def test_other_windows_start_afresh(project):
     interrupted()
-    write_windows(seed=1)
+    draw_windows(seed=1)
     found = run()
     assert resumed_after() == 0
     assert found == run()

@@ -10,10 +10,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from benchmarks.memory import write_windows
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.config import CONF, LocalBase
-from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
+from stages.errors import ConfigError
+from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json
+from stages.pruning import ranks
 from stages.pruning.reconstruction import BETAS, part_output
 from stages.sources import base as checkpoints
 from stages.streaming.architecture import Decoder
@@ -38,6 +41,13 @@ def run(command: list[str], directory: Path) -> dict[str, torch.Tensor]:
     return {name: delta.change(name).mask for name in delta}
 
 
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="prune.device: found 'cuda:0' for 2 processes, wanted cuda or auto"):
+        ranks.own(torch.device("cuda:0"))
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "allocation"),
     [
@@ -52,10 +62,7 @@ def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind
     base = fetched(kind, tmp_path)
     (tmp_path / BASE).parent.mkdir()
     base.directory.rename(tmp_path / BASE)
-    (tmp_path / CALIBRATION).mkdir()
-    windows = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
-    save_file({"windows": windows}, tmp_path / CALIBRATION / "windows.safetensors")
-    write_json(tmp_path / CALIBRATION / "provenance.json", {"windows_sha256": "0"})
+    write_windows(tmp_path / CALIBRATION, torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0)))
     params = composed(
         f"method={method}", f"allocation={allocation}", "prune.micro_batch=1", "prune.expert_tokens=45", "prune.error_tokens=10"
     )
@@ -115,10 +122,8 @@ def test_two_processes_distil_by_the_mean_gradient_of_a_window_of_each(tmp_path)
     (tmp_path / BASE).mkdir(parents=True)
     local = LocalBase(source="local", path=str(source), name="tests/exact", fingerprint=None, license="mit")
     checkpoints.fetch(local, tmp_path / BASE, downloads=tmp_path / "unused")
-    (tmp_path / CALIBRATION).mkdir()
     windows = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
-    save_file({"windows": windows}, tmp_path / CALIBRATION / "windows.safetensors")
-    write_json(tmp_path / CALIBRATION / "provenance.json", {"windows_sha256": "0"})
+    write_windows(tmp_path / CALIBRATION, windows)
     distilled = ["reconstruction=distilled", "reconstruction.share=0.67", "reconstruction.block_epochs=0", "reconstruction.epochs=2"]
     params = composed("method=magnitude", "allocation.name=uniform", "prune.micro_batch=1", *distilled)
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(params))

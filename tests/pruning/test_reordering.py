@@ -6,13 +6,14 @@ from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
-from stages.pruning.method import Admm, Method
+from stages.pruning.method import Keep, Method, obs_score
 from stages.pruning.patterns import Nm
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
 from tests.methods import WANDA, sparsegpt
+from tests.pruning.test_presets import preset
 
 CPU, TWO_OF_FOUR = torch.device("cpu"), Nm(kept=2, group=4)
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -60,7 +61,7 @@ def test_exactly_the_mlps_change_places(base):
 
 
 LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True)}
-ADMM = Method(score=WANDA.score, update=Admm(damping=0.01, damping_limit=1.0, steps=10, penalty=0.1, growth=2.2, hold=2, refit_steps=2))
+ADMM, _ = preset("admm_short")
 
 
 @pytest.mark.parametrize("pattern", [Nm(kept=2, group=4), Nm(kept=4, group=8)], ids=str)
@@ -108,6 +109,12 @@ def test_a_change_with_orders_survives_the_disk(tmp_path):
     read = read_block(tmp_path / "block")["a"]
     weight = torch.arange(9.0).view(3, 3)
     assert read.apply(weight).tolist() == change.apply(weight).tolist() == [[7, 0, 8], [1, 0, 2], [4, 0, 5]]
+
+
+def test_scores_that_cannot_be_had_name_the_layer(base):
+    method = Method(score=obs_score(1e-30, 1e-30), update=Keep())
+    with pytest.raises(PruningError, match="layer model.layers.0.mlp.down_proj.weight: the Gram matrix of the inputs does not factor"):
+        prune(base, method, windows=WINDOWS[:1])  # of fewer tokens than columns
 
 
 def test_a_block_without_channels_that_may_change_places_is_refused(tmp_path):

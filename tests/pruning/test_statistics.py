@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.pruning.statistics import Gram, Moments, SquaredNorm, dampings
+from stages.pruning.statistics import Gram, Moments, SquaredNorm, first_to_factor
 
 CPU = torch.device("cpu")
 
@@ -95,9 +95,19 @@ def test_damping_is_raised_step_by_step_until_the_matrix_factors():
     factor = gram.inverse_factor(0.01, 1.0)
     assert gram.damping == 1.0
     torch.testing.assert_close(factor.T @ factor, (gram.value + torch.eye(2)).inverse())
-    assert dampings(0.01, 1.0) == [0.01, 0.1, 1.0]
-    assert dampings(0.01, 0.5) == [0.01, 0.1, 0.5]
-    assert dampings(0.01, 0.01) == [0.01]
+
+
+@pytest.mark.parametrize(("first", "limit", "wanted"), [(0.01, 1.0, [0.01, 0.1, 1.0]), (0.01, 0.5, [0.01, 0.1, 0.5]), (0.01, 0.01, [0.01])])
+def test_damping_is_tried_tenfold_up_to_the_limit(first, limit, wanted):
+    tried = []
+
+    def attempt(damping):
+        tried.append(damping)
+        raise torch.linalg.LinAlgError
+
+    with pytest.raises(ArithmeticError, match=f"at any damping from {first} to {limit:g}"):
+        first_to_factor(attempt, first, limit)
+    assert tried == wanted
 
 
 def test_what_float32_cannot_factor_float64_does_at_the_same_damping():

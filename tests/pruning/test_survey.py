@@ -9,15 +9,16 @@ from fractions import Fraction
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.memory import write_windows
 from stages import composition, config
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, PruningError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
+from stages.pruning import survey
 from stages.pruning.allocation import hill_exponent
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.journal import Journal
@@ -30,6 +31,7 @@ from tests.methods import WANDA
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
+from tests.test_config import composed
 
 CPU = torch.device("cpu")
 GRID = [0.0, 0.25, 0.5, 0.9]
@@ -294,7 +296,7 @@ def test_a_mixture_meets_the_budget_too_even_if_no_token_chose_some_experts(proj
     shutil.rmtree(BASE)
     (tmp_path / "mixture").mkdir()
     fetched("mixtral", tmp_path / "mixture").directory.rename(BASE)
-    save_file({"windows": windows.clone()}, CALIBRATION / "windows.safetensors")
+    write_windows(CALIBRATION, windows.clone())
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
     rows = sparsities()
     assert any("experts" in row["matrix"] for row in rows)
@@ -351,7 +353,40 @@ def test_rows_that_compete_by_what_their_errors_cost_are_pruned_otherwise_but_as
     assert alike["block-00000.safetensors"] != apart["block-00000.safetensors"]
 
 
-def test_bounds_that_do_not_allow_the_sparsity_are_refused(project):
+@pytest.mark.parametrize("score", ["ria", "wanda"])
+def test_where_rows_do_not_compete_the_masks_are_those_of_rows_that_count_alike(project, score):
+    method = replace(stage.METHOD, score=config.read(composed(f"method={score}"))["method"].score, threshold="row")
+    runs = [stage.run(method=method, pattern=PATTERN, allocation=ALLOCATIONS[name]) for name in ("loss", "loss with rows")]
+    assert all(runs[0][name] == file for name, file in runs[1].items() if name.startswith("block"))
+
+
+def test_a_matrix_may_lose_all_where_the_bounds_allow_it(project):
+    pattern = config.Unstructured(name="unstructured", sparsity=0.995)
+    stage.run(pattern=pattern, allocation=replace(ALLOCATIONS["loss"], lowest=0.0, highest=1.0))
+    rows = sparsities()
+    assert sum(row["zeros"] for row in rows) == math.floor(sum(row["weights"] for row in rows) * Fraction("0.995"))
+
+
+def test_a_spectrum_without_a_tail_names_the_layer(base):
+    class Broken(Checkpoint):
+        def tensor(self, name, **how):
+            tensor = super().tensor(name, **how)
+            return torch.zeros_like(tensor) if name == "model.layers.1.mlp.up_proj.weight" else tensor
+
+    with pytest.raises(PruningError, match=r"layer model.layers.1.mlp.up_proj.weight: found a matrix of .* with a rank below"):
+        spectral_exponents(Decoder(Broken(base.directory), torch.float32, CPU))
+
+
+def test_the_loss_gradient_is_the_same_some_tokens_at_a_time(base, monkeypatch):
+    whole = streamed(base)
+    monkeypatch.setattr(survey, "TOKENS_AT_ONCE", 7)
+    for name, found in streamed(base).items():
+        torch.testing.assert_close(found.rows, whole[name].rows, rtol=1e-3, atol=0)
+
+
+def test_bounds_that_do_not_allow_the_sparsity_are_refused_before_anything_is_looked_at(project, monkeypatch):
+    for look in LOOKS:
+        monkeypatch.setattr(composition, look, None)
     narrow = config.AlphaPruningAllocation(name="alphapruning", strength=0.3, lowest=0.4, highest=0.6)
     with pytest.raises(ConfigError, match=r"allocation: found a budget of .* weights, wanted .* from 0.4 to 0.6 allows"):
         stage.run(pattern=PATTERN, allocation=narrow)

@@ -3,8 +3,10 @@
     W ← (W₀ H + ρ (D - V)) (H + ρ I)⁻¹,   D ← keep(W + V),   V ← V + W - D         # Meng et al. 2024, ALPS, arXiv:2406.07831, eq. 4
 
 with H = X Xᵀ scaled to a unit diagonal (Boža 2024, arXiv:2401.02938: columns by their norm), so that the penalty means the
-same for every column and `keep` compares what weights carry, as Wanda does. ρ grows by a constant factor; H + ρ I is factored
-anew every few steps. Far beyond the unit diagonal it freezes the support before the values have told which: end near 1.
+same for every column and `keep` compares what weights carry, as Wanda does. ρ grows by a constant factor, where ALPS grows it by
+how much the support still changes; H + ρ I is factored anew every few steps, and ρ is the same in between. V, the multipliers over
+ρ, goes on as it is when ρ grows, which turned out to lose a little less here than to divide it. Far beyond the unit diagonal ρ
+freezes the support before the values have told which: end near 1.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ def admm(
         values [rows, columns], float32, zero where the mask is False; mask [rows, columns], bool, the last one.
 
     Raises:
-        ArithmeticError: the Gram matrix plus the penalty does not factor.
+        torch.linalg.LinAlgError: the Gram matrix plus the penalty does not factor.
     """
     scale = gram.diagonal().sqrt()
     unit = gram / scale / scale[:, None]
@@ -57,7 +59,4 @@ def admm(
 def _inverse(unit: torch.Tensor, rho: float) -> torch.Tensor:
     shifted = unit.clone()
     shifted.diagonal().add_(rho)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:
-        raise ArithmeticError(f"the Gram matrix of the inputs does not factor with a penalty of {rho:g}; raise it, or the damping")
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))

@@ -1,0 +1,63 @@
+"""The development text: choices between compositions are made by it, apart from calibration and from everything reported.
+
+python -m benchmarks.development
+
+Prints the perplexity of the dense model and of what the prune stage made last, on windows of C4 pages from which no calibration
+window of the embedded default, with a seed from 0 to 9, is drawn. Takes a minute.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer
+
+from stages.calibration.documents import Documents, Rows
+from stages.calibration.samplers import document, packed
+from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.reader import Checkpoint
+from stages.evaluation.streamed import StreamedModel
+from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json
+from stages.streaming.architecture import Decoder
+
+PAGES = TEXT / "calibration/c4_pages.jsonl"
+CALIBRATION_SEEDS, CALIBRATION_WINDOWS = range(10), 32
+WINDOWS, LENGTH, ORDER = 24, 512, 123
+
+
+@dataclass(frozen=True)
+class Others:
+    """Some of the documents."""
+
+    documents: Documents
+    numbers: list[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.documents[self.numbers[index]]
+
+
+def windows() -> torch.Tensor:
+    """[24, 512], int64."""
+    pages = Documents(Rows(PAGES), AutoTokenizer.from_pretrained(BASE))
+    drawn = {
+        number
+        for seed in CALIBRATION_SEEDS
+        for window in document(pages, CALIBRATION_WINDOWS, LENGTH, seed, None)
+        for number, _, _ in window.spans
+    }
+    others = Others(pages, [number for number in range(len(pages)) if number not in drawn])
+    return torch.tensor([window.tokens for window in packed(others, WINDOWS, LENGTH, ORDER, pages.end)])
+
+
+def main() -> None:
+    base, text, recipe = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
+    decoder = Decoder(base, torch.float32, torch.device("cpu"))
+    for label, delta in (("dense", None), (f"{recipe['label']}, {recipe['pattern_label']}", SparseDelta(SPARSE, base.fingerprint))):
+        losses = StreamedModel(decoder=decoder, delta=delta, scratch=PRUNE_JOURNAL.parent).window_losses(text)
+        print(f"{label}: perplexity {losses.perplexity:.2f}")
+
+
+if __name__ == "__main__":
+    main()
