@@ -1,4 +1,4 @@
-"""The development text: choices between compositions are made by it, apart from calibration and from everything reported.
+"""The development text: what choices between compositions are checked on, apart from calibration and from everything reported.
 
 python -m benchmarks.development
 

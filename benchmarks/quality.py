@@ -8,7 +8,7 @@ python -m benchmarks.quality --tables        measure nothing, write the tables
 Each point is one `dvc exp run` on the embedded model. What was measured is kept in benchmarks/quality.json, which is
 committed, so that a later run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see
 benchmarks.behaviour) is measured again with --stale. That sees the pruning code and its settings alone: after a change of the base,
-the calibration or the evaluation, empty the file. Writes the table between the markers in README.md and every number to
+the calibration or the evaluation, remove the file. Writes the table between the markers in README.md and every number to
 benchmarks/QUALITY.md, and leaves the default in the workspace.
 """
 
@@ -108,9 +108,10 @@ def measure(wanted: list[Point], rows: Rows, minutes: float) -> None:
     for point in wanted:
         if time.monotonic() - started > 60 * minutes:
             return
+        found = measured(point)
         if code_sha256() != code:
             raise SystemExit("stages/ has changed since the measurement began; start it again")
-        rows[point] = measured(point)
+        rows[point] = found
         scratch = RESULTS.with_suffix(".new")
         write_json(scratch, [rows[known] for known in points() if known in rows])
         scratch.replace(RESULTS)
@@ -133,7 +134,9 @@ def perplexity(cells: list[dict[str, Any]]) -> str:
 
 
 def table(rows: Rows, missing: list[Point]) -> str:
-    """Markdown: what the best leaves of the damage, perplexity of every contender at every pattern, and what the numbers are."""
+    """Markdown: how much damage the best leaves, perplexity of every contender at every pattern, and what the numbers are."""
+    if not rows:
+        return "Nothing is measured yet."
     lines = ["| method | " + " | ".join(PATTERNS) + " | composed by |", "|---" * (len(PATTERNS) + 2) + "|"]
     best = {pattern: found[0][0] for pattern in PATTERNS if (found := ranked(rows, pattern))}
 
@@ -156,12 +159,12 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
     left = f" {len(missing)} of {len(points())} points are not measured yet." if missing else ""
     now = behaviour.load()
     count = sum(stale(found, now) for found in rows.values())
-    old = f"{STALE}: with points, {count} of all, measured before a change of the code that altered their result." if count else ""
+    old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
     return (
         f"{MODEL}, dense perplexity {row['dense_perplexity']:.2f}; calibration of 32 windows of 512 C4 tokens, the same for every method; "
         f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
         f"{', '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda "
-        "and SparseGPT; then the same of the loss in nats per token (the logarithm of perplexity). Seconds: as a multiple of SparseGPT's. "
+        "and SparseGPT; of the loss: the same of the logarithm of perplexity. Seconds: as a multiple of SparseGPT's. "
         f"± is the standard deviation over calibration seeds ({len(SEEDS)} at most; without it, one), not over text. –: does not apply."
         f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
@@ -222,7 +225,7 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
 
 def summary(rows: Rows) -> list[str]:
     """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
-    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "in nats", "seconds", "peak memory", "which is best")
+    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "of the loss", "seconds", "peak memory", "which is best")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
         known = published(rows, pattern)
@@ -238,8 +241,8 @@ def summary(rows: Rows) -> list[str]:
 
 EXPLAINED = (
     "Damage: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda and SparseGPT at the same "
-    "pattern; then the same of the loss in nats per token. Seconds and peak memory are those of pruning; in brackets how many times "
-    "SparseGPT's seconds. Both comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
+    "pattern; of the loss: the same of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets how many "
+    "times SparseGPT's seconds. All comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
     "shown. The relative layer error is measured before the last blocks learn together. The command is that of the first seed shown; "
     "another adds `-S calibration.seed=N`."
 )
@@ -250,7 +253,7 @@ COLUMNS = (
     "seed by seed",
     "over dense",
     "damage",
-    "in nats",
+    "of the loss",
     "relative layer error",
     "seconds",
     "peak memory",

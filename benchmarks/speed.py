@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.markers import write_between
 from benchmarks.measure import imports, measure
-from benchmarks.table import MODEL
 from stages import config
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
@@ -209,10 +208,12 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 def note(rows: list[dict[str, Any]], evaluation: config.Perplexity) -> str:
     """What the numbers are, in a line."""
+    base = Checkpoint(BASE).provenance
+    name = Path(base["wheel"]["file"] if "wheel" in base else base["name"]).name
     windows, length = load_file(WINDOWS)["windows"].shape
     runs = max(row["asked"]["repeat"] for row in rows) + 1
     return (
-        f"{MODEL}, 50% unstructured; calibration of {windows} windows of {length} tokens; perplexity on {evaluation.windows or 'all'} "
+        f"{name}, 50% unstructured; calibration of {windows} windows of {length} tokens; perplexity on {evaluation.windows or 'all'} "
         f"windows of {evaluation.window_length} tokens of {evaluation.corpus.title()}. Seconds are those of loading, pruning and "
         "writing, without imports; peak memory is anonymous memory (not mapped files) above that of a process that only imports torch "
         f"and transformers. {'One run' if runs == 1 else f'Medians of {runs} runs'} on {cpu()}, {torch.get_num_threads()} threads, in "

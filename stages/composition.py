@@ -84,12 +84,12 @@ def distillation_of(reconstruction: config.Reconstruct, blocks: int) -> Distilla
 def label(method: config.Method, allocation: config.Allocation, reconstruction: config.Reconstruct, prune: config.Prune) -> str:
     """What tells one pruned model from another in a plot, pattern and numbers apart: the method, and the parts that its name hides."""
     score, update = method.score.name, method.update.name
-    named = max((option for option in config.SCORES.options if option in method.name), key=len, default=None)
-    parts = [method.name if score == named else f"{method.name} ({score})"]
+    scores, updates = ([option for option in choice.options if option in method.name] for choice in (config.SCORES, config.UPDATES))
+    parts = [method.name if scores and score == max(scores, key=len) else f"{method.name} ({score})"]
     if update == "none":
-        parts += [] if named else ["no update"]
-    else:
-        parts += [] if update in method.name else [update]
+        parts += ["no update"] if updates or not scores else []
+    elif update not in updates:
+        parts += [update]
     parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
     parts += RECONSTRUCTED[reconstruction.name]
     parts += ["by parts"] if prune.by_parts else []

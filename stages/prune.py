@@ -51,7 +51,7 @@ LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
 COPIES_TRAINED = 7  # of a block's weights in float32: values as found and as trained, gradients, Adam's moments, masks, activations
 COPIES_DISTILLED = 5  # likewise: weights, gradients, the survivors' gradients and places
 COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, and what is between
-COPIES_RANKED = 2  # of a block's weights in float32: scores, matrix by matrix and all together
+COPIES_RANKED = 4  # of a block's weights in float32: scores, matrix by matrix and all together, these in float64 for their mean
 COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 itself, its factor, the inverse; and that in float32
 COPIES_CUT, COPIES_SWEPT = 8, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
@@ -219,9 +219,9 @@ def block_bytes(decoder: Decoder, plan: Plan, allocation: config.Allocation) -> 
 
     The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype, a
     Gram matrix for every layer, what it takes to factor the widest, and of the largest layer the float32 copies that a method
-    works on; on a CPU an allocation by outliers holds a block's scores. A distillation needs copies of a block on the host whatever
-    the device, and on a CPU also its gradients; it and an allocation by the loss there what comes after the blocks and some tokens'
-    logits.
+    works on. On a CPU an allocation by outliers needs a block's scores; an allocation by the loss and a distillation need a block's
+    gradients, what comes after the blocks and some tokens' logits. A distillation needs copies of a block on the host whatever the
+    device.
     """
     on_cpu, width = decoder.device.type == "cpu", decoder.dtype.itemsize
     solved = plan.method.statistic is Gram

@@ -138,7 +138,7 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
     assert "| 41.00 ± 1.00 † |" in wanda
     assert "| **30.00 ± 0.00** |" in sparsegpt
     assert f"{len(missing)} of {len(contenders.points())} points are not measured yet" in text
-    assert "†: with points, 2 of all, measured before a change of the code" in text
+    assert "†: includes points (2 in all) measured before a change of the code" in text
     full = quality.full_table(rows, missing)
     assert (
         "| 41.00 ± 1.00 † | 40.00, 41.00, 42.00 | 4.10 | 1.55 | 1.28 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full

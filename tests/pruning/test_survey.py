@@ -365,6 +365,7 @@ def test_a_matrix_may_lose_all_where_the_bounds_allow_it(project):
     stage.run(pattern=pattern, allocation=replace(ALLOCATIONS["loss"], lowest=0.0, highest=1.0))
     rows = sparsities()
     assert sum(row["zeros"] for row in rows) == math.floor(sum(row["weights"] for row in rows) * Fraction("0.995"))
+    assert any(row["zeros"] == row["weights"] for row in rows)
 
 
 def test_a_spectrum_without_a_tail_names_the_layer(base):

