@@ -10,6 +10,9 @@ SparsesweepError
 └── ReleaseError      a release that is not what it should be
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SparsesweepError(Exception):
     """An error whose message is all that the user needs: the thing, what was found, what was wanted."""
@@ -37,6 +40,15 @@ class CalibrationError(SparsesweepError):
 
 class PruningError(SparsesweepError):
     """A model, layer or statistic cannot be pruned."""
+
+    @classmethod
+    @contextmanager
+    def naming(cls, place: str) -> Iterator[None]:
+        """Say where it was that mathematics, which knows no names, found its arguments wrong (ValueError, ArithmeticError)."""
+        try:
+            yield
+        except (ArithmeticError, ValueError) as error:
+            raise cls(f"{place}: {error}") from error
 
 
 class ReleaseError(SparsesweepError):

@@ -381,10 +381,8 @@ def _solve(plan: Plan, inputs: Inputs, matrices: list[Matrix], weights: list[tor
         raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations{reason}")
     scales = [_row_scale(plan.rows.get(matrix.name), weight) for matrix, weight in zip(matrices, weights, strict=True)]
     weights = [weight if scale is None else weight * scale for weight, scale in zip(weights, scales, strict=True)]
-    try:
+    with PruningError.naming(f"layer {names}"):
         outcomes = plan.method(weights, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
-    except (ArithmeticError, ValueError) as error:
-        raise PruningError(f"layer {names}: {error}") from error
     return [
         outcome if scale is None or outcome.values is None else replace(outcome, values=outcome.values / scale)
         for outcome, scale in zip(outcomes, scales, strict=True)

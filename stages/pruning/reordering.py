@@ -78,11 +78,9 @@ def find_orders(
     for coupling in found:
         name, pattern = coupling.consumer.name, patterns[coupling.consumer.name]
         assert isinstance(pattern, Nm)
-        try:
+        with PruningError.naming(f"layer {name}"):
             scores = score.of(weights[name], inputs[name].statistic)
             order = channel_permutation(scores, pattern.kept, pattern.group, rounds=rounds)
-        except (ArithmeticError, ValueError) as error:
-            raise PruningError(f"layer {name}: {error}") from error
         ranks.share(order, 0)
         inputs[name].reorder(order)
         orders[name] = replace(orders.get(name, STAYS), columns=order)

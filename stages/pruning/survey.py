@@ -50,10 +50,8 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
         norms = _squared_norms(observer, stream.all_windows)
         matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
         scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
-        try:
+        with PruningError.naming(f"block {index}"):
             shares.append(outlier_share(torch.cat(scores), multiple))
-        except ValueError as error:
-            raise PruningError(f"block {index}: {error}") from error
     return shares
 
 
@@ -66,16 +64,12 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
     """
     exponents = []
     for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
-        found = [_exponent(decoder.stored(matrix, block), matrix) for matrix in decoder.matrices[index]]
+        found = []
+        for matrix in decoder.matrices[index]:
+            with PruningError.naming(f"layer {matrix.name}"):
+                found.append(hill_exponent(decoder.stored(matrix, block)))
         exponents.append(sum(found) / len(found))
     return exponents
-
-
-def _exponent(weight: torch.Tensor, matrix: Matrix) -> float:
-    try:
-        return hill_exponent(weight)
-    except ValueError as error:
-        raise PruningError(f"layer {matrix.name}: {error}") from error
 
 
 def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
@@ -120,10 +114,8 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
                     continue
                 felt = felt.clamp_min(floor * felt.mean())
                 squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
-                try:
+                with PruningError.naming(f"layer {matrix.name}"):
                     curve = removal_curve(squared.mul_(felt[:, None]), grid=grid, threshold=threshold)
-                except ValueError as error:
-                    raise PruningError(f"layer {matrix.name}: {error}") from error
                 found[matrix.name] = Sensitivity(curve=curve, rows=felt.cpu())
     return found
 

@@ -28,7 +28,6 @@ RECONSTRUCTIONS = {
     "calibration windows, against the dense model's next-token distributions; before that on those of each block before them alone, "
     "{block_epochs} times, against the dense model's hidden states",
 }
-QUANTISED = "checkpoint (dequantised where that file is quantised)"
 ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",
     "owl": "blocks with many outliers are pruned less ([Yin et al. 2024](https://arxiv.org/abs/2310.05175))",
@@ -93,11 +92,12 @@ def origin(base: dict[str, Any]) -> str:
         case {"source": "hub", "revision": revision}:
             return f"revision `{revision}`"
         case {"source": "wheel", "wheel": {"package": package, "version": version, "file": file}}:
-            return f"converted from the GGUF file `{Path(file).name}` of package {package} {version}, not the publisher's own {QUANTISED}"
+            source = f"`{Path(file).name}` of package {package} {version}"
         case {"source": "gguf", "file": file, "file_sha256": digest}:
-            return f"converted from the GGUF file `{file}` with SHA-256 `{digest}`, not the publisher's own {QUANTISED}"
+            source = f"`{file}` with SHA-256 `{digest}`"
         case _:
             return "a local checkpoint"
+    return f"converted from the GGUF file {source}, not the publisher's own checkpoint (dequantised where that file is quantised)"
 
 
 def exceptions(matrices: list[dict[str, Any]], method: dict[str, Any]) -> str:
