@@ -75,6 +75,16 @@ CONTENDERS = (
     Contender(name="SparseGPT, distilled", overrides="method=sparsegpt reconstruction=distilled"),
     Contender(name="Wanda, distilled", overrides="method=wanda reconstruction=distilled"),
     Contender(
+        name="SparseGPT, loss allocation, distilled",
+        overrides="method=sparsegpt allocation=loss reconstruction=distilled",
+        patterns=UNSTRUCTURED,
+    ),
+    Contender(
+        name="Wanda, loss allocation, distilled",
+        overrides="method=wanda method.threshold=matrix allocation=loss reconstruction=distilled",
+        patterns=UNSTRUCTURED,
+    ),
+    Contender(
         name="ADMM, permuted, reconstruction",
         overrides="method=admm_short reconstruction=block pattern.permutation_rounds=4",
         patterns=GROUPED,
