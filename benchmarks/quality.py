@@ -17,14 +17,14 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import behaviour
-from benchmarks.contenders import CONTENDERS, PATTERNS, SEEDS, Contender, Point, points
+from benchmarks.contenders import CONTENDERS, PATTERNS, PUBLISHED, SEEDS, Contender, Point, points
 from benchmarks.markers import write_between
 from benchmarks.table import MODEL, the_default_afterwards
 from stages.files import DENSE_RESULTS, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
@@ -33,6 +33,7 @@ from stages.prune import code_sha256
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
+BEST = 4  # so many contenders of a pattern are measured with every seed, beside the published ones
 
 Rows = dict[Point, dict[str, Any]]
 
@@ -82,35 +83,61 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     parser.add_argument("--stale", action="store_true", help="measure again what the code prunes otherwise now")
     arguments = parser.parse_args()
-    rows, now = load(), behaviour.load()
-    wanted = [
-        point
-        for point in points()
-        if arguments.pattern in (None, point.pattern) and (point not in rows or (arguments.stale and stale(rows[point], now)))
-    ]
-    if wanted and not arguments.tables:
+    rows = load()
+    patterns = [arguments.pattern] if arguments.pattern else list(PATTERNS)
+    if not arguments.tables and wanted(rows, patterns, arguments.stale):
         with the_default_afterwards():
-            measure(wanted, rows, arguments.minutes)
-    missing = [point for point in points() if point not in rows]
-    FULL.write_text(full_table(rows, missing), encoding="utf8")
-    text = table(rows, missing)
+            measure(rows, patterns, arguments.stale, arguments.minutes)
+    FULL.write_text(full_table(rows), encoding="utf8")
+    text = table(rows)
     print(text)
     write_between(README, START, END, text)
 
 
-def measure(wanted: list[Point], rows: Rows, minutes: float) -> None:
-    """Measure points into the rows and the file, one after another.
+def due(rows: Rows) -> list[Point]:
+    """The points that the leaderboard asks for, most telling first.
+
+    The first seed of every contender; all seeds of the published ones, of those that lead, and, once the first seed of every
+    contender at a pattern is measured, of the best there.
+    """
+    repeated = {(name, pattern) for pattern in PATTERNS for name in (*PUBLISHED, *best_at(rows, pattern))}
+    leading = {(contender.name, pattern) for contender in CONTENDERS for pattern in contender.leads}
+    return [point for point in points() if point.seed == SEEDS[0] or (point.contender, point.pattern) in repeated | leading]
+
+
+def best_at(rows: Rows, pattern: str) -> list[str]:
+    """The names of the best contenders at a pattern, by their first seeds; none as long as one of these is missing."""
+    first = [point for point in points() if point.pattern == pattern and point.seed == SEEDS[0]]
+    if any(point not in rows for point in first):
+        return []
+    return [point.contender for point in sorted(first, key=lambda point: rows[point]["perplexity"])[:BEST]]
+
+
+def missing(rows: Rows) -> list[Point]:
+    """What is due and not measured."""
+    return [point for point in due(rows) if point not in rows]
+
+
+def wanted(rows: Rows, patterns: Collection[str], again: bool) -> list[Point]:
+    """What is due at these patterns and not measured, or, if it is to be measured again, stale."""
+    now = behaviour.load()
+    return [point for point in due(rows) if point.pattern in patterns and (point not in rows or (again and stale(rows[point], now)))]
+
+
+def measure(rows: Rows, patterns: Collection[str], again: bool, minutes: float) -> None:
+    """Measure what is wanted into the rows and the file, one point after another.
 
     Raises:
-        SystemExit: the pruning code is no longer that which was imported, so that its behaviour is not known.
+        SystemExit: the pruning code is no longer that which was imported, or not that of benchmarks.behaviour.
     """
     started, code = time.monotonic(), code_sha256()
-    for point in wanted:
-        if time.monotonic() - started > 60 * minutes:
-            return
+    while (left := wanted(rows, patterns, again)) and time.monotonic() - started <= 60 * minutes:
+        point = left[0]
         found = measured(point)
         if code_sha256() != code:
             raise SystemExit("stages/ has changed since the measurement began; start it again")
+        if stale(found, behaviour.load()):
+            raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
         rows[point] = found
         scratch = RESULTS.with_suffix(".new")
         write_json(scratch, [rows[known] for known in points() if known in rows])
@@ -133,7 +160,7 @@ def perplexity(cells: list[dict[str, Any]]) -> str:
     return f"{mean(values):.2f}{spread}{STALE if any(stale(row, now) for row in cells) else ''}"
 
 
-def table(rows: Rows, missing: list[Point]) -> str:
+def table(rows: Rows) -> str:
     """Markdown: how much damage the best leaves, perplexity of every contender at every pattern, and what the numbers are."""
     if not rows:
         return "Nothing is measured yet."
@@ -150,13 +177,13 @@ def table(rows: Rows, missing: list[Point]) -> str:
     for contender in sorted(begun, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
-    return "\n".join([*summary(rows), "", *lines, "", _notes(rows, missing)])
+    return "\n".join([*summary(rows), "", *lines, "", _notes(rows)])
 
 
-def _notes(rows: Rows, missing: list[Point]) -> str:
+def _notes(rows: Rows) -> str:
     row = next(iter(rows.values()))
     protocol, devices = row["protocol"], sorted({found["device"] for found in rows.values()})
-    left = f" {len(missing)} of {len(points())} points are not measured yet." if missing else ""
+    left = f" {len(absent)} of {len(due(rows))} points are not measured yet." if (absent := missing(rows)) else ""
     now = behaviour.load()
     count = sum(stale(found, now) for found in rows.values())
     old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
@@ -165,7 +192,8 @@ def _notes(rows: Rows, missing: list[Point]) -> str:
         f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
         f"{', '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda "
         "and SparseGPT; of the loss: the same of the logarithm of perplexity. Seconds: as a multiple of SparseGPT's. "
-        f"± is the standard deviation over calibration seeds ({len(SEEDS)} at most; without it, one), not over text. –: does not apply."
+        f"± is the standard deviation over calibration seeds, not over text: {' and '.join(PUBLISHED)} have {len(SEEDS)}, and so have the "
+        f"{BEST} best at a pattern, by their first seeds; others have one. –: does not apply."
         f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
@@ -198,7 +226,7 @@ def ranked(rows: Rows, pattern: str) -> list[tuple[Contender, list[dict[str, Any
 
 def published(rows: Rows, pattern: str) -> dict[str, list[dict[str, Any]]]:
     """What was measured of Wanda and SparseGPT at a pattern, by their names."""
-    return {contender.name: cells for contender, cells in ranked(rows, pattern) if contender.name in ("Wanda", "SparseGPT")}
+    return {contender.name: cells for contender, cells in ranked(rows, pattern) if contender.name in PUBLISHED}
 
 
 def named_seeds(cells: list[dict[str, Any]]) -> str:
@@ -261,7 +289,7 @@ COLUMNS = (
 )
 
 
-def full_table(rows: Rows, missing: list[Point]) -> str:
+def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", EXPLAINED, ""]
     for pattern in PATTERNS:
@@ -269,8 +297,8 @@ def full_table(rows: Rows, missing: list[Point]) -> str:
         known = published(rows, pattern)
         lines += [full_row(contender, pattern, cells, known) for contender, cells in ranked(rows, pattern)]
         lines.append("")
-    if missing:
-        lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in missing), ""]
+    if absent := missing(rows):
+        lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
     return "\n".join(lines)
 
 

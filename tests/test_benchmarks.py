@@ -103,7 +103,7 @@ def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the
 
 
 def test_what_the_comparison_stands_on_is_measured_before_the_rest_seed_after_seed():
-    points = contenders.points()
+    points = quality.due({})
     leads = [point for c in contenders.CONTENDERS for point in points if point.contender == c.name and point.pattern in c.leads]
     assert {point.contender for point in leads} == {"SparseGPT", "ADMM, loss allocation, distilled", "ADMM, permuted, distilled"}
     assert set(points[: len(leads)]) == set(leads)
@@ -132,17 +132,36 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
     for point in points:
         if point.contender == "Wanda" and point.seed:
             rows[point]["behaviour"] = {"error": 1.0}
-    missing = [point for point in contenders.points() if point not in rows]
-    text = quality.table(rows, missing)
+    text = quality.table(rows)
     wanda, sparsegpt = (next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("Wanda", "SparseGPT"))
     assert "| 41.00 ± 1.00 † |" in wanda
     assert "| **30.00 ± 0.00** |" in sparsegpt
-    assert f"{len(missing)} of {len(contenders.points())} points are not measured yet" in text
+    assert f" {len(quality.due({})) - len(rows)} of {len(quality.due({}))} points are not measured yet" in text
     assert "†: includes points (2 in all) measured before a change of the code" in text
-    full = quality.full_table(rows, missing)
+    full = quality.full_table(rows)
     assert (
         "| 41.00 ± 1.00 † | 40.00, 41.00, 42.00 | 4.10 | 1.55 | 1.28 | 0.1000 | 5 (1.0) | 0.50 GiB |" in full
     )  # (41 - 10) / (30 - 10), ln 4.1 / ln 3
+
+
+def test_the_best_four_at_a_pattern_are_due_with_every_seed_once_every_first_seed_is_measured():
+    first = [point for point in quality.due({}) if point.pattern == "2:4" and point.seed == 0]
+    rows = {point: row(point, 100.0 - place) for place, point in enumerate(first)}
+    assert quality.due(dict(list(rows.items())[1:])) == quality.due({})
+    more = set(quality.due(rows)) - set(quality.due({}))
+    best = {point.contender for point in first[-4:]}
+    assert best.isdisjoint({"Wanda", "SparseGPT", "ADMM, permuted, distilled"})
+    assert {(point.contender, point.pattern, point.seed) for point in more} == {(name, "2:4", seed) for name in best for seed in (1, 2)}
+
+
+def test_a_point_is_wanted_where_it_is_missing_and_again_where_it_is_stale():
+    known, other = (point for point in contenders.points() if point.cell == contenders.points()[0].cell and point.seed < 2)
+    fresh, old = row(known, 30.0), row(other, 30.0) | {"behaviour": {"error": 1.0}}
+    wanted = quality.wanted({known: fresh, other: old}, ["50%"], True)
+    assert known not in wanted and other in wanted
+    assert other not in quality.wanted({known: fresh, other: old}, ["50%"], False)
+    assert {point.pattern for point in wanted} == {"50%"}
+    assert not [point for point in quality.wanted({}, ["50%"], True) if point not in quality.due({})]
 
 
 def test_the_summary_sets_the_best_against_the_better_published_method_where_sparsegpt_is_measured():
@@ -166,7 +185,7 @@ def test_the_summary_compares_on_the_seeds_that_both_have():
 
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
     point = next(point for point in contenders.points() if point.contender == "ADMM")
-    assert "| 0 | 40.00 | 40.00 | 4.00 |  |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)}, [])
+    assert "| 0 | 40.00 | 40.00 | 4.00 |  |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)})
 
 
 @pytest.fixture(scope="module")
