@@ -39,21 +39,14 @@ from stages.pruning import ranks
 from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
+from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.patterns import Pattern, Unstructured
-from stages.pruning.statistics import Gram, Moments
-from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder
+from stages.streaming.architecture import Decoder
 from stages.streaming.stream import GPU_SHARE, Stream
 
 log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
-LIBRARIES = 2**29  # bytes of host memory that torch and transformers take
-COPIES_TRAINED = 7  # of a block's weights in float32: values as found and as trained, gradients, Adam's moments, masks, activations
-COPIES_DISTILLED = 5  # likewise: weights, gradients, the survivors' gradients and places
-COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, and what is between
-COPIES_RANKED = 4  # of a block's weights in float32: scores, matrix by matrix and all together, these in float64 for their mean
-COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 itself, its factor, the inverse; and that in float32
-COPIES_CUT, COPIES_SWEPT = 8, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
 @stage("method", "pattern", "allocation", "reconstruction", "prune")
@@ -105,7 +98,14 @@ def main(
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
         if journal.finished:
             log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
-        budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - block_bytes(decoder, plan, allocation))
+        taken = host_bytes(
+            decoder,
+            plan,
+            batch * windows.shape[1],
+            ranks_blocks=isinstance(allocation, config.OwlAllocation),
+            feels_loss=isinstance(allocation, config.LossAllocation),
+        )
+        budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - taken)
         streams = 1 + plan.toward_model + (plan.distillation is not None)  # the pruned model's and its companions
         make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.learns)
         if not isinstance(allocation, config.UniformAllocation):
@@ -212,51 +212,6 @@ def code_sha256() -> str:
 def memory_budget(asked: float | None) -> int:
     """Bytes of host memory to work in: GiB as asked, or what is free."""
     return int(asked * 2**30) if asked else psutil.virtual_memory().available
-
-
-def block_bytes(decoder: Decoder, plan: Plan, allocation: config.Allocation) -> int:
-    """About how many bytes of host memory the loop needs beside the hidden states, rather too many than too few.
-
-    The largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also in the compute dtype, a
-    Gram matrix for every layer, what it takes to factor the widest, and of the largest layer the float32 copies that a method
-    works on. On a CPU an allocation by outliers needs a block's scores; an allocation by the loss and a distillation need a block's
-    gradients, what comes after the blocks and some tokens' logits. A distillation needs copies of a block on the host whatever the
-    device.
-    """
-    on_cpu, width = decoder.device.type == "cpu", decoder.dtype.itemsize
-    solved = plan.method.statistic is Gram
-    copies = COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT
-    counts, stored, work = [], 0, 0
-    for index, matrices in enumerate(decoder.matrices):
-        sizes = {name: weights(decoder, name) for name in decoder.tensors(index)}
-        counts.append(sum(sizes.values()))
-        stored = max(stored, sum(size * decoder.checkpoint.dtype(name).itemsize for name, size in sizes.items()))
-        largest, widest = max(matrix.size for matrix in matrices), max(matrix.shape[1] for matrix in matrices)
-        grams = sum({matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}.values()) + COPIES_FACTORED * 4 * widest**2
-        trained = COPIES_TRAINED * 4 * counts[-1] if plan.reconstruction else 0
-        work = max(work, counts[-1] * width + trained + copies * 4 * largest + (grams if solved else 0))
-    if isinstance(allocation, config.OwlAllocation):
-        work = max(work, max(counts) * (width + COPIES_RANKED * 4))
-    if plan.distillation or isinstance(allocation, config.LossAllocation):
-        outside = sum(weights(decoder, name) for name in decoder.layout) - sum(counts)
-        logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
-        work = max(work, (2 * max(counts) + outside) * width + logits)
-    host = LIBRARIES + 2 * stored + (COPIES_DISTILLED * 4 * max(counts) if plan.distillation else 0)
-    return host + (work if on_cpu else 0)
-
-
-def weights(decoder: Decoder, name: str) -> int:
-    """How many a tensor of the checkpoint has."""
-    return torch.Size(decoder.checkpoint.shape(name)).numel()
-
-
-def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
-    """About how many bytes the delta takes from a block on: a bit a weight, and the survivors' values where they move."""
-    total = 0.0
-    for matrix in (matrix for block in decoder.matrices[first:] for matrix in block):
-        count, kept = matrix.size, 1 - plan.patterns[matrix.name].sparsity
-        total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.moves else 0)
-    return int(total)
 
 
 def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Pattern]) -> dict[str, Any]:

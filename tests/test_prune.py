@@ -7,7 +7,6 @@ from stages import composition, config, prune
 from stages.errors import ConfigError
 from stages.files import write_json
 from stages.pruning.block_loop import Plan
-from stages.pruning.distillation import Distillation
 from stages.pruning.method import DsNoT, SparseGpt, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
@@ -91,21 +90,9 @@ def test_experts_are_one_line_in_the_plot_of_errors():
     ]
 
 
-def test_memory_is_what_is_asked_or_what_is_free(decoder):
+def test_memory_is_what_is_asked_or_what_is_free():
     assert prune.memory_budget(1.5) == 1610612736
     assert prune.memory_budget(None) > 0
-    how = {"patterns": {}, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
-    wanda, sweep = (prune.block_bytes(decoder, Plan(method=method, **how), UNIFORM) for method in (WANDA, sparsegpt()))
-    block = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.tensors(0))
-    largest = 32 * 112
-    assert wanda == 2**29 + 2 * 2 * block + 4 * block + 8 * 4 * largest  # stored twice in bfloat16, computed in float32
-    learning = Plan(method=WANDA, distillation=Distillation(first=1, epochs=1, learning_rate=1e-3), **how)
-    outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - 3 * block
-    logits = 4 * 4 * 400 * 256
-    assert prune.block_bytes(decoder, learning, UNIFORM) == 2**29 + 4 * block + 5 * 4 * block + max(
-        4 * block + 8 * 4 * largest, 4 * (2 * block + outside) + logits
-    )
-    assert sweep == wanda + 4 * 4 * largest + 4 * (6 * 32**2 + 112**2) + 7 * 4 * 112**2  # seven layers' Gram matrices
 
 
 @pytest.mark.parametrize(
