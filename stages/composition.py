@@ -175,7 +175,7 @@ def counts_by_loss(
     sizes = [matrix.size for matrix in matrices]
     known = [number for number, curve in enumerate(curves) if curve]
     counts = [pruned_count(size, sparsity) for size in sizes]
-    left = pruned_count(sum(sizes), sparsity) - sum(count for number, count in enumerate(counts) if number not in known)
+    left = pruned_count(sum(sizes), sparsity) - sum(count for count, curve in zip(counts, curves, strict=True) if not curve)
     found = error_driven(
         [curves[number] for number in known],
         grid=GRID,
