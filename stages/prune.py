@@ -121,7 +121,7 @@ def main(
         distilled = learn_together(plan, journal, beside)
         ranks.meet()  # nobody reads the journal any more
         if ranks.rank() == 0:
-            earlier = sum(block["seconds"] for block in journal.records(journal.finished))
+            earlier = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
             found |= {"divergences": distilled.divergences} if distilled else {}
             write_results(journal, decoder, recipe, found | record.of_run(device, dtype, stopwatch, earlier), distilled)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.delta import Change, read_block, write_block
@@ -34,6 +36,7 @@ class Journal:
     def __init__(self, directory: Path, base: str, finished: int | None = None) -> None:
         self.directory, self.base = directory, base
         self.finished = self._finished() if finished is None else finished
+        self.surveyed = 0.0  # seconds that an interrupted run's survey had taken, once it is taken over
 
     def _finished(self) -> int:
         """How many blocks, from the first on, are whole."""
@@ -54,14 +57,16 @@ class Journal:
 
     def survey(self, look: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What an interrupted run had learned before its first block, else what `look` gives now, kept for the next run."""
-        path = self.directory / "survey.safetensors"
+        path, started = self.directory / "survey.safetensors", time.perf_counter()
         if ranks.share(torch.tensor(int(path.is_file())), 0):
+            with safe_open(path, framework="pt") as file:
+                self.surveyed = float(file.metadata()["seconds"])
             return load_file(path)
         found = look()
         if ranks.rank() == 0:
             with full_disk(self.directory, "nothing was pruned"):
                 part = path.with_suffix(".part")
-                save_file(found, part)
+                save_file(found, part, metadata={"seconds": str(time.perf_counter() - started)})
                 part.replace(path)
         return found
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -404,6 +405,15 @@ def test_a_killed_run_goes_on_with_what_was_learned_before_and_the_same_bytes(pr
         monkeypatch.setattr(composition, look, None)
     assert stage.run(**asked) == expected
     assert stage.resumed_after() == finished
+
+
+def test_the_seconds_of_what_was_learned_before_a_kill_count(tmp_path):
+    first = Journal(tmp_path, base="")
+    found = first.survey(lambda: time.sleep(0.2) or {"blocks": torch.arange(3)})
+    assert first.surveyed == 0  # this run's own watch has them
+    second = Journal(tmp_path, base="")
+    assert torch.equal(second.survey(lambda: pytest.fail("looked again"))["blocks"], found["blocks"])
+    assert second.surveyed >= 0.2
 
 
 def test_a_run_that_is_killed_while_it_learns_learns_again(project):
