@@ -41,7 +41,7 @@ Rows = dict[Point, dict[str, Any]]
 def measured(point: Point) -> dict[str, Any]:
     """Run one point, from its beginning, and read what the workspace holds then."""
     print("$", point.command, flush=True)
-    remove(PRUNE_JOURNAL)  # of a run that was killed: its seconds would not be whole
+    remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     with behaviour.project():
         figures = behaviour.measured(point)
     subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
