@@ -39,11 +39,17 @@ Rows = dict[Point, dict[str, Any]]
 
 
 def measured(point: Point) -> dict[str, Any]:
-    """Run one point, from its beginning, and read what the workspace holds then."""
+    """Run one point, from its beginning, and read what the workspace holds then.
+
+    Raises:
+        SystemExit: the pruning code is not that of benchmarks.behaviour; before the run.
+    """
     print("$", point.command, flush=True)
     remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     with behaviour.project():
         figures = behaviour.measured(point)
+    if not behaviour.same(figures, behaviour.load().get(point.cell)):
+        raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
     subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
     pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
     return {
@@ -100,9 +106,9 @@ def due(rows: Rows) -> list[Point]:
     The first seed of every contender; all seeds of the published ones, of those that lead, and, once the first seed of every
     contender at a pattern is measured, of the best there.
     """
-    repeated = {(name, pattern) for pattern in PATTERNS for name in (*PUBLISHED, *best_at(rows, pattern))}
-    leading = {(contender.name, pattern) for contender in CONTENDERS for pattern in contender.leads}
-    return [point for point in points() if point.seed == SEEDS[0] or (point.contender, point.pattern) in repeated | leading]
+    repeated = {(contender.name, pattern) for contender in CONTENDERS for pattern in contender.leads}
+    repeated |= {(name, pattern) for pattern in PATTERNS for name in (*PUBLISHED, *best_at(rows, pattern))}
+    return [point for point in points() if point.seed == SEEDS[0] or (point.contender, point.pattern) in repeated]
 
 
 def best_at(rows: Rows, pattern: str) -> list[str]:
@@ -128,7 +134,7 @@ def measure(rows: Rows, patterns: Collection[str], again: bool, minutes: float) 
     """Measure what is wanted into the rows and the file, one point after another.
 
     Raises:
-        SystemExit: the pruning code is no longer that which was imported, or not that of benchmarks.behaviour.
+        SystemExit: the pruning code is no longer that which was imported, so that its behaviour is not known; and see `measured`.
     """
     started, code = time.monotonic(), code_sha256()
     while (left := wanted(rows, patterns, again)) and time.monotonic() - started <= 60 * minutes:
@@ -136,8 +142,6 @@ def measure(rows: Rows, patterns: Collection[str], again: bool, minutes: float) 
         found = measured(point)
         if code_sha256() != code:
             raise SystemExit("stages/ has changed since the measurement began; start it again")
-        if stale(found, behaviour.load()):
-            raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
         rows[point] = found
         scratch = RESULTS.with_suffix(".new")
         write_json(scratch, [rows[known] for known in points() if known in rows])

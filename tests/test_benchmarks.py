@@ -164,6 +164,15 @@ def test_a_point_is_wanted_where_it_is_missing_and_again_where_it_is_stale():
     assert not [point for point in quality.wanted({}, ["50%"], True) if point not in quality.due({})]
 
 
+def test_a_point_that_the_code_prunes_otherwise_than_is_written_down_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality.behaviour, "load", dict)
+    monkeypatch.setattr(quality.subprocess, "run", None)
+    point = next(point for point in contenders.points() if point.contender == "magnitude")
+    with pytest.raises(SystemExit, match="method=magnitude is pruned otherwise than benchmarks/behaviour.json says"):
+        quality.measured(point)
+
+
 def test_the_summary_sets_the_best_against_the_better_published_method_where_sparsegpt_is_measured():
     points = [point for point in contenders.points() if point.contender in ("Wanda", "SparseGPT", "ADMM") and point.seed == 0]
     found = {"Wanda": 40.0, "SparseGPT": 30.0, "ADMM": 22.0}

@@ -6,14 +6,11 @@ import torch
 from stages import composition, config, prune
 from stages.errors import ConfigError
 from stages.files import write_json
-from stages.pruning.block_loop import Plan
 from stages.pruning.method import DsNoT, SparseGpt, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.streaming.architecture import Decoder
-from tests.methods import MAGNITUDE, WANDA, sparsegpt
+from tests.methods import MAGNITUDE, WANDA
 from tests.test_config import composed
-
-UNIFORM = config.UniformAllocation(name="uniform")
 
 
 def configured(method: str) -> config.Method:
@@ -70,15 +67,6 @@ def test_a_distillation_takes_its_share_of_the_blocks_and_one_at_least():
 def test_sparsegpt_chooses_while_sweeping_by_its_own_score_alone(name, sweeping):
     update = composition.compose(configured(name)).update
     assert update == SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=sweeping)
-
-
-def test_a_delta_is_estimated_at_a_bit_a_weight_and_the_moved_values_of_the_survivors(decoder):
-    patterns = composition.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.75))
-    weights = sum(torch.Size(matrix.shape).numel() for block in decoder.matrices for matrix in block)
-    how = {"patterns": patterns, "propagate": "pruned", "error_tokens": 1, "expert_tokens": 0}
-    assert prune.delta_bytes(decoder, Plan(method=WANDA, **how)) == weights // 8
-    assert prune.delta_bytes(decoder, Plan(method=sparsegpt(), **how)) == weights // 8 + 2 * weights // 4
-    assert prune.delta_bytes(decoder, Plan(method=WANDA, **how), first=1) == 2 * weights // 3 // 8
 
 
 def test_experts_are_one_line_in_the_plot_of_errors():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.errors import SparsesweepError
@@ -61,7 +61,7 @@ class Journal:
         if ranks.share(torch.tensor(int(path.is_file())), 0):
             with safe_open(path, framework="pt") as file:
                 self.surveyed = float(file.metadata()["seconds"])
-            return load_file(path)
+                return {name: file.get_tensor(name) for name in sorted(file.keys())}
         found = look()
         if ranks.rank() == 0:
             with full_disk(self.directory, "nothing was pruned"):

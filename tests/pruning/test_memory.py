@@ -73,4 +73,5 @@ def test_the_delta_takes_a_bit_a_weight_and_the_survivors_values_where_they_move
     weights = sum(matrix.size for matrices in decoder.matrices for matrix in matrices)
     assert delta_bytes(decoder, plan(decoder, WANDA)) == weights // 8
     assert delta_bytes(decoder, plan(decoder, sparsegpt())) == weights // 8 + weights // 4 * 2
+    assert delta_bytes(decoder, plan(decoder, WANDA), first=1) == 2 * weights // 3 // 8
     assert delta_bytes(decoder, plan(decoder, WANDA), first=2) == weights // 3 // 8
