@@ -167,7 +167,7 @@ def test_a_point_is_wanted_where_it_is_missing_and_again_where_it_is_stale():
 def test_a_point_that_the_code_prunes_otherwise_than_is_written_down_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality.behaviour, "load", dict)
-    monkeypatch.setattr(quality.subprocess, "run", None)
+    monkeypatch.setattr(quality, "subprocess", None)
     point = next(point for point in contenders.points() if point.contender == "magnitude")
     with pytest.raises(SystemExit, match="method=magnitude is pruned otherwise than benchmarks/behaviour.json says"):
         quality.measured(point)
