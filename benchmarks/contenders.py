@@ -57,6 +57,7 @@ CONTENDERS = (
     Contender(name="DSnoT", overrides="method=dsnot"),
     Contender(name="RIA", overrides="method=ria"),
     Contender(name="SparseGPT, OWL", overrides="method=sparsegpt allocation=owl", patterns=UNSTRUCTURED),
+    Contender(name="SparseGPT, error allocation", overrides="method=sparsegpt allocation=error", patterns=UNSTRUCTURED),
     Contender(name="SparseGPT, AlphaPruning", overrides="method=sparsegpt allocation=alphapruning", patterns=UNSTRUCTURED),
     Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
     Contender(name="OBS score", overrides="method=obs"),

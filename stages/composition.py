@@ -10,18 +10,19 @@ from stages import config
 from stages.errors import ConfigError
 from stages.pruning import method as methods
 from stages.pruning import ranks
-from stages.pruning.allocation import alphapruning, bounds_of_counts, error_driven, meet_budget, owl
+from stages.pruning.allocation import alphapruning, bounds_of_counts, error_driven, meet_budget, owl, refined
 from stages.pruning.block_loop import Plan
 from stages.pruning.distillation import Distillation
 from stages.pruning.journal import Journal
 from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
 from stages.pruning.reconstruction import Reconstruction
-from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
+from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
 from stages.streaming.architecture import Decoder, Matrix
 from stages.streaming.stream import Stream
 
-GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees errors
+GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees what the loss adds up to
+MEASURED = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # at which it measures errors
 RECONSTRUCTED: dict[str, list[str]] = {
     "none": [],
     "block": ["reconstructed"],
@@ -120,7 +121,7 @@ def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> 
 def allocated(
     plan: Plan,
     decoder: Decoder,
-    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation,
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation | config.ErrorAllocation,
     pattern: Unstructured,
     windows: torch.Tensor,
     make_stream: Callable[[torch.Tensor], Stream],
@@ -142,6 +143,10 @@ def allocated(
             counts = counts_by_loss([felt[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation)
             if allocation.row_strength and pattern.threshold == "matrix":
                 rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
+        elif isinstance(allocation, config.ErrorAllocation):
+            few = windows[: max(allocation.windows, ranks.count())]
+            found = journal.survey(lambda: look_at_parts(make_stream(few), pattern.threshold))
+            counts = counts_by_part(found["parts"].tolist(), decoder, pattern.sparsity, allocation)
         else:
             found = journal.survey(lambda: look_at_blocks(allocation, decoder, windows, make_stream))
             counts = counts_by_block(found["blocks"].tolist(), decoder.matrices, pattern.sparsity, allocation)
@@ -166,6 +171,21 @@ def counts_by_block(
     sizes = [matrix.size for block in matrices for matrix in block]
     budget = pruned_count(sum(sizes), sparsity)
     return meet_budget(wanted, sizes=sizes, budget=budget, lowest=allocation.lowest, highest=allocation.highest)
+
+
+def counts_by_part(
+    curves: list[list[float]], decoder: Decoder, sparsity: float | Fraction, allocation: config.ErrorAllocation
+) -> list[int]:
+    """Zeros of every matrix, alike within a part, so that the errors measured of all parts add up to the least."""
+    parts = [part for index in range(len(decoder.blocks)) for part in decoder.parts(index)]
+    sizes = [sum(matrix.size for matrix in part.matrices) for part in parts]
+    budget, bounds = pruned_count(sum(sizes), sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
+    finer = [refined([0.0, *curve], grid=[0.0, *MEASURED], finer=GRID) for curve in curves]
+    counts = error_driven(finer, grid=GRID, sizes=sizes, budget=budget, **bounds)
+    shares = {matrix.name: count / size for part, count, size in zip(parts, counts, sizes, strict=True) for matrix in part.matrices}
+    matrices = [matrix for block in decoder.matrices for matrix in block]
+    wanted = [shares[matrix.name] for matrix in matrices]
+    return meet_budget(wanted, sizes=[matrix.size for matrix in matrices], budget=budget, **bounds)
 
 
 def counts_by_loss(
@@ -200,6 +220,11 @@ def look_at_loss(stream: Stream, threshold: str, floor: float) -> dict[str, torc
         felt = found.get(matrix.name) or Sensitivity(curve=[], rows=torch.ones(matrix.shape[0]))
         kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
     return kept
+
+
+def look_at_parts(stream: Stream, threshold: str) -> dict[str, torch.Tensor]:
+    """For every part of every block its curve of errors, as the journal keeps them."""
+    return {"parts": torch.tensor(part_errors(stream, MEASURED, threshold), dtype=torch.float64)}
 
 
 def look_at_blocks(

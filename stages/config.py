@@ -422,7 +422,21 @@ class LossAllocation:
         require(self.windows > 0, "allocation.windows", self.windows, "at least 1")
 
 
-Allocation = UniformAllocation | OwlAllocation | AlphaPruningAllocation | LossAllocation
+@dataclass(kw_only=True, slots=True)
+class ErrorAllocation:
+    """Parts of blocks, attention and MLP, whose pruning is found to change their block's output less are pruned more."""
+
+    name: str
+    windows: int  # the first calibration windows, on which errors are measured
+    lowest: float
+    highest: float
+
+    def __post_init__(self) -> None:
+        require_bounds(self.lowest, self.highest)
+        require(self.windows > 0, "allocation.windows", self.windows, "at least 1")
+
+
+Allocation = UniformAllocation | OwlAllocation | AlphaPruningAllocation | LossAllocation | ErrorAllocation
 
 
 @dataclass(kw_only=True, slots=True)
@@ -580,7 +594,13 @@ UPDATES = Choice(
 )
 ALLOCATIONS = Choice(
     key="name",
-    options={"uniform": UniformAllocation, "owl": OwlAllocation, "alphapruning": AlphaPruningAllocation, "loss": LossAllocation},
+    options={
+        "uniform": UniformAllocation,
+        "owl": OwlAllocation,
+        "alphapruning": AlphaPruningAllocation,
+        "loss": LossAllocation,
+        "error": ErrorAllocation,
+    },
 )
 PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})
 RECONSTRUCTIONS = Choice(
@@ -646,7 +666,7 @@ def _check_together(sections: dict[str, Any]) -> None:
     for name in evaluation.tasks:
         require_one_of("evaluation.tasks", name, fetched)
     _check_method(sections["method"], sections["pattern"], sections["allocation"])
-    if isinstance(sections["allocation"], LossAllocation):
+    if isinstance(sections["allocation"], LossAllocation | ErrorAllocation):
         windows, wanted = sections["allocation"].windows, f"at most calibration.windows = {calibration.windows}"
         require(windows <= calibration.windows, "allocation.windows", windows, wanted)
     name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts

@@ -102,7 +102,7 @@ def main(
             decoder,
             plan,
             batch * windows.shape[1],
-            ranks_blocks=isinstance(allocation, config.OwlAllocation),
+            scores_blocks=isinstance(allocation, config.OwlAllocation | config.ErrorAllocation),
             feels_loss=isinstance(allocation, config.LossAllocation),
         )
         budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - taken)

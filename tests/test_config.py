@@ -163,6 +163,7 @@ def test_every_parameter_of_a_method_has_its_range(part, key, value, wanted):
         ("owl", "strength", 1.0, r"a spread in \[0, 1\)"),
         ("alphapruning", "strength", -0.1, r"a spread in \[0, 1\)"),
         ("loss", "windows", 0, "at least 1"),
+        ("error", "windows", 0, "at least 1"),
     ],
 )
 def test_every_parameter_of_an_allocation_has_its_range(allocation, key, value, wanted):
@@ -170,7 +171,7 @@ def test_every_parameter_of_an_allocation_has_its_range(allocation, key, value, 
         config.read(composed(f"allocation={allocation}", f"allocation.{key}={value}"))
 
 
-@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "loss"])
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "loss", "error"])
 @pytest.mark.parametrize(("lowest", "highest"), [(-0.1, 0.9), (0.6, 0.5), (0.0, 1.1)])
 def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowest, highest):
     bounds = [f"allocation.lowest={lowest}", f"allocation.highest={highest}"]
@@ -191,6 +192,8 @@ def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowes
             "method.score.name: found 'obs', wanted a score that needs no Gram matrix with method.update.name = dsnot",
         ),
         (["allocation=loss", "pattern.sparsity=0.97"], "pattern.sparsity: found 0.97, wanted between allocation.lowest = 0 and"),
+        (["allocation=error", "pattern=nm_2_4"], "allocation.name: found 'error', wanted uniform: with pattern.name = nm"),
+        (["allocation=error", "allocation.windows=33"], "allocation.windows: found 33, wanted at most calibration.windows = 32"),
         (["allocation=loss", "allocation.windows=33"], "allocation.windows: found 33, wanted at most calibration.windows = 32"),
         (["method=admm", "method/score=ria"], "method.score.name: found 'ria', wanted wanda with method.update.name = admm"),
         (["allocation=loss", "allocation.row_strength=2"], r"allocation.row_strength: found 2.0, wanted a power in \[0, 1\]"),

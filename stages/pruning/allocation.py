@@ -189,6 +189,20 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold:
     return list(accumulate(float(part.sum(dtype=torch.float64)) for part in parts))
 
 
+def refined(curve: list[float], *, grid: list[float], finer: list[float]) -> list[float]:
+    """Fill in a curve of squared errors that was measured at few sparsities: between these its root is linear.
+
+    Args:
+        curve: E at each point of the grid, 0 or more.
+        grid: fractions of zeros, ascending, 0 to 1, 2 or more. finer: likewise, from the grid's first to its last.
+
+    Returns:
+        E at each point of `finer`.
+    """
+    roots = [(sparsity, math.sqrt(error)) for sparsity, error in zip(grid, curve, strict=True)]
+    return [_interpolated(roots, sparsity) ** 2 for sparsity in finer]
+
+
 def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
     """Each row sorted; on a CPU by NumPy, which is several times quicker."""
     if values.device.type != "cpu":

@@ -14,12 +14,14 @@ COPIES_DISTILLED = 10  # likewise: weights, gradients, both of the block before,
 COPIES_OF_ACTIVATIONS = 3  # in float32: what a block's matrices read and give for the tokens of a pass, where gradients are taken
 EXPERTS_CHOSEN = 8  # for a token, by few mixtures more
 COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, and what is between
-COPIES_RANKED = 4  # of a block's weights in float32: scores, matrix by matrix and all together, these in float64 for their mean
+COPIES_SCORED = (
+    4  # of a block's weights in float32: scores, one by one and all together, these in float64 for their mean; or scores, masks, as found
+)
 COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 itself, its factor, the inverse; and that in float32
 COPIES_CUT, COPIES_SWEPT = 8, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
 
-def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, ranks_blocks: bool, feels_loss: bool) -> int:
+def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, feels_loss: bool) -> int:
     """About how many bytes of host memory pruning needs beside the hidden states, rather too many than too few.
 
     The libraries, and the largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also what the
@@ -28,7 +30,7 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, ranks_blocks: bool,
 
     Args:
         tokens: of a pass.
-        ranks_blocks: whether an allocation ranks the scores of all matrices of a block together.
+        scores_blocks: whether an allocation holds the scores of all matrices of a block.
         feels_loss: whether an allocation takes gradients of the loss.
     """
     blocks = range(len(decoder.blocks))
@@ -39,8 +41,8 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, ranks_blocks: bool,
     if decoder.device.type != "cpu":
         return host
     work = max(_loop_bytes(decoder, plan, index) for index in blocks)
-    if ranks_blocks:
-        work = max(work, largest * (decoder.dtype.itemsize + COPIES_RANKED * 4))
+    if scores_blocks:
+        work = max(work, largest * (decoder.dtype.itemsize + COPIES_SCORED * 4))
     if plan.distillation or feels_loss:
         work = max(work, _gradient_bytes(decoder, tokens))
     return host + work

@@ -99,10 +99,8 @@ def reconstruct(
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
             output = part_output(block, path, hidden, call)
-            target = targets[window].to(hidden.device).float()
-            size = torch.maximum(hidden.float().square().mean(dim=-1), target.square().mean(dim=-1))
-            lost = (output.float().view_as(hidden) - target).square().sum(dim=-1)
-            gradients = torch.autograd.grad((lost / size.clamp_min(torch.finfo(torch.float32).tiny)).mean(), parameters)
+            target = targets[window : window + 1].to(hidden.device)
+            gradients = torch.autograd.grad(relative_errors(output.view_as(hidden), target, hidden).mean(), parameters)
         for master, gradient, mask in zip(masters, gradients, kept, strict=True):
             master.grad = ranks.mean(gradient.float().mul_(mask))
         optimiser.param_groups[0]["lr"] = rate
@@ -117,6 +115,21 @@ def reconstruct(
         raise PruningError(
             f"block {index}: found NaN or infinity in the reconstruction of {name} and what goes with it, wanted finite weights"
         )
+
+
+def relative_errors(output: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """||y - y'||² / max(||h||², ||y||²) of each token, times the width.
+
+    Args:
+        output: y', target: y, hidden: h, [windows, tokens, width], on one device, any float dtype; the first may need gradients.
+
+    Returns:
+        [windows, tokens], float32.
+    """
+    target = target.float()
+    size = torch.maximum(hidden.float().square().mean(dim=-1), target.square().mean(dim=-1))
+    lost = (output.float() - target).square().sum(dim=-1)
+    return lost / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[int, float]]:

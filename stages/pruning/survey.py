@@ -13,9 +13,11 @@ from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
 from stages.pruning.observer import ExpertProducts, Observer, watch
+from stages.pruning.patterns import Unstructured
+from stages.pruning.reconstruction import relative_errors
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, run_block
+from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, Part, run_block
 from stages.streaming.stream import Stream, read_ahead, room
 
 
@@ -40,14 +42,7 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
     """
     shares = []
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
-        observer = watch(stream, block, stream.decoder.whole(index).layers, SquaredNorm)
-        for where, part, call in stream.parts(index):
-            output = observer.run(part, partial(run_block, block, call=call), stop=False)
-            if output is not None:
-                stream.put(where, output)
-        stream.require_finite(index)
-        observer.finish(None)
-        norms = _squared_norms(observer, stream.all_windows)
+        norms = _advance(stream, index, block)
         matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
         scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
         with PruningError.naming(f"block {index}"):
@@ -70,6 +65,40 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
                 found.append(hill_exponent(decoder.stored(matrix, block)))
         exponents.append(sum(found) / len(found))
     return exponents
+
+
+@torch.no_grad()
+def part_errors(stream: Stream, grid: list[float], threshold: str) -> list[list[float]]:
+    """Evidence of our own: what the output of a block loses when one of its parts, attention or MLP, is pruned and the other is not.
+
+        E_p(s) = E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)      # as a reconstruction has it, see relative_errors
+
+    h: what the dense model gives the block. y: what the block makes of it. y': what it makes of it with the part's matrices pruned
+    to the sparsity s by Wanda, without an update; an expert that no token chose stays as it is.
+
+    Args:
+        stream: a few windows, before the first block.
+        grid: sparsities. threshold: "row" or "matrix", see patterns.Unstructured.
+
+    Returns:
+        For each part of each block in turn, see Decoder.parts: E at each sparsity of the grid, 0 or more.
+
+    Raises:
+        PruningError: activations or scores that are not finite; names the block or the layer.
+        SparsesweepError: no room for the file of hidden states.
+    """
+    decoder, dense, found = stream.decoder, stream.twin(), []
+    for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
+        norms = _advance(dense, index, block)
+        for part in decoder.parts(index):
+            with _prunable(decoder, block, part, norms) as prune:
+                lost = torch.zeros(len(grid), dtype=torch.float64)
+                for step, sparsity in enumerate(grid):
+                    prune(Unstructured(sparsity=sparsity, threshold=threshold))
+                    lost[step] = _lost(stream, index, block, dense)
+            found.append((ranks.all_sum(lost) / (stream.all_windows * stream.shape[1])).tolist())
+        stream.hidden.copy_(dense.hidden)
+    return found
 
 
 def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
@@ -125,6 +154,46 @@ def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Modu
         for index, tensors in zip(order, blocks, strict=True):
             with decoder.loaded(index, tensors) as block:
                 yield index, block
+
+
+def _advance(stream: Stream, index: int, block: nn.Module) -> dict[Layer, torch.Tensor]:
+    """All windows through a dense block; and of each layer's inputs the squared norm, see _squared_norms."""
+    observer = watch(stream, block, stream.decoder.whole(index).layers, SquaredNorm)
+    for where, hidden, call in stream.parts(index):
+        output = observer.run(hidden, partial(run_block, block, call=call), stop=False)
+        assert output is not None
+        stream.put(where, output)
+    stream.require_finite(index)
+    observer.finish(None)
+    return _squared_norms(observer, stream.all_windows)
+
+
+@contextmanager
+def _prunable(decoder: Decoder, block: nn.Module, part: Part, norms: dict[Layer, torch.Tensor]) -> Iterator[Callable[[Unstructured], None]]:
+    """Prune a part's matrices by Wanda to whatever pattern is asked, each time from their dense weights, and put these back."""
+    matrices = [matrix for matrix in part.matrices if matrix.layer in norms]
+    weights = [matrix.of(block).clone() for matrix in matrices]
+    scores = [wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in matrices]
+
+    def prune(pattern: Unstructured) -> None:
+        for matrix, weight, score in zip(matrices, weights, scores, strict=True):
+            with PruningError.naming(f"layer {matrix.name}"):
+                mask = pattern.mask(score)
+            matrix.of(block).copy_(weight.masked_fill(~mask, 0))
+
+    yield prune
+    for matrix, weight in zip(matrices, weights, strict=True):
+        matrix.of(block).copy_(weight)
+
+
+def _lost(stream: Stream, index: int, block: nn.Module, dense: Stream) -> float:
+    """The relative errors of a block's outputs, summed over the tokens of this process's windows."""
+    total = torch.zeros((), dtype=torch.float64)
+    for where, hidden, call in stream.parts(index):
+        output = run_block(block, hidden, call)
+        target = dense.hidden[where].to(output.device)
+        total += relative_errors(output, target, hidden).sum(dtype=torch.float64).cpu()
+    return float(total) / hidden.shape[-1]
 
 
 def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor]:

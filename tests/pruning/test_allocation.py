@@ -12,6 +12,7 @@ from stages.pruning.allocation import (
     meet_budget,
     outlier_share,
     owl,
+    refined,
     removal_curve,
 )
 from stages.pruning.patterns import Unstructured, pruned_count
@@ -213,6 +214,11 @@ def test_alphapruning_of_equal_exponents_is_uniform():
 def test_an_exponent_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="found nan as an exponent"):
         alphapruning([math.nan, 2.0], sparsity=0.7, strength=0.3)
+
+
+def test_between_measured_errors_the_root_is_linear():
+    assert refined([0.0, 4.0, 16.0], grid=[0.0, 0.5, 1.0], finer=[0.0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0, 1, 4, 9, 16])
+    assert refined([0.0, 1.0, 9.0], grid=[0.0, 0.5, 1.0], finer=[0.25, 0.5, 0.75]) == pytest.approx([0.25, 1, 4])
 
 
 def test_a_removal_curve_by_hand():

@@ -14,7 +14,7 @@ from stages.streaming.architecture import Decoder
 from tests.methods import WANDA, sparsegpt
 from tests.pruning.test_architectures import fetched
 
-UNIFORM = {"ranks_blocks": False, "feels_loss": False}
+UNIFORM = {"scores_blocks": False, "feels_loss": False}
 LARGEST = 32 * 112  # weights of a layer of the small checkpoint
 
 
@@ -48,21 +48,21 @@ def test_gradients_take_a_pass_through_a_block_what_is_around_the_blocks_and_log
     outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - 3 * block
     channels = sum(sum(matrix.shape) for matrix in decoder.matrices[0])
     gradients = 4 * (2 * block + outside) + 3 * 4 * 100 * channels + 4 * 4 * 400 * 256
-    assert host_bytes(decoder, plan(decoder, WANDA), 100, ranks_blocks=False, feels_loss=True) == LIBRARIES + 4 * block + gradients
+    assert host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=False, feels_loss=True) == LIBRARIES + 4 * block + gradients
     how = Distillation(first=1, epochs=1, learning_rate=1e-3)
     distilled = host_bytes(decoder, replace(plan(decoder, WANDA), distillation=how), 100, **UNIFORM)
     assert distilled == LIBRARIES + 4 * block + 10 * 4 * block + gradients
 
 
 def test_ranking_takes_the_scores_of_a_block(decoder, block):
-    ranked = host_bytes(decoder, plan(decoder, WANDA), 100, ranks_blocks=True, feels_loss=False)
+    ranked = host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=True, feels_loss=False)
     assert ranked == LIBRARIES + 4 * block + 5 * 4 * block
 
 
 def test_of_a_mixtures_experts_a_token_passes_those_that_it_chooses(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "EXPERTS_CHOSEN", 2)  # of the four there are
     decoder = Decoder(fetched("olmoe", tmp_path), torch.float32, torch.device("cpu"))
-    none, thousand = (host_bytes(decoder, plan(decoder, WANDA), tokens, ranks_blocks=False, feels_loss=True) for tokens in (0, 1000))
+    none, thousand = (host_bytes(decoder, plan(decoder, WANDA), tokens, scores_blocks=False, feels_loss=True) for tokens in (0, 1000))
     experts = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.place.expert is not None)
     others = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.place.expert is None)
     assert experts and others

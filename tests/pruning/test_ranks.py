@@ -55,6 +55,7 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
         ("mixtral", "wanda", "uniform"),
         ("mixtral", "wanda_variant", "owl"),
         ("gpt2", "dsnot", "alphapruning"),
+        ("gpt2", "wanda", "error"),
     ],
 )
 def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind, method, allocation, tmp_path):

@@ -25,7 +25,7 @@ from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.journal import Journal
 from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
-from stages.pruning.survey import Sensitivity, outlier_shares, sensitivities, spectral_exponents
+from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 from tests.methods import WANDA
@@ -219,8 +219,12 @@ def loaded_blocks(decoder: Decoder) -> list[int]:
 
 @pytest.mark.parametrize(
     "look",
-    [lambda stream: sensitivities(stream, GRID, "row", 1e-6), lambda stream: outlier_shares(stream, 3.0)],
-    ids=["sensitivities", "outlier_shares"],
+    [
+        lambda stream: sensitivities(stream, GRID, "row", 1e-6),
+        lambda stream: outlier_shares(stream, 3.0),
+        lambda stream: part_errors(stream, GRID, "row"),
+    ],
+    ids=["sensitivities", "outlier_shares", "part_errors"],
 )
 def test_only_the_block_that_runs_has_weights(base, look):
     stream, seen = stream_of(base), []
@@ -236,6 +240,66 @@ def test_only_the_block_that_runs_has_weights(base, look):
 
 
 # What the other allocations go by.
+
+
+def literal_mask(scores: torch.Tensor, sparsity: float, threshold: str) -> torch.Tensor:
+    """True where a score is among the lowest of its row, or of all."""
+    rows = scores if threshold == "row" else scores.reshape(1, -1)
+    dropped = rows.argsort(dim=1, stable=True)[:, : math.floor(rows.shape[1] * Fraction(str(sparsity)))]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter(1, dropped, True).view(scores.shape)
+
+
+def entered_and_left(model, blocks: str, index: int, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a block of the whole model is given, and what it makes of it."""
+    seen = {}
+
+    def note(_, arguments, keywords, output):
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        seen["in"], seen["out"] = hidden, output[0] if isinstance(output, tuple) else output
+
+    hook = model.get_submodule(f"{blocks}.{index}").register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    hook.remove()
+    return seen["in"], seen["out"]
+
+
+@pytest.mark.parametrize("threshold", ["row", "matrix"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
+def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned(kind, batch, threshold, tmp_path):
+    base = fetched(kind, tmp_path)
+    _, norms = literally(base, SMALL_WINDOWS)
+    decoder, expected = Decoder(base, torch.float32, CPU), []
+    for index in range(3):
+        hidden, dense = entered_and_left(whole(base), decoder.prefix, index, SMALL_WINDOWS)
+        size = torch.maximum(hidden.square().sum(dim=-1), dense.square().sum(dim=-1))
+        for part in decoder.parts(index):
+            expected.append([])
+            for sparsity in GRID:
+                model = whole(base)
+                for matrix in part.matrices:
+                    name = f"{decoder.prefix}.{index}.{matrix.place.name}"
+                    weight = matrix.part_of(model.get_parameter(name).data)
+                    scores = weight.abs() * norms[name, matrix.place.expert].sqrt()
+                    weight.masked_fill_(literal_mask(scores, sparsity, threshold), 0)
+                _, pruned = entered_and_left(model, decoder.prefix, index, SMALL_WINDOWS)
+                expected[-1].append(float(((pruned - dense).square().sum(dim=-1) / size).mean()))
+    found = part_errors(stream_of(base, SMALL_WINDOWS, batch), GRID, threshold)
+    assert len(found) == 6
+    assert all(errors[-1] > errors[1] > 0 for errors in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-10)
+
+
+def test_errors_of_activations_that_are_not_finite_name_the_block(base):
+    class Broken(Checkpoint):
+        def tensor(self, name, **how):
+            tensor = super().tensor(name, **how)
+            return tensor * math.nan if name == "model.layers.1.mlp.up_proj.weight" else tensor
+
+    with pytest.raises(PruningError, match="block 1: found NaN or infinity in its outputs, wanted finite activations"):
+        part_errors(stream_of(Broken(base.directory)), GRID, "row")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -269,10 +333,11 @@ PATTERN = config.Unstructured(name="unstructured", sparsity=0.37)
 ALLOCATIONS = {
     "owl": config.OwlAllocation(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
     "alphapruning": config.AlphaPruningAllocation(name="alphapruning", strength=0.3, **BOUNDS),
+    "error": config.ErrorAllocation(name="error", windows=3, **BOUNDS),
     "loss": config.LossAllocation(name="loss", windows=3, row_strength=0.0, row_floor=1e-6, **BOUNDS),
     "loss with rows": config.LossAllocation(name="loss", windows=3, row_strength=1.0, row_floor=1e-6, **BOUNDS),
 }
-LOOKS = ("sensitivities", "outlier_shares", "spectral_exponents")
+LOOKS = ("sensitivities", "outlier_shares", "spectral_exponents", "part_errors")
 
 
 def sparsities() -> list[dict]:
@@ -305,13 +370,17 @@ def test_a_mixture_meets_the_budget_too_even_if_no_token_chose_some_experts(proj
     assert all(math.isfinite(row["relative_error"]) for row in rows)
 
 
-def test_blocks_are_told_apart_by_owl_and_matrices_by_loss(project):
+def test_blocks_are_told_apart_by_owl_parts_by_error_and_matrices_by_loss(project):
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS["owl"])
     blocks = [[row["sparsity"] for row in sparsities() if row["block"] == index] for index in range(3)]
     assert all(max(block) - min(block) < 0.01 for block in blocks)
     assert len({round(block[0], 2) for block in blocks}) > 1
+    stage.run(pattern=PATTERN, allocation=ALLOCATIONS["error"])
+    parts = [[row["sparsity"] for row in sparsities() if row["block"] == 0 and part in row["matrix"]] for part in ("self_attn", "mlp")]
+    assert all(max(part) - min(part) < 0.01 for part in parts)
+    assert abs(parts[0][0] - parts[1][0]) > 0.01
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
-    assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0}) > 1
+    assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0 and "self_attn" in row["matrix"]}) > 1
 
 
 @pytest.mark.parametrize(("name", "look"), [("owl", "outlier_shares"), ("alphapruning", "spectral_exponents")])
