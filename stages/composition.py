@@ -10,7 +10,7 @@ from stages import config
 from stages.errors import ConfigError
 from stages.pruning import method as methods
 from stages.pruning import ranks
-from stages.pruning.allocation import alphapruning, bounds_of_counts, error_driven, meet_budget, owl, refined
+from stages.pruning.allocation import alphapruning, bounds_of_counts, filled_in, least_sum, meet_budget, owl
 from stages.pruning.block_loop import Plan
 from stages.pruning.distillation import Distillation
 from stages.pruning.journal import Journal
@@ -18,11 +18,11 @@ from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
 from stages.pruning.reconstruction import Reconstruction
 from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
-from stages.streaming.architecture import Decoder, Matrix
+from stages.streaming.architecture import Decoder, Matrix, Part
 from stages.streaming.stream import Stream
 
-GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees what the loss adds up to
-MEASURED = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # at which it measures errors
+GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees errors
+MEASURED = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # at which it measures them, if it does
 RECONSTRUCTED: dict[str, list[str]] = {
     "none": [],
     "block": ["reconstructed"],
@@ -138,15 +138,16 @@ def allocated(
     try:
         bounds_of_counts(sizes, pruned_count(sum(sizes), pattern.sparsity), allocation.lowest, allocation.highest)
         if isinstance(allocation, config.LossAllocation):
-            few = windows[: max(allocation.windows, ranks.count())]
+            few = first_of(windows, allocation.windows)
             felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.threshold, allocation.row_floor))
             counts = counts_by_loss([felt[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation)
             if allocation.row_strength and pattern.threshold == "matrix":
                 rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
         elif isinstance(allocation, config.ErrorAllocation):
-            few = windows[: max(allocation.windows, ranks.count())]
+            few = first_of(windows, allocation.windows)
             found = journal.survey(lambda: look_at_parts(make_stream(few), pattern.threshold))
-            counts = counts_by_part(found["parts"].tolist(), decoder, pattern.sparsity, allocation)
+            parts = [part for index in range(len(decoder.blocks)) for part in decoder.parts(index)]
+            counts = counts_by_part(found["parts"].tolist(), parts, matrices, pattern.sparsity, allocation)
         else:
             found = journal.survey(lambda: look_at_blocks(allocation, decoder, windows, make_stream))
             counts = counts_by_block(found["blocks"].tolist(), decoder.matrices, pattern.sparsity, allocation)
@@ -156,6 +157,11 @@ def allocated(
         matrix.name: replace(pattern, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
     }
     return replace(plan, patterns=patterns, rows=rows)
+
+
+def first_of(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """So many, and at least one for each process."""
+    return windows[: max(count, ranks.count())]
 
 
 def counts_by_block(
@@ -174,16 +180,14 @@ def counts_by_block(
 
 
 def counts_by_part(
-    curves: list[list[float]], decoder: Decoder, sparsity: float | Fraction, allocation: config.ErrorAllocation
+    curves: list[list[float]], parts: list[Part], matrices: list[Matrix], sparsity: float | Fraction, allocation: config.ErrorAllocation
 ) -> list[int]:
-    """Zeros of every matrix, alike within a part, so that the errors measured of all parts add up to the least."""
-    parts = [part for index in range(len(decoder.blocks)) for part in decoder.parts(index)]
+    """Zeros of every matrix, the same share of all in a part, so that the errors measured of all parts add up to the least."""
     sizes = [sum(matrix.size for matrix in part.matrices) for part in parts]
     budget, bounds = pruned_count(sum(sizes), sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
-    finer = [refined([0.0, *curve], grid=[0.0, *MEASURED], finer=GRID) for curve in curves]
-    counts = error_driven(finer, grid=GRID, sizes=sizes, budget=budget, **bounds)
+    finer = [filled_in([0.0, *curve], grid=[0.0, *MEASURED], finer=GRID) for curve in curves]
+    counts = least_sum(finer, grid=GRID, sizes=sizes, budget=budget, **bounds)
     shares = {matrix.name: count / size for part, count, size in zip(parts, counts, sizes, strict=True) for matrix in part.matrices}
-    matrices = [matrix for block in decoder.matrices for matrix in block]
     wanted = [shares[matrix.name] for matrix in matrices]
     return meet_budget(wanted, sizes=[matrix.size for matrix in matrices], budget=budget, **bounds)
 
@@ -196,7 +200,7 @@ def counts_by_loss(
     known = [number for number, curve in enumerate(curves) if curve]
     counts = [pruned_count(size, sparsity) for size in sizes]
     left = pruned_count(sum(sizes), sparsity) - sum(count for count, curve in zip(counts, curves, strict=True) if not curve)
-    found = error_driven(
+    found = least_sum(
         [curves[number] for number in known],
         grid=GRID,
         sizes=[sizes[number] for number in known],

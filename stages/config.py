@@ -598,8 +598,8 @@ ALLOCATIONS = Choice(
         "uniform": UniformAllocation,
         "owl": OwlAllocation,
         "alphapruning": AlphaPruningAllocation,
-        "loss": LossAllocation,
         "error": ErrorAllocation,
+        "loss": LossAllocation,
     },
 )
 PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})

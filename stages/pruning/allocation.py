@@ -5,7 +5,8 @@ A rule says what it wants, as a sparsity for each block or matrix; meet_budget m
 s_l = s + mean(d) - d_l,  d_l = 2 lambda (D_l - min D) / (max D - min D)        # OWL: Yin et al. 2024, arXiv:2310.05175
 s_l = s r_l / mean(r),  r_l = 1 - e + 2 e (a_l - min a) / (max a - min a)       # AlphaPruning: Lu et al. 2024, arXiv:2410.10912
 a = 1 + k / sum_{i=1..k} ln(lambda_{n-i+1} / lambda_{n-k})                      # its exponent: Hill 1975
-min_s sum_l E_l(s_l)  with  sum_l size_l s_l = budget                           # error_driven: ours
+min_s sum_l E_l(s_l)  with  sum_l size_l s_l = budget                           # least_sum: ours, after the dynamic programme
+                                                                                # of Frantar & Alistarh 2022, arXiv:2201.13096
 """
 
 import math
@@ -189,8 +190,10 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold:
     return list(accumulate(float(part.sum(dtype=torch.float64)) for part in parts))
 
 
-def refined(curve: list[float], *, grid: list[float], finer: list[float]) -> list[float]:
-    """Fill in a curve of squared errors that was measured at few sparsities: between these its root is linear.
+def filled_in(curve: list[float], *, grid: list[float], finer: list[float]) -> list[float]:
+    """Guess a curve of squared errors between the sparsities at which it was measured: its root is taken as linear there.
+
+    E(s) = ((1 - t) E(a)^(1/2) + t E(b)^(1/2))^2,  s = (1 - t) a + t b      # convex between measurements, as such errors are
 
     Args:
         curve: E at each point of the grid, 0 or more.
@@ -198,7 +201,14 @@ def refined(curve: list[float], *, grid: list[float], finer: list[float]) -> lis
 
     Returns:
         E at each point of `finer`.
+
+    Raises:
+        ValueError: a grid does not ascend, or the finer one leaves the other.
     """
+    _ascending(grid)
+    _ascending(finer)
+    if not grid[0] <= finer[0] <= finer[-1] <= grid[-1]:
+        raise ValueError(f"found a finer grid from {finer[0]} to {finer[-1]}, wanted one from {grid[0]} to {grid[-1]} at most")
     roots = [(sparsity, math.sqrt(error)) for sparsity, error in zip(grid, curve, strict=True)]
     return [_interpolated(roots, sparsity) ** 2 for sparsity in finer]
 
@@ -212,9 +222,7 @@ def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
     return ordered
 
 
-def error_driven(
-    curves: list[list[float]], *, grid: list[float], sizes: list[int], budget: int, lowest: float, highest: float
-) -> list[int]:
+def least_sum(curves: list[list[float]], *, grid: list[float], sizes: list[int], budget: int, lowest: float, highest: float) -> list[int]:
     """Find the counts with the least sum of errors.
 
     min_s sum_l E_l(s_l)  with  sum_l size_l s_l = budget

@@ -14,9 +14,7 @@ COPIES_DISTILLED = 10  # likewise: weights, gradients, both of the block before,
 COPIES_OF_ACTIVATIONS = 3  # in float32: what a block's matrices read and give for the tokens of a pass, where gradients are taken
 EXPERTS_CHOSEN = 8  # for a token, by few mixtures more
 COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, and what is between
-COPIES_SCORED = (
-    4  # of a block's weights in float32: scores, one by one and all together, these in float64 for their mean; or scores, masks, as found
-)
+COPIES_SCORED = 4  # of a block's weights in float32: scores, matrix by matrix and all together, these in float64 for their mean
 COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 itself, its factor, the inverse; and that in float32
 COPIES_CUT, COPIES_SWEPT = 8, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
 
@@ -30,7 +28,7 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
 
     Args:
         tokens: of a pass.
-        scores_blocks: whether an allocation holds the scores of all matrices of a block.
+        scores_blocks: whether an allocation holds the scores of a block's matrices, of all or of a part's.
         feels_loss: whether an allocation takes gradients of the loss.
     """
     blocks = range(len(decoder.blocks))

@@ -86,7 +86,7 @@ def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
 class Unstructured:
     """Any weights, a fraction of each row or of the whole matrix.
 
-    sparsity: fraction of zeros in [0, 1); a Fraction is what an allocation gave the matrix, and is met to the weight.
+    sparsity: fraction of zeros in [0, 1]; a Fraction is what an allocation gave the matrix, and is met to the weight.
     threshold: "row" if the weights of an output row compete, "matrix" if all do.
     """
 

@@ -1,4 +1,4 @@
-"""What the dense model tells of its matrices before any is pruned: evidence for an allocation, one block in memory at a time."""
+"""What the dense model tells of its matrices before any is pruned for good: evidence for an allocation, one block in memory at a time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import relative_errors
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, Part, run_block
+from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, run_block
 from stages.streaming.stream import Stream, read_ahead, room
 
 
@@ -42,7 +42,7 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
     """
     shares = []
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
-        norms = _advance(stream, index, block)
+        norms = _advance_and_see(stream, index, block)
         matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
         scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
         with PruningError.naming(f"block {index}"):
@@ -69,7 +69,7 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
 
 @torch.no_grad()
 def part_errors(stream: Stream, grid: list[float], threshold: str) -> list[list[float]]:
-    """Evidence of our own: what the output of a block loses when one of its parts, attention or MLP, is pruned and the other is not.
+    """What the output of a block loses when one of its parts, in most models attention or MLP, is pruned and the others are not.
 
         E_p(s) = E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)      # as a reconstruction has it, see relative_errors
 
@@ -84,20 +84,24 @@ def part_errors(stream: Stream, grid: list[float], threshold: str) -> list[list[
         For each part of each block in turn, see Decoder.parts: E at each sparsity of the grid, 0 or more.
 
     Raises:
-        PruningError: activations or scores that are not finite; names the block or the layer.
+        PruningError: activations, of the dense block or of a pruned one, or scores that are not finite; names the block or the layer.
         SparsesweepError: no room for the file of hidden states.
     """
-    decoder, dense, found = stream.decoder, stream.twin(), []
+    decoder, ahead, found = stream.decoder, stream.twin(), []
     for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
-        norms = _advance(dense, index, block)
+        norms = _advance_and_see(ahead, index, block)
         for part in decoder.parts(index):
-            with _prunable(decoder, block, part, norms) as prune:
-                lost = torch.zeros(len(grid), dtype=torch.float64)
-                for step, sparsity in enumerate(grid):
-                    prune(Unstructured(sparsity=sparsity, threshold=threshold))
-                    lost[step] = _lost(stream, index, block, dense)
-            found.append((ranks.all_sum(lost) / (stream.all_windows * stream.shape[1])).tolist())
-        stream.hidden.copy_(dense.hidden)
+            seen = [matrix for matrix in part.matrices if matrix.layer in norms]
+            scores = {matrix: wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in seen}
+            errors = torch.zeros(len(grid), dtype=torch.float64)
+            for step, sparsity in enumerate(grid):
+                with _pruned(block, scores, Unstructured(sparsity=sparsity, threshold=threshold)):
+                    errors[step] = _error(stream, index, block, ahead.hidden)
+            if not torch.isfinite(ranks.all_sum(errors)).all():
+                what = f"its outputs with {part.path or 'its layers'} pruned"
+                raise PruningError(f"block {index}: found NaN or infinity in {what}, wanted finite activations")
+            found.append(errors.tolist())
+        stream.hidden.copy_(ahead.hidden)
     return found
 
 
@@ -156,8 +160,8 @@ def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Modu
                 yield index, block
 
 
-def _advance(stream: Stream, index: int, block: nn.Module) -> dict[Layer, torch.Tensor]:
-    """All windows through a dense block; and of each layer's inputs the squared norm, see _squared_norms."""
+def _advance_and_see(stream: Stream, index: int, block: nn.Module) -> dict[Layer, torch.Tensor]:
+    """All windows through a dense block; of each layer's inputs the squared norm, see _squared_norms."""
     observer = watch(stream, block, stream.decoder.whole(index).layers, SquaredNorm)
     for where, hidden, call in stream.parts(index):
         output = observer.run(hidden, partial(run_block, block, call=call), stop=False)
@@ -169,31 +173,25 @@ def _advance(stream: Stream, index: int, block: nn.Module) -> dict[Layer, torch.
 
 
 @contextmanager
-def _prunable(decoder: Decoder, block: nn.Module, part: Part, norms: dict[Layer, torch.Tensor]) -> Iterator[Callable[[Unstructured], None]]:
-    """Prune a part's matrices by Wanda to whatever pattern is asked, each time from their dense weights, and put these back."""
-    matrices = [matrix for matrix in part.matrices if matrix.layer in norms]
-    weights = [matrix.of(block).clone() for matrix in matrices]
-    scores = [wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in matrices]
-
-    def prune(pattern: Unstructured) -> None:
-        for matrix, weight, score in zip(matrices, weights, scores, strict=True):
-            with PruningError.naming(f"layer {matrix.name}"):
-                mask = pattern.mask(score)
-            matrix.of(block).copy_(weight.masked_fill(~mask, 0))
-
-    yield prune
-    for matrix, weight in zip(matrices, weights, strict=True):
+def _pruned(block: nn.Module, scores: dict[Matrix, torch.Tensor], pattern: Unstructured) -> Iterator[None]:
+    """Some matrices of a block pruned, for a while."""
+    dense = {matrix: matrix.of(block).clone() for matrix in scores}
+    for matrix, weight in dense.items():
+        with PruningError.naming(f"layer {matrix.name}"):
+            mask = pattern.mask(scores[matrix])
+        matrix.of(block).copy_(weight.masked_fill(~mask, 0))
+    yield
+    for matrix, weight in dense.items():
         matrix.of(block).copy_(weight)
 
 
-def _lost(stream: Stream, index: int, block: nn.Module, dense: Stream) -> float:
-    """The relative errors of a block's outputs, summed over the tokens of this process's windows."""
-    total = torch.zeros((), dtype=torch.float64)
+def _error(stream: Stream, index: int, block: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    """This process's part of the mean over all tokens of a block's relative errors, float64; targets: [windows, tokens, width]."""
+    total = torch.zeros((), dtype=torch.float64, device=stream.decoder.device)
     for where, hidden, call in stream.parts(index):
-        output = run_block(block, hidden, call)
-        target = dense.hidden[where].to(output.device)
-        total += relative_errors(output, target, hidden).sum(dtype=torch.float64).cpu()
-    return float(total) / hidden.shape[-1]
+        target = targets[where].to(hidden.device)
+        total += relative_errors(run_block(block, hidden, call), target, hidden).sum(dtype=torch.float64)
+    return total / (stream.all_windows * stream.hidden.shape[1:].numel())
 
 
 def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor]:

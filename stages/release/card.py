@@ -32,8 +32,8 @@ ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",
     "owl": "blocks with many outliers are pruned less ([Yin et al. 2024](https://arxiv.org/abs/2310.05175))",
     "alphapruning": "blocks with heavy-tailed spectra are pruned less ([Lu et al. 2024](https://arxiv.org/abs/2410.10912))",
-    "loss": "zeros lie where the gradients of a few calibration windows say that they cost least",
     "error": "zeros lie where pruning attention or MLP alone changed its block's output least, on a few calibration windows",
+    "loss": "zeros lie where the gradients of a few calibration windows say that they cost least",
 }
 
 

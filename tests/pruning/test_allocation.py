@@ -7,12 +7,12 @@ import torch
 
 from stages.pruning.allocation import (
     alphapruning,
-    error_driven,
+    filled_in,
     hill_exponent,
+    least_sum,
     meet_budget,
     outlier_share,
     owl,
-    refined,
     removal_curve,
 )
 from stages.pruning.patterns import Unstructured, pruned_count
@@ -217,8 +217,14 @@ def test_an_exponent_that_is_not_finite_is_refused():
 
 
 def test_between_measured_errors_the_root_is_linear():
-    assert refined([0.0, 4.0, 16.0], grid=[0.0, 0.5, 1.0], finer=[0.0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0, 1, 4, 9, 16])
-    assert refined([0.0, 1.0, 9.0], grid=[0.0, 0.5, 1.0], finer=[0.25, 0.5, 0.75]) == pytest.approx([0.25, 1, 4])
+    assert filled_in([0.0, 4.0, 16.0], grid=[0.0, 0.5, 1.0], finer=[0.0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0, 1, 4, 9, 16])
+    assert filled_in([0.0, 1.0, 9.0], grid=[0.0, 0.5, 1.0], finer=[0.25, 0.5, 0.75]) == pytest.approx([0.25, 1, 4])
+
+
+@pytest.mark.parametrize("finer", [[0.0, 0.3], [0.5, 1.0]])
+def test_beyond_what_was_measured_nothing_is_filled_in(finer):
+    with pytest.raises(ValueError, match=r"found a finer grid from .*, wanted one from 0.2 to 0.9 at most"):
+        filled_in([1.0, 2.0], grid=[0.2, 0.9], finer=finer)
 
 
 def test_a_removal_curve_by_hand():
@@ -260,13 +266,13 @@ def test_a_removal_curve_of_nothing_sensible_is_refused(scores, grid, threshold,
 
 def test_the_cheapest_errors_are_spent_first():
     cheap, dear = [0.0, 1.0, 2.0, 30.0, 40.0], [0.0, 10.0, 20.0, 50.0, 60.0]
-    counts = error_driven([cheap, dear], grid=GRID, sizes=[8, 8], budget=6, lowest=0.0, highest=1.0)
+    counts = least_sum([cheap, dear], grid=GRID, sizes=[8, 8], budget=6, lowest=0.0, highest=1.0)
     assert counts == [4, 2]
 
 
 def test_the_error_of_a_weight_counts_and_not_that_of_a_fraction():
     curve = [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert error_driven([curve, curve], grid=GRID, sizes=[8, 16], budget=12, lowest=0.0, highest=1.0) == [0, 12]
+    assert least_sum([curve, curve], grid=GRID, sizes=[8, 16], budget=12, lowest=0.0, highest=1.0) == [0, 12]
 
 
 @pytest.mark.parametrize("budget", [1, 7, 22, 30, 41, 59])
@@ -278,39 +284,39 @@ def test_no_other_counts_have_a_lower_sum_of_errors(budget):
         return sum(float(numpy.interp(c / size, grid, curve)) for c, size, curve in zip(counts, sizes, curves, strict=True))
 
     everything = ((a, b, budget - a - b) for a in range(11) for b in range(21) if 0 <= budget - a - b <= 30)
-    counts = error_driven(curves, grid=grid, sizes=sizes, budget=budget, lowest=0.0, highest=1.0)
+    counts = least_sum(curves, grid=grid, sizes=sizes, budget=budget, lowest=0.0, highest=1.0)
     assert sum(counts) == budget
     assert errors(counts) == pytest.approx(min(map(errors, everything)), rel=1e-9)
 
 
 @pytest.mark.parametrize("curve", [[0.0, 1.0, 4.0, 9.0, 16.0], [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 3.0, 2.0, 9.0, 9.5]])
 def test_equal_curves_of_equal_matrices_are_pruned_equally(curve):
-    counts = error_driven([curve] * 3, grid=GRID, sizes=[40] * 3, budget=72, lowest=0.0, highest=1.0)
+    counts = least_sum([curve] * 3, grid=GRID, sizes=[40] * 3, budget=72, lowest=0.0, highest=1.0)
     assert counts == [24, 24, 24]
 
 
 def test_equal_errors_of_a_weight_are_pruned_equally_whatever_the_size():
     sizes = [1000, 333, 70]
     curves = [[size * error for error in (0.0, 0.1, 0.3, 0.7, 1.3)] for size in sizes]
-    counts = error_driven(curves, grid=GRID, sizes=sizes, budget=pruned_count(sum(sizes), 0.6), lowest=0.0, highest=1.0)
+    counts = least_sum(curves, grid=GRID, sizes=sizes, budget=pruned_count(sum(sizes), 0.6), lowest=0.0, highest=1.0)
     assert all(abs(count - 0.6 * size) <= 1 for count, size in zip(counts, sizes, strict=True))
 
 
 def test_a_dent_outwards_is_pruned_along_its_hull():
     dented, straight = [0.0, 3.0, 3.1, 9.0, 9.5], [0.0, 2.0, 4.0, 6.0, 8.0]  # the hull passes 0 -> 3.1 and 3.1 -> 9.5
-    assert error_driven([dented, straight], grid=GRID, sizes=[8, 8], budget=4, lowest=0.0, highest=1.0) == [4, 0]
-    assert error_driven([dented, straight], grid=GRID, sizes=[8, 8], budget=10, lowest=0.0, highest=1.0) == [4, 6]
+    assert least_sum([dented, straight], grid=GRID, sizes=[8, 8], budget=4, lowest=0.0, highest=1.0) == [4, 0]
+    assert least_sum([dented, straight], grid=GRID, sizes=[8, 8], budget=10, lowest=0.0, highest=1.0) == [4, 6]
 
 
 def test_an_error_that_falls_is_spent_first():
     falling, rising = [1.0, 0.9, 0.8, 1.5, 2.0], [0.0, 0.0, 0.1, 0.2, 0.3]
-    assert error_driven([falling, rising], grid=GRID, sizes=[8, 8], budget=4, lowest=0.0, highest=1.0) == [4, 0]
+    assert least_sum([falling, rising], grid=GRID, sizes=[8, 8], budget=4, lowest=0.0, highest=1.0) == [4, 0]
 
 
 def test_the_bounds_and_the_grid_bound_the_counts_found():
     free, dear = [0.0, 0.0, 0.0], [0.0, 10.0, 20.0]
-    assert error_driven([free, dear], grid=[0.1, 0.5, 0.9], sizes=[10, 10], budget=10, lowest=0.0, highest=1.0) == [9, 1]
-    assert error_driven([free, dear], grid=[0.1, 0.5, 0.9], sizes=[10, 10], budget=10, lowest=0.3, highest=0.8) == [7, 3]
+    assert least_sum([free, dear], grid=[0.1, 0.5, 0.9], sizes=[10, 10], budget=10, lowest=0.0, highest=1.0) == [9, 1]
+    assert least_sum([free, dear], grid=[0.1, 0.5, 0.9], sizes=[10, 10], budget=10, lowest=0.3, highest=0.8) == [7, 3]
 
 
 def test_any_budget_is_met_to_the_weight_whatever_the_curves():
@@ -319,20 +325,20 @@ def test_any_budget_is_met_to_the_weight_whatever_the_curves():
         sizes = [draw.randint(20, 10 ** draw.randint(2, 9)) for _ in range(draw.randint(1, 12))]
         budget = pruned_count(sum(sizes), draw.randint(30, 70) / 100)
         curves = [[draw.random() * size for _ in GRID] for size in sizes]
-        counts = error_driven(curves, grid=GRID, sizes=sizes, budget=budget, lowest=0.2, highest=0.8)
+        counts = least_sum(curves, grid=GRID, sizes=sizes, budget=budget, lowest=0.2, highest=0.8)
         assert sum(counts) == budget
         assert within(counts, sizes, 0.2, 0.8)
 
 
 def test_a_matrix_smaller_than_the_grid_is_pruned_too():
     grid = [step / 10 for step in range(11)]
-    counts = error_driven([[s**2 for s in grid]] * 2, grid=grid, sizes=[2, 3], budget=3, lowest=0.0, highest=1.0)
+    counts = least_sum([[s**2 for s in grid]] * 2, grid=grid, sizes=[2, 3], budget=3, lowest=0.0, highest=1.0)
     assert counts == [1, 2]
 
 
 def test_a_budget_that_the_grid_does_not_reach_is_refused():
     with pytest.raises(ValueError, match=r"budget of 16 of 20 weights, wanted 0 to 10, .* from 0\.0 to 0\.5"):
-        error_driven([[0.0, 1.0]] * 2, grid=[0.0, 0.5], sizes=[10, 10], budget=16, lowest=0.0, highest=0.9)
+        least_sum([[0.0, 1.0]] * 2, grid=[0.0, 0.5], sizes=[10, 10], budget=16, lowest=0.0, highest=0.9)
 
 
 @pytest.mark.parametrize(
@@ -348,4 +354,4 @@ def test_a_budget_that_the_grid_does_not_reach_is_refused():
 )
 def test_curves_that_do_not_fit_are_refused(curves, grid, message):
     with pytest.raises(ValueError, match=message):
-        error_driven(curves, grid=grid, sizes=[10, 10], budget=10, lowest=0.2, highest=0.9)
+        least_sum(curves, grid=grid, sizes=[10, 10], budget=10, lowest=0.2, highest=0.9)

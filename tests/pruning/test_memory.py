@@ -54,9 +54,9 @@ def test_gradients_take_a_pass_through_a_block_what_is_around_the_blocks_and_log
     assert distilled == LIBRARIES + 4 * block + 10 * 4 * block + gradients
 
 
-def test_ranking_takes_the_scores_of_a_block(decoder, block):
-    ranked = host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=True, feels_loss=False)
-    assert ranked == LIBRARIES + 4 * block + 5 * 4 * block
+def test_an_allocation_may_hold_the_scores_of_a_block(decoder, block):
+    scored = host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=True, feels_loss=False)
+    assert scored == LIBRARIES + 4 * block + 5 * 4 * block
 
 
 def test_of_a_mixtures_experts_a_token_passes_those_that_it_chooses(tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def test_only_the_block_that_runs_has_weights(base, look):
 # What the other allocations go by.
 
 
-def literal_mask(scores: torch.Tensor, sparsity: float, threshold: str) -> torch.Tensor:
+def literally_dropped(scores: torch.Tensor, sparsity: float, threshold: str) -> torch.Tensor:
     """True where a score is among the lowest of its row, or of all."""
     rows = scores if threshold == "row" else scores.reshape(1, -1)
     dropped = rows.argsort(dim=1, stable=True)[:, : math.floor(rows.shape[1] * Fraction(str(sparsity)))]
@@ -282,7 +282,7 @@ def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned
                     name = f"{decoder.prefix}.{index}.{matrix.place.name}"
                     weight = matrix.part_of(model.get_parameter(name).data)
                     scores = weight.abs() * norms[name, matrix.place.expert].sqrt()
-                    weight.masked_fill_(literal_mask(scores, sparsity, threshold), 0)
+                    weight.masked_fill_(literally_dropped(scores, sparsity, threshold), 0)
                 _, pruned = entered_and_left(model, decoder.prefix, index, SMALL_WINDOWS)
                 expected[-1].append(float(((pruned - dense).square().sum(dim=-1) / size).mean()))
     found = part_errors(stream_of(base, SMALL_WINDOWS, batch), GRID, threshold)
@@ -290,6 +290,19 @@ def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned
     assert all(errors[-1] > errors[1] > 0 for errors in expected)
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-2, abs=1e-10)
+
+
+def test_outputs_of_a_pruned_block_that_are_not_finite_name_block_and_part_and_are_not_kept(project, monkeypatch):
+    whole, calls = survey.relative_errors, []
+
+    def overflowing(*arguments):
+        calls.append(arguments)
+        return whole(*arguments) * (math.inf if len(calls) == 2 * len(composition.MEASURED) + 1 else 1)
+
+    monkeypatch.setattr(survey, "relative_errors", overflowing)  # in the second part of the first block
+    with pytest.raises(PruningError, match="block 0: found NaN or infinity in its outputs with mlp pruned, wanted finite activations"):
+        stage.run(pattern=PATTERN, allocation=ALLOCATIONS["error"])
+    assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
 
 
 def test_errors_of_activations_that_are_not_finite_name_the_block(base):
@@ -370,17 +383,36 @@ def test_a_mixture_meets_the_budget_too_even_if_no_token_chose_some_experts(proj
     assert all(math.isfinite(row["relative_error"]) for row in rows)
 
 
-def test_blocks_are_told_apart_by_owl_parts_by_error_and_matrices_by_loss(project):
+def test_owl_tells_blocks_apart(project):
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS["owl"])
     blocks = [[row["sparsity"] for row in sparsities() if row["block"] == index] for index in range(3)]
     assert all(max(block) - min(block) < 0.01 for block in blocks)
     assert len({round(block[0], 2) for block in blocks}) > 1
-    stage.run(pattern=PATTERN, allocation=ALLOCATIONS["error"])
-    parts = [[row["sparsity"] for row in sparsities() if row["block"] == 0 and part in row["matrix"]] for part in ("self_attn", "mlp")]
-    assert all(max(part) - min(part) < 0.01 for part in parts)
-    assert abs(parts[0][0] - parts[1][0]) > 0.01
+
+
+def test_the_loss_tells_matrices_apart(project):
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
     assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0 and "self_attn" in row["matrix"]}) > 1
+
+
+@pytest.mark.parametrize("kind", ["mistral", "opt"])  # opt's MLP is two layers of the block itself
+def test_errors_tell_parts_apart_so_that_their_sum_is_least(kind, tmp_path):
+    """Where E_p = a_p s², whose root is linear, all slopes 2 a_p s_p / size_p are the same in the end."""
+    decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
+    parts = [part for index in range(3) for part in decoder.parts(index)]
+    sizes, costs = [sum(matrix.size for matrix in part.matrices) for part in parts], [1.0, 2.0, 1.5, 3.0, 2.5, 1.2]
+    assert len(parts) == 6
+    assert {part.path for part in parts} == ({"self_attn", "mlp"} if kind == "mistral" else {"self_attn", ""})
+    shares = [size / cost for size, cost in zip(sizes, costs, strict=True)]
+    unit = 0.37 * sum(sizes) / sum(size * share for size, share in zip(sizes, shares, strict=True))
+    expected = {matrix.name: unit * share for part, share in zip(parts, shares, strict=True) for matrix in part.matrices}
+    assert all(0.1 < sparsity < 0.9 for sparsity in expected.values())
+    matrices, curves = [matrix for _, matrix in every_matrix(decoder)], [[cost * s**2 for s in composition.MEASURED] for cost in costs]
+    wide = config.ErrorAllocation(name="error", windows=1, lowest=0.0, highest=1.0)
+    counts = composition.counts_by_part(curves, parts, matrices, 0.37, wide)
+    assert sum(counts) == math.floor(sum(sizes) * Fraction("0.37"))
+    for matrix, count in zip(matrices, counts, strict=True):
+        assert count / matrix.size == pytest.approx(expected[matrix.name], abs=0.02)
 
 
 @pytest.mark.parametrize(("name", "look"), [("owl", "outlier_shares"), ("alphapruning", "spectral_exponents")])
