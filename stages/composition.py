@@ -17,6 +17,7 @@ from stages.pruning.journal import Journal
 from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
 from stages.pruning.reconstruction import Reconstruction
+from stages.pruning.reordering import require_candidates
 from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
 from stages.streaming.architecture import Decoder, Matrix, Part
 from stages.streaming.stream import Stream
@@ -103,8 +104,11 @@ def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> 
 
     Raises:
         ConfigError: a matrix whose columns the pattern does not divide; names it.
+        PruningError: channels are to change places in a block that has none for it; names it.
         ArchitectureError: see Decoder.matrices.
     """
+    if isinstance(pattern, config.Nm) and pattern.permutation_rounds is not None:
+        require_candidates(decoder)
     patterns: dict[str, Pattern] = {}
     for matrix in (matrix for block in decoder.matrices for matrix in block):
         if isinstance(pattern, config.Nm):

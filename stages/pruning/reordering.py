@@ -34,6 +34,17 @@ class Order:
 STAYS = Order()
 
 
+def require_candidates(decoder: Decoder) -> None:
+    """Refuse, before a weight is read, what names, shapes and biases alone rule out.
+
+    Raises:
+        PruningError: a block without any channels that may change places; names it.
+    """
+    for index, block in enumerate(decoder.blocks):
+        if not candidates(block, decoder.matrices[index]):
+            raise _nothing_moves(index)
+
+
 def proven_couplings(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, call: Call) -> list[Coupling]:
     """The couplings of a loaded dense block, proven in float32 on some windows' hidden states.
 
@@ -47,10 +58,14 @@ def proven_couplings(decoder: Decoder, index: int, block: nn.Module, hidden: tor
     flags = ranks.share(torch.tensor([option in proven for option in options], dtype=torch.uint8), 0)  # one trial for all processes
     found = [option for option, flag in zip(options, flags.tolist(), strict=True) if flag]
     if not found:
-        wanted = "a layer whose inputs other layers without bias make channel by channel, as a gated MLP's"
-        advice = "set pattern.permutation_rounds to null"
-        raise PruningError(f"block {index}: found no input channels that may change places, wanted {wanted}; {advice}")
+        raise _nothing_moves(index)
     return found
+
+
+def _nothing_moves(index: int) -> PruningError:
+    wanted = "a layer whose inputs other layers without bias make channel by channel, as a gated MLP's"
+    advice = "set pattern.permutation_rounds to null"
+    return PruningError(f"block {index}: found no input channels that may change places, wanted {wanted}; {advice}")
 
 
 def find_orders(

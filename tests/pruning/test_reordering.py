@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from stages import config
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.composition import plan_patterns
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Keep, Method, obs_score
@@ -120,3 +124,13 @@ def test_scores_that_cannot_be_had_name_the_layer(base):
 def test_a_block_without_channels_that_may_change_places_is_refused(tmp_path):
     with pytest.raises(PruningError, match="block 0: found no input channels that may change places"):
         prune(Checkpoint(architectures.write(tmp_path, "gpt2")), windows=WINDOWS % 90)
+
+
+def test_channels_that_biases_bind_are_refused_before_a_weight_is_read(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "tensor", None)
+    permuted = config.Nm(name="nm", kept=2, group=4, permutation_rounds=1)
+    gpt2 = Decoder(Checkpoint(architectures.write(tmp_path, "gpt2")), torch.float32, CPU)
+    with pytest.raises(PruningError, match="block 0: found no input channels that may change places"):
+        plan_patterns(gpt2, "row", permuted)
+    assert plan_patterns(gpt2, "row", replace(permuted, permutation_rounds=None))
+    assert plan_patterns(Decoder(base, torch.float32, CPU), "row", permuted)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.memory import write_windows
-from stages import composition, config
+from stages import composition, config, prune
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, PruningError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
@@ -460,6 +460,16 @@ def test_where_rows_do_not_compete_the_masks_are_those_of_rows_that_count_alike(
     method = replace(stage.METHOD, score=config.read(composed(f"method={score}"))["method"].score, threshold="row")
     runs = [stage.run(method=method, pattern=PATTERN, allocation=ALLOCATIONS[name]) for name in ("loss", "loss with rows")]
     assert all(runs[0][name] == file for name, file in runs[1].items() if name.startswith("block"))
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "gradients"), [("owl", True, False), ("alphapruning", False, False), ("error", True, False), ("loss", False, True)]
+)
+def test_room_is_counted_for_what_an_allocation_holds(project, monkeypatch, name, scores, gradients):
+    asked = {}
+    monkeypatch.setattr(prune, "host_bytes", lambda *_, **how: asked.update(how) or 0)
+    stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
+    assert asked == {"scores_blocks": scores, "feels_loss": gradients}
 
 
 def test_a_matrix_may_lose_all_where_the_bounds_allow_it(project):
