@@ -277,8 +277,7 @@ EXPLAINED = (
     "times SparseGPT's. All comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
     "shown. Points were measured on several days; the same work took up to a fifth longer on one than on another, and so seconds that "
     "differ by less tell little. The relative layer error is measured before the last blocks learn together. The command is that of the "
-    "first seed shown; "
-    "another adds `-S calibration.seed=N`."
+    "first seed shown; another adds `-S calibration.seed=N`."
 )
 COLUMNS = (
     "method",
