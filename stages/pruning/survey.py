@@ -1,6 +1,6 @@
 """What the dense model tells of its matrices before any is pruned for good: evidence for an allocation, one block in memory at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,10 +43,9 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
     shares = []
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
         norms = _advance_and_see(stream, index, block)
-        matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
-        scores = [wanda(stream.decoder.stored(matrix, block), norms[matrix.layer]).flatten() for matrix in matrices]
+        scores = _wanda_scores(stream.decoder, block, stream.decoder.matrices[index], norms)
         with PruningError.naming(f"block {index}"):
-            shares.append(outlier_share(torch.cat(scores), multiple))
+            shares.append(outlier_share(torch.cat([score.flatten() for score in scores.values()]), multiple))
     return shares
 
 
@@ -91,8 +90,7 @@ def part_errors(stream: Stream, grid: list[float], threshold: str) -> list[list[
     for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
         norms = _advance_and_see(ahead, index, block)
         for part in decoder.parts(index):
-            seen = [matrix for matrix in part.matrices if matrix.layer in norms]
-            scores = {matrix: wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in seen}
+            scores = _wanda_scores(decoder, block, part.matrices, norms)
             errors = torch.zeros(len(grid), dtype=torch.float64)
             for step, sparsity in enumerate(grid):
                 with _pruned(block, scores, Unstructured(sparsity=sparsity, threshold=threshold)):
@@ -170,6 +168,14 @@ def _advance_and_see(stream: Stream, index: int, block: nn.Module) -> dict[Layer
     stream.require_finite(index)
     observer.finish(None)
     return _squared_norms(observer, stream.all_windows)
+
+
+def _wanda_scores(
+    decoder: Decoder, block: nn.Module, matrices: Iterable[Matrix], norms: dict[Layer, torch.Tensor]
+) -> dict[Matrix, torch.Tensor]:
+    """Of those matrices whose inputs were seen."""
+    seen = [matrix for matrix in matrices if matrix.layer in norms]
+    return {matrix: wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in seen}
 
 
 @contextmanager
