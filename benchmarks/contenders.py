@@ -35,13 +35,13 @@ CONTENDERS = (
     Contender(name="Wanda", overrides="method=wanda"),
     Contender(name="SparseGPT", overrides="method=sparsegpt", leads=tuple(PATTERNS)),
     Contender(
-        name="ADMM, loss allocation, distilled",
+        name="short ADMM, loss allocation, distilled",
         overrides="method=admm_short allocation=loss reconstruction=distilled",
         patterns=UNSTRUCTURED,
         leads=UNSTRUCTURED,
     ),
     Contender(
-        name="ADMM, permuted, distilled",
+        name="short ADMM, permuted, distilled",
         overrides="method=admm_short reconstruction=distilled pattern.permutation_rounds=2",
         patterns=GROUPED,
         leads=GROUPED,
@@ -63,13 +63,13 @@ CONTENDERS = (
     Contender(name="OBS score", overrides="method=obs"),
     Contender(name="magnitude", overrides="method=magnitude"),
     Contender(name="magnitude, per matrix", overrides="method=magnitude_per_matrix", patterns=UNSTRUCTURED),
-    Contender(name="ADMM, distilled", overrides="method=admm_short reconstruction=distilled"),
+    Contender(name="short ADMM, distilled", overrides="method=admm_short reconstruction=distilled"),
     Contender(
-        name="ADMM, loss allocation, reconstruction",
+        name="short ADMM, loss allocation, reconstruction",
         overrides="method=admm_short allocation=loss reconstruction=block",
         patterns=UNSTRUCTURED,
     ),
-    Contender(name="ADMM, reconstruction", overrides="method=admm_short reconstruction=block"),
+    Contender(name="short ADMM, reconstruction", overrides="method=admm_short reconstruction=block"),
     Contender(name="SparseGPT, distilled", overrides="method=sparsegpt reconstruction=distilled"),
     Contender(name="Wanda, distilled", overrides="method=wanda reconstruction=distilled"),
     Contender(
@@ -83,7 +83,7 @@ CONTENDERS = (
         patterns=UNSTRUCTURED,
     ),
     Contender(
-        name="ADMM, permuted, reconstruction",
+        name="short ADMM, permuted, reconstruction",
         overrides="method=admm_short reconstruction=block pattern.permutation_rounds=4",
         patterns=GROUPED,
     ),

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from benchmarks import random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
-from benchmarks.speed import ENVIRONMENT, composed, cpu
+from benchmarks.speed import ENVIRONMENT, composed
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, sha256, write_json
+from stages.record import cpu_name
 
 README = Path("README.md")
 START, END = "<!-- memory: python -m benchmarks.memory -->", "<!-- end of memory -->"
@@ -35,7 +36,7 @@ def main() -> None:
     project, rows = arguments.scratch / "project", []
     for method, blocks in POINTS:
         done = arguments.scratch / f"{method}-{blocks}.json"
-        machine = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         if not done.is_file() or read_json(done)["machine"] != machine:
             print(f"{method}, {blocks} blocks", file=sys.stderr, flush=True)
             make_base(project, blocks)
@@ -100,7 +101,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     return "\n".join(lines) + (
         f"\n\nA random checkpoint with zephyr-7b-beta's configuration, in bfloat16; {WINDOWS} windows of {LENGTH} random tokens; 50% "
-        f"unstructured; computed in float32 on {cpu()}, {torch.get_num_threads()} threads, with torch {rows[0]['machine']['torch']}. "
+        f"unstructured; computed in float32 on {cpu_name()}, {torch.get_num_threads()} threads, with torch {rows[0]['machine']['torch']}. "
         "Anonymous memory is what no file backs; importing the libraries is in it."
     )
 

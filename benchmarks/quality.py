@@ -177,8 +177,8 @@ def table(rows: Rows) -> str:
             return "" if pattern in contender.patterns else "–"
         return f"**{perplexity(found)}**" if contender == best[pattern] else perplexity(found)
 
-    begun = [contender for contender in CONTENDERS if any(of(rows, contender, pattern) for pattern in PATTERNS)]
-    for contender in sorted(begun, key=lambda c: mean([row["perplexity"] for row in of(rows, c, "50%")] or [float("inf")])):
+    places = {contender: place for pattern in reversed(PATTERNS) for place, (contender, _) in enumerate(ranked(rows, pattern))}
+    for contender in sorted(places, key=lambda one: ("50%" not in one.patterns, places[one])):
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
     return "\n".join([*summary(rows), "", *lines, "", _notes(rows)])
@@ -188,16 +188,17 @@ def _notes(rows: Rows) -> str:
     row = next(iter(rows.values()))
     protocol, devices = row["protocol"], sorted({found["device"] for found in rows.values()})
     left = f" {len(absent)} of {len(due(rows))} points are not measured yet." if (absent := missing(rows)) else ""
-    now = behaviour.load()
+    now, have = behaviour.load(), "are to have" if absent else "have"
     count = sum(stale(found, now) for found in rows.values())
     old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
     return (
         f"{MODEL}, dense perplexity {row['dense_perplexity']:.2f}; calibration of 32 windows of 512 C4 tokens, the same for every method; "
         f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
         f"{', '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda "
-        "and SparseGPT; of the loss: the same of the logarithm of perplexity. Seconds: as a multiple of SparseGPT's. "
-        f"± is the standard deviation over calibration seeds, not over text: {' and '.join(PUBLISHED)} have {len(SEEDS)}, and so have the "
-        f"{BEST} best at a pattern, by their first seeds; others have one. –: does not apply."
+        "and SparseGPT on the same seeds; in nats: the same of the logarithm of perplexity. Seconds: as a multiple of SparseGPT's. "
+        f"± is the standard deviation over calibration seeds, not over text: {', '.join(PUBLISHED)} and, by their first seeds, the {BEST} "
+        f"best at a pattern {have} {len(SEEDS)}, others the first alone. Rows stand in the order of the damage that they leave at 50%, "
+        "those for N:M alone at 2:4, since means over other seeds do not compare. –: does not apply."
         f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
@@ -223,14 +224,15 @@ def peak(cells: list[dict[str, Any]]) -> float:
 
 
 def ranked(rows: Rows, pattern: str) -> list[tuple[Contender, list[dict[str, Any]]]]:
-    """The contenders measured at a pattern, the best first, with their cells."""
+    """The contenders measured at a pattern, the best first, with their cells: by damage, since seeds may differ."""
     found = [(contender, cells) for contender in CONTENDERS if (cells := of(rows, contender, pattern))]
-    return sorted(found, key=lambda one: averaged(one[1], "perplexity"))
+    known = published(rows, pattern)
+    return sorted(found, key=lambda one: damage(one[1], known)[0] if known else averaged(one[1], "perplexity"))
 
 
 def published(rows: Rows, pattern: str) -> dict[str, list[dict[str, Any]]]:
     """What was measured of Wanda and SparseGPT at a pattern, by their names."""
-    return {contender.name: cells for contender, cells in ranked(rows, pattern) if contender.name in PUBLISHED}
+    return {one.name: cells for one in CONTENDERS if one.name in PUBLISHED and (cells := of(rows, one, pattern))}
 
 
 def named_seeds(cells: list[dict[str, Any]]) -> str:
@@ -245,7 +247,8 @@ def with_the_same_seeds(cells: list[dict[str, Any]], others: list[dict[str, Any]
 
 def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[float, float]:
     """The rise of perplexity, and of the loss, as a share of that by the better of the published methods, on the same seeds."""
-    own, better = with_the_same_seeds(cells, min(known.values(), key=rise))
+    pairs = [with_the_same_seeds(cells, others) for others in known.values()]
+    own, better = min((pair for pair in pairs if all(pair)), key=lambda pair: rise(pair[1]))
     return rise(own) / rise(better), rise_in_nats(own) / rise_in_nats(better)
 
 
@@ -257,7 +260,7 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
 
 def summary(rows: Rows) -> list[str]:
     """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
-    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "of the loss", "seconds", "peak memory", "which is best")
+    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "in nats", "seconds", "peak memory", "which is best")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
         known = published(rows, pattern)
@@ -266,18 +269,18 @@ def summary(rows: Rows) -> list[str]:
         winner, best = ranked(rows, pattern)[0]
         both = with_the_same_seeds(min(known.values(), key=rise), best)
         numbers = " | ".join(map(perplexity, both))
-        shares, cost = " | ".join(f"{share:.2f}" for share in damage(best, known)), f"{pace(best, known):.1f} × | {peak(best):.1f} GiB"
+        shares = " | ".join(f"{share:.2f}" for share in damage(best, known))
+        cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
         lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {shares} | {cost} | {winner.name} |")
     return lines
 
 
 EXPLAINED = (
     "Damage: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda and SparseGPT at the same "
-    "pattern; of the loss: the same of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets how many "
-    "times SparseGPT's. All comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
-    "shown. Points were measured on several days; the same work took up to a fifth longer on one than on another, and so seconds that "
-    "differ by less tell little. The relative layer error is measured before the last blocks learn together. The command is that of the "
-    "first seed shown; another adds `-S calibration.seed=N`."
+    "pattern; in nats: the same of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a "
+    "multiple of SparseGPT's. All comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
+    "shown, and rows stand in the order of the damage, not of the means. The relative layer error is measured before the last blocks learn "
+    "together. The command is that of the first seed shown; another adds `-S calibration.seed=N`."
 )
 COLUMNS = (
     "method",
@@ -286,7 +289,7 @@ COLUMNS = (
     "seed by seed",
     "over dense",
     "damage",
-    "of the loss",
+    "in nats",
     "relative layer error",
     "seconds",
     "peak memory",
@@ -296,7 +299,8 @@ COLUMNS = (
 
 def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
-    lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", EXPLAINED, ""]
+    explained = f"{EXPLAINED} {unsteadiness(rows)}".strip()
+    lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
     for pattern in PATTERNS:
         lines += [f"## {pattern}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         known = published(rows, pattern)
@@ -305,6 +309,20 @@ def full_table(rows: Rows) -> str:
     if absent := missing(rows):
         lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
     return "\n".join(lines)
+
+
+def unsteadiness(rows: Rows) -> str:
+    """How far seconds are to be trusted, by cells that were measured more than once; nothing where none was."""
+    by_cell: dict[str, list[float]] = {}
+    for point, row in rows.items():
+        by_cell.setdefault(point.cell, []).append(row["seconds"])
+    most = max((max(seconds) / min(seconds) for seconds in by_cell.values() if len(seconds) > 1), default=None)
+    if most is None:
+        return ""
+    return (
+        f"Points were measured on several days and with several states of the code: seconds of one cell differ by up to {most:.2f} times "
+        "between its seeds, and so rows that differ by less are not told apart by theirs."
+    )
 
 
 def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> str:

@@ -10,7 +10,6 @@ scratch directory, so a second call goes on where the first one stopped; after a
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.perplexity import cut_windows, window_losses
 from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, read_lines, remove, sha256, write_json
+from stages.record import cpu_name
 
 ROOT = Path(__file__).parents[1]
 README = Path("README.md")
@@ -216,15 +216,9 @@ def note(rows: list[dict[str, Any]], evaluation: config.Perplexity) -> str:
         f"{name}, 50% unstructured; calibration of {windows} windows of {length} tokens; perplexity on {evaluation.windows or 'all'} "
         f"windows of {evaluation.window_length} tokens of {evaluation.corpus.title()}. Seconds are those of loading, pruning and "
         "writing, without imports; peak memory is anonymous memory (not mapped files) above that of a process that only imports torch "
-        f"and transformers. {'One run' if runs == 1 else f'Medians of {runs} runs'} on {cpu()}, {torch.get_num_threads()} threads, in "
+        f"and transformers. {'One run' if runs == 1 else f'Medians of {runs} runs'} on {cpu_name()}, {torch.get_num_threads()} threads, in "
         f"float32; {stacks(rows)}."
     )
-
-
-def cpu() -> str:
-    """The processor's name."""
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    return next((value.strip() for key, _, value in lines if key.strip() == "model name"), platform.machine())
 
 
 def stacks(rows: list[dict[str, Any]]) -> str:

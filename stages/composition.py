@@ -27,7 +27,7 @@ MEASURED = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # at which it measures them
 RECONSTRUCTED: dict[str, list[str]] = {
     "none": [],
     "block": ["reconstructed"],
-    "sub_block": ["sub-blocks reconstructed"],
+    "sub_block": ["reconstructed locally"],
     "distilled": ["distilled"],
 }
 

@@ -450,7 +450,7 @@ class NoReconstruction:
 class SomeReconstruction:
     """block: the survivors of each block learn to give the dense model's hidden states.
 
-    sub_block: those of each part of a block, what the part would give with dense weights.
+    sub_block: those of each block, with prune.by_parts of attention and of the MLP apart, what it would give with dense weights.
     """
 
     name: str

@@ -22,7 +22,7 @@ from stages.checkpoint.delta import write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.composition import allocated, compose, distillation_of, label, plan_patterns, reconstruction_of
 from stages.config import stage
-from stages.errors import ConfigError
+from stages.errors import CalibrationError, ConfigError
 from stages.files import (
     BASE,
     CALIBRATION,
@@ -61,7 +61,7 @@ def main(
     device = ranks.own(record.choose_device("prune.device", prune.device))
     dtype = record.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
-    windows = load_file(CALIBRATION / "windows.safetensors")["windows"]
+    windows, windows_sha256 = calibration_windows(base)
     decoder = Decoder(base, dtype, device)
     plan = Plan(
         method=compose(method),
@@ -84,7 +84,7 @@ def main(
         "label": label(method, allocation, reconstruction, prune),
         "by_parts": prune.by_parts,
         "propagate": prune.propagate,
-        "calibration": read_json(CALIBRATION / "provenance.json")["windows_sha256"],
+        "calibration": windows_sha256,
     }
     with (
         ranks.joined(device),
@@ -124,6 +124,25 @@ def main(
             earlier = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
             found |= {"divergences": distilled.divergences} if distilled else {}
             write_results(journal, decoder, recipe, found | record.of_run(device, dtype, stopwatch, earlier), distilled)
+
+
+def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
+    """What the sample stage drew, [windows, tokens], int64, and its SHA-256.
+
+    Raises:
+        CalibrationError: the windows are not there, not those that were drawn, or not drawn with this base's tokenizer.
+    """
+    path, facts = CALIBRATION / "windows.safetensors", read_json(CALIBRATION / "provenance.json")
+    found = sha256(path) if path.is_file() else "no file"
+    if found != facts["windows_sha256"]:
+        raise CalibrationError(f"{path}: found {found}, wanted SHA-256 {facts['windows_sha256']}; run the sample stage again")
+    tokenizer = facts.get("tokenizer_sha256", base.tokenizer_sha256)
+    if tokenizer != base.tokenizer_sha256:
+        raise CalibrationError(
+            f"{CALIBRATION}: found windows of the tokenizer with SHA-256 {tokenizer}, wanted that of {BASE}, {base.tokenizer_sha256}; "
+            "run the sample stage again"
+        )
+    return load_file(path)["windows"], found
 
 
 def fingerprint(

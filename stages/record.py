@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from stages.config import require
 from stages.errors import SparsesweepError
 
 PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors")
+CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def code_revision() -> str:
@@ -34,7 +36,14 @@ def _git(*arguments: str) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else the architecture's."""
+    facts = CPU_FACTS.read_text(encoding="utf8", errors="replace").splitlines() if CPU_FACTS.is_file() else []
+    named = (value.strip() for key, _, value in (fact.partition(":") for fact in facts) if key.strip() == "model name")
+    return next(named, f"{platform.machine()} CPU")
 
 
 def choose_device(key: str, device: str) -> torch.device:

@@ -95,7 +95,7 @@ def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Windo
         {
             "name": calibration.name,
             "seed": calibration.seed,
-            "tokenizer_sha256": sha256(BASE / "tokenizer.json") if (BASE / "tokenizer.json").is_file() else None,
+            "tokenizer_sha256": Checkpoint(BASE).tokenizer_sha256,
             "windows_sha256": sha256(directory / "windows.safetensors"),
             "sources": {
                 name: {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stages.errors import CheckpointError, ConfigError
-from stages.files import read_json
+from stages.files import read_json, sha256
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "provenance.json"
@@ -150,6 +150,12 @@ class Checkpoint:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         return read_json(self.directory / PROVENANCE)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of its tokenizer.json, or None where it has another kind."""
+        path = self.directory / "tokenizer.json"
+        return sha256(path) if path.is_file() else None
 
     @cached_property
     def context_length(self) -> int | None:

@@ -216,6 +216,7 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, dense
             for one in found:
                 _take_over(decoder, block, one, values)
         settled.update({one.finished.matrix.name: one for one in found})
+        del outputs, targets  # before the next part's are made
     changes: dict[str, list[tuple[int | None, Change]]] = {}
     for matrix in decoder.matrices[index]:
         changes.setdefault(matrix.tensor, []).append((matrix.expert, settled[matrix.name].change))
@@ -321,38 +322,46 @@ def _prune_part(
     unseen = [matrices[0].name for layer, matrices in by_layer.items() if layer not in observer.leader]
     if unseen:
         raise PruningError(f"layer {unseen[0]}: no calibration token reached it")
-    settled = []
+    settled: list[_Settled] = []
     groups = ((inputs, [matrix for layer in layers for matrix in by_layer[layer]]) for inputs, layers in observer.groups())
-    for inputs, matrices, weights, outcomes in _outcomes(decoder, plan, block, groups, orders):
-        sample = inputs.sampled()
-        for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
-            order, stored = orders.get(matrix.name, STAYS), decoder.checkpoint.dtype(matrix.tensor)
-            expected = sample @ weight.T if follows else None
-            target = matrix.of(block) if plan.propagate == "pruned" else None
-            lost, total = ranks.all_sum(_replace(weight, outcome, stored, target, sample)).tolist()
-            if not math.isfinite(lost + total):
-                raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
-            finished = Finished(
-                matrix=matrix,
-                relative_error=relative_error(lost, total),
-                damping=outcome.damping,
-                tokens=inputs.tokens,
-                calibrated_on="its tokens" if inputs.routed else "all tokens",
-            )
-            one = _Settled(finished=finished, change=_change(matrix, outcome, order, stored), mask=outcome.mask, order=order)
-            if follows:
-                one.values = weight * outcome.mask if outcome.values is None else outcome.values
-                one.sample, one.expected = sample, expected
-            settled.append(one)
+    for solved in _outcomes(decoder, plan, block, groups, orders):
+        settled += _settle(decoder, plan, block, solved, orders, follows)
+        del solved  # with its statistic, before the next group's is factored
     return settled
 
 
+def _settle(
+    decoder: Decoder, plan: Plan, block: nn.Module, solved: "Solved", orders: dict[str, Order], follows: bool
+) -> Iterator[_Settled]:
+    """Put what the method made of a group into the block, unless the dense matrices stay there, and measure its errors."""
+    inputs, matrices, weights, outcomes = solved
+    sample = inputs.sampled()
+    for matrix, weight, outcome in zip(matrices, weights, outcomes, strict=True):
+        order, stored = orders.get(matrix.name, STAYS), decoder.checkpoint.dtype(matrix.tensor)
+        expected = sample @ weight.T if follows else None
+        target = matrix.of(block) if plan.propagate == "pruned" else None
+        lost, total = ranks.all_sum(_replace(weight, outcome, stored, target, sample)).tolist()
+        if not math.isfinite(lost + total):
+            raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
+        finished = Finished(
+            matrix=matrix,
+            relative_error=relative_error(lost, total),
+            damping=outcome.damping,
+            tokens=inputs.tokens,
+            calibrated_on="its tokens" if inputs.routed else "all tokens",
+        )
+        one = _Settled(finished=finished, change=_change(matrix, outcome, order, stored), mask=outcome.mask, order=order)
+        if follows:
+            one.values = weight * outcome.mask if outcome.values is None else outcome.values
+            one.sample, one.expected = sample, expected
+        yield one
+
+
 Group = tuple[Inputs, list[Matrix]]  # the matrices that read one input
+Solved = tuple[Inputs, list[Matrix], list[torch.Tensor], list[Pruned]]  # with their weights and what became of them
 
 
-def _outcomes(
-    decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[Group], orders: dict[str, Order]
-) -> Iterator[tuple[Inputs, list[Matrix], list[torch.Tensor], list[Pruned]]]:
+def _outcomes(decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[Group], orders: dict[str, Order]) -> Iterator[Solved]:
     """What the method makes of each group, with its weights. Several processes first work out their own, then share them."""
 
     def weights_of(matrices: list[Matrix]) -> list[torch.Tensor]:

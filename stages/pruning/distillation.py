@@ -23,7 +23,7 @@ from stages.errors import PruningError
 from stages.pruning import ranks
 from stages.pruning.reconstruction import BETAS, schedule
 from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, run_block
-from stages.streaming.stream import Stream, read_ahead, room
+from stages.streaming.stream import Stream, read_ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,25 +90,17 @@ class _Learner:
     """What is trained of one block: the survivors of its pruned tensors, one tensor after the other, each as the checkpoint has it.
 
     Args:
-        changes: what pruning did to the block. tensors: its tensors as stored in the base.
-        make_room: makes a tensor of a shape and dtype where there is room.
+        stream: what goes through the blocks; gives room. changes: what pruning did to the block. tensors: its own, as stored in the base.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        index: int,
-        changes: dict[str, Change],
-        tensors: dict[str, torch.Tensor],
-        make_room: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
-    ) -> None:
-        self.decoder, self.index = decoder, index
+    def __init__(self, stream: Stream, index: int, changes: dict[str, Change], tensors: dict[str, torch.Tensor]) -> None:
+        self.decoder, self.index = stream.decoder, index
         self.shapes = {name: change.mask.shape for name, change in changes.items()}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.others = {name: tensor for name, tensor in tensors.items() if name not in changes}
-        self.places = make_room((sum(self.counts),), torch.int32 if sum(self.sizes) < 2**31 else torch.int64)
-        self.survivors, first_moment, second_moment = make_room((3, sum(self.counts)), torch.float32).zero_()
+        self.places = stream.take_room((sum(self.counts),), torch.int32 if sum(self.sizes) < 2**31 else torch.int64)
+        self.survivors, first_moment, second_moment = stream.take_room((3, sum(self.counts)), torch.float32).zero_()
         parts = zip(self.places.split(self.counts), self.survivors.split(self.counts), self._starts(), changes.items(), strict=True)
         for places, survivors, start, (name, change) in parts:
             places.copy_(change.mask.flatten().nonzero()[:, 0] + start)
@@ -159,20 +151,9 @@ class _Learner:
 
 def _learners(stream: Stream, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_Learner]:
     """One for every block that learns; together they take as much room as the hidden states leave, and a file beyond that."""
-    left = stream.budget
-
-    def make_room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        nonlocal left
-        tensor, place = room(shape, dtype, left, stream.scratch)
-        if left is not None and place == "memory":
-            left -= tensor.nbytes
-        return tensor
-
     learning = range(how.first, len(stream.decoder.blocks))
     with read_ahead(stream.decoder, learning) as blocks:
-        return [
-            _Learner(stream.decoder, index, changes_of(index), tensors, make_room) for index, tensors in zip(learning, blocks, strict=True)
-        ]
+        return [_Learner(stream, index, changes_of(index), tensors) for index, tensors in zip(learning, blocks, strict=True)]
 
 
 def _step(stream: Stream, window: int, target: torch.Tensor, learners: list[_Learner], rate: float) -> float:

@@ -62,12 +62,12 @@ class Journal:
             with safe_open(path, framework="pt") as file:
                 self.surveyed = float(file.metadata()["seconds"])
                 return {name: file.get_tensor(name) for name in sorted(file.keys())}
-        found = look()
+        found = {name: ranks.share(tensor.contiguous(), 0) for name, tensor in sorted(look().items())}  # to the last bit in every process
         if ranks.rank() == 0:
             with full_disk(self.directory, "nothing was pruned"):
                 part = path.with_suffix(".part")
                 save_file(found, part, metadata={"seconds": str(time.perf_counter() - started)})
-                part.replace(path)
+                _settle_on_disk(part, path)
         return found
 
     def changes(self, index: int) -> dict[str, Change] | None:
@@ -92,9 +92,7 @@ class Journal:
             write_block(delta, changes, self.base)
             write_json(note, {**record, "sha256": sha256(delta)})
             for part in (delta, note):
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
-                part.replace(part.with_suffix(""))
+                _settle_on_disk(part, part.with_suffix(""))
 
     def records(self, count: int) -> list[dict[str, Any]]:
         """The records of the first `count` blocks."""
@@ -139,6 +137,13 @@ def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[
         remove(directory)
     finally:
         os.close(lock)
+
+
+def _settle_on_disk(part: Path, path: Path) -> None:
+    """Give a file its name once its bytes are safe from a loss of power."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def _lock(lock: int, directory: Path) -> None:

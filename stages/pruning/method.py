@@ -251,6 +251,7 @@ class DsNoT:
     statistic: type[Statistic] = Moments
 
     def __call__(self, weights: list[torch.Tensor], statistic: Moments, patterns: list[Pattern], score: Score) -> list[Pruned]:
+        statistic.require_finite()
         better = partial(dsnot, mean=statistic.mean, variance=statistic.variance, squared_norm=statistic.squared_norm)
         better = partial(better, cycles=self.cycles, threshold=self.threshold)
         triples = zip(weights, chosen(weights, statistic, patterns, score), patterns, strict=True)

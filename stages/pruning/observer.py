@@ -185,7 +185,7 @@ class Observer:
             hook.remove()
 
     def _settle(self, layer: Layer, enough: bool) -> None:
-        """Forget an expert that too few tokens chose; make an empty entry where all that chose it went to other ranks."""
+        """Forget an expert that too few tokens chose; make an empty entry where all it was given went to other ranks."""
         if not enough:
             self.inputs.pop(layer, None)
             self.leader.pop(layer, None)
@@ -206,9 +206,10 @@ class Observer:
         chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
         with self._products():
             self.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
-        for layer, seen in self.inputs.items():
+        for layer in self.layers:
             if (layer.module, layer.expert) == (path, expert):
-                seen.routed = False
+                self._settle(layer, enough=True)  # this process may have no sampled token
+                self.inputs[self.leader[layer]].routed = False
 
     def groups(self) -> Iterator[tuple[Inputs, list[Layer]]]:
         """Each distinct input with the layers that read it; its statistic is let go of with it."""

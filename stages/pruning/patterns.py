@@ -94,7 +94,11 @@ class Unstructured:
     threshold: str
 
     def check(self, columns: int) -> None:
-        """Any number of columns will do."""
+        """Raises ValueError if a row of so many would lose no weight, though some are to go."""
+        if self.threshold == "row" and self.sparsity > 0 and pruned_count(columns, self.sparsity) == 0:
+            raise ValueError(
+                f"found sparsity {float(self.sparsity):g}, wanted 0 or at least 1/{columns}: rows of {columns} columns lose no weight"
+            )
 
     def decision_columns(self, block_size: int) -> int:
         """How many columns a sweep with blocks of `block_size` decides on together."""

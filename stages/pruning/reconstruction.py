@@ -135,7 +135,7 @@ def relative_errors(output: torch.Tensor, target: torch.Tensor, hidden: torch.Te
 def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[int, float]]:
     """This process's window of each step and the learning rate, which falls to 0; as many steps as every other process makes.
 
-    All windows come in turn, in every pass in another order.
+    All windows come in turn, in every pass in another order; where the processes do not divide them, a pass leaves some out.
     """
     generator = torch.Generator().manual_seed(0)
     steps = max(1, round(epochs * (stream.all_windows // ranks.count())))

@@ -93,6 +93,11 @@ class Moments:
     def reorder(self, order: torch.Tensor) -> None:
         self.sums = self.sums[:, order]
 
+    def require_finite(self) -> None:
+        """Raises ArithmeticError if it has NaN or infinity."""
+        if not torch.isfinite(self.sums).all():
+            raise ArithmeticError("the inputs' moments have NaN or infinity")
+
     @property
     def mean(self) -> torch.Tensor:
         return (self.sums[0] / self.tokens).float()

@@ -18,7 +18,7 @@ from stages.pruning.reconstruction import relative_errors
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, run_block
-from stages.streaming.stream import Stream, read_ahead, room
+from stages.streaming.stream import Stream, read_ahead
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,7 +127,7 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
         PruningError: activations, gradients or scores that are not finite; names the block or the layer.
     """
     decoder, count = stream.decoder, len(stream.decoder.blocks)
-    entered, _ = room((count, *stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
+    entered = stream.take_room((count, *stream.hidden.shape), stream.hidden.dtype)
     with torch.no_grad():
         for index, block in _dense_blocks(decoder, range(count)):
             entered[index] = stream.hidden
@@ -211,7 +211,7 @@ def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor
 
 def _loss_gradient(stream: Stream) -> torch.Tensor:
     """Of the next-token loss, summed over tokens, by the last block's output: in the shape of the hidden states."""
-    gradient, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
+    gradient = stream.take_room(tuple(stream.hidden.shape), stream.hidden.dtype)
     with stream.decoder.after_blocks(), torch.enable_grad():
         for hidden, tokens, found in zip(stream.hidden, stream.windows, gradient, strict=True):
             found[-1] = 0  # of the last token nobody knows the next

@@ -38,10 +38,12 @@ ALLOCATIONS = {
 
 
 def default_name(base: str, recipe: dict[str, Any]) -> str:
-    """BASE-METHOD-sparse50, or BASE-METHOD-2of4."""
+    """BASE-METHOD-sparse50, or BASE-METHOD-2of4; after the method the allocation and the reconstruction, if there are such."""
+    parts = [recipe["method"]["name"], *(recipe[part]["name"] for part in ("allocation", "reconstruction"))]
+    method = "-".join(part.replace("_", "-") for part in parts if part not in ("uniform", "none"))
     nm = recipe["pattern"]["name"] == "nm"
     amount = recipe["pattern_label"].replace(":", "of").replace(" ", "-") if nm else f"sparse{100 * recipe['pattern']['sparsity']:g}"
-    return f"{base.rsplit('/', 1)[-1]}-{recipe['method']['name'].replace('_', '-')}-{amount}"
+    return f"{base.rsplit('/', 1)[-1]}-{method}-{amount}"
 
 
 def metadata(base: dict[str, Any], name: str, recipe: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
@@ -174,7 +176,8 @@ def write_card(
     says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     score, update = method["score"]["name"], method["update"]["name"]
-    then = "the mask stays as chosen, the survivors keep their values" if update == "none" else f"then {update}: {PAPERS[update]}"
+    then = "no update" if update == "none" else f"then {update}: {PAPERS[update]}"
+    kept = "; the survivors keep their values" if update == recipe["reconstruction"]["name"] == "none" else ""
     unit = "each part of a block" if recipe["by_parts"] else "each block"
     measured = ", before the last blocks learned together" if recipe["reconstruction"]["name"] == "distilled" else ""
     checkout = f"git checkout {prune['code']}"
@@ -193,7 +196,7 @@ client loads them, none becomes smaller or faster by itself.
 ## What was done
 
 - Base: {base["name"]}, {origin(base)}, weights with fingerprint `{base["fingerprint"]}`.
-- Method: {method["name"]} (score {score}: {PAPERS[score]}; threshold per {method["threshold"]}; {then}).
+- Method: {method["name"]} (score {score}: {PAPERS[score]}; threshold per {method["threshold"]}; {then}{kept}).
 - Allocation: {recipe["allocation"]["name"]}: {ALLOCATIONS[recipe["allocation"]["name"]]}.
 - Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(unit=unit, **recipe["reconstruction"])}.
 - Pattern: {pattern}; achieved as allocated in each of {verified.matrices} matrices, counted on the written bytes.
@@ -222,8 +225,8 @@ Research into pruning: comparing methods, patterns and recovery. Not a replaceme
 
 ## Limitations and risks
 
-Pruning removed weights by a local criterion. Fluent text may hide lost knowledge; behaviours that the base was tuned for,
-refusals among them, may have been weakened and were not measured here. All limits and biases of the base model remain.
+Pruning chose weights by an approximate criterion, on few tokens. Fluent text may hide lost knowledge; behaviours that the base
+was tuned for, refusals among them, may have been weakened and were not measured here. All limits and biases of the base model remain.
 Calibration and evaluation text is English. The perplexity figure belongs to this corpus and window length alone.
 
 ## How to load it

@@ -106,7 +106,7 @@ class Stream:
         one_by_one: bool = False,
     ) -> None:
         self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(windows), gpu_share
-        self.budget, self.scratch = budget, scratch  # the budget: what the hidden states leave of it
+        self.budget, self.scratch = budget, scratch  # the budget: what is left of it
         self.decoder, self.batch, self.windows, self.shape = decoder, batch, windows, windows.shape
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
@@ -145,10 +145,18 @@ class Stream:
         if first.is_cuda and needed <= self.gpu_share * torch.cuda.get_device_properties(first.device).total_memory:
             self.place = "GPU memory"
             return torch.empty(shape, dtype=first.dtype, device=first.device)
-        hidden, self.place = room(shape, first.dtype, self.budget, self.scratch)
-        if self.budget is not None and self.place == "memory":
-            self.budget -= needed
+        hidden, self.place = self._taken(shape, first.dtype)
         return hidden
+
+    def take_room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor for as long as the stream lives: in what its budget leaves, or in a file; see room."""
+        return self._taken(shape, dtype)[0]
+
+    def _taken(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+        tensor, place = room(shape, dtype, self.budget, self.scratch)
+        if self.budget is not None and place == "memory":
+            self.budget -= tensor.nbytes
+        return tensor, place
 
     def _require_same(self, calls: list[Call], windows: int) -> None:
         known = self.calls.setdefault(windows, calls)

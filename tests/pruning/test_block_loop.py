@@ -1,4 +1,6 @@
 import shutil
+import weakref
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from stages.checkpoint.layout import Place
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError, PruningError, SparsesweepError
+from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, lost_and_total, prune_blocks, relative_error
 from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Unstructured
@@ -136,6 +139,31 @@ def test_the_relative_error_is_that_of_evenly_spread_tokens_whatever_the_micro_b
 
 
 METHODS = [WANDA, SPARSEGPT]
+
+
+@pytest.mark.parametrize("method", [WANDA, SPARSEGPT])
+def test_a_tall_matrix_is_replaced_some_rows_at_a_time(base, method, monkeypatch):
+    whole, expected = pruned(base, method, HALF)
+    monkeypatch.setattr(block_loop, "ROWS_AT_ONCE", 7)  # divides no matrix's rows
+    found, blocks = pruned(base, method, HALF)
+    assert all(torch.equal(found[name].mask, whole[name].mask) for name in whole)
+    errors = [[one.relative_error for block in each for one in block.matrices] for each in (blocks, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def test_a_statistic_goes_before_the_next_is_factored(base):
+    """Gram matrices and their factors are the largest things of a wide layer."""
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(type(SPARSEGPT.update)):
+        def __call__(self, weights, statistic, patterns, score):
+            alive.add(statistic)
+            most.append(len(alive))
+            return super().__call__(weights, statistic, patterns, score)
+
+    update = Watched(**{field.name: getattr(SPARSEGPT.update, field.name) for field in fields(SPARSEGPT.update)})
+    pruned(base, replace(SPARSEGPT, update=update), HALF)
+    assert most == [1] * 4 * 3  # distinct inputs of three blocks
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,24 +7,13 @@ from torch import nn
 
 from stages.checkpoint.layout import Place
 from stages.checkpoint.reader import Checkpoint
-from stages.config import LocalBase
 from stages.pruning.couplings import candidates, couplings, largest_change
-from stages.sources import base as checkpoints
 from stages.streaming.architecture import Decoder, Matrix, run_block
-from tests import architectures
+from tests.pruning.test_architectures import fetched
 
 CPU = torch.device("cpu")
 HIDDEN = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def fetched(kind: str, directory) -> Checkpoint:
-    local = LocalBase(
-        source="local", path=str(architectures.write(directory / "source", kind)), name=f"tests/{kind}", fingerprint=None, license="mit"
-    )
-    (directory / "base").mkdir()
-    checkpoints.fetch(local, directory / "base", downloads=directory / "unused")
-    return Checkpoint(directory / "base")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from stages.pruning.block_loop import Companions, Plan, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill, divergence_and_gradient
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import BETAS, Reconstruction
+from stages.streaming import stream as streams
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 from tests import tiny
@@ -152,14 +153,14 @@ def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path, monkeypat
     beside, before = prepared(exact)
     _, expected = distilled(beside, before)
     beside.entering.budget, beside.entering.scratch = 0, tmp_path
-    places, room = [], distillation.room
+    places, room = [], streams.room
 
     def noted(*arguments):
         tensor, place = room(*arguments)
         places.append(place)
         return tensor, place
 
-    monkeypatch.setattr(distillation, "room", noted)
+    monkeypatch.setattr(streams, "room", noted)
     _, found = distilled(beside, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
     assert len(places) == 4  # places, and survivors with their moments, of two blocks

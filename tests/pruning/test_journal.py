@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.memory import write_windows
 from stages import config, prune
-from stages.errors import SparsesweepError
+from stages.errors import CalibrationError, SparsesweepError
 from stages.files import CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
 from stages.pruning import journal as journals
 from tests.test_config import composed
@@ -202,6 +202,23 @@ def test_other_windows_start_afresh(project):
     found = run()
     assert resumed_after() == 0
     assert found == run()
+
+
+def test_windows_that_are_not_those_drawn_are_refused_before_a_block_is_read(project, monkeypatch):
+    monkeypatch.setattr(prune, "Decoder", None)
+    path = CALIBRATION / "windows.safetensors"
+    drawn = path.read_bytes()
+    path.write_bytes(drawn[:-8])
+    with pytest.raises(CalibrationError, match=r"windows.safetensors: found \w{64}, wanted SHA-256 \w{64}; run the sample stage again"):
+        run()
+    path.unlink()
+    with pytest.raises(CalibrationError, match="windows.safetensors: found no file, wanted SHA-256"):
+        run()
+    path.write_bytes(drawn)
+    facts = read_json(CALIBRATION / "provenance.json")
+    write_json(CALIBRATION / "provenance.json", facts | {"tokenizer_sha256": "0" * 64})
+    with pytest.raises(CalibrationError, match="found windows of the tokenizer with SHA-256 0{64}, wanted that of artifacts/base, "):
+        run()
 
 
 def test_another_configuration_starts_afresh(project):

@@ -349,9 +349,11 @@ def test_without_an_update_the_damping_that_the_score_took_is_told():
     assert pruned.damping == 0.01
 
 
-@pytest.mark.parametrize("update", [one for one in config.UPDATES.options if one not in ("none", "dsnot")])
-def test_a_gram_matrix_that_is_not_finite_is_refused(update):
-    method, inputs = composition("wanda", update), correlated(0)
+@pytest.mark.parametrize(
+    ("score", "update"), [*(("wanda", one) for one in config.UPDATES.options if one != "none"), ("magnitude", "dsnot")]
+)
+def test_a_statistic_that_is_not_finite_is_refused(score, update):
+    method, inputs = composition(score, update), correlated(0)
     inputs[0, 0] = float("inf")
     with pytest.raises((ArithmeticError, ValueError), match="NaN or infinit"):
         method([weights(0)], seen(method.statistic, inputs), [HALF])

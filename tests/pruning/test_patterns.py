@@ -4,6 +4,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from stages.pruning import patterns
 from stages.pruning.patterns import Nm, Unstructured, keep_highest, keep_highest_of_few, pruned_count
 
 
@@ -23,6 +24,24 @@ def test_keep_highest_equals_a_stable_sort(dtype):
         order = torch.sort(scores, dim=1, stable=True).indices[:, :count]
         expected = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, False)
         assert torch.equal(keep_highest(scores, count), expected)
+
+
+def test_many_rows_are_cut_some_at_a_time(monkeypatch):
+    scores = torch.rand(50, 40, generator=torch.Generator().manual_seed(0))
+    whole = keep_highest(scores, 17)
+    monkeypatch.setattr(patterns, "WEIGHTS_AT_ONCE", 3 * 40 + 1)  # the last slab is smaller
+    assert torch.equal(keep_highest(scores, 17), whole)
+    scores[49, 39] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        keep_highest(scores, 17)
+
+
+def test_a_sparsity_at_which_no_row_would_lose_a_weight_is_refused():
+    Unstructured(sparsity=0.0, threshold="row").check(40)
+    Unstructured(sparsity=0.025, threshold="row").check(40)
+    Unstructured(sparsity=0.001, threshold="matrix").check(40)
+    with pytest.raises(ValueError, match="found sparsity 0.024, wanted 0 or at least 1/40"):
+        Unstructured(sparsity=0.024, threshold="row").check(40)
 
 
 def test_scores_that_differ_beyond_float32_are_told_apart():

@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -237,3 +238,18 @@ def test_by_parts_attention_and_mlp_each_learn_what_they_would_give_with_dense_w
         model(WINDOWS)
     torch.testing.assert_close(learned[0, "mlp"], given["mlp"], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(dense_mlp, given["mlp"], rtol=1e-2)
+
+
+def test_by_parts_the_outputs_of_one_go_before_those_of_the_next_are_made(base, monkeypatch):
+    """The budget of hidden states has room for one set of them."""
+    made, alive, original = [], [], block_loop.room
+
+    def watched(*how):
+        alive.append(sum(reference() is not None for reference in made))
+        tensor, place = original(*how)
+        made.append(weakref.ref(tensor))
+        return tensor, place
+
+    monkeypatch.setattr(block_loop, "room", watched)
+    blocks_of(base, reconstruction=HOW, by_parts=True)
+    assert alive == [0] * 2 * 3

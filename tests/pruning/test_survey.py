@@ -26,6 +26,7 @@ from stages.pruning.journal import Journal
 from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
+from stages.streaming import stream as streams
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 from tests.methods import WANDA
@@ -187,6 +188,30 @@ def test_of_an_expert_that_no_token_chose_nothing_is_known(tmp_path):
     for matrix in unseen:
         assert len(kept[f"{matrix.name}.curve"]) == 0
         assert kept[f"{matrix.name}.rows"].tolist() == [1.0] * matrix.shape[0]
+
+
+def test_a_matrix_of_which_nothing_is_known_gets_its_even_share(tmp_path):
+    (decoder,) = [Decoder(fetched("mixtral", tmp_path), torch.float32, CPU)]
+    matrices = [matrix for _, matrix in every_matrix(decoder)]
+    grid = torch.tensor(composition.GRID, dtype=torch.float64)
+    curves = [[] if number % 5 == 0 else ((1 + number) * grid**2).tolist() for number in range(len(matrices))]
+    counts = composition.counts_by_loss(curves, matrices, 0.37, ALLOCATIONS["loss"])
+    even = [math.floor(matrix.size * Fraction("0.37")) for matrix in matrices]
+    assert [count for count, curve in zip(counts, curves, strict=True) if not curve] == even[::5]
+    assert counts != even
+    assert sum(counts) == math.floor(sum(matrix.size for matrix in matrices) * Fraction("0.37"))
+
+
+def test_what_gradients_need_is_taken_from_the_budget_once(base, monkeypatch):
+    """Both together are larger than the budget, each alone is not: the second lies in a file."""
+    stream, places = stream_of(base), []
+    entered, gradient = 3 * stream.hidden.nbytes, stream.hidden.nbytes
+    stream.budget = entered + gradient - 1
+    original = streams.room
+    monkeypatch.setattr(streams, "room", lambda *how: places.append(original(*how)) or places[-1])
+    sensitivities(stream, GRID, "row", 1e-6)
+    assert [tensor.nbytes for tensor, _ in places] == [entered, gradient]
+    assert [place.split()[0] for _, place in places] == ["memory", "a"]
 
 
 def test_a_row_without_any_gradient_still_costs_something(base):

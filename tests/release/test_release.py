@@ -146,6 +146,8 @@ def test_a_name_says_base_method_and_amount():
     assert default_name("org/big-7b", RECIPE) == "big-7b-wanda-sparse50"
     recipe = {**RECIPE, "pattern": {"name": "nm", "kept": 2, "group": 4}, "pattern_label": "2:4"}
     assert default_name("org/big-7b", recipe) == "big-7b-wanda-2of4"
+    recipe = {**RECIPE, "allocation": {"name": "loss"}, "reconstruction": {"name": "sub_block"}}
+    assert default_name("org/big-7b", recipe) == "big-7b-wanda-loss-sub-block-sparse50"
 
 
 MATRICES = [
