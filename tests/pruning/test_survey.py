@@ -191,7 +191,7 @@ def test_of_an_expert_that_no_token_chose_nothing_is_known(tmp_path):
 
 
 def test_a_matrix_of_which_nothing_is_known_gets_its_even_share(tmp_path):
-    (decoder,) = [Decoder(fetched("mixtral", tmp_path), torch.float32, CPU)]
+    decoder = Decoder(fetched("mixtral", tmp_path), torch.float32, CPU)
     matrices = [matrix for _, matrix in every_matrix(decoder)]
     grid = torch.tensor(composition.GRID, dtype=torch.float64)
     curves = [[] if number % 5 == 0 else ((1 + number) * grid**2).tolist() for number in range(len(matrices))]
