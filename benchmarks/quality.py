@@ -177,8 +177,8 @@ def table(rows: Rows) -> str:
             return "" if pattern in contender.patterns else "–"
         return f"**{perplexity(found)}**" if contender == best[pattern] else perplexity(found)
 
-    places = {contender: place for pattern in reversed(PATTERNS) for place, (contender, _) in enumerate(ranked(rows, pattern))}
-    for contender in sorted(places, key=lambda one: ("50%" not in one.patterns, places[one])):
+    order = list(dict.fromkeys(contender for pattern in PATTERNS for contender, _ in ranked(rows, pattern)))
+    for contender in order:
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
     return "\n".join([*summary(rows), "", *lines, "", _notes(rows)])
@@ -194,11 +194,12 @@ def _notes(rows: Rows) -> str:
     return (
         f"{MODEL}, dense perplexity {row['dense_perplexity']:.2f}; calibration of 32 windows of 512 C4 tokens, the same for every method; "
         f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
-        f"{', '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda "
-        "and SparseGPT on the same seeds; in nats: the same of the logarithm of perplexity. Seconds: as a multiple of SparseGPT's. "
-        f"± is the standard deviation over calibration seeds, not over text: {', '.join(PUBLISHED)} and, by their first seeds, the {BEST} "
-        f"best at a pattern {have} {len(SEEDS)}, others the first alone. Rows stand in the order of the damage that they leave at 50%, "
-        "those for N:M alone at 2:4, since means over other seeds do not compare. –: does not apply."
+        f"{' and '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of "
+        "Wanda and SparseGPT on the same seeds; of the loss: the same of the logarithm of perplexity. Seconds: as a "
+        "multiple of SparseGPT's. ± is the standard deviation over calibration seeds, not over text: "
+        f"{', '.join(PUBLISHED)} and, by their first seeds, the {BEST} best at a pattern {have} {len(SEEDS)}, others the first alone. Rows "
+        "stand in the order of the damage left, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
+        "–: does not apply."
         f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
@@ -245,10 +246,17 @@ def with_the_same_seeds(cells: list[dict[str, Any]], others: list[dict[str, Any]
     return [row for row in cells if row["seed"] in seeds], [row for row in others if row["seed"] in seeds]
 
 
+def against(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The better of the published methods and the cells, with the seeds that both have; the better on the seeds that all have."""
+    seeds = set.intersection(*({row["seed"] for row in one} for one in (cells, *known.values())))
+    better = min(known.values(), key=lambda others: rise([row for row in others if row["seed"] in seeds] or others))
+    own, better = with_the_same_seeds(cells, better)
+    return better, own
+
+
 def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[float, float]:
-    """The rise of perplexity, and of the loss, as a share of that by the better of the published methods, on the same seeds."""
-    pairs = [with_the_same_seeds(cells, others) for others in known.values()]
-    own, better = min((pair for pair in pairs if all(pair)), key=lambda pair: rise(pair[1]))
+    """The rise of perplexity, and of its logarithm, as a share of that by the better of the published methods, on the same seeds."""
+    better, own = against(cells, known)
     return rise(own) / rise(better), rise_in_nats(own) / rise_in_nats(better)
 
 
@@ -260,14 +268,14 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
 
 def summary(rows: Rows) -> list[str]:
     """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
-    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "in nats", "seconds", "peak memory", "which is best")
+    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "of the loss", "seconds", "peak memory", "which is best")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
         known = published(rows, pattern)
         if "SparseGPT" not in known:
             continue
         winner, best = ranked(rows, pattern)[0]
-        both = with_the_same_seeds(min(known.values(), key=rise), best)
+        both = against(best, known)
         numbers = " | ".join(map(perplexity, both))
         shares = " | ".join(f"{share:.2f}" for share in damage(best, known))
         cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
@@ -277,7 +285,7 @@ def summary(rows: Rows) -> list[str]:
 
 EXPLAINED = (
     "Damage: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda and SparseGPT at the same "
-    "pattern; in nats: the same of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a "
+    "pattern; of the loss: the same of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a "
     "multiple of SparseGPT's. All comparisons are on the seeds that both have, so where one has fewer they are not the ratio of the means "
     "shown, and rows stand in the order of the damage, not of the means. The relative layer error is measured before the last blocks learn "
     "together. The command is that of the first seed shown; another adds `-S calibration.seed=N`."
@@ -289,7 +297,7 @@ COLUMNS = (
     "seed by seed",
     "over dense",
     "damage",
-    "in nats",
+    "of the loss",
     "relative layer error",
     "seconds",
     "peak memory",
@@ -320,8 +328,8 @@ def unsteadiness(rows: Rows) -> str:
     if most is None:
         return ""
     return (
-        f"Points were measured on several days and with several states of the code: seconds of one cell differ by up to {most:.2f} times "
-        "between its seeds, and so rows that differ by less are not told apart by theirs."
+        f"The slowest seed of a cell took up to {most:.2f} times the seconds of the fastest, on another day or with another state of the "
+        "code: smaller differences between rows tell nothing."
     )
 
 

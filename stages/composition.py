@@ -27,7 +27,7 @@ MEASURED = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # at which it measures them
 RECONSTRUCTED: dict[str, list[str]] = {
     "none": [],
     "block": ["reconstructed"],
-    "sub_block": ["reconstructed locally"],
+    "sub_block": ["sub_block reconstruction"],
     "distilled": ["distilled"],
 }
 
@@ -103,7 +103,7 @@ def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> 
     """The pattern of every matrix in scope, found to fit its shape before any weight is read.
 
     Raises:
-        ConfigError: a matrix whose columns the pattern does not divide; names it.
+        ConfigError: a matrix whose columns the pattern does not divide, or whose rows would lose no weight; names it.
         PruningError: channels are to change places in a block that has none for it; names it.
         ArchitectureError: see Decoder.matrices.
     """

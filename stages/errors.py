@@ -5,7 +5,7 @@ SparsesweepError
 ├── SourceError       something to be fetched: missing, unpinned, gated, corrupt, or not a decoder
 ├── CheckpointError   tensors on disk: truncated, not finite, or of another base
 ├── ArchitectureError a model whose blocks cannot be found, run alone or pruned
-├── CalibrationError  text that cannot give the windows asked for
+├── CalibrationError  text that cannot give the windows asked for, or windows that are not those drawn
 ├── PruningError      a model, layer or statistic that cannot be pruned
 └── ReleaseError      a release that is not what it should be
 """
@@ -35,7 +35,7 @@ class ArchitectureError(SparsesweepError):
 
 
 class CalibrationError(SparsesweepError):
-    """A corpus cannot give the windows asked for."""
+    """A corpus cannot give the windows asked for, or they are not those that were drawn."""
 
 
 class PruningError(SparsesweepError):

@@ -130,7 +130,7 @@ def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
     """What the sample stage drew, [windows, tokens], int64, and its SHA-256.
 
     Raises:
-        CalibrationError: the windows are not there, not those that were drawn, or not drawn with this base's tokenizer.
+        CalibrationError: the windows are not there, not those that were drawn, or drawn with another tokenizer.json than this base's.
     """
     path, facts = CALIBRATION / "windows.safetensors", read_json(CALIBRATION / "provenance.json")
     found = sha256(path) if path.is_file() else "no file"

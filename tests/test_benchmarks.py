@@ -200,6 +200,33 @@ def test_the_summary_compares_on_the_seeds_that_both_have():
     ]
 
 
+def measured_rows(found: dict[tuple[str, int], float], **how) -> dict:
+    points = {(point.contender, point.seed): point for point in contenders.points() if point.pattern == "50%"}
+    return {points[key]: row(points[key], perplexity) | how for key, perplexity in found.items()}
+
+
+def test_rows_stand_by_damage_on_the_seeds_that_both_have_not_by_their_means():
+    rows = measured_rows({("SparseGPT", 0): 45.0, ("SparseGPT", 1): 40.0, ("SparseGPT, OWL", 0): 44.0, ("RIA", 0): 46.0})
+    first, second, third = (line.split("|")[1:3] for line in quality.table(rows).split("composed by |")[1].splitlines()[2:5])
+    assert first == [" SparseGPT, OWL ", " **44.00** "]
+    assert second == [" SparseGPT ", " 42.50 ± 3.54 "]
+    assert third == [" RIA ", " 46.00 "]
+
+
+def test_the_better_published_method_is_that_on_the_seeds_that_all_have():
+    """Wanda's one seed is worse than SparseGPT's mean, and better than its same seed."""
+    rows = measured_rows({("SparseGPT", 0): 60.0, ("SparseGPT", 1): 30.0, ("Wanda", 0): 50.0, ("ADMM", 0): 20.0})
+    assert quality.summary(rows)[2:] == ["| 50% | 0 | 50.00 | 20.00 | 0.25 | 0.43 | 1.0 × | 0.5 GiB (SparseGPT 0.5) | ADMM |"]
+
+
+def test_how_far_seconds_are_to_be_trusted_is_told_where_a_cell_has_several_seeds():
+    rows = measured_rows({("SparseGPT", 0): 45.0, ("SparseGPT", 1): 40.0, ("RIA", 0): 46.0})
+    for seconds, found in zip((5, 6, 50), rows.values(), strict=True):
+        found["seconds"] = seconds
+    assert "took up to 1.20 times the seconds of the fastest" in quality.full_table(rows)
+    assert "the fastest" not in quality.full_table(measured_rows({("RIA", 0): 46.0}))
+
+
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
     point = next(point for point in contenders.points() if point.contender == "ADMM")
     assert "| 0 | 40.00 | 40.00 | 4.00 |  |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)})

@@ -115,8 +115,8 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
         (["prune=one_pass"], "wanda, one pass"),
         (["reconstruction=block"], "wanda, reconstructed"),
         (["reconstruction=distilled"], "wanda, distilled"),
-        (["reconstruction=sub_block", "prune=by_parts"], "wanda, reconstructed locally, by parts"),
-        (["reconstruction=sub_block"], "wanda, reconstructed locally"),
+        (["reconstruction=sub_block", "prune=by_parts"], "wanda, sub_block reconstruction, by parts"),
+        (["reconstruction=sub_block"], "wanda, sub_block reconstruction"),
     ],
 )
 def test_the_label_tells_models_apart_in_a_plot(overrides, expected):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality
-from benchmarks.table import POINTS, command
+from benchmarks import quality, table
 from stages import config
 from tests.architectures import CONFIGS
 from tests.test_config import composed
@@ -53,17 +52,16 @@ def test_the_architectures_listed_are_those_tested():
     assert " ".join(listed.split()) == ", ".join(f"`{kind}`" for kind in CONFIGS)
 
 
-@pytest.mark.parametrize("table", ["memory", "speed"])
-def test_a_benchmarks_table_was_generated(table):
-    text = README.split(f"<!-- {table}: python -m benchmarks.{table} -->")[1].split(f"<!-- end of {table} -->")[0]
+@pytest.mark.parametrize("name", ["memory", "speed"])
+def test_a_benchmarks_table_was_generated(name):
+    text = README.split(f"<!-- {name}: python -m benchmarks.{name} -->")[1].split(f"<!-- end of {name} -->")[0]
     assert text.count("\n| wanda |") >= 2
     assert text.count("\n| sparsegpt |") >= 1
 
 
 def test_the_results_were_generated():
-    table = README.split("<!-- results: python -m benchmarks.table -->")[1].split("<!-- end of results -->")[0]
-    commands = re.findall(r"\| `(dvc exp run[^`]*)` \|", table)
-    assert commands == [" ".join(command(point)) for point in POINTS]
+    text = README.split("<!-- results: python -m benchmarks.table -->")[1].split("<!-- end of results -->")[0]
+    assert re.findall(r"\| `(dvc exp run[^`]*)` \|", text) == [" ".join(table.command(point)) for point in table.POINTS]
 
 
 def test_the_leaderboard_is_what_was_measured(monkeypatch):

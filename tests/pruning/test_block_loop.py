@@ -141,7 +141,7 @@ def test_the_relative_error_is_that_of_evenly_spread_tokens_whatever_the_micro_b
 METHODS = [WANDA, SPARSEGPT]
 
 
-@pytest.mark.parametrize("method", [WANDA, SPARSEGPT])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_tall_matrix_is_replaced_some_rows_at_a_time(base, method, monkeypatch):
     whole, expected = pruned(base, method, HALF)
     monkeypatch.setattr(block_loop, "ROWS_AT_ONCE", 7)  # divides no matrix's rows
