@@ -219,6 +219,13 @@ def test_the_better_published_method_is_that_on_the_seeds_that_all_have():
     assert quality.summary(rows)[2:] == ["| 50% | 0 | 50.00 | 20.00 | 0.25 | 0.43 | 1.0 × | 0.5 GiB (SparseGPT 0.5) | ADMM |"]
 
 
+def test_seconds_are_compared_with_the_mean_of_all_that_sparsegpt_took():
+    rows = measured_rows({("SparseGPT", 0): 30.0, ("SparseGPT", 1): 30.0, ("ADMM", 0): 20.0})
+    for seconds, found in zip((4, 6, 10), rows.values(), strict=True):
+        found["seconds"] = seconds
+    assert "| 2.0 × |" in quality.summary(rows)[2]
+
+
 def test_how_far_seconds_are_to_be_trusted_is_told_where_a_cell_has_several_seeds():
     rows = measured_rows({("SparseGPT", 0): 45.0, ("SparseGPT", 1): 40.0, ("RIA", 0): 46.0})
     for seconds, found in zip((5, 6, 50), rows.values(), strict=True):
