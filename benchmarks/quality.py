@@ -177,8 +177,7 @@ def table(rows: Rows) -> str:
             return "" if pattern in contender.patterns else "–"
         return f"**{perplexity(found)}**" if contender == best[pattern] else perplexity(found)
 
-    order = list(dict.fromkeys(contender for pattern in PATTERNS for contender, _ in ranked(rows, pattern)))
-    for contender in order:
+    for contender in dict.fromkeys(contender for pattern in PATTERNS for contender, _ in ranked(rows, pattern)):
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
     return "\n".join([*summary(rows), "", *lines, "", _notes(rows)])
@@ -240,18 +239,19 @@ def named_seeds(cells: list[dict[str, Any]]) -> str:
     return ", ".join(str(row["seed"]) for row in cells)
 
 
-def with_the_same_seeds(cells: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Those of both whose seeds both have."""
-    seeds = {row["seed"] for row in cells} & {row["seed"] for row in others}
-    return [row for row in cells if row["seed"] in seeds], [row for row in others if row["seed"] in seeds]
-
-
 def against(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The better of the published methods and the cells, with the seeds that both have; the better on the seeds that all have."""
-    seeds = set.intersection(*({row["seed"] for row in one} for one in (cells, *known.values())))
-    better = min(known.values(), key=lambda others: rise([row for row in others if row["seed"] in seeds] or others))
-    own, better = with_the_same_seeds(cells, better)
-    return better, own
+
+    def common(*measured: list[dict[str, Any]]) -> set[int]:
+        return set.intersection(*({row["seed"] for row in one} for one in measured))
+
+    def of_seeds(measured: list[dict[str, Any]], seeds: set[int]) -> list[dict[str, Any]]:
+        return [row for row in measured if row["seed"] in seeds]
+
+    all_have = common(cells, *known.values())
+    better = min(known.values(), key=lambda others: rise(of_seeds(others, all_have) or others))
+    both_have = common(cells, better)
+    return of_seeds(better, both_have), of_seeds(cells, both_have)
 
 
 def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[float, float]:

@@ -191,18 +191,17 @@ def test_the_summary_sets_the_best_against_the_better_published_method_where_spa
     ]  # (22 - 10) / (30 - 10), ln 2.2 / ln 3
 
 
+def measured_rows(found: dict[tuple[str, int], float]) -> dict:
+    """By contender and seed, at 50%."""
+    points = {(point.contender, point.seed): point for point in contenders.points() if point.pattern == "50%"}
+    return {points[key]: row(points[key], perplexity) for key, perplexity in found.items()}
+
+
 def test_the_summary_compares_on_the_seeds_that_both_have():
-    points = [p for p in contenders.points() if p.contender in ("SparseGPT", "short ADMM, distilled") and p.pattern == "50%" and p.seed < 2]
-    found = {("SparseGPT", 0): 30.0, ("SparseGPT", 1): 90.0, ("short ADMM, distilled", 0): 20.0}
-    rows = {p: row(p, found[p.contender, p.seed]) for p in points if (p.contender, p.seed) in found}
+    rows = measured_rows({("SparseGPT", 0): 30.0, ("SparseGPT", 1): 90.0, ("short ADMM, distilled", 0): 20.0})
     assert quality.summary(rows)[2:] == [
         "| 50% | 0 | 30.00 | 20.00 | 0.50 | 0.63 | 1.0 × | 0.5 GiB (SparseGPT 0.5) | short ADMM, distilled |"
     ]
-
-
-def measured_rows(found: dict[tuple[str, int], float], **how) -> dict:
-    points = {(point.contender, point.seed): point for point in contenders.points() if point.pattern == "50%"}
-    return {points[key]: row(points[key], perplexity) | how for key, perplexity in found.items()}
 
 
 def test_rows_stand_by_damage_on_the_seeds_that_both_have_not_by_their_means():
