@@ -57,7 +57,6 @@ CONTENDERS = (
     Contender(name="DSnoT", overrides="method=dsnot"),
     Contender(name="RIA", overrides="method=ria"),
     Contender(name="SparseGPT, OWL", overrides="method=sparsegpt allocation=owl", patterns=UNSTRUCTURED),
-    Contender(name="SparseGPT, error allocation", overrides="method=sparsegpt allocation=error", patterns=UNSTRUCTURED),
     Contender(name="SparseGPT, AlphaPruning", overrides="method=sparsegpt allocation=alphapruning", patterns=UNSTRUCTURED),
     Contender(name="Wanda, alpha search", overrides="method=wanda_variant", patterns=UNSTRUCTURED),
     Contender(name="OBS score", overrides="method=obs"),
@@ -79,22 +78,12 @@ CONTENDERS = (
     ),
     Contender(
         name="Wanda, loss allocation, distilled",
-        overrides="method=wanda method.threshold=matrix allocation=loss reconstruction=distilled",
+        overrides="method=wanda method.comparison_group=matrix allocation=loss reconstruction=distilled",
         patterns=UNSTRUCTURED,
     ),
     Contender(
         name="short ADMM, permuted, reconstruction",
         overrides="method=admm_short reconstruction=block pattern.permutation_rounds=4",
-        patterns=GROUPED,
-    ),
-    Contender(
-        name="ADMM, loss allocation, sub-block reconstruction",
-        overrides="method=admm allocation=loss reconstruction=sub_block prune=by_parts",
-        patterns=UNSTRUCTURED,
-    ),
-    Contender(
-        name="ADMM, permuted, sub-block reconstruction",
-        overrides="method=admm reconstruction=sub_block prune=by_parts pattern.permutation_rounds=4",
         patterns=GROUPED,
     ),
 )

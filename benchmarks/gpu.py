@@ -41,11 +41,11 @@ SPARSEGPT = Method(
     update=SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=True),
 )
 POINTS: tuple[tuple[str, Method, Pattern, str], ...] = (
-    ("wanda", WANDA, Unstructured(sparsity=0.5, threshold="row"), "pruned"),
-    ("wanda", WANDA, Unstructured(sparsity=0.5, threshold="row"), "dense"),
+    ("wanda", WANDA, Unstructured(sparsity=0.5, comparison_group="row"), "pruned"),
+    ("wanda", WANDA, Unstructured(sparsity=0.5, comparison_group="row"), "dense"),
     ("wanda", WANDA, Nm(kept=2, group=4), "pruned"),
-    ("sparsegpt", SPARSEGPT, Unstructured(sparsity=0.5, threshold="matrix"), "pruned"),
-    ("sparsegpt", SPARSEGPT, Unstructured(sparsity=0.5, threshold="matrix"), "dense"),
+    ("sparsegpt", SPARSEGPT, Unstructured(sparsity=0.5, comparison_group="matrix"), "pruned"),
+    ("sparsegpt", SPARSEGPT, Unstructured(sparsity=0.5, comparison_group="matrix"), "dense"),
 )
 AGREEMENT = {"wanda": 0.999, "sparsegpt": 0.98}  # share of mask bits; sums in another order decide near-ties otherwise
 
@@ -83,11 +83,11 @@ def check(device: torch.device) -> None:
     with TemporaryDirectory() as scratch:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch, max_shard_size="100KB")
-        for name, method, threshold in (("wanda", WANDA, "row"), ("sparsegpt", SPARSEGPT, "matrix")):
+        for name, method, comparison_group in (("wanda", WANDA, "row"), ("sparsegpt", SPARSEGPT, "matrix")):
             model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32).eval()
             plain.prune(model, windows, plain.METHODS[name])
             decoder = Decoder(Checkpoint(Path(scratch)), torch.float32, device)
-            pattern = Unstructured(sparsity=0.5, threshold=threshold)
+            pattern = Unstructured(sparsity=0.5, comparison_group=comparison_group)
             blocks = list(run(decoder, windows, method, pattern, "pruned", batch=2))
             masks = {name: change.mask for block in blocks for name, change in block.changes.items()}
             same = sum(int((mask == (model.get_parameter(tensor).detach() != 0)).sum()) for tensor, mask in masks.items())

@@ -8,9 +8,9 @@ import torch
 
 from stages import config
 from stages.errors import ConfigError
+from stages.pruning import distributed
 from stages.pruning import method as methods
-from stages.pruning import ranks
-from stages.pruning.allocation import alphapruning, bounds_of_counts, filled_in, least_sum, meet_budget, owl
+from stages.pruning.allocation import alphapruning, bounds_of_counts, least_sum, meet_budget, owl
 from stages.pruning.block_loop import Plan
 from stages.pruning.distillation import Distillation
 from stages.pruning.journal import Journal
@@ -18,16 +18,14 @@ from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
 from stages.pruning.reconstruction import Reconstruction
 from stages.pruning.reordering import require_candidates
-from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
-from stages.streaming.architecture import Decoder, Matrix, Part
+from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
+from stages.streaming.architecture import Decoder, Matrix
 from stages.streaming.stream import Stream
 
 GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees errors
-MEASURED = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]  # at which it measures them, if it does
 RECONSTRUCTED: dict[str, list[str]] = {
     "none": [],
     "block": ["reconstructed"],
-    "sub_block": ["sub_block reconstruction"],
     "distilled": ["distilled"],
 }
 
@@ -67,10 +65,10 @@ def update_of(method: config.Method) -> methods.Update:
 def reconstruction_of(reconstruction: config.Reconstruct) -> Reconstruction | None:
     """What blocks learn one by one."""
     match reconstruction:
-        case config.SomeReconstruction(name=name, epochs=epochs, learning_rate=rate):
-            return Reconstruction(epochs=epochs, learning_rate=rate, toward_model=name == "block")
+        case config.BlockReconstruction(epochs=epochs, learning_rate=rate):
+            return Reconstruction(epochs=epochs, learning_rate=rate)
         case config.Distilled(block_epochs=epochs, block_learning_rate=rate) if epochs:
-            return Reconstruction(epochs=epochs, learning_rate=rate, toward_model=True)
+            return Reconstruction(epochs=epochs, learning_rate=rate)
         case _:
             return None
 
@@ -94,12 +92,11 @@ def label(method: config.Method, allocation: config.Allocation, reconstruction: 
         parts += [update]
     parts += [f"{allocation.name} allocation"] if allocation.name != "uniform" else []
     parts += RECONSTRUCTED[reconstruction.name]
-    parts += ["by parts"] if prune.by_parts else []
     parts += ["one pass"] if prune.propagate == "dense" else []
     return ", ".join(parts)
 
 
-def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> dict[str, Pattern]:
+def plan_patterns(decoder: Decoder, comparison_group: str, pattern: config.Pattern) -> dict[str, Pattern]:
     """The pattern of every matrix in scope, found to fit its shape before any weight is read.
 
     Raises:
@@ -114,7 +111,7 @@ def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> 
         if isinstance(pattern, config.Nm):
             patterns[matrix.name] = Nm(kept=pattern.kept, group=pattern.group)
         else:
-            patterns[matrix.name] = Unstructured(sparsity=pattern.sparsity, threshold=threshold)
+            patterns[matrix.name] = Unstructured(sparsity=pattern.sparsity, comparison_group=comparison_group)
         try:
             patterns[matrix.name].check(matrix.shape[1])
         except ValueError as error:
@@ -125,7 +122,7 @@ def plan_patterns(decoder: Decoder, threshold: str, pattern: config.Pattern) -> 
 def allocated(
     plan: Plan,
     decoder: Decoder,
-    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation | config.ErrorAllocation,
+    allocation: config.OwlAllocation | config.AlphaPruningAllocation | config.LossAllocation,
     pattern: Unstructured,
     windows: torch.Tensor,
     make_stream: Callable[[torch.Tensor], Stream],
@@ -143,15 +140,10 @@ def allocated(
         bounds_of_counts(sizes, pruned_count(sum(sizes), pattern.sparsity), allocation.lowest, allocation.highest)
         if isinstance(allocation, config.LossAllocation):
             few = first_of(windows, allocation.windows)
-            felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.threshold, allocation.row_floor))
+            felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.comparison_group, allocation.row_floor))
             counts = counts_by_loss([felt[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation)
-            if allocation.row_strength and pattern.threshold == "matrix":
+            if allocation.row_strength and pattern.comparison_group == "matrix":
                 rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
-        elif isinstance(allocation, config.ErrorAllocation):
-            few = first_of(windows, allocation.windows)
-            found = journal.survey(lambda: look_at_parts(make_stream(few), pattern.threshold))
-            parts = [part for index in range(len(decoder.blocks)) for part in decoder.parts(index)]
-            counts = counts_by_part(found["parts"].tolist(), parts, matrices, pattern.sparsity, allocation)
         else:
             found = journal.survey(lambda: look_at_blocks(allocation, decoder, windows, make_stream))
             counts = counts_by_block(found["blocks"].tolist(), decoder.matrices, pattern.sparsity, allocation)
@@ -165,7 +157,7 @@ def allocated(
 
 def first_of(windows: torch.Tensor, count: int) -> torch.Tensor:
     """So many, and at least one for each process."""
-    return windows[: max(count, ranks.count())]
+    return windows[: max(count, distributed.world_size())]
 
 
 def counts_by_block(
@@ -181,19 +173,6 @@ def counts_by_block(
     sizes = [matrix.size for block in matrices for matrix in block]
     budget = pruned_count(sum(sizes), sparsity)
     return meet_budget(wanted, sizes=sizes, budget=budget, lowest=allocation.lowest, highest=allocation.highest)
-
-
-def counts_by_part(
-    curves: list[list[float]], parts: list[Part], matrices: list[Matrix], sparsity: float | Fraction, allocation: config.ErrorAllocation
-) -> list[int]:
-    """Zeros of every matrix, the same share of all in a part, so that the errors measured of all parts add up to the least."""
-    sizes = [sum(matrix.size for matrix in part.matrices) for part in parts]
-    budget, bounds = pruned_count(sum(sizes), sparsity), {"lowest": allocation.lowest, "highest": allocation.highest}
-    finer = [filled_in([0.0, *curve], grid=[0.0, *MEASURED], finer=GRID) for curve in curves]
-    counts = least_sum(finer, grid=GRID, sizes=sizes, budget=budget, **bounds)
-    shares = {matrix.name: count / size for part, count, size in zip(parts, counts, sizes, strict=True) for matrix in part.matrices}
-    wanted = [shares[matrix.name] for matrix in matrices]
-    return meet_budget(wanted, sizes=[matrix.size for matrix in matrices], budget=budget, **bounds)
 
 
 def counts_by_loss(
@@ -217,22 +196,17 @@ def counts_by_loss(
     return counts
 
 
-def look_at_loss(stream: Stream, threshold: str, floor: float) -> dict[str, torch.Tensor]:
+def look_at_loss(stream: Stream, comparison_group: str, floor: float) -> dict[str, torch.Tensor]:
     """For every matrix its curve of expected losses and its rows' sensitivities, as the journal keeps them.
 
     An expert that no token chose has an empty curve, and rows that are alike.
     """
-    found = sensitivities(stream, GRID, threshold, floor)
+    found = sensitivities(stream, GRID, comparison_group, floor)
     kept: dict[str, torch.Tensor] = {}
     for matrix in (matrix for block in stream.decoder.matrices for matrix in block):
         felt = found.get(matrix.name) or Sensitivity(curve=[], rows=torch.ones(matrix.shape[0]))
         kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
     return kept
-
-
-def look_at_parts(stream: Stream, threshold: str) -> dict[str, torch.Tensor]:
-    """For every part of every block its curve of errors, as the journal keeps them."""
-    return {"parts": torch.tensor(part_errors(stream, MEASURED, threshold), dtype=torch.float64)}
 
 
 def look_at_blocks(

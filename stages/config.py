@@ -318,12 +318,12 @@ class Method:
 
     name: str
     score: Any
-    threshold: str  # who competes: the weights of an output row, or of the whole matrix
+    comparison_group: str  # who competes: the weights of an output row, or of the whole matrix
     update: Any
     damping: Damping
 
     def __post_init__(self) -> None:
-        require_one_of("method.threshold", self.threshold, ("row", "matrix"))
+        require_one_of("method.comparison_group", self.comparison_group, ("row", "matrix"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -410,7 +410,7 @@ class LossAllocation:
 
     name: str
     windows: int  # the first calibration windows, whose gradients are taken
-    row_strength: float  # power of what a row's errors cost by which rows compete, where they do (method.threshold = matrix)
+    row_strength: float  # power of what a row's errors cost by which rows compete, where they do (method.comparison_group = matrix)
     row_floor: float  # least cost of a row's errors, share of its matrix's mean
     lowest: float
     highest: float
@@ -422,21 +422,7 @@ class LossAllocation:
         require(self.windows > 0, "allocation.windows", self.windows, "at least 1")
 
 
-@dataclass(kw_only=True, slots=True)
-class ErrorAllocation:
-    """Parts of blocks, attention and MLP, whose pruning is found to change their block's output less are pruned more."""
-
-    name: str
-    windows: int  # the first calibration windows, on which errors are measured
-    lowest: float
-    highest: float
-
-    def __post_init__(self) -> None:
-        require_bounds(self.lowest, self.highest)
-        require(self.windows > 0, "allocation.windows", self.windows, "at least 1")
-
-
-Allocation = UniformAllocation | OwlAllocation | AlphaPruningAllocation | LossAllocation | ErrorAllocation
+Allocation = UniformAllocation | OwlAllocation | AlphaPruningAllocation | LossAllocation
 
 
 @dataclass(kw_only=True, slots=True)
@@ -447,11 +433,8 @@ class NoReconstruction:
 
 
 @dataclass(kw_only=True, slots=True)
-class SomeReconstruction:
-    """block: the survivors of each block learn to give the dense model's hidden states.
-
-    sub_block: those of each block, with prune.by_parts of attention and of the MLP apart, what it would give with dense weights.
-    """
+class BlockReconstruction:
+    """The kept weights of each block are trained to give the dense model's hidden states."""
 
     name: str
     epochs: int  # passes over the calibration windows
@@ -481,7 +464,7 @@ class Distilled:
         require(self.block_learning_rate > 0, "reconstruction.block_learning_rate", self.block_learning_rate, "more than 0")
 
 
-Reconstruct = NoReconstruction | SomeReconstruction | Distilled
+Reconstruct = NoReconstruction | BlockReconstruction | Distilled
 
 
 # prune, evaluation, publish: how the stages run
@@ -498,7 +481,6 @@ class Prune:
     device: str
     dtype: str  # of the block's arithmetic; statistics are float32 always
     micro_batch: int | None  # windows per forward pass
-    by_parts: bool  # whether a block's MLP is pruned after its attention, for what the pruned attention gives it
     propagate: str  # whose outputs the next block is pruned for: the pruned block's, or the dense one's
     error_tokens: int
     expert_tokens: int  # an expert that fewer calibration tokens chose is calibrated on a sample of all
@@ -564,10 +546,6 @@ class Evaluation:
 @dataclass(kw_only=True, slots=True)
 class Publish:
     name: str | None
-    watts: float
-
-    def __post_init__(self) -> None:
-        require(self.watts > 0, "publish.watts", self.watts, "more than 0 W")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -598,14 +576,13 @@ ALLOCATIONS = Choice(
         "uniform": UniformAllocation,
         "owl": OwlAllocation,
         "alphapruning": AlphaPruningAllocation,
-        "error": ErrorAllocation,
         "loss": LossAllocation,
     },
 )
 PATTERNS = Choice(key="name", options={"unstructured": Unstructured, "nm": Nm})
 RECONSTRUCTIONS = Choice(
     key="name",
-    options={"none": NoReconstruction, "block": SomeReconstruction, "sub_block": SomeReconstruction, "distilled": Distilled},
+    options={"none": NoReconstruction, "block": BlockReconstruction, "distilled": Distilled},
 )
 
 SECTIONS: dict[str, Choice | type] = {
@@ -666,19 +643,16 @@ def _check_together(sections: dict[str, Any]) -> None:
     for name in evaluation.tasks:
         require_one_of("evaluation.tasks", name, fetched)
     _check_method(sections["method"], sections["pattern"], sections["allocation"])
-    if isinstance(sections["allocation"], LossAllocation | ErrorAllocation):
+    if isinstance(sections["allocation"], LossAllocation):
         windows, wanted = sections["allocation"].windows, f"at most calibration.windows = {calibration.windows}"
         require(windows <= calibration.windows, "allocation.windows", windows, wanted)
-    name, by_parts = sections["reconstruction"].name, sections["prune"].by_parts
-    wanted = "none or sub_block with prune.by_parts = true: the dense model's hidden states are those of whole blocks"
-    require(not (by_parts and name in ("block", "distilled")), "reconstruction.name", name, wanted)
     if sections["prune"].propagate == "dense":
+        name = sections["reconstruction"].name
         require(name == "none", "reconstruction.name", name, "none with prune.propagate = dense: no block is run pruned")
-        require(not by_parts, "prune.by_parts", by_parts, "false with prune.propagate = dense: no block is run pruned")
 
 
 def _check_method(method: Method, pattern: Pattern, allocation: Allocation) -> None:
-    update, score, threshold = method.update, method.score.name, method.threshold
+    update, score, comparison_group = method.update, method.score.name, method.comparison_group
     if not isinstance(allocation, UniformAllocation):
         bounds = f"between allocation.lowest = {allocation.lowest:g} and allocation.highest = {allocation.highest:g}"
         require(allocation.lowest <= pattern.sparsity <= allocation.highest, "pattern.sparsity", pattern.sparsity, bounds)
@@ -691,7 +665,7 @@ def _check_method(method: Method, pattern: Pattern, allocation: Allocation) -> N
             wanted = f"a multiple of pattern.group = {pattern.group}"
             require(update.block_size % pattern.group == 0, "method.update.block_size", update.block_size, wanted)
     elif score == "wanda_variant":
-        require(threshold == "matrix", "method.threshold", threshold, "matrix with method.score.name = wanda_variant")
+        require(comparison_group == "matrix", "method.comparison_group", comparison_group, "matrix with method.score.name = wanda_variant")
     if isinstance(update, DsNoTUpdate):
         require(score != "obs", "method.score.name", score, "a score that needs no Gram matrix with method.update.name = dsnot")
 

@@ -81,7 +81,7 @@ def _is_full_disk(error: OSError | SafetensorError) -> bool:
     return any(f"(os error {number})" in str(error) for number in full)
 
 
-def require_room(path: Path, needed: int) -> None:
+def require_free_disk(path: Path, needed: int) -> None:
     """Refuse to start writing `needed` bytes at `path` where the disk has less.
 
     Raises:

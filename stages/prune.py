@@ -31,11 +31,11 @@ from stages.files import (
     SPARSE,
     read_json,
     replacing,
-    require_room,
+    require_free_disk,
     sha256,
     write_json,
 )
-from stages.pruning import ranks
+from stages.pruning import distributed
 from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
@@ -58,18 +58,17 @@ def main(
     prune: config.Prune,
 ) -> None:
     stopwatch = record.Stopwatch()
-    device = ranks.own(record.choose_device("prune.device", prune.device))
+    device = distributed.local_device(record.choose_device("prune.device", prune.device))
     dtype = record.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
     windows, windows_sha256 = calibration_windows(base)
     decoder = Decoder(base, dtype, device)
     plan = Plan(
         method=compose(method),
-        patterns=plan_patterns(decoder, method.threshold, pattern),
+        patterns=plan_patterns(decoder, method.comparison_group, pattern),
         propagate=prune.propagate,
         error_tokens=prune.error_tokens,
         expert_tokens=prune.expert_tokens,
-        by_parts=prune.by_parts,
         reconstruction=reconstruction_of(reconstruction),
         distillation=distillation_of(reconstruction, len(decoder.blocks)),
         permutation_rounds=pattern.permutation_rounds if isinstance(pattern, config.Nm) else None,
@@ -82,18 +81,17 @@ def main(
         "allocation": asdict(allocation),
         "reconstruction": asdict(reconstruction),
         "label": label(method, allocation, reconstruction, prune),
-        "by_parts": prune.by_parts,
         "propagate": prune.propagate,
         "calibration": windows_sha256,
     }
     with (
-        ranks.joined(device),
+        distributed.process_group(device),
         record.gpu_memory("prune.micro_batch", batch),
         opened(PRUNE_JOURNAL, fingerprint(base, recipe, prune, batch, device, dtype), base.fingerprint) as journal,
     ):
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             twice = delta_bytes(decoder, plan, plan.distillation.first) if plan.distillation else 0  # as pruned and as distilled
-            require_room(SPARSE, delta_bytes(decoder, plan) + twice - journal.size)
+            require_free_disk(SPARSE, delta_bytes(decoder, plan) + twice - journal.size)
         log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
         if journal.finished:
@@ -102,25 +100,25 @@ def main(
             decoder,
             plan,
             batch * windows.shape[1],
-            scores_blocks=isinstance(allocation, config.OwlAllocation | config.ErrorAllocation),
+            scores_blocks=isinstance(allocation, config.OwlAllocation),
             feels_loss=isinstance(allocation, config.LossAllocation),
         )
-        budget = max(0, memory_budget(prune.memory_budget) // ranks.local_count() - taken)
-        streams = 1 + plan.toward_model + (plan.distillation is not None)  # the pruned model's and its companions
+        budget = max(0, memory_budget(prune.memory_budget) // distributed.local_world_size() - taken)
+        streams = 1 + plan.learns + (plan.distillation is not None)  # the pruned model's and its companions
         make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.learns)
         if not isinstance(allocation, config.UniformAllocation):
-            spread = Unstructured(sparsity=pattern.sparsity, threshold=method.threshold)
+            spread = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
             plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
         stream = make_stream(windows)
         beside = Companions.of(stream, plan)
-        places = " and ".join(sorted({one.place for one in (stream, beside.dense, beside.entering) if one}))
-        log.info("%d windows a pass; hidden states are in %s", batch, places)
-        found = {"batch": batch, "processes": ranks.count(), "hidden_states": places, "resumed_after": journal.finished}
+        locations = " and ".join(sorted({one.location for one in (stream, beside.dense, beside.entering) if one}))
+        log.info("%d windows a pass; hidden states are in %s", batch, locations)
+        found = {"batch": batch, "processes": distributed.world_size(), "hidden_states": locations, "resumed_after": journal.finished}
         run_through(stream, plan, journal, beside)
         del stream  # nobody needs its hidden states any more
         distilled = learn_together(plan, journal, beside)
-        ranks.meet()  # nobody reads the journal any more
-        if ranks.rank() == 0:
+        distributed.barrier()  # nobody reads the journal any more
+        if distributed.rank() == 0:
             earlier = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
             found |= {"divergences": distilled.divergences} if distilled else {}
             write_results(journal, decoder, recipe, found | record.of_run(device, dtype, stopwatch, earlier), distilled)
@@ -151,7 +149,7 @@ def fingerprint(
     """All that shapes a block's outcome: what an interrupted run finished is taken over where these are the same."""
     how = {key: value for key, value in asdict(prune).items() if key not in ("memory_budget", "device")}  # these change no byte
     facts = {"base": base.fingerprint, "config": sha256(BASE / "config.json"), **recipe, "prune": how, "batch": batch}
-    facts |= {"processes": ranks.count(), "device": record.device_name(device), "dtype": str(dtype)}
+    facts |= {"processes": distributed.world_size(), "device": record.device_name(device), "dtype": str(dtype)}
     return facts | {"code": code_sha256(), "versions": record.versions()}
 
 
@@ -168,7 +166,7 @@ def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
     with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
         for block in prune_blocks(stream, plan, journal.changes, beside):
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 rows = [matrix_row(block, finished, plan.patterns) for finished in block.matrices]
                 behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
             bar.update()
@@ -179,14 +177,14 @@ def learn_together(plan: Plan, journal: Journal, beside: Companions) -> Distille
     if plan.distillation is None:
         return None
     assert beside.entering is not None and beside.dense is not None
-    ranks.meet()  # the first process has written the last block
+    distributed.barrier()  # the first process has written the last block
     show = partial(tqdm, desc="distilling", unit="step", disable=quiet())
     return distill(beside.entering, beside.dense.hidden, plan.distillation, journal.written, show)
 
 
 def quiet() -> bool | None:
     """No bar where nobody looks, nor from any process but the first."""
-    return True if ranks.rank() > 0 else None
+    return True if distributed.rank() > 0 else None
 
 
 def write_results(
@@ -215,15 +213,17 @@ def share_of(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
     Raises:
         ConfigError: there are fewer windows than processes.
     """
-    if len(windows) < ranks.count():
-        raise ConfigError(f"calibration.windows: found {len(windows)}, wanted at least one for each of {ranks.count()} processes")
-    shares = windows.tensor_split(ranks.count())
-    return shares[ranks.rank()], sum(map(len, shares[: ranks.rank()]))
+    if len(windows) < distributed.world_size():
+        raise ConfigError(
+            f"calibration.windows: found {len(windows)}, wanted at least one for each of {distributed.world_size()} processes"
+        )
+    shares = windows.tensor_split(distributed.world_size())
+    return shares[distributed.rank()], sum(map(len, shares[: distributed.rank()]))
 
 
 def code_sha256() -> str:
     """Of the code that decides what is pruned."""
-    files = sorted(file for room in ("pruning", "streaming", "checkpoint") for file in CODE.glob(f"{room}/**/*.py"))
+    files = sorted(file for package in ("pruning", "streaming", "checkpoint") for file in CODE.glob(f"{package}/**/*.py"))
     files += [CODE / "prune.py", CODE / "composition.py"]
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 

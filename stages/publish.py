@@ -25,7 +25,7 @@ from stages.files import (
     TEXT,
     read_json,
     replacing,
-    require_room,
+    require_free_disk,
     write_json,
 )
 from stages.release.card import default_name, write_card
@@ -42,7 +42,7 @@ def main(**sections: Any) -> None:
     recipe, results = delta.manifest["recipe"], read_results()
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
     name = sections["publish"].name or default_name(base.provenance["name"], recipe)
-    require_room(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
+    require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
     with replacing(RELEASE) as release:
         pack(base, delta, release)
         verified = verify(release, base, delta)
@@ -57,7 +57,6 @@ def main(**sections: Any) -> None:
             matrices=delta.manifest["matrices"],
             results=results,
             verified=verified,
-            watts=sections["publish"].watts,
         )
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)

@@ -52,7 +52,7 @@ def test_every_option_of_every_group_is_valid(path):
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_part_of_a_method_is_valid(path):
-    method = config.read(composed(f"method/{path.parent.name}={path.stem}", "method.threshold=matrix"))["method"]
+    method = config.read(composed(f"method/{path.parent.name}={path.stem}", "method.comparison_group=matrix"))["method"]
     part = getattr(method, path.parent.name)
     assert getattr(part, "name", path.stem) == path.stem
 
@@ -80,7 +80,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["pattern.sparsity=-0.1"], r"pattern.sparsity: found -0.1"),
         (["pattern=nm_2_4", "pattern.kept=4"], r"pattern.kept: found 4, wanted N in 1..3, below pattern.group"),
         (["method.score.name=guess"], "method.score.name: found 'guess', wanted one of magnitude, wanda"),
-        (["method.threshold=column"], "method.threshold: found 'column', wanted one of row, matrix"),
+        (["method.comparison_group=column"], "method.comparison_group: found 'column', wanted one of row, matrix"),
         (["method.update.name=guess"], "method.update.name: found 'guess', wanted one of none, sparsegpt, least_squares"),
         (["pattern.name=guess"], "pattern.name: found 'guess', wanted one of unstructured, nm"),
         (["allocation.name=guess"], "allocation.name: found 'guess', wanted one of uniform, owl"),
@@ -184,8 +184,8 @@ def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowes
     [
         (["pattern=nm_2_4", "allocation=owl"], "allocation.name: found 'owl', wanted uniform: with pattern.name = nm every matrix is 2:4"),
         (
-            ["method=wanda_variant", "method.threshold=row"],
-            "method.threshold: found 'row', wanted matrix with method.score.name = wanda_variant",
+            ["method=wanda_variant", "method.comparison_group=row"],
+            "method.comparison_group: found 'row', wanted matrix with method.score.name = wanda_variant",
         ),
         (
             ["method=dsnot", "method/score=obs"],
@@ -208,7 +208,7 @@ def test_a_method_that_does_not_fit_its_pattern_or_allocation_is_refused(overrid
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["method=wanda_variant", "method.threshold=row", "pattern=nm_2_4"],  # groups compete, whatever the threshold
+        ["method=wanda_variant", "method.comparison_group=row", "pattern=nm_2_4"],  # groups compete, whatever the comparison_group
         ["method=sparsegpt", "method.update.block_size=100"],
         ["allocation=loss"],
         ["method=dsnot", "method/score=ria"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import SparsesweepError
-from stages.files import replacing, require_room, write_json
+from stages.files import replacing, require_free_disk, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path):
 
 def test_too_little_room_is_said_with_both_numbers(tmp_path):
     with pytest.raises(SparsesweepError, match=r"free on its disk, wanted 1000000000.00 GB"):
-        require_room(tmp_path / "not/there/yet", 10**18)
+        require_free_disk(tmp_path / "not/there/yet", 10**18)
 
 
 FILL = """

@@ -15,7 +15,7 @@ from tests.test_config import composed
 
 def configured(method: str) -> config.Method:
     """A preset of conf/method."""
-    return config.read(composed(f"method={method}", "method.threshold=matrix"))["method"]
+    return config.read(composed(f"method={method}", "method.comparison_group=matrix"))["method"]
 
 
 @pytest.fixture()
@@ -34,7 +34,7 @@ def test_columns_that_m_does_not_divide_name_the_matrix_before_any_weight_is_rea
 def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
     patterns = composition.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.3))
     assert len(patterns) == 21
-    assert set(patterns.values()) == {Unstructured(sparsity=0.3, threshold="row")}
+    assert set(patterns.values()) == {Unstructured(sparsity=0.3, comparison_group="row")}
     assert all(".layers." in name for name in patterns)
 
 
@@ -44,7 +44,7 @@ def test_a_methods_composition_is_what_its_configuration_says():
     assert composition.compose(configured("swaps_least_squares")).update == SwapAndRefit(
         damping=0.01, cycles=25, candidates=16, refit_steps=20
     )
-    assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, threshold=0.00005)
+    assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, comparison_group=0.00005)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("none", None), ("block", True), ("sub_block", False), ("distilled", True)])

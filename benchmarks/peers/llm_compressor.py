@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 SPARSITY = 0.5
-TOLERANCE = 0.001  # its SparseGPT drops `score <= threshold`: one weight too many in each block of 128 columns, and ties
+TOLERANCE = 0.001  # its SparseGPT drops `score <= comparison_group`: one weight too many in each block of 128 columns, and ties
 METHODS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 
 

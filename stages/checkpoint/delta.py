@@ -91,7 +91,7 @@ def read_block(path: Path) -> dict[str, Change]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return {name: _read_change(path, name, *place) for name, place in _block_index(path).items()}
+    return {name: _read_change(path, name, *stored) for name, stored in _block_index(path).items()}
 
 
 Stored = tuple[tuple[int, ...], frozenset[str]]  # a matrix's shape, and what is stored of it beside the mask
@@ -142,18 +142,18 @@ class SparseDelta:
             raise CheckpointError(f"{directory}: a delta of base {self.manifest['base'][:12]}, wanted one of base {base[:12]}")
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Path, tuple[int, ...], frozenset[str]]]:
+    def _stored(self) -> dict[str, tuple[Path, tuple[int, ...], frozenset[str]]]:
         paths = [self.directory / shard for shard in self.manifest["shards"]]
-        return {name: (path, *place) for path in paths for name, place in _block_index(path).items()}
+        return {name: (path, *stored) for path in paths for name, stored in _block_index(path).items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._stored
 
     def change(self, name: str) -> Change:
-        return _read_change(self._places[name][0], name, *self._places[name][1:])
+        return _read_change(self._stored[name][0], name, *self._stored[name][1:])
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as the pruned model has it; a tensor out of scope comes back as it is."""

@@ -19,7 +19,7 @@ from stages.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ParameterSlice:
     """A tensor of the checkpoint as a part of a parameter or buffer.
 
     name: of the parameter, in the model.
@@ -37,8 +37,8 @@ class Place:
         return part if self.rows is None else part[slice(*self.rows)]
 
 
-def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Place]:
-    """Where every tensor of the checkpoint belongs: its name -> place; without those that transformers knows to ignore.
+def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, ParameterSlice]:
+    """Where every tensor of the checkpoint belongs: its name -> parameter_slice; without those that transformers knows to ignore.
 
     Args:
         model: may be without weights.
@@ -55,9 +55,9 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Pla
                 raise CheckpointError(f"{checkpoint.directory} does not fit {type(model).__name__}: tensor {name} is not the model's")
             del targets[name]
     heights = {target: checkpoint.shape(name)[0] for name, target in targets.items() if target.expert is not None}
-    places = {name: _place(target, heights) for name, target in targets.items()}
-    _require_whole(model, checkpoint, shapes, places)
-    return places
+    slices = {name: _slice(target, heights) for name, target in targets.items()}
+    _require_whole(model, checkpoint, shapes, slices)
+    return slices
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
@@ -94,11 +94,11 @@ def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, t
     return targets
 
 
-def _place(target: _Target, heights: dict[_Target, int]) -> Place:
+def _slice(target: _Target, heights: dict[_Target, int]) -> ParameterSlice:
     if target.expert is None:
-        return Place(name=target.name)
+        return ParameterSlice(name=target.name)
     first = sum(heights.get(target._replace(part=before), 0) for before in range(target.part))
-    return Place(name=target.name, expert=target.expert, rows=(first, first + heights[target]))
+    return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + heights[target]))
 
 
 def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverter) -> None:
@@ -117,16 +117,20 @@ def _ignored(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _require_whole(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], places: dict[str, Place]) -> None:
+def _require_whole(
+    model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], slices: dict[str, ParameterSlice]
+) -> None:
     """Every parameter is filled, and by tensors of its own shape."""
     where, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)
-    for name, place in places.items():
-        parameter = torch.empty(shapes[place.name], device="meta")
-        inside = place.expert is None or (place.expert < len(parameter) and (place.rows is None or place.rows[1] <= parameter.shape[1]))
-        wanted = tuple(place.of(parameter).shape) if inside else shapes[place.name]
+    for name, parameter_slice in slices.items():
+        parameter = torch.empty(shapes[parameter_slice.name], device="meta")
+        inside = parameter_slice.expert is None or (
+            parameter_slice.expert < len(parameter) and (parameter_slice.rows is None or parameter_slice.rows[1] <= parameter.shape[1])
+        )
+        wanted = tuple(parameter_slice.of(parameter).shape) if inside else shapes[parameter_slice.name]
         if checkpoint.shape(name) != wanted:
             raise CheckpointError(f"{where}: {name} is {checkpoint.shape(name)}, wanted {wanted}")
-        filled[place.name] += torch.Size(wanted).numel()
+        filled[parameter_slice.name] += torch.Size(wanted).numel()
     buffers = {name for name, _ in model.named_buffers()}
     for name in sorted(set(shapes) - tied_names(model) - buffers):
         if filled[name] < torch.Size(shapes[name]).numel():

@@ -21,7 +21,7 @@ from stages.errors import CheckpointError
 
 
 def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that config.json describes, without weights (on the meta device), its computed buffers in place.
+    """The model that config.json describes, without weights (on the meta device), its computed buffers in target.
 
     Raises:
         CheckpointError: transformers knows no decoder language model of this type.
@@ -83,11 +83,11 @@ def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtyp
     """
     model = empty_model(base.directory, dtype)
     filled: dict[str, torch.Tensor] = {}
-    for name, place in read_layout(model, base).items():
-        if place.name not in filled:
-            filled[place.name] = materialize(model, place.name, dtype=parameter_dtype(model, place.name, dtype), device=device)
+    for name, target in read_layout(model, base).items():
+        if target.name not in filled:
+            filled[target.name] = materialize(model, target.name, dtype=parameter_dtype(model, target.name, dtype), device=device)
         tensor = base.tensor(name)
-        place.of(filled[place.name]).copy_(tensor if delta is None else delta.apply(name, tensor))
+        target.of(filled[target.name]).copy_(tensor if delta is None else delta.apply(name, tensor))
     model.tie_weights()
     if (base.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.directory)

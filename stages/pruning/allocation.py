@@ -165,7 +165,7 @@ def alphapruning(exponents: list[float], *, sparsity: float, strength: float) ->
     return [sparsity * ratio / mean for ratio in ratios]
 
 
-def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold: str) -> list[float]:
+def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], comparison_group: str) -> list[float]:
     """Foresee the squared output error of pruning a matrix, from its scores alone.
 
     E(s) = sum_{ij pruned} S_ij^2 = ||(W - W') X||^2     # the latter if the inputs are uncorrelated
@@ -173,7 +173,7 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold:
     Args:
         squared_scores: [rows, columns], float32, finite, 0 or more: S_ij^2 = W_ij^2 ||X_j||^2, see scores.wanda.
         grid: fractions of zeros, ascending, 0 to 1.
-        threshold: "row" if the weights of an output row compete, "matrix" if all do.
+        comparison_group: "row" if the weights of an output row compete, "matrix" if all do.
 
     Returns:
         E at each point of the grid, ascending, in the unit of the squared scores.
@@ -184,33 +184,10 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], threshold:
     _ascending(grid)
     if not math.isfinite(squared_scores.sum(dtype=torch.float64)):
         raise ValueError("found a score that is NaN or infinite, wanted finite scores")
-    competing = squared_scores if threshold == "row" else squared_scores.reshape(1, -1)
+    competing = squared_scores if comparison_group == "row" else squared_scores.reshape(1, -1)
     ends = [pruned_count(competing.shape[1], sparsity) for sparsity in grid]
     parts = _ascending_rows(competing).tensor_split(ends, dim=1)[:-1]
     return list(accumulate(float(part.sum(dtype=torch.float64)) for part in parts))
-
-
-def filled_in(curve: list[float], *, grid: list[float], finer: list[float]) -> list[float]:
-    """Guess a curve of squared errors between the sparsities at which it was measured: its root is taken as linear there.
-
-    E(s) = ((1 - t) E(a)^(1/2) + t E(b)^(1/2))^2,  s = (1 - t) a + t b      # convex between measurements, as such errors are
-
-    Args:
-        curve: E at each point of the grid, 0 or more.
-        grid: fractions of zeros, ascending, 0 to 1, 2 or more. finer: likewise, from the grid's first to its last.
-
-    Returns:
-        E at each point of `finer`.
-
-    Raises:
-        ValueError: a grid does not ascend, or the finer one leaves the other.
-    """
-    _ascending(grid)
-    _ascending(finer)
-    if not grid[0] <= finer[0] <= finer[-1] <= grid[-1]:
-        raise ValueError(f"found a finer grid from {finer[0]} to {finer[-1]}, wanted one from {grid[0]} to {grid[-1]} at most")
-    roots = [(sparsity, math.sqrt(error)) for sparsity, error in zip(grid, curve, strict=True)]
-    return [_interpolated(roots, sparsity) ** 2 for sparsity in finer]
 
 
 def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
@@ -269,11 +246,11 @@ def least_sum(curves: list[list[float]], *, grid: list[float], sizes: list[int],
         while last < len(segments) and math.isclose(segments[last][0], segments[first][0], rel_tol=SAME_SLOPE):
             last += 1
         tied = segments[first:last]
-        room = math.fsum(length for _, length, _ in tied)
-        taken = min(1.0, left / room)
+        available = math.fsum(length for _, length, _ in tied)
+        taken = min(1.0, left / available)
         for _, length, matrix in tied:
             counts[matrix] = min(counts[matrix] + taken * length, most[matrix])
-        left, first = left - taken * room, last
+        left, first = left - taken * available, last
     return _whole(counts, budget)
 
 

@@ -18,16 +18,16 @@ from torch import nn
 
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
-from stages.pruning import ranks
-from stages.pruning.couplings import Coupling
+from stages.pruning import distributed
 from stages.pruning.distillation import Distillation
 from stages.pruning.method import Method, Pruned
 from stages.pruning.observer import Inputs, Observer, watch
 from stages.pruning.patterns import Pattern
-from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
-from stages.pruning.reordering import STAYS, Order, find_orders, proven_couplings
-from stages.streaming.architecture import Decoder, Matrix, Part
-from stages.streaming.stream import Stream, read_ahead, room
+from stages.pruning.permutation_groups import PermutationGroup
+from stages.pruning.reconstruction import Reconstruction, reconstruct
+from stages.pruning.reordering import STAYS, Order, find_orders, proven_permutation_groups
+from stages.streaming.architecture import Decoder, Matrix, run_block
+from stages.streaming.stream import Stream, read_ahead
 
 ROWS_AT_ONCE = 2048  # of a matrix whose error is measured
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
@@ -70,8 +70,7 @@ class Plan:
     error_tokens: about how many calibration tokens the relative error is measured on, evenly spread; for an
         expert the first eighth of that number that chose it.
     expert_tokens: an expert that fewer tokens chose is calibrated on the sample of all tokens.
-    by_parts: whether attention and MLP are pruned one after the other, the MLP for what the pruned attention gives it.
-    reconstruction: what the survivors of each part learn in the end, or None.
+    reconstruction: how the kept weights of each block are trained in the end, or None.
     distillation: what the survivors of the last blocks learn together when all blocks are pruned, or None; those blocks are
         not reconstructed.
     permutation_rounds: how often a column is tried in other groups of N:M, see permutations; None: columns stay in place.
@@ -84,15 +83,12 @@ class Plan:
     propagate: str
     error_tokens: int
     expert_tokens: int
-    by_parts: bool = False
     reconstruction: Reconstruction | None = None
     distillation: Distillation | None = None
     permutation_rounds: int | None = None
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.reconstruction and self.reconstruction.toward_model and self.by_parts:
-            raise ValueError("a reconstruction toward the dense model wants whole blocks")
         if self.learns and self.propagate != "pruned":
             raise ValueError("survivors that learn want blocks that are run pruned")
 
@@ -105,11 +101,6 @@ class Plan:
     def moves(self) -> bool:
         """Whether survivors change."""
         return self.method.moves or self.learns
-
-    @property
-    def toward_model(self) -> bool:
-        """Whether survivors learn what the dense model has, so that it runs beside the pruned one."""
-        return self.distillation is not None or (self.reconstruction is not None and self.reconstruction.toward_model)
 
     def reconstruction_in(self, index: int) -> Reconstruction | None:
         """What a block learns alone."""
@@ -132,9 +123,9 @@ class Companions:
         """Those that a plan wants; made before the first block.
 
         Raises:
-            SparsesweepError: no room for a file of hidden states.
+            SparsesweepError: no disk space for a file of hidden states.
         """
-        return cls(dense=stream.twin() if plan.toward_model else None, entering=stream.twin() if plan.distillation else None)
+        return cls(dense=stream.clone() if plan.learns else None, entering=stream.clone() if plan.distillation else None)
 
 
 def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
@@ -199,24 +190,19 @@ def prune_blocks(
 
 
 def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, dense: Stream | None) -> PrunedBlock:
-    """Part after part, or all of it at once; dense: what the dense model makes of the windows, up to and with this block."""
+    """dense: the dense model's hidden states, up to and with this block."""
     decoder = stream.decoder
-    parts = decoder.parts(index) if plan.by_parts else [decoder.whole(index)]
-    couplings, settled = _couplings(stream, plan, index, block), {}
-    for part in parts:
-        observer, outputs = _observe(stream, plan, index, block, part)
-        targets = dense.hidden if outputs is None and dense is not None else outputs
-        reconstruction = plan.reconstruction_in(index)
-        within = [one for one in couplings if all(matrix in part.matrices for matrix in (one.consumer, *one.producers))]
-        orders = _orders(decoder, plan, block, observer, within)
-        found = _prune_part(decoder, plan, block, part, observer, orders, follows=reconstruction is not None)
-        if reconstruction and targets is not None:
-            masks, values = _parameters(block, found)
-            reconstruct(stream, index, block, part.path, masks, values, targets, reconstruction)
-            for one in found:
-                _take_over(decoder, block, one, values)
-        settled.update({one.finished.matrix.name: one for one in found})
-        del outputs, targets  # before the next part's are made
+    groups = _permutation_groups(stream, plan, index, block)
+    observer = _observe(stream, plan, index, block)
+    reconstruction = plan.reconstruction_in(index)
+    orders = _orders(decoder, plan, block, observer, groups)
+    found = _prune_matrices(decoder, plan, index, block, observer, orders, follows=reconstruction is not None)
+    if reconstruction and dense is not None:
+        masks, values = _parameters(block, found)
+        reconstruct(stream, index, block, masks, values, dense.hidden, reconstruction)
+        for one in found:
+            _take_over(decoder, block, one, values)
+    settled = {one.finished.matrix.name: one for one in found}
     changes: dict[str, list[tuple[int | None, Change]]] = {}
     for matrix in decoder.matrices[index]:
         changes.setdefault(matrix.tensor, []).append((matrix.expert, settled[matrix.name].change))
@@ -244,39 +230,29 @@ class _Settled:
     expected: torch.Tensor | None = None
 
 
-def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module, part: Part) -> tuple[Observer, torch.Tensor | None]:
-    """All windows through a block up to the inputs of a part's last layer; in dense propagation the block's outputs go on.
-
-    Returns:
-        What the part's layers read and, where a reconstruction toward them follows, the part's outputs, [windows, tokens, width].
-    """
-    observer = watch(stream, block, part.layers, plan.method.statistic, plan.error_tokens)
+def _observe(stream: Stream, plan: Plan, index: int, block: nn.Module) -> Observer:
+    """All windows through a block up to the inputs of its last layer; in dense propagation the block's outputs go on."""
+    observer = watch(stream, block, stream.decoder.layers(index), plan.method.statistic, plan.error_tokens)
     passing_on = plan.propagate == "dense" and index < len(stream.decoder.blocks) - 1
-    reconstruction, outputs = plan.reconstruction_in(index), None
-    if reconstruction and not reconstruction.toward_model:
-        outputs, _ = room(tuple(stream.hidden.shape), stream.hidden.dtype, stream.budget, stream.scratch)
     for where, hidden, call in stream.parts(index):
-        path = part.path if outputs is not None else ""
-        output = observer.run(hidden, partial(part_output, block, path, call=call), stop=outputs is None and not passing_on)
-        if output is not None and outputs is not None:
-            outputs[where] = output.view_as(hidden)
-        elif output is not None and passing_on:
+        output = observer.run(hidden, partial(run_block, block, call=call), stop=not passing_on)
+        if output is not None and passing_on:
             stream.put(where, output)
     stream.require_finite(index)
     observer.finish(plan.expert_tokens)
-    return observer, outputs
+    return observer
 
 
 def _parameters(block: nn.Module, found: list[_Settled]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The masks and the survivors' values of all matrices of a part, in the shape of the block's parameters, by their names."""
+    """The masks and the survivors' values of all matrices of a block, in the shape of the block's parameters, by their names."""
     masks: dict[str, torch.Tensor] = {}
     values: dict[str, torch.Tensor] = {}
     for one in found:
-        matrix, parameter = one.finished.matrix, block.get_parameter(one.finished.matrix.place.name)
+        matrix, parameter = one.finished.matrix, block.get_parameter(one.finished.matrix.parameter_slice.name)
         for whole, part in ((masks, one.mask), (values, one.values)):
             assert part is not None
             empty = torch.zeros(parameter.shape, dtype=part.dtype, device=parameter.device)
-            matrix.part_of(whole.setdefault(matrix.place.name, empty)).copy_(part)
+            matrix.part_of(whole.setdefault(matrix.parameter_slice.name, empty)).copy_(part)
     return masks, values
 
 
@@ -284,40 +260,42 @@ def _take_over(decoder: Decoder, block: nn.Module, one: _Settled, found: dict[st
     """Make what reconstruction found the matrix's outcome, rounded to the checkpoint's dtype in the block and in the change."""
     assert one.sample is not None and one.expected is not None
     matrix, stored = one.finished.matrix, decoder.checkpoint.dtype(one.finished.matrix.tensor)
-    values = matrix.part_of(found[matrix.place.name]).to(stored).float().masked_fill(~one.mask, 0)
+    values = matrix.part_of(found[matrix.parameter_slice.name]).to(stored).float().masked_fill(~one.mask, 0)
     if not torch.isfinite(values).all():
         raise PruningError(f"layer {matrix.name}: found NaN or infinity after its reconstruction in {stored}, wanted finite weights")
     matrix.of(block).copy_(values)
     one.change = _change(matrix, Pruned(mask=one.mask, values=values), one.order, stored)
     lost = torch.linalg.vector_norm(one.sample @ values.T - one.expected).double().square().cpu()
     total = torch.linalg.vector_norm(one.expected).double().square().cpu()
-    one.finished.relative_error = relative_error(*ranks.all_sum(torch.stack([lost, total])).tolist())
+    one.finished.relative_error = relative_error(*distributed.all_reduce(torch.stack([lost, total])).tolist())
 
 
-def _couplings(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[Coupling]:
+def _permutation_groups(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[PermutationGroup]:
     if plan.permutation_rounds is None:
         return []
     _, part, call = next(stream.parts(index))
-    return proven_couplings(stream.decoder, index, block, part, call)
+    return proven_permutation_groups(stream.decoder, index, block, part, call)
 
 
-def _orders(decoder: Decoder, plan: Plan, block: nn.Module, observer: Observer, couplings: list[Coupling]) -> dict[str, Order]:
+def _orders(
+    decoder: Decoder, plan: Plan, block: nn.Module, observer: Observer, permutation_groups: list[PermutationGroup]
+) -> dict[str, Order]:
     """By matrix name; the consumers' inputs are reordered."""
     if plan.permutation_rounds is None:
         return {}
     readers = Counter(observer.leader.values())  # of each distinct input
-    alone = [coupling for coupling in couplings if (layer := coupling.consumer.layer) in observer.inputs and readers[layer] == 1]
-    inputs = {coupling.consumer.name: observer.inputs[coupling.consumer.layer] for coupling in alone}
-    weights = {coupling.consumer.name: decoder.stored(coupling.consumer, block) for coupling in alone}
+    alone = [group for group in permutation_groups if (layer := group.consumer.layer) in observer.inputs and readers[layer] == 1]
+    inputs = {group.consumer.name: observer.inputs[group.consumer.layer] for group in alone}
+    weights = {group.consumer.name: decoder.stored(group.consumer, block) for group in alone}
     return find_orders(alone, weights, inputs, plan.patterns, plan.method.score, plan.permutation_rounds)
 
 
-def _prune_part(
-    decoder: Decoder, plan: Plan, block: nn.Module, part: Part, observer: Observer, orders: dict[str, Order], follows: bool
+def _prune_matrices(
+    decoder: Decoder, plan: Plan, index: int, block: nn.Module, observer: Observer, orders: dict[str, Order], follows: bool
 ) -> list[_Settled]:
     """Choose and update, matrix by matrix; follows: whether a reconstruction does, which wants to know where to start from."""
     by_layer: dict[Any, list[Matrix]] = {}
-    for matrix in part.matrices:
+    for matrix in decoder.matrices[index]:
         by_layer.setdefault(matrix.layer, []).append(matrix)
     unseen = [matrices[0].name for layer, matrices in by_layer.items() if layer not in observer.leader]
     if unseen:
@@ -340,7 +318,7 @@ def _settle(
         order, stored = orders.get(matrix.name, STAYS), decoder.checkpoint.dtype(matrix.tensor)
         expected = sample @ weight.T if follows else None
         target = matrix.of(block) if plan.propagate == "pruned" else None
-        lost, total = ranks.all_sum(_replace(weight, outcome, stored, target, sample)).tolist()
+        lost, total = distributed.all_reduce(_replace(weight, outcome, stored, target, sample)).tolist()
         if not math.isfinite(lost + total):
             raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
         finished = Finished(
@@ -367,7 +345,7 @@ def _outcomes(decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[G
     def weights_of(matrices: list[Matrix]) -> list[torch.Tensor]:
         return [orders.get(matrix.name, STAYS).of(decoder.stored(matrix, block)) for matrix in matrices]
 
-    if ranks.count() == 1:  # one after another: a group's statistic goes before the next is factored
+    if distributed.world_size() == 1:  # one after another: a group's statistic goes before the next is factored
         for inputs, matrices in groups:
             weights = weights_of(matrices)
             yield inputs, matrices, weights, _solve(plan, inputs, matrices, weights)
@@ -376,10 +354,10 @@ def _outcomes(decoder: Decoder, plan: Plan, block: nn.Module, groups: Iterator[G
     own = {
         number: _solve(plan, inputs, matrices, weights_of(matrices))
         for number, (inputs, matrices) in everyones
-        if number % ranks.count() == ranks.rank()
+        if number % distributed.world_size() == distributed.rank()
     }
     for number, (inputs, matrices) in everyones:
-        weights, owner = weights_of(matrices), number % ranks.count()
+        weights, owner = weights_of(matrices), number % distributed.world_size()
         yield inputs, matrices, weights, [_shared(own.get(number, [])[i:], weight, plan, owner) for i, weight in enumerate(weights)]
 
 
@@ -414,8 +392,10 @@ def _shared(own: list[Pruned], weight: torch.Tensor, plan: Plan, owner: int) -> 
     values = own[0].values if own else torch.empty(shape, dtype=torch.float32, device=device) if plan.method.moves else None
     if values is not None:
         values = values.contiguous()
-        ranks.share(values, owner)
-    return Pruned(mask=ranks.share(mask, owner).bool(), values=values, damping=ranks.share(damping, owner).item() or None)
+        distributed.broadcast(values, owner)
+    return Pruned(
+        mask=distributed.broadcast(mask, owner).bool(), values=values, damping=distributed.broadcast(damping, owner).item() or None
+    )
 
 
 def _change(matrix: Matrix, outcome: Pruned, order: Order, stored: torch.dtype) -> Change:

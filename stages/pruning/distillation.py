@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
-from stages.pruning import ranks
+from stages.pruning import distributed
 from stages.pruning.reconstruction import BETAS, schedule
 from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, run_block
 from stages.streaming.stream import Stream, read_ahead
@@ -99,8 +99,8 @@ class _Learner:
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.others = {name: tensor for name, tensor in tensors.items() if name not in changes}
-        self.places = stream.take_room((sum(self.counts),), torch.int32 if sum(self.sizes) < 2**31 else torch.int64)
-        self.survivors, first_moment, second_moment = stream.take_room((3, sum(self.counts)), torch.float32).zero_()
+        self.places = stream.host_buffer((sum(self.counts),), torch.int32 if sum(self.sizes) < 2**31 else torch.int64)
+        self.survivors, first_moment, second_moment = stream.host_buffer((3, sum(self.counts)), torch.float32).zero_()
         parts = zip(self.places.split(self.counts), self.survivors.split(self.counts), self._starts(), changes.items(), strict=True)
         for places, survivors, start, (name, change) in parts:
             places.copy_(change.mask.flatten().nonzero()[:, 0] + start)
@@ -130,8 +130,8 @@ class _Learner:
         whole = torch.empty(sum(self.sizes))
         gradients = self._by_tensor(whole)
         for matrix in self.decoder.matrices[self.index]:
-            matrix.stored_in(gradients[matrix.tensor]).copy_(matrix.part_of(by_parameter[matrix.place.name]))
-        self.survivors.grad = ranks.mean(whole.index_select(0, self.places))
+            matrix.stored_in(gradients[matrix.tensor]).copy_(matrix.part_of(by_parameter[matrix.parameter_slice.name]))
+        self.survivors.grad = distributed.all_reduce_mean(whole.index_select(0, self.places))
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
         self.survivors.grad = None
@@ -165,7 +165,7 @@ def _step(stream: Stream, window: int, target: torch.Tensor, learners: list[_Lea
             entered.append(run_block(block, entered[-1], stream.calls[1][learner.index]))
     for learner in reversed(learners):
         with learner.loaded() as block:
-            names = list(dict.fromkeys(matrix.place.name for matrix in stream.decoder.matrices[learner.index]))
+            names = list(dict.fromkeys(matrix.parameter_slice.name for matrix in stream.decoder.matrices[learner.index]))
             parameters = [block.get_parameter(name).requires_grad_() for name in names]
             hidden = entered.pop().detach().requires_grad_()
             with torch.enable_grad():
@@ -174,7 +174,7 @@ def _step(stream: Stream, window: int, target: torch.Tensor, learners: list[_Lea
                 divergence, gradient = divergence_and_gradient(stream.decoder, output.detach(), target)
             gradient, *found = torch.autograd.grad(output, [hidden, *parameters], gradient, materialize_grads=True)
             learner.learn(dict(zip(names, found, strict=True)), rate)
-    return float(ranks.mean(divergence))
+    return float(distributed.all_reduce_mean(divergence))
 
 
 def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

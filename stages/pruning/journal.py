@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.errors import SparsesweepError
 from stages.files import full_disk, read_json, remove, sha256, write_json
-from stages.pruning import ranks
+from stages.pruning import distributed
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,14 @@ class Journal:
     def survey(self, look: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What an interrupted run had learned before its first block, else what `look` gives now, kept for the next run."""
         path, started = self.directory / "survey.safetensors", time.perf_counter()
-        if ranks.share(torch.tensor(int(path.is_file())), 0):
+        if distributed.broadcast(torch.tensor(int(path.is_file())), 0):
             with safe_open(path, framework="pt") as file:
                 self.surveyed = float(file.metadata()["seconds"])
                 return {name: file.get_tensor(name) for name in sorted(file.keys())}
-        found = {name: ranks.share(tensor.contiguous(), 0) for name, tensor in sorted(look().items())}  # to the last bit in every process
-        if ranks.rank() == 0:
+        found = {
+            name: distributed.broadcast(tensor.contiguous(), 0) for name, tensor in sorted(look().items())
+        }  # to the last bit in every process
+        if distributed.rank() == 0:
             with full_disk(self.directory, "nothing was pruned"):
                 part = path.with_suffix(".part")
                 save_file(found, part, metadata={"seconds": str(time.perf_counter() - started)})
@@ -123,8 +125,8 @@ def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[
     Raises:
         SparsesweepError: another run is using it.
     """
-    if ranks.rank() > 0:
-        yield Journal(directory, base, int(ranks.share(torch.tensor(0), 0)))
+    if distributed.rank() > 0:
+        yield Journal(directory, base, int(distributed.broadcast(torch.tensor(0), 0)))
         return
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
@@ -132,7 +134,7 @@ def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[
         _lock(lock, directory)
         _require_fingerprint(directory, fingerprint)
         journal = Journal(directory, base)
-        ranks.share(torch.tensor(journal.finished), 0)
+        distributed.broadcast(torch.tensor(journal.finished), 0)
         yield journal
         remove(directory)
     finally:

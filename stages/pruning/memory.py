@@ -81,9 +81,9 @@ def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
 
 def _channels(matrices: list[Matrix]) -> int:
     """How many numbers a block's matrices read and give for a token, of a mixture's experts those that it chooses."""
-    experts = {matrix.place.expert for matrix in matrices} - {None}
+    experts = {matrix.parameter_slice.expert for matrix in matrices} - {None}
     chosen = min(1.0, EXPERTS_CHOSEN / max(1, len(experts)))
-    return math.ceil(sum(sum(matrix.shape) * (1 if matrix.place.expert is None else chosen) for matrix in matrices))
+    return math.ceil(sum(sum(matrix.shape) * (1 if matrix.parameter_slice.expert is None else chosen) for matrix in matrices))
 
 
 def _block_weights(decoder: Decoder, index: int) -> int:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from stages.errors import PruningError
-from stages.pruning.ranks import all_sum
+from stages.pruning.distributed import all_reduce
 from stages.pruning.statistics import Statistic
 from stages.streaming.architecture import Layer
 from stages.streaming.stream import Stream
@@ -170,7 +170,7 @@ class Observer:
         With None experts are taken as they come, and one that no token chose is left out.
         """
         counts = torch.tensor([self.inputs[layer].tokens if layer in self.inputs else 0 for layer in self.layers])
-        for layer, count in zip(self.layers, all_sum(counts).tolist(), strict=True):
+        for layer, count in zip(self.layers, all_reduce(counts).tolist(), strict=True):
             if layer.expert is not None:
                 self._settle(layer, enough=count >= max(1, minimum or 0))
         for door in self._doors:
@@ -179,7 +179,7 @@ class Observer:
             self._send(path, expert)
         for layer, count in zip(self.layers, counts.tolist(), strict=True):
             if self.leader.get(layer) == layer:
-                self.inputs[layer].statistic.finish(all_sum)
+                self.inputs[layer].statistic.finish(all_reduce)
                 self.inputs[layer].tokens = count
         for hook in self._hooks.values():
             hook.remove()

@@ -87,15 +87,15 @@ class Unstructured:
     """Any weights, a fraction of each row or of the whole matrix.
 
     sparsity: fraction of zeros in [0, 1]; a Fraction is what an allocation gave the matrix, and is met to the weight.
-    threshold: "row" if the weights of an output row compete, "matrix" if all do.
+    comparison_group: "row" if the weights of an output row compete, "matrix" if all do.
     """
 
     sparsity: float | Fraction
-    threshold: str
+    comparison_group: str
 
     def check(self, columns: int) -> None:
         """Raises ValueError if a row of so many would lose no weight, though some are to go."""
-        if self.threshold == "row" and self.sparsity > 0 and pruned_count(columns, self.sparsity) == 0:
+        if self.comparison_group == "row" and self.sparsity > 0 and pruned_count(columns, self.sparsity) == 0:
             raise ValueError(
                 f"found sparsity {float(self.sparsity):g}, wanted 0 or at least 1/{columns}: rows of {columns} columns lose no weight"
             )
@@ -115,7 +115,7 @@ class Unstructured:
         """
         rows, columns = scores.shape
         end = first_column + columns
-        if self.threshold == "matrix":
+        if self.comparison_group == "matrix":
             count = pruned_count(rows * end, self.sparsity) - pruned_count(rows * first_column, self.sparsity)
             return keep_highest(scores.reshape(1, -1), count).view(rows, columns)
         if isinstance(self.sparsity, Fraction):
@@ -124,7 +124,7 @@ class Unstructured:
 
     def roughly(self, scores: torch.Tensor) -> torch.Tensor:
         """About the mask of a whole matrix, [rows, columns], at less cost: one threshold, from a sample of the scores."""
-        if self.threshold == "row":
+        if self.comparison_group == "row":
             return self.mask(scores)
         stride = max(1, scores.numel() // SAMPLED_SCORES)
         while gcd(stride, scores.shape[1]) > 1:  # else it meets the same few columns in every row

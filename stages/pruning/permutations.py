@@ -83,15 +83,15 @@ def _exchanged(distances: torch.Tensor) -> torch.Tensor:
         [groups], int64: which group's column each group now has.
     """
     own = torch.arange(len(distances), device=distances.device)
-    place, smallest = own, SMALLEST_GAIN * distances.max()
+    partners, smallest = own, SMALLEST_GAIN * distances.max()
     while True:
         stay = distances.diagonal()
         gain, partner = (distances + distances.T - (stay[:, None] + stay)).max(dim=1)  # twice gain_ij
         agreed = (partner[partner] == own) & (gain > smallest)
         if not agreed.any():
-            return place
+            return partners
         swap = torch.where(agreed, partner, own)
-        distances, place = distances[swap], place[swap]
+        distances, partners = distances[swap], partners[swap]
 
 
 def _tidy(groups: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""Reconstruction: the survivors of a block, or of a part of it, learn to give dense outputs, for a few passes.
+"""Reconstruction: the kept weights of a block are trained to give the dense model's hidden states, for a few passes.
 
     min E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)  over the kept weights, by Adam      # after Wagner et al. 2025, arXiv:2510.14444
 
-y': the part's output for what the pruned model gives it. y: with dense weights for the same inputs; or, toward the model, what
-the dense model has there, so that every block makes good what the blocks before it lost. h: what enters the block. By the size
-of what a layer is given its norm divides, so that a few tokens of huge activations, or the block in which they arise, do not own
-the loss.
+y': the block's output for the pruned model's hidden states. y: the dense model's hidden states after the same block, so that a block
+also corrects the errors of the blocks before it. h: the block's input. The error of a token is divided by the size of its hidden
+states, because a few tokens of huge activations would dominate the loss otherwise.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from stages.errors import PruningError
-from stages.pruning import ranks
-from stages.streaming.architecture import Call, run_block
+from stages.pruning import distributed
+from stages.streaming.architecture import run_block
 from stages.streaming.stream import Stream
 
 BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands
@@ -23,71 +22,34 @@ BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How long, how fast, and toward what.
+    """How long and how fast.
 
     epochs: passes over the calibration windows, one window a step. learning_rate: of the first step; falls to 0.
-    toward_model: whether whole blocks learn to give the dense model's hidden states, and so to undo what the blocks before
-        them did; else every part learns to give what it would give with dense weights.
     """
 
     epochs: int
     learning_rate: float
-    toward_model: bool
-
-
-class _Reached(Exception):
-    """Raised when a part has given its output: nobody needs what comes after it."""
-
-
-def part_output(block: nn.Module, path: str, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """What a part of a block puts out.
-
-    Args:
-        path: the module's name inside the block; "" for the block itself.
-        hidden: [windows, tokens, width], what the block is given.
-
-    Returns:
-        The part's output, its first where it has several.
-    """
-    if not path:
-        return run_block(block, hidden, call)
-    outputs: list[torch.Tensor] = []
-
-    def reached(_: nn.Module, __: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
-        raise _Reached
-
-    hook = block.get_submodule(path).register_forward_hook(reached)
-    try:
-        run_block(block, hidden, call)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return outputs[0]
 
 
 def reconstruct(
     stream: Stream,
     index: int,
     block: nn.Module,
-    path: str,
     masks: dict[str, torch.Tensor],
     values: dict[str, torch.Tensor],
     targets: torch.Tensor,
     how: Reconstruction,
 ) -> None:
-    """Train the kept weights of a part; dropped ones stay exactly zero.
+    """Train the kept weights of a block; pruned ones stay exactly zero.
 
     Several processes each take a window of their own a step and average the gradients: N of them take N times fewer steps.
 
     Args:
         stream: what the pruned blocks before this one give.
-        block: loaded; the part's matrices follow the training, rounded to the compute dtype, its other weights stay.
-        path: of the part, see part_output.
+        block: loaded; the pruned matrices follow the training, rounded to the compute dtype, its other weights stay.
         masks: by the name of a parameter inside the block, in its shape, bool, True = kept.
         values: likewise, float32, where the training starts; changed in place.
-        targets: [windows, tokens, width], what the part shall put out.
+        targets: [windows, tokens, width], the dense model's hidden states after the block.
 
     Raises:
         PruningError: the weights found are not finite.
@@ -98,11 +60,11 @@ def reconstruct(
     for window, rate in schedule(stream, how.epochs, how.learning_rate):
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
-            output = part_output(block, path, hidden, call)
+            output = run_block(block, hidden, call)
             target = targets[window : window + 1].to(hidden.device)
             gradients = torch.autograd.grad(relative_errors(output.view_as(hidden), target, hidden).mean(), parameters)
         for master, gradient, mask in zip(masters, gradients, kept, strict=True):
-            master.grad = ranks.mean(gradient.float().mul_(mask))
+            master.grad = distributed.all_reduce_mean(gradient.float().mul_(mask))
         optimiser.param_groups[0]["lr"] = rate
         optimiser.step()
         for parameter, master in zip(parameters, masters, strict=True):
@@ -138,7 +100,7 @@ def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[
     All windows come in turn, in every pass in another order; where the processes do not divide them, a pass leaves some out.
     """
     generator = torch.Generator().manual_seed(0)
-    steps = max(1, round(epochs * (stream.all_windows // ranks.count())))
+    steps = max(1, round(epochs * (stream.all_windows // distributed.world_size())))
     order: list[int] = []
     while len(order) < steps:
         order += torch.randperm(len(stream.hidden), generator=generator).tolist()

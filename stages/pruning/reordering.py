@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from stages.errors import PruningError
-from stages.pruning import ranks
-from stages.pruning.couplings import Coupling, candidates, couplings
+from stages.pruning import distributed
 from stages.pruning.method import Score
 from stages.pruning.observer import Inputs
 from stages.pruning.patterns import Nm, Pattern
+from stages.pruning.permutation_groups import PermutationGroup, candidates, permutation_groups
 from stages.pruning.permutations import channel_permutation
 from stages.streaming.architecture import Call, Decoder, run_block
 
@@ -45,8 +45,8 @@ def require_candidates(decoder: Decoder) -> None:
             raise _nothing_moves(index)
 
 
-def proven_couplings(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, call: Call) -> list[Coupling]:
-    """The couplings of a loaded dense block, proven in float32 on some windows' hidden states.
+def proven_permutation_groups(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, call: Call) -> list[PermutationGroup]:
+    """The permutation_groups of a loaded dense block, proven in float32 on some windows' hidden states.
 
     Raises:
         PruningError: there are none.
@@ -54,8 +54,10 @@ def proven_couplings(decoder: Decoder, index: int, block: nn.Module, hidden: tor
     if decoder.dtype != torch.float32:
         block, call, hidden = deepcopy(block).float(), _in_float32(call), hidden.float()
     options = candidates(block, decoder.matrices[index])
-    proven = [] if ranks.rank() else couplings(block, options, partial(run_block, block, call=call), hidden)
-    flags = ranks.share(torch.tensor([option in proven for option in options], dtype=torch.uint8), 0)  # one trial for all processes
+    proven = [] if distributed.rank() else permutation_groups(block, options, partial(run_block, block, call=call), hidden)
+    flags = distributed.broadcast(
+        torch.tensor([option in proven for option in options], dtype=torch.uint8), 0
+    )  # one trial for all processes
     found = [option for option, flag in zip(options, flags.tolist(), strict=True) if flag]
     if not found:
         raise _nothing_moves(index)
@@ -69,17 +71,17 @@ def _nothing_moves(index: int) -> PruningError:
 
 
 def find_orders(
-    found: list[Coupling],
+    found: list[PermutationGroup],
     weights: dict[str, torch.Tensor],
     inputs: dict[str, Inputs],
     patterns: dict[str, Pattern],
     score: Score,
     rounds: int,
 ) -> dict[str, Order]:
-    """An order for the channels of every coupling, and what it does to each of its matrices.
+    """An order for the channels of every group, and what it does to each of its matrices.
 
     Args:
-        found: the couplings. weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads;
+        found: the permutation_groups. weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads;
             reordered in place.
         patterns: by name, N:M. score: what the masks will be chosen by. rounds: see channel_permutation.
 
@@ -90,16 +92,16 @@ def find_orders(
         PruningError: scores that are not finite, a Gram matrix that does not factor; names the layer.
     """
     orders: dict[str, Order] = {}
-    for coupling in found:
-        name, pattern = coupling.consumer.name, patterns[coupling.consumer.name]
+    for group in found:
+        name, pattern = group.consumer.name, patterns[group.consumer.name]
         assert isinstance(pattern, Nm)
         with PruningError.naming(f"layer {name}"):
             scores = score.of(weights[name], inputs[name].statistic)
             order = channel_permutation(scores, pattern.kept, pattern.group, rounds=rounds)
-        ranks.share(order, 0)
+        distributed.broadcast(order, 0)
         inputs[name].reorder(order)
         orders[name] = replace(orders.get(name, STAYS), columns=order)
-        for producer in coupling.producers:
+        for producer in group.producers:
             orders[producer.name] = replace(orders.get(producer.name, STAYS), rows=order)
     return orders
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 
 Found = TypeVar("Found")
-AllSum = Callable[[torch.Tensor], torch.Tensor]  # adds up over processes, in place
+AllReduce = Callable[[torch.Tensor], torch.Tensor]  # adds up over processes, in place
 
 DAMPING_STEP = 10.0
 TILES = 4
@@ -24,7 +24,7 @@ class Statistic(Protocol):
     def add(self, inputs: torch.Tensor) -> None:
         """Take in the inputs of some windows, [windows, tokens, columns], any float dtype."""
 
-    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
+    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
         """No more windows will come; add up what several processes collected."""
 
     def reorder(self, order: torch.Tensor) -> None:
@@ -38,7 +38,7 @@ class NoStatistic:
 
     def add(self, inputs: torch.Tensor) -> None: ...
 
-    def finish(self, all_sum: AllSum = lambda alone: alone) -> None: ...
+    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None: ...
 
     def reorder(self, order: torch.Tensor) -> None: ...
 
@@ -59,10 +59,10 @@ class SquaredNorm:
             self.windows += 1
             self.value += squared_norm / self.windows
 
-    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
-        all_windows = int(all_sum(torch.tensor(self.windows)))
+    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
+        all_windows = int(all_reduce(torch.tensor(self.windows)))
         self.value *= self.windows / all_windows
-        all_sum(self.value)
+        all_reduce(self.value)
         self.windows = all_windows
 
     def reorder(self, order: torch.Tensor) -> None:
@@ -86,9 +86,9 @@ class Moments:
         self.sums += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
         self.tokens += len(tokens)
 
-    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
-        self.tokens = int(all_sum(torch.tensor(self.tokens)))
-        all_sum(self.sums)
+    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
+        self.tokens = int(all_reduce(torch.tensor(self.tokens)))
+        all_reduce(self.sums)
 
     def reorder(self, order: torch.Tensor) -> None:
         self.sums = self.sums[:, order]
@@ -131,11 +131,11 @@ class Gram:
             last = first + self._tile
             self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
 
-    def finish(self, all_sum: AllSum = lambda alone: alone) -> None:
+    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[:first, first:last] = self.value[first:last, :first].T
-        all_sum(self.value)
+        all_reduce(self.value)
 
     def reorder(self, order: torch.Tensor) -> None:
         self.value = self.value[order][:, order]

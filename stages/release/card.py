@@ -22,8 +22,7 @@ PAPERS = {
 }
 RECONSTRUCTIONS = {
     "none": "none",
-    "block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against the dense model's hidden states",
-    "sub_block": "Adam on the survivors of {unit}, {epochs} times over the calibration windows, against its dense outputs",
+    "block": "Adam on the survivors of each block, {epochs} times over the calibration windows, against the dense model's hidden states",
     "distilled": "Adam on the survivors of the last blocks together (share {share:g}, rounded to whole blocks), {epochs:g} times over the "
     "calibration windows, against the dense model's next-token distributions; before that on those of each block before them alone, "
     "{block_epochs} times, against the dense model's hidden states",
@@ -32,7 +31,6 @@ ALLOCATIONS = {
     "uniform": "every matrix as sparse as the whole",
     "owl": "blocks with many outliers are pruned less ([Yin et al. 2024](https://arxiv.org/abs/2310.05175))",
     "alphapruning": "blocks with heavy-tailed spectra are pruned less ([Lu et al. 2024](https://arxiv.org/abs/2410.10912))",
-    "error": "zeros lie where pruning attention or MLP alone changed its block's output least, on a few calibration windows",
     "loss": "zeros lie where the gradients of a few calibration windows say that they cost least",
 }
 
@@ -161,24 +159,21 @@ def write_card(
     matrices: list[dict[str, Any]],
     results: dict[str, Any],
     verified: Verified,
-    watts: float,
 ) -> None:
     """Write the whole card.
 
     Args:
         base: provenance of the base. recipe, matrices: from the delta's manifest.
         results: "dense", "sparse" (metrics), "accuracy", "protocol", "generations", "prune" (provenance of the pruning).
-        verified: what the release's checks found. watts: assumed mean draw of the pruning device.
+        verified: what the release's checks found.
     """
     prune, method, pattern = results["prune"], recipe["method"], recipe["pattern_label"]
-    energy = watts * prune["seconds"] / 3600
     rows = results["protocol"]["tasks"]["rows"]
     says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
     limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     score, update = method["score"]["name"], method["update"]["name"]
     then = "no update" if update == "none" else f"then {update}: {PAPERS[update]}"
     kept = "; the survivors keep their values" if update == recipe["reconstruction"]["name"] == "none" else ""
-    unit = "each part of a block" if recipe["by_parts"] else "each block"
     measured = ", before the last blocks learned together" if recipe["reconstruction"]["name"] == "distilled" else ""
     checkout = f"git checkout {prune['code']}"
     if prune["code"] == "unknown" or prune["code"].endswith("-dirty"):
@@ -196,9 +191,9 @@ client loads them, none becomes smaller or faster by itself.
 ## What was done
 
 - Base: {base["name"]}, {origin(base)}, weights with fingerprint `{base["fingerprint"]}`.
-- Method: {method["name"]} (score {score}: {PAPERS[score]}; threshold per {method["threshold"]}; {then}{kept}).
+- Method: {method["name"]} (score {score}: {PAPERS[score]}; comparison_group per {method["comparison_group"]}; {then}{kept}).
 - Allocation: {recipe["allocation"]["name"]}: {ALLOCATIONS[recipe["allocation"]["name"]]}.
-- Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(unit=unit, **recipe["reconstruction"])}.
+- Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(**recipe["reconstruction"])}.
 - Pattern: {pattern}; achieved as allocated in each of {verified.matrices} matrices, counted on the written bytes.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
 - Order: block after block, each for the inputs that its {recipe["propagate"]} predecessors give it.
@@ -243,8 +238,7 @@ logits of base + delta.
 
 ## Cost of pruning
 
-{prune["seconds"]:.0f} s on {prune["device"]} in {prune["dtype"]}, peak memory {prune["peak_memory_gib"]:.2f} GiB. Energy, an
-estimate from an assumed mean draw of {watts:g} W: {energy:.2f} Wh.
+{prune["seconds"]:.0f} s on {prune["device"]} in {prune["dtype"]}, peak memory {prune["peak_memory_gib"]:.2f} GiB.
 
 ## How to reproduce it
 

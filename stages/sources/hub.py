@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from stages.errors import SourceError
-from stages.files import require_room, sha256
+from stages.files import require_free_disk, sha256
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class Repository:
         return downloads / f"{self.kind}--{self.repo.replace('/', '--')}@{self.commit}"
 
 
-def require_room_for(repository: Repository, files: list[str], directory: Path) -> None:
+def require_free_disk_for(repository: Repository, files: list[str], directory: Path) -> None:
     """Refuse to download more than the disk holds; files that are there already take no room.
 
     Raises:
         SparsesweepError: naming the bytes free and the bytes needed.
     """
-    require_room(directory, sum(repository.sizes[name] for name in files if not (directory / name).is_file()))
+    require_free_disk(directory, sum(repository.sizes[name] for name in files if not (directory / name).is_file()))
 
 
 def resolve(repo: str, revision: str, kind: str) -> Repository:
@@ -100,7 +100,7 @@ def download(repository: Repository, files: list[str], directory: Path) -> None:
     missing = [name for name in files if name not in repository.sizes]
     if missing:
         raise SourceError(f"hub {repository.kind} {repository.repo}: found no file {missing[0]!r} at {repository.commit}")
-    require_room_for(repository, files, directory)
+    require_free_disk_for(repository, files, directory)
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from stages.config import HubText, LocalText, Text, WheelText, require_one_of
 from stages.errors import SourceError
-from stages.files import remove, require_room, sha256, write_json
+from stages.files import remove, require_free_disk, sha256, write_json
 from stages.sources import hub, wheel
 from stages.sources.readers import READERS, ROW_READERS
 
@@ -96,7 +96,7 @@ def _through_datasets(source: HubText | LocalText, downloads: Path) -> tuple[Ite
         origin = {"file": path.name, "file_sha256": found}
     if path.suffix not in FORMATS:
         raise SourceError(f"text: found the ending {path.suffix!r} of {path.name}, wanted one of {', '.join(FORMATS)}")
-    require_room(downloads, EXPANSION * path.stat().st_size)
+    require_free_disk(downloads, EXPANSION * path.stat().st_size)
     try:
         rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=str(downloads / "datasets"))
     except (pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError, StopIteration) as error:

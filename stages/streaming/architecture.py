@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from stages.checkpoint.layout import Place, read_layout, tied_names
+from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
 from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError
@@ -98,14 +98,14 @@ class Matrix:
     """A matrix in scope: all of a tensor of the checkpoint, or one expert of a tensor that holds several.
 
     tensor: its name in the checkpoint. expert: its index there, or None.
-    place: the part of the block's parameter that it is.
+    target: the part of the block's parameter that it is.
     transposed: stored as [columns, rows], as GPT-2's Conv1D does.
     shape: (rows, columns) = (outputs, inputs).
     """
 
     tensor: str
     expert: int | None
-    place: Place
+    parameter_slice: ParameterSlice
     transposed: bool
     shape: tuple[int, int]
 
@@ -121,41 +121,25 @@ class Matrix:
     @property
     def layer(self) -> Layer:
         """The product in which it appears."""
-        return Layer(self.place.name, self.place.expert)
+        return Layer(self.parameter_slice.name, self.parameter_slice.expert)
 
     def own(self, outputs: torch.Tensor) -> torch.Tensor:
         """Its [rows] of a tensor that has one entry for each of its layer's outputs."""
-        return outputs if self.place.rows is None else outputs[slice(*self.place.rows)]
+        return outputs if self.parameter_slice.rows is None else outputs[slice(*self.parameter_slice.rows)]
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """[rows, columns], a view of a tensor that is laid out like the block's parameter: it, its mask, its gradient."""
-        part = self.place.of(parameter)
+        part = self.parameter_slice.of(parameter)
         return part.T if self.transposed else part
 
     def of(self, block: nn.Module) -> torch.Tensor:
         """[rows, columns], a view of the loaded block's parameter."""
-        return self.part_of(block.get_parameter(self.place.name))
+        return self.part_of(block.get_parameter(self.parameter_slice.name))
 
     def stored_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """[rows, columns], a view of a tensor that is laid out like the checkpoint's: it, or its mask."""
         part = tensor if self.expert is None else tensor[self.expert]
         return part.T if self.transposed else part
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Some matrices of a block, and the module that they are in.
-
-    path: the module's name inside the block; "" for the block itself.
-    """
-
-    path: str
-    matrices: list[Matrix]
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Each once."""
-        return list(dict.fromkeys(matrix.layer for matrix in self.matrices))
 
 
 class Decoder:
@@ -194,16 +178,16 @@ class Decoder:
         return outermost[0]
 
     @cached_property
-    def _tensors(self) -> list[dict[str, Place]]:
-        """For each block its tensors: name in the checkpoint -> place, the parameter named as inside the block.
+    def _tensors(self) -> list[dict[str, ParameterSlice]]:
+        """For each block its tensors: name in the checkpoint -> target, the parameter named as inside the block.
 
         In the order of the model's parameters.
         """
-        tensors: list[dict[str, Place]] = [{} for _ in self.blocks]
-        for name, place in self.layout.items():
-            if place.name.startswith(f"{self.prefix}."):
-                index, inner = place.name.removeprefix(f"{self.prefix}.").split(".", 1)
-                tensors[int(index)][name] = replace(place, name=inner)
+        tensors: list[dict[str, ParameterSlice]] = [{} for _ in self.blocks]
+        for name, target in self.layout.items():
+            if target.name.startswith(f"{self.prefix}."):
+                index, inner = target.name.removeprefix(f"{self.prefix}.").split(".", 1)
+                tensors[int(index)][name] = replace(target, name=inner)
         orders = [{name: position for position, name in enumerate(block.state_dict())} for block in self.blocks]
         return [
             dict(sorted(found.items(), key=lambda item: (order[item[1].name], item[1].expert or 0, item[1].rows or (0, 0))))
@@ -232,45 +216,36 @@ class Decoder:
     def _matrices(self, index: int) -> list[Matrix]:
         block, tied, found = self.blocks[index], tied_names(self.model), []
         parameters, buffers = dict(block.named_parameters(remove_duplicate=False)), dict(block.named_buffers())
-        for tensor, place in self._tensors[index].items():
-            if place.name in buffers or parameters[place.name].dim() < 2 or self._is_router(block, place.name):
+        for tensor, target in self._tensors[index].items():
+            if target.name in buffers or parameters[target.name].dim() < 2 or self._is_router(block, target.name):
                 continue
-            found += self._matrices_of(block, tensor, place)
-            if f"{self.prefix}.{index}.{place.name}" in tied or self._uses[id(parameters[place.name])] > 1:
+            found += self._matrices_of(block, tensor, target)
+            if f"{self.prefix}.{index}.{target.name}" in tied or self._uses[id(parameters[target.name])] > 1:
                 raise ArchitectureError(f"{self.name}: {tensor} is tied to another tensor, wanted matrices of the blocks alone")
         if not found:
             raise self._unsupported(f"block {index} has no linear layers to prune")
         return found
 
-    def _matrices_of(self, block: nn.Module, tensor: str, place: Place) -> list[Matrix]:
+    def _matrices_of(self, block: nn.Module, tensor: str, target: ParameterSlice) -> list[Matrix]:
         """One matrix, or one for each expert of a tensor that holds them all."""
-        path, _, leaf = place.name.rpartition(".")
-        module, parameter = block.get_submodule(path), block.get_parameter(place.name)
+        path, _, leaf = target.name.rpartition(".")
+        module, parameter = block.get_submodule(path), block.get_parameter(target.name)
         linear = leaf == "weight" and isinstance(module, (nn.Linear, Conv1D))
         if not linear and not _is_experts(module, parameter):
             raise self._unsupported(f"{tensor} of shape {list(parameter.shape)} is neither a linear layer's weight nor experts'")
-        if linear or place.expert is not None:
+        if linear or target.expert is not None:
             columns_first = isinstance(module, Conv1D)
-            rows, columns = reversed(place.of(parameter).shape) if columns_first else place.of(parameter).shape
-            return [Matrix(tensor=tensor, expert=None, place=place, transposed=columns_first, shape=(rows, columns))]
-        experts = [replace(place, expert=expert) for expert in range(len(parameter))]
+            rows, columns = reversed(target.of(parameter).shape) if columns_first else target.of(parameter).shape
+            return [Matrix(tensor=tensor, expert=None, parameter_slice=target, transposed=columns_first, shape=(rows, columns))]
+        experts = [replace(target, expert=expert) for expert in range(len(parameter))]
         _, rows, columns = parameter.shape
-        return [Matrix(tensor=tensor, expert=part.expert, place=part, transposed=False, shape=(rows, columns)) for part in experts]
+        return [
+            Matrix(tensor=tensor, expert=part.expert, parameter_slice=part, transposed=False, shape=(rows, columns)) for part in experts
+        ]
 
-    def whole(self, index: int) -> Part:
-        """All of a block."""
-        return Part(path="", matrices=self.matrices[index])
-
-    def parts(self, index: int) -> list[Part]:
-        """A block's matrices by the child module that they are in, attention and MLP in most models.
-
-        Linear layers that are children themselves make up the last part, that of the block.
-        """
-        by_path: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices[index]:
-            child, _, rest = matrix.place.name.partition(".")
-            by_path.setdefault(child if "." in rest else "", []).append(matrix)
-        return [Part(path=path, matrices=matrices) for path, matrices in sorted(by_path.items(), key=lambda item: item[0] == "")]
+    def layers(self, index: int) -> list[Layer]:
+        """The layers of a block that matrices in scope appear in, each once."""
+        return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
 
     def _is_router(self, block: nn.Module, name: str) -> bool:
         """Whether a weight beside experts has one output for each of them, or one for a shared expert."""
@@ -364,15 +339,17 @@ class Decoder:
         """Where embeddings are only looked up, they stay in their stored dtype and the rows found are cast: the same values."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
         inside, tied = f"{self.prefix}.", tied_names(self.model)
-        needed = {tensor: place for tensor, place in self.layout.items() if not place.name.startswith(inside) and place.name not in tied}
-        needed = {tensor: place for tensor, place in needed.items() if id(parameters[place.name]) not in skipped}
+        needed = {
+            tensor: target for tensor, target in self.layout.items() if not target.name.startswith(inside) and target.name not in tied
+        }
+        needed = {tensor: target for tensor, target in needed.items() if id(parameters[target.name]) not in skipped}
         tables = {f"{name}.weight": module for name, module in self.model.named_modules() if type(module) is nn.Embedding}
         hooks = [module.register_forward_hook(lambda _, __, found: found.to(self.dtype)) for module in tables.values()]
-        for tensor, place in needed.items():
+        for tensor, target in needed.items():
             value = self.checkpoint.tensor(tensor)
-            if not (lookup and place.name in tables) and value.is_floating_point():
-                value = value.to(parameter_dtype(self.model, place.name, self.dtype))
-            put(self.model, place.name, value.to(self.device))
+            if not (lookup and target.name in tables) and value.is_floating_point():
+                value = value.to(parameter_dtype(self.model, target.name, self.dtype))
+            put(self.model, target.name, value.to(self.device))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -382,7 +359,7 @@ class Decoder:
         finally:
             for hook in hooks:
                 hook.remove()
-            for name in {*(place.name for place in needed.values()), *(tied & parameters.keys())}:
+            for name in {*(target.name for target in needed.values()), *(tied & parameters.keys())}:
                 dematerialize(self.model, name)
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
@@ -393,11 +370,11 @@ class Decoder:
     def loaded(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
         """Give weights to one block; the tensors, from `read`, are taken out of their dictionary one by one."""
         block, parameters = self.blocks[index], {}
-        for tensor, place in self._tensors[index].items():
-            if place.name not in parameters:
-                dtype = parameter_dtype(self.model, f"{self.prefix}.{index}.{place.name}", self.dtype)
-                parameters[place.name] = materialize(block, place.name, dtype=dtype, device=self.device)
-            place.of(parameters[place.name]).copy_(tensors.pop(tensor), non_blocking=True)
+        for tensor, target in self._tensors[index].items():
+            if target.name not in parameters:
+                dtype = parameter_dtype(self.model, f"{self.prefix}.{index}.{target.name}", self.dtype)
+                parameters[target.name] = materialize(block, target.name, dtype=dtype, device=self.device)
+            target.of(parameters[target.name]).copy_(tensors.pop(tensor), non_blocking=True)
         try:
             yield block
         finally:

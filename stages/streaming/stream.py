@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stages.errors import ArchitectureError, PruningError
-from stages.files import full_disk, require_room
+from stages.files import full_disk, require_free_disk
 from stages.streaming.architecture import Call, Decoder, run_block
 
 M_ARENA_MAX = -8  # malloc.h
@@ -51,23 +51,23 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or not isinstance(one, (int, float, str, bool)))
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype, budget: int | None, scratch: Path | None) -> tuple[torch.Tensor, str]:
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, budget: int | None, scratch: Path | None) -> tuple[torch.Tensor, str]:
     """An empty tensor in host memory, or if that takes more than `budget` bytes in a file without a name; and where it is.
 
     Args:
         scratch: directory for the file.
 
     Raises:
-        SparsesweepError: no room for the file.
+        SparsesweepError: no disk space for the file.
     """
     count = torch.Size(shape).numel()
     needed = count * dtype.itemsize
     if budget is None or needed <= budget:
         return torch.empty(shape, dtype=dtype), "memory"
     directory = scratch or Path(tempfile.gettempdir())
-    require_room(directory, needed)
+    require_free_disk(directory, needed)
     with full_disk(directory, "nothing was computed"), tempfile.TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, needed)  # a map of a file that the disk has no room for kills the process
+        os.posix_fallocate(file.fileno(), 0, needed)  # a map of a file that the disk has no disk space for kills the process
         path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
         mapped = torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
     return mapped, f"a file of {needed / 1e9:.2f} GB in {directory}"
@@ -89,7 +89,7 @@ class Stream:
 
     Raises:
         ArchitectureError: what the blocks receive differs from window to window.
-        SparsesweepError: no room for the file.
+        SparsesweepError: no disk space for the file.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class Stream:
         self.decoder, self.batch, self.windows, self.shape = decoder, batch, windows, windows.shape
         self.starts = range(0, len(windows), batch)
         self.calls: dict[int, list[Call]] = {}
-        self.place = "memory"
+        self.location = "memory"
         self._check = torch.zeros((), device=decoder.device)
         for start in self.starts:
             calls = decoder.calls(windows[start : start + batch])
             if start == 0:
-                self.hidden = self._room(calls[0].hidden)
+                self.hidden = self._hidden_buffer(calls[0].hidden)
             self.hidden[start : start + batch] = calls[0].hidden
             for call in calls:
                 call.hidden = call.hidden.new_empty(0)
@@ -125,38 +125,38 @@ class Stream:
             for call in self.calls[1]:
                 call.hidden = call.hidden.new_empty(0)
 
-    def twin(self) -> "Stream":
+    def clone(self) -> "Stream":
         """The same windows, as far as these have come, with hidden states of their own.
 
         Raises:
-            SparsesweepError: no room for their file.
+            SparsesweepError: no disk space for their file.
         """
-        twin = copy(self)
-        twin.hidden = twin._room(self.hidden)
-        twin.hidden.copy_(self.hidden)
-        self.budget, twin._check = twin.budget, self._check.clone()  # both have taken theirs
-        return twin
+        clone = copy(self)
+        clone.hidden = clone._hidden_buffer(self.hidden)
+        clone.hidden.copy_(self.hidden)
+        self.budget, clone._check = clone.budget, self._check.clone()  # both have taken theirs
+        return clone
 
-    def _room(self, first: torch.Tensor) -> torch.Tensor:
+    def _hidden_buffer(self, first: torch.Tensor) -> torch.Tensor:
         """Hidden states in GPU memory where they are a small part of it, else on the host, else in a file without a name."""
         shape = (self.shape[0], *first.shape[1:])
         count = torch.Size(shape).numel()
         needed = count * first.itemsize
         if first.is_cuda and needed <= self.gpu_share * torch.cuda.get_device_properties(first.device).total_memory:
-            self.place = "GPU memory"
+            self.location = "GPU memory"
             return torch.empty(shape, dtype=first.dtype, device=first.device)
-        hidden, self.place = self._taken(shape, first.dtype)
+        hidden, self.location = self._taken(shape, first.dtype)
         return hidden
 
-    def take_room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An empty tensor for as long as the stream lives: in what its budget leaves, or in a file; see room."""
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor for as long as the stream lives: in what its budget leaves, or in a file; see host_buffer."""
         return self._taken(shape, dtype)[0]
 
     def _taken(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, str]:
-        tensor, place = room(shape, dtype, self.budget, self.scratch)
-        if self.budget is not None and place == "memory":
+        tensor, location = host_buffer(shape, dtype, self.budget, self.scratch)
+        if self.budget is not None and location == "memory":
             self.budget -= tensor.nbytes
-        return tensor, place
+        return tensor, location
 
     def _require_same(self, calls: list[Call], windows: int) -> None:
         known = self.calls.setdefault(windows, calls)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.reader import Checkpoint
 from stages.prune import share_of
-from stages.pruning import ranks
+from stages.pruning import distributed
 from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
@@ -22,7 +22,7 @@ HOW = Reconstruction(epochs=2, learning_rate=1e-3, toward_model=False)
 
 @torch.no_grad()
 def main(checkpoint: Path, windows: Path, out: Path) -> None:
-    with ranks.joined(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")):
         decoder = Decoder(Checkpoint(checkpoint), torch.float32, torch.device("cpu"))
         every = load_file(windows)["windows"]
         share, first = share_of(every)
@@ -35,7 +35,7 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
             weight.mul_(mask)
             values = weight.clone()
             reconstruct(stream, 0, block, "mlp", {NAME: mask}, {NAME: values}, targets, HOW)
-            save_file({"values": values}, out / f"{ranks.rank()}.safetensors")
+            save_file({"values": values}, out / f"{distributed.rank()}.safetensors")
 
 
 if __name__ == "__main__":

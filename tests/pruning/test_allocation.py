@@ -229,39 +229,39 @@ def test_beyond_what_was_measured_nothing_is_filled_in(finer):
 
 def test_a_removal_curve_by_hand():
     scores = torch.tensor([[4.0, 1.0], [2.0, 3.0]])
-    assert removal_curve(scores, grid=[0.0, 0.5, 1.0], threshold="matrix") == pytest.approx([0.0, 3.0, 10.0])
+    assert removal_curve(scores, grid=[0.0, 0.5, 1.0], comparison_group="matrix") == pytest.approx([0.0, 3.0, 10.0])
 
 
 def test_rows_that_compete_within_themselves_lose_more():
     scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert removal_curve(scores, grid=[0.5], threshold="matrix") == pytest.approx([3.0])
-    assert removal_curve(scores, grid=[0.5], threshold="row") == pytest.approx([4.0])
+    assert removal_curve(scores, grid=[0.5], comparison_group="matrix") == pytest.approx([3.0])
+    assert removal_curve(scores, grid=[0.5], comparison_group="row") == pytest.approx([4.0])
 
 
-@pytest.mark.parametrize("threshold", ["row", "matrix"])
-def test_a_removal_curve_is_the_output_error_of_uncorrelated_inputs(threshold):
+@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
+def test_a_removal_curve_is_the_output_error_of_uncorrelated_inputs(comparison_group):
     torch.manual_seed(0)
     weight, norm = torch.randn(7, 20), torch.rand(20) + 0.1
     inputs = norm.diag()  # [channels, tokens]
     grid = [0.0, 0.13, 0.5, 0.87]
     errors = []
     for sparsity in grid:
-        pruned = weight * Unstructured(sparsity=sparsity, threshold=threshold).mask(weight.abs() * norm)
+        pruned = weight * Unstructured(sparsity=sparsity, comparison_group=comparison_group).mask(weight.abs() * norm)
         errors.append(float(((weight - pruned) @ inputs).square().sum()))
-    assert removal_curve((weight * norm).square(), grid=grid, threshold=threshold) == pytest.approx(errors, rel=1e-5)
+    assert removal_curve((weight * norm).square(), grid=grid, comparison_group=comparison_group) == pytest.approx(errors, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("scores", "grid", "threshold", "message"),
+    ("scores", "grid", "comparison_group", "message"),
     [
         ([[1.0, math.nan]], [0.0, 0.5], "row", "score that is NaN or infinite"),
         ([[1.0, 2.0]], [0.5, 0.5], "row", r"grid \[0\.5, 0\.5\], wanted sparsities from 0 to 1, each above"),
         ([[1.0, 2.0]], [0.5, 1.5], "row", r"grid \[0\.5, 1\.5\]"),
     ],
 )
-def test_a_removal_curve_of_nothing_sensible_is_refused(scores, grid, threshold, message):
+def test_a_removal_curve_of_nothing_sensible_is_refused(scores, grid, comparison_group, message):
     with pytest.raises(ValueError, match=message):
-        removal_curve(torch.tensor(scores), grid=grid, threshold=threshold)
+        removal_curve(torch.tensor(scores), grid=grid, comparison_group=comparison_group)
 
 
 def test_the_cheapest_errors_are_spent_first():

@@ -30,7 +30,7 @@ from tests.methods import WANDA, sparsegpt
 
 CPU = torch.device("cpu")
 BATCH = 2
-HALF = Unstructured(sparsity=0.5, threshold="row")
+HALF = Unstructured(sparsity=0.5, comparison_group="row")
 WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
 UNTOUCHED = r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe)\.gate\.weight|shared_expert_gate|router|e_score"
 SPARSEGPT = sparsegpt()
@@ -95,18 +95,18 @@ def plain_wanda(decoder: Decoder, sparsity: float):
         model.set_experts_implementation("eager")
     all_parameters, masks = dict(model.named_parameters()), {}
     for index, matrices in enumerate(decoder.matrices):
-        full = {matrix: f"{decoder.prefix}.{index}.{matrix.place.name}" for matrix in matrices}
+        full = {matrix: f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}" for matrix in matrices}
         with inputs_of(model, {name: all_parameters[name] for name in full.values()}) as seen:
             for start in range(0, len(WINDOWS), BATCH):
                 model(WINDOWS[start : start + BATCH], use_cache=False)
         for matrix, name in full.items():
             norm = sum(
-                tokens.view(-1, WINDOWS.shape[1] if matrix.place.expert is None else max(1, tokens.shape[1]), tokens.shape[-1])
+                tokens.view(-1, WINDOWS.shape[1] if matrix.parameter_slice.expert is None else max(1, tokens.shape[1]), tokens.shape[-1])
                 .square()
                 .sum(dim=(0, 1))
-                for tokens in seen[name, matrix.place.expert]
+                for tokens in seen[name, matrix.parameter_slice.expert]
             )
-            weight = matrix.place.of(all_parameters[name])
+            weight = matrix.parameter_slice.of(all_parameters[name])
             weight = weight.T if matrix.transposed else weight
             order = torch.sort(weight.abs() * norm.sqrt(), dim=1, stable=True).indices
             drop = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, order[:, : int(weight.shape[1] * sparsity)], True)
@@ -181,9 +181,9 @@ def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_and_says_so(tm
     base = fetched("mixtral", tmp_path)
     wanda, half = WANDA, HALF
     decoder, blocks = streamed(base, wanda, half, expert_tokens=10**6)
-    experts = [one for one in blocks[0].matrices if one.matrix.place.expert is not None]
+    experts = [one for one in blocks[0].matrices if one.matrix.parameter_slice.expert is not None]
     assert {one.calibrated_on for one in experts} == {"all tokens"}
-    assert {one.calibrated_on for one in blocks[0].matrices if one.matrix.place.expert is None} == {"its tokens"}
+    assert {one.calibrated_on for one in blocks[0].matrices if one.matrix.parameter_slice.expert is None} == {"its tokens"}
     # Two of four experts a token: together they saw each of the 100 tokens twice, in each of three matrices.
     assert sum(one.tokens for one in experts) == 2 * 3 * WINDOWS.numel()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.checkpoint.layout import Place
+from stages.checkpoint.layout import ParameterSlice
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError, PruningError, SparsesweepError
 from stages.pruning import block_loop
@@ -20,7 +20,7 @@ from tests import tiny
 from tests.methods import MAGNITUDE, WANDA, sparsegpt
 
 CPU = torch.device("cpu")
-HALF = Unstructured(sparsity=0.5, threshold="row")
+HALF = Unstructured(sparsity=0.5, comparison_group="row")
 SPARSEGPT = sparsegpt()
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -85,7 +85,7 @@ def published_wanda(directory, sparsity: float, nm: tuple[int, int] | None = Non
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_masks_are_those_of_the_published_wanda(base, batch):
-    changes, _ = pruned(base, WANDA, Unstructured(sparsity=0.5, threshold="row"), batch)
+    changes, _ = pruned(base, WANDA, Unstructured(sparsity=0.5, comparison_group="row"), batch)
     expected = published_wanda(base.directory, 0.5)
     assert changes.keys() == expected.keys()
     for name, mask in expected.items():
@@ -100,14 +100,14 @@ def test_masks_of_two_of_four_are_those_of_the_published_wanda(base):
 
 @pytest.mark.parametrize("method", [MAGNITUDE, SPARSEGPT])
 def test_every_matrix_is_as_sparse_as_asked(base, method):
-    changes, _ = pruned(base, method, Unstructured(sparsity=0.25, threshold="row"))
+    changes, _ = pruned(base, method, Unstructured(sparsity=0.25, comparison_group="row"))
     assert len(changes) == 21
     for change in changes.values():
         assert ((~change.mask).sum(dim=1) == change.mask.shape[1] // 4).all()
 
 
 def test_sparsegpt_moves_survivors_and_keeps_the_dtype(base):
-    changes, _ = pruned(base, SPARSEGPT, Unstructured(sparsity=0.5, threshold="matrix"))
+    changes, _ = pruned(base, SPARSEGPT, Unstructured(sparsity=0.5, comparison_group="matrix"))
     for name, change in changes.items():
         assert change.values.dtype == base.dtype(name) == torch.bfloat16
         assert not torch.equal(change.values, base.tensor(name)[change.mask])
@@ -123,7 +123,7 @@ def test_relative_error_by_hand():
 
 def test_errors_are_between_zero_and_one_and_grow_with_sparsity(base):
     def errors(sparsity):
-        _, blocks = pruned(base, WANDA, Unstructured(sparsity=sparsity, threshold="row"))
+        _, blocks = pruned(base, WANDA, Unstructured(sparsity=sparsity, comparison_group="row"))
         return [matrix.relative_error for block in blocks for matrix in block.matrices]
 
     low, high = errors(0.25), errors(0.75)
@@ -260,7 +260,7 @@ def test_a_tied_embedding_is_found_and_left_alone(tmp_path):
 
     names = [name for name in tiny.model(tie_word_embeddings=True).state_dict() if name != "lm_head.weight"]
     write_json(directory / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "one.safetensors")})
-    changes, _ = pruned(Checkpoint(directory), WANDA, Unstructured(sparsity=0.5, threshold="row"))
+    changes, _ = pruned(Checkpoint(directory), WANDA, Unstructured(sparsity=0.5, comparison_group="row"))
     kinds = (
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -312,7 +312,7 @@ def test_hidden_states_that_are_not_finite_name_the_block(base):
 def test_weights_that_are_no_linear_layers_stop_the_pruning_by_name(base):
     decoder = Decoder(base, torch.float32, CPU)
     decoder.blocks[1].mlp.register_parameter("filters", torch.nn.Parameter(torch.empty(4, 8, 8, device="meta")))
-    decoder.layout["model.layers.1.mlp.filters"] = Place(name="model.layers.1.mlp.filters")
+    decoder.layout["model.layers.1.mlp.filters"] = ParameterSlice(name="model.layers.1.mlp.filters")
     with pytest.raises(
         ArchitectureError, match=r"mistral: model.layers.1.mlp.filters of shape \[4, 8, 8\] is neither a linear layer's weight nor experts'"
     ):
@@ -357,8 +357,8 @@ def test_blocks_that_receive_other_things_in_every_window_are_refused(base):
 def test_a_layer_that_no_token_reaches_is_named(base):
     decoder = Decoder(base, torch.float32, CPU)
     decoder.blocks[0].self_attn.register_module("idle", torch.nn.Linear(32, 8, bias=False, device="meta"))
-    decoder.layout["model.layers.0.self_attn.q_proj.weight"] = Place(name="model.layers.0.self_attn.idle.weight")
-    decoder.layout["model.layers.0.self_attn.k_proj.weight"] = Place(name="model.layers.0.self_attn.k_proj.weight")
+    decoder.layout["model.layers.0.self_attn.q_proj.weight"] = ParameterSlice(name="model.layers.0.self_attn.idle.weight")
+    decoder.layout["model.layers.0.self_attn.k_proj.weight"] = ParameterSlice(name="model.layers.0.self_attn.k_proj.weight")
     idle = base.tensor("model.layers.0.self_attn.k_proj.weight")
     decoder.read = lambda index: {name: idle if name.endswith("q_proj.weight") else base.tensor(name) for name in decoder.tensors(index)}
     decoder.blocks[0].self_attn.q_proj = torch.nn.Linear(32, 32, bias=False)
@@ -385,7 +385,7 @@ def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_
     needed = WINDOWS.numel() * 32 * 4
     in_memory = stream_of(decoder, batch=2, budget=needed, scratch=tmp_path)
     in_file = stream_of(decoder, batch=2, budget=needed - 1, scratch=tmp_path)
-    assert (in_memory.place, in_file.place) == ("memory", f"a file of 0.00 GB in {tmp_path}")
+    assert (in_memory.location, in_file.location) == ("memory", f"a file of 0.00 GB in {tmp_path}")
     assert torch.equal(in_memory.hidden, in_file.hidden)
     assert not list(tmp_path.iterdir())
     with decoder.loaded(0, decoder.read(0)) as block:
@@ -394,20 +394,20 @@ def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_
     assert torch.equal(in_memory.hidden, in_file.hidden)
 
 
-def test_a_twin_begins_where_the_stream_is_goes_its_own_way_and_takes_its_own_memory(base, tmp_path):
+def test_a_clone_begins_where_the_stream_is_goes_its_own_way_and_takes_its_own_memory(base, tmp_path):
     decoder = Decoder(base, torch.float32, CPU)
     needed = WINDOWS.numel() * 32 * 4
     stream = stream_of(decoder, batch=2, budget=3 * needed - 1, scratch=tmp_path)
     with decoder.loaded(0, decoder.read(0)) as block:
         stream.advance(0, block)
         once = stream.hidden.clone()
-        twin = stream.twin()
-        assert (stream.budget, twin.budget, twin.place) == (needed - 1, needed - 1, "memory")
-        assert stream.twin().place == f"a file of 0.00 GB in {tmp_path}"
-        assert torch.equal(twin.hidden, once)
-        twin.advance(0, block)
+        clone = stream.clone()
+        assert (stream.budget, clone.budget, clone.location) == (needed - 1, needed - 1, "memory")
+        assert stream.clone().location == f"a file of 0.00 GB in {tmp_path}"
+        assert torch.equal(clone.hidden, once)
+        clone.advance(0, block)
     assert torch.equal(stream.hidden, once)
-    assert not torch.equal(twin.hidden, once)
+    assert not torch.equal(clone.hidden, once)
 
 
 def test_hidden_states_that_no_disk_has_room_for_are_refused(base, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_the_lowest_shares_of_the_matrix_are_what_a_search_for_alpha_drops(spars
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5, threshold="row"), Nm(kept=2, group=4)])
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5, comparison_group="row"), Nm(kept=2, group=4)])
 def test_within_a_row_nothing_changes_ties_included(pattern):
     torch.manual_seed(0)
     scores = torch.randint(0, 4, (8, 32)).float()
@@ -60,5 +60,5 @@ def test_a_row_of_zeros_has_shares_of_zero():
 
 def test_a_weight_that_holds_most_of_its_row_outlives_larger_ones_of_an_even_row():
     scores = torch.tensor([[1.0, 9.0], [10.0, 10.0]])
-    mask = Unstructured(sparsity=0.5, threshold="matrix").mask(cumulative_share(scores))
+    mask = Unstructured(sparsity=0.5, comparison_group="matrix").mask(cumulative_share(scores))
     assert mask.tolist() == [[False, True], [False, True]]

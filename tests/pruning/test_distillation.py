@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.pruning.test_survey import loaded_blocks
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
 from tests.pruning.test_architectures import fetched
-from tests.pruning.test_survey import loaded_blocks
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def exact(tmp_path_factory) -> Checkpoint:
 def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torch.float32, **more) -> tuple[Companions, list[Changes]]:
     """Pruned by magnitude, which no rounding of activations sways: what goes into a distillation, and every block's changes."""
     decoder = Decoder(base, dtype, CPU)
-    pattern = pattern or Unstructured(sparsity=0.5, threshold="row")
+    pattern = pattern or Unstructured(sparsity=0.5, comparison_group="row")
     patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
     plan = Plan(method=MAGNITUDE, patterns=patterns, propagate="pruned", error_tokens=9, expert_tokens=0, **{"distillation": how, **more})
     with decoder.before_blocks():

@@ -22,7 +22,7 @@ from tests.test_config import composed
 METHOD = config.Method(
     name="sparsegpt",
     score=config.Score(name="obs"),
-    threshold="matrix",
+    comparison_group="matrix",
     update=config.SparseGptUpdate(name="sparsegpt", block_size=16),
     damping=config.Damping(share=0.01, limit=1.0),
 )

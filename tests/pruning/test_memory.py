@@ -30,7 +30,7 @@ def block(decoder) -> int:
 
 
 def plan(decoder: Decoder, method: Method) -> Plan:
-    pattern = Unstructured(sparsity=0.75, threshold="row")
+    pattern = Unstructured(sparsity=0.75, comparison_group="row")
     names = [matrix.name for matrices in decoder.matrices for matrix in matrices]
     return Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate="pruned", error_tokens=1, expert_tokens=0)
 
@@ -63,8 +63,8 @@ def test_of_a_mixtures_experts_a_token_passes_those_that_it_chooses(tmp_path, mo
     monkeypatch.setattr(memory, "EXPERTS_CHOSEN", 2)  # of the four there are
     decoder = Decoder(fetched("olmoe", tmp_path), torch.float32, torch.device("cpu"))
     none, thousand = (host_bytes(decoder, plan(decoder, WANDA), tokens, scores_blocks=False, feels_loss=True) for tokens in (0, 1000))
-    experts = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.place.expert is not None)
-    others = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.place.expert is None)
+    experts = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.parameter_slice.expert is not None)
+    others = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.parameter_slice.expert is None)
     assert experts and others
     assert thousand - none == 3 * 4 * 1000 * (others + experts / 2)
 

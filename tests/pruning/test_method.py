@@ -15,9 +15,9 @@ from tests.methods import sparsegpt as sweep
 from tests.test_config import composed
 
 CPU = torch.device("cpu")
-HALF = Unstructured(sparsity=0.5, threshold="row")
+HALF = Unstructured(sparsity=0.5, comparison_group="row")
 SCORES = {"obs": None, "wanda": methods.WANDA, "magnitude": methods.MAGNITUDE}
-PATTERNS = [Unstructured(sparsity=0.3, threshold="row"), Unstructured(sparsity=0.7, threshold="matrix"), Nm(kept=2, group=4)]
+PATTERNS = [Unstructured(sparsity=0.3, comparison_group="row"), Unstructured(sparsity=0.7, comparison_group="matrix"), Nm(kept=2, group=4)]
 PATTERNS += [Nm(kept=4, group=8)]
 COMPOSITIONS = [
     (score, update)
@@ -30,7 +30,7 @@ COMPOSITIONS = [
 @cache
 def composition(score: str, update: str) -> Method:
     """As a configuration names it."""
-    overrides = ["method.threshold=matrix", f"method/score={score}", f"method/update={update}"]
+    overrides = ["method.comparison_group=matrix", f"method/score={score}", f"method/update={update}"]
     return stage.compose(config.read(composed(*overrides))["method"])
 
 
@@ -95,7 +95,9 @@ def chosen_and_swept_literally(weight: torch.Tensor, damped: torch.Tensor, patte
     return weight.float()
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5, threshold="matrix"), Nm(kept=2, group=4), Nm(kept=4, group=8)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(sparsity=0.5, comparison_group="matrix"), Nm(kept=2, group=4), Nm(kept=4, group=8)], ids=str
+)
 @pytest.mark.parametrize("columns", [80, 208])
 def test_a_mask_chosen_in_a_sweep_of_several_blocks_and_strips_is_the_published_one(columns, pattern):
     torch.manual_seed(0)
@@ -114,12 +116,12 @@ def test_the_damping_that_a_sweep_took_is_told():
     assert pruned.damping == 1.0
 
 
-@pytest.mark.parametrize("threshold", ["row", "matrix"])
-def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(threshold):
+@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
+def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(comparison_group):
     torch.manual_seed(0)
     weight, gram = torch.randn(8, 16), Gram(16, CPU)
     gram.value = torch.eye(16)
-    pattern = Unstructured(sparsity=0.5, threshold=threshold)
+    pattern = Unstructured(sparsity=0.5, comparison_group=comparison_group)
     mask, updated = prune(sweep(16), weight, gram, pattern)
     expected, _ = prune(MAGNITUDE, weight, gram, pattern)
     assert torch.equal(mask, expected)
@@ -128,7 +130,8 @@ def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(thres
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
-    "pattern", [Unstructured(sparsity=0.5, threshold="row"), Unstructured(sparsity=0.6, threshold="matrix"), Nm(kept=2, group=4)]
+    "pattern",
+    [Unstructured(sparsity=0.5, comparison_group="row"), Unstructured(sparsity=0.6, comparison_group="matrix"), Nm(kept=2, group=4)],
 )
 def test_compensation_lowers_the_output_error(score, pattern):
     torch.manual_seed(0)
@@ -153,7 +156,7 @@ def test_groups_keep_n_of_m_after_the_update(kept, group):
 def test_sparsegpt_prunes_exactly_what_is_asked_when_blocks_do_not_divide_the_matrix():
     torch.manual_seed(0)
     weight, gram = torch.randn(7, 30), gram_of(torch.randn(100, 30))
-    mask, _ = prune(sweep(8), weight, gram, Unstructured(sparsity=0.7, threshold="matrix"))
+    mask, _ = prune(sweep(8), weight, gram, Unstructured(sparsity=0.7, comparison_group="matrix"))
     assert int((~mask).sum()) == 147
 
 
@@ -201,7 +204,7 @@ def require_exact(pruned: Pruned, pattern: Pattern) -> None:
     rows, columns = mask.shape
     if isinstance(pattern, Nm):
         assert (mask.view(rows, -1, pattern.group).sum(dim=2) == pattern.kept).all()
-    elif pattern.threshold == "row":
+    elif pattern.comparison_group == "row":
         assert ((~mask).sum(dim=1) == int(columns * pattern.sparsity)).all()
     else:
         assert int((~mask).sum()) == int(rows * columns * pattern.sparsity)

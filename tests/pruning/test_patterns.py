@@ -37,11 +37,11 @@ def test_many_rows_are_cut_some_at_a_time(monkeypatch):
 
 
 def test_a_sparsity_at_which_no_row_would_lose_a_weight_is_refused():
-    Unstructured(sparsity=0.0, threshold="row").check(40)
-    Unstructured(sparsity=0.025, threshold="row").check(40)
-    Unstructured(sparsity=0.001, threshold="matrix").check(40)
+    Unstructured(sparsity=0.0, comparison_group="row").check(40)
+    Unstructured(sparsity=0.025, comparison_group="row").check(40)
+    Unstructured(sparsity=0.001, comparison_group="matrix").check(40)
     with pytest.raises(ValueError, match="found sparsity 0.024, wanted 0 or at least 1/40"):
-        Unstructured(sparsity=0.024, threshold="row").check(40)
+        Unstructured(sparsity=0.024, comparison_group="row").check(40)
 
 
 def test_scores_that_differ_beyond_float32_are_told_apart():
@@ -63,23 +63,23 @@ def test_the_count_is_that_of_the_decimal_the_user_wrote():
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.73])
 def test_every_row_has_exactly_the_count_asked(sparsity):
     scores = torch.ones(6, 30, dtype=torch.bfloat16)
-    mask = Unstructured(sparsity=sparsity, threshold="row").mask(scores)
+    mask = Unstructured(sparsity=sparsity, comparison_group="row").mask(scores)
     assert (~mask).sum(dim=1).tolist() == [pruned_count(30, sparsity)] * 6
 
 
 def test_a_matrix_threshold_lets_rows_differ_but_not_the_total():
     scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    mask = Unstructured(sparsity=0.5, threshold="matrix").mask(scores)
+    mask = Unstructured(sparsity=0.5, comparison_group="matrix").mask(scores)
     assert mask.tolist() == [[False, False], [True, True]]
 
 
-@pytest.mark.parametrize("threshold", ["row", "matrix"])
-def test_the_counts_of_column_ranges_add_up(threshold):
+@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
+def test_the_counts_of_column_ranges_add_up(comparison_group):
     torch.manual_seed(0)
-    scores, pattern = torch.rand(3, 37), Unstructured(sparsity=0.61, threshold=threshold)
+    scores, pattern = torch.rand(3, 37), Unstructured(sparsity=0.61, comparison_group=comparison_group)
     parts = [pattern.mask(scores[:, a:b], a) for a, b in itertools.pairwise([0, 10, 20, 30, 37])]
     total = sum(int((~part).sum()) for part in parts)
-    assert total == (3 * pruned_count(37, 0.61) if threshold == "row" else pruned_count(111, 0.61))
+    assert total == (3 * pruned_count(37, 0.61) if comparison_group == "row" else pruned_count(111, 0.61))
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 16), (5, 24), (16, 32), (95, 96)])
@@ -124,28 +124,28 @@ def test_a_fraction_is_met_to_the_weight():
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_share_the_count_of_a_fraction_evenly(count, tied):
     scores = torch.ones(5, 30) if tied else torch.rand(5, 30, generator=torch.Generator().manual_seed(count))
-    dropped = (~Unstructured(sparsity=Fraction(count, 150), threshold="row").mask(scores)).sum(dim=1)
+    dropped = (~Unstructured(sparsity=Fraction(count, 150), comparison_group="row").mask(scores)).sum(dim=1)
     assert int(dropped.sum()) == count
     assert dropped.max() - dropped.min() <= 1
 
 
 def test_one_more_goes_in_the_row_whose_next_weight_carries_least():
     scores = torch.tensor([[1.0, 5.0, 6.0], [4.0, 3.0, 2.0]])
-    mask = Unstructured(sparsity=Fraction(3, 6), threshold="row").mask(scores)
+    mask = Unstructured(sparsity=Fraction(3, 6), comparison_group="row").mask(scores)
     assert mask.tolist() == [[False, True, True], [True, False, False]]
 
 
 def test_a_fraction_that_rows_share_without_remainder_is_the_decimals_mask():
     scores = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
-    fraction, decimal = (Unstructured(sparsity=sparsity, threshold="row").mask(scores) for sparsity in (Fraction(1, 4), 0.25))
+    fraction, decimal = (Unstructured(sparsity=sparsity, comparison_group="row").mask(scores) for sparsity in (Fraction(1, 4), 0.25))
     assert torch.equal(fraction, decimal)
 
 
-@pytest.mark.parametrize("threshold", ["row", "matrix"])
+@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
 @pytest.mark.parametrize("count", [0, 1, 50, 76, 110, 111])
-def test_the_counts_of_column_ranges_add_up_to_a_fractions(threshold, count):
+def test_the_counts_of_column_ranges_add_up_to_a_fractions(comparison_group, count):
     scores = torch.rand(3, 37, generator=torch.Generator().manual_seed(0))
-    pattern = Unstructured(sparsity=Fraction(count, 111), threshold=threshold)
+    pattern = Unstructured(sparsity=Fraction(count, 111), comparison_group=comparison_group)
     parts = [pattern.mask(scores[:, a:b], a) for a, b in itertools.pairwise([0, 10, 20, 30, 37])]
     assert sum(int((~part).sum()) for part in parts) == count
 
@@ -156,7 +156,7 @@ def test_the_counts_of_column_ranges_add_up_to_a_fractions(threshold, count):
 def rough_share(sparsity: float | Fraction, scale: torch.Tensor) -> float:
     """Of zeros in the rough mask of a 512 x 512 matrix whose columns differ by a scale."""
     scores = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) * scale
-    return float((~Unstructured(sparsity=sparsity, threshold="matrix").roughly(scores)).float().mean())
+    return float((~Unstructured(sparsity=sparsity, comparison_group="matrix").roughly(scores)).float().mean())
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, Fraction(123457, 512 * 512)])
@@ -172,7 +172,11 @@ def test_a_sample_sees_all_columns_alike(sparsity):
 
 @pytest.mark.parametrize(
     "pattern",
-    [Unstructured(sparsity=0.3, threshold="row"), Unstructured(sparsity=Fraction(70, 240), threshold="row"), Nm(kept=2, group=4)],
+    [
+        Unstructured(sparsity=0.3, comparison_group="row"),
+        Unstructured(sparsity=Fraction(70, 240), comparison_group="row"),
+        Nm(kept=2, group=4),
+    ],
     ids=str,
 )
 def test_where_few_weights_compete_the_rough_mask_is_the_exact_one(pattern):

@@ -17,9 +17,9 @@ Table = list[list[float]]
 
 
 def preset(name: str) -> tuple[Method, str]:
-    """The method and its threshold, as the file has them."""
+    """The method and its comparison_group, as the file has them."""
     section = config.read(composed(f"method={name}"))["method"]
-    return composition.compose(section), section.threshold
+    return composition.compose(section), section.comparison_group
 
 
 def norms(inputs: torch.Tensor) -> list[float]:
@@ -52,14 +52,14 @@ def obs(weight: torch.Tensor, inputs: torch.Tensor) -> Table:
     return [[float(value) ** 2 / float(inverse[j, j]) for j, value in enumerate(row)] for row in weight]
 
 
-def dropped(scores: Table, threshold: str) -> set[tuple[int, int]]:
+def dropped(scores: Table, comparison_group: str) -> set[tuple[int, int]]:
     places = [[(value, i, j) for j, value in enumerate(row)] for i, row in enumerate(scores)]
-    competing = places if threshold == "row" else [sum(places, [])]
+    competing = places if comparison_group == "row" else [sum(places, [])]
     return {(i, j) for those in competing for _, i, j in sorted(those)[: int(len(those) * SPARSITY)]}
 
 
 @pytest.mark.parametrize(
-    ("name", "score", "threshold"),
+    ("name", "score", "comparison_group"),
     [
         ("magnitude", magnitude, "row"),
         ("magnitude_per_matrix", magnitude, "matrix"),
@@ -71,18 +71,22 @@ def dropped(scores: Table, threshold: str) -> set[tuple[int, int]]:
         ("wanda_sparsegpt", wanda, "row"),
     ],
 )
-def test_a_preset_prunes_what_its_formula_says(name, score, threshold):
+def test_a_preset_prunes_what_its_formula_says(name, score, comparison_group):
     method, asked = preset(name)
     weight, inputs = weights(7, rows=12), correlated(7)
-    (found,) = method([weight], seen(method.statistic, inputs), [Unstructured(sparsity=SPARSITY, threshold=asked)])
-    assert {(i, j) for i, j in (~found.mask).nonzero().tolist()} == dropped(score(weight, inputs), threshold)
+    (found,) = method([weight], seen(method.statistic, inputs), [Unstructured(sparsity=SPARSITY, comparison_group=asked)])
+    assert {(i, j) for i, j in (~found.mask).nonzero().tolist()} == dropped(score(weight, inputs), comparison_group)
 
 
 @pytest.mark.parametrize("form", ["50%", "2:4", "4:8"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_prunes_a_whole_model(base, name, form):
-    method, threshold = preset(name)
-    patterns = {"50%": Unstructured(sparsity=0.5, threshold=threshold), "2:4": Nm(kept=2, group=4), "4:8": Nm(kept=4, group=8)}
+    method, comparison_group = preset(name)
+    patterns = {
+        "50%": Unstructured(sparsity=0.5, comparison_group=comparison_group),
+        "2:4": Nm(kept=2, group=4),
+        "4:8": Nm(kept=4, group=8),
+    }
     changes, blocks = pruned(base, method, patterns[form])
     assert len(changes) == 21
     for change in changes.values():
@@ -107,5 +111,5 @@ def test_matrices_that_read_the_same_input_are_factored_once(base, monkeypatch):
         return original(gram, *rest)
 
     monkeypatch.setattr(statistics, "_inverse_factor", counted)
-    pruned(base, preset("sparsegpt")[0], Unstructured(sparsity=0.5, threshold="matrix"))
+    pruned(base, preset("sparsegpt")[0], Unstructured(sparsity=0.5, comparison_group="matrix"))
     assert factored == [32, 32, 32, 112] * 3

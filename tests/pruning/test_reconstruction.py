@@ -30,7 +30,7 @@ def stream_of(decoder: Decoder) -> Stream:
 
 
 def plan_of(decoder: Decoder, **how) -> Plan:
-    patterns = {matrix.name: Unstructured(sparsity=0.5, threshold="row") for block in decoder.matrices for matrix in block}
+    patterns = {matrix.name: Unstructured(sparsity=0.5, comparison_group="row") for block in decoder.matrices for matrix in block}
     return Plan(method=WANDA, patterns=patterns, propagate="pruned", error_tokens=120, expert_tokens=0, **how)
 
 

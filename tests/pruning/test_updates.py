@@ -14,7 +14,7 @@ from tests import methods
 from tests.pruning.test_presets import preset
 
 SWEEP = {"steps": 12, "penalty": 0.1, "growth": 1.3}
-PATTERNS = [Unstructured(sparsity=0.5, threshold="matrix"), Unstructured(sparsity=0.5, threshold="row"), Nm(kept=2, group=4)]
+PATTERNS = [Unstructured(sparsity=0.5, comparison_group="matrix"), Unstructured(sparsity=0.5, comparison_group="row"), Nm(kept=2, group=4)]
 PATTERNS += [Nm(kept=4, group=8)]
 
 

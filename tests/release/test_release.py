@@ -20,7 +20,7 @@ RECIPE = {
     "method": {
         "name": "wanda",
         "score": {"name": "wanda"},
-        "threshold": "row",
+        "comparison_group": "row",
         "update": {"name": "none"},
         "damping": {"share": 0.01, "limit": 1.0},
     },

@@ -10,11 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from stages.errors import PruningError
-from stages.pruning import ranks
+from stages.pruning import distributed
 from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
 from stages.pruning.observer import ExpertProducts, Observer, watch
-from stages.pruning.patterns import Unstructured
-from stages.pruning.reconstruction import relative_errors
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, run_block
@@ -66,44 +64,7 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
     return exponents
 
 
-@torch.no_grad()
-def part_errors(stream: Stream, grid: list[float], threshold: str) -> list[list[float]]:
-    """What the output of a block loses when one of its parts, in most models attention or MLP, is pruned and the others are not.
-
-        E_p(s) = E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)      # as a reconstruction has it, see relative_errors
-
-    h: what the dense model gives the block. y: what the block makes of it. y': what it makes of it with the part's matrices pruned
-    to the sparsity s by Wanda, without an update; an expert that no token chose stays as it is.
-
-    Args:
-        stream: a few windows, before the first block.
-        grid: sparsities. threshold: "row" or "matrix", see patterns.Unstructured.
-
-    Returns:
-        For each part of each block in turn, see Decoder.parts: E at each sparsity of the grid, 0 or more.
-
-    Raises:
-        PruningError: activations, of the dense block or of a pruned one, or scores that are not finite; names the block or the layer.
-        SparsesweepError: no room for the file of hidden states.
-    """
-    decoder, ahead, found = stream.decoder, stream.twin(), []
-    for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
-        norms = _advance_and_see(ahead, index, block)
-        for part in decoder.parts(index):
-            scores = _wanda_scores(decoder, block, part.matrices, norms)
-            errors = torch.zeros(len(grid), dtype=torch.float64)
-            for step, sparsity in enumerate(grid):
-                with _pruned(block, scores, Unstructured(sparsity=sparsity, threshold=threshold)):
-                    errors[step] = _error(stream, index, block, ahead.hidden)
-            if not torch.isfinite(ranks.all_sum(errors)).all():
-                what = f"its outputs with {part.path or 'its layers'} pruned"
-                raise PruningError(f"block {index}: found NaN or infinity in {what}, wanted finite activations")
-            found.append(errors.tolist())
-        stream.hidden.copy_(ahead.hidden)
-    return found
-
-
-def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: float) -> dict[str, Sensitivity]:
+def sensitivities(stream: Stream, grid: list[float], comparison_group: str, floor: float) -> dict[str, Sensitivity]:
     """Our own evidence: what pruning each matrix is expected to add to the loss, by a diagonal second-order estimate.
 
         L(W') - L(W) ~ 1/2 sum_i E[g_i²] sum_j (W_ij - W'_ij)² ||X_j||²
@@ -116,7 +77,7 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
 
     Args:
         stream: a few windows, before the first block.
-        grid: sparsities, ascending. threshold: "row" or "matrix", see allocation.removal_curve.
+        grid: sparsities, ascending. comparison_group: "row" or "matrix", see allocation.removal_curve.
         floor: least E[g_i²], share of its matrix's mean: where a softmax is saturated gradients are small, yet to lose what
             saturates it is dear.
 
@@ -127,7 +88,7 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
         PruningError: activations, gradients or scores that are not finite; names the block or the layer.
     """
     decoder, count = stream.decoder, len(stream.decoder.blocks)
-    entered = stream.take_room((count, *stream.hidden.shape), stream.hidden.dtype)
+    entered = stream.host_buffer((count, *stream.hidden.shape), stream.hidden.dtype)
     with torch.no_grad():
         for index, block in _dense_blocks(decoder, range(count)):
             entered[index] = stream.hidden
@@ -146,7 +107,7 @@ def sensitivities(stream: Stream, grid: list[float], threshold: str, floor: floa
                 felt = felt.clamp_min(floor * felt.mean())
                 squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
                 with PruningError.naming(f"layer {matrix.name}"):
-                    curve = removal_curve(squared.mul_(felt[:, None]), grid=grid, threshold=threshold)
+                    curve = removal_curve(squared.mul_(felt[:, None]), grid=grid, comparison_group=comparison_group)
                 found[matrix.name] = Sensitivity(curve=curve, rows=felt.cpu())
     return found
 
@@ -160,7 +121,7 @@ def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Modu
 
 def _advance_and_see(stream: Stream, index: int, block: nn.Module) -> dict[Layer, torch.Tensor]:
     """All windows through a dense block; of each layer's inputs the squared norm, see _squared_norms."""
-    observer = watch(stream, block, stream.decoder.whole(index).layers, SquaredNorm)
+    observer = watch(stream, block, stream.decoder.layers(index), SquaredNorm)
     for where, hidden, call in stream.parts(index):
         output = observer.run(hidden, partial(run_block, block, call=call), stop=False)
         assert output is not None
@@ -178,28 +139,6 @@ def _wanda_scores(
     return {matrix: wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in seen}
 
 
-@contextmanager
-def _pruned(block: nn.Module, scores: dict[Matrix, torch.Tensor], pattern: Unstructured) -> Iterator[None]:
-    """Some matrices of a block pruned, for a while."""
-    dense = {matrix: matrix.of(block).clone() for matrix in scores}
-    for matrix, weight in dense.items():
-        with PruningError.naming(f"layer {matrix.name}"):
-            mask = pattern.mask(scores[matrix])
-        matrix.of(block).copy_(weight.masked_fill(~mask, 0))
-    yield
-    for matrix, weight in dense.items():
-        matrix.of(block).copy_(weight)
-
-
-def _error(stream: Stream, index: int, block: nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """This process's part of the mean over all tokens of a block's relative errors, float64; targets: [windows, tokens, width]."""
-    total = torch.zeros((), dtype=torch.float64, device=stream.decoder.device)
-    for where, hidden, call in stream.parts(index):
-        target = targets[where].to(hidden.device)
-        total += relative_errors(run_block(block, hidden, call), target, hidden).sum(dtype=torch.float64)
-    return total / (stream.all_windows * stream.hidden.shape[1:].numel())
-
-
 def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor]:
     """Of each layer's inputs, [columns], summed over its tokens, by window; without experts that no token chose."""
     found = {}
@@ -211,7 +150,7 @@ def _squared_norms(observer: Observer, windows: int) -> dict[Layer, torch.Tensor
 
 def _loss_gradient(stream: Stream) -> torch.Tensor:
     """Of the next-token loss, summed over tokens, by the last block's output: in the shape of the hidden states."""
-    gradient = stream.take_room(tuple(stream.hidden.shape), stream.hidden.dtype)
+    gradient = stream.host_buffer(tuple(stream.hidden.shape), stream.hidden.dtype)
     with stream.decoder.after_blocks(), torch.enable_grad():
         for hidden, tokens, found in zip(stream.hidden, stream.windows, gradient, strict=True):
             found[-1] = 0  # of the last token nobody knows the next
@@ -228,7 +167,7 @@ def _backward(
     stream: Stream, index: int, block: nn.Module, gradient: torch.Tensor
 ) -> tuple[dict[Layer, torch.Tensor], dict[Layer, torch.Tensor], torch.Tensor]:
     """The squared norm of each layer's inputs, its outputs' mean squared gradients over its tokens, the gradient by the block's input."""
-    layers = stream.decoder.whole(index).layers
+    layers = stream.decoder.layers(index)
     observer = watch(stream, block, layers, SquaredNorm)
     matrices, device = stream.decoder.matrices[index], stream.decoder.device
     rows = {matrix.layer: torch.zeros(_outputs_of(matrix, block), device=device) for matrix in matrices}
@@ -252,12 +191,12 @@ def _backward(
     observer.finish(None)
     counts = {layer: observer.inputs[leader].tokens for layer, leader in observer.leader.items()}
     norms = _squared_norms(observer, stream.all_windows)
-    return norms, {layer: ranks.all_sum(rows[layer]) / counts[layer] for layer in norms}, gradient
+    return norms, {layer: distributed.all_reduce(rows[layer]) / counts[layer] for layer in norms}, gradient
 
 
 def _outputs_of(matrix: Matrix, block: nn.Module) -> int:
     """Of the layer that the matrix is in: it may hold others beside it, as a fused gate and up projection does."""
-    shape = block.get_parameter(matrix.place.name).shape[0 if matrix.place.expert is None else 1 :]
+    shape = block.get_parameter(matrix.parameter_slice.name).shape[0 if matrix.parameter_slice.expert is None else 1 :]
     return shape[1 if matrix.transposed else 0]
 
 

@@ -19,13 +19,13 @@ from stages import composition, config, prune
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, PruningError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
-from stages.pruning import survey
+from stages.pruning import sensitivity
 from stages.pruning.allocation import hill_exponent
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.journal import Journal
 from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
-from stages.pruning.survey import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
+from stages.pruning.sensitivity import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
 from stages.streaming import stream as streams
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
@@ -46,8 +46,8 @@ def stream_of(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2)
         return Stream(decoder, windows, batch=batch)
 
 
-def streamed(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2, threshold: str = "row") -> dict[str, Sensitivity]:
-    return sensitivities(stream_of(base, windows, batch), GRID, threshold, 1e-6)
+def streamed(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2, comparison_group: str = "row") -> dict[str, Sensitivity]:
+    return sensitivities(stream_of(base, windows, batch), GRID, comparison_group, 1e-6)
 
 
 def whole(base: Checkpoint):
@@ -117,8 +117,8 @@ def literally(base: Checkpoint, windows: torch.Tensor) -> tuple[dict, dict]:
 
 def of_matrix(found: dict, decoder: Decoder, index: int, matrix) -> torch.Tensor:
     """What was found of the outputs of the layer in which a matrix appears: its own rows."""
-    values = found[f"{decoder.prefix}.{index}.{matrix.place.name}", matrix.place.expert]
-    return values if matrix.place.rows is None else values[slice(*matrix.place.rows)]
+    values = found[f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert]
+    return values if matrix.parameter_slice.rows is None else values[slice(*matrix.parameter_slice.rows)]
 
 
 def every_matrix(decoder: Decoder):
@@ -131,11 +131,11 @@ def stored(decoder: Decoder, matrix) -> torch.Tensor:
     return tensor.T if matrix.transposed else tensor
 
 
-def literal_curve(squared: torch.Tensor, threshold: str) -> list[float]:
+def literal_curve(squared: torch.Tensor, comparison_group: str) -> list[float]:
     """At each sparsity of the grid the sum of the lowest scores."""
     total = []
     for sparsity in GRID:
-        competing = squared.double().tolist() if threshold == "row" else [squared.double().flatten().tolist()]
+        competing = squared.double().tolist() if comparison_group == "row" else [squared.double().flatten().tolist()]
         total.append(sum(sum(sorted(scores)[: math.floor(len(scores) * Fraction(str(sparsity)))]) for scores in competing))
     return total
 
@@ -152,15 +152,15 @@ def test_rows_have_the_squared_gradients_of_the_whole_model_whatever_the_micro_b
         torch.testing.assert_close(found[matrix.name].rows, of_matrix(expected, decoder, index, matrix), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("threshold", ["row", "matrix"])
+@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_curve_adds_up_the_lowest_scores_times_what_their_rows_cost(base, threshold, batch):
-    found, (rows, norms) = streamed(base, batch=batch, threshold=threshold), literally(base, WINDOWS)
+def test_a_curve_adds_up_the_lowest_scores_times_what_their_rows_cost(base, comparison_group, batch):
+    found, (rows, norms) = streamed(base, batch=batch, comparison_group=comparison_group), literally(base, WINDOWS)
     decoder = Decoder(base, torch.float32, CPU)
     for index, matrix in every_matrix(decoder):
-        layer = f"{decoder.prefix}.{index}.{matrix.place.name}", None
+        layer = f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", None
         squared = stored(decoder, matrix).square() * norms[layer] * rows[layer][:, None]
-        assert found[matrix.name].curve == pytest.approx(literal_curve(squared, threshold), rel=1e-3)
+        assert found[matrix.name].curve == pytest.approx(literal_curve(squared, comparison_group), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi3", "mixtral", "qwen3_moe"])
@@ -172,7 +172,7 @@ def test_sensitivities_are_those_of_the_whole_model_whatever_holds_the_weights(k
     for index, matrix in every_matrix(decoder):
         felt = of_matrix(rows, decoder, index, matrix)
         torch.testing.assert_close(found[matrix.name].rows, felt, rtol=1e-3, atol=1e-5 * float(felt.mean()))
-        norm = norms[f"{decoder.prefix}.{index}.{matrix.place.name}", matrix.place.expert]
+        norm = norms[f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert]
         squared = stored(decoder, matrix).square() * norm * felt[:, None]
         assert found[matrix.name].curve == pytest.approx(literal_curve(squared, "row"), rel=1e-3), matrix.name
 
@@ -182,7 +182,7 @@ def test_of_an_expert_that_no_token_chose_nothing_is_known(tmp_path):
     found, decoder = streamed(base, one, 1), Decoder(base, torch.float32, CPU)
     unseen = [matrix for _, matrix in every_matrix(decoder) if matrix.name not in found]
     assert unseen
-    assert all(matrix.place.expert is not None for matrix in unseen)
+    assert all(matrix.parameter_slice.expert is not None for matrix in unseen)
     kept = composition.look_at_loss(stream_of(base, one, 1), "row", 1e-6)
     assert {name.rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
     for matrix in unseen:
@@ -267,9 +267,9 @@ def test_only_the_block_that_runs_has_weights(base, look):
 # What the other allocations go by.
 
 
-def literally_dropped(scores: torch.Tensor, sparsity: float, threshold: str) -> torch.Tensor:
+def literally_dropped(scores: torch.Tensor, sparsity: float, comparison_group: str) -> torch.Tensor:
     """True where a score is among the lowest of its row, or of all."""
-    rows = scores if threshold == "row" else scores.reshape(1, -1)
+    rows = scores if comparison_group == "row" else scores.reshape(1, -1)
     dropped = rows.argsort(dim=1, stable=True)[:, : math.floor(rows.shape[1] * Fraction(str(sparsity)))]
     return torch.zeros_like(rows, dtype=torch.bool).scatter(1, dropped, True).view(scores.shape)
 
@@ -289,10 +289,10 @@ def entered_and_left(model, blocks: str, index: int, windows: torch.Tensor) -> t
     return seen["in"], seen["out"]
 
 
-@pytest.mark.parametrize("threshold", ["row", "matrix"])
+@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
-def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned(kind, batch, threshold, tmp_path):
+def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned(kind, batch, comparison_group, tmp_path):
     base = fetched(kind, tmp_path)
     _, norms = literally(base, SMALL_WINDOWS)
     decoder, expected = Decoder(base, torch.float32, CPU), []
@@ -304,13 +304,13 @@ def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned
             for sparsity in GRID:
                 model = whole(base)
                 for matrix in part.matrices:
-                    name = f"{decoder.prefix}.{index}.{matrix.place.name}"
+                    name = f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}"
                     weight = matrix.part_of(model.get_parameter(name).data)
-                    scores = weight.abs() * norms[name, matrix.place.expert].sqrt()
-                    weight.masked_fill_(literally_dropped(scores, sparsity, threshold), 0)
+                    scores = weight.abs() * norms[name, matrix.parameter_slice.expert].sqrt()
+                    weight.masked_fill_(literally_dropped(scores, sparsity, comparison_group), 0)
                 _, pruned = entered_and_left(model, decoder.prefix, index, SMALL_WINDOWS)
                 expected[-1].append(float(((pruned - dense).square().sum(dim=-1) / size).mean()))
-    found = part_errors(stream_of(base, SMALL_WINDOWS, batch), GRID, threshold)
+    found = part_errors(stream_of(base, SMALL_WINDOWS, batch), GRID, comparison_group)
     assert len(found) == 6
     assert all(errors[-1] > errors[1] > 0 for errors in expected)
     for one, other in zip(found, expected, strict=True):
@@ -318,13 +318,13 @@ def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned
 
 
 def test_outputs_of_a_pruned_block_that_are_not_finite_name_block_and_part_and_are_not_kept(project, monkeypatch):
-    whole, calls = survey.relative_errors, []
+    whole, calls = sensitivity.relative_errors, []
 
     def overflowing(*arguments):
         calls.append(arguments)
         return whole(*arguments) * (math.inf if len(calls) == 2 * len(composition.MEASURED) + 1 else 1)
 
-    monkeypatch.setattr(survey, "relative_errors", overflowing)  # in the second part of the first block
+    monkeypatch.setattr(sensitivity, "relative_errors", overflowing)  # in the second part of the first block
     with pytest.raises(PruningError, match="block 0: found NaN or infinity in its outputs with mlp pruned, wanted finite activations"):
         stage.run(pattern=PATTERN, allocation=ALLOCATIONS["error"])
     assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
@@ -347,7 +347,7 @@ def test_outlier_shares_are_those_of_the_whole_model(kind, batch, tmp_path):
     _, norms = literally(base, SMALL_WINDOWS)
     decoder, expected = Decoder(base, torch.float32, CPU), []
     for index, matrices in enumerate(decoder.matrices):
-        layers = [(f"{decoder.prefix}.{index}.{matrix.place.name}", matrix.place.expert) for matrix in matrices]
+        layers = [(f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert) for matrix in matrices]
         scores = [stored(decoder, m).abs() * norms[layer].sqrt() for m, layer in zip(matrices, layers, strict=True)]
         together = torch.cat([each.flatten() for each in scores])
         expected.append(float((together > 3 * together.mean()).double().mean()))
@@ -382,10 +382,10 @@ def sparsities() -> list[dict]:
     return read_json(PRUNE_RESULTS / "sparsity.json")
 
 
-@pytest.mark.parametrize("threshold", ["matrix", "row"])
+@pytest.mark.parametrize("comparison_group", ["matrix", "row"])
 @pytest.mark.parametrize("name", [name for name in ALLOCATIONS if name != "loss with rows"])
-def test_an_allocation_meets_the_budget_to_the_weight_within_its_bounds(project, name, threshold):
-    stage.run(method=replace(stage.METHOD, threshold=threshold), pattern=PATTERN, allocation=ALLOCATIONS[name])
+def test_an_allocation_meets_the_budget_to_the_weight_within_its_bounds(project, name, comparison_group):
+    stage.run(method=replace(stage.METHOD, comparison_group=comparison_group), pattern=PATTERN, allocation=ALLOCATIONS[name])
     rows = sparsities()
     total = sum(row["weights"] for row in rows)
     assert sum(row["zeros"] for row in rows) == math.floor(total * Fraction("0.37"))
@@ -460,7 +460,7 @@ def test_where_rows_do_not_compete_what_their_errors_cost_changes_nothing(base):
     matrices = [matrix for block in Decoder(base, torch.float32, CPU).matrices for matrix in block]
     plan = Plan(
         method=Method(score=WANDA.score, update=SwapAndRefit(damping=0.01, cycles=0, candidates=0, refit_steps=40)),
-        patterns={matrix.name: Unstructured(sparsity=0.5, threshold="row") for matrix in matrices},
+        patterns={matrix.name: Unstructured(sparsity=0.5, comparison_group="row") for matrix in matrices},
         propagate="pruned",
         error_tokens=60,
         expert_tokens=0,
@@ -482,7 +482,7 @@ def test_rows_that_compete_by_what_their_errors_cost_are_pruned_otherwise_but_as
 
 @pytest.mark.parametrize("score", ["ria", "wanda"])
 def test_where_rows_do_not_compete_the_masks_are_those_of_rows_that_count_alike(project, score):
-    method = replace(stage.METHOD, score=config.read(composed(f"method={score}"))["method"].score, threshold="row")
+    method = replace(stage.METHOD, score=config.read(composed(f"method={score}"))["method"].score, comparison_group="row")
     runs = [stage.run(method=method, pattern=PATTERN, allocation=ALLOCATIONS[name]) for name in ("loss", "loss with rows")]
     assert all(runs[0][name] == file for name, file in runs[1].items() if name.startswith("block"))
 
@@ -517,7 +517,7 @@ def test_a_spectrum_without_a_tail_names_the_layer(base):
 
 def test_the_loss_gradient_is_the_same_some_tokens_at_a_time(base, monkeypatch):
     whole = streamed(base)
-    monkeypatch.setattr(survey, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 7)
     for name, found in streamed(base).items():
         torch.testing.assert_close(found.rows, whole[name].rows, rtol=1e-3, atol=0)
 

@@ -16,7 +16,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.config import CONF, LocalBase
 from stages.errors import ConfigError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json
-from stages.pruning import ranks
+from stages.pruning import distributed
 from stages.pruning.reconstruction import BETAS, part_output
 from stages.sources import base as checkpoints
 from stages.streaming.architecture import Decoder
@@ -45,7 +45,7 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="prune.device: found 'cuda:0' for 2 processes, wanted cuda or auto"):
-        ranks.own(torch.device("cuda:0"))
+        distributed.local_device(torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(

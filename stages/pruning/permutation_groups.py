@@ -24,7 +24,7 @@ Reordering = tuple[Matrix, int]  # and the dimension of [rows, columns] that is 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Coupling:
+class PermutationGroup:
     """Matrices whose channels may change places together.
 
     consumer: its columns are the channels. producers: their rows are.
@@ -34,18 +34,18 @@ class Coupling:
     producers: list[Matrix]
 
 
-def candidates(block: nn.Module, matrices: list[Matrix]) -> list[Coupling]:
+def candidates(block: nn.Module, matrices: list[Matrix]) -> list[PermutationGroup]:
     """What may be coupled by names, shapes and biases alone; the same in every process."""
     separate = [matrix for matrix in matrices if matrix.expert is None]  # not a slice of one tensor for all experts
-    found = [Coupling(consumer=matrix, producers=_beside(block, matrix, separate)) for matrix in separate]
-    return [coupling for coupling in found if coupling.producers]
+    found = [PermutationGroup(consumer=matrix, producers=_beside(block, matrix, separate)) for matrix in separate]
+    return [group for group in found if group.producers]
 
 
 @torch.no_grad()
-def couplings(
-    block: nn.Module, options: list[Coupling], run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
-) -> list[Coupling]:
-    """Find the couplings of a block by trial.
+def permutation_groups(
+    block: nn.Module, options: list[PermutationGroup], run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> list[PermutationGroup]:
+    """Find the permutation_groups of a block by trial.
 
     Args:
         block: loaded, in float32; its weights are changed on the way and are the same bits afterwards.
@@ -67,7 +67,7 @@ def couplings(
         with _reordered(block, reorderings, order):
             return largest_change(run(hidden.clone()), expected)
 
-    return [coupling for coupling in options if _proven(coupling, change)]
+    return [group for group in options if _proven(group, change)]
 
 
 def largest_change(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -81,7 +81,9 @@ def _beside(block: nn.Module, consumer: Matrix, matrices: list[Matrix]) -> list[
     found = [
         matrix
         for matrix in matrices
-        if matrix.place.name.startswith(parent) and matrix.place.expert == consumer.place.expert and matrix.shape[0] == consumer.shape[1]
+        if matrix.parameter_slice.name.startswith(parent)
+        and matrix.parameter_slice.expert == consumer.parameter_slice.expert
+        and matrix.shape[0] == consumer.shape[1]
     ]
     found = [matrix for matrix in found if matrix != consumer]
     return [] if any(_has_bias(block, matrix) for matrix in found) else found
@@ -89,8 +91,8 @@ def _beside(block: nn.Module, consumer: Matrix, matrices: list[Matrix]) -> list[
 
 def _parent(matrix: Matrix) -> str:
     """What the names of all parameters beside it begin with: "mlp." for mlp.down_proj.weight, "" at the top of the block."""
-    *path, _ = matrix.place.name.split(".")
-    if matrix.place.expert is None:
+    *path, _ = matrix.parameter_slice.name.split(".")
+    if matrix.parameter_slice.expert is None:
         path = path[:-1]  # out of the linear layer; an expert's matrices are parameters of one module
     return "".join(f"{module}." for module in path)
 
@@ -100,10 +102,10 @@ def _has_bias(block: nn.Module, matrix: Matrix) -> bool:
     return any("bias" in name for name, _ in module.named_parameters(recurse=False))
 
 
-def _proven(coupling: Coupling, change: Callable[[list[Reordering], torch.Tensor], float]) -> bool:
+def _proven(group: PermutationGroup, change: Callable[[list[Reordering], torch.Tensor], float]) -> bool:
     """Whether reordering all of them changes nothing and each alone something; NaN proves nothing."""
-    order = torch.randperm(coupling.consumer.shape[1], generator=torch.Generator().manual_seed(0))
-    together = [(coupling.consumer, 1), *((producer, 0) for producer in coupling.producers)]
+    order = torch.randperm(group.consumer.shape[1], generator=torch.Generator().manual_seed(0))
+    together = [(group.consumer, 1), *((producer, 0) for producer in group.producers)]
     if not change(together, order) <= TOLERANCE:
         return False
     return all(change([alone], order) >= CONTRAST * TOLERANCE for alone in together)

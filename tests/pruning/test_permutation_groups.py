@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.checkpoint.layout import Place
+from stages.checkpoint.layout import ParameterSlice
 from stages.checkpoint.reader import Checkpoint
-from stages.pruning.couplings import candidates, couplings, largest_change
+from stages.pruning.permutation_groups import candidates, largest_change, permutation_groups
 from stages.streaming.architecture import Decoder, Matrix, run_block
 from tests.pruning.test_architectures import fetched
 
@@ -30,7 +30,7 @@ def found(base: Checkpoint, index: int) -> dict[str, list[str]]:
     """Consumer -> producers, named as in the checkpoint, without what the names of a block begin with."""
     with loaded(base, index) as (decoder, block, run):
         before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        pairs = couplings(block, candidates(block, decoder.matrices[index]), run, HIDDEN)
+        pairs = permutation_groups(block, candidates(block, decoder.matrices[index]), run, HIDDEN)
         for name, tensor in block.state_dict().items():
             assert torch.equal(tensor, before[name]), name
         start = f"{decoder.prefix}.{index}."
@@ -44,7 +44,7 @@ def test_the_down_projection_is_coupled_to_gate_and_up_and_nothing_else_is(base)
 
 def test_a_reordering_of_what_is_coupled_leaves_the_block_as_it_was(base):
     with loaded(base, 1) as (decoder, block, run):
-        (pair,) = couplings(block, candidates(block, decoder.matrices[1]), run, HIDDEN)
+        (pair,) = permutation_groups(block, candidates(block, decoder.matrices[1]), run, HIDDEN)
         expected, order = run(HIDDEN), torch.arange(112).flip(0)
         pair.consumer.of(block).copy_(pair.consumer.of(block)[:, order])
         assert largest_change(run(HIDDEN), expected) > 1e-2
@@ -89,7 +89,7 @@ def test_every_expert_that_is_a_tensor_of_its_own_is_coupled_within_itself(tmp_p
 def test_an_expert_that_no_token_reaches_proves_nothing(tmp_path):
     with loaded(fetched("mixtral", tmp_path), 1) as (decoder, block, _):
         one_token = HIDDEN[:1, :1]
-        pairs = couplings(block, candidates(block, decoder.matrices[1]), lambda hidden: hidden + block.mlp(hidden), one_token)
+        pairs = permutation_groups(block, candidates(block, decoder.matrices[1]), lambda hidden: hidden + block.mlp(hidden), one_token)
         assert len(pairs) == 2  # of four experts, those it chose
 
 
@@ -120,7 +120,7 @@ class TwoLayers(nn.Module):
             Matrix(
                 tensor=name,
                 expert=None,
-                place=Place(name=f"{name}.weight"),
+                parameter_slice=ParameterSlice(name=f"{name}.weight"),
                 transposed=False,
                 shape=tuple(self.get_submodule(name).weight.shape),
             )
@@ -129,7 +129,7 @@ class TwoLayers(nn.Module):
 
 
 def consumers(block: TwoLayers, *names: str) -> list[str]:
-    return [pair.consumer.name for pair in couplings(block, candidates(block, block.matrices(*names)), block, HIDDEN)]
+    return [pair.consumer.name for pair in permutation_groups(block, candidates(block, block.matrices(*names)), block, HIDDEN)]
 
 
 def test_an_elementwise_function_between_lets_channels_change_places():
@@ -181,11 +181,11 @@ def test_weights_come_back_when_a_trial_fails():
 
     before = [parameter.clone() for parameter in block.parameters()]
     with pytest.raises(RuntimeError, match="out of memory"):
-        couplings(block, candidates(block, block.matrices("first", "second")), breaks, HIDDEN)
+        permutation_groups(block, candidates(block, block.matrices("first", "second")), breaks, HIDDEN)
     assert all(torch.equal(parameter, old) for parameter, old in zip(block.parameters(), before, strict=True))
 
 
 def test_hidden_states_of_a_coarser_dtype_are_refused():
     block = TwoLayers(nn.GELU())
     with pytest.raises(ValueError, match=r"found torch.bfloat16 hidden states, wanted torch.float32"):
-        couplings(block, candidates(block, block.matrices("first", "second")), block, HIDDEN.bfloat16())
+        permutation_groups(block, candidates(block, block.matrices("first", "second")), block, HIDDEN.bfloat16())

@@ -8,25 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import distributed
+from torch import distributed as dist
 
 from stages.errors import ConfigError
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes where torchrun started this one: by nccl on GPUs, by gloo on CPUs."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield
-    distributed.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
 
 
-def own(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """This process's GPU among those of its machine, unless one was named.
 
     Raises:
@@ -34,51 +34,53 @@ def own(device: torch.device) -> torch.device:
     """
     if device.type != "cuda" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
-    if device.index is not None and local_count() > 1:
+    if device.index is not None and local_world_size() > 1:
         raise ConfigError(
-            f"prune.device: found {str(device)!r} for {local_count()} processes, wanted cuda or auto: each takes a GPU of its own"
+            f"prune.device: found {str(device)!r} for {local_world_size()} processes, wanted cuda or auto: each takes a GPU of its own"
         )
     if device.index is not None:
         return device
-    if local_count() > torch.cuda.device_count():
-        raise ConfigError(f"--nproc-per-node: found {local_count()}, wanted at most the {torch.cuda.device_count()} GPUs of this machine")
+    if local_world_size() > torch.cuda.device_count():
+        raise ConfigError(
+            f"--nproc-per-node: found {local_world_size()}, wanted at most the {torch.cuda.device_count()} GPUs of this machine"
+        )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def local_count() -> int:
+def local_world_size() -> int:
     """Processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
-    all_sum(torch.zeros(()))
+    all_reduce(torch.zeros(()))
 
 
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, changed in place to its sum over all processes; the same bits in each."""
-    if distributed.is_initialized():
+    if dist.is_initialized():
         device = tensor.device
         on_device = tensor.to(_device())
-        distributed.all_reduce(on_device)
+        dist.all_reduce(on_device)
         tensor.copy_(on_device.to(device))
     return tensor
 
 
-def mean(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, changed in place to its mean over all processes."""
-    return all_sum(tensor.div_(count()))
+    return all_reduce(tensor.div_(world_size()))
 
 
-def share(tensor: torch.Tensor, owner: int) -> torch.Tensor:
+def broadcast(tensor: torch.Tensor, owner: int) -> torch.Tensor:
     """The tensor, changed in place to that of the process `owner`.
 
     Raises:
@@ -86,13 +88,13 @@ def share(tensor: torch.Tensor, owner: int) -> torch.Tensor:
     """
     if not tensor.is_contiguous():
         raise ValueError(f"found a tensor of strides {tensor.stride()} for shape {list(tensor.shape)}, wanted a contiguous one")
-    if distributed.is_initialized():
+    if dist.is_initialized():
         on_device = tensor.to(_device())
-        distributed.broadcast(on_device, owner)
+        dist.broadcast(on_device, owner)
         tensor.copy_(on_device)
     return tensor
 
 
 def _device() -> torch.device:
     """Where the backend wants its tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
