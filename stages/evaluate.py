@@ -60,7 +60,7 @@ def main(part: str, evaluation: config.Evaluation) -> None:
             metrics = beside_dense_metrics(metrics, losses)
             generations = beside_dense_generations(generations)
             accuracy = read_json(DENSE_RESULTS / "details/accuracy.json") + accuracy
-            write_json(results / "frontier.json", [frontier_row(delta.manifest["recipe"], metrics)])
+            write_json(results / "frontier.json", [frontier_row(delta, metrics)])
             write_json(results / "accuracy.json", accuracy)
         write_json(results / "metrics.json", metrics)
         write_json(results / "run.json", record.of_run(device, dtype, stopwatch))
@@ -154,12 +154,12 @@ def beside_dense_generations(generations: list[dict[str, str]]) -> list[dict[str
     return rows
 
 
-def frontier_row(recipe: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+def frontier_row(delta: SparseDelta, metrics: dict[str, float]) -> dict[str, Any]:
     """One point of the perplexity-sparsity plot."""
     return {
-        "method": recipe["label"],
-        "pattern": recipe["pattern_label"],
-        "sparsity": recipe["sparsity"],
+        "method": delta.recipe.label,
+        "pattern": delta.recipe.pattern_label,
+        "sparsity": delta.summary["sparsity"],
         "perplexity": metrics["perplexity"],
         "perplexity_ratio": metrics["perplexity_ratio"],
     }

@@ -41,6 +41,7 @@ from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.patterns import Pattern, Unstructured
+from stages.recipe import Recipe
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import GPU_SHARE, Stream
 
@@ -74,20 +75,21 @@ def main(
         permutation_rounds=pattern.permutation_rounds if isinstance(pattern, config.Nm) else None,
     )
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
-    recipe = {
-        "method": asdict(method),
-        "pattern": asdict(pattern),
-        "pattern_label": pattern.label,
-        "allocation": asdict(allocation),
-        "reconstruction": asdict(reconstruction),
-        "label": label(method, allocation, reconstruction, prune),
-        "propagate": prune.propagate,
-        "calibration": windows_sha256,
-    }
+    recipe = Recipe(
+        method=asdict(method),
+        pattern=asdict(pattern),
+        allocation=asdict(allocation),
+        reconstruction=asdict(reconstruction),
+        prune=asdict(prune),
+        base=base.fingerprint,
+        calibration=windows_sha256,
+        label=label(method, allocation, reconstruction, prune),
+        pattern_label=pattern.label,
+    )
     with (
         distributed.process_group(device),
         record.gpu_memory("prune.micro_batch", batch),
-        opened(PRUNE_JOURNAL, fingerprint(base, recipe, prune, batch, device, dtype), base.fingerprint) as journal,
+        opened(PRUNE_JOURNAL, fingerprint(recipe, batch, device, dtype), base.fingerprint) as journal,
     ):
         if distributed.rank() == 0:
             twice = delta_bytes(decoder, plan, plan.distillation.first) if plan.distillation else 0  # as pruned and as distilled
@@ -143,12 +145,10 @@ def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
     return load_file(path)["windows"], found
 
 
-def fingerprint(
-    base: Checkpoint, recipe: dict[str, Any], prune: config.Prune, batch: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """All that shapes a block's outcome: what an interrupted run finished is taken over where these are the same."""
-    how = {key: value for key, value in asdict(prune).items() if key not in ("memory_budget", "device")}  # these change no byte
-    facts = {"base": base.fingerprint, "config": sha256(BASE / "config.json"), **recipe, "prune": how, "batch": batch}
+    how = {key: value for key, value in recipe.prune.items() if key not in ("memory_budget", "device")}  # these change no byte
+    facts = {"config": sha256(BASE / "config.json"), **recipe.as_dict(), "prune": how, "batch": batch}
     facts |= {"processes": distributed.world_size(), "device": record.device_name(device), "dtype": str(dtype)}
     return facts | {"code": code_sha256(), "versions": record.versions()}
 
@@ -187,22 +187,20 @@ def quiet() -> bool | None:
     return True if distributed.rank() > 0 else None
 
 
-def write_results(
-    journal: Journal, decoder: Decoder, recipe: dict[str, Any], run: dict[str, Any], distilled: DistilledBlocks | None
-) -> None:
+def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[str, Any], distilled: DistilledBlocks | None) -> None:
     """The delta and what is known of it, from the whole journal and what a distillation made of its last blocks."""
-    base, count = decoder.checkpoint.fingerprint, len(decoder.blocks)
+    count = len(decoder.blocks)
     rows = [row for block in journal.records(count) for row in block["rows"]]
     summary = summarise(rows)
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
         journal.hand_over(distilled.first if distilled else count, sparse)
         for index, changes in distilled.changes() if distilled else []:
-            write_block(sparse / journal.delta_path(index).name, changes, base)
-        write_manifest(sparse, base=base, recipe={**recipe, **summary}, matrices=rows)
+            write_block(sparse / journal.delta_path(index).name, changes, recipe.base)
+        write_manifest(sparse, recipe=recipe, summary=summary, matrices=rows)
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
         write_json(results / "metrics.json", {**summary, "seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]})
-        write_json(results / "provenance.json", {**recipe, "base": base, **run})
+        write_json(results / "provenance.json", {**recipe.as_dict(), **run})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 def main(**sections: Any) -> None:
     base = Checkpoint(BASE)
     delta = SparseDelta(SPARSE, base.fingerprint)
-    recipe, results = delta.manifest["recipe"], read_results()
+    recipe, results = {**delta.recipe.as_dict(), **delta.summary}, read_results()
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
     name = sections["publish"].name or default_name(base.provenance["name"], recipe)
     require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
@@ -54,7 +54,7 @@ def main(**sections: Any) -> None:
             name=name,
             base=base.provenance,
             recipe=recipe,
-            matrices=delta.manifest["matrices"],
+            matrices=delta.matrices,
             results=results,
             verified=verified,
         )

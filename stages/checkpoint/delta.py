@@ -4,6 +4,7 @@ For every matrix in scope the mask as packed bits, 1 = kept; only where survivor
 columns changed places their order. One safetensors file per decoder block and a manifest. base + delta = the pruned model.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages.errors import CheckpointError
-from stages.files import read_json, write_json
+from stages.files import read_json, sha256, write_json
+from stages.recipe import Recipe
 
-FORMAT = "sparsesweep-delta/1"
+FORMAT = "sparsesweep-delta/2"
+BLOCK_FORMAT = "sparsesweep-delta/1"  # of a block's file
 MANIFEST = "delta.json"
 METADATA = "sparsesweep"  # one key: safetensors writes several in an order that changes from run to run
 
@@ -81,7 +84,7 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
         for key, order in (("rows", change.rows), ("columns", change.columns)):
             if order is not None:
                 tensors[f"{name}.{key}"] = order
-    facts = {"format": FORMAT, "base": base, "polarity": "1 = kept", "shapes": shapes}
+    facts = {"format": BLOCK_FORMAT, "base": base, "polarity": "1 = kept", "shapes": shapes}
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
@@ -114,10 +117,16 @@ def _read_change(path: Path, name: str, shape: tuple[int, ...], parts: frozenset
         return Change(mask=mask, **{part: file.get_tensor(f"{name}.{part}") for part in parts})
 
 
-def write_manifest(directory: Path, *, base: str, recipe: dict[str, Any], matrices: list[dict[str, Any]]) -> None:
-    """Finish a delta: which base it changes, what made it, and the sparsity of each matrix."""
-    shards = sorted(path.name for path in directory.glob("*.safetensors"))
-    write_json(directory / MANIFEST, {"format": FORMAT, "base": base, "recipe": recipe, "shards": shards, "matrices": matrices})
+def write_manifest(directory: Path, *, recipe: Recipe, summary: dict[str, float], matrices: list[dict[str, Any]]) -> None:
+    """Finish a delta: what made it, what came of it, and the same of each matrix.
+
+    Args:
+        summary: "sparsity", achieved, and "relative_error", the mean over matrices.
+        matrices: see prune.matrix_row.
+    """
+    shards = {path.name: sha256(path) for path in sorted(directory.glob("*.safetensors"))}
+    facts = {"format": FORMAT, "recipe": recipe.as_dict(), "summary": summary, "shards": shards, "matrices": matrices}
+    write_json(directory / MANIFEST, facts)
 
 
 class SparseDelta:
@@ -127,6 +136,10 @@ class SparseDelta:
         directory: holds delta.json and the block files.
         base: fingerprint of the checkpoint that it is to be applied to.
 
+    Attributes:
+        recipe: what made it. summary: "sparsity", achieved, and "relative_error". matrices: a row for each, see prune.matrix_row.
+        shards: file name -> SHA-256.
+
     Raises:
         CheckpointError: no delta there, a truncated file, or the delta of another base.
     """
@@ -135,15 +148,25 @@ class SparseDelta:
         self.directory = directory
         if not (directory / MANIFEST).is_file():
             raise CheckpointError(f"{directory}: no {MANIFEST}; is this a delta written by the prune stage?")
-        self.manifest: dict[str, Any] = read_json(directory / MANIFEST)
-        if self.manifest["format"] != FORMAT:
-            raise CheckpointError(f"{directory}: found format {self.manifest['format']!r}, wanted {FORMAT!r}")
-        if self.manifest["base"] != base:
-            raise CheckpointError(f"{directory}: a delta of base {self.manifest['base'][:12]}, wanted one of base {base[:12]}")
+        manifest = read_json(directory / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(f"{directory}: found format {manifest.get('format')!r}, wanted {FORMAT!r}; run the prune stage again")
+        self.recipe = Recipe.read(manifest["recipe"], str(directory / MANIFEST))
+        self.summary: dict[str, float] = manifest["summary"]
+        self.matrices: list[dict[str, Any]] = manifest["matrices"]
+        self.shards: dict[str, str] = manifest["shards"]
+        if self.recipe.base != base:
+            raise CheckpointError(f"{directory}: a delta of base {self.recipe.base[:12]}, wanted one of base {base[:12]}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 [hex] that names the delta: over what made it and the hashes of its files."""
+        facts = {"recipe": self.recipe.as_dict(), "shards": self.shards}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _stored(self) -> dict[str, tuple[Path, tuple[int, ...], frozenset[str]]]:
-        paths = [self.directory / shard for shard in self.manifest["shards"]]
+        paths = [self.directory / shard for shard in self.shards]
         return {name: (path, *stored) for path in paths for name, stored in _block_index(path).items()}
 
     def __iter__(self) -> Iterator[str]:

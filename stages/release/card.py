@@ -196,7 +196,7 @@ client loads them, none becomes smaller or faster by itself.
 - Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(**recipe["reconstruction"])}.
 - Pattern: {pattern}; achieved as allocated in each of {verified.matrices} matrices, counted on the written bytes.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
-- Order: block after block, each for the inputs that its {recipe["propagate"]} predecessors give it.
+- Order: block after block, each for the inputs that its {recipe["prune"]["propagate"]} predecessors give it.
 - Calibration: windows with SHA-256 `{recipe["calibration"]}`; provenance.json has every document and offset.
 - Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {recipe["relative_error"]:.4f}.
 {exceptions(matrices, method)}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).

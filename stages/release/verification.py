@@ -45,7 +45,7 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
     if set(written) != set(base):
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
     asked: Counter[str] = Counter()
-    for row in delta.manifest["matrices"]:
+    for row in delta.matrices:
         asked[row["tensor"]] += row["zeros"]
     if not set(delta) == set(asked) <= set(base):
         odd = sorted(set(delta) ^ set(asked)) or sorted(set(asked) - set(base))
@@ -64,7 +64,7 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
         if change.values is None and not _same_bits(change.reorder(before)[change.mask], after[change.mask]):
             raise ReleaseError(f"{name}: its kept weights differ from the base's")
         zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
-    return Verified(matrices=len(delta.manifest["matrices"]), other_tensors=len(set(base)) - len(asked), sparsity=zeros / weights)
+    return Verified(matrices=len(delta.matrices), other_tensors=len(set(base)) - len(asked), sparsity=zeros / weights)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

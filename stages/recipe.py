@@ -1,0 +1,56 @@
+"""The recipe of a pruned model: what was asked of the prune stage, and what it was applied to.
+
+It lies in the delta's manifest, so that evaluation, release and benchmarks speak of the delta that is there, whatever params.yaml
+says by then. Sections are plain data, as params.yaml has them: reading a recipe needs none of the code that made it.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from stages.errors import CheckpointError
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What made a delta.
+
+    method, pattern, allocation, reconstruction, prune: the sections.
+    base: the fingerprint of the base checkpoint. calibration: the SHA-256 of the windows.
+    label: what tells this method from another in a plot, without pattern and numbers. pattern_label: "unstructured" or "2:4".
+    """
+
+    method: Section
+    pattern: Section
+    allocation: Section
+    reconstruction: Section
+    prune: Section
+    base: str
+    calibration: str
+    label: str
+    pattern_label: str
+
+    @property
+    def sparsity(self) -> Fraction:
+        """The fraction of zeros asked for, of the decimal that the user wrote."""
+        if "kept" in self.pattern:
+            return 1 - Fraction(self.pattern["kept"], self.pattern["group"])
+        return Fraction(str(self.pattern["sparsity"]))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, data: Any, where: str) -> "Recipe":
+        """From JSON.
+
+        Raises:
+            CheckpointError: keys are missing or unknown; names `where` it was read.
+        """
+        wanted = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != wanted:
+            found = sorted(data) if isinstance(data, dict) else data
+            raise CheckpointError(f"{where}: found a recipe of {found}, wanted {sorted(wanted)}; run the prune stage again")
+        return cls(**data)
