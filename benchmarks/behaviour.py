@@ -20,11 +20,11 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from benchmarks.contenders import CONTENDERS, Point
 from benchmarks.memory import write_windows
-from benchmarks.speed import composed
-from stages import config, prune
+from stages import prune
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.config.compose import read
 from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, read_json, write_json
 
 FILE = Path("benchmarks/behaviour.json")
@@ -107,8 +107,8 @@ def measured(point: Point) -> Figures:
         left: the Euclidean norm of what was pruned, all together, over what it was.
         output: the distance of the pruned model's logits on the calibration windows to the dense model's, over these.
     """
-    sections = config.read(composed(*point.arguments, "prune.device=cpu", "prune.dtype=float32"))
-    prune.main.function(**{name: sections[name] for name in prune.main.sections[""]})
+    sections = read(*point.arguments, "prune.device=cpu", "prune.dtype=float32")
+    prune.main.function(**{name: sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune")})
     base, windows = Checkpoint(BASE), load_file(CALIBRATION / "windows.safetensors")["windows"]
     delta = SparseDelta(SPARSE, base.fingerprint)
     dense, pruned = (load_model(base, one, dtype=torch.float32, device=torch.device("cpu")) for one in (None, delta))

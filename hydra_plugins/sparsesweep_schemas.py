@@ -1,1 +1,3 @@
-import stages.config  # noqa: F401  DVC composes conf/ against the dataclasses registered there
+from stages.config.sections import register
+
+register()  # DVC composes conf/ against the dataclasses of the sections

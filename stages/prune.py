@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from stages import config, record
+from stages import devices, record
 from stages.checkpoint.delta import write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
-from stages.composition import allocated, compose, distillation_of, label, plan_patterns, reconstruction_of
-from stages.config import stage
+from stages.config.entry import stage
 from stages.errors import CalibrationError, ConfigError
 from stages.files import (
     BASE,
@@ -36,11 +35,16 @@ from stages.files import (
     write_json,
 )
 from stages.pruning import distributed
+from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.memory import delta_bytes, host_bytes
+from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, Unstructured
+from stages.pruning.planning import allocate, plan_patterns
+from stages.pruning.reconstructions import RECONSTRUCTIONS
+from stages.pruning.section import Prune
 from stages.recipe import Recipe
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import GPU_SHARE, Stream
@@ -50,31 +54,18 @@ log = logging.getLogger(__name__)
 CODE = Path(__file__).parent
 
 
-@stage("method", "pattern", "allocation", "reconstruction", "prune")
-def main(
-    method: config.Method,
-    pattern: config.Pattern,
-    allocation: config.Allocation,
-    reconstruction: config.Reconstruct,
-    prune: config.Prune,
-) -> None:
+@stage(
+    "method", "pattern", "allocation", "reconstruction", "prune", "environment.torch", "environment.transformers", "environment.safetensors"
+)
+def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, prune: Prune) -> None:
     stopwatch = record.Stopwatch()
-    device = distributed.local_device(record.choose_device("prune.device", prune.device))
-    dtype = record.choose_dtype(prune.dtype, device)
+    device = distributed.local_device(devices.choose_device("prune.device", prune.device))
+    dtype = devices.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
     windows, windows_sha256 = calibration_windows(base)
     decoder = Decoder(base, dtype, device)
-    plan = Plan(
-        method=compose(method),
-        patterns=plan_patterns(decoder, method.comparison_group, pattern),
-        propagate=prune.propagate,
-        error_tokens=prune.error_tokens,
-        expert_tokens=prune.expert_tokens,
-        reconstruction=reconstruction_of(reconstruction),
-        distillation=distillation_of(reconstruction, len(decoder.blocks)),
-        permutation_rounds=pattern.permutation_rounds if isinstance(pattern, config.Nm) else None,
-    )
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
+    plan = plan_of(decoder, method, pattern, reconstruction, prune)
     recipe = Recipe(
         method=asdict(method),
         pattern=asdict(pattern),
@@ -83,47 +74,68 @@ def main(
         prune=asdict(prune),
         base=base.fingerprint,
         calibration=windows_sha256,
-        label=label(method, allocation, reconstruction, prune),
+        label=label(method, pattern, allocation, reconstruction, prune),
         pattern_label=pattern.label,
     )
+    log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
     with (
         distributed.process_group(device),
-        record.gpu_memory("prune.micro_batch", batch),
+        devices.gpu_memory("prune.micro_batch", batch),
         opened(PRUNE_JOURNAL, fingerprint(recipe, batch, device, dtype), base.fingerprint) as journal,
     ):
-        if distributed.rank() == 0:
-            twice = delta_bytes(decoder, plan, plan.distillation.first) if plan.distillation else 0  # as pruned and as distilled
-            require_free_disk(SPARSE, delta_bytes(decoder, plan) + twice - journal.size)
-        log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
+        require_free_disk_for(decoder, plan, journal)
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
-        if journal.finished:
-            log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
-        taken = host_bytes(
+        make_stream = partial(
+            stream_of,
             decoder,
-            plan,
-            batch * windows.shape[1],
-            scores_blocks=isinstance(allocation, config.OwlAllocation),
-            feels_loss=isinstance(allocation, config.LossAllocation),
+            batch=batch,
+            budget=host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1]),
+            gpu_share=GPU_SHARE / (1 + plan.learns + (plan.distillation is not None)),
+            one_by_one=plan.learns,
         )
-        budget = max(0, memory_budget(prune.memory_budget) // distributed.local_world_size() - taken)
-        streams = 1 + plan.learns + (plan.distillation is not None)  # the pruned model's and its companions
-        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.learns)
-        if not isinstance(allocation, config.UniformAllocation):
-            spread = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
-            plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
+        target = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
+        plan = allocate(plan, decoder, allocation, target, windows, make_stream, journal)
         stream = make_stream(windows)
-        beside = Companions.of(stream, plan)
-        locations = " and ".join(sorted({one.location for one in (stream, beside.dense, beside.entering) if one}))
-        log.info("%d windows a pass; hidden states are in %s", batch, locations)
-        found = {"batch": batch, "processes": distributed.world_size(), "hidden_states": locations, "resumed_after": journal.finished}
-        run_through(stream, plan, journal, beside)
-        del stream  # nobody needs its hidden states any more
-        distilled = learn_together(plan, journal, beside)
-        distributed.barrier()  # nobody reads the journal any more
+        teacher = Companions.of(stream, plan)
+        run: dict[str, Any] = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished}
+        run |= {"hidden_states": locations(stream, teacher.dense, teacher.entering)}
+        log.info("%d windows a pass; hidden states are in %s", batch, run["hidden_states"])
+        prune_all(stream, plan, journal, teacher)
+        del stream  # its hidden states are of no more use
+        distilled = train_last_blocks(plan, journal, teacher)
+        distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
-            earlier = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
-            found |= {"divergences": distilled.divergences} if distilled else {}
-            write_results(journal, decoder, recipe, found | record.of_run(device, dtype, stopwatch, earlier), distilled)
+            run |= {"divergences": distilled.divergences} if distilled else {}
+            seconds = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
+            write_results(journal, decoder, recipe, run | record.of_run(device, dtype, stopwatch, seconds), distilled)
+
+
+def plan_of(decoder: Decoder, method: Method, pattern: Any, reconstruction: Any, prune: Prune) -> Plan:
+    """What to do to every block, from the sections.
+
+    Raises:
+        ConfigError, PruningError, ArchitectureError: see planning.plan_patterns.
+    """
+    training = RECONSTRUCTIONS.of(reconstruction)
+    return Plan(
+        method=method,
+        patterns=plan_patterns(decoder, method.comparison_group, pattern),
+        propagate=prune.propagate,
+        error_tokens=prune.error_tokens,
+        expert_tokens=prune.expert_tokens,
+        reconstruction=training.each_block(reconstruction),
+        distillation=training.last_blocks(reconstruction, len(decoder.blocks)),
+        permutation_rounds=pattern.permutation_rounds,
+    )
+
+
+def label(method: Method, pattern: Any, allocation: Any, reconstruction: Any, prune: Prune) -> str:
+    """What tells one pruned model from another in a plot, apart from its pattern and from numbers."""
+    parts = [method.label(grouped=pattern.grouped)]
+    parts += [f"{allocation.name} allocation"] if ALLOCATIONS.of(allocation).budgeted else []
+    parts += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
+    parts += ["one pass"] if prune.propagate == "dense" else []
+    return ", ".join(parts)
 
 
 def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
@@ -149,41 +161,76 @@ def fingerprint(recipe: Recipe, batch: int, device: torch.device, dtype: torch.d
     """All that shapes a block's outcome: what an interrupted run finished is taken over where these are the same."""
     how = {key: value for key, value in recipe.prune.items() if key not in ("memory_budget", "device")}  # these change no byte
     facts = {"config": sha256(BASE / "config.json"), **recipe.as_dict(), "prune": how, "batch": batch}
-    facts |= {"processes": distributed.world_size(), "device": record.device_name(device), "dtype": str(dtype)}
+    facts |= {"processes": distributed.world_size(), "device": devices.device_name(device), "dtype": str(dtype)}
     return facts | {"code": code_sha256(), "versions": record.versions()}
 
 
-def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windows: torch.Tensor, one_by_one: bool) -> Stream:
+def require_free_disk_for(decoder: Decoder, plan: Plan, journal: Journal) -> None:
+    """Refuse to begin where the disk does not hold the delta and what the journal keeps of it meanwhile.
+
+    Raises:
+        SparsesweepError: naming the bytes free and the bytes needed.
+    """
+    if distributed.rank() == 0:
+        needed = delta_bytes(decoder, plan)
+        needed += delta_bytes(decoder, plan, plan.distillation.first) if plan.distillation else 0  # as pruned and as distilled
+        require_free_disk(SPARSE, needed - journal.size)
+    if journal.finished:
+        log.info("an interrupted run finished %d blocks (%s); going on after them", journal.finished, journal.directory)
+
+
+def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | None, tokens: int) -> int:
+    """Bytes of host memory for the hidden states of this process: its part of the budget less what pruning takes beside them.
+
+    Args:
+        asked: `prune.memory_budget`, GiB; None: what is free. tokens: of a pass.
+    """
+    budgeted = ALLOCATIONS.of(allocation).budgeted
+    taken = host_bytes(
+        decoder,
+        plan,
+        tokens,
+        scores_blocks=budgeted is not None and budgeted.holds_scores,
+        feels_loss=budgeted is not None and budgeted.takes_gradients,
+    )
+    return max(0, memory_budget(asked) // distributed.local_world_size() - taken)
+
+
+def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int, gpu_share: float, one_by_one: bool) -> Stream:
     """This process's share of some windows, before the first block."""
-    share, first = share_of(windows)
-    make = partial(Stream, decoder, share, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent, gpu_share=gpu_share)
+    own, first = share_of(windows)
+    make = partial(Stream, decoder, own, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent, gpu_share=gpu_share)
     with decoder.before_blocks():
         return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
 
 
-def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions) -> None:
+def locations(*streams: Stream | None) -> str:
+    """Where the hidden states of some streams are."""
+    return " and ".join(sorted({stream.location for stream in streams if stream is not None}))
+
+
+def prune_all(stream: Stream, plan: Plan, journal: Journal, teacher: Companions) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
     with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
-        for block in prune_blocks(stream, plan, journal.changes, beside):
+        for block in prune_blocks(stream, plan, journal.changes, teacher):
             if distributed.rank() == 0:
-                rows = [matrix_row(block, finished, plan.patterns) for finished in block.matrices]
+                rows = [matrix_row(block, result, plan.patterns) for result in block.matrices]
                 behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
             bar.update()
 
 
-def learn_together(plan: Plan, journal: Journal, beside: Companions) -> DistilledBlocks | None:
-    """Train the last blocks, all of which the journal has, where the plan says so."""
-    if plan.distillation is None:
+def train_last_blocks(plan: Plan, journal: Journal, teacher: Companions) -> DistilledBlocks | None:
+    """Train the last blocks together, all of which the journal has, where the plan says so."""
+    if plan.distillation is None or teacher.entering is None or teacher.dense is None:
         return None
-    assert beside.entering is not None and beside.dense is not None
     distributed.barrier()  # the first process has written the last block
     show = partial(tqdm, desc="distilling", unit="step", disable=quiet())
-    return distill(beside.entering, beside.dense.hidden, plan.distillation, journal.written, show)
+    return distill(teacher.entering, teacher.dense.hidden, plan.distillation, journal.written, show)
 
 
 def quiet() -> bool | None:
-    """No bar where nobody looks, nor from any process but the first."""
+    """Whether to show no progress bar: one process shows it, on a terminal."""
     return True if distributed.rank() > 0 else None
 
 
@@ -260,12 +307,30 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def error_by_block(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For DVC's plot: each kind of matrix under its short name, a mixture's experts as their mean."""
-    found: dict[tuple[int, str], list[float]] = {}
+    """For DVC's plot: the relative error of each kind of matrix in each block, a mixture's experts as their mean."""
+    kinds = {row["matrix"]: kind_of(row["matrix"]) for row in rows}
+    names = short_names(set(kinds.values()))
+    errors: dict[tuple[int, str], list[float]] = {}
     for row in rows:
-        parts = [part for part in re.sub(r"\[\d+\]$", "", row["matrix"]).split(".") if part != "weight"]
-        found.setdefault((row["block"], parts[-1]), []).append(row["relative_error"])
-    return [{"block": block, "relative_error": sum(errors) / len(errors), "matrix": name} for (block, name), errors in found.items()]
+        errors.setdefault((row["block"], names[kinds[row["matrix"]]]), []).append(row["relative_error"])
+    return [{"block": block, "relative_error": sum(each) / len(each), "matrix": name} for (block, name), each in errors.items()]
+
+
+def kind_of(matrix: str) -> tuple[str, ...]:
+    """The path of a matrix inside its block, without numbers: the same for every block and for every expert of a mixture."""
+    words = re.sub(r"\[\d+\]$", "", matrix).removesuffix(".weight").split(".")
+    block = next((position for position, word in enumerate(words) if word.isdigit()), -1)
+    return tuple(word for word in words[block + 1 :] if not word.isdigit())
+
+
+def short_names(kinds: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """For each path its shortest end that is the end of no other."""
+    names = {}
+    for kind in kinds:
+        lengths = range(1, len(kind) + 1)
+        alone = (length for length in lengths if sum(other[-length:] == kind[-length:] for other in kinds) == 1)
+        names[kind] = ".".join(kind[-next(alone, len(kind)) :])
+    return names
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from stages.errors import ConfigError
 
-CHECK, TABLE = "check", "table"  # keys of a field's metadata
+CHECK, TABLE, CHOICES = "check", "table", "choices"  # keys of a field's metadata
 
 
 def require(good: bool, key: str, found: object, wanted: str) -> None:
@@ -217,3 +217,8 @@ class Table(Mapping[str, E], Generic[E]):
 def choice(table: Table[Any]) -> Any:
     """A field for a section whose shape is that of an entry of the table."""
     return field(metadata={TABLE: table})
+
+
+def choices(table: Table[Any]) -> Any:
+    """A field for a mapping of names to sections, each of the shape of an entry of the table."""
+    return field(metadata={CHOICES: table})

@@ -1,13 +1,25 @@
 """Methods that many tests prune by."""
 
-from stages.pruning import method
-from stages.pruning.method import Keep, Method
-
-MAGNITUDE = Method(score=method.MAGNITUDE, update=Keep())
-WANDA = Method(score=method.WANDA, update=Keep())
+from stages.pruning.method import Damping, Method
+from stages.pruning.scores import SCORES
+from stages.pruning.updates import UPDATES
 
 
-def sparsegpt(block_size: int = 16, limit: float = 1.0, score: method.Score | None = None) -> Method:
-    """With a score, the mask is chosen before the sweep; without, in it."""
-    update = method.SparseGpt(damping=0.01, damping_limit=limit, block_size=block_size, choose_while_sweeping=score is None)
-    return Method(score=score or method.obs_score(0.01, limit), update=update)
+def made(score: str, update: str = "none", *, comparison_group: str = "row", limit: float = 1.0, **parameters: object) -> Method:
+    """A method of a score without parameters and an update with those given."""
+    return Method(
+        name=score,
+        score=SCORES[score].parameters(name=score),
+        comparison_group=comparison_group,
+        update=UPDATES[update].parameters(name=update, **parameters),
+        damping=Damping(share=0.01, limit=limit),
+    )
+
+
+MAGNITUDE = made("magnitude")
+WANDA = made("wanda")
+
+
+def sparsegpt(block_size: int = 16, limit: float = 1.0, score: str = "obs") -> Method:
+    """With obs the mask is chosen in the sweep, with other scores before it."""
+    return made(score, "sparsegpt", limit=limit, block_size=block_size)

@@ -1,6 +1,6 @@
 """How many weights of every matrix are pruned, so that the counts add up to the budget, to the weight.
 
-A rule says what it wants, as a sparsity for each block or matrix; meet_budget makes counts of that. Or a rule finds counts.
+A rule gives a wanted sparsity for each block or matrix, of which meet_budget makes counts; or it gives counts.
 
 s_l = s + mean(d) - d_l,  d_l = 2 lambda (D_l - min D) / (max D - min D)        # OWL: Yin et al. 2024, arXiv:2310.05175
 s_l = s r_l / mean(r),  r_l = 1 - e + 2 e (a_l - min a) / (max a - min a)       # AlphaPruning: Lu et al. 2024, arXiv:2410.10912
@@ -11,15 +11,85 @@ min_s sum_l E_l(s_l)  with  sum_l size_l s_l = budget                           
 
 import math
 from bisect import bisect_right
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
 
 import torch
 
 from stages.pruning.patterns import pruned_count
+from stages.schema import require
 
 BISECTIONS = 100  # more than a float has bits
 SAME_SLOPE = 1e-9  # relative: slopes that differ by less differ by rounding
+
+
+@dataclass(kw_only=True, slots=True)
+class BoundedSection:
+    """The section of an allocation. lowest, highest: sparsity that every matrix has at least and at most."""
+
+    name: str
+    lowest: float
+    highest: float
+
+    def check(self, key: str) -> None:
+        bounds = (self.lowest, self.highest)
+        require(0 <= self.lowest <= self.highest <= 1, f"{key}.lowest, highest", bounds, "0 <= lowest <= highest <= 1")
+
+    def check_sparsity(self, sparsity: float, key: str) -> None:
+        """Raise ConfigError where the bounds do not allow the pattern's sparsity."""
+        wanted = f"between {key}.lowest = {self.lowest:g} and {key}.highest = {self.highest:g}"
+        require(self.lowest <= sparsity <= self.highest, "pattern.sparsity", sparsity, wanted)
+
+
+def counts_by_block(wanted: list[float], sizes: list[list[int]], sparsity: float | Fraction, bounds: BoundedSection) -> list[int]:
+    """Zeros of every matrix by what is wanted of its block.
+
+    Args:
+        wanted: of each block, a fraction of zeros. sizes: of the matrices of each block, weights.
+        sparsity: of all matrices together.
+
+    Returns:
+        Zeros of each matrix, block after block.
+
+    Raises:
+        ValueError: see meet_budget.
+    """
+    by_matrix = [sparsity_of_block for sparsity_of_block, block in zip(wanted, sizes, strict=True) for _ in block]
+    flat = [size for block in sizes for size in block]
+    budget = pruned_count(sum(flat), sparsity)
+    return meet_budget(by_matrix, sizes=flat, budget=budget, lowest=bounds.lowest, highest=bounds.highest)
+
+
+def counts_by_curves(
+    curves: list[list[float]], grid: list[float], sizes: list[int], sparsity: float | Fraction, bounds: BoundedSection
+) -> list[int]:
+    """Zeros of every matrix where the sum of their curves is least; a matrix with an empty curve gets the sparsity of all.
+
+    Args:
+        curves: of each matrix, see least_sum, or empty. grid: see least_sum. sizes: of each matrix, weights.
+        sparsity: of all matrices together.
+
+    Returns:
+        Zeros of each matrix.
+
+    Raises:
+        ValueError: see least_sum.
+    """
+    counts = [pruned_count(size, sparsity) for size in sizes]
+    known = [number for number, curve in enumerate(curves) if curve]
+    budget = pruned_count(sum(sizes), sparsity) - sum(count for count, curve in zip(counts, curves, strict=True) if not curve)
+    least = least_sum(
+        [curves[number] for number in known],
+        grid=grid,
+        sizes=[sizes[number] for number in known],
+        budget=budget,
+        lowest=bounds.lowest,
+        highest=bounds.highest,
+    )
+    for number, count in zip(known, least, strict=True):
+        counts[number] = count
+    return counts
 
 
 def meet_budget(wanted: list[float], *, sizes: list[int], budget: int, lowest: float, highest: float) -> list[int]:

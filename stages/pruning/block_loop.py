@@ -20,7 +20,8 @@ from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.distillation import Distillation
-from stages.pruning.method import Method, Pruned
+from stages.pruning.entries import Pruned
+from stages.pruning.method import Method
 from stages.pruning.observer import Inputs, Observer, watch
 from stages.pruning.patterns import Pattern
 from stages.pruning.permutation_groups import PermutationGroup
@@ -100,7 +101,7 @@ class Plan:
     @property
     def moves(self) -> bool:
         """Whether survivors change."""
-        return self.method.moves or self.learns
+        return self.method.changes_weights or self.learns
 
     def reconstruction_in(self, index: int) -> Reconstruction | None:
         """What a block learns alone."""
@@ -287,7 +288,7 @@ def _orders(
     alone = [group for group in permutation_groups if (layer := group.consumer.layer) in observer.inputs and readers[layer] == 1]
     inputs = {group.consumer.name: observer.inputs[group.consumer.layer] for group in alone}
     weights = {group.consumer.name: decoder.stored(group.consumer, block) for group in alone}
-    return find_orders(alone, weights, inputs, plan.patterns, plan.method.score, plan.permutation_rounds)
+    return find_orders(alone, weights, inputs, plan.patterns, plan.method, plan.permutation_rounds)
 
 
 def _prune_matrices(
@@ -389,7 +390,7 @@ def _shared(own: list[Pruned], weight: torch.Tensor, plan: Plan, owner: int) -> 
     shape, device = weight.shape, weight.device
     mask = own[0].mask.to(torch.uint8).contiguous() if own else torch.empty(shape, dtype=torch.uint8, device=device)
     damping = torch.tensor((own[0].damping if own else None) or 0.0, dtype=torch.float64)
-    values = own[0].values if own else torch.empty(shape, dtype=torch.float32, device=device) if plan.method.moves else None
+    values = own[0].values if own else torch.empty(shape, dtype=torch.float32, device=device) if plan.method.changes_weights else None
     if values is not None:
         values = values.contiguous()
         distributed.broadcast(values, owner)

@@ -1,263 +1,132 @@
-"""A method is a composition: a score, a pattern, and what the survivors do about it.
+"""A method: a score, who competes by it, and an update.
 
-A score says what a weight is worth; an update takes the score, each matrix's pattern and the statistic of the input that the
-matrices share, and gives masks, and values where the survivors move.
+    mask, values = update(score(W, X), pattern)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 
+from stages.pruning.entries import Pruned
 from stages.pruning.patterns import Nm, Pattern
-from stages.pruning.scores.cumulative import cumulative_share
-from stages.pruning.scores.magnitude import magnitude
-from stages.pruning.scores.obs import obs
-from stages.pruning.scores.ria import ria
-from stages.pruning.scores.wanda import wanda
-from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic, first_to_factor
-from stages.pruning.updates.admm import admm
-from stages.pruning.updates.dsnot import dsnot
-from stages.pruning.updates.least_squares import least_squares
-from stages.pruning.updates.sparsegpt import sparsegpt
-from stages.pruning.updates.swaps import swaps
+from stages.pruning.scores import SCORES
+from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
+from stages.pruning.updates import UPDATES
+from stages.schema import choice, number, one_of, require, require_one_of
 
-STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gram)  # all but the first know squared norms
+STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gram)  # each of the last two has squared norms, too
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pruned:
-    """One matrix's outcome.
+@dataclass(kw_only=True, slots=True)
+class Damping:
+    """Of the Gram matrix, where it is factored or solved.
 
-    mask: [rows, columns], bool, True = kept. values: [rows, columns], float32, or None where the survivors did not move.
-    damping: what it took to factor the Gram matrix, where it was factored: a share of the diagonal's mean added to each entry of it
-        (the score obs, SparseGpt), or of each entry (Admm).
+    share: of its diagonal, added to it: of the mean (obs, sparsegpt), or of each entry (admm, least squares, swaps).
+    limit: up to which it is raised, tenfold a step, while the matrix does not factor.
     """
 
-    mask: torch.Tensor
-    values: torch.Tensor | None = None
-    damping: float | None = None
+    share: float = number(above=0)
+    limit: float = number(above=0)
+
+    def check(self, key: str) -> None:
+        require(self.limit >= self.share, f"{key}.limit", self.limit, f"at least {key}.share = {self.share:g}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """What a weight is worth.
+@dataclass(kw_only=True, slots=True)
+class Method:
+    """The section `method`, and what it does.
 
-    of: from a matrix, [rows, columns], float32, and its input's statistic to scores of the same shape.
-    statistic: what it needs to know of the input, at least.
+    name: of the preset. score, update: sections of their own, shaped by SCORES and UPDATES.
+    comparison_group: whose weights compete: those of an output row, or of the whole matrix. With N:M those of a group do, always.
     """
 
-    of: Callable[[torch.Tensor, Any], torch.Tensor]
-    statistic: type[Statistic]
-
-
-MAGNITUDE = Score(of=lambda weight, _: magnitude(weight), statistic=NoStatistic)
-WANDA = Score(of=lambda weight, inputs: wanda(weight, inputs.squared_norm), statistic=SquaredNorm)
-WANDA_VARIANT = Score(of=lambda weight, inputs: cumulative_share(wanda(weight, inputs.squared_norm)), statistic=SquaredNorm)
-
-
-def ria_score(power: float) -> Score:
-    return Score(of=lambda weight, inputs: ria(weight, inputs.squared_norm, power), statistic=SquaredNorm)
-
-
-def obs_score(damping: float, limit: float) -> Score:
-    """See Gram.inverse_factor for the damping. Weights of dead inputs are worth nothing."""
-
-    def scores(weight: torch.Tensor, gram: Gram) -> torch.Tensor:
-        return obs(weight.masked_fill(gram.dead, 0), gram.inverse_diagonal(damping, limit).sqrt())
-
-    return Score(of=scores, statistic=Gram)
-
-
-class Update(Protocol):
-    """What the survivors do. moves: whether they change. statistic: what it needs to know of the input, at least."""
+    name: str
+    score: Any = choice(SCORES)
+    comparison_group: str = one_of("row", "matrix")
+    update: Any = choice(UPDATES)
+    damping: Damping
 
     @property
-    def moves(self) -> bool: ...
+    def changes_weights(self) -> bool:
+        """Whether kept weights get new values."""
+        return UPDATES.of(self.update).changes_weights(self.update)
 
     @property
-    def statistic(self) -> type[Statistic]: ...
+    def statistic(self) -> type[Statistic]:
+        """What is collected of every layer's input: the least that both score and update can work from."""
+        return max(SCORES.of(self.score).statistic, UPDATES.of(self.update).statistic, key=STATISTICS.index)
 
-    def __call__(self, weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern], score: Score) -> list[Pruned]:
+    def __call__(self, weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern]) -> list[Pruned]:
         """Prune the matrices that read one input.
 
         Args:
             weights: each [rows, columns], float32; not changed.
-            statistic: of their input.
+            statistic: of their input, of the type `self.statistic`, after its `finish`.
             patterns: one for each matrix.
 
         Raises:
             ArithmeticError: the statistic has NaN or infinity, or does not factor.
             ValueError: a score is NaN or infinite.
         """
+        return UPDATES.of(self.update).prune(weights, statistic, patterns, self)
+
+    def label(self, *, grouped: bool) -> str:
+        """The preset's name and, where the name does not say it all, score, update and comparison group.
+
+        Args:
+            grouped: whether the pattern is N:M, so that groups compete.
+        """
+        score, update = self.score.name, self.update.name
+        if self.name == score and update == "none" and (grouped or self.comparison_group == "row"):
+            return self.name
+        made_of = score if update == "none" else f"{score} + {update}"
+        return f"{self.name} ({made_of})" if grouped else f"{self.name} ({made_of}, per {self.comparison_group})"
+
+    def check_with(self, pattern: Any) -> None:
+        """Check score, update and pattern together.
+
+        Args:
+            pattern: the section.
+
+        Raises:
+            ConfigError: naming the key, the value found and the value wanted.
+        """
+        score, update = SCORES.of(self.score), UPDATES.of(self.update)
+        key, given = "method.score.name", f"with method.update.name = {update.name}"
+        if update.scores is not None:
+            require(score.name in update.scores, key, score.name, f"{' or '.join(update.scores)} {given}, which works from no other score")
+        if {score.statistic, update.statistic} == {Gram, Moments}:
+            wanted = f"a score that needs no {score.statistic.__name__} statistic {given}, which has {update.statistic.__name__} alone"
+            require(False, key, score.name, wanted)
+        if score.only_across_rows and not pattern.grouped:
+            group, wanted = self.comparison_group, f"matrix with method.score.name = {score.name}"
+            require(group == "matrix", "method.comparison_group", group, wanted)
+        update.check(self, pattern)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A score and an update."""
+def prune_matrix(weight: torch.Tensor, inputs: torch.Tensor, method: Method, pattern: Pattern) -> Pruned:
+    """Prune one matrix.
 
-    score: Score
-    update: Update
+    Args:
+        weight: [rows, columns], any float dtype; not changed.
+        inputs: [tokens, columns], any float dtype, on the same device: what the layer reads.
+        method: see config.compose.method for those of conf/method.
+        pattern: Unstructured(sparsity=0.5, comparison_group="row"), Nm(kept=2, group=4).
 
-    @property
-    def moves(self) -> bool:
-        return self.update.moves
+    Returns:
+        The mask and, where the method changes kept weights, their values.
 
-    @property
-    def statistic(self) -> type[Statistic]:
-        return max(self.score.statistic, self.update.statistic, key=STATISTICS.index)
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern]) -> list[Pruned]:
-        """See Update."""
-        return self.update(weights, statistic, patterns, self.score)
-
-
-def chosen(weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern], score: Score) -> list[torch.Tensor]:
-    """The mask of each matrix by score and pattern alone."""
-    return [pattern.mask(score.of(weight, statistic)) for pattern, weight in zip(patterns, weights, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """No update: the survivors stay as they are."""
-
-    moves = False
-    statistic: type[Statistic] = NoStatistic
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        masks = chosen(weights, statistic, patterns, score)  # may factor the statistic
-        damping = statistic.damping if isinstance(statistic, Gram) else None
-        return [Pruned(mask=mask, damping=damping) for mask in masks]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseGpt:
-    """Compensate column by column, see updates.sparsegpt.
-
-    damping: share of the Gram matrix's mean diagonal; damping_limit: up to where it is raised. block_size: columns.
-    choose_while_sweeping: score the weights as the sweep has changed them (by obs), instead of choosing the mask before it.
+    Raises:
+        ArithmeticError: the inputs have NaN or infinity, or their Gram matrix does not factor.
+        ValueError: the shapes do not fit each other or the pattern, or a score is NaN or infinite.
     """
-
-    damping: float
-    damping_limit: float
-    block_size: int
-    choose_while_sweeping: bool
-
-    moves = True
-    statistic: type[Statistic] = Gram
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        """All matrices in one sweep. A kept weight of a dead input stays."""
-        factor, dead = statistic.inverse_factor(self.damping, self.damping_limit), statistic.dead
-        rows = [len(weight) for weight in weights]
-        whole = torch.cat(weights)
-        live = whole.masked_fill(dead, 0)
-        mask_before = None if self.choose_while_sweeping else torch.cat(chosen(list(live.split(rows)), statistic, patterns, score))
-
-        def choose(columns: torch.Tensor, factor_diagonal: torch.Tensor, first: int) -> torch.Tensor:
-            if mask_before is not None:
-                return mask_before[:, first : first + columns.shape[1]]
-            parts = zip(patterns, obs(columns, factor_diagonal).split(rows), strict=True)
-            return torch.cat([pattern.mask(scores, first) for pattern, scores in parts])
-
-        decision = {pattern.decision_columns(self.block_size) for pattern in patterns}
-        mask, updated = sparsegpt(live, factor, choose, min(decision), self.block_size)
-        values = torch.where(mask & dead, whole, updated)
-        parts = zip(mask.split(rows), values.split(rows), strict=True)
-        return [Pruned(mask=kept, values=moved, damping=statistic.damping) for kept, moved in parts]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Admm:
-    """Support and values together, then a refit; see updates.admm, updates.least_squares.
-
-    Weights compete by what they carry, as with Wanda's score; no other is asked.
-
-    damping: share of the Gram matrix's diagonal; damping_limit: up to where it is raised. refit_steps: of least squares on the
-        support found.
-    """
-
-    damping: float
-    damping_limit: float
-    steps: int
-    penalty: float
-    growth: float
-    hold: int
-    refit_steps: int
-
-    moves = True
-    statistic: type[Statistic] = Gram
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        rows, whole = [len(weight) for weight in weights], torch.cat(weights)
-
-        def keep(scores: torch.Tensor, exactly: bool) -> torch.Tensor:
-            parts = zip(patterns, scores.split(rows), strict=True)
-            return torch.cat([pattern.mask(part) if exactly else pattern.roughly(part) for pattern, part in parts])
-
-        def solve(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-            gram = statistic.damped(damping)
-            found, mask = admm(whole, gram, keep, steps=self.steps, penalty=self.penalty, growth=self.growth, hold=self.hold)
-            return mask, least_squares(whole, gram, mask, found, self.refit_steps)
-
-        (mask, values), damping = first_to_factor(solve, self.damping, self.damping_limit)
-        parts = zip(mask.split(rows), values.split(rows), strict=True)
-        return [Pruned(mask=kept, values=moved, damping=damping) for kept, moved in parts]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwapAndRefit:
-    """Better the score's mask by exact swaps, or let it be (0 cycles); then refit the survivors, or let them be (0 steps).
-
-    cycles, candidates: see updates.swaps. damping: share of the Gram matrix's diagonal, for the refit alone. refit_steps: of
-        updates.least_squares.
-    """
-
-    damping: float
-    cycles: int
-    candidates: int
-    refit_steps: int
-
-    statistic: type[Statistic] = Gram
-
-    @property
-    def moves(self) -> bool:
-        return self.refit_steps > 0
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        gram, damped = statistic.finite(), statistic.damped(self.damping) if self.moves else None
-        masks = chosen(weights, statistic, patterns, score)
-        outcomes = []
-        for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
-            better = swaps(weight, gram, mask, cycles=self.cycles, candidates=self.candidates, group=group_of(pattern))
-            values = None if damped is None else least_squares(weight, damped, better, weight, self.refit_steps)
-            outcomes.append(Pruned(mask=better, values=values, damping=statistic.damping))
-        return outcomes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DsNoT:
-    """Better the score's mask by swaps that lower the expected error, see updates.dsnot.
-
-    threshold: of the expected error of an output, below which its row is left alone.
-    """
-
-    cycles: int
-    threshold: float
-
-    moves = False
-    statistic: type[Statistic] = Moments
-
-    def __call__(self, weights: list[torch.Tensor], statistic: Moments, patterns: list[Pattern], score: Score) -> list[Pruned]:
-        statistic.require_finite()
-        better = partial(dsnot, mean=statistic.mean, variance=statistic.variance, squared_norm=statistic.squared_norm)
-        better = partial(better, cycles=self.cycles, threshold=self.threshold)
-        triples = zip(weights, chosen(weights, statistic, patterns, score), patterns, strict=True)
-        return [Pruned(mask=better(weight, mask=mask, group=group_of(pattern))) for weight, mask, pattern in triples]
-
-
-def group_of(pattern: Pattern) -> int | None:
-    """The M of N:M, within which weights compete."""
-    return pattern.group if isinstance(pattern, Nm) else None
+    if weight.dim() != 2 or inputs.dim() != 2 or weight.shape[1] != inputs.shape[1]:
+        raise ValueError(
+            f"found weight {list(weight.shape)} and inputs {list(inputs.shape)}, wanted [rows, columns] and [tokens, columns]"
+        )
+    pattern.check(weight.shape[1])
+    statistic = method.statistic(weight.shape[1], weight.device)
+    statistic.add(inputs[None])
+    statistic.finish()
+    return method([weight.float()], statistic, [pattern])[0]

@@ -1,7 +1,7 @@
-"""Which weights may survive together. A mask is bool and True means kept; counts are exact, whatever the ties.
+"""Which weights may be kept together. A mask is bool and True means kept; counts are exact, whatever the ties.
 
-A pattern chooses among the scores of a range of columns; a sweep that changes weights as it goes asks for one range after
-another, and the counts of the ranges add up to that of the whole.
+A pattern chooses among the scores of a range of columns. A sweep that changes weights on the way asks for one range after
+another; the counts of the ranges add up to that of the whole.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from fractions import Fraction
 from math import gcd
 
 import torch
+
+from stages.schema import Citation, Entry, Table, checked, number, require
 
 WEIGHTS_AT_ONCE = 2**22  # a selection takes some times their memory
 SAMPLED_SCORES = 2**17
@@ -92,6 +94,10 @@ class Unstructured:
 
     sparsity: float | Fraction
     comparison_group: str
+
+    @property
+    def group(self) -> None:
+        """There are no groups of columns."""
 
     def check(self, columns: int) -> None:
         """Raises ValueError if a row of so many would lose no weight, though some are to go."""
@@ -181,3 +187,89 @@ class Nm:
 
 
 Pattern = Unstructured | Nm
+
+
+# The sections of the configuration.
+
+
+@dataclass(kw_only=True, slots=True)
+class UnstructuredSection:
+    """sparsity: fraction of zeros."""
+
+    name: str
+    sparsity: float = checked(lambda sparsity: 0 <= sparsity < 1, "a fraction of zeros in [0, 1)")
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def grouped(self) -> bool:
+        """Whether weights compete within groups of columns, and every matrix gets the same sparsity."""
+        return False
+
+    @property
+    def permutation_rounds(self) -> None:
+        """Input channels stay in place."""
+
+    def pattern(self, comparison_group: str) -> Unstructured:
+        return Unstructured(sparsity=self.sparsity, comparison_group=comparison_group)
+
+
+@dataclass(kw_only=True, slots=True)
+class NmSection:
+    """kept: N, weights kept of each group. group: M, consecutive input columns.
+
+    permutation_rounds: how often an input channel is tried in other groups; null: channels stay in place.
+    """
+
+    name: str
+    kept: int
+    group: int = number(minimum=2, unit="columns")
+    permutation_rounds: int | None = number(minimum=0)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.group
+
+    @property
+    def label(self) -> str:
+        return f"{self.kept}:{self.group}" + ("" if self.permutation_rounds is None else " permuted")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether weights compete within groups of columns, and every matrix gets the same sparsity."""
+        return True
+
+    def pattern(self, comparison_group: str) -> Nm:
+        """The same whatever the comparison group: groups compete."""
+        return Nm(kept=self.kept, group=self.group)
+
+    def check(self, key: str) -> None:
+        require(0 < self.kept < self.group, f"{key}.kept", self.kept, f"N in 1..{self.group - 1}, below {key}.group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternEntry(Entry):
+    """A kind of pattern. unit: what the weights that compete make up, by the method's comparison group."""
+
+    unit: str
+
+
+PATTERNS = Table(
+    [
+        PatternEntry(
+            name="unstructured",
+            parameters=UnstructuredSection,
+            unit="{comparison_group}",
+            summary="any weights, a fraction of each row or matrix",
+        ),
+        PatternEntry(
+            name="nm",
+            parameters=NmSection,
+            unit="group",
+            summary="N weights kept of every M consecutive input columns",
+            citation=Citation(text="Mishra et al. 2021", url="https://arxiv.org/abs/2104.08378"),
+        ),
+    ]
+)

@@ -10,11 +10,12 @@ from torch import nn
 
 from stages.errors import PruningError
 from stages.pruning import distributed
-from stages.pruning.method import Score
+from stages.pruning.method import Method
 from stages.pruning.observer import Inputs
 from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.permutation_groups import PermutationGroup, candidates, permutation_groups
 from stages.pruning.permutations import channel_permutation
+from stages.pruning.selection import scores as scores_of
 from stages.streaming.architecture import Call, Decoder, run_block
 
 
@@ -75,7 +76,7 @@ def find_orders(
     weights: dict[str, torch.Tensor],
     inputs: dict[str, Inputs],
     patterns: dict[str, Pattern],
-    score: Score,
+    method: Method,
     rounds: int,
 ) -> dict[str, Order]:
     """An order for the channels of every group, and what it does to each of its matrices.
@@ -83,7 +84,7 @@ def find_orders(
     Args:
         found: the permutation_groups. weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads;
             reordered in place.
-        patterns: by name, N:M. score: what the masks will be chosen by. rounds: see channel_permutation.
+        patterns: by name, N:M. method: whose scores the masks will be chosen by. rounds: see channel_permutation.
 
     Returns:
         By matrix; those that stay in place are not named.
@@ -96,7 +97,7 @@ def find_orders(
         name, pattern = group.consumer.name, patterns[group.consumer.name]
         assert isinstance(pattern, Nm)
         with PruningError.naming(f"layer {name}"):
-            scores = score.of(weights[name], inputs[name].statistic)
+            scores = scores_of(weights[name], inputs[name].statistic, method)
             order = channel_permutation(scores, pattern.kept, pattern.group, rounds=rounds)
         distributed.broadcast(order, 0)
         inputs[name].reorder(order)

@@ -7,7 +7,6 @@ import torch
 
 from stages.pruning.allocation import (
     alphapruning,
-    filled_in,
     hill_exponent,
     least_sum,
     meet_budget,
@@ -214,17 +213,6 @@ def test_alphapruning_of_equal_exponents_is_uniform():
 def test_an_exponent_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="found nan as an exponent"):
         alphapruning([math.nan, 2.0], sparsity=0.7, strength=0.3)
-
-
-def test_between_measured_errors_the_root_is_linear():
-    assert filled_in([0.0, 4.0, 16.0], grid=[0.0, 0.5, 1.0], finer=[0.0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0, 1, 4, 9, 16])
-    assert filled_in([0.0, 1.0, 9.0], grid=[0.0, 0.5, 1.0], finer=[0.25, 0.5, 0.75]) == pytest.approx([0.25, 1, 4])
-
-
-@pytest.mark.parametrize("finer", [[0.0, 0.3], [0.5, 1.0]])
-def test_beyond_what_was_measured_nothing_is_filled_in(finer):
-    with pytest.raises(ValueError, match=r"found a finer grid from .*, wanted one from 0.2 to 0.9 at most"):
-        filled_in([1.0, 2.0], grid=[0.2, 0.9], finer=finer)
 
 
 def test_a_removal_curve_by_hand():

@@ -3,26 +3,25 @@ from functools import cache
 import pytest
 import torch
 
-from stages import config
-from stages import prune as stage
-from stages.pruning import method as methods
-from stages.pruning.method import Keep, Method, Pruned, SwapAndRefit
+from stages.config import compose
+from stages.pruning.entries import Pruned
+from stages.pruning.method import Method, prune_matrix
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
+from stages.pruning.scores import SCORES
+from stages.pruning.updates import UPDATES
 from stages.pruning.updates.sparsegpt import sparsegpt
-from tests.methods import MAGNITUDE, WANDA
+from tests.methods import MAGNITUDE, WANDA, made
 from tests.methods import sparsegpt as sweep
-from tests.test_config import composed
 
 CPU = torch.device("cpu")
 HALF = Unstructured(sparsity=0.5, comparison_group="row")
-SCORES = {"obs": None, "wanda": methods.WANDA, "magnitude": methods.MAGNITUDE}
 PATTERNS = [Unstructured(sparsity=0.3, comparison_group="row"), Unstructured(sparsity=0.7, comparison_group="matrix"), Nm(kept=2, group=4)]
 PATTERNS += [Nm(kept=4, group=8)]
 COMPOSITIONS = [
     (score, update)
-    for score in config.SCORES.options
-    for update in config.UPDATES.options
+    for score in SCORES
+    for update in UPDATES
     if (score, update) != ("obs", "dsnot") and (score == "wanda" or update != "admm")
 ]
 
@@ -30,8 +29,7 @@ COMPOSITIONS = [
 @cache
 def composition(score: str, update: str) -> Method:
     """As a configuration names it."""
-    overrides = ["method.comparison_group=matrix", f"method/score={score}", f"method/update={update}"]
-    return stage.compose(config.read(composed(*overrides))["method"])
+    return compose.method("wanda", "method.comparison_group=matrix", f"method/score={score}", f"method/update={update}")
 
 
 every_composition = pytest.mark.parametrize(("score", "update"), COMPOSITIONS)
@@ -128,7 +126,7 @@ def test_with_uncorrelated_inputs_sparsegpt_is_magnitude_and_moves_nothing(compa
     torch.testing.assert_close(updated, weight * mask)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ["obs", "wanda", "magnitude"])
 @pytest.mark.parametrize(
     "pattern",
     [Unstructured(sparsity=0.5, comparison_group="row"), Unstructured(sparsity=0.6, comparison_group="matrix"), Nm(kept=2, group=4)],
@@ -137,7 +135,7 @@ def test_compensation_lowers_the_output_error(score, pattern):
     torch.manual_seed(0)
     inputs = torch.randn(400, 32) @ torch.randn(32, 32)
     weight, gram = torch.randn(16, 32), gram_of(inputs)
-    mask, updated = prune(sweep(8, score=SCORES[score]), weight, gram, pattern)
+    mask, updated = prune(sweep(8, score=score), weight, gram, pattern)
     with_update = (inputs @ (weight - updated).T).norm()
     without = (inputs @ (weight * ~mask).T).norm()
     assert with_update < without
@@ -231,10 +229,10 @@ def test_counts_are_exact_on_bfloat16_values(score, update, pattern):
 
 @every_composition
 @every_pattern
-def test_a_method_says_whether_it_moves(score, update, pattern):
+def test_a_method_says_whether_it_changes_weights(score, update, pattern):
     method = composition(score, update)
     (pruned,) = method([weights(1)], seen(method.statistic, correlated(1)), [pattern])
-    assert (pruned.values is not None) == method.moves
+    assert (pruned.values is not None) == method.changes_weights
 
 
 @every_composition
@@ -319,7 +317,7 @@ def losses(method: Method, seed: int, pattern: Pattern, damping: float = 0.01) -
     return lost(weight, pruned, gram.damped(damping))
 
 
-@pytest.mark.parametrize("score", config.SCORES.options)
+@pytest.mark.parametrize("score", SCORES)
 @every_pattern
 def test_swaps_never_raise_the_error_of_the_scores_mask(score, pattern):
     for seed in range(3):
@@ -327,7 +325,7 @@ def test_swaps_never_raise_the_error_of_the_scores_mask(score, pattern):
         assert swapped <= chosen * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("score", config.SCORES.options)
+@pytest.mark.parametrize("score", SCORES)
 @every_pattern
 def test_least_squares_loses_less_than_no_update(score, pattern):
     for seed in range(3):
@@ -337,8 +335,7 @@ def test_least_squares_loses_less_than_no_update(score, pattern):
 @every_pattern
 def test_a_refit_after_swaps_loses_less_than_either(pattern):
     def of(cycles, refit_steps):
-        update = SwapAndRefit(damping=0.01, cycles=cycles, candidates=16, refit_steps=refit_steps)
-        return Method(score=methods.WANDA, update=update)
+        return made("wanda", "swaps", cycles=cycles, candidates=16, refit_steps=refit_steps)
 
     for seed in range(3):
         both = losses(of(25, 20), seed, pattern)
@@ -347,16 +344,67 @@ def test_a_refit_after_swaps_loses_less_than_either(pattern):
 
 
 def test_without_an_update_the_damping_that_the_score_took_is_told():
-    score = methods.obs_score(0.01, 1.0)
-    (pruned,) = Method(score=score, update=Keep())([weights(0)], seen(Gram, correlated(0)), [HALF])
+    (pruned,) = made("obs")([weights(0)], seen(Gram, correlated(0)), [HALF])
     assert pruned.damping == 0.01
 
 
 @pytest.mark.parametrize(
-    ("score", "update"), [*(("wanda", one) for one in config.UPDATES.options if one != "none"), ("magnitude", "dsnot")]
+    ("score", "update"), [*(("wanda", one) for one in UPDATES if one != "none"), ("magnitude", "dsnot")]
 )
 def test_a_statistic_that_is_not_finite_is_refused(score, update):
     method, inputs = composition(score, update), correlated(0)
     inputs[0, 0] = float("inf")
     with pytest.raises((ArithmeticError, ValueError), match="NaN or infinit"):
         method([weights(0)], seen(method.statistic, inputs), [HALF])
+
+
+# One matrix alone.
+
+
+def test_one_matrix_by_hand():
+    """Wanda compares 3 * 1 with 1 * 10."""
+    pruned = prune_matrix(torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 10.0]]), WANDA, HALF)
+    assert pruned.mask.tolist() == [[False, True]]
+    assert pruned.values is None
+
+
+@every_composition
+@every_pattern
+def test_one_matrix_is_pruned_as_the_block_loop_does_it(score, update, pattern):
+    method, weight, inputs = composition(score, update), weights(8).bfloat16(), correlated(8)
+    (expected,) = method([weight.float()], seen(method.statistic, inputs), [pattern])
+    pruned = prune_matrix(weight, inputs, method, pattern)
+    assert torch.equal(pruned.mask, expected.mask)
+    assert (pruned.values is None) == (expected.values is None)
+    assert pruned.values is None or torch.equal(pruned.values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "pattern", "message"),
+    [
+        (torch.ones(2, 4), torch.ones(3, 5), HALF, r"found weight \[2, 4\] and inputs \[3, 5\], wanted \[rows, columns\] and"),
+        (torch.ones(4), torch.ones(3, 4), HALF, r"found weight \[4\]"),
+        (torch.ones(2, 6), torch.ones(3, 6), Nm(kept=2, group=4), "found 6 columns, wanted a multiple of pattern.group = 4"),
+        (torch.full((2, 4), torch.nan), torch.ones(3, 4), HALF, "found a score that is NaN or infinite"),
+    ],
+)
+def test_one_matrix_that_cannot_be_pruned_is_refused(weight, inputs, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        prune_matrix(weight, inputs, WANDA, pattern)
+
+
+# What a label says.
+
+
+@pytest.mark.parametrize(
+    ("method", "grouped", "expected"),
+    [
+        (made("wanda"), False, "wanda"),
+        (made("wanda", comparison_group="matrix"), False, "wanda (wanda, per matrix)"),
+        (made("wanda", comparison_group="matrix"), True, "wanda"),
+        (sweep(), False, "obs (obs + sparsegpt, per row)"),
+        (sweep(score="wanda"), True, "wanda (wanda + sparsegpt)"),
+    ],
+)
+def test_a_label_names_score_update_and_comparison_group_where_the_presets_name_does_not(method, grouped, expected):
+    assert method.label(grouped=grouped) == expected

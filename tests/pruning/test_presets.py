@@ -3,23 +3,18 @@
 import pytest
 import torch
 
-from stages import composition, config
+from stages.config import compose
 from stages.pruning import statistics
-from stages.pruning.method import Method, Pruned
+from stages.pruning.entries import Pruned
 from stages.pruning.patterns import Nm, Unstructured
 from tests.pruning.test_block_loop import pruned
 from tests.pruning.test_method import correlated, require_exact, seen, weights
-from tests.test_config import CONF, composed
+from stages.config.compose import read
+from stages.config.params import CONF
 
 PRESETS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
 SPARSITY = 0.4
 Table = list[list[float]]
-
-
-def preset(name: str) -> tuple[Method, str]:
-    """The method and its comparison_group, as the file has them."""
-    section = config.read(composed(f"method={name}"))["method"]
-    return composition.compose(section), section.comparison_group
 
 
 def norms(inputs: torch.Tensor) -> list[float]:
@@ -72,18 +67,18 @@ def dropped(scores: Table, comparison_group: str) -> set[tuple[int, int]]:
     ],
 )
 def test_a_preset_prunes_what_its_formula_says(name, score, comparison_group):
-    method, asked = preset(name)
+    method = compose.method(name)
     weight, inputs = weights(7, rows=12), correlated(7)
-    (found,) = method([weight], seen(method.statistic, inputs), [Unstructured(sparsity=SPARSITY, comparison_group=asked)])
+    (found,) = method([weight], seen(method.statistic, inputs), [Unstructured(sparsity=SPARSITY, comparison_group=method.comparison_group)])
     assert {(i, j) for i, j in (~found.mask).nonzero().tolist()} == dropped(score(weight, inputs), comparison_group)
 
 
 @pytest.mark.parametrize("form", ["50%", "2:4", "4:8"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_prunes_a_whole_model(base, name, form):
-    method, comparison_group = preset(name)
+    method = compose.method(name)
     patterns = {
-        "50%": Unstructured(sparsity=0.5, comparison_group=comparison_group),
+        "50%": Unstructured(sparsity=0.5, comparison_group=method.comparison_group),
         "2:4": Nm(kept=2, group=4),
         "4:8": Nm(kept=4, group=8),
     }
@@ -91,7 +86,7 @@ def test_every_preset_prunes_a_whole_model(base, name, form):
     assert len(changes) == 21
     for change in changes.values():
         require_exact(Pruned(mask=change.mask), patterns[form])
-    assert all((change.values is not None) == method.moves for change in changes.values())
+    assert all((change.values is not None) == method.changes_weights for change in changes.values())
     assert all(0 < matrix.relative_error < 1 for block in blocks for matrix in block.matrices)
 
 
@@ -99,7 +94,7 @@ def test_every_preset_prunes_a_whole_model(base, name, form):
     ("name", "kept", "group"), [("nm_2_4", 2, 4), ("nm_4_8", 4, 8), ("nm_2_4_permuted", 2, 4), ("nm_4_8_permuted", 4, 8)]
 )
 def test_a_pattern_preset_is_what_its_name_says(name, kept, group):
-    section = config.read(composed(f"pattern={name}"))["pattern"]
+    section = read(f"pattern={name}")["pattern"]
     assert (section.kept, section.group, section.permutation_rounds is not None) == (kept, group, name.endswith("permuted"))
 
 
@@ -111,5 +106,5 @@ def test_matrices_that_read_the_same_input_are_factored_once(base, monkeypatch):
         return original(gram, *rest)
 
     monkeypatch.setattr(statistics, "_inverse_factor", counted)
-    pruned(base, preset("sparsegpt")[0], Unstructured(sparsity=0.5, comparison_group="matrix"))
+    pruned(base, compose.method("sparsegpt"), Unstructured(sparsity=0.5, comparison_group="matrix"))
     assert factored == [32, 32, 32, 112] * 3

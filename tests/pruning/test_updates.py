@@ -1,17 +1,15 @@
-"""What the survivors do: least squares and ADMM by hand, against slow float64 loops, and against SparseGPT."""
-
-from dataclasses import replace
+"""Updates: least squares and ADMM by hand, against slow float64 loops, and against SparseGPT."""
 
 import pytest
 import torch
 
-from stages.pruning.method import Admm, Method, SparseGpt, obs_score
+from stages.config import compose
+from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.statistics import Gram
 from stages.pruning.updates.admm import admm
 from stages.pruning.updates.least_squares import least_squares
-from tests import methods
-from tests.pruning.test_presets import preset
+from tests.methods import made, sparsegpt
 
 SWEEP = {"steps": 12, "penalty": 0.1, "growth": 1.3}
 PATTERNS = [Unstructured(sparsity=0.5, comparison_group="matrix"), Unstructured(sparsity=0.5, comparison_group="row"), Nm(kept=2, group=4)]
@@ -179,9 +177,8 @@ def outcome(method: Method, weight: torch.Tensor, gram: torch.Tensor, pattern: P
     return pruned
 
 
-def composed(hold: int = 5) -> Method:
-    update = Admm(damping=0.01, damping_limit=1.0, steps=30, penalty=0.1, growth=1.3, hold=hold, refit_steps=12)
-    return Method(score=methods.WANDA.score, update=update)
+def composed(hold: int = 5, limit: float = 1.0) -> Method:
+    return made("wanda", "admm", limit=limit, steps=30, penalty=0.1, growth=1.3, hold=hold, refit_steps=12)
 
 
 def mean_error(method: Method, pattern: Pattern, problems: int = 12) -> float:
@@ -196,8 +193,7 @@ def mean_error(method: Method, pattern: Pattern, problems: int = 12) -> float:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("name", ["admm", "admm_short"])
 def test_admm_loses_less_than_sparsegpt(name, pattern):
-    update = SparseGpt(damping=0.01, damping_limit=1.0, block_size=64, choose_while_sweeping=True)
-    assert mean_error(preset(name)[0], pattern) < mean_error(Method(score=obs_score(0.01, 1.0), update=update), pattern)
+    assert mean_error(compose.method(name), pattern) < mean_error(sparsegpt(64), pattern)
 
 
 @pytest.mark.parametrize("hold", [2, 5])
@@ -238,6 +234,5 @@ def test_admm_raises_the_damping_until_it_factors_and_says_which():
 
 
 def test_admm_refuses_what_does_not_factor_within_the_limit():
-    update = replace(composed().update, damping_limit=0.1)
     with pytest.raises(ArithmeticError, match="does not factor at any damping from 0.01 to 0.1"):
-        outcome(Method(score=methods.WANDA.score, update=update), torch.ones(1, 2), INDEFINITE, PATTERNS[0])
+        outcome(composed(limit=0.1), torch.ones(1, 2), INDEFINITE, PATTERNS[0])

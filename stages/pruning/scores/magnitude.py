@@ -1,13 +1,17 @@
 """Magnitude: a weight is worth its absolute value.
 
-S_ij = |W_ij|          # Han et al. 2015, arXiv:1506.02626
+    S_ij = |W_ij|          # Han et al. 2015, arXiv:1506.02626
 """
 
 import torch
 
+from stages.pruning.entries import NoParameters, Score
+from stages.pruning.statistics import NoStatistic
+from stages.schema import Citation
+
 
 def magnitude(weight: torch.Tensor) -> torch.Tensor:
-    """Scores by magnitude.
+    """Score by magnitude.
 
     Args:
         weight: [rows, columns], any float dtype.
@@ -16,3 +20,13 @@ def magnitude(weight: torch.Tensor) -> torch.Tensor:
         [rows, columns], same dtype, 0 or more.
     """
     return weight.abs()
+
+
+MAGNITUDE = Score(
+    name="magnitude",
+    of=lambda weight, *_: magnitude(weight),
+    statistic=NoStatistic,
+    parameters=NoParameters,
+    summary="|W|",
+    citation=Citation(text="Han et al. 2015", url="https://arxiv.org/abs/1506.02626"),
+)

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon: a weight is worth the error that removing it leaves after the others made up for it.
+"""Optimal Brain Surgeon: a weight is worth the error that is left when it is removed and the others are updated for it.
 
     S_ij = W_ij² / [H⁻¹]_jj          # Frantar & Alistarh 2023, arXiv:2301.00774, eq. 3
 
@@ -8,9 +8,13 @@ of the whole inverse (section 3.2 there).
 
 import torch
 
+from stages.pruning.entries import NoParameters, Score
+from stages.pruning.statistics import Gram
+from stages.schema import Citation
+
 
 def obs(weight: torch.Tensor, factor_diagonal: torch.Tensor) -> torch.Tensor:
-    """Scores by the error left.
+    """Score by the error left.
 
     Args:
         weight: [rows, columns], float32.
@@ -20,3 +24,18 @@ def obs(weight: torch.Tensor, factor_diagonal: torch.Tensor) -> torch.Tensor:
         [rows, columns], float32, 0 or more.
     """
     return weight.square() / factor_diagonal.square()
+
+
+def _of_gram(weight: torch.Tensor, gram: Gram, damping: float, limit: float) -> torch.Tensor:
+    """With the factor of the damped inverse, see Gram.inverse_factor; the weights of dead inputs are worth nothing."""
+    return obs(weight.masked_fill(gram.dead, 0), gram.inverse_diagonal(damping, limit).sqrt())
+
+
+OBS = Score(
+    name="obs",
+    of=lambda weight, gram, method: _of_gram(weight, gram, method.damping.share, method.damping.limit),
+    statistic=Gram,
+    parameters=NoParameters,
+    summary="W^2 / diag(H^-1), the score of Optimal Brain Surgeon",
+    citation=Citation(text="Frantar & Alistarh 2023", url="https://arxiv.org/abs/2301.00774"),
+)

@@ -5,11 +5,25 @@
 A weight that is small everywhere but large for its row or column stays, so that no input or output is cut off as a whole.
 """
 
+from dataclasses import dataclass
+
 import torch
+
+from stages.pruning.entries import Score
+from stages.pruning.statistics import SquaredNorm
+from stages.schema import Citation, number
+
+
+@dataclass(kw_only=True, slots=True)
+class RiaParameters:
+    """power: of the norm of a weight's input."""
+
+    name: str
+    power: float = number(minimum=0)
 
 
 def ria(weight: torch.Tensor, squared_norm: torch.Tensor, power: float) -> torch.Tensor:
-    """Scores by relative importance and activation.
+    """Score by relative importance and activation.
 
     Args:
         weight: [rows, columns], float32.
@@ -26,3 +40,13 @@ def ria(weight: torch.Tensor, squared_norm: torch.Tensor, power: float) -> torch
 def _share(magnitude: torch.Tensor, dim: int) -> torch.Tensor:
     total = magnitude.sum(dim=dim, keepdim=True)
     return magnitude / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+RIA = Score(
+    name="ria",
+    of=lambda weight, inputs, method: ria(weight, inputs.squared_norm, method.score.power),
+    statistic=SquaredNorm,
+    parameters=RiaParameters,
+    summary="(|W| / column sum + |W| / row sum) * ||X||^power, relative importance and activations",
+    citation=Citation(text="Zhang et al. 2024", url="https://openreview.net/forum?id=Tr0lPx9woF"),
+)

@@ -1,13 +1,17 @@
-"""Wanda: a weight is worth what it carries, its absolute value times the norm of its input.
+"""Wanda: a weight is worth its absolute value times the norm of its input.
 
-S_ij = |W_ij| * ||X_j||_2          # Sun et al. 2024, arXiv:2306.11695, eq. 1
+    S_ij = |W_ij| * ||X_j||_2          # Sun et al. 2024, arXiv:2306.11695, eq. 1
 """
 
 import torch
 
+from stages.pruning.entries import NoParameters, Score
+from stages.pruning.statistics import SquaredNorm
+from stages.schema import Citation
+
 
 def wanda(weight: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
-    """Scores by weight and activation.
+    """Score by weight and activation.
 
     Args:
         weight: [rows, columns], float32.
@@ -17,3 +21,13 @@ def wanda(weight: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
         [rows, columns], float32, 0 or more.
     """
     return weight.abs() * squared_norm.sqrt()
+
+
+WANDA = Score(
+    name="wanda",
+    of=lambda weight, inputs, _: wanda(weight, inputs.squared_norm),
+    statistic=SquaredNorm,
+    parameters=NoParameters,
+    summary="|W| * ||X||",
+    citation=Citation(text="Sun et al. 2024", url="https://arxiv.org/abs/2306.11695"),
+)

@@ -1,17 +1,45 @@
-"""ADMM: support and values together, by a penalty that grows until both agree.
+"""ADMM: mask and values together, by a penalty that grows until both agree.
 
     W ← (W₀ H + ρ (D - V)) (H + ρ I)⁻¹,   D ← keep(W + V),   V ← V + W - D         # Meng et al. 2024, ALPS, arXiv:2406.07831, eq. 4
 
 with H = X Xᵀ scaled to a unit diagonal (Boža 2024, arXiv:2401.02938: columns by their norm), so that the penalty means the
-same for every column and `keep` compares what weights carry, as Wanda does. ρ grows by a constant factor, where ALPS grows it by
-how much the support still changes; H + ρ I is factored anew every few steps, and ρ is the same in between. V, the multipliers over
-ρ, goes on as it is when ρ grows, which turned out to lose a little less here than to divide it. Far beyond the unit diagonal ρ
-freezes the support before the values have told which: end near 1.
+same for every column and `keep` compares |W| * ||X||, as Wanda does. ρ grows by a constant factor, where ALPS adapts it to how much
+the mask still changes; H + ρ I is factored anew every few steps, and ρ is the same in between. V, the multipliers over ρ, is kept
+when ρ grows: in our trials this lost a little less than dividing it. ρ should end near 1, the unit diagonal: a larger ρ freezes the
+mask before the values have converged.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from stages.pruning.entries import Pruned, Update
+from stages.pruning.patterns import Pattern
+from stages.pruning.scores.wanda import WANDA
+from stages.pruning.statistics import Gram, first_to_factor
+from stages.pruning.updates.least_squares import least_squares
+from stages.schema import Citation, number
+
+if TYPE_CHECKING:
+    from stages.pruning.method import Method
+
+
+@dataclass(kw_only=True, slots=True)
+class AdmmParameters:
+    """steps: of ADMM.
+
+    penalty: of the first step, as a share of the scaled Gram matrix's diagonal. growth: of the penalty, factor a step.
+    hold: steps between two factorisations. refit_steps: of least squares on the mask found.
+    """
+
+    name: str
+    steps: int = number(minimum=1)
+    penalty: float = number(above=0)
+    growth: float = number(minimum=1)
+    hold: int = number(minimum=1)
+    refit_steps: int = number(minimum=0)
 
 Keep = Callable[[torch.Tensor, bool], torch.Tensor]
 
@@ -60,3 +88,33 @@ def _inverse(unit: torch.Tensor, rho: float) -> torch.Tensor:
     shifted = unit.clone()
     shifted.diagonal().add_(rho)
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+
+
+def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
+    """ADMM on all matrices together, then least squares on the masks found; see entries.Update."""
+    how, rows, target = method.update, [len(weight) for weight in weights], torch.cat(weights)
+
+    def keep(scores: torch.Tensor, exactly: bool) -> torch.Tensor:
+        matrices = zip(patterns, scores.split(rows), strict=True)
+        return torch.cat([pattern.mask(matrix) if exactly else pattern.roughly(matrix) for pattern, matrix in matrices])
+
+    def solve(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        gram = statistic.damped(damping)
+        start, mask = admm(target, gram, keep, steps=how.steps, penalty=how.penalty, growth=how.growth, hold=how.hold)
+        return mask, least_squares(target, gram, mask, start, how.refit_steps)
+
+    (mask, values), damping = first_to_factor(solve, method.damping.share, method.damping.limit)
+    outcomes = zip(mask.split(rows), values.split(rows), strict=True)
+    return [Pruned(mask=matrix_mask, values=matrix, damping=damping) for matrix_mask, matrix in outcomes]
+
+
+ADMM = Update(
+    name="admm",
+    prune=prune,
+    statistic=Gram,
+    changes_weights=lambda _: True,
+    scores=(WANDA.name,),
+    parameters=AdmmParameters,
+    summary="mask and values by ADMM with a growing penalty, then a refit",
+    citation=Citation(text="Meng et al. 2024", url="https://arxiv.org/abs/2406.07831"),
+)

@@ -1,4 +1,4 @@
-"""DSnoT: exchange kept for dropped weights until what a row loses is zero on average.
+"""DSnoT: exchange kept for pruned weights until the expected output error of a row is zero.
 
     E[error]_i = sum_{j dropped} W_ij * E[X_j]                        # Zhang et al. 2024 (DSnoT), arXiv:2310.08915
     grow  argmax_{j dropped} |W_ij * E[X_j]| / Var[X_j]               # among those whose return lowers |E[error]_i|
@@ -13,7 +13,29 @@ direction, whether or not the error falls; in groups it prunes whatever the sign
 that changes the sign of the error; and it leaves the MLP's matrices alone.
 """
 
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
+
+from stages.pruning.entries import Pruned, Update
+from stages.pruning.patterns import Pattern
+from stages.pruning.selection import select
+from stages.pruning.statistics import Moments
+from stages.schema import Citation, number
+
+if TYPE_CHECKING:
+    from stages.pruning.method import Method
+
+
+@dataclass(kw_only=True, slots=True)
+class DsnotParameters:
+    """cycles: swaps in a row at most. threshold: of a row's expected error per token, below which the row is left alone."""
+
+    name: str
+    cycles: int = number(minimum=1)
+    threshold: float = number(minimum=0)
 
 
 def dsnot(
@@ -75,3 +97,23 @@ def _choose(
     together = torch.arange(kept.shape[1], device=kept.device) // group == grown // group
     pruned = importance.where(prunable & together, torch.inf).argmin(dim=1, keepdim=True)
     return growable.any(dim=1), grown, pruned
+
+
+def prune(weights: list[torch.Tensor], statistic: Moments, patterns: list[Pattern], method: "Method") -> list[Pruned]:
+    """The masks of the score, refined; see entries.Update."""
+    statistic.require_finite()
+    refine = partial(dsnot, mean=statistic.mean, variance=statistic.variance, squared_norm=statistic.squared_norm)
+    refine = partial(refine, cycles=method.update.cycles, threshold=method.update.threshold)
+    matrices = zip(weights, select(weights, statistic, patterns, method), patterns, strict=True)
+    return [Pruned(mask=refine(weight, mask=mask, group=pattern.group)) for weight, mask, pattern in matrices]
+
+
+DSNOT = Update(
+    name="dsnot",
+    prune=prune,
+    statistic=Moments,
+    changes_weights=lambda _: False,
+    parameters=DsnotParameters,
+    summary="the mask refined by swaps that lower the expected error",
+    citation=Citation(text="Zhang et al. 2024", url="https://arxiv.org/abs/2310.08915"),
+)

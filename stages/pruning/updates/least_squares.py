@@ -1,4 +1,4 @@
-"""Least squares on a fixed support: the survivors take the values that lose the least.
+"""Least squares on a fixed mask: the kept weights take the values of the least output error.
 
     min ||(W - W') X||_F²  over W' that are zero where the mask is:   W'_S = argmin (w - w')ᵀ H (w - w'),  H = X Xᵀ
 
@@ -6,7 +6,27 @@ row by row; all rows at once by conjugate gradients, preconditioned by the diago
 masked by its own support (Meng et al. 2024, ALPS, arXiv:2406.07831, section 3.3).
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
+
+from stages.pruning.entries import Pruned, Update
+from stages.pruning.patterns import Pattern
+from stages.pruning.selection import select
+from stages.pruning.statistics import Gram
+from stages.schema import Citation, number
+
+if TYPE_CHECKING:
+    from stages.pruning.method import Method
+
+
+@dataclass(kw_only=True, slots=True)
+class LeastSquaresParameters:
+    """steps: of conjugate gradients."""
+
+    name: str
+    steps: int = number(minimum=1)
 
 
 def least_squares(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, steps: int) -> torch.Tensor:
@@ -39,3 +59,24 @@ def least_squares(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, 
         before, slope = slope, (residual * scaled).sum(dim=1, keepdim=True)
         direction = scaled + torch.where(before > 0, slope / before, 0) * direction
     return values
+
+
+def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
+    """The masks of the score, the kept weights refitted; see entries.Update."""
+    damped = statistic.damped(method.damping.share)
+    masks = select(weights, statistic, patterns, method)
+    return [
+        Pruned(mask=mask, values=least_squares(weight, damped, mask, weight, method.update.steps), damping=statistic.damping)
+        for weight, mask in zip(weights, masks, strict=True)
+    ]
+
+
+LEAST_SQUARES = Update(
+    name="least_squares",
+    prune=prune,
+    statistic=Gram,
+    changes_weights=lambda _: True,
+    parameters=LeastSquaresParameters,
+    summary="kept weights refitted by conjugate gradients on the Gram matrix",
+    citation=Citation(text="Meng et al. 2024", url="https://arxiv.org/abs/2406.07831"),
+)

@@ -1,15 +1,37 @@
-"""SparseGPT: sweep over the columns; what a dropped weight did, the columns to its right take over.
+"""SparseGPT: sweep over the columns; the columns to the right of a pruned weight compensate for it.
 
     E_j = (W_j - W'_j) / U_jj,   W_k -= E_j U_jk  for all k > j     # Frantar & Alistarh 2023, arXiv:2301.00774, alg. 1
 
-with U the upper Cholesky factor of the inverse Gram matrix.
+with U the upper Cholesky factor of the inverse Gram matrix. With the score `obs` the mask is chosen during the sweep, by the weights
+as it has changed them; with any other score before it.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.pruning.entries import Pruned, Update
+from stages.pruning.patterns import Pattern
+from stages.pruning.scores.obs import OBS, obs
+from stages.pruning.selection import select
+from stages.pruning.statistics import Gram
+from stages.schema import Citation, number, require
+
+if TYPE_CHECKING:
+    from stages.pruning.method import Method
+
 STRIP = 32  # columns
+
+
+@dataclass(kw_only=True, slots=True)
+class SparseGptParameters:
+    """block_size: columns swept before the rest of the matrix is updated."""
+
+    name: str
+    block_size: int = number(minimum=1, unit="column")
+
 
 ChooseMask = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -59,3 +81,43 @@ def _strips(start: int, end: int, decision_columns: int) -> Iterator[tuple[int, 
     width = max(decision_columns, STRIP // decision_columns * decision_columns) if decision_columns < end - start else STRIP
     for first in range(start, end, width):
         yield first, min(first + width, end)
+
+
+def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
+    """All matrices in one sweep, see entries.Update. A kept weight of a dead input stays."""
+    factor, dead = statistic.inverse_factor(method.damping.share, method.damping.limit), statistic.dead
+    rows = [len(weight) for weight in weights]
+    weight = torch.cat(weights)
+    live = weight.masked_fill(dead, 0)
+    in_sweep = method.score.name == OBS.name
+    mask_before = None if in_sweep else torch.cat(select(list(live.split(rows)), statistic, patterns, method))
+
+    def choose(columns: torch.Tensor, factor_diagonal: torch.Tensor, first: int) -> torch.Tensor:
+        if mask_before is not None:
+            return mask_before[:, first : first + columns.shape[1]]
+        scores = obs(columns, factor_diagonal).split(rows)
+        return torch.cat([pattern.mask(matrix, first) for pattern, matrix in zip(patterns, scores, strict=True)])
+
+    decision = min(pattern.decision_columns(method.update.block_size) for pattern in patterns)
+    mask, updated = sparsegpt(live, factor, choose, decision, method.update.block_size)
+    values = torch.where(mask & dead, weight, updated)
+    outcomes = zip(mask.split(rows), values.split(rows), strict=True)
+    return [Pruned(mask=matrix_mask, values=matrix, damping=statistic.damping) for matrix_mask, matrix in outcomes]
+
+
+def check(method: Any, pattern: Any) -> None:
+    """Blocks of columns that groups fill; raises ConfigError."""
+    group, block_size = getattr(pattern, "group", 1), method.update.block_size
+    require(block_size % group == 0, "method.update.block_size", block_size, f"a multiple of pattern.group = {group}")
+
+
+SPARSEGPT = Update(
+    name="sparsegpt",
+    prune=prune,
+    statistic=Gram,
+    changes_weights=lambda _: True,
+    check=check,
+    parameters=SparseGptParameters,
+    summary="kept weights compensate, column by column",
+    citation=Citation(text="Frantar & Alistarh 2023", url="https://arxiv.org/abs/2301.00774"),
+)

@@ -6,10 +6,34 @@
 with G the Gram matrix of the inputs. The weights do not change, and each row (or group) keeps as many as before.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
+
+from stages.pruning.entries import Pruned, Update
+from stages.pruning.patterns import Pattern
+from stages.pruning.selection import select
+from stages.pruning.statistics import Gram
+from stages.pruning.updates.least_squares import least_squares
+from stages.schema import Citation, number
+
+if TYPE_CHECKING:
+    from stages.pruning.method import Method
 
 PAIRS_AT_ONCE = 2**22  # a search takes some times their memory
 LEAST_GAIN = 1e-5  # of the row's error; below it a gain may be rounding
+
+
+@dataclass(kw_only=True, slots=True)
+class SwapsParameters:
+    """cycles, candidates: see swaps. refit_steps: of least squares on the mask found; 0: kept weights stay as they are."""
+
+    name: str
+    cycles: int = number(minimum=1)
+    candidates: int = number(minimum=1)
+    refit_steps: int = number(minimum=0)
+
 
 Swap = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # change of the error, p, q: each [rows]
 
@@ -83,3 +107,27 @@ def _best_in_groups(weight: torch.Tensor, gram: torch.Tensor, leave: torch.Tenso
     lowest, pair = change.flatten(1).min(dim=1)
     first = pair // group**2 * group  # column of the group
     return lowest, first + pair % group**2 // group, first + pair % group
+
+
+def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
+    """The masks of the score, refined by swaps, and where asked the kept weights refitted; see entries.Update."""
+    how, gram = method.update, statistic.finite()
+    damped = statistic.damped(method.damping.share) if how.refit_steps else None
+    masks = select(weights, statistic, patterns, method)
+    outcomes = []
+    for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
+        refined = swaps(weight, gram, mask, cycles=how.cycles, candidates=how.candidates, group=pattern.group)
+        values = None if damped is None else least_squares(weight, damped, refined, weight, how.refit_steps)
+        outcomes.append(Pruned(mask=refined, values=values, damping=statistic.damping))
+    return outcomes
+
+
+SWAPS = Update(
+    name="swaps",
+    prune=prune,
+    statistic=Gram,
+    changes_weights=lambda section: section.refit_steps > 0,
+    parameters=SwapsParameters,
+    summary="the mask refined by exact one-for-one swaps on the Gram matrix",
+    citation=Citation(text="Zimmer et al. 2025", url="https://arxiv.org/abs/2512.10922"),
+)

@@ -10,6 +10,11 @@ changes a mask only where the weights of a matrix compete.
 
 import torch
 
+from stages.pruning.entries import NoParameters, Score
+from stages.pruning.scores.wanda import wanda
+from stages.pruning.statistics import SquaredNorm
+from stages.schema import Citation
+
 
 def cumulative_share(scores: torch.Tensor) -> torch.Tensor:
     """Replace scores by their cumulative share of the row.
@@ -25,3 +30,14 @@ def cumulative_share(scores: torch.Tensor) -> torch.Tensor:
     total = running[:, -1:]
     shares = running / total.where(total > 0, 1)
     return torch.empty_like(scores).scatter_(1, order, shares)
+
+
+WANDA_VARIANT = Score(
+    name="wanda_variant",
+    of=lambda weight, inputs, _: cumulative_share(wanda(weight, inputs.squared_norm)),
+    statistic=SquaredNorm,
+    parameters=NoParameters,
+    only_across_rows=True,
+    summary="Wanda's scores, each as the cumulative share of its row's total: one alpha for the matrix",
+    citation=Citation(text="Sun et al. 2024", url="https://github.com/locuslab/wanda"),
+)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stages.pruning.patterns import Nm, Unstructured, keep_highest
-from stages.pruning.scores.cumulative import cumulative_share
+from stages.pruning.scores.wanda_variant import cumulative_share
 
 
 def kept_at(alpha: float, scores: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""The Hydra entry point: hands a stage its sections of params.yaml."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import hydra
+from omegaconf import DictConfig
+
+from stages.config.environment import require_installed
+from stages.config.params import CONF, prepare
+from stages.errors import SparsesweepError
+from stages.schema import require_one_of
+
+log = logging.getLogger(__name__)
+LIBRARY = "environment."
+
+
+class Stage(Protocol):
+    """A command, the function behind it, and by part the parameters that DVC tracks for it."""
+
+    function: Callable[..., None]
+    parameters: dict[str, tuple[str, ...]]
+
+    def __call__(self) -> None: ...
+
+
+def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> Callable[[Callable[..., None]], Stage]:
+    """Make a function a command that is handed only the sections that DVC tracks for it.
+
+    Every section is checked, so that a bad value stops the first stage that runs, but only these are passed on.
+
+    Args:
+        parameters: names of sections, passed as keyword arguments; and "environment.LIBRARY" for every library whose version the
+            results depend on, which must be the one installed.
+        parts: for a stage that dvc.yaml runs in parts (`python -m stages.fetch part=base`), the parameters of each; the part's
+            name is passed as `part`.
+    """
+
+    def wrap(function: Callable[..., None]) -> Stage:
+        def task(cfg: DictConfig) -> None:
+            try:
+                _run(cfg, function, parameters, parts)
+            except SparsesweepError as error:
+                log.error("%s: %s", type(error).__name__, error)
+                sys.exit(1)
+
+        run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
+
+        def main() -> None:
+            importlib.import_module("stages.config.sections").register()
+            try:
+                prepare(sys.argv[1:])
+            except SparsesweepError as error:  # before Hydra has set up the log
+                print(f"{type(error).__name__}: {error}")
+                sys.exit(1)
+            run()
+
+        command: Any = main
+        command.parameters = parts or {"": parameters}
+        command.function = function
+        return command
+
+    return wrap
+
+
+def _run(cfg: DictConfig, function: Callable[..., None], parameters: tuple[str, ...], parts: dict[str, tuple[str, ...]] | None) -> None:
+    sections = importlib.import_module("stages.config.sections").read(cfg)
+    keywords: dict[str, Any] = {}
+    if parts is not None:
+        require_one_of("part", cfg.part, list(parts))
+        parameters, keywords = parts[cfg.part], {"part": cfg.part}
+    libraries = [name.removeprefix(LIBRARY) for name in parameters if name.startswith(LIBRARY)]
+    require_installed(sections["environment"], libraries)
+    function(**keywords, **{name: sections[name] for name in parameters if not name.startswith(LIBRARY)})

@@ -1,0 +1,78 @@
+"""The device and the dtype that a stage computes with."""
+
+import platform
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stages.errors import SparsesweepError
+from stages.schema import checked, one_of, require
+
+CPU_FACTS = Path("/proc/cpuinfo")
+
+
+@dataclass(kw_only=True, slots=True)
+class DeviceSection:
+    """device, dtype: of the computation, see choose_device and choose_dtype."""
+
+    device: str = checked(lambda device: re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None, "auto, cpu or cuda[:N]")
+    dtype: str = one_of("auto", "bfloat16", "float16", "float32")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else the architecture's."""
+    facts = CPU_FACTS.read_text(encoding="utf8", errors="replace").splitlines() if CPU_FACTS.is_file() else []
+    named = (value.strip() for key, _, value in (fact.partition(":") for fact in facts) if key.strip() == "model name")
+    return next(named, f"{platform.machine()} CPU")
+
+
+def choose_device(key: str, device: str) -> torch.device:
+    """The device asked for by the configuration's `key`; auto: a GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(chosen.type == "cpu" or (chosen.index or 0) < present, key, device, f"cpu or auto: torch finds {present} GPUs here")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype: float32 on a CPU, where halves are slow; else the best half that the GPU computes in."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+@contextmanager
+def gpu_memory(key: str, found: object) -> Iterator[None]:
+    """Turn a GPU that runs out of memory into an error that names the key to lower.
+
+    Raises:
+        SparsesweepError: naming the key and its value.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SparsesweepError(f"the GPU is out of memory with {key} = {found}; lower it ({str(error).split('.')[0]})") from error
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the GPU held, or that this process had resident (mapped files included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

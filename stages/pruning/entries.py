@@ -1,0 +1,146 @@
+"""What scores, updates, allocations and reconstructions are: the entries of their tables.
+
+A score says what a weight is worth. An update takes the score, the pattern of each matrix and the statistic of the input that the
+matrices share, and gives masks, and new values where it changes the kept weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from stages.pruning.patterns import Pattern
+from stages.pruning.statistics import Statistic
+from stages.schema import Entry
+
+if TYPE_CHECKING:
+    from stages.pruning.distillation import Distillation
+    from stages.pruning.method import Method
+    from stages.pruning.patterns import Unstructured
+    from stages.pruning.reconstruction import Reconstruction
+    from stages.streaming.architecture import Decoder, Matrix
+    from stages.streaming.stream import Stream
+
+
+@dataclass(kw_only=True, slots=True)
+class NoParameters:
+    """The section of a choice that has none."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """The outcome of one matrix.
+
+    mask: [rows, columns], bool, True = kept.
+    values: [rows, columns], float32, or None where kept weights did not change.
+    damping: what it took to factor the Gram matrix, where it was factored: a share of the mean of its diagonal added to each entry of
+        the diagonal (obs, sparsegpt), or of each entry (admm).
+    """
+
+    mask: torch.Tensor
+    values: torch.Tensor | None = None
+    damping: float | None = None
+
+
+ScoreFunction: TypeAlias = Callable[[torch.Tensor, Any, "Method"], torch.Tensor]
+UpdateFunction: TypeAlias = Callable[[list[torch.Tensor], Any, list[Pattern], "Method"], list[Pruned]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Entry):
+    """What a weight is worth.
+
+    of: from a matrix, [rows, columns], float32, the statistic of its input, and the method, whose `score` section holds the
+        parameters, to scores of the same shape. Raises ArithmeticError where the statistic has NaN or does not factor.
+    statistic: what it needs to know of the input, at least.
+    only_across_rows: whether it ranks the weights of one row as the score that it is made from does, so that it changes a mask only
+        where the weights of a matrix compete.
+    """
+
+    of: ScoreFunction
+    statistic: type[Statistic]
+    only_across_rows: bool = False
+
+
+def _nothing(*_: Any) -> None:
+    """No condition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update(Entry):
+    """What is done about the error of pruning: a change of the mask, or of the kept weights.
+
+    prune: from the matrices that read one input, each [rows, columns], float32, not changed; the statistic of that input; a pattern
+        for each; and the method, whose `update` section holds the parameters. Raises ArithmeticError where the statistic has NaN or
+        does not factor, ValueError where a score is not finite.
+    statistic: what it needs to know of the input, at least.
+    changes_weights: whether kept weights get new values, by its section.
+    scores: the names of the scores that it can work from; None for all.
+    check: what it asks of the method's and the pattern's sections together; raises ConfigError.
+    """
+
+    prune: UpdateFunction
+    statistic: type[Statistic]
+    changes_weights: Callable[[Any], bool]
+    scores: tuple[str, ...] | None = None
+    check: Callable[[Any, Any], None] = _nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModel:
+    """What an allocation measures on, before any block is pruned.
+
+    windows: [windows, tokens], int64, the calibration windows. stream: makes a stream of some of them, before the first block.
+    comparison_group: "row" or "matrix", see patterns.Unstructured.
+    """
+
+    decoder: "Decoder"
+    windows: torch.Tensor
+    stream: Callable[[torch.Tensor], "Stream"]
+    comparison_group: str
+
+
+Evidence: TypeAlias = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgeted:
+    """How to meet a budget of zeros with a sparsity of its own for every matrix.
+
+    evidence: what is measured on the dense model, by its section; the journal keeps it.
+    counts: from the evidence, the matrices of every block, the pattern that all together must meet, and the section, to the zeros of
+        each matrix, in order, which add up to the budget. Raises ValueError where the evidence is not finite.
+    row_costs: likewise, to what a squared error of each output of a matrix costs, [rows], float32, above 0, by the matrix's name;
+        matrices that are not named have rows of equal cost.
+    holds_scores: whether the scores of a whole block are in memory at once. takes_gradients: whether the loss is differentiated.
+    """
+
+    evidence: Callable[[DenseModel, Any], Evidence]
+    counts: Callable[[Evidence, list[list["Matrix"]], "Unstructured", Any], list[int]]
+    row_costs: Callable[[Evidence, list[list["Matrix"]], "Unstructured", Any], Evidence] = lambda *_: {}
+    holds_scores: bool = False
+    takes_gradients: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation(Entry):
+    """How sparse each matrix is. budgeted: None where every matrix is as sparse as the pattern says."""
+
+    budgeted: Budgeted | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Entry):
+    """How kept weights are trained on the calibration windows after their blocks are pruned.
+
+    each_block: by its section, the training of every block on its own, or None.
+    last_blocks: by its section and the number of blocks, the training of the last blocks together, or None.
+    label: what tells models so trained from others in a plot, or "".
+    """
+
+    each_block: Callable[[Any], "Reconstruction | None"]
+    last_blocks: Callable[[Any, int], "Distillation | None"]
+    label: str

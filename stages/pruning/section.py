@@ -1,0 +1,24 @@
+"""The section `prune`: how the prune stage runs."""
+
+from dataclasses import dataclass
+
+from stages.devices import DeviceSection
+from stages.schema import number, one_of
+
+
+@dataclass(kw_only=True, slots=True)
+class Prune(DeviceSection):
+    """device, dtype: of the arithmetic; statistics are float32 always.
+
+    micro_batch: windows per forward pass; null: by the kind of device.
+    propagate: whose outputs the next block is pruned for, the pruned block's or the dense one's.
+    error_tokens: calibration tokens on which the relative output error is measured.
+    expert_tokens: an expert that fewer calibration tokens chose is calibrated on a sample of all.
+    memory_budget: of host memory, GiB; null: what is free.
+    """
+
+    micro_batch: int | None = number(minimum=1)
+    propagate: str = one_of("pruned", "dense")
+    error_tokens: int = number(minimum=1, unit="token")
+    expert_tokens: int = number(minimum=0, unit="tokens")
+    memory_budget: float | None = number(above=0, unit="GiB")
