@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 
 from tests.hub_server import FakeRepository, Hub
@@ -7,6 +8,7 @@ HUB = Hub()
 os.environ["HF_ENDPOINT"] = HUB.endpoint  # before huggingface_hub is imported: no test can reach another hub
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.pop("HF_TOKEN", None)
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # no token and no cached file of the user's
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DVC_NO_ANALYTICS"] = "1"
 

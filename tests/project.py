@@ -14,12 +14,26 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 IDENTITY = {f"GIT_{who}_{what}": "tests@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+CONFIGURED = ("DVC_", "GIT_", "HYDRA_", "AWS_")  # variables by which a user may have configured what the tests run
+NOBODY = {f"DVC_{scope}_CONFIG_DIR": os.devnull for scope in ("GLOBAL", "SYSTEM")} | {
+    f"GIT_CONFIG_{scope}": os.devnull for scope in ("GLOBAL", "SYSTEM")
+}
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if not name.startswith(CONFIGURED)},
     **IDENTITY,
+    **NOBODY,
+    "DVC_NO_ANALYTICS": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "default",
+}
+
+
+# Files of which a user may have another version, as a fresh clone of the template has them.
+OWN = {
+    "dvc.lock": "schema: '2.0'\n",
+    ".dvc/config": "[core]\n    analytics = false\n[hydra]\n    enabled = true\n[exp]\n    git_remote = origin\n"
+    "[cache]\n    type = \"reflink,hardlink,symlink,copy\"\n",
 }
 
 
@@ -112,9 +126,11 @@ def make(directory: Path) -> Project:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for name in listed:
-        if (ROOT / name).is_file() and name != "dvc.lock":
+        if (ROOT / name).is_file() and name not in OWN:
             (project.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project.root / name)
+    for name, text in OWN.items():
+        _yaml(project.root / name, text)
     write_configuration(project.root, directory / "data")
     project.run("git", "init", "-q", "-b", "main")
     project.run("dvc", "remote", "add", "-q", "-d", "shared", str(directory / "remote"))

@@ -1,6 +1,5 @@
 """The pipeline as DVC runs it: on a small checkpoint with zephyr's architecture, in a real clone."""
 
-import ast
 import importlib
 import json
 from pathlib import Path
@@ -12,76 +11,32 @@ from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.reader import Checkpoint
 from tests import project as projects
+from tests.dependencies import code_of
 from tests.project import ROOT, Project
 
 SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+ALL = set(SPEC)
 RERUN_BY_PRUNING = ["prune", "evaluate_sparse", "publish"]
-
-
-def module_of(stage: str) -> str:
-    return SPEC[stage]["cmd"].split("-m ")[1].split()[0]
+EVALUATIONS = ["evaluate_dense", "evaluate_sparse"]
 
 
 # What dvc.yaml declares is what the code uses.
 
 
 @pytest.mark.parametrize("stage", SPEC)
-def test_a_stage_is_handed_the_sections_that_dvc_tracks(stage):
-    sections = importlib.import_module(module_of(stage)).main.sections
-    for part, names in sections.items():
-        declared = [name.replace("${item.part}", part) for name in SPEC[stage]["params"]]
-        if not part or part in stage or "matrix" in SPEC[stage]:
-            assert list(names) == declared
-
-
-def imported(module: Path) -> set[Path]:
-    """Files under stages/ that a module imports, by its syntax tree."""
-    names = set()
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    files = {ROOT / (name.replace(".", "/") + ".py") for name in names if name.split(".")[0] == "stages"}
-    return {file for file in files if file.is_file()}
-
-
-def closure(module: Path) -> set[Path]:
-    found, todo = set(), [module]
-    while todo:
-        file = todo.pop()
-        if file not in found:
-            found.add(file)
-            todo += imported(file)
-    return found
+def test_a_stage_is_handed_the_parameters_that_dvc_tracks(stage):
+    module, *arguments = SPEC[stage]["cmd"].split("-m ")[1].split()
+    parameters = importlib.import_module(module).main.parameters
+    assert list(parameters[arguments[0].removeprefix("part=") if arguments else ""]) == SPEC[stage]["params"]
 
 
 @pytest.mark.parametrize("stage", SPEC)
-def test_a_stage_depends_on_the_code_that_it_imports_and_on_no_other(stage):
-    used = closure(ROOT / (module_of(stage).replace(".", "/") + ".py")) | {ROOT / "stages/__init__.py"}
+def test_a_stage_depends_on_the_code_that_it_runs_and_on_no_other(stage):
     declared = set()
-    for dep in SPEC[stage]["deps"]:
-        if dep.startswith("stages"):
-            path = ROOT / dep
-            declared |= {path} if path.is_file() else {file for file in path.rglob("*.py") if file.name != "__init__.py"}
-    assert declared == used
-
-
-def test_mathematics_imports_torch_and_nothing_of_the_world():
-    rooms = ["scores", "updates", "patterns.py", "statistics.py", "allocation.py", "permutations.py"]
-    files = [
-        file
-        for room in rooms
-        for file in ([ROOT / "stages/pruning" / room] if room.endswith("py") else (ROOT / "stages/pruning" / room).glob("*.py"))
-    ]
-    allowed = {"torch", "bisect", "collections.abc", "dataclasses", "fractions", "itertools", "math", "typing"}
-    allowed.add("stages.pruning.patterns")  # mathematics, too
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            modules = (
-                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            )
-            assert set(modules) <= allowed, file
+    for path in (ROOT / dep for dep in SPEC[stage]["deps"] if dep.startswith("stages")):
+        declared |= {path} if path.is_file() else set(path.rglob("*.py"))
+    code = code_of(SPEC[stage]["cmd"])
+    assert sorted(str(path.relative_to(ROOT)) for path in declared ^ code) == []
 
 
 # What an edit reruns.
@@ -91,10 +46,7 @@ def test_mathematics_imports_torch_and_nothing_of_the_world():
 def project(tmp_path_factory) -> Project:
     """A project whose default point has been run once."""
     made = projects.make(tmp_path_factory.mktemp("project"))
-    first = made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")
-    assert first == ["fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"] or sorted(
-        first
-    ) == sorted(["fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"])
+    assert set(made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")) == ALL
     return made
 
 
@@ -108,8 +60,8 @@ def test_when_nothing_changed_nothing_runs(project):
     [
         (["pattern.sparsity=0.75"], RERUN_BY_PRUNING),
         (["method=sparsegpt"], RERUN_BY_PRUNING),
-        (["evaluation.rows=3"], ["evaluate_dense", "evaluate_sparse", "publish"]),
-        (["publish.watts=10.0"], ["publish"]),
+        (["evaluation.rows=3"], [*EVALUATIONS, "publish"]),
+        (["publish.name=small"], ["publish"]),
     ],
 )
 def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
@@ -121,14 +73,19 @@ def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
 @pytest.mark.parametrize(
     ("edited", "affected"),
     [
-        ("stages/sources/readers.py", {"fetch@base", "fetch@text"}),
+        ("stages/sources/readers.py", {"fetch_text"}),
+        ("stages/sources/base.py", {"fetch_base"}),
         ("stages/calibration/samplers.py", {"sample"}),
-        ("stages/pruning/scores/wanda.py", {"prune"}),
+        ("stages/pruning/scores/wanda.py", {"prune", "publish"}),
         ("stages/pruning/block_loop.py", {"prune"}),
-        ("stages/evaluation/perplexity.py", {"evaluate_dense", "evaluate_sparse"}),
+        ("stages/evaluation/perplexity.py", set(EVALUATIONS)),
+        ("stages/evaluation/comparison.py", {"evaluate_sparse"}),
         ("stages/release/card.py", {"publish"}),
-        ("stages/checkpoint/delta.py", {"prune", "evaluate_dense", "evaluate_sparse", "publish"}),
-        ("stages/config.py", {"fetch@base", "fetch@text", "sample", "prune", "evaluate_dense", "evaluate_sparse", "publish"}),
+        ("stages/checkpoint/delta.py", {"prune", "evaluate_sparse", "publish"}),
+        ("stages/config/entry.py", ALL),
+        ("stages/config/sections.py", set()),
+        ("stages/config/checks.py", set()),
+        ("stages/config/compose.py", set()),
         ("README.md", set()),
         ("conf/method/wanda.yaml", set()),
         ("tests/tiny.py", set()),
@@ -143,6 +100,76 @@ def test_an_edit_of_the_code_reruns_the_stages_that_use_it(project, edited, affe
         assert project.changed_stages() == affected
     finally:
         path.write_text(before)
+
+
+def test_a_new_score_is_one_python_file_and_one_yaml(project):
+    """And a test. Its name is in no list; what was fetched, drawn and measured of the dense model stays."""
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    score, option = project.root / "stages/pruning/scores/dummy.py", project.root / "conf/method/score/dummy.yaml"
+    score.write_text(DUMMY)
+    option.write_text("# The largest columns stay.\ndefaults: [dummy_schema, _self_]\nname: dummy\nscale: 2.0\n")
+    try:
+        project.run("git", "add", "-N", str(score), str(option))
+        point = ["exp", "run", "-S", "experiment=tiny", "-S", "method/score=dummy"]
+        assert sorted(project.stages_run(*point)) == sorted(RERUN_BY_PRUNING)
+        manifest = json.loads((project.root / "artifacts/sparse/delta.json").read_text())
+        assert manifest["recipe"]["method"]["score"] == {"name": "dummy", "scale": 2.0}
+        assert manifest["recipe"]["label"] == "wanda (dummy, per row)"
+        assert "[Nobody 2026](https://example.org/dummy)" in (project.root / "release/README.md").read_text()
+        output = project.run("python", "-m", "stages.prune", "method/score=dummy", "method.score.scale=-1", fails=True)
+        assert "ConfigError: method.score.scale: found -1.0, wanted more than 0" in output
+    finally:
+        project.run("git", "reset", "-q")
+        score.unlink()
+        option.unlink()
+
+
+DUMMY = '''
+from dataclasses import dataclass
+
+from stages.pruning.entries import Score
+from stages.pruning.statistics import NoStatistic
+from stages.schema import Citation, number
+
+
+@dataclass(kw_only=True, slots=True)
+class DummyParameters:
+    name: str
+    scale: float = number(above=0)
+
+
+DUMMY = Score(
+    name="dummy",
+    of=lambda weight, inputs, method: method.score.scale * weight.abs(),
+    statistic=NoStatistic,
+    parameters=DummyParameters,
+    summary="a score of this test",
+    citation=Citation(text="Nobody 2026", url="https://example.org/dummy"),
+)
+'''
+
+
+def test_another_version_of_a_library_is_another_result_and_is_not_computed_by_this_one(project):
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    project.run("dvc", "exp", "run", "-S", "experiment=tiny", "-S", "environment.lm_eval=9.9.9", fails=True)
+    output = project.run("dvc", "repro", fails=True)
+    assert "environment.lm_eval: found '0." in output
+    assert "wanted 9.9.9" in output
+    assert project.stages_run("exp", "run", "-S", "experiment=tiny") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pattern.sparsity=1.5", "pattern.sparsity: found 1.5, wanted a fraction of zeros"),
+        ("evaluation.perplexity.corpus=boolq", "evaluation.perplexity.corpus"),
+        ("publish.name=${oc.env:HOME}", "publish.name: found '${oc.env:HOME}', wanted a plain value"),
+    ],
+)
+def test_a_bad_value_is_refused_before_anything_is_queued(project, override, message):
+    output = project.run("dvc", "exp", "run", "--queue", "-S", "experiment=tiny", "-S", override, fails=True)
+    assert message in output
+    assert "No experiment tasks in the queue" in project.run("dvc", "queue", "status")
 
 
 # What comes out.
@@ -233,3 +260,20 @@ def test_a_second_clone_computes_nothing_that_the_first_has_shared(project, tmp_
         assert (other.root / path).read_text() == (project.root / path).read_text()
     new = [*point, "-S", "pattern.sparsity=0.25", "--pull", "--allow-missing", "evaluate_sparse"]
     assert other.stages_run(*new) == ["prune", "evaluate_sparse"]
+
+
+def test_a_fresh_clone_is_clean_after_make_repro_and_never_pulls_what_was_not_pushed(project, tmp_path):
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    clone = projects.clone(project, tmp_path / "fresh")
+    assert "Everything is up to date" in clone.run("dvc", "pull", "--allow-missing")
+    assert "md5" not in clone.run("dvc", "pull", fails=True)  # it names no file of another machine
+    clone.run("dvc", "config", "--local", "cache.dir", str(project.root / ".dvc/cache"))
+    (clone.root / "params.yaml").write_text((project.root / "params.yaml").read_text())
+    clone.run("git", "commit", "-q", "-a", "-m", "The tiny experiment as the default")
+    (clone.root / ".venv").mkdir()
+    (clone.root / ".venv/ready").touch()  # the environment of these tests
+    assert "Pipeline is up to date" not in clone.run("make", "repro")
+    assert clone.run("git", "status", "--porcelain") == ""
+    assert (clone.root / "release/README.md").is_file()
+    clone.run("make", "repro")
+    assert clone.run("git", "status", "--porcelain") == ""

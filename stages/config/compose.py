@@ -1,5 +1,9 @@
-"""conf/ composed as DVC composes it, for use as a library, by benchmarks and tests."""
+"""conf/ composed as DVC composes it, for use as a library, by benchmarks and tests.
 
+python -m stages.config.compose [OVERRIDE …]     what `dvc exp run -S OVERRIDE …` would write to params.yaml
+"""
+
+import sys
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -46,3 +50,7 @@ def method(name: str, *overrides: str) -> Method:
     section = sections.typed("method", cfg.method, Method)
     check(section, "method")
     return section
+
+
+if __name__ == "__main__":
+    print(OmegaConf.to_yaml(composed(*sys.argv[1:])), end="")
