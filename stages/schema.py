@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from stages.errors import ConfigError
 
-CHECK, TABLE = "check", "table"  # keys of a field's metadata
+CHECK, TABLE, MANY = "check", "table", "many"  # keys of a field's metadata
 
 
 def require(good: bool, key: str, found: object, wanted: str) -> None:
@@ -96,13 +96,13 @@ def text(wanted: str) -> Any:
     return checked(lambda value: isinstance(value, str) and bool(value), wanted, required=True)
 
 
+def is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
 def sha256(of: str) -> Any:
     """A field for the SHA-256 of something."""
-    return checked(
-        lambda value: isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"),
-        f"the SHA-256 of {of}, 64 hexadecimal digits",
-        required=True,
-    )
+    return checked(is_sha256, f"the SHA-256 of {of}, 64 hexadecimal digits", required=True)
 
 
 def check(section: Any, key: str) -> None:
@@ -217,3 +217,8 @@ class Table(Mapping[str, E], Generic[E]):
 def choice(table: Table[Any]) -> Any:
     """A field for a section whose shape is that of an entry of the table."""
     return field(metadata={TABLE: table})
+
+
+def choices(table: Table[Any]) -> Any:
+    """A field for a mapping of names to sections, each of which has the shape of an entry of the table."""
+    return field(metadata={TABLE: table, MANY: True})
