@@ -1,28 +1,33 @@
 """Fetch the base checkpoint, or the text that calibration and evaluation read.
 
 python -m stages.fetch part=base|text
+
+Each part imports its own module, so that an edit of a reader does not make anybody fetch the base again.
 """
 
 import logging
+from typing import Any
 
-from stages.config import Base, Text, stage
+from stages.config.entry import stage
 from stages.files import BASE, TEXT, replacing
-from stages.sources import base as checkpoints
-from stages.sources import text as corpora
 
 log = logging.getLogger(__name__)
 
 
-@stage(parts={"base": ("base",), "text": ("text",)})
-def main(part: str, base: Base | None = None, text: Text | None = None) -> None:
-    if base is not None:
+@stage(parts={"base": ("base",), "text": ("text", "environment.datasets")})
+def main(part: str, base: Any = None, text: Any = None) -> None:
+    if part == "base":
+        from stages.sources.base import fetch as fetch_base
+
         with replacing(BASE) as directory:
-            provenance = checkpoints.fetch(base, directory, downloads=BASE.with_name("base-downloads"))
+            provenance = fetch_base(base, directory, downloads=BASE.with_name("base-downloads"))
         log.info("wrote %s: %s, fingerprint %s", BASE, provenance["name"], provenance["fingerprint"][:12])
-    if text is not None:
+    else:
+        from stages.sources.text import fetch as fetch_text
+
         with replacing(TEXT) as directory:
-            provenance = corpora.fetch(text, directory, downloads=TEXT.with_name("text-downloads"))
-        log.info("wrote %s: %d files", TEXT, len(provenance))
+            provenance = fetch_text(text, directory, downloads=TEXT.with_name("text-downloads"))
+        log.info("wrote %s: %d files", TEXT, len(provenance["files"]))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Files: where the stages keep theirs, whole-or-nothing writing, hashes and room on the disk."""
+"""Files: the paths of the stages, whole-or-nothing writing, hashes, free disk, and names that are safe to use as paths."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
+import os
+import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from stages.errors import SparsesweepError
+
+log = logging.getLogger(__name__)
 
 BASE = Path("artifacts/base")
 TEXT = Path("artifacts/text")
@@ -25,6 +30,16 @@ SPARSE_RESULTS = Path("results/sparse")
 RELEASE = Path("release")
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a value is the name of a file in a directory: a string without separators or control characters, not "." or ".."."""
+    return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\"}
+
+
+def is_inner_path(path: object) -> bool:
+    """Whether a value is a relative path that stays within its directory, such as "data/train.parquet"."""
+    return isinstance(path, str) and all(is_plain_name(part) for part in path.split("/"))
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a tree; a link's target stays."""
     if path.is_symlink() or path.is_file():
@@ -35,32 +50,83 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path` that takes its place when the block succeeds and is removed when it fails.
+    """Yield an empty directory that becomes `path` when the block succeeds and is removed when it fails.
 
-    The old content goes first, so that a link into a cache is never written through.
+    The old content is removed first, so that a link into a cache is never written through.
 
     Raises:
-        SparsesweepError: the disk is full; nothing half-written is left.
+        SparsesweepError: the disk is full, and nothing half-written is left; or see `scratch_beside`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in (path, *path.parent.glob(f".{path.name}-*")):
-        remove(left_by_a_kill)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        with full_disk(path, "nothing was kept of it"):
+    with full_disk(path, "nothing was kept of it"), scratch_beside(path) as scratch:
+        remove(path)
+        yield scratch
+        for file in scratch.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        scratch.chmod(0o755)
+        scratch.replace(path)
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Yield an empty directory on the disk of `path`, for one run at a time, that is removed whatever happens.
+
+    A second run waits for the first and says so. What a killed run left there is removed: its lock ended with it.
+
+    Raises:
+        SparsesweepError: the file system has no locks.
+    """
+    owned = path.with_name(f".{path.name}-scratch")
+    scratch = owned / "files"
+    with _locked(owned / "lock", path):
+        try:
+            remove(scratch)
+            scratch.mkdir()
             yield scratch
-            for file in scratch.rglob("*"):
-                file.chmod(0o755 if file.is_dir() else 0o644)
-            scratch.chmod(0o755)
-            scratch.replace(path)
-    finally:
-        if scratch.exists():
-            shutil.rmtree(scratch)
+        finally:
+            remove(scratch)
+            (owned / "lock").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: the next run has opened its lock there already
+                owned.rmdir()
+
+
+def _locked(file: Path, path: Path) -> TextIO:
+    """A lock file that this run alone has; closing it ends the lock."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as closing:
+            try:
+                lock = closing.enter_context(file.open("a+"))
+            except FileNotFoundError:  # the run before removed the directory at this moment
+                continue
+            _wait_for(lock, path)
+            if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):  # not one that the run before removed
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}")
+                lock.flush()
+                closing.pop_all()
+                return lock
+
+
+def _wait_for(lock: TextIO, path: Path) -> None:
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            log.warning("%s: waiting for another run that writes it (%s)", path, lock.read())
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        wanted = "wanted a file system with locks, which keep two runs from writing the same files"
+        raise SparsesweepError(f"{path}: found no locks on its file system ({error}), {wanted}") from error
 
 
 @contextmanager
 def full_disk(path: Path, outcome: str) -> Iterator[None]:
-    """Turn a full disk into an error that names the path and says what became of what was written.
+    """Turn a full disk into an error that names the path.
+
+    Args:
+        outcome: what remains of what was written, for the error.
 
     Raises:
         SparsesweepError: the disk is full.
@@ -74,7 +140,7 @@ def full_disk(path: Path, outcome: str) -> Iterator[None]:
 
 
 def _is_full_disk(error: OSError | SafetensorError) -> bool:
-    """safetensors tells the errno in its message only."""
+    """safetensors states the errno in its message only."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in full
@@ -94,21 +160,32 @@ def require_free_disk(path: Path, needed: int) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file [hex]."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write finite JSON, stably ordered as given; NaN and infinity are a ValueError."""
+    """Write JSON, its keys in the order given.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
     path.write_text(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def read_json(path: Path) -> Any:
-    """Raises SparsesweepError, naming the file, where it is missing or no JSON."""
+    """Read JSON.
+
+    Raises:
+        SparsesweepError: naming the file, which is missing, cannot be read or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise SparsesweepError(f"{path}: not found; has the stage that writes it run?") from None
+    except OSError as error:
+        raise SparsesweepError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise SparsesweepError(f"{path}: not JSON ({error})") from None
 
@@ -121,5 +198,6 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON Lines."""
     with path.open(encoding="utf8") as file:
         return [json.loads(line) for line in file]

@@ -96,13 +96,13 @@ def text(wanted: str) -> Any:
     return checked(lambda value: isinstance(value, str) and bool(value), wanted, required=True)
 
 
+def is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
 def sha256(of: str) -> Any:
     """A field for the SHA-256 of something."""
-    return checked(
-        lambda value: isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"),
-        f"the SHA-256 of {of}, 64 hexadecimal digits",
-        required=True,
-    )
+    return checked(is_sha256, f"the SHA-256 of {of}, 64 hexadecimal digits", required=True)
 
 
 def check(section: Any, key: str) -> None:

