@@ -1,4 +1,4 @@
-"""The rows and columns of the leaderboard: compositions of methods, and the sparsities and patterns that they compete at."""
+"""The rows and columns of the leaderboard: sets of choices, and the sparsities and patterns that they compete at."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The development text: what choices between compositions are checked on, apart from calibration and from everything reported.
+"""The development text: what defaults were chosen on, apart from calibration and from everything reported.
 
 python -m benchmarks.development
 

@@ -1,21 +1,20 @@
+"""From the sections to a plan, and what the prune stage writes of its results."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
-from stages import composition, config, prune
+from stages import prune
+from stages.config import compose
+from stages.config.compose import read
 from stages.errors import ConfigError
 from stages.files import write_json
-from stages.pruning.method import DsNoT, SparseGpt, SwapAndRefit
-from stages.pruning.patterns import Unstructured
+from stages.pruning.patterns import NmSection, Unstructured, UnstructuredSection
+from stages.pruning.planning import plan_patterns
+from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.streaming.architecture import Decoder
-from tests.methods import MAGNITUDE, WANDA
-from tests.test_config import composed
-
-
-def configured(method: str) -> config.Method:
-    """A preset of conf/method."""
-    return config.read(composed(f"method={method}", "method.comparison_group=matrix"))["method"]
+from tests.methods import made
 
 
 @pytest.fixture()
@@ -28,45 +27,66 @@ def test_columns_that_m_does_not_divide_name_the_matrix_before_any_weight_is_rea
     with pytest.raises(
         ConfigError, match="model.layers.0.self_attn.q_proj.weight: found 32 columns, wanted a multiple of pattern.group = 3"
     ):
-        composition.plan_patterns(decoder, "row", config.Nm(name="nm", kept=1, group=3, permutation_rounds=None))
+        plan_patterns(decoder, "row", NmSection(name="nm", kept=1, group=3, permutation_rounds=None))
 
 
 def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
-    patterns = composition.plan_patterns(decoder, "row", config.Unstructured(name="unstructured", sparsity=0.3))
+    patterns = plan_patterns(decoder, "row", UnstructuredSection(name="unstructured", sparsity=0.3))
     assert len(patterns) == 21
     assert set(patterns.values()) == {Unstructured(sparsity=0.3, comparison_group="row")}
     assert all(".layers." in name for name in patterns)
 
 
-def test_a_methods_composition_is_what_its_configuration_says():
-    assert composition.compose(configured("wanda")) == WANDA
-    assert composition.compose(configured("magnitude")) == MAGNITUDE
-    assert composition.compose(configured("swaps_least_squares")).update == SwapAndRefit(
-        damping=0.01, cycles=25, candidates=16, refit_steps=20
-    )
-    assert composition.compose(configured("dsnot")).update == DsNoT(cycles=50, comparison_group=0.00005)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wanda", made("wanda")),
+        ("magnitude", made("magnitude")),
+        ("swaps_least_squares", made("wanda", "swaps", cycles=25, candidates=16, refit_steps=20)),
+        ("dsnot", made("wanda", "dsnot", cycles=50, threshold=0.00005)),
+        ("sparsegpt", made("obs", "sparsegpt", comparison_group="matrix", block_size=128)),
+        ("wanda_sparsegpt", made("wanda", "sparsegpt", block_size=128)),
+    ],
+)
+def test_a_method_is_what_its_file_says(name, expected):
+    assert compose.method(name) == replace(expected, name=name)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("none", None), ("block", True), ("sub_block", False), ("distilled", True)])
-def test_a_reconstruction_is_toward_what_its_name_says(name, expected):
-    found = composition.reconstruction_of(config.read(composed(f"reconstruction={name}"))["reconstruction"])
-    assert (found and found.toward_model) is expected
+def test_a_reconstruction_trains_each_block_the_last_ones_together_or_none():
+    def trained(name: str) -> tuple[bool, bool]:
+        section = read(f"reconstruction={name}")["reconstruction"]
+        entry = RECONSTRUCTIONS[name]
+        return entry.each_block(section) is not None, entry.last_blocks(section, 4) is not None
+
+    assert {name: trained(name) for name in RECONSTRUCTIONS} == {
+        "none": (False, False),
+        "block": (True, False),
+        "distilled": (True, True),
+    }
 
 
 def test_a_distillation_takes_its_share_of_the_blocks_and_one_at_least():
+    section, entry = read("reconstruction=distilled")["reconstruction"], RECONSTRUCTIONS["distilled"]
+
     def first(share: float, blocks: int) -> int:
-        return composition.distillation_of(replace(distilled, share=share), blocks).first
+        return entry.last_blocks(replace(section, share=share), blocks).first
 
-    distilled = config.read(composed("reconstruction=distilled"))["reconstruction"]
-    assert composition.distillation_of(config.read(composed())["reconstruction"], 30) is None
     assert (first(0.5, 30), first(1.0, 30), first(0.4, 32), first(0.01, 30)) == (15, 0, 19, 29)
-    assert composition.reconstruction_of(replace(distilled, block_epochs=0)) is None
+    assert entry.each_block(replace(section, block_epochs=0)) is None
 
 
-@pytest.mark.parametrize(("name", "sweeping"), [("sparsegpt", True), ("wanda_sparsegpt", False)])
-def test_sparsegpt_chooses_while_sweeping_by_its_own_score_alone(name, sweeping):
-    update = composition.compose(configured(name)).update
-    assert update == SparseGpt(damping=0.01, damping_limit=1.0, block_size=128, choose_while_sweeping=sweeping)
+def test_layers_of_one_name_at_two_places_of_a_block_are_two_lines_in_the_plot():
+    """GPT-2 has a c_proj in its attention and another in its MLP."""
+    names = [f"transformer.h.{block}.{layer}.weight" for block in (0, 1) for layer in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
+    rows = [{"block": number // 3, "matrix": name, "relative_error": float(number)} for number, name in enumerate(names)]
+    assert prune.error_by_block(rows) == [
+        {"block": 0, "relative_error": 0.0, "matrix": "attn.c_proj"},
+        {"block": 0, "relative_error": 1.0, "matrix": "mlp.c_proj"},
+        {"block": 0, "relative_error": 2.0, "matrix": "c_fc"},
+        {"block": 1, "relative_error": 3.0, "matrix": "attn.c_proj"},
+        {"block": 1, "relative_error": 4.0, "matrix": "mlp.c_proj"},
+        {"block": 1, "relative_error": 5.0, "matrix": "c_fc"},
+    ]
 
 
 def test_experts_are_one_line_in_the_plot_of_errors():
@@ -103,22 +123,18 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
     ("overrides", "expected"),
     [
         ([], "wanda"),
-        (["method=sparsegpt"], "sparsegpt (obs)"),
-        (["method=sparsegpt", "method/score=ria", "allocation=owl"], "sparsegpt (ria), owl allocation"),
-        (["method/update=swaps"], "wanda, swaps"),
-        (["method=swaps"], "swaps (wanda)"),
-        (["method=swaps", "method/update=none"], "swaps (wanda), no update"),
-        (["method=wanda_variant", "method/score=wanda"], "wanda_variant (wanda)"),
-        (["method=wanda_sparsegpt"], "wanda_sparsegpt"),
-        (["method=wanda_sparsegpt", "method/update=none"], "wanda_sparsegpt, no update"),
-        (["method=magnitude_per_matrix"], "magnitude_per_matrix"),
+        (["method=sparsegpt"], "sparsegpt (obs + sparsegpt, per matrix)"),
+        (["method=sparsegpt", "pattern=nm_2_4"], "sparsegpt (obs + sparsegpt)"),
+        (["method=sparsegpt", "method/score=ria", "allocation=owl"], "sparsegpt (ria + sparsegpt, per matrix), owl allocation"),
+        (["method/update=swaps"], "wanda (wanda + swaps, per row)"),
+        (["method=swaps", "method/update=none"], "swaps (wanda, per row)"),
+        (["method=wanda_variant", "method/score=wanda"], "wanda_variant (wanda, per matrix)"),
         (["prune=one_pass"], "wanda, one pass"),
         (["reconstruction=block"], "wanda, reconstructed"),
         (["reconstruction=distilled"], "wanda, distilled"),
-        (["reconstruction=sub_block", "prune=by_parts"], "wanda, sub_block reconstruction, by parts"),
-        (["reconstruction=sub_block"], "wanda, sub_block reconstruction"),
     ],
 )
 def test_the_label_tells_models_apart_in_a_plot(overrides, expected):
-    sections = config.read(composed(*overrides))
-    assert composition.label(*(sections[name] for name in ("method", "allocation", "reconstruction", "prune"))) == expected
+    sections = read(*overrides)
+    parts = (sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune"))
+    assert prune.label(*parts) == expected
