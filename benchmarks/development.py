@@ -54,8 +54,9 @@ def windows() -> torch.Tensor:
 def main() -> None:
     base, text, recipe = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
     decoder = Decoder(base, torch.float32, torch.device("cpu"))
-    for label, delta in (("dense", None), (f"{recipe['label']}, {recipe['pattern_label']}", SparseDelta(SPARSE, base.fingerprint))):
-        losses = StreamedModel(decoder=decoder, delta=delta, scratch=PRUNE_JOURNAL.parent).window_losses(text)
+    delta = SparseDelta(SPARSE, base.fingerprint)
+    for label, apply in (("dense", None), (f"{recipe['label']}, {recipe['pattern_label']}", delta.apply)):
+        losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
         print(f"{label}: perplexity {losses.perplexity:.2f}")
 
 

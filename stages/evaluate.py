@@ -48,7 +48,7 @@ def main(part: str, evaluation: config.Evaluation) -> None:
         losses, scores, samples = score_streamed(Decoder(base, dtype, device), delta, tokenizer, windows, evaluation)
         generations: list[dict[str, str]] = []
     else:
-        model = load_model(base, delta, dtype=dtype, device=device)
+        model = load_model(base, None if delta is None else delta.apply, dtype=dtype, device=device)
         losses, scores, samples = score_whole(model, tokenizer, windows, evaluation)
         generations = generate(model, tokenizer, evaluation.generations.prompts, evaluation.generations.new_tokens)
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *windows.shape)
@@ -92,7 +92,7 @@ def score_streamed(
     """The same, one block in memory at a time."""
     DENSE_RESULTS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DENSE_RESULTS.parent, prefix=".streamed-") as scratch:  # /tmp may be memory
-        model = StreamedModel(decoder=decoder, delta=delta, scratch=Path(scratch))
+        model = StreamedModel(decoder=decoder, apply=None if delta is None else delta.apply, scratch=Path(scratch))
         with record.gpu_memory("evaluation.perplexity.window_length", windows.shape[1]):
             losses = model.window_losses(windows)
         return losses, *score_tasks(StreamedHarness(model, tokenizer, evaluation.batch_size), evaluation)

@@ -49,8 +49,8 @@ def test_a_streamed_model_scores_as_the_whole_model_does(base, rows_in, tmp_path
         write_block(tmp_path / "block-00001.safetensors", {UP: change}, base.fingerprint)
         write_manifest(tmp_path, base=base.fingerprint, recipe={}, matrices=[])
         delta = SparseDelta(tmp_path, base.fingerprint)
-    whole = load_model(base, delta, dtype=torch.float32, device=CPU)
-    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=delta, scratch=tmp_path)
+    whole = load_model(base, delta and delta.apply, dtype=torch.float32, device=CPU)
+    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=delta and delta.apply, scratch=tmp_path)
     windows = torch.randint(3, 400, (3, 40), generator=torch.Generator().manual_seed(0))
     assert streamed.window_losses(windows).losses == pytest.approx(window_losses(whole, windows).losses, rel=1e-5)
 
@@ -73,7 +73,7 @@ def harness_of(streamed: StreamedModel) -> StreamedHarness:
 
 
 def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
-    model = harness_of(StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=None, scratch=tmp_path))
+    model = harness_of(StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path))
     with pytest.raises(SparsesweepError, match="text is not generated"):
         model.generate_until([])
     with pytest.raises(SparsesweepError, match="rolling likelihoods are not offered"):
