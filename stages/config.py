@@ -17,7 +17,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stages import schema
+from stages.calibration import section as calibration_section
+from stages.calibration.section import Calibration
 from stages.errors import ConfigError, SparsesweepError
+from stages.evaluation import section as evaluation_section
+from stages.evaluation.section import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -171,38 +176,6 @@ TextSource = WheelText | HubText | LocalText
 class Text:
     calibration: dict[str, TextSource]
     evaluation: dict[str, TextSource]
-
-
-# calibration: which windows the statistics are collected on
-
-
-@dataclass(kw_only=True, slots=True)
-class CalibrationSource:
-    sampler: str
-    weight: float  # share of the windows; the weights of all sources sum to 1
-
-    def __post_init__(self) -> None:
-        require_one_of("calibration.sources.*.sampler", self.sampler, ("document", "packed"))
-        require(0 < self.weight <= 1, "calibration.sources.*.weight", self.weight, "a share in (0, 1]")
-
-
-@dataclass(kw_only=True, slots=True)
-class Calibration:
-    name: str
-    windows: int
-    window_length: int  # tokens
-    seed: int
-    overlap_tokens: int  # n-gram length, in tokens
-    max_overlap: int  # n-grams
-    sources: dict[str, CalibrationSource]
-
-    def __post_init__(self) -> None:
-        require(self.windows > 0, "calibration.windows", self.windows, "at least 1")
-        require(self.window_length > 1, "calibration.window_length", self.window_length, "at least 2 tokens")
-        require(self.overlap_tokens > 0, "calibration.overlap_tokens", self.overlap_tokens, "at least 1")
-        require(self.max_overlap >= 0, "calibration.max_overlap", self.max_overlap, "0 or more")
-        total = sum(source.weight for source in self.sources.values())
-        require(abs(total - 1) < 1e-6, "calibration.sources", f"weights summing to {total:g}", "weights summing to 1")
 
 
 # method, pattern, allocation: what is cut
@@ -497,53 +470,6 @@ class Prune:
 
 
 @dataclass(kw_only=True, slots=True)
-class Perplexity:
-    corpus: str
-    window_length: int  # tokens
-    windows: int | None  # null: all that the corpus gives
-
-    def __post_init__(self) -> None:
-        require(self.window_length > 1, "evaluation.perplexity.window_length", self.window_length, "at least 2 tokens")
-        good = self.windows is None or self.windows > 1
-        require(good, "evaluation.perplexity.windows", self.windows, "null or at least 2, for a standard error")
-
-
-@dataclass(kw_only=True, slots=True)
-class Generations:
-    new_tokens: int
-    prompts: list[str]
-
-    def __post_init__(self) -> None:
-        require(self.new_tokens > 0, "evaluation.generations.new_tokens", self.new_tokens, "at least 1")
-
-
-TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "lambada", "piqa")
-
-
-@dataclass(kw_only=True, slots=True)
-class Evaluation:
-    name: str
-    device: str
-    dtype: str
-    perplexity: Perplexity
-    tasks: list[str]
-    rows: int | None  # the first rows of each task; null: all
-    batch_size: int
-    streamed: bool  # one block in memory at a time, for models larger than memory
-    generations: Generations
-
-    def __post_init__(self) -> None:
-        if self.streamed:
-            wanted = "none with evaluation.streamed: text comes token by token, and every token would read the whole model"
-            require(not self.generations.prompts, "evaluation.generations.prompts", self.generations.prompts, wanted)
-        require_device("evaluation", self.device, self.dtype)
-        for task in self.tasks:
-            require_one_of("evaluation.tasks", task, TASKS)
-        require(self.rows is None or self.rows > 1, "evaluation.rows", self.rows, "null or at least 2, for a standard error")
-        require(self.batch_size > 0, "evaluation.batch_size", self.batch_size, "at least 1")
-
-
-@dataclass(kw_only=True, slots=True)
 class Publish:
     name: str | None
 
@@ -612,6 +538,7 @@ def _typed(name: str, node: Any, shape: Choice | type) -> Any:
         section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(shape), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
+    schema.check(section, name)
     for part, choice in PARTS.get(name, {}).items():
         setattr(section, part, _typed(f"{name}.{part}", node[part], choice))
     return section
@@ -636,12 +563,8 @@ def _typed_text(node: DictConfig) -> Text:
 def _check_together(sections: dict[str, Any]) -> None:
     """What no section can check alone: every corpus and task that is named is also fetched."""
     text, calibration, evaluation = sections["text"], sections["calibration"], sections["evaluation"]
-    for name in calibration.sources:
-        require_one_of("calibration.sources", name, list(text.calibration) or ["(text.calibration is empty)"])
-    fetched = list(text.evaluation) or ["(text.evaluation is empty)"]
-    require_one_of("evaluation.perplexity.corpus", evaluation.perplexity.corpus, fetched)
-    for name in evaluation.tasks:
-        require_one_of("evaluation.tasks", name, fetched)
+    calibration_section.check_text(calibration, dict.fromkeys(text.calibration))
+    evaluation_section.check_text(evaluation, dict.fromkeys(text.evaluation))
     _check_method(sections["method"], sections["pattern"], sections["allocation"])
     if isinstance(sections["allocation"], LossAllocation):
         windows, wanted = sections["allocation"].windows, f"at most calibration.windows = {calibration.windows}"
