@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer
 
-from stages.calibration.documents import Documents, Rows
+from stages.calibration.documents import Documents
 from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.streamed import StreamedModel
 from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json
+from stages.rows import Rows
 from stages.streaming.architecture import Decoder
 
 PAGES = TEXT / "calibration/c4_pages.jsonl"
@@ -54,8 +55,9 @@ def windows() -> torch.Tensor:
 def main() -> None:
     base, text, recipe = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
     decoder = Decoder(base, torch.float32, torch.device("cpu"))
-    for label, delta in (("dense", None), (f"{recipe['label']}, {recipe['pattern_label']}", SparseDelta(SPARSE, base.fingerprint))):
-        losses = StreamedModel(decoder=decoder, delta=delta, scratch=PRUNE_JOURNAL.parent).window_losses(text)
+    delta = SparseDelta(SPARSE, base.fingerprint)
+    for label, apply in (("dense", None), (f"{recipe['label']}, {recipe['pattern_label']}", delta.apply)):
+        losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
         print(f"{label}: perplexity {losses.perplexity:.2f}")
 
 

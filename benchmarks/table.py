@@ -75,6 +75,7 @@ def row(point: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a point, the dense model first, and what the numbers are."""
     dense, protocol, prune = rows[0]["dense"], rows[0]["protocol"], rows[0]["prune"]
+    scored = protocol["evaluation"]["rows"]
     lines = [
         "| method | pattern | sparsity | perplexity | over dense | mean accuracy | seconds | peak memory | command |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -89,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity on {protocol['tokens']} tokens of "
-        f"{protocol['corpus'].title()} in windows of {protocol['window_length']}; nine zero-shot tasks, {protocol['tasks']['rows']} rows "
+        f"{protocol['corpus'].title()} in windows of {protocol['window_length']}; nine zero-shot tasks, {scored} rows "
         "of each, so the accuracies tell little apart. ± is one standard error over windows or rows, not over calibration seeds. "
         f"Seconds and peak memory are those of pruning, on {prune['device']}, in {prune['dtype']}."
     )

@@ -5,8 +5,10 @@ SparsesweepError
 ├── SourceError       something to be fetched: missing, unpinned, gated, corrupt, or not a decoder
 ├── CheckpointError   tensors on disk: truncated, not finite, or of another base
 ├── ArchitectureError a model whose blocks cannot be found, run alone or pruned
+├── TextError         a row of a corpus or a benchmark that is not what it should be
 ├── CalibrationError  text that cannot give the windows asked for, or windows that are not those drawn
 ├── PruningError      a model, layer or statistic that cannot be pruned
+├── ComparisonError   two results that are not of the same protocol, or one that cannot be read
 └── ReleaseError      a release that is not what it should be
 """
 
@@ -34,6 +36,10 @@ class ArchitectureError(SparsesweepError):
     """A model's blocks cannot be found, run alone or pruned."""
 
 
+class TextError(SparsesweepError):
+    """A row of a corpus or a benchmark is not what it should be."""
+
+
 class CalibrationError(SparsesweepError):
     """A corpus cannot give the windows asked for, or they are not those that were drawn."""
 
@@ -49,6 +55,10 @@ class PruningError(SparsesweepError):
             yield
         except (ArithmeticError, ValueError) as error:
             raise cls(f"{place}: {error}") from error
+
+
+class ComparisonError(SparsesweepError):
+    """Two results cannot be compared."""
 
 
 class ReleaseError(SparsesweepError):

@@ -5,33 +5,37 @@ python -m stages.sample
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.calibration.documents import Documents, Rows
+from stages.calibration.documents import Documents
 from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Window, shares
+from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
-from stages.config import Calibration, stage
+from stages.config import stage
 from stages.errors import CalibrationError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json
+from stages.rows import Rows
 
 log = logging.getLogger(__name__)
 
 
 @stage("calibration")
 def main(calibration: Calibration) -> None:
-    Checkpoint(BASE).require_context(calibration.window_length, "calibration.window_length")
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    base = Checkpoint(BASE)
+    base.require_context(calibration.window_length, "calibration.window_length")
+    tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True)
     drawn = draw(calibration, tokenizer)
     refuse_overlap(calibration, drawn, tokenizer)
     with replacing(CALIBRATION) as directory:
-        write(directory, calibration, drawn)
+        write(directory, calibration, drawn, base)
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
 
 
@@ -40,13 +44,14 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
     Raises:
         CalibrationError: a source is too small; names it and says how many tokens it has.
+        TextError: a row is neither prose nor a dialogue; names file and line.
     """
     drawn = {}
     counts = shares({name: source.weight for name, source in calibration.sources.items()}, calibration.windows)
     for name, source in calibration.sources.items():
         documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer)
         log.info("read %s: %d documents", name, len(documents))
-        sampler = SAMPLERS[source.sampler]
+        sampler = SAMPLERS.of(source).function
         try:
             drawn[name] = sampler(documents, counts[name], calibration.window_length, calibration.seed, documents.end)
         except CalibrationError as error:
@@ -54,28 +59,43 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[s
     return drawn
 
 
+class Overlap(NamedTuple):
+    """An n-gram of a calibration window that is in the evaluation text, too."""
+
+    source: str
+    window: Window
+    start: int
+
+
 def refuse_overlap(calibration: Calibration, drawn: dict[str, list[Window]], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse windows that share n-grams with any evaluation corpus or benchmark row.
 
     Raises:
-        CalibrationError: names the corpus, the document, the shared words and how many there are.
+        CalibrationError: names the corpus, how many n-grams are shared, and of the first the words and the document.
     """
+    size = calibration.overlap_tokens
     files = sorted((TEXT / "evaluation").glob("*.jsonl"))
-    for file in tqdm(files, desc="comparing with the evaluation text", unit="corpus", disable=None):
+    for file in tqdm(files, desc="comparing with the evaluation text", unit="corpus"):
         texts = [" ".join(_strings(row)) for row in Rows(file)]
-        index = NgramIndex(tokenizer(texts, add_special_tokens=False)["input_ids"], calibration.overlap_tokens)
-        found = [(name, window, at) for name, windows in drawn.items() for window in windows for at in index.shared(window.tokens)]
-        if len(found) > calibration.max_overlap:
-            name, window, at = found[0]
-            words = tokenizer.decode(window.tokens[at : at + calibration.overlap_tokens])
+        index = NgramIndex(tokenizer(texts, add_special_tokens=False)["input_ids"], size)
+        overlaps = [
+            Overlap(source, window, start)
+            for source, windows in drawn.items()
+            for window in windows
+            for start in index.shared(window.tokens)
+        ]
+        if len(overlaps) > calibration.max_overlap:
+            source, window, start = overlaps[0]
+            words = tokenizer.decode(window.tokens[start : start + size])
+            documents = " and ".join(map(str, window.documents(start, size)))
             raise CalibrationError(
-                f"calibration text overlaps evaluation text: {len(found)} {calibration.overlap_tokens}-grams of {name} are in "
-                f"{file.name}, wanted at most calibration.max_overlap = {calibration.max_overlap}; the first, in document "
-                f"{window.spans[0][0]}: {words!r}"
+                f"calibration text overlaps evaluation text: {len(overlaps)} {size}-grams of {source} are in {file.name}, "
+                f"wanted at most calibration.max_overlap = {calibration.max_overlap}; the first, in document {documents}: {words!r}"
             )
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """All strings in a row, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -86,20 +106,19 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]]) -> None:
+def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint) -> None:
     """windows.safetensors: "windows", [windows, length], int64, sources one after another; and provenance.json."""
     tokens = torch.tensor([window.tokens for windows in drawn.values() for window in windows])
     save_file({"windows": tokens}, directory / "windows.safetensors")
     write_json(
         directory / "provenance.json",
         {
-            "name": calibration.name,
-            "seed": calibration.seed,
-            "tokenizer_sha256": Checkpoint(BASE).tokenizer_sha256,
+            "section": asdict(calibration),
+            "base": base.fingerprint,
+            "tokenizer_sha256": base.tokenizer_sha256,
             "windows_sha256": sha256(directory / "windows.safetensors"),
             "sources": {
                 name: {
-                    "sampler": calibration.sources[name].sampler,
                     "sha256": sha256(TEXT / "calibration" / f"{name}.jsonl"),
                     "windows": [window.spans for window in windows],
                 }

@@ -1,10 +1,12 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
 from stages import sample
-from stages.config import Calibration, CalibrationSource
-from stages.errors import CalibrationError
+from stages.calibration.samplers import Window
+from stages.calibration.section import Calibration, CalibrationSource
+from stages.errors import CalibrationError, TextError
 from tests import tiny
 
 
@@ -27,7 +29,7 @@ def calibration(**changes) -> Calibration:
     return Calibration(**{**facts, "sources": sources, **changes})
 
 
-def test_a_mixture_takes_windows_by_weight_and_names_every_document(workspace):
+def test_a_mixture_takes_windows_by_weight_and_names_every_document(workspace, base):
     sources = {
         "pages": CalibrationSource(sampler="document", weight=0.5),
         "chat": CalibrationSource(sampler="packed", weight=0.5),
@@ -36,9 +38,11 @@ def test_a_mixture_takes_windows_by_weight_and_names_every_document(workspace):
     drawn = sample.draw(settings, tiny.tokenizer())
     assert {name: len(windows) for name, windows in drawn.items()} == {"pages": 3, "chat": 3}
     (workspace / "out").mkdir()
-    sample.write(workspace / "out", settings, drawn)
+    sample.write(workspace / "out", settings, drawn, base)
     provenance = json.loads((workspace / "out/provenance.json").read_text())
     assert [len(provenance["sources"][name]["windows"]) for name in sources] == [3, 3]
+    assert provenance["section"] == asdict(settings)
+    assert provenance["base"] == base.fingerprint
 
 
 def test_a_source_that_is_too_small_is_named(workspace):
@@ -60,3 +64,59 @@ def test_text_that_is_evaluated_must_not_be_calibrated_on(workspace, where):
 def test_text_apart_passes(workspace):
     drawn = sample.draw(calibration(), tiny.tokenizer())
     sample.refuse_overlap(calibration(), drawn, tiny.tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "named"),
+    [
+        (-9, -4, "document 3"),
+        (-4, 0, "document 3"),
+        (-2, 2, "document 3 and 8"),  # the second token before the end token to the one after it
+        (1, 5, "document 8"),
+        (10, 20, "document 8"),
+    ],
+)
+def test_the_document_that_overlaps_is_named_by_where_in_the_window_it_lies(workspace, start, end, named):
+    """A packed window of documents 3 and 8: offsets count from the end token between them."""
+    tokenizer = tiny.tokenizer()
+    first, second = (tokenizer(text)["input_ids"] for text in tiny.sentences(2, seed=11, length=40))
+    between = len(first)
+    tokens = [*first, tokenizer.eos_token_id, *second]
+    window = Window(tokens=tokens, spans=[(3, 0, len(first)), (8, 0, len(second))], starts=[0, between + 1])
+    text = tokenizer.decode(tokens[between + start : between + end])
+    tiny.write_lines(workspace / "evaluation/articles.jsonl", [{"text": text}])
+    with pytest.raises(CalibrationError, match=rf"4-grams of pages are in articles.jsonl, .* the first, in {named}: "):
+        sample.refuse_overlap(calibration(overlap_tokens=4), {"pages": [window]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "content", "message"),
+    [
+        ("packed", b"", "found no rows, wanted at least one"),
+        ("document", b"", "found no rows, wanted at least one"),
+        ("packed", b'{"question": "a"}\n', 'line 1: found question, wanted "text" for prose or "messages" for a dialogue'),
+        ("document", b'{"text": null}\n', 'line 1, "text": found null, wanted a string'),
+        ("packed", b'{"messages": "hello"}\n', 'line 1, "messages": found "hello", wanted a list of messages'),
+        ("packed", b'{"messages": [{"role": "user"}]}\n', 'line 1, message 1: found role, wanted "content"'),
+        ("packed", b'{"text": "a"\n', "line 1: not JSON in UTF-8"),
+    ],
+)
+def test_a_corpus_that_is_none_is_named_with_its_file_and_line(workspace, sampler, content, message):
+    (workspace / "calibration/pages.jsonl").write_bytes(content)
+    sources = {"pages": CalibrationSource(sampler=sampler, weight=1.0)}
+    with pytest.raises(TextError, match=rf"calibration/pages\.jsonl(, |: ){message}"):
+        sample.draw(calibration(sources=sources), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("sampler", ["document", "packed"])
+def test_a_corpus_of_empty_texts_is_too_small(workspace, sampler):
+    tiny.write_lines(workspace / "calibration/pages.jsonl", [{"text": ""}, {"text": ""}])
+    with pytest.raises(CalibrationError, match=rf"calibration.sources.pages \({sampler} sampler\)"):
+        sample.draw(calibration(sources={"pages": CalibrationSource(sampler=sampler, weight=1.0)}), tiny.tokenizer())
+
+
+def test_the_stage_writes_windows_and_their_provenance(workspace, base):
+    sample.main.function(calibration())
+    written = json.loads((workspace / "calibration_out/provenance.json").read_text())
+    assert written["base"] == base.fingerprint
+    assert set(written) == {"section", "base", "tokenizer_sha256", "windows_sha256", "sources"}

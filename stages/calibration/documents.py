@@ -1,43 +1,16 @@
-"""JSON Lines as a sequence of documents, read when asked for: C4's first shard never lies in memory whole."""
+"""Rows as token sequences: prose as it is, dialogues through the model's own chat template."""
 
-import json
-from array import array
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from stages.errors import CalibrationError
-
-
-class Rows:
-    """The rows of a JSON Lines file by their number."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._starts = array("Q")
-        with path.open("rb") as file:
-            while line := file.readline():
-                self._starts.append(file.tell() - len(line))
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        with self.path.open("rb") as file:
-            file.seek(self._starts[index])
-            return json.loads(file.readline())
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            yield from map(json.loads, file)
+from stages.errors import CalibrationError, TextError
+from stages.rows import Row, Rows, messages_of, text_of
 
 
 class Documents:
-    """Rows as token sequences: prose as it is, dialogues through the model's own chat template.
+    """The token sequences of a corpus by number; what the first row is, prose or a dialogue, all are.
 
     Args:
         rows: each with "text", or with "messages" of "role" and "content".
@@ -51,16 +24,41 @@ class Documents:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def dialogues(self) -> bool:
+        """Whether the rows are dialogues.
+
+        Raises:
+            TextError: the first row has neither "text" nor "messages".
+        """
+        first = self.rows[0]
+        if not {"text", "messages"} & set(first):
+            keys = ", ".join(first) or "no keys"
+            raise TextError(f'{self.rows.where(0)}: found {keys}, wanted "text" for prose or "messages" for a dialogue')
+        return "messages" in first
+
     @property
     def end(self) -> int | None:
         """Id of the token that ends a document; None for dialogues, whose template ends them, and for tokenizers without."""
-        return None if "messages" in self.rows[0] else self.tokenizer.eos_token_id
+        return None if self.dialogues else self.tokenizer.eos_token_id
 
     def __getitem__(self, index: int) -> list[int]:
-        row = self.rows[index]
-        if "messages" in row:
-            if self.tokenizer.chat_template is None:
-                raise CalibrationError("its rows are dialogues, and the base's tokenizer has no chat template to render them with")
-            rendered = self.tokenizer.apply_chat_template(row["messages"], tokenize=False)
-            return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        return self.tokenizer(row["text"])["input_ids"]
+        """The tokens of a row.
+
+        Raises:
+            TextError: the row is not what the first one is; names file and line.
+            CalibrationError: it is a dialogue, and the base's tokenizer has no chat template.
+        """
+        row, where = self.rows[index], self.rows.where(index)
+        if self.dialogues:
+            return self._dialogue(row, where)
+        return self.tokenizer(text_of(row, where))["input_ids"]
+
+    def _dialogue(self, row: Row, where: str) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise CalibrationError("its rows are dialogues, and the base's tokenizer has no chat template to render them with")
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages_of(row, where), tokenize=False)
+        except TemplateError as error:
+            raise TextError(f"{where}: the base's chat template does not take this dialogue ({error})") from None
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]

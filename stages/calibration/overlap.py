@@ -1,4 +1,9 @@
-"""Does calibration text appear in the evaluation text? Shared n-grams of tokens, by a rolling 64-bit hash."""
+"""N-grams of tokens that calibration and evaluation text share, by a hash of 64 bits:
+
+    hash(i) = sum_k (token[i + k] + 1) m^(n - 1 - k)   mod 2^64
+
+Two n-grams of the same hash count as equal.
+"""
 
 from collections.abc import Iterable
 
@@ -9,10 +14,13 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication mod 2^
 
 
 def hashes(tokens: list[int], size: int) -> npt.NDArray[np.uint64]:
-    """One hash for each run of `size` tokens: sum_k token[i + k] * m^k mod 2^64.
+    """The hash of each n-gram.
+
+    Args:
+        tokens: ids. size: tokens in an n-gram.
 
     Returns:
-        [len(tokens) - size + 1], or empty for a shorter text.
+        [len(tokens) - size + 1], uint64; empty for a shorter text.
     """
     ids = np.asarray(tokens, dtype=np.uint64) + np.uint64(1)
     count = max(len(ids) - size + 1, 0)

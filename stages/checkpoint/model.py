@@ -1,6 +1,7 @@
 """A checkpoint, or a checkpoint and a delta, as a model of transformers, filled tensor by tensor."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.layout import read_layout
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError
+
+Apply = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor of the checkpoint, by name -> the model's, as SparseDelta.apply does
 
 
 def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -72,10 +74,11 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """base, or base + delta, ready to evaluate; beside the model itself, one tensor at a time is in memory.
+def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """base, or what `apply` makes of it, ready to evaluate; beside the model itself, one tensor at a time is in memory.
 
     Args:
+        apply: gives each tensor of the checkpoint as the model is to have it; None: as it is.
         dtype: of the parameters; the checkpoint's values are cast to it.
 
     Raises:
@@ -87,7 +90,7 @@ def load_model(base: Checkpoint, delta: SparseDelta | None, *, dtype: torch.dtyp
         if target.name not in filled:
             filled[target.name] = materialize(model, target.name, dtype=parameter_dtype(model, target.name, dtype), device=device)
         tensor = base.tensor(name)
-        target.of(filled[target.name]).copy_(tensor if delta is None else delta.apply(name, tensor))
+        target.of(filled[target.name]).copy_(tensor if apply is None else apply(name, tensor))
     model.tie_weights()
     if (base.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.directory)

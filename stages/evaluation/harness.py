@@ -4,10 +4,12 @@ A task is a small YAML that includes the stock one and replaces its data source.
 """
 
 import logging
-import sys
+import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
@@ -16,63 +18,65 @@ from lm_eval.tasks import TaskManager
 
 from stages.errors import ConfigError
 from stages.evaluation.perplexity import standard_error
+from stages.evaluation.tasks import TASKS, Task
+from stages.files import write_lines
+from stages.rows import Row
 
-# Our name of a task -> lm-eval's name and the split that it scores.
-STOCK = {
-    "boolq": ("boolq", "validation"),
-    "rte": ("rte", "validation"),
-    "hellaswag": ("hellaswag", "validation"),
-    "winogrande": ("winogrande", "validation"),
-    "arc_easy": ("arc_easy", "test"),
-    "arc_challenge": ("arc_challenge", "test"),
-    "openbookqa": ("openbookqa", "test"),
-    "lambada": ("lambada_openai", "test"),
-    "piqa": ("piqa", "validation"),
-}
+STOCK = Path(lm_eval.tasks.__file__).parent
+FEW_SHOT = 0  # examples in the prompt
 SEED = 0
 
 
 class WholeModel(HFLM):
-    """lm-eval's model, whose progress bars are for a terminal only."""
+    """lm-eval's model, which else would not heed the switch for progress bars, see stages/__init__.py."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
 
 
-def write_task(task: str, rows: Path, directory: Path, scratch: Path, stock_yaml: Path) -> str:
-    """Write the YAML that runs lm-eval's stock task on our rows.
+def stock_definition(task: Task) -> Path:
+    """lm-eval's own YAML of a task; its thousands of others are not read.
+
+    Raises:
+        ConfigError: this version of lm-eval has none.
+    """
+    entry = TaskManager(include_defaults=False, include_path=str(STOCK / task.folder)).task_index.get(task.stock)
+    if entry is None or entry.yaml_path is None:
+        raise ConfigError(f"evaluation.tasks: lm-eval {version('lm-eval')} has no task {task.stock!r} in its folder {task.folder}")
+    return entry.yaml_path
+
+
+def write_task(task: Task, rows: list[Row], scratch: Path) -> str:
+    """Write the rows, and the YAML that runs lm-eval's stock task on them.
 
     Returns:
         The name that lm-eval knows it by.
     """
-    _, split = STOCK[task]
-    name = f"sparsesweep_{task}"
+    name, data = f"sparsesweep_{task.name}", scratch / f"{task.name}.jsonl"
+    write_lines(data, rows)
     definition = {
-        "include": str(stock_yaml),
+        "include": str(stock_definition(task)),
         "task": name,
         "tag": None,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(rows.absolute())}, "cache_dir": str(scratch)},
+        "dataset_kwargs": {"data_files": {task.split: str(data.absolute())}, "cache_dir": str(scratch / "cache")},
         "training_split": None,
         "validation_split": None,
         "test_split": None,
-        f"{split}_split": split,
+        f"{task.split}_split": task.split,
     }
-    (directory / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
+    (scratch / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf8")
     return name
 
 
-def zero_shot(
-    model: LM, tasks: list[str], *, rows_in: Path, limit: int | None, scratch: Path
-) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
     """Accuracy of each task, no examples in the prompt.
 
     Args:
         model: a WholeModel, or one that is streamed.
-        rows_in: directory of TASK.jsonl.
-        limit: the first rows of each task; None for all.
-        scratch: an empty directory for task definitions and caches.
+        rows: task -> its rows, see tasks.read_task.
+        scratch: a directory for rows, definitions and the cache of `datasets`.
 
     Returns:
         task -> {"accuracy", "stderr", "rows", and "accuracy_norm" where the task has it}, all finite;
@@ -81,25 +85,15 @@ def zero_shot(
     Raises:
         ConfigError: lm-eval does not know the task.
     """
-    if not tasks:
+    if not rows:
         return {}, {}
-    definitions = scratch / "tasks"
-    definitions.mkdir()
-    stock = TaskManager().task_index
-    for task in tasks:
-        if STOCK[task][0] not in stock:
-            raise ConfigError(f"evaluation.tasks: lm-eval has no task {STOCK[task][0]!r}")
-    names = {
-        write_task(task, rows_in / f"{task}.jsonl", definitions, scratch / "rows", Path(stock[STOCK[task][0]].yaml_path)): task
-        for task in tasks
-    }
+    names = {task: write_task(TASKS[task], rows[task], scratch) for task in rows}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about the defaults that we override
     outcome = simple_evaluate(
         model=model,
-        tasks=list(names),
-        task_manager=TaskManager(include_path=str(definitions)),
-        num_fewshot=0,
-        limit=limit,
+        tasks=list(names.values()),
+        task_manager=TaskManager(include_defaults=False, include_path=str(scratch)),
+        num_fewshot=FEW_SHOT,
         bootstrap_iters=0,  # our standard errors come from the rows themselves
         random_seed=SEED,
         numpy_random_seed=SEED,
@@ -107,14 +101,14 @@ def zero_shot(
         fewshot_random_seed=SEED,
     )
     scores, samples = {}, {}
-    for name, task in names.items():
-        found = outcome["results"][name]
-        correct = [sample["acc"] for sample in outcome["samples"][name]]
-        scores[task] = {"accuracy": found["acc,none"], "stderr": standard_error(correct), "rows": len(correct)}
-        if "acc_norm,none" in found:
-            scores[task]["accuracy_norm"] = found["acc_norm,none"]
+    for task, name in names.items():
+        metric, results, answers = TASKS[task].metric, outcome["results"][name], outcome["samples"][name]
+        correct = [answer[metric] for answer in answers]
+        scores[task] = {"accuracy": results[f"{metric},none"], "stderr": standard_error(correct), "rows": len(correct)}
+        if f"{metric}_norm,none" in results:
+            scores[task]["accuracy_norm"] = results[f"{metric}_norm,none"]
         samples[task] = [
-            {"row": sample["doc_id"], "target": str(sample["target"]), "correct": sample["acc"], "scores": sample["filtered_resps"]}
-            for sample in outcome["samples"][name]
+            {"row": answer["doc_id"], "target": str(answer["target"]), "correct": answer[metric], "scores": answer["filtered_resps"]}
+            for answer in answers
         ]
     return scores, samples

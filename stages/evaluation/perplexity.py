@@ -83,7 +83,7 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> WindowLosses
         CheckpointError: a loss is NaN or infinite.
     """
     losses: list[float] = []
-    for window in tqdm(windows.to(model.device), desc="perplexity", unit="window", disable=None):
+    for window in tqdm(windows.to(model.device), desc="perplexity", unit="window"):
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
         losses.append(window_loss(logits, window, len(losses)))
     return WindowLosses(losses=losses)

@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerBase
 
-from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.model import Apply
 from stages.errors import SparsesweepError
 from stages.evaluation.perplexity import WindowLosses, window_loss
 from stages.streaming.architecture import Decoder
@@ -25,13 +25,14 @@ MEMORY_SHARE = 0.5  # of what is free, for hidden states; beyond it they lie in 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedModel:
-    """base, or base + delta, one block in memory at a time.
+    """base, or what `apply` makes of it, one block in memory at a time.
 
+    apply: gives each tensor of the checkpoint as the model is to have it; None: as it is.
     scratch: directory for hidden states that do not fit in memory.
     """
 
     decoder: Decoder
-    delta: SparseDelta | None
+    apply: Apply | None
     scratch: Path
 
     @torch.no_grad()
@@ -51,9 +52,9 @@ class StreamedModel:
             streams = [Stream(decoder, group, batch=batch, budget=budget, scratch=self.scratch, gpu_share=share) for group in groups]
         with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
             for index, tensors in enumerate(blocks):
-                if self.delta is not None:
+                if self.apply is not None:
                     for name, tensor in tensors.items():
-                        tensors[name] = self.delta.apply(name, tensor)
+                        tensors[name] = self.apply(name, tensor)
                 with decoder.loaded(index, tensors) as block:
                     for stream in streams:
                         stream.advance(index, block)

@@ -168,9 +168,9 @@ def write_card(
         verified: what the release's checks found.
     """
     prune, method, pattern = results["prune"], recipe["method"], recipe["pattern_label"]
-    rows = results["protocol"]["tasks"]["rows"]
+    rows = results["protocol"]["evaluation"]["rows"]
     says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
-    limited = "" if rows == "all" else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
+    limited = "" if rows is None else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     score, update = method["score"]["name"], method["update"]["name"]
     then = "no update" if update == "none" else f"then {update}: {PAPERS[update]}"
     kept = "; the survivors keep their values" if update == recipe["reconstruction"]["name"] == "none" else ""

@@ -1,36 +1,62 @@
 import pytest
 
-from stages.calibration.documents import Documents, Rows
-from stages.errors import CalibrationError
+from stages.calibration.documents import Documents
+from stages.errors import CalibrationError, TextError
+from stages.rows import Rows
 from tests import tiny
 
+DIALOGUE = {"messages": [{"role": "user", "content": "river stone"}, {"role": "assistant", "content": "lamp"}]}
 
-def test_rows_are_read_by_number(tmp_path):
-    rows = Rows(tiny.write_lines(tmp_path / "a.jsonl", [{"text": "é"}, {"text": "b"}, {"text": "c"}]))
-    assert (len(rows), rows[2], rows[0]) == (3, {"text": "c"}, {"text": "é"})
-    assert list(rows) == [{"text": "é"}, {"text": "b"}, {"text": "c"}]
-    with pytest.raises(IndexError):
-        rows[3]
+
+def documents(tmp_path, *rows, tokenizer=None) -> Documents:
+    return Documents(Rows(tiny.write_lines(tmp_path / "a.jsonl", rows)), tokenizer or tiny.tokenizer())
 
 
 def test_dialogues_go_through_the_models_own_template(tmp_path):
-    tokenizer = tiny.tokenizer()
-    messages = [{"role": "user", "content": "river stone"}, {"role": "assistant", "content": "lamp"}]
-    documents = Documents(Rows(tiny.write_lines(tmp_path / "a.jsonl", [{"messages": messages}])), tokenizer)
-    assert tokenizer.decode(documents[0]) == "<|user|>\nriver stone</s>\n<|assistant|>\nlamp</s>\n"
-    assert documents.end is None
+    dialogues = documents(tmp_path, DIALOGUE)
+    assert tiny.tokenizer().decode(dialogues[0]) == "<|user|>\nriver stone</s>\n<|assistant|>\nlamp</s>\n"
+    assert dialogues.end is None
 
 
 def test_dialogues_without_a_template_are_refused(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
-    documents = Documents(Rows(tiny.write_lines(tmp_path / "a.jsonl", [{"messages": []}])), tokenizer)
     with pytest.raises(CalibrationError, match="the base's tokenizer has no chat template"):
-        documents[0]
+        documents(tmp_path, {"messages": []}, tokenizer=tokenizer)[0]
+
+
+def test_a_dialogue_that_the_template_refuses_is_named(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TextError, match=r"line 1: the base's chat template does not take this dialogue \(roles must alternate\)"):
+        documents(tmp_path, DIALOGUE, tokenizer=tokenizer)[0]
 
 
 def test_prose_is_as_the_tokenizer_has_it(tmp_path):
     tokenizer = tiny.tokenizer()
-    documents = Documents(Rows(tiny.write_lines(tmp_path / "a.jsonl", [{"text": "river stone"}])), tokenizer)
-    assert documents[0] == tokenizer("river stone")["input_ids"]
-    assert documents.end == tokenizer.eos_token_id
+    prose = documents(tmp_path, {"text": "river stone"})
+    assert prose[0] == tokenizer("river stone")["input_ids"]
+    assert prose.end == tokenizer.eos_token_id
+
+
+def test_an_empty_text_is_a_document_without_tokens(tmp_path):
+    assert documents(tmp_path, {"text": ""})[0] == []
+
+
+def test_rows_that_are_neither_prose_nor_dialogues_are_named(tmp_path):
+    with pytest.raises(TextError, match=r'a\.jsonl, line 1: found goal, sol1, wanted "text" for prose or "messages" for a dialogue'):
+        _ = documents(tmp_path, {"goal": "a", "sol1": "b"}).end
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"text": "a"}, DIALOGUE, 'line 2: found messages, wanted "text"'),
+        (DIALOGUE, {"text": "a"}, 'line 2: found text, wanted "messages"'),
+        ({"text": "a"}, {"text": None}, 'line 2, "text": found null, wanted a string'),
+        (DIALOGUE, {"messages": None, "text": "a"}, 'line 2, "messages": found null, wanted a list of messages'),
+    ],
+)
+def test_a_row_that_is_not_what_the_first_one_is_is_named(tmp_path, first, second, message):
+    with pytest.raises(TextError, match=rf"a\.jsonl, {message}"):
+        documents(tmp_path, first, second)[1]

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from stages.calibration.samplers import document, packed, shares
+from stages.calibration.samplers import SAMPLERS, Window, document, packed, shares
 from stages.errors import CalibrationError
 
 PAGES = [list(range(100 * i, 100 * i + length)) for i, length in enumerate([5, 40, 12, 33, 8, 60])]
@@ -67,3 +67,23 @@ def test_shares_sum_to_the_windows():
     assert shares({"a": 0.5, "b": 0.5}, 5) in ({"a": 3, "b": 2}, {"a": 2, "b": 3})
     assert shares({"a": 0.4, "b": 0.2, "c": 0.4}, 32) == {"a": 13, "b": 6, "c": 13}
     assert shares({"a": 0.1, "b": 0.9}, 10) == {"a": 1, "b": 9}
+
+
+def test_a_window_names_the_document_of_each_of_its_tokens():
+    """5 tokens of document 7 and their end token, 3 of document 2 and theirs, 2 of document 9."""
+    window = Window(tokens=[*[1] * 5, 0, *[2] * 3, 0, *[3] * 2], spans=[(7, 40, 5), (2, 0, 3), (9, 0, 2)], starts=[0, 6, 10])
+    assert [window.documents(start, 3) for start in (0, 2, 3, 4, 6, 7, 9)] == [[7], [7], [7], [7, 2], [2], [2], [9]]
+    assert window.documents(4, 8) == [7, 2, 9]
+    assert window.documents(5, 1) == []
+
+
+@pytest.mark.parametrize("end", [None, -1])
+def test_packed_says_where_in_the_window_each_document_begins(end):
+    for window in packed(PAGES, 15, 10, 3, end=end):
+        for (page, offset, count), start in zip(window.spans, window.starts, strict=True):
+            assert window.tokens[start : start + count] == PAGES[page][offset : offset + count]
+
+
+def test_the_table_names_the_samplers():
+    assert {name: sampler.function for name, sampler in SAMPLERS.items()} == {"document": document, "packed": packed}
+    assert "Frantar et al. 2023" in SAMPLERS["document"].reference

@@ -52,7 +52,8 @@ def test_every_part_of_a_method_is_valid(path):
 
 @pytest.mark.parametrize("path", sorted((CONF / "text").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_corpus_is_named_by_a_preset_or_part_of_one(path):
-    presets = [p.read_text() for p in (*CONF.glob("calibration/*"), *CONF.glob("evaluation/*"), *CONF.glob("text/*"), CONF / "config.yaml")]
+    files = [*CONF.glob("calibration/*.yaml"), *CONF.glob("evaluation/*.yaml"), *CONF.glob("text/*"), CONF / "config.yaml"]
+    presets = [file.read_text() for file in files]
     assert any(re.search(rf"\b{path.stem}\b", text) for text in presets if text != path.read_text())
 
 

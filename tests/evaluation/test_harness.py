@@ -1,69 +1,76 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
-from stages.config import TASKS
-from stages.errors import SparsesweepError
+from stages.errors import ConfigError, SparsesweepError
 from stages.evaluation.generation import generate
-from stages.evaluation.harness import STOCK, WholeModel, zero_shot
+from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
 from stages.evaluation.perplexity import window_losses
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
+from stages.evaluation.tasks import TASKS
 from stages.streaming.architecture import Decoder
 from tests import tiny
+from tests.evaluation import delta as deltas
+from tests.evaluation.rows import GOOD
 
 CPU = torch.device("cpu")
-UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def test_every_task_of_the_configuration_has_a_stock_definition():
-    assert set(STOCK) == set(TASKS)
 
 
 @pytest.fixture(scope="module")
-def rows_in(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("rows")
+def rows():
     words = tiny.sentences(6, seed=3, length=8)
-    tiny.write_lines(directory / "boolq.jsonl", [{"question": words[i], "passage": words[-1], "idx": i, "label": i % 2} for i in range(4)])
-    tiny.write_lines(directory / "piqa.jsonl", [{"goal": words[i], "sol1": "lamp", "sol2": "river", "label": i % 2} for i in range(4)])
-    tiny.write_lines(directory / "lambada.jsonl", [{"text": sentence} for sentence in words])
-    return directory
+    return {
+        "boolq": [{"question": words[i], "passage": words[-1], "label": i % 2} for i in range(3)],
+        "piqa": [{"goal": words[i], "sol1": "lamp", "sol2": "river", "label": i % 2} for i in range(3)],
+        "lambada": [{"text": sentence} for sentence in words[:3]],
+    }
 
 
-def test_stock_tasks_run_on_our_rows(base, rows_in, tmp_path):
+def test_stock_tasks_run_on_our_rows(base, rows, tmp_path):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
     whole = WholeModel(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=2)
-    scores, samples = zero_shot(whole, ["boolq", "piqa", "lambada"], rows_in=rows_in, limit=3, scratch=tmp_path)
-    assert set(scores) == set(samples) == {"boolq", "piqa", "lambada"}
+    scores, samples = zero_shot(whole, rows, tmp_path)
+    assert list(scores) == list(samples) == ["boolq", "piqa", "lambada"]
     for task, score in scores.items():
         assert score["rows"] == len(samples[task]) == 3
         assert score["accuracy"] == pytest.approx(sum(row["correct"] for row in samples[task]) / 3)
     assert "accuracy_norm" in scores["piqa"]
 
 
+def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
+    whole = WholeModel(pretrained=load_model(base, None, dtype=torch.float32, device=CPU), tokenizer=tiny.tokenizer(), batch_size=2)
+    scores, _ = zero_shot(whole, {name: [GOOD[name]] * 2 for name in TASKS}, tmp_path)
+    assert list(scores) == list(TASKS)
+    assert all(score["rows"] == 2 for score in scores.values())
+
+
+def test_a_task_that_lm_eval_does_not_have_is_named():
+    with pytest.raises(ConfigError, match=r"evaluation.tasks: lm-eval [\d.]+ has no task 'guess' in its folder super_glue/boolq"):
+        stock_definition(replace(TASKS["boolq"], stock="guess"))
+
+
 @pytest.mark.parametrize("pruned", [False, True])
-def test_a_streamed_model_scores_as_the_whole_model_does(base, rows_in, tmp_path, pruned):
-    delta = None
-    if pruned:
-        change = Change(mask=torch.rand(base.shape(UP), generator=torch.Generator().manual_seed(0)) > 0.5)
-        write_block(tmp_path / "block-00001.safetensors", {UP: change}, base.fingerprint)
-        write_manifest(tmp_path, base=base.fingerprint, recipe={}, matrices=[])
-        delta = SparseDelta(tmp_path, base.fingerprint)
-    whole = load_model(base, delta, dtype=torch.float32, device=CPU)
-    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=delta, scratch=tmp_path)
+def test_a_streamed_model_scores_as_the_whole_model_does(base, rows, tmp_path, pruned):
+    apply = deltas.write(tmp_path / "sparse", base).apply if pruned else None
+    whole = load_model(base, apply, dtype=torch.float32, device=CPU)
+    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=apply, scratch=tmp_path)
     windows = torch.randint(3, 400, (3, 40), generator=torch.Generator().manual_seed(0))
     assert streamed.window_losses(windows).losses == pytest.approx(window_losses(whole, windows).losses, rel=1e-5)
 
-    found = []
-    for number, model in enumerate((WholeModel(pretrained=whole, tokenizer=tiny.tokenizer(), batch_size=2), harness_of(streamed))):
-        scratch = tmp_path / str(number)
-        scratch.mkdir()
-        found.append(zero_shot(model, ["boolq", "piqa", "lambada"], rows_in=rows_in, limit=3, scratch=scratch))
-    (_, by_whole), (_, by_stream) = found
-    for task, rows in by_whole.items():
-        for one, other in zip(rows, by_stream[task], strict=True):
-            assert one["correct"] == other["correct"]
-            for (score, greedy), (same_score, same_greedy) in zip(one["scores"], other["scores"], strict=True):
+    samples = []
+    for name, model in (
+        ("whole", WholeModel(pretrained=whole, tokenizer=tiny.tokenizer(), batch_size=2)),
+        ("streamed", harness_of(streamed)),
+    ):
+        (tmp_path / name).mkdir()
+        samples.append(zero_shot(model, rows, tmp_path / name)[1])
+    by_whole, by_stream = samples
+    for task in rows:
+        for row, other in zip(by_whole[task], by_stream[task], strict=True):
+            assert row["correct"] == other["correct"]
+            for (score, greedy), (same_score, same_greedy) in zip(row["scores"], other["scores"], strict=True):
                 assert score == pytest.approx(same_score, rel=1e-4)
                 assert greedy == same_greedy
 
@@ -73,15 +80,15 @@ def harness_of(streamed: StreamedModel) -> StreamedHarness:
 
 
 def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
-    model = harness_of(StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=None, scratch=tmp_path))
+    model = harness_of(StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path))
     with pytest.raises(SparsesweepError, match="text is not generated"):
         model.generate_until([])
     with pytest.raises(SparsesweepError, match="rolling likelihoods are not offered"):
         model.loglikelihood_rolling([])
 
 
-def test_no_tasks_are_no_scores(base, rows_in, tmp_path):
-    assert zero_shot(None, [], rows_in=rows_in, limit=3, scratch=tmp_path) == ({}, {})
+def test_no_tasks_are_no_scores(tmp_path):
+    assert zero_shot(None, {}, tmp_path) == ({}, {})
 
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):

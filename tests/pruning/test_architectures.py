@@ -137,7 +137,7 @@ def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound
         rows += [prune.matrix_row(block, one, dict.fromkeys(masks, HALF)) for one in block.matrices]
     write_manifest(tmp_path / "sparse", base=base.fingerprint, recipe={}, matrices=rows)
     delta = SparseDelta(tmp_path / "sparse", base.fingerprint)
-    ours = load_model(base, delta, dtype=torch.float32, device=CPU)
+    ours = load_model(base, delta.apply, dtype=torch.float32, device=CPU)
     if model._can_set_experts_implementation():
         ours.set_experts_implementation("eager")
     with torch.no_grad():

@@ -208,7 +208,7 @@ def test_by_parts_the_mlp_is_pruned_for_what_the_pruned_attention_gives_it(base)
         def apply(self, name, tensor):
             return changes[name].apply(tensor) if name in self else tensor
 
-    model, norms = load_model(base, Before(), dtype=torch.float32, device=CPU), []
+    model, norms = load_model(base, Before().apply, dtype=torch.float32, device=CPU), []
     down = model.model.layers[2].mlp.down_proj
     down.register_forward_pre_hook(lambda _, arguments: norms.append(arguments[0].square().sum(dim=(0, 1))))
     with torch.no_grad():

@@ -167,7 +167,7 @@ def results() -> dict:
     sparse = {**scores, "perplexity": 45.0, "perplexity_ratio": 2.25, "perplexity_ratio_stderr": 0.05}
     prune = {"seconds": 7200.0, "peak_memory_gib": 1.5, "device": "a CPU", "dtype": "float32", "code": "abc123"}
     prune |= {"versions": {"lm-eval": "0.4.13", "transformers": "5.23.0"}}
-    protocol = {"corpus": "wikipedia", "window_length": 1024, "tokens": 18432, "tasks": {"rows": 20}}
+    protocol = {"corpus": "wikipedia", "window_length": 1024, "tokens": 18432, "evaluation": {"rows": 20}}
     return {
         "dense": scores,
         "sparse": sparse,

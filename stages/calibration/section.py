@@ -1,0 +1,57 @@
+"""The section `calibration`: which windows the statistics are collected on."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from stages.calibration.samplers import SAMPLERS
+from stages.schema import number, one_of, require, require_one_of
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrationSource:
+    """A corpus of text.calibration, and how it is cut.
+
+    weight: the fraction of the windows that come from it; the weights of all sources sum to 1.
+    """
+
+    sampler: str = one_of(*SAMPLERS)
+    weight: float = number(above=0, maximum=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class Calibration:
+    """How many windows, of which text.
+
+    window_length: tokens.
+    overlap_tokens: the length of the n-grams by which the windows are compared with the evaluation text.
+    max_overlap: how many of these n-grams may be in it.
+    sources: by name of the corpus.
+    """
+
+    name: str
+    windows: int = number(minimum=1)
+    window_length: int = number(minimum=2, unit="tokens")
+    seed: int
+    overlap_tokens: int = number(minimum=1)
+    max_overlap: int = number(minimum=0)
+    sources: dict[str, CalibrationSource]
+
+    def check(self, key: str) -> None:
+        total = sum(source.weight for source in self.sources.values())
+        require(abs(total - 1) < 1e-6, f"{key}.sources", f"weights summing to {total:g}", "weights summing to 1")
+
+
+def check_text(calibration: Calibration, columns: Mapping[str, Collection[str] | None]) -> None:
+    """Refuse a source that is not fetched, or whose rows are neither prose nor dialogues, before anything is downloaded.
+
+    Args:
+        columns: of each corpus of text.calibration, what its reader gives; None where only the file tells.
+
+    Raises:
+        ConfigError: naming the source.
+    """
+    for name in calibration.sources:
+        require_one_of("calibration.sources", name, list(columns) or ["(text.calibration is empty)"])
+        given = columns[name]
+        good = given is None or "text" in given or "messages" in given
+        require(good, "calibration.sources", name, f'a corpus of rows with "text" or "messages", not with {", ".join(given or ())}')

@@ -1,0 +1,117 @@
+"""The protocol of a result: everything that must be equal before two results are compared."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ComparisonError, SparsesweepError
+from stages.files import read_json, write_json
+
+PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")  # whose version may change a score
+BESIDE = ("evaluation", "delta")  # keys of the file that are not compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskProtocol:
+    """How a task was scored.
+
+    rows: how many of its rows, the first ones. sha256: of the file of rows. few_shot: examples in the prompt.
+    metric: lm-eval's name of it.
+    """
+
+    rows: int
+    sha256: str
+    few_shot: int
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What a model was scored on, and by which software.
+
+    base: the fingerprint of the base checkpoint. tokenizer_sha256: of its tokenizer.json; None where it has another kind.
+    corpus, corpus_sha256: of the perplexity, and of the file of its rows.
+    window_length: tokens. windows: how many. tokens: in all of them.
+    windows_sha256: of the windows' token ids, start tokens included.
+    tasks: by name.
+    prompts: what the model continues. new_tokens: at most so many per prompt; 0 without prompts.
+    dtype: of weights and arithmetic. versions: of the packages that compute.
+    """
+
+    base: str
+    tokenizer_sha256: str | None
+    corpus: str
+    corpus_sha256: str
+    window_length: int
+    windows: int
+    tokens: int
+    windows_sha256: str
+    tasks: dict[str, TaskProtocol]
+    prompts: list[str]
+    new_tokens: int
+    dtype: str
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that compute."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def write_protocol(path: Path, protocol: Protocol, *, evaluation: dict[str, Any], delta: str | None) -> None:
+    """Write a protocol, and beside it what is not compared.
+
+    Args:
+        evaluation: the section, as plain data. delta: the delta's fingerprint; None for the dense model.
+    """
+    write_json(path, {**asdict(protocol), "evaluation": evaluation, "delta": delta})
+
+
+def read_protocol(path: Path) -> Protocol:
+    """A protocol as `write_protocol` wrote it.
+
+    Raises:
+        ComparisonError: the file is missing, no JSON, or of another form.
+    """
+    try:
+        data = read_json(path)
+    except SparsesweepError as error:
+        raise ComparisonError(str(error)) from None
+    wanted = [field.name for field in fields(Protocol)]
+    if not isinstance(data, dict) or set(data) != {*wanted, *BESIDE}:
+        found = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
+        raise ComparisonError(f"{path}: found a protocol of {found}, wanted {', '.join(sorted([*wanted, *BESIDE]))}")
+    try:
+        tasks = {name: TaskProtocol(**task) for name, task in data["tasks"].items()}
+    except (TypeError, AttributeError) as error:
+        raise ComparisonError(f"{path}: tasks: found {data['tasks']!r}, wanted tasks by name ({error})") from None
+    return Protocol(**{name: data[name] for name in wanted} | {"tasks": tasks})
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two mappings differ: the dotted key, and both values; None stands for a key that one of them lacks."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*one, *other]):
+        left, right = one.get(key), other.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found |= {f"{key}.{inner}": values for inner, values in differences(left, right).items()}
+        elif left != right:
+            found[key] = left, right
+    return found
+
+
+def require_same(one: Protocol, other: Protocol, *, names: tuple[str, str], remedy: str) -> None:
+    """Refuse to compare results of different protocols.
+
+    Args:
+        names: of the two results. remedy: what to do about it, a command.
+
+    Raises:
+        ComparisonError: naming each key that differs, with both values.
+    """
+    found = differences(asdict(one), asdict(other))
+    if found:
+        listed = "; ".join(f"{key}: {left!r} against {right!r}" for key, (left, right) in found.items())
+        raise ComparisonError(f"{names[0]} and {names[1]} are not of the same protocol, wanted equal values of {listed}; {remedy}")

@@ -1,0 +1,89 @@
+"""What a model scored, as the evaluation writes it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ComparisonError, SparsesweepError
+from stages.evaluation.perplexity import WindowLosses
+from stages.evaluation.protocol import Protocol
+from stages.files import read_json, write_json, write_lines
+
+Scores = dict[str, dict[str, float]]
+Samples = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The scores of one model.
+
+    scores: of each task, see harness.zero_shot. samples: of each task, a row for each of its rows.
+    generations: a row for each prompt, see generation.generate.
+    """
+
+    losses: WindowLosses
+    scores: Scores
+    samples: Samples
+    generations: list[dict[str, str]]
+
+    def metrics(self) -> dict[str, float]:
+        """All scores as flat metrics; the mean's standard error takes the tasks as independent."""
+        flat = {"perplexity": self.losses.perplexity, "perplexity_stderr": self.losses.stderr}
+        for task, score in self.scores.items():
+            flat |= {task: score["accuracy"], f"{task}_stderr": score["stderr"]}
+        if self.scores:
+            flat["accuracy_mean"] = sum(score["accuracy"] for score in self.scores.values()) / len(self.scores)
+            flat["accuracy_mean_stderr"] = sum(score["stderr"] ** 2 for score in self.scores.values()) ** 0.5 / len(self.scores)
+        return flat
+
+    def accuracy(self, model: str) -> list[dict[str, Any]]:
+        """A row for each task: DVC plots only rows that all have the same keys."""
+        keys = ("accuracy", "stderr", "rows")
+        return [{"model": model, "task": task, **{key: score[key] for key in keys}} for task, score in self.scores.items()]
+
+    def write(self, details: Path) -> None:
+        write_json(details / "scores.json", self.scores)
+        write_json(details / "windows.json", self.losses.losses)
+        write_json(details / "generations.json", self.generations)
+        for task, rows in self.samples.items():
+            write_lines(details / f"samples-{task}.jsonl", rows)
+
+
+def read_results(details: Path, protocol: Protocol) -> Results:
+    """The results that `Results.write` wrote, without samples.
+
+    Raises:
+        ComparisonError: a file is missing, or is not of the protocol; names it.
+    """
+    losses, scores, generations = (_read(details / f"{name}.json") for name in ("windows", "scores", "generations"))
+    _require(_are_losses(losses, protocol.windows), details / "windows.json", f"{protocol.windows} finite losses")
+    _require(_are_scores(scores, list(protocol.tasks)), details / "scores.json", f"the scores of {', '.join(protocol.tasks) or 'no task'}")
+    _require(_are_generations(generations, protocol.prompts), details / "generations.json", f"a row for each of {protocol.prompts}")
+    return Results(losses=WindowLosses(losses=losses), scores=scores, samples={}, generations=generations)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except SparsesweepError as error:
+        raise ComparisonError(str(error)) from None
+
+
+def _require(good: bool, path: Path, wanted: str) -> None:
+    if not good:
+        raise ComparisonError(f"{path}: wanted {wanted}, as protocol.json says; was it changed by hand?")
+
+
+def _are_losses(data: Any, count: int) -> bool:
+    return isinstance(data, list) and len(data) == count and all(isinstance(loss, float) and math.isfinite(loss) for loss in data)
+
+
+def _are_scores(data: Any, tasks: list[str]) -> bool:
+    keys = {"accuracy", "stderr", "rows"}
+    return isinstance(data, dict) and list(data) == tasks and all(isinstance(score, dict) and keys <= set(score) for score in data.values())
+
+
+def _are_generations(data: Any, prompts: list[str]) -> bool:
+    rows = data if isinstance(data, list) and all(isinstance(row, dict) and "raw" in row for row in data) else [{}]
+    return [row.get("prompt") for row in rows] == prompts

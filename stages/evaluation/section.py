@@ -1,0 +1,84 @@
+"""The section `evaluation`: what the dense and the pruned model are scored on."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from stages.evaluation.tasks import TASKS
+from stages.schema import checked, number, one_of, require, require_one_of
+
+
+@dataclass(kw_only=True, slots=True)
+class Perplexity:
+    """The windows of a corpus of text.evaluation.
+
+    window_length: tokens. windows: the first so many; null: all that the corpus gives.
+    """
+
+    corpus: str
+    window_length: int = number(minimum=2, unit="tokens")
+    windows: int | None = number(minimum=2, unit="windows, for a standard error")
+
+
+@dataclass(kw_only=True, slots=True)
+class Generations:
+    """What both models are asked to continue, greedily.
+
+    new_tokens: at most so many per prompt.
+    """
+
+    new_tokens: int = number(minimum=1)
+    prompts: list[str]
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """What is scored, where and how.
+
+    dtype: of weights and arithmetic; auto: float32 on a CPU, the best half precision on a GPU.
+    rows: the first so many of each task; null: all.
+    batch_size: sequences per forward pass of the tasks.
+    streamed: one block in memory at a time, for models larger than memory.
+    """
+
+    name: str
+    device: str = checked(lambda device: re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None, "auto, cpu or cuda[:N]")
+    dtype: str = one_of("auto", "bfloat16", "float16", "float32")
+    perplexity: Perplexity
+    tasks: list[str]
+    rows: int | None = number(minimum=2, unit="rows, for a standard error")
+    batch_size: int = number(minimum=1)
+    streamed: bool
+    generations: Generations
+
+    def check(self, key: str) -> None:
+        for task in self.tasks:
+            require_one_of(f"{key}.tasks", task, TASKS)
+        require(len(set(self.tasks)) == len(self.tasks), f"{key}.tasks", self.tasks, "each task once")
+        prompts = self.generations.prompts
+        wanted = f"none with {key}.streamed: text comes token by token, and every token would read the whole model"
+        require(not (self.streamed and prompts), f"{key}.generations.prompts", prompts, wanted)
+
+
+def check_text(evaluation: Evaluation, columns: Mapping[str, Collection[str] | None]) -> None:
+    """Refuse a corpus or a task that is not fetched, or whose rows lack what it is read for, before anything is downloaded.
+
+    Args:
+        columns: of each corpus of text.evaluation, what its reader gives; None where only the file tells.
+
+    Raises:
+        ConfigError: naming the key and the corpus or task.
+    """
+    fetched = list(columns) or ["(text.evaluation is empty)"]
+    for task in evaluation.tasks:
+        require_one_of("evaluation.tasks", task, fetched)
+        given = columns[task]
+        missing = [] if given is None else [column for column in TASKS[task].columns if column not in given]
+        require(not missing, "evaluation.tasks", task, f"a task whose reader in text.evaluation gives {', '.join(missing)}")
+    corpus = evaluation.perplexity.corpus
+    require_one_of("evaluation.perplexity.corpus", corpus, fetched)
+    given = columns[corpus]
+    if given is None and corpus in TASKS:
+        given = TASKS[corpus].columns
+    good = given is None or "text" in given
+    require(good, "evaluation.perplexity.corpus", corpus, f'a corpus of rows with "text", not with {", ".join(given or ())}')

@@ -1,0 +1,173 @@
+"""The zero-shot tasks: lm-eval's own definitions, and the rows that they are asked on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from stages.errors import TextError
+from stages.rows import Row, Rows, require_columns, shown
+from stages.schema import Citation, Entry, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What lm-eval's definition of a task reads of a row.
+
+    accepts: whether a value is one that it can read, given the row. wanted: in words.
+    """
+
+    accepts: Callable[[Any, Row], bool]
+    wanted: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Entry):
+    """A benchmark of questions; it has no parameters.
+
+    name: ours, also of its rows in text.evaluation.
+    stock, folder: lm-eval's name of it, and the folder under lm_eval/tasks that defines it.
+    split: which one is scored. columns: what each row must have, as the hub's data set has it.
+    metric: lm-eval's name of what we report as accuracy: how often the likeliest choice is right, not length-normalised.
+    """
+
+    stock: str
+    folder: str
+    split: str
+    columns: dict[str, Column]
+    metric: str = "acc"
+    parameters: type = NoneType
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _choices(value: Any, row: Row) -> bool:
+    lists = [value.get(key) for key in ("text", "label")] if isinstance(value, dict) else [None]
+    return all(map(_strings, lists)) and len(lists[0] or []) == len(lists[1] or [])
+
+
+TEXT = Column(accepts=lambda value, row: isinstance(value, str), wanted="a string")
+GAP = Column(accepts=lambda value, row: isinstance(value, str) and "_" in value, wanted="a string with a gap, _")
+BINARY = Column(accepts=lambda value, row: isinstance(value, int) and value in (0, 1), wanted="0 or 1")
+NOUN = Column(accepts=lambda value, row: value in ("1", "2"), wanted='"1" or "2"')
+ENDINGS = Column(accepts=lambda value, row: _strings(value), wanted="a list of strings")
+ENDING = Column(
+    accepts=lambda value, row: str(value).isdecimal() and int(value) < len(row["endings"]), wanted="the number of an ending, from 0"
+)
+CHOICES = Column(accepts=_choices, wanted='an object with "text" and "label", two lists of strings of one length')
+KEY = Column(accepts=lambda value, row: value in row["choices"]["label"], wanted='a label of "choices"')
+
+
+ARC = Citation(text="Clark et al. 2018", url="https://arxiv.org/abs/1803.05457")
+
+TASKS = Table(
+    [
+        Task(
+            name="boolq",
+            stock="boolq",
+            folder="super_glue/boolq",
+            split="validation",
+            columns={"passage": TEXT, "question": TEXT, "label": BINARY},
+            summary="yes-no questions on a passage",
+            citation=Citation(text="Clark et al. 2019", url="https://arxiv.org/abs/1905.10044"),
+        ),
+        Task(
+            name="rte",
+            stock="rte",
+            folder="glue/rte",
+            split="validation",
+            columns={"sentence1": TEXT, "sentence2": TEXT, "label": BINARY},
+            summary="whether one sentence entails another",
+            citation=Citation(text="Wang et al. 2019", url="https://arxiv.org/abs/1804.07461"),
+        ),
+        Task(
+            name="hellaswag",
+            stock="hellaswag",
+            folder="hellaswag",
+            split="validation",
+            columns={"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": ENDINGS, "label": ENDING},
+            summary="the ending of an everyday scene, of four",
+            citation=Citation(text="Zellers et al. 2019", url="https://arxiv.org/abs/1905.07830"),
+        ),
+        Task(
+            name="winogrande",
+            stock="winogrande",
+            folder="winogrande",
+            split="validation",
+            columns={"sentence": GAP, "option1": TEXT, "option2": TEXT, "answer": NOUN},
+            summary="which of two nouns a gap stands for",
+            citation=Citation(text="Sakaguchi et al. 2020", url="https://arxiv.org/abs/1907.10641"),
+        ),
+        Task(
+            name="arc_easy",
+            stock="arc_easy",
+            folder="arc",
+            split="test",
+            columns={"question": TEXT, "choices": CHOICES, "answerKey": KEY},
+            summary="science questions of school exams, the easy ones",
+            citation=ARC,
+        ),
+        Task(
+            name="arc_challenge",
+            stock="arc_challenge",
+            folder="arc",
+            split="test",
+            columns={"question": TEXT, "choices": CHOICES, "answerKey": KEY},
+            summary="science questions of school exams, the hard ones",
+            citation=ARC,
+        ),
+        Task(
+            name="openbookqa",
+            stock="openbookqa",
+            folder="openbookqa",
+            split="test",
+            columns={"question_stem": TEXT, "choices": CHOICES, "answerKey": KEY},
+            summary="questions on elementary science",
+            citation=Citation(text="Mihaylov et al. 2018", url="https://arxiv.org/abs/1809.02789"),
+        ),
+        Task(
+            name="lambada",
+            stock="lambada_openai",
+            folder="lambada",
+            split="test",
+            columns={"text": TEXT},
+            summary="the last word of a passage",
+            citation=Citation(text="Paperno et al. 2016", url="https://arxiv.org/abs/1606.06031"),
+        ),
+        Task(
+            name="piqa",
+            stock="piqa",
+            folder="piqa",
+            split="validation",
+            columns={"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": BINARY},
+            summary="which of two ways reaches an everyday goal",
+            citation=Citation(text="Bisk et al. 2020", url="https://arxiv.org/abs/1911.11641"),
+        ),
+    ]
+)
+
+
+def read_task(task: Task, path: Path, limit: int | None) -> list[Row]:
+    """The rows that a task is scored on, with the columns that it reads.
+
+    Args:
+        path: JSON Lines. limit: the first so many; None for all.
+
+    Raises:
+        TextError: a row lacks a column or holds something else in it; names file and line. Or there are fewer than two rows.
+    """
+    rows = Rows(path)
+    read: list[Row] = []
+    for index, row in enumerate(islice(rows, limit)):
+        require_columns(row, task.columns, rows.where(index))
+        for name, column in task.columns.items():
+            if not column.accepts(row[name], row):
+                raise TextError(f'{rows.where(index)}, "{name}": found {shown(row[name])}, wanted {column.wanted}')
+        read.append({name: row[name] for name in task.columns})
+    if len(read) < 2:
+        raise TextError(f"{path}: found 1 row, wanted at least 2, for a standard error")
+    return read

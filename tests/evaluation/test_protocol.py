@@ -1,0 +1,95 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from stages.errors import ComparisonError
+from stages.evaluation.protocol import Protocol, TaskProtocol, differences, read_protocol, require_same, versions, write_protocol
+
+PROTOCOL = Protocol(
+    base="b" * 64,
+    tokenizer_sha256="e" * 64,
+    corpus="articles",
+    corpus_sha256="c" * 64,
+    window_length=64,
+    windows=4,
+    tokens=256,
+    windows_sha256="f" * 64,
+    tasks={"boolq": TaskProtocol(rows=4, sha256="d" * 64, few_shot=0, metric="acc")},
+    prompts=["river stone"],
+    new_tokens=3,
+    dtype="float32",
+    versions={"torch": "2"},
+)
+
+
+def require(one: Protocol, other: Protocol) -> None:
+    require_same(one, other, names=("results/dense", "this one"), remedy="run it again")
+
+
+def test_differences_are_named_by_their_dotted_keys():
+    one, other = {"a": 1, "b": {"c": 2, "d": 3}, "e": {"f": 4}}, {"a": 1, "b": {"c": 5, "d": 3}, "g": None}
+    assert differences(one, other) == {"b.c": (2, 5), "e": ({"f": 4}, None)}
+    assert differences(one, one) == {}
+
+
+def test_equal_protocols_pass():
+    require(PROTOCOL, replace(PROTOCOL))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "a"}, f"base: '{'b' * 64}' against 'a'"),
+        ({"tokenizer_sha256": None}, f"tokenizer_sha256: '{'e' * 64}' against None"),
+        ({"corpus": "pages"}, "corpus: 'articles' against 'pages'"),
+        ({"window_length": 32, "windows": 8}, "window_length: 64 against 32; windows: 4 against 8"),
+        ({"tasks": {}}, r"tasks.boolq: {'rows': 4, .*} against None"),
+        (
+            {"tasks": {"boolq": TaskProtocol(rows=3, sha256="a", few_shot=0, metric="acc")}},
+            f"tasks.boolq.rows: 4 against 3; tasks.boolq.sha256: '{'d' * 64}' against 'a'",
+        ),
+        ({"prompts": ["lamp"]}, r"prompts: \['river stone'\] against \['lamp'\]"),
+        ({"dtype": "bfloat16"}, "dtype: 'float32' against 'bfloat16'"),
+        ({"versions": {"torch": "3"}}, "versions.torch: '2' against '3'"),
+    ],
+)
+def test_every_difference_is_named_with_both_values_and_what_to_do(changes, message):
+    wanted = f"results/dense and this one are not of the same protocol, wanted equal values of {message}; run it again"
+    with pytest.raises(ComparisonError, match=wanted):
+        require(PROTOCOL, replace(PROTOCOL, **changes))
+
+
+def test_a_protocol_is_read_as_it_was_written(tmp_path):
+    write_protocol(tmp_path / "protocol.json", PROTOCOL, evaluation={"name": "tiny"}, delta=None)
+    assert read_protocol(tmp_path / "protocol.json") == PROTOCOL
+    written = json.loads((tmp_path / "protocol.json").read_text())
+    assert written == {**asdict(PROTOCOL), "evaluation": {"name": "tiny"}, "delta": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "protocol.json: not found; has the stage that writes it run?"),
+        ("{", "protocol.json: not JSON"),
+        ("[]", r"protocol.json: found a protocol of \[\], wanted base, corpus, corpus_sha256"),
+        ('{"corpus": "a", "tokens": 8}', "protocol.json: found a protocol of corpus, tokens, wanted base, corpus"),
+        (
+            json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": {"boolq": {"rows": 4}}}),
+            r"protocol.json: tasks: found {'boolq': {'rows': 4}}, wanted tasks by name \(.*missing",
+        ),
+        (
+            json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": ["boolq"]}),
+            r"protocol.json: tasks: found \['boolq'\], wanted tasks by name",
+        ),
+    ],
+)
+def test_a_file_that_is_no_protocol_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "protocol.json").write_text(content)
+    with pytest.raises(ComparisonError, match=message):
+        read_protocol(tmp_path / "protocol.json")
+
+
+def test_versions_are_of_the_packages_that_compute():
+    assert set(versions()) == {"torch", "transformers", "tokenizers", "lm-eval"}

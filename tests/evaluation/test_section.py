@@ -1,0 +1,99 @@
+import re
+
+import pytest
+
+from stages import schema
+from stages.errors import ConfigError
+from stages.evaluation.section import Evaluation, Generations, Perplexity, check_text
+from stages.evaluation.tasks import TASKS
+
+
+def evaluation(**changes) -> Evaluation:
+    facts = {"name": "t", "device": "cpu", "dtype": "auto", "tasks": ["boolq"], "rows": 4, "batch_size": 2, "streamed": False}
+    perplexity = Perplexity(corpus="articles", window_length=64, windows=4)
+    return Evaluation(**{**facts, "perplexity": perplexity, "generations": Generations(new_tokens=3, prompts=["a"]), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu"}, "evaluation.device: found 'tpu', wanted auto, cpu or cuda[:N]"),
+        ({"device": "cuda:x"}, "evaluation.device: found 'cuda:x', wanted auto, cpu or cuda[:N]"),
+        ({"dtype": "int8"}, "evaluation.dtype: found 'int8', wanted one of auto, bfloat16, float16, float32"),
+        ({"tasks": ["guess"]}, "evaluation.tasks: found 'guess', wanted one of boolq, rte"),
+        ({"tasks": ["boolq", "boolq"]}, "evaluation.tasks: found ['boolq', 'boolq'], wanted each task once"),
+        ({"rows": 1}, "evaluation.rows: found 1, wanted null or at least 2 rows, for a standard error"),
+        ({"batch_size": 0}, "evaluation.batch_size: found 0, wanted at least 1"),
+        ({"streamed": True}, "evaluation.generations.prompts: found ['a'], wanted none with evaluation.streamed"),
+        (
+            {"perplexity": Perplexity(corpus="a", window_length=1, windows=4)},
+            "evaluation.perplexity.window_length: found 1, wanted at least 2 tokens",
+        ),
+        (
+            {"perplexity": Perplexity(corpus="a", window_length=2, windows=1)},
+            "evaluation.perplexity.windows: found 1, wanted null or at least 2 windows, for a standard error",
+        ),
+        ({"generations": Generations(new_tokens=0, prompts=[])}, "evaluation.generations.new_tokens: found 0, wanted at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_named(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        schema.check(evaluation(**changes), "evaluation")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "cuda:3"},
+        {"rows": None},
+        {"tasks": list(TASKS)},
+        {"tasks": []},
+        {"streamed": True, "generations": Generations(new_tokens=3, prompts=[])},
+    ],
+)
+def test_what_is_in_range_is_taken(changes):
+    schema.check(evaluation(**changes), "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "columns"),
+    [
+        ("articles", {"articles": None, "boolq": None}),
+        ("articles", {"articles": ("text",), "boolq": ("passage", "question", "idx", "label")}),
+        ("lambada", {"lambada": None, "boolq": None}),  # a task whose rows are texts, too
+    ],
+)
+def test_a_corpus_of_texts_is_taken(corpus, columns):
+    check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4)), columns)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "columns", "message"),
+    [
+        ("boolq", {"boolq": None}, 'a corpus of rows with "text", not with passage, question, label'),
+        (
+            "boolq",
+            {"boolq": ("passage", "question", "idx", "label")},
+            'a corpus of rows with "text", not with passage, question, idx, label',
+        ),
+        ("chat", {"chat": ("messages",), "boolq": None}, 'a corpus of rows with "text", not with messages'),
+        ("articles", {"boolq": None}, "one of boolq"),
+    ],
+)
+def test_a_corpus_without_texts_is_refused(corpus, columns, message):
+    wanted = f"evaluation.perplexity.corpus: found {corpus!r}, wanted {message}"
+    with pytest.raises(ConfigError, match=re.escape(wanted)):
+        check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4)), columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, r"one of \(text.evaluation is empty\)"),
+        ({"articles": None}, "one of articles"),
+        ({"articles": None, "boolq": ("text",)}, "a task whose reader in text.evaluation gives passage, question, label"),
+    ],
+)
+def test_a_task_without_its_rows_is_refused(columns, message):
+    with pytest.raises(ConfigError, match=f"evaluation.tasks: found 'boolq', wanted {message}"):
+        check_text(evaluation(), columns)

@@ -1,0 +1,71 @@
+import pytest
+
+from stages.errors import TextError
+from stages.evaluation.tasks import TASKS, read_task
+from tests import tiny
+from tests.evaluation.rows import GOOD
+
+
+def test_every_task_says_where_it_was_published():
+    for task in TASKS.values():
+        assert task.citation is not None
+        assert task.citation.url in task.reference
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_are_read_with_the_columns_of_the_task(tmp_path, name):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [{**GOOD[name], "extra": 1}] * 5)
+    assert read_task(TASKS[name], path, 3) == [GOOD[name]] * 3
+    assert len(read_task(TASKS[name], path, None)) == 5
+    assert set(GOOD[name]) == set(TASKS[name].columns)
+
+
+def test_one_row_has_no_standard_error(tmp_path):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD["piqa"]])
+    with pytest.raises(TextError, match=r"a\.jsonl: found 1 row, wanted at least 2, for a standard error"):
+        read_task(TASKS["piqa"], path, None)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_missing_column_is_named(tmp_path, name):
+    for column in TASKS[name].columns:
+        bad = {key: value for key, value in GOOD[name].items() if key != column}
+        path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD[name], bad])
+        with pytest.raises(TextError, match=rf'a\.jsonl, line 2: found .*, wanted "{column}"'):
+            read_task(TASKS[name], path, None)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("value", [None, 7.5, [], {}])
+def test_a_column_that_holds_something_else_is_named(tmp_path, name, value):
+    for column in TASKS[name].columns:
+        path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD[name], {**GOOD[name], column: value}])
+        with pytest.raises(TextError, match=rf'a\.jsonl, line 2, "{column}": found .*, wanted'):
+            read_task(TASKS[name], path, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("boolq", {"label": 2}, '"label": found 2, wanted 0 or 1'),
+        ("boolq", {"label": "yes"}, '"label": found "yes", wanted 0 or 1'),
+        ("boolq", {"label": 1.0}, '"label": found 1.0, wanted 0 or 1'),
+        ("piqa", {"label": -1}, '"label": found -1, wanted 0 or 1'),
+        ("hellaswag", {"label": ""}, '"label": found "", wanted the number of an ending, from 0'),
+        ("hellaswag", {"label": "2"}, '"label": found "2", wanted the number of an ending, from 0'),
+        ("winogrande", {"answer": "3"}, '"answer": found "3", wanted "1" or "2"'),
+        ("winogrande", {"sentence": "no gap"}, '"sentence": found "no gap", wanted a string with a gap, _'),
+        ("arc_easy", {"answerKey": "E"}, '"answerKey": found "E", wanted a label of "choices"'),
+        ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B"]}}, '"choices": found .*, wanted an object with "text" and "label"'),
+        ("openbookqa", {"choices": {"text": [], "label": []}}, '"choices": found .*, wanted an object with "text" and "label"'),
+    ],
+)
+def test_an_answer_that_is_no_choice_is_named(tmp_path, name, changes, message):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD[name], {**GOOD[name], **changes}])
+    with pytest.raises(TextError, match=rf"a\.jsonl, line 2, {message}"):
+        read_task(TASKS[name], path, None)
+
+
+def test_rows_beyond_the_limit_are_not_read(tmp_path):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD["piqa"]] * 2 + [{}])
+    assert len(read_task(TASKS["piqa"], path, 2)) == 2

@@ -1,0 +1,256 @@
+"""The evaluate stage on a small base: dense, then sparse, in a directory of its own."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from stages import evaluate
+from stages.checkpoint.reader import Checkpoint
+from stages.config import LocalBase
+from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
+from stages.evaluation.section import Evaluation, Generations, Perplexity
+from stages.files import read_json
+from stages.sources import base as checkpoints
+from tests import tiny
+from tests.evaluation import delta as deltas
+
+PERPLEXITY = Perplexity(corpus="articles", window_length=64, windows=4)
+EVALUATION = Evaluation(
+    name="tiny",
+    device="cpu",
+    dtype="float32",
+    perplexity=PERPLEXITY,
+    tasks=["boolq", "piqa"],
+    rows=4,
+    batch_size=4,
+    streamed=False,
+    generations=Generations(new_tokens=3, prompts=["river stone"]),
+)
+WORDS = tiny.sentences(12, seed=3, length=8)
+BOOLQ = [{"question": WORDS[i], "passage": WORDS[-1], "idx": i, "label": i % 2} for i in range(8)]
+PIQA = [{"goal": WORDS[i], "sol1": "lamp", "sol2": "river", "label": i % 2} for i in range(8)]
+
+
+def run(part: str, evaluation: Evaluation = EVALUATION) -> None:
+    evaluate.main.function(part=part, evaluation=evaluation)
+
+
+def write_text(root) -> None:
+    directory = root / "artifacts/text/evaluation"
+    tiny.write_lines(directory / "articles.jsonl", [{"text": text} for text in tiny.sentences(20, seed=5)])
+    tiny.write_lines(directory / "others.jsonl", [{"text": text} for text in tiny.sentences(20, seed=6)])
+    tiny.write_lines(directory / "boolq.jsonl", BOOLQ)
+    tiny.write_lines(directory / "piqa.jsonl", PIQA)
+
+
+@pytest.fixture(scope="module")
+def evaluated(canonical, tmp_path_factory):
+    """A directory with a base, text, a delta and the dense model's results."""
+    root = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(canonical, root / "artifacts/base")
+    write_text(root)
+    deltas.write(root / "artifacts/sparse", Checkpoint(root / "artifacts/base"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        run("dense")
+    return root
+
+
+@pytest.fixture()
+def root(evaluated, tmp_path, monkeypatch):
+    """A copy of it, in which the test runs."""
+    shutil.copytree(evaluated, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def forbid_weights(root) -> None:
+    """Make every weight NaN, which no stage reads without an error."""
+    for shard in (root / "artifacts/base").glob("*.safetensors"):
+        content = shard.read_bytes()
+        data = 8 + int.from_bytes(content[:8], "little")
+        shard.write_bytes(content[:data] + b"\xff" * (len(content) - data))
+
+
+def test_the_dense_model_is_evaluated_without_a_delta(root):
+    shutil.rmtree(root / "artifacts/sparse")
+    before = read_json(root / "results/dense/metrics.json")
+    run("dense")
+    assert read_json(root / "results/dense/metrics.json") == before
+    assert {"perplexity", "perplexity_stderr", "boolq", "boolq_stderr", "piqa", "accuracy_mean", "accuracy_mean_stderr"} <= set(before)
+    written = {path.name for path in (root / "results/dense").rglob("*") if path.is_file()}
+    details = {"scores.json", "windows.json", "generations.json", "protocol.json", "samples-boolq.jsonl", "samples-piqa.jsonl"}
+    assert written == {"metrics.json", "run.json", *details}
+
+
+def test_the_protocol_says_what_was_scored(root):
+    protocol = read_json(root / "results/dense/details/protocol.json")
+    assert (protocol["corpus"], protocol["window_length"], protocol["windows"], protocol["tokens"]) == ("articles", 64, 4, 256)
+    assert {name: task["rows"] for name, task in protocol["tasks"].items()} == {"boolq": 4, "piqa": 4}
+    assert (protocol["evaluation"]["name"], protocol["delta"]) == ("tiny", None)
+    assert protocol["base"] == Checkpoint(root / "artifacts/base").fingerprint
+
+
+def test_the_pruned_model_is_scored_beside_the_dense_one(root):
+    run("sparse")
+    dense, sparse = (read_json(root / f"results/{part}/metrics.json") for part in ("dense", "sparse"))
+    assert sparse["dense_perplexity"] == dense["perplexity"]
+    assert sparse["dense_accuracy_mean"] == dense["accuracy_mean"]
+    assert sparse["perplexity_ratio"] == pytest.approx(sparse["perplexity"] / dense["perplexity"])
+    rows = read_json(root / "results/sparse/accuracy.json")
+    assert [(row["model"], row["task"]) for row in rows] == [
+        ("dense", "boolq"),
+        ("dense", "piqa"),
+        ("sparse", "boolq"),
+        ("sparse", "piqa"),
+    ]
+    (generated,) = read_json(root / "results/sparse/details/generations.json")
+    assert set(generated) == {"prompt", "raw_dense", "raw_sparse", "chat_dense", "chat_sparse"}
+    (point,) = read_json(root / "results/sparse/frontier.json")
+    assert (point["method"], point["perplexity"]) == ("random", sparse["perplexity"])
+    assert not list(root.glob("results/**/details/accuracy.json"))
+    assert not [path for path in (root / "results").iterdir() if path.name.startswith(".")]
+
+
+def test_the_two_protocols_differ_in_the_delta_alone(root):
+    run("sparse")
+    dense, sparse = (read_json(root / f"results/{part}/details/protocol.json") for part in ("dense", "sparse"))
+    assert sparse.pop("delta") == deltas.SparseDelta(root / "artifacts/sparse", dense["base"]).fingerprint
+    dense.pop("delta")
+    assert dense == sparse
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perplexity": replace(PERPLEXITY, window_length=32)}, "window_length: 64 against 32; tokens: 256 against 128; windows_sha256: "),
+        ({"perplexity": replace(PERPLEXITY, windows=5)}, "windows: 4 against 5; tokens: 256 against 320"),
+        ({"perplexity": replace(PERPLEXITY, corpus="others")}, "corpus: 'articles' against 'others'; corpus_sha256: "),
+        ({"rows": 3}, "tasks.boolq.rows: 4 against 3; tasks.piqa.rows: 4 against 3"),
+        ({"tasks": ["boolq"]}, r"tasks.piqa: {'rows': 4, .*} against None"),
+        ({"generations": Generations(new_tokens=3, prompts=["lamp"])}, r"prompts: \['river stone'\] against \['lamp'\]"),
+        ({"generations": Generations(new_tokens=4, prompts=["river stone"])}, "new_tokens: 3 against 4"),
+        ({"dtype": "bfloat16"}, "dtype: 'float32' against 'bfloat16'"),
+    ],
+)
+def test_a_dense_model_that_was_scored_otherwise_is_refused_before_a_weight_is_read(root, changes, message):
+    forbid_weights(root)
+    wanted = f"results/dense and this evaluation of the pruned model are not of the same protocol, wanted equal values of {message}"
+    with pytest.raises(ComparisonError, match=wanted) as caught:
+        run("sparse", replace(EVALUATION, **changes))
+    assert "python -m stages.evaluate part=dense" in str(caught.value)
+    assert "dvc repro evaluate_dense" in str(caught.value)
+    assert not (root / "results/sparse").exists()
+
+
+def test_other_text_by_the_same_names_is_refused(root):
+    directory = root / "artifacts/text/evaluation"
+    tiny.write_lines(directory / "articles.jsonl", [{"text": text} for text in tiny.sentences(20, seed=7)])
+    tiny.write_lines(directory / "piqa.jsonl", [*PIQA[1:], PIQA[0]])
+    with pytest.raises(ComparisonError, match=r"values of corpus_sha256: '\w+' against '\w+'; windows_sha256: .*; tasks.piqa.sha256: "):
+        run("sparse")
+
+
+def test_another_base_is_refused(root):
+    other = tiny.write_checkpoint(root / "other", seed=1)
+    shutil.rmtree(root / "artifacts")
+    (root / "artifacts/base").mkdir(parents=True)
+    local = LocalBase(source="local", path=str(other), name="tests/other", fingerprint=None, license="mit")
+    checkpoints.fetch(local, root / "artifacts/base", downloads=root / "unused")
+    write_text(root)
+    deltas.write(root / "artifacts/sparse", Checkpoint(root / "artifacts/base"))
+    with pytest.raises(ComparisonError, match=r"wanted equal values of base: '\w{64}' against '\w{64}'; evaluate the dense model"):
+        run("sparse")
+
+
+def test_other_versions_are_refused(root):
+    path = root / "results/dense/details/protocol.json"
+    protocol = read_json(path)
+    protocol["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(protocol))
+    with pytest.raises(ComparisonError, match="wanted equal values of versions.torch: '1.0' against"):
+        run("sparse")
+
+
+def test_missing_dense_results_are_named_with_what_to_do(root):
+    shutil.rmtree(root / "results/dense")
+    with pytest.raises(ComparisonError, match=r"results/dense/details/protocol.json: not found; .*python -m stages.evaluate part=dense"):
+        run("sparse")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("protocol", "{", "not JSON"),
+        ("protocol", '{"corpus": "articles"}', "found a protocol of corpus, wanted base"),
+        ("windows", "[1.0, 2.0]", "wanted 4 finite losses, as protocol.json says"),
+        ("windows", '{"losses": 4}', "wanted 4 finite losses"),
+        ("windows", "[1.0, 2.0, 3.0, NaN]", "wanted 4 finite losses"),
+        ("scores", '{"boolq": {"accuracy": 0.5, "stderr": 0.1, "rows": 4}}', "wanted the scores of boolq, piqa"),
+        ("scores", '{"boolq": 1, "piqa": 2}', "wanted the scores of boolq, piqa"),
+        ("generations", "[]", r"wanted a row for each of \['river stone'\]"),
+        ("generations", '[{"prompt": "river stone"}]', r"wanted a row for each of \['river stone'\]"),
+        ("generations", "7", r"wanted a row for each of \['river stone'\]"),
+    ],
+)
+def test_damaged_dense_results_are_named_with_what_to_do(root, name, content, message):
+    (root / f"results/dense/details/{name}.json").write_text(content)
+    with pytest.raises(ComparisonError, match=rf"results/dense/details/{name}\.json: {message}.*python -m stages.evaluate part=dense"):
+        run("sparse")
+
+
+def test_a_missing_file_of_the_dense_results_is_named(root):
+    (root / "results/dense/details/windows.json").unlink()
+    with pytest.raises(ComparisonError, match="results/dense/details/windows.json: not found"):
+        run("sparse")
+
+
+def test_a_delta_of_another_base_is_refused(root):
+    manifest = root / "artifacts/sparse/delta.json"
+    facts = read_json(manifest)
+    facts["recipe"]["base"] = "0" * 64
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="artifacts/sparse: a delta of base 000000000000, wanted one of base"):
+        run("sparse")
+
+
+@pytest.mark.parametrize("part", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("articles", [{"question": "a"}], 'articles.jsonl, line 1: found question, wanted "text"'),
+        ("articles", [{"text": None}], 'articles.jsonl, line 1, "text": found null, wanted a string'),
+        ("articles", [], "articles.jsonl: found no rows"),
+        ("boolq", [BOOLQ[0], {"text": "a"}], 'boolq.jsonl, line 2: found text, wanted "passage"'),
+        ("piqa", [PIQA[0], {**PIQA[1], "label": None}], 'piqa.jsonl, line 2, "label": found null, wanted 0 or 1'),
+    ],
+)
+def test_text_that_cannot_be_scored_is_named_before_a_weight_is_read(root, part, name, rows, message):
+    forbid_weights(root)
+    tiny.write_lines(root / f"artifacts/text/evaluation/{name}.jsonl", rows)
+    with pytest.raises(TextError, match=f"artifacts/text/evaluation/{message}"):
+        run(part)
+
+
+def test_a_corpus_of_empty_texts_is_too_small(root):
+    tiny.write_lines(root / "artifacts/text/evaluation/articles.jsonl", [{"text": ""}])
+    with pytest.raises(ConfigError, match="evaluation.perplexity: the corpus has 0 tokens, wanted 4 windows of 64"):
+        run("dense")
+
+
+def test_weights_that_are_not_finite_are_refused(root):
+    """What the tests above rely on."""
+    forbid_weights(root)
+    with pytest.raises(CheckpointError, match="found NaN or infinity"):
+        run("dense")
+
+
+def test_a_streamed_evaluation_is_compared_with_a_streamed_one(root):
+    streamed = replace(EVALUATION, streamed=True, generations=Generations(new_tokens=3, prompts=[]))
+    with pytest.raises(ComparisonError, match=r"prompts: \['river stone'\] against \[\]"):
+        run("sparse", streamed)
+    run("dense", streamed)
+    run("sparse", streamed)
+    assert read_json(root / "results/sparse/details/generations.json") == []
