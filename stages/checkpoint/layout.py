@@ -1,8 +1,8 @@
-"""Which part of which parameter a tensor of the checkpoint is.
+"""Which slice of which parameter a tensor of the checkpoint fills.
 
-A checkpoint's names are not always its model's: a prefix may be missing, a module renamed, and a mixture's experts, one
-matrix a tensor on disk, are one 3-D parameter in memory. transformers keeps the table of these conversions; it is read here,
-and a conversion that moves values about within a tensor is refused.
+The names in a checkpoint and in its model may differ: a prefix is missing, or a module is renamed. The experts of a mixture
+are one matrix a tensor on disk and one 3-D parameter in memory. transformers has a table of these conversions, which is read
+here. A conversion that reorders the values within a tensor is refused.
 """
 
 import re
@@ -20,11 +20,11 @@ from stages.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSlice:
-    """A tensor of the checkpoint as a part of a parameter or buffer.
+    """The slice of a parameter or buffer that a tensor of the checkpoint fills.
 
     name: of the parameter, in the model.
     expert: its index along the first dimension, or None where the tensor is the whole parameter.
-    rows: first and end row among those of the expert, or None for all.
+    rows: the first row of the expert and the one after the last, or None for all rows.
     """
 
     name: str
@@ -33,18 +33,21 @@ class ParameterSlice:
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The view of the parameter that this tensor fills."""
-        part = parameter if self.expert is None else parameter[self.expert]
-        return part if self.rows is None else part[slice(*self.rows)]
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
 
 
 def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, ParameterSlice]:
-    """Where every tensor of the checkpoint belongs: its name -> parameter_slice; without those that transformers knows to ignore.
+    """Find the slice that every tensor of the checkpoint fills.
 
     Args:
         model: may be without weights.
 
+    Returns:
+        Name of the tensor -> slice, without the tensors that transformers ignores.
+
     Raises:
-        CheckpointError: names a tensor that only the checkpoint or only the model has, that has two shapes, or whose
+        CheckpointError: names a tensor that only the checkpoint or only the model has, whose shapes in the two differ, or whose
             conversion is not one of renaming, stacking experts and joining their rows.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -61,16 +64,16 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """Parameters that are other parameters under a second name, such as a tied output embedding."""
+    """Names of parameters that share their tensor with another parameter, such as a tied output embedding."""
     return set(getattr(model, "all_tied_weights_keys", {}))
 
 
 class _Target(NamedTuple):
-    """A parameter, and which of an expert's parts in it: 0 for the gate's rows, 1 for those of the up-projection."""
+    """A parameter, its expert, and which of the matrices that are joined by rows: 0 for the gate, 1 for the up-projection."""
 
     name: str
     expert: int | None = None
-    part: int = 0
+    matrix: int = 0
 
 
 def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Target]:
@@ -80,7 +83,7 @@ def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, t
     targets = {}
     for name in checkpoint:
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
-        if parameter not in shapes:  # a tensor that the table does not mean: it may still lack the prefix
+        if parameter not in shapes:  # the table does not hold for this tensor, whose prefix may still be missing
             parameter, pattern = rename_source_key(name, [], [], model.base_model_prefix, shapes)
         if pattern is None:
             targets[name] = _Target(parameter)
@@ -97,7 +100,7 @@ def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, t
 def _slice(target: _Target, heights: dict[_Target, int]) -> ParameterSlice:
     if target.expert is None:
         return ParameterSlice(name=target.name)
-    first = sum(heights.get(target._replace(part=before), 0) for before in range(target.part))
+    first = sum(heights.get(target._replace(matrix=before), 0) for before in range(target.matrix))
     return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + heights[target]))
 
 
@@ -112,7 +115,7 @@ def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverte
 
 
 def _ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers leaves this tensor of old checkpoints aside: masks and frequencies that it computes itself."""
+    """Whether transformers ignores this tensor of old checkpoints: masks and frequencies, which it computes itself."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
     return any(re.search(pattern, name) for pattern in patterns)
 
@@ -120,7 +123,7 @@ def _ignored(model: PreTrainedModel, name: str) -> bool:
 def _require_whole(
     model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], slices: dict[str, ParameterSlice]
 ) -> None:
-    """Every parameter is filled, and by tensors of its own shape."""
+    """Refuse a checkpoint whose tensors do not fill every parameter, or differ from it in shape."""
     where, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)
     for name, parameter_slice in slices.items():
         parameter = torch.empty(shapes[parameter_slice.name], device="meta")

@@ -66,7 +66,7 @@ def shard_header(path: Path) -> dict[str, StoredTensor]:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             stated = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"shard {path}: found {size} bytes that are no safetensors file ({error}); is it truncated?") from error
+        raise CheckpointError(f"shard {path}: found {size} bytes that are no whole safetensors file ({error}); is it truncated?") from error
     header, end = {}, size
     for name, (shape, dtype) in reversed(stated.items()):
         if dtype not in DTYPES:

@@ -273,7 +273,9 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
         raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
     model.config._name_or_path = ""
     model.save_pretrained(directory, max_shard_size=SHARD)
-    AutoTokenizer.from_pretrained(path.parent, **stated).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **stated)
+    tokenizer.init_kwargs["local_files_only"] = False  # true of this call alone, yet transformers would write it down
+    tokenizer.save_pretrained(directory)
 
 
 def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
