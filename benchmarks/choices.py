@@ -3,7 +3,7 @@
 python -m benchmarks.choices
 """
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from benchmarks.markers import write_between
@@ -47,14 +47,19 @@ def markers(name: str) -> tuple[str, str]:
 def markdown(table: Table) -> str:
     """One line an entry."""
     lines = ["| name | what it is | parameters |", "|---|---|---|"]
-    lines += [f"| `{name}` | {entry.reference} | {parameters(table, entry)} |".replace("|W|", "\\|W\\|").replace("||X||", "\\|\\|X\\|\\|") for name, entry in table.items()]
+    lines += [f"| `{name}` | {escaped(entry.reference)} | {parameters(table, entry)} |" for name, entry in table.items()]
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """With the bars of absolute values and norms, which would end a cell."""
+    return text.replace("|", "\\|")
 
 
 def parameters(table: Table, entry: Entry) -> str:
     """Each with its range, where it has one."""
     shown = []
-    for field in fields(entry.parameters):
+    for field in fields(entry.parameters) if is_dataclass(entry.parameters) else ():
         if field.name != table.key:
             condition = field.metadata.get(CHECK)
             shown.append(f"`{field.name}`" + (f": {condition.wanted}" if condition else ""))

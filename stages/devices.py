@@ -5,8 +5,8 @@ import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,12 +16,14 @@ from stages.schema import checked, one_of, require
 CPU_FACTS = Path("/proc/cpuinfo")
 
 
-@dataclass(kw_only=True, slots=True)
-class DeviceSection:
-    """device, dtype: of the computation, see choose_device and choose_dtype."""
+def device_field() -> Any:
+    """A key for a device, see choose_device."""
+    return checked(lambda device: re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None, "auto, cpu or cuda[:N]")
 
-    device: str = checked(lambda device: re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None, "auto, cpu or cuda[:N]")
-    dtype: str = one_of("auto", "bfloat16", "float16", "float32")
+
+def dtype_field() -> Any:
+    """A key for a dtype, see choose_dtype."""
+    return one_of("auto", "bfloat16", "float16", "float32")
 
 
 def device_name(device: torch.device) -> str:

@@ -17,10 +17,10 @@ import torch
 from lm_eval.api.model import LM
 from transformers import PreTrainedTokenizerBase
 
-from stages import record
+from stages import devices, record
 from stages.checkpoint.model import Apply, load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
-from stages.config import stage
+from stages.config.entry import stage
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import FEW_SHOT, WholeModel, zero_shot
 from stages.evaluation.perplexity import cut_windows, window_losses
@@ -36,7 +36,10 @@ from stages.streaming.architecture import Decoder
 log = logging.getLogger(__name__)
 
 
-@stage(parts={"dense": ("evaluation",), "sparse": ("evaluation",)})
+TRACKED = ("evaluation", *(f"environment.{library}" for library in ("torch", "transformers", "tokenizers", "datasets", "lm_eval")))
+
+
+@stage(parts={"dense": TRACKED, "sparse": TRACKED})
 def main(part: str, evaluation: Evaluation) -> None:
     stopwatch = record.Stopwatch()
     setup = prepare(evaluation)
@@ -96,7 +99,7 @@ def prepare(evaluation: Evaluation) -> Setup:
         ConfigError: no such device, or windows that the model or the corpus does not allow.
         TextError: a row of the corpus or of a task is not what it should be; names file and line.
     """
-    device = record.choose_device("evaluation.device", evaluation.device)
+    device = devices.choose_device("evaluation.device", evaluation.device)
     base, tokenizer, perplexity = Checkpoint(BASE), load_tokenizer(BASE), evaluation.perplexity
     base.require_context(perplexity.window_length, "evaluation.perplexity.window_length")
     return Setup(
@@ -106,7 +109,7 @@ def prepare(evaluation: Evaluation) -> Setup:
         windows=cut_windows(texts(rows_file(perplexity.corpus)), tokenizer, perplexity.window_length, perplexity.windows),
         rows={task: read_task(TASKS[task], rows_file(task), evaluation.rows) for task in evaluation.tasks},
         device=device,
-        dtype=record.choose_dtype(evaluation.dtype, device),
+        dtype=devices.choose_dtype(evaluation.dtype, device),
     )
 
 
@@ -161,7 +164,7 @@ def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
     """Score a model in memory."""
     evaluation = setup.evaluation
     model = load_model(setup.base, apply, dtype=setup.dtype, device=setup.device)
-    with record.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
+    with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
         losses = window_losses(model, setup.windows)
     harness = WholeModel(pretrained=model, tokenizer=setup.tokenizer, batch_size=evaluation.batch_size)
     scores, samples = score_tasks(harness, setup, scratch)
@@ -172,7 +175,7 @@ def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
 def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
     """Score a model of which one block is in memory at a time; it generates no text."""
     model = StreamedModel(decoder=Decoder(setup.base, setup.dtype, setup.device), apply=apply, scratch=scratch)
-    with record.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
+    with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
         losses = model.window_losses(setup.windows)
     harness = StreamedHarness(model, setup.tokenizer, setup.evaluation.batch_size)
     scores, samples = score_tasks(harness, setup, scratch)
@@ -181,7 +184,7 @@ def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
 
 def score_tasks(model: LM, setup: Setup, scratch: Path) -> tuple[Scores, Samples]:
     """Scores and samples of each task."""
-    with record.gpu_memory("evaluation.batch_size", setup.evaluation.batch_size):
+    with devices.gpu_memory("evaluation.batch_size", setup.evaluation.batch_size):
         return zero_shot(model, setup.rows, scratch)
 
 

@@ -19,7 +19,7 @@ from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Window, shares
 from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
-from stages.config import stage
+from stages.config.entry import stage
 from stages.errors import CalibrationError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json
 from stages.rows import Rows
@@ -27,7 +27,7 @@ from stages.rows import Rows
 log = logging.getLogger(__name__)
 
 
-@stage("calibration")
+@stage("calibration", "environment.transformers", "environment.tokenizers")
 def main(calibration: Calibration) -> None:
     base = Checkpoint(BASE)
     base.require_context(calibration.window_length, "calibration.window_length")

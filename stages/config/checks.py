@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from stages.calibration import section as calibration
+from stages.evaluation import section as evaluation
 from stages.pruning.allocations import ALLOCATIONS
-from stages.schema import require, require_one_of
+from stages.schema import require
+from stages.sources.readers import READERS
 
 
 def check_together(sections: dict[str, Any]) -> None:
@@ -17,14 +20,11 @@ def check_together(sections: dict[str, Any]) -> None:
 
 
 def _check_text(sections: dict[str, Any]) -> None:
-    """Every corpus and task that is named is also fetched."""
-    text, calibration, evaluation = sections["text"], sections["calibration"], sections["evaluation"]
-    for name in calibration.sources:
-        require_one_of("calibration.sources", name, list(text.calibration) or ["(text.calibration is empty)"])
-    fetched = list(text.evaluation) or ["(text.evaluation is empty)"]
-    require_one_of("evaluation.perplexity.corpus", evaluation.perplexity.corpus, fetched)
-    for name in evaluation.tasks:
-        require_one_of("evaluation.tasks", name, fetched)
+    """Every corpus and task that is named is fetched, and has the columns that it is read for."""
+    text = sections["text"]
+    columns = {part: {name: READERS.of(source).columns for name, source in sources.items()} for part, sources in text.parts.items()}
+    calibration.check_text(sections["calibration"], columns["calibration"])
+    evaluation.check_text(sections["evaluation"], columns["evaluation"])
 
 
 def _check_pruning(sections: dict[str, Any]) -> None:

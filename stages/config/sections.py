@@ -65,7 +65,9 @@ def typed(key: str, node: Any, shape: Shape) -> Any:
             setattr(section, field.name, typed(f"{key}.{field.name}", node[field.name], field.metadata[TABLE]))
         elif CHOICES in field.metadata:
             require(isinstance(node[field.name], DictConfig), f"{key}.{field.name}", node[field.name], "sections by name")
-            inner = {str(name): typed(f"{key}.{field.name}.{name}", value, field.metadata[CHOICES]) for name, value in node[field.name].items()}
+            inner = {
+                str(name): typed(f"{key}.{field.name}.{name}", value, field.metadata[CHOICES]) for name, value in node[field.name].items()
+            }
             setattr(section, field.name, inner)
     return section
 

@@ -1,11 +1,11 @@
 """The section `evaluation`: what the dense and the pruned model are scored on."""
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from stages.devices import device_field, dtype_field
 from stages.evaluation.tasks import TASKS
-from stages.schema import checked, number, one_of, require, require_one_of
+from stages.schema import number, require, require_one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,8 +42,8 @@ class Evaluation:
     """
 
     name: str
-    device: str = checked(lambda device: re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None, "auto, cpu or cuda[:N]")
-    dtype: str = one_of("auto", "bfloat16", "float16", "float32")
+    device: str = device_field()
+    dtype: str = dtype_field()
     perplexity: Perplexity
     tasks: list[str]
     rows: int | None = number(minimum=2, unit="rows, for a standard error")

@@ -1,19 +1,19 @@
 """A method: a score, who competes by it, and an update.
 
-    mask, values = update(score(W, X), pattern)
+mask, values = update(score(W, X), pattern)
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from stages.pruning.entries import Pruned
-from stages.pruning.patterns import Nm, Pattern
+from stages.pruning.patterns import Pattern
 from stages.pruning.scores import SCORES
 from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
 from stages.pruning.updates import UPDATES
-from stages.schema import choice, number, one_of, require, require_one_of
+from stages.schema import choice, number, one_of, require
 
 STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gram)  # each of the last two has squared norms, too
 
@@ -122,9 +122,7 @@ def prune_matrix(weight: torch.Tensor, inputs: torch.Tensor, method: Method, pat
         ValueError: the shapes do not fit each other or the pattern, or a score is NaN or infinite.
     """
     if weight.dim() != 2 or inputs.dim() != 2 or weight.shape[1] != inputs.shape[1]:
-        raise ValueError(
-            f"found weight {list(weight.shape)} and inputs {list(inputs.shape)}, wanted [rows, columns] and [tokens, columns]"
-        )
+        raise ValueError(f"found weight {list(weight.shape)} and inputs {list(inputs.shape)}, wanted [rows, columns] and [tokens, columns]")
     pattern.check(weight.shape[1])
     statistic = method.statistic(weight.shape[1], weight.device)
     statistic.add(inputs[None])

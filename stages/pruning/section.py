@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from stages.devices import DeviceSection
+from stages.devices import device_field, dtype_field
 from stages.schema import number, one_of
 
 
 @dataclass(kw_only=True, slots=True)
-class Prune(DeviceSection):
+class Prune:
     """device, dtype: of the arithmetic; statistics are float32 always.
 
     micro_batch: windows per forward pass; null: by the kind of device.
@@ -17,6 +17,8 @@ class Prune(DeviceSection):
     memory_budget: of host memory, GiB; null: what is free.
     """
 
+    device: str = device_field()
+    dtype: str = dtype_field()
     micro_batch: int | None = number(minimum=1)
     propagate: str = one_of("pruned", "dense")
     error_tokens: int = number(minimum=1, unit="token")

@@ -21,10 +21,12 @@ class Reader(Entry):
     """A way to turn a published file into rows.
 
     read: gives the rows. takes: what `read` is called with: the bytes of a file, or the rows that `datasets` parsed.
+    columns: of each row; None where only the file tells.
     """
 
     read: Callable[[Any], Iterable[Row]]
     takes: Literal["bytes", "rows"]
+    columns: tuple[str, ...] | None = None
     parameters: type = NoneType  # a reader has none
 
 
@@ -171,20 +173,27 @@ def as_they_are(rows: Iterable[Row]) -> Iterable[Row]:
     return rows
 
 
+def _of_bytes(read: Callable[[bytes], list[Row]], columns: tuple[str, ...] | None, summary: str) -> Reader:
+    """A reader of the bytes of a file, named as its function."""
+    return Reader(name=read.__name__, read=read, takes="bytes", columns=columns, summary=summary)
+
+
+TEXT, MESSAGES = ("text",), ("messages",)
+CHOICES = ("choices", "answerKey", "id")
 READERS = Table(
     [
-        Reader(name="c4_lines", read=c4_lines, takes="bytes", summary="C4 pages, one a line, without repeats"),
-        Reader(name="wikiextractor", read=wikiextractor, takes="bytes", summary="Wikipedia articles in WikiExtractor's format"),
-        Reader(name="arrow", read=arrow, takes="bytes", summary="an Arrow stream, with its own columns"),
-        Reader(name="lambada_requests", read=lambada_requests, takes="bytes", summary="LAMBADA passages with their last word"),
-        Reader(name="boolq_requests", read=boolq_requests, takes="bytes", summary="BoolQ with the columns of SuperGLUE"),
-        Reader(name="choice_requests", read=choice_requests, takes="bytes", summary="ARC with its own columns"),
-        Reader(name="stem_requests", read=stem_requests, takes="bytes", summary="OpenBookQA with its own columns"),
-        Reader(name="gsm8k_chat", read=gsm8k_chat, takes="bytes", summary="GSM8K questions and worked answers, as dialogues"),
-        Reader(name="mbpp_chat", read=mbpp_chat, takes="bytes", summary="MBPP tasks and reference programs, as dialogues"),
-        Reader(name="coqa_chat", read=coqa_chat, takes="bytes", summary="CoQA conversations on Wikipedia and Gutenberg passages"),
+        _of_bytes(c4_lines, TEXT, "C4 pages, one a line, without repeats"),
+        _of_bytes(wikiextractor, TEXT, "Wikipedia articles in WikiExtractor's format"),
+        _of_bytes(arrow, None, "an Arrow stream, with its own columns"),
+        _of_bytes(lambada_requests, TEXT, "LAMBADA passages with their last word"),
+        _of_bytes(boolq_requests, ("question", "passage", "idx", "label"), "BoolQ with the columns of SuperGLUE"),
+        _of_bytes(choice_requests, ("question", *CHOICES), "ARC with its own columns"),
+        _of_bytes(stem_requests, ("question_stem", *CHOICES), "OpenBookQA with its own columns"),
+        _of_bytes(gsm8k_chat, MESSAGES, "GSM8K questions and worked answers, as dialogues"),
+        _of_bytes(mbpp_chat, MESSAGES, "MBPP tasks and reference programs, as dialogues"),
+        _of_bytes(coqa_chat, MESSAGES, "CoQA conversations on Wikipedia and Gutenberg passages"),
         Reader(name="datasets", read=as_they_are, takes="rows", summary="rows as `datasets` parses them"),
-        Reader(name="wikitext_articles", read=wikitext_articles, takes="rows", summary="WikiText's lines joined to articles"),
+        Reader(name="wikitext_articles", read=wikitext_articles, takes="rows", columns=TEXT, summary="WikiText's lines joined to articles"),
     ],
     key="reader",
 )

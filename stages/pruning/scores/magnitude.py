@@ -1,6 +1,6 @@
 """Magnitude: a weight is worth its absolute value.
 
-    S_ij = |W_ij|          # Han et al. 2015, arXiv:1506.02626
+S_ij = |W_ij|          # Han et al. 2015, arXiv:1506.02626
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Wanda: a weight is worth its absolute value times the norm of its input.
 
-    S_ij = |W_ij| * ||X_j||_2          # Sun et al. 2024, arXiv:2306.11695, eq. 1
+S_ij = |W_ij| * ||X_j||_2          # Sun et al. 2024, arXiv:2306.11695, eq. 1
 """
 
 import torch

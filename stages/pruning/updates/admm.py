@@ -41,6 +41,7 @@ class AdmmParameters:
     hold: int = number(minimum=1)
     refit_steps: int = number(minimum=0)
 
+
 Keep = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
