@@ -1,55 +1,57 @@
 """Which files under stages/ a stage of dvc.yaml runs, by the syntax trees of its modules.
 
-A module's code is what it imports, wherever the import stands, with one exception: an import inside `if part == "NAME":` of a stage's
-own module belongs to that part alone. What is imported by name (importlib) checks the sections of other stages and shapes no result.
+A module runs what it imports, wherever the import stands, with one exception: what is imported inside a function of a stage's own
+module whose name ends in _PART (evaluate_sparse) belongs to that part alone. What is imported by name (importlib) checks the sections of
+other stages and shapes no result.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import yaml
+
 from tests.project import ROOT
+
+COMMANDS = [stage["cmd"] for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()]
 
 
 def code_of(command: str) -> set[Path]:
     """The files of a stage's command, `python -m stages.NAME [part=PART]`."""
-    module, *arguments = command.split("-m ")[1].split()
-    part = arguments[0].removeprefix("part=") if arguments else None
+    module, part = _split(command)
+    others = {other for name, other in map(_split, COMMANDS) if name == module and other is not None} - {part}
     main = ROOT / (module.replace(".", "/") + ".py")
-    found, todo = {main}, files_of(_imports(ast.parse(main.read_text()), part))
+    found, todo = {main}, _files(_imports(ast.parse(main.read_text()), others))
     while todo:
         file = todo.pop()
         if file not in found:
             found.add(file)
-            todo |= files_of(_imports(ast.parse(file.read_text()), None))
-    return found | packages_of(found)
+            todo |= _files(_imports(ast.parse(file.read_text()), set()))
+    packages = {parent / "__init__.py" for file in found for parent in file.parents if parent.is_relative_to(ROOT / "stages")}
+    return found | {init for init in packages if init.is_file()}
 
 
-def _imports(node: ast.AST, part: str | None) -> Iterator[str]:
-    """Names of modules, and of what is taken from them, which may be modules too."""
+def _split(command: str) -> tuple[str, str | None]:
+    module, *arguments = command.split("-m ")[1].split()
+    return module, arguments[0].removeprefix("part=") if arguments else None
+
+
+def _imports(node: ast.AST, others: Iterable[str]) -> Iterator[str]:
+    """Names of modules, and of what is taken from them, which may be modules too; without those of functions of other parts."""
     if isinstance(node, ast.ImportFrom) and node.module:
         yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
     elif isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.If) and (name := _part_of(node.test)) is not None:
-        for inner in node.body if name == part else node.orelse:
-            yield from _imports(inner, part)
+    elif isinstance(node, ast.FunctionDef) and node.name.rpartition("_")[2] in others:
+        return
     elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return
     else:
         for inner in ast.iter_child_nodes(node):
-            yield from _imports(inner, part)
+            yield from _imports(inner, others)
 
 
-def _part_of(test: ast.expr) -> str | None:
-    """NAME where a condition reads `part == "NAME"`."""
-    if isinstance(test, ast.Compare) and isinstance(test.left, ast.Name) and test.left.id == "part" and isinstance(test.ops[0], ast.Eq):
-        (right,) = test.comparators
-        return right.value if isinstance(right, ast.Constant) else None
-    return None
-
-
-def files_of(names: Iterator[str]) -> set[Path]:
+def _files(names: Iterable[str]) -> set[Path]:
     """Those of the modules that lie under stages/; of a package that is a table of its modules, all of them."""
     found = set()
     for name in {name for name in names if name.split(".")[0] == "stages"}:
@@ -61,9 +63,3 @@ def files_of(names: Iterator[str]) -> set[Path]:
             if "Table.collected" in (path / "__init__.py").read_text():
                 found |= set(path.glob("*.py"))
     return found
-
-
-def packages_of(files: set[Path]) -> set[Path]:
-    """The __init__.py of every package that the files lie in, where there is one."""
-    inits = {parent / "__init__.py" for file in files for parent in file.parents if parent.is_relative_to(ROOT / "stages")}
-    return {init for init in inits if init.is_file()}
