@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from stages.checkpoint.reader import Checkpoint
-from stages.config import LocalBase
+from stages.sources.base import LocalBase
 from stages.sources import base as checkpoints
 from tests import tiny
 

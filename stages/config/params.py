@@ -82,6 +82,7 @@ def _with_choices(params: dict[str, Any], overrides: list[Override]) -> dict[str
     for experiment in experiments:
         groups += [group for group in _overridden_by(CONF / "experiment" / f"{experiment}.yaml") if group not in groups]
     groups = [group for group in groups if group.rpartition("/")[0] not in groups]  # a part of a section that is chosen whole
+    groups.sort(key=lambda group: group == "experiment")  # last: it overrides the others
     for group in groups:
         *path, last = group.split("/")
         section: Any = params

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.reader import INDEX, Checkpoint
-from stages.config import GgufBase, HubBase, LocalBase
+from stages.sources.base import GgufBase, HubBase, LocalBase
 from stages.errors import CheckpointError, SourceError, SparsesweepError
 from stages.files import sha256
 from stages.sources import base as checkpoints

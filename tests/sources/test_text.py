@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.config import HubText, LocalText, Text, WheelText
+from stages.sources.text import HubText, LocalText, Text, WheelText
 from stages.errors import ConfigError, SourceError
 from stages.files import read_json, read_lines, sha256
 from stages.sources import readers, text
