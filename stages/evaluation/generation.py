@@ -1,17 +1,17 @@
-"""What the model says: the same prompts raw and through the chat template, greedily."""
+"""Greedy continuations of prompts, raw and through the chat template."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int) -> list[dict[str, str]]:
-    """Greedy continuations.
+    """Continue each prompt greedily.
 
     Args:
         new_tokens: at most so many per prompt.
 
     Returns:
-        One entry a prompt: "prompt", "raw" and, where the tokenizer has a chat template, "chat".
+        A row for each prompt: "prompt", "raw" and, where the tokenizer has a chat template, "chat".
     """
     rows = []
     for prompt in prompts:

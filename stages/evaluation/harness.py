@@ -26,9 +26,11 @@ STOCK = Path(lm_eval.tasks.__file__).parent
 FEW_SHOT = 0  # examples in the prompt
 SEED = 0
 
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about the defaults that we override
+
 
 class WholeModel(HFLM):
-    """lm-eval's model, which else would not heed the switch for progress bars, see stages/__init__.py."""
+    """lm-eval's model, whose progress bars obey TQDM_DISABLE as all others do, see stages/__init__.py."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
@@ -71,7 +73,7 @@ def write_task(task: Task, rows: list[Row], scratch: Path) -> str:
 
 
 def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
-    """Accuracy of each task, no examples in the prompt.
+    """Score each task without examples in the prompt.
 
     Args:
         model: a WholeModel, or one that is streamed.
@@ -88,7 +90,6 @@ def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dic
     if not rows:
         return {}, {}
     names = {task: write_task(TASKS[task], rows[task], scratch) for task in rows}
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about the defaults that we override
     outcome = simple_evaluate(
         model=model,
         tasks=list(names.values()),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.errors import CheckpointError, ConfigError
 
-ROWS_AT_ONCE = 256  # tokens whose float32 logits are in memory together
+TOKENS_AT_ONCE = 256  # whose float32 logits are in memory together
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,8 +38,8 @@ class WindowLosses:
         return self.perplexity * standard_error(self.losses)
 
     def ratio(self, dense: "WindowLosses") -> tuple[float, float]:
-        """Perplexity over the dense model's and its standard error; windows are compared pair by pair."""
-        differences = [mine - theirs for mine, theirs in zip(self.losses, dense.losses, strict=True)]
+        """The ratio to the dense model's perplexity, and its standard error; windows are compared pair by pair."""
+        differences = [loss - before for loss, before in zip(self.losses, dense.losses, strict=True)]
         ratio = math.exp(sum(differences) / len(differences))
         return ratio, ratio * standard_error(differences)
 
@@ -51,7 +51,7 @@ def standard_error(values: list[float]) -> float:
 
 
 def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None) -> torch.Tensor:
-    """The evaluation windows.
+    """Join the documents and cut them into windows.
 
     Args:
         texts: documents in order; joined by an empty line, as WikiText's rows are.
@@ -98,8 +98,8 @@ def window_loss(logits: torch.Tensor, window: torch.Tensor, index: int) -> float
     Raises:
         CheckpointError: it is NaN or infinite.
     """
-    parts = zip(logits.split(ROWS_AT_ONCE), window[1:].split(ROWS_AT_ONCE), strict=True)
-    loss = sum(cross_entropy(part.float(), tokens, reduction="sum").item() for part, tokens in parts) / (len(window) - 1)
+    pieces = zip(logits.split(TOKENS_AT_ONCE), window[1:].split(TOKENS_AT_ONCE), strict=True)
+    loss = sum(cross_entropy(piece.float(), tokens, reduction="sum").item() for piece, tokens in pieces) / (len(window) - 1)
     if not math.isfinite(loss):
         raise CheckpointError(f"perplexity window {index}: found loss {loss}, wanted a finite number")
     return loss

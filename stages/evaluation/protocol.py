@@ -81,8 +81,8 @@ def read_protocol(path: Path) -> Protocol:
         raise ComparisonError(str(error)) from None
     wanted = [field.name for field in fields(Protocol)]
     if not isinstance(data, dict) or set(data) != {*wanted, *BESIDE}:
-        found = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
-        raise ComparisonError(f"{path}: found a protocol of {found}, wanted {', '.join(sorted([*wanted, *BESIDE]))}")
+        keys = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
+        raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*wanted, *BESIDE]))}")
     try:
         tasks = {name: TaskProtocol(**task) for name, task in data["tasks"].items()}
     except (TypeError, AttributeError) as error:
@@ -90,19 +90,19 @@ def read_protocol(path: Path) -> Protocol:
     return Protocol(**{name: data[name] for name in wanted} | {"tasks": tasks})
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Where two mappings differ: the dotted key, and both values; None stands for a key that one of them lacks."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in dict.fromkeys([*one, *other]):
-        left, right = one.get(key), other.get(key)
+    differing: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*first, *second]):
+        left, right = first.get(key), second.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found |= {f"{key}.{inner}": values for inner, values in differences(left, right).items()}
+            differing |= {f"{key}.{inner}": values for inner, values in differences(left, right).items()}
         elif left != right:
-            found[key] = left, right
-    return found
+            differing[key] = left, right
+    return differing
 
 
-def require_same(one: Protocol, other: Protocol, *, names: tuple[str, str], remedy: str) -> None:
+def require_same(first: Protocol, second: Protocol, *, names: tuple[str, str], remedy: str) -> None:
     """Refuse to compare results of different protocols.
 
     Args:
@@ -111,7 +111,7 @@ def require_same(one: Protocol, other: Protocol, *, names: tuple[str, str], reme
     Raises:
         ComparisonError: naming each key that differs, with both values.
     """
-    found = differences(asdict(one), asdict(other))
-    if found:
-        listed = "; ".join(f"{key}: {left!r} against {right!r}" for key, (left, right) in found.items())
+    differing = differences(asdict(first), asdict(second))
+    if differing:
+        listed = "; ".join(f"{key}: {left!r} against {right!r}" for key, (left, right) in differing.items())
         raise ComparisonError(f"{names[0]} and {names[1]} are not of the same protocol, wanted equal values of {listed}; {remedy}")

@@ -1,4 +1,4 @@
-"""The same scores from a model that is larger than memory: all sequences through it block by block."""
+"""Perplexity and zero-shot tasks of a model that is larger than memory: all sequences go through one block, then through the next."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def hidden(self, groups: list[torch.Tensor], batch: int) -> list[torch.Tensor]:
-        """Each group's outputs of the last block; the model is read once for all.
+        """The outputs of the last block for each group of sequences; the model is read once for all groups.
 
         Args:
             groups: each [sequences, tokens], int64. batch: sequences per forward pass.
@@ -68,15 +68,22 @@ class StreamedModel:
 
     @torch.no_grad()
     def window_losses(self, windows: torch.Tensor) -> WindowLosses:
-        """As perplexity.window_losses: one window a pass, [windows, tokens], int64."""
+        """Score each window on its own, as perplexity.window_losses does.
+
+        Args:
+            windows: [windows, tokens], int64.
+
+        Raises:
+            CheckpointError: a loss is NaN or infinite.
+        """
         (hidden,) = self.hidden([windows], batch=1)
         with self.head() as logits:
-            parts = zip(hidden, windows.to(self.decoder.device), strict=True)
-            return WindowLosses(losses=[window_loss(logits(states[:-1]), window, index) for index, (states, window) in enumerate(parts)])
+            pairs = zip(hidden, windows.to(self.decoder.device), strict=True)
+            return WindowLosses(losses=[window_loss(logits(states[:-1]), window, index) for index, (states, window) in enumerate(pairs)])
 
     @torch.no_grad()
     def continuation_scores(self, sequences: list[tuple[list[int], int]], batch: int) -> list[tuple[float, bool]]:
-        """How likely the end of each sequence is after its beginning.
+        """Score the last tokens of each sequence, given those before them.
 
         Args:
             sequences: tokens, and how many of the last ones are scored.
@@ -92,7 +99,7 @@ class StreamedModel:
         groups = [
             torch.tensor([(sequences[n][0][:-1] + [0] * length)[:length] for n in members]) for length, members in sorted(buckets.items())
         ]
-        found: dict[int, tuple[float, bool]] = {}
+        scores: dict[int, tuple[float, bool]] = {}
         outputs = self.hidden(groups, batch)
         with self.head() as logits:
             for (_, members), hidden in zip(sorted(buckets.items()), outputs, strict=True):
@@ -102,12 +109,12 @@ class StreamedModel:
                     wanted = torch.tensor(tokens[-scored:], device=self.decoder.device)
                     likely = torch.log_softmax(logits(states[end - scored : end]).float(), dim=-1)
                     total = likely.gather(1, wanted[:, None]).sum().item()
-                    found[number] = total, bool((likely.argmax(dim=-1) == wanted).all())
-        return [found[number] for number in range(len(sequences))]
+                    scores[number] = total, bool((likely.argmax(dim=-1) == wanted).all())
+        return [scores[number] for number in range(len(sequences))]
 
 
 class StreamedHarness(TemplateLM):
-    """A streamed model as lm-eval wants it; it scores continuations and does not generate."""
+    """lm-eval's interface to a streamed model, which scores continuations and generates no text."""
 
     def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__()

@@ -46,6 +46,14 @@ def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
     assert all(score["rows"] == 2 for score in scores.values())
 
 
+@pytest.mark.parametrize(("disabled", "shown"), [("1", False), ("", True)])
+def test_the_switch_for_progress_bars_holds_for_lm_evals(base, rows, tmp_path, monkeypatch, capfd, disabled, shown):
+    monkeypatch.setenv("TQDM_DISABLE", disabled)
+    whole = WholeModel(pretrained=load_model(base, None, dtype=torch.float32, device=CPU), tokenizer=tiny.tokenizer(), batch_size=2)
+    zero_shot(whole, {"lambada": rows["lambada"]}, tmp_path)
+    assert ("Running loglikelihood requests" in capfd.readouterr().err) == shown
+
+
 def test_a_task_that_lm_eval_does_not_have_is_named():
     with pytest.raises(ConfigError, match=r"evaluation.tasks: lm-eval [\d.]+ has no task 'guess' in its folder super_glue/boolq"):
         stock_definition(replace(TASKS["boolq"], stock="guess"))
