@@ -57,7 +57,6 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         SparsesweepError: the disk is full, and nothing half-written is left; or see `scratch_beside`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with full_disk(path, "nothing was kept of it"), scratch_beside(path) as scratch:
         remove(path)
         yield scratch
@@ -78,6 +77,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     """
     owned = path.with_name(f".{path.name}-scratch")
     scratch = owned / "files"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(owned / "lock", path):
         try:
             remove(scratch)
@@ -93,19 +93,27 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 def _locked(file: Path, path: Path) -> TextIO:
     """A lock file that this run alone has; closing it ends the lock."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            file.parent.mkdir()
         with ExitStack() as closing:
             try:
                 lock = closing.enter_context(file.open("a+"))
             except FileNotFoundError:  # the run before removed the directory at this moment
                 continue
             _wait_for(lock, path)
-            if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):  # not one that the run before removed
+            if _is_at(lock, file):  # and not removed by the run before
                 lock.truncate(0)
                 lock.write(f"process {os.getpid()} on {platform.node()}")
                 lock.flush()
                 closing.pop_all()
                 return lock
+
+
+def _is_at(lock: TextIO, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _wait_for(lock: TextIO, path: Path) -> None:

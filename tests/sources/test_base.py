@@ -1,15 +1,19 @@
+import dataclasses
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stages import schema
 from stages.checkpoint.reader import INDEX, Checkpoint
-from stages.sources.base import GgufBase, HubBase, LocalBase
-from stages.errors import CheckpointError, SourceError, SparsesweepError
+from stages.errors import CheckpointError, ConfigError, SourceError, SparsesweepError
 from stages.files import sha256
 from stages.sources import base as checkpoints
+from stages.sources import hub as hubs
+from stages.sources.base import BASES, GgufBase, HubBase, LocalBase, WheelBase
 from tests import tiny
 from tests.hub_server import COMMIT
 
@@ -34,6 +38,37 @@ def changed_config(directory, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+WHEEL = WheelBase(source="wheel", name="a/b", package="p", version="1", sha256="0" * 64, file="x.gguf", dtype="bfloat16", license="mit")
+GGUF = GgufBase(source="gguf", path="x.gguf", sha256="0" * 64, name="a/b", dtype="float16", license="mit")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (WHEEL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the wheel, 64 hexadecimal digits"),
+        (WHEEL, {"dtype": "int8"}, "dtype: found 'int8', wanted one of bfloat16, float16, float32"),
+        (WHEEL, {"name": ""}, "name: found '', wanted the ORG/NAME to put on the model card"),
+        (WHEEL, {"license": ""}, "license: found '', wanted the checkpoint's licence"),
+        (hub(), {"repo": None}, "repo: found None, wanted ORG/NAME of a repository"),
+        (hub(), {"revision": None}, "revision: found None, wanted a commit, tag or branch to pin"),
+        (local("d"), {"path": None}, "path: found None, wanted a directory with config.json and safetensors files"),
+        (local("d"), {"license": None}, "license: found None, wanted the checkpoint's licence"),
+        (local("d"), {"fingerprint": "00"}, "fingerprint: found '00', wanted null or a checkpoint's fingerprint, 64 hexadecimal digits"),
+        (GGUF, {"path": None}, "path: found None, wanted a GGUF file"),
+        (GGUF, {"sha256": None}, "sha256: found None, wanted the SHA-256 of the file, 64 hexadecimal digits"),
+    ],
+)
+def test_a_bad_section_names_its_key_what_was_found_and_what_is_wanted(section, changes, message):
+    with pytest.raises(ConfigError, match=f"^base.{message}"):
+        schema.check(dataclasses.replace(section, **changes), "base")
+
+
+@pytest.mark.parametrize("section", [WHEEL, hub(), local("d"), local("d", fingerprint="0" * 64), GGUF], ids=lambda section: section.source)
+def test_a_good_section_is_taken_and_names_its_entry(section):
+    schema.check(section, "base")
+    assert BASES.of(section).parameters is type(section)
+
+
 @pytest.fixture()
 def copy(source, tmp_path):
     return shutil.copytree(source, tmp_path / "copy")
@@ -52,6 +87,12 @@ def test_a_local_checkpoint_keeps_its_bytes_and_gets_a_record(source, canonical)
         assert provenance["files"][path.name] == sha256(path)
     assert provenance["license"] == "mit"
     assert (canonical / "chat_template.jinja").is_file()
+
+
+def test_provenance_has_the_section_without_private_paths(source, canonical):
+    provenance = json.loads((canonical / "provenance.json").read_text())
+    assert provenance["section"] == {**dataclasses.asdict(local(source)), "path": None}
+    assert str(source) not in (canonical / "provenance.json").read_text()
 
 
 def test_a_single_file_gets_the_canonical_name_and_an_index(tmp_path, out):
@@ -188,10 +229,13 @@ def test_a_full_disk_is_noticed_before_any_download(source, hub_repository, out,
     ("changes", "message"),
     [
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"model_type": "bart", "architectures": ["BartForCausalLM"]}, "'BartForCausalLM'.* is an encoder-decoder"),
+        ({"model_type": ["mistral"]}, r"model_type \['mistral'\] is unknown to transformers"),
         ({"architectures": ["MistralForSequenceClassification"]}, "MistralForSequenceClassification.*wanted MistralForCausalLM"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "wanted a decoder language model"),
         ({"model_type": "homemade", "auto_map": {"AutoModel": "x.Y"}}, "'homemade' is unknown to transformers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "found weights quantised by 'gptq'"),
+        ({"quantization_config": "gptq"}, "found weights quantised by 'gptq'"),
     ],
 )
 def test_what_is_no_decoder_is_refused(copy, out, tmp_path, changes, message):
@@ -204,7 +248,9 @@ def test_what_is_no_decoder_is_refused(copy, out, tmp_path, changes, message):
 def test_a_truncated_shard_is_named(copy, out, tmp_path):
     shard = sorted(copy.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=f"{shard.name}: found .* bytes, wanted .*: it is truncated"):
+    with pytest.raises(
+        CheckpointError, match=rf"{shard.name}: found \d+ bytes that are no whole safetensors file \(.*not fully covered\); is it truncated"
+    ):
         checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
 
 
@@ -238,3 +284,125 @@ def test_a_gguf_file_with_another_hash_is_refused(tmp_path, out):
 def test_the_index_of_the_fetched_checkpoint_names_every_tensor(canonical):
     index = json.loads((canonical / INDEX).read_text())["weight_map"]
     assert set(index) == set(tiny.model().state_dict())
+
+
+# What is taken of a repository or directory.
+
+
+def test_licences_in_a_folder_of_a_repository_are_left_out(source, hub_repository, tmp_path, out):
+    inner = {"LICENSES/MIT.txt": b"MIT", "LICENSE/a": b"a", "tokenizer/tokenizer.json": b"{}", "model/model.safetensors": b"x"}
+    repository = hub_repository(REPO, {**files_of(source), "LICENSE.md": b"MIT", **inner})
+    checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+    assert (out / "LICENSE.md").read_bytes() == b"MIT"
+    assert not {name for _, name, _ in repository.requests} & set(inner)
+    assert all(path.is_file() for path in out.iterdir())
+
+
+def test_a_folder_named_like_a_file_of_a_checkpoint_is_left_out(copy, out, tmp_path):
+    for name in ("LICENSE", "LICENSES", "tokenizer_extra.json"):
+        (copy / name).mkdir()
+        (copy / name / "MIT.txt").write_text("MIT")
+    checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+    assert all(path.is_file() for path in out.iterdir())
+    assert not (out / "LICENSE").exists()
+
+
+@pytest.mark.parametrize(("name", "message"), [("config.json", "found no config.json"), (INDEX, "found neither .* nor")])
+def test_a_folder_is_neither_configuration_nor_index(copy, out, tmp_path, name, message):
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(SourceError, match=f"local checkpoint .*: {message}"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+
+
+def test_a_snapshot_of_links_gives_files(source, tmp_path, out):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    shutil.copytree(source, blobs)
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
+    checkpoints.fetch(local(snapshot), out, downloads=tmp_path / "downloads")
+    for path in source.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "LICENSE"])
+@pytest.mark.parametrize(("target", "message"), [("nothing", "found no regular file, wanted one"), ("/proc/self/mem", "cannot be read ")])
+def test_a_file_that_cannot_be_read_is_named_before_anything_is_copied(copy, out, tmp_path, name, target, message):
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(target)
+    with pytest.raises(SourceError, match=f"/{name}: {message}"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+    assert not any(out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["nothing", "copy/config.json"])
+def test_a_path_without_a_directory_is_named(copy, out, tmp_path, name):
+    with pytest.raises(SourceError, match=f"base.path: found no directory .*{name} to read"):
+        checkpoints.fetch(local(tmp_path / name), out, downloads=tmp_path / "downloads")
+
+
+OUTSIDE = [
+    "../../x.safetensors",
+    "/etc/x.safetensors",
+    "inner/x.safetensors",
+    "..",
+    ".",
+    "",
+    "model.bin",
+    "a\\b.safetensors",
+    "a\n.safetensors",
+    7,
+]
+
+
+def with_shard(index: bytes, shard: object) -> bytes:
+    """The index, its last tensor in another shard."""
+    content = json.loads(index)
+    content["weight_map"]["model.norm.weight"] = shard
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_a_directorys_index_names_only_files_beside_it(copy, out, tmp_path, shard):
+    (copy / INDEX).write_bytes(with_shard((copy / INDEX).read_bytes(), shard))
+    with pytest.raises(
+        CheckpointError, match=r"index.json: found tensor 'model.norm.weight' in .*, wanted the name of a .safetensors file"
+    ):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+    assert not any(out.iterdir())
+
+
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_a_repositorys_index_names_only_files_beside_it(source, hub_repository, out, tmp_path, shard):
+    files = files_of(source)
+    repository = hub_repository(REPO, {**files, INDEX: with_shard(files[INDEX], shard), "inner/x.safetensors": b"x"})
+    with pytest.raises(
+        CheckpointError, match=r"index.json: found tensor 'model.norm.weight' in .*, wanted the name of a .safetensors file"
+    ):
+        checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+    assert not any(name.endswith(".safetensors") for _, name, _ in repository.requests)
+    assert not any(out.iterdir())
+
+
+def test_a_shard_that_the_repository_lacks_is_named(source, hub_repository, out, tmp_path):
+    files = files_of(source)
+    hub_repository(REPO, {**files, INDEX: with_shard(files[INDEX], "other.safetensors")})
+    with pytest.raises(SourceError, match="hub model org/tiny: found no file 'other.safetensors'"):
+        checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json", "data/../../x.json"])
+def test_a_file_name_that_leaves_the_repository_is_refused(hub_repository, tmp_path, name):
+    hub_repository(REPO, {name: b"{}"})
+    repository = hubs.resolve(REPO, "main", "model")
+    with pytest.raises(SourceError, match="hub model org/tiny: found the file name '.*x.json', wanted a path inside the repository"):
+        hubs.download(repository, [name], tmp_path / "downloads")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_gated_dataset_is_called_a_dataset(hub_repository):
+    hub_repository(f"datasets/{REPO}", {"a.json": b"{}"}, gated="manual")
+    with pytest.raises(SourceError, match="hub dataset org/tiny is gated"):
+        hubs.resolve(REPO, "main", "dataset")

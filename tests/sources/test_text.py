@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 
@@ -5,10 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.sources.text import HubText, LocalText, Text, WheelText
+from stages import schema
 from stages.errors import ConfigError, SourceError
 from stages.files import read_json, read_lines, sha256
 from stages.sources import readers, text
+from stages.sources.readers import READERS
+from stages.sources.text import TEXTS, HubText, LocalText, Text, WheelText
 from tests import tiny
 from tests.hub_server import COMMIT
 
@@ -23,7 +26,7 @@ def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path
     hub_repository("datasets/org/pages", {"en/first.json.gz": content})
     provenance = text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path, tmp_path / "downloads")
     assert read_lines(tmp_path / "calibration/pages.jsonl") == rows
-    facts = provenance["calibration/pages.jsonl"]
+    facts = provenance["files"]["calibration/pages.jsonl"]
     assert (facts["revision"], facts["rows"], facts["license"]) == (COMMIT, 30, "cc0-1.0")
     assert facts["sha256"] == sha256(tmp_path / "calibration/pages.jsonl")
     assert read_json(tmp_path / "provenance.json") == provenance
@@ -50,10 +53,40 @@ def test_a_local_file_with_another_hash_is_refused(tmp_path):
         text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path, tmp_path / "downloads")
 
 
-def test_an_unknown_reader_is_refused_before_any_download(tmp_path):
-    source = WheelText(source="wheel", package="p", version="1", sha256="0" * 64, file="f", reader="guess", license="mit")
-    with pytest.raises(ConfigError, match="text.evaluation.rows.reader: found 'guess', wanted one of c4_lines"):
-        text.fetch(Text(calibration={}, evaluation={"rows": source}), tmp_path, tmp_path / "downloads")
+WHEEL = WheelText(source="wheel", package="p", version="1", sha256="0" * 64, file="f", reader="arrow", license="mit")
+HUB = from_hub("data/x.parquet")
+LOCAL = LocalText(source="local", path="a.jsonl", sha256="0" * 64, reader="datasets", license="mit")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        (WHEEL, {"reader": "guess"}, "reader: found 'guess', wanted one of c4_lines, wikiextractor, arrow"),
+        (WHEEL, {"reader": "datasets"}, "reader: found 'datasets', wanted one of c4_lines"),
+        (HUB, {"reader": "c4_lines"}, "reader: found 'c4_lines', wanted one of datasets, wikitext_articles$"),
+        (LOCAL, {"reader": "arrow"}, "reader: found 'arrow', wanted one of datasets, wikitext_articles$"),
+        (WHEEL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the wheel, 64 hexadecimal digits"),
+        (LOCAL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the file, 64 hexadecimal digits"),
+        (LOCAL, {"path": "a.csv"}, "path: found 'a.csv', wanted a file that ends in .parquet, .json"),
+        (HUB, {"file": "a.csv"}, "file: found 'a.csv', wanted the path of a file inside the repository that ends in .parquet, .json"),
+        (HUB, {"file": "../a.json"}, "file: found '../a.json', wanted the path of a file inside the repository"),
+        (HUB, {"repo": ""}, "repo: found '', wanted ORG/NAME of a repository"),
+        (HUB, {"revision": None}, "revision: found None, wanted a commit, tag or branch to pin"),
+    ],
+)
+def test_a_bad_source_is_refused_with_its_whole_key(source, changes, message):
+    section = Text(calibration={}, evaluation={"rows": dataclasses.replace(source, **changes)})
+    with pytest.raises(ConfigError, match=f"^text.evaluation.rows.{message}"):
+        schema.check(section, "text")
+
+
+def test_good_sources_are_taken():
+    schema.check(Text(calibration={"a": WHEEL}, evaluation={"b": HUB, "c": LOCAL}), "text")
+
+
+def test_a_section_names_its_entry_in_the_tables():
+    assert [TEXTS.of(source).parameters for source in (WHEEL, HUB, LOCAL)] == [WheelText, HubText, LocalText]
+    assert READERS.of(WHEEL).read is readers.arrow
 
 
 def local(path, file_sha256=None) -> LocalText:
@@ -63,23 +96,46 @@ def local(path, file_sha256=None) -> LocalText:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "text: a.jsonl cannot be read as json"),
-        ("a.jsonl", b"not json\n", "text: a.jsonl cannot be read as json"),
-        ("a.parquet", b"PAR1 not", "text: a.parquet cannot be read as parquet"),
-        ("a.csv", b"a,b\n", "text: found the ending '.csv' of a.csv, wanted one of .parquet"),
+        ("a.jsonl", b"", "text.evaluation.a: a.jsonl cannot be read as json"),
+        ("a.jsonl", b"not json\n", "text.evaluation.a: a.jsonl cannot be read as json"),
+        ("a.parquet", b"PAR1 not", "text.evaluation.a: a.parquet cannot be read as parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):
-        text.fetch(Text(calibration={"a": local(tmp_path / name)}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
+        text.fetch(Text(calibration={}, evaluation={"a": local(tmp_path / name)}), tmp_path / "out", tmp_path / "downloads")
+    assert {path.name for path in tmp_path.iterdir()} == {name, "out"}
 
 
-def test_a_source_that_gives_no_rows_is_named(tmp_path, monkeypatch):
-    path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    monkeypatch.setitem(text.ROW_READERS, "datasets", lambda rows: [])
-    with pytest.raises(SourceError, match="text.calibration.a: found no rows in datasets"):
-        text.fetch(Text(calibration={"a": local(path)}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
+def test_a_local_file_that_is_not_there_is_named(tmp_path):
+    source = LocalText(source="local", path=str(tmp_path / "a.json"), sha256="0" * 64, reader="datasets", license="mit")
+    with pytest.raises(SourceError, match="text.calibration.a: found no file .*a.json"):
+        text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
+
+
+def test_a_wheels_file_of_another_format_names_reader_and_source(index, tmp_path):
+    for reader in (entry.name for entry in READERS.values() if entry.takes == "bytes" and entry.name not in ("c4_lines", "wikiextractor")):
+        source = dataclasses.replace(WHEEL, package="tinydata", version="1.0", sha256=index, file="tinydata/rows.txt", reader=reader)
+        with pytest.raises(SourceError, match=f"text.calibration.a: cannot be read by {reader} "):
+            text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
+
+
+def test_provenance_has_the_section_without_private_paths(tmp_path):
+    path = tiny.write_lines(tmp_path / "private/a.jsonl", [{"text": "a"}])
+    section = Text(calibration={"a": local(path)}, evaluation={})
+    provenance = text.fetch(section, tmp_path / "out", tmp_path / "downloads")
+    assert set(provenance) == {"section", "files"}
+    assert provenance["section"]["evaluation"] == {}
+    assert provenance["section"]["calibration"]["a"] == {**dataclasses.asdict(local(path)), "path": None}
+    assert "private" not in (tmp_path / "out/provenance.json").read_text()
+
+
+def test_a_source_that_gives_no_rows_is_named(tmp_path):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": ""}])
+    source = dataclasses.replace(local(path), reader="wikitext_articles")
+    with pytest.raises(SourceError, match="text.calibration.a: found no rows in wikitext_articles"):
+        text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
 
 
 def test_rows_without_the_columns_of_their_reader_are_named(tmp_path):
