@@ -150,7 +150,7 @@ class _BlockFile:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = self._facts(file.metadata() or {})
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118: a file, not a mapping
+                slices = {key: file.get_slice(key) for key in sorted(file.keys())}
                 headers = {key: (stored.get_dtype(), tuple(stored.get_shape())) for key, stored in slices.items()}
         except SafetensorError as error:
             raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
@@ -175,7 +175,7 @@ class _BlockFile:
             raise CheckpointError(f"delta file {self.path}: found shapes {facts['shapes']!r}, wanted one for each tensor")
         for name, shape in facts["shapes"].items():
             if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
-                raise CheckpointError(f"delta file {self.path}: tensor {name}: found shape {shape!r}, wanted that of a matrix or of several")
+                raise CheckpointError(f"delta file {self.path}: tensor {name}: found shape {shape!r}, wanted 2 or 3 sizes")
         return facts
 
     def _stored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]]) -> _StoredChange:

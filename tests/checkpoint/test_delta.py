@@ -180,8 +180,8 @@ def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None, metada
         (lambda f: f.update(polarity="1 = pruned"), "found polarity '1 = pruned', wanted '1 = kept'"),
         (lambda f: f.update(base="base9"), "found base base9, wanted base1"),
         (lambda f: f.update(shapes=3), "found shapes 3, wanted one for each tensor"),
-        (lambda f: f["shapes"].update({"a.weight": [5]}), r"tensor a.weight: found shape \[5\], wanted that of a matrix"),
-        (lambda f: f["shapes"].update({"a.weight": [5, 0]}), r"tensor a.weight: found shape \[5, 0\], wanted that of a matrix"),
+        (lambda f: f["shapes"].update({"a.weight": [5]}), r"tensor a.weight: found shape \[5\], wanted 2 or 3 sizes"),
+        (lambda f: f["shapes"].update({"a.weight": [5, 0]}), r"tensor a.weight: found shape \[5, 0\], wanted 2 or 3 sizes"),
         (lambda f: f["shapes"].update({"a.weight": [6, 7]}), r"tensor a.weight.mask: found shape \[5\], wanted \[6\] for a mask of shape"),
         (lambda f: f["shapes"].update({"e.weight": [1, 1]}), "tensor e.weight: found no e.weight.mask, wanted the mask of shape"),
         (lambda f: f["shapes"].pop("a.weight"), r"found tensors \['a.weight.mask'\], wanted only those of \['b.weight'"),
@@ -195,11 +195,11 @@ def test_metadata_that_is_not_as_written_is_refused(written, facts, message):
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
-    [({}, "found metadata None"), ({"sparsesweep": "{"}, "found metadata that is not JSON"), ({"sparsesweep": "[]"}, r"found metadata \[\]")],
+    [({}, "found metadata None"), ({"sparsesweep": "{"}, "found metadata that is not JSON"), ({"sparsesweep": "[]"}, r"metadata \[\]")],
 )
 def test_a_file_without_metadata_is_refused(written, metadata, message):
     rewrite(written[0] / BLOCK, metadata=metadata)
-    with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: {message}"):
+    with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: .*{message}"):
         list(SparseDelta(written[0], "base1"))
 
 
@@ -213,12 +213,12 @@ def test_a_file_without_metadata_is_refused(written, metadata, message):
         (lambda t: t.update({"b.weight.values": torch.ones(1, 1)}), r"tensor b.weight.values: found shape \[1, 1\], wanted \[any\]"),
         (lambda t: t.update({"c.weight.columns": torch.arange(2)}), "tensor c.weight.columns: found dtype I64, wanted I32"),
         (lambda t: t.update({"c.weight.rows": torch.arange(3).int()}), r"tensor c.weight.rows: found shape \[3\], wanted \[2\]"),
-        (lambda t: t.update({"d.weight.rows": torch.arange(3).int()}), r"tensor d.weight.rows: found an order for a mask of shape \[2, 3, 4\]"),
+        (lambda t: t.update({"d.weight.rows": torch.arange(3).int()}), r"d.weight.rows: found an order for a mask of shape \[2, 3, 4\]"),
     ],
 )
 def test_tensors_that_do_not_fit_their_mask_are_refused_before_one_is_read(written, tensors, message):
     rewrite(written[0] / BLOCK, tensors)
-    with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: {message}"):
+    with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: .*{message}"):
         list(SparseDelta(written[0], "base1"))
 
 
