@@ -277,6 +277,10 @@ class SparseDelta:
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the mask."""
+        return self._stored[name].shape
+
     def change(self, name: str) -> Change:
         """What happened to a tensor.
 
