@@ -200,11 +200,12 @@ def _check_groups(name: str, pruned: torch.Tensor, zero: torch.Tensor, recipe: R
         raise ReleaseError(f"{name}: found {columns} columns, wanted a multiple of pattern.group = {recipe.pattern['group']}")
     wanted = pruned_in_each_group(recipe, rows, columns)
     zeros, masked = (count_in_each_group(marked, recipe) for marked in (zero, pruned))
-    for counts, wrong, what in ((zeros, zeros < wanted, "zeros"), (masked, masked != wanted, "pruned weights in the mask")):
+    for counts, wrong, thing in ((zeros, zeros < wanted, "zeros"), (masked, masked != wanted, "pruned weights in the mask")):
         if wrong.any():
             index = int(wrong.nonzero()[0])
             where, found = _group_name(recipe, columns, index), int(counts[index])
-            raise ReleaseError(f"{name}{where}: found {found} {what}, wanted {wanted} by the recipe")
+            wanted_by = f"wanted {wanted}{' or more' if counts is zeros else ''} by the recipe"
+            raise ReleaseError(f"{name}{where}: found {found} {thing}, {wanted_by}")
 
 
 def _check_total(delta: SparseDelta) -> None:
