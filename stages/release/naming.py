@@ -1,7 +1,6 @@
 """The release's name: what a hub allows, and what it is where the user gives none."""
 
 import hashlib
-import json
 import re
 from decimal import Decimal
 
@@ -27,7 +26,7 @@ def default_name(base: str, recipe: Recipe) -> str:
 
     METHOD is the recipe's label: the method and whatever differs from what its name promises. AMOUNT is the pattern with its numbers,
     and says where all weights of a matrix compete. So recipes whose names are equal differ in numbers alone, which the name does not
-    state. A name that is too long ends with a hash of the recipe.
+    state. What is too long is cut and ends with a hash of the whole.
 
     Args:
         base: its name, with or without ORG/.
@@ -35,8 +34,7 @@ def default_name(base: str, recipe: Recipe) -> str:
     name = "-".join(filter(None, map(_legal, (base.rsplit("/", 1)[-1], recipe.label, _amount(recipe)))))
     if len(name) <= LONGEST and is_legal(name):
         return name
-    facts = json.dumps([base, recipe.label, recipe.sections], sort_keys=True)
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{base} {name}".encode()).hexdigest()[:8]
     return f"{name[: LONGEST - len(digest) - 1].rstrip('-.')}-{digest}"
 
 
@@ -49,4 +47,4 @@ def _amount(recipe: Recipe) -> str:
 
 def _legal(text: str) -> str:
     """The text with - for what a name may not hold."""
-    return re.sub(r"[^A-Za-z0-9_.]+|\.{2,}", "-", text).strip("-.")
+    return re.sub(r"([^A-Za-z0-9_.]|\.{2,})+", "-", text).strip("-.")
