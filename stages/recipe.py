@@ -11,6 +11,7 @@ from typing import Any
 from stages.errors import CheckpointError
 
 Section = dict[str, Any]
+SECTIONS = ("method", "pattern", "allocation", "reconstruction", "prune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,11 @@ class Recipe:
             return 1 - Fraction(self.pattern["kept"], self.pattern["group"])
         return Fraction(str(self.pattern["sparsity"]))
 
+    @property
+    def sections(self) -> dict[str, Section]:
+        """The sections of params.yaml that the prune stage reads, by name."""
+        return {name: getattr(self, name) for name in SECTIONS}
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -47,10 +53,13 @@ class Recipe:
         """From JSON.
 
         Raises:
-            CheckpointError: keys are missing or unknown; names `where` it was read.
+            CheckpointError: keys are missing or unknown, or a value is of another type; names `where` it was read.
         """
-        wanted = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or set(data) != wanted:
+        wanted = {field.name: dict if field.name in SECTIONS else str for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != set(wanted):
             found = sorted(data) if isinstance(data, dict) else data
             raise CheckpointError(f"{where}: found a recipe of {found}, wanted {sorted(wanted)}; run the prune stage again")
+        for key, kind in wanted.items():
+            if not isinstance(data[key], kind):
+                raise CheckpointError(f"{where}: recipe.{key}: found {data[key]!r}, wanted a {kind.__name__}; run the prune stage again")
         return cls(**data)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from stages.checkpoint.reader import Checkpoint
-from stages.sources.base import LocalBase
 from stages.sources import base as checkpoints
+from stages.sources.base import LocalBase
 from tests import tiny
 
 torch.set_num_threads(1)

@@ -42,9 +42,13 @@ def _imports(node: ast.AST, others: Iterable[str]) -> Iterator[str]:
         yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
     elif isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.FunctionDef) and node.name.rpartition("_")[2] in others:
-        return
-    elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+    elif (
+        isinstance(node, ast.FunctionDef)
+        and node.name.rpartition("_")[2] in others
+        or isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    ):
         return
     else:
         for inner in ast.iter_child_nodes(node):

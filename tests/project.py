@@ -33,7 +33,7 @@ ENVIRONMENT = {
 OWN = {
     "dvc.lock": "schema: '2.0'\n",
     ".dvc/config": "[core]\n    analytics = false\n[hydra]\n    enabled = true\n[exp]\n    git_remote = origin\n"
-    "[cache]\n    type = \"reflink,hardlink,symlink,copy\"\n",
+    '[cache]\n    type = "reflink,hardlink,symlink,copy"\n',
 }
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -124,7 +123,7 @@ def test_a_new_score_is_one_python_file_and_one_yaml(project):
         option.unlink()
 
 
-DUMMY = '''
+DUMMY = """
 from dataclasses import dataclass
 
 from stages.pruning.entries import Score
@@ -146,7 +145,7 @@ DUMMY = Score(
     summary="a score of this test",
     citation=Citation(text="Nobody 2026", url="https://example.org/dummy"),
 )
-'''
+"""
 
 
 def test_another_version_of_a_library_is_another_result_and_is_not_computed_by_this_one(project):

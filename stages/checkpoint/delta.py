@@ -1,7 +1,7 @@
 """The sparse delta: what pruning changed, and nothing else.
 
-For every matrix in scope the mask as packed bits, 1 = kept; only where survivors moved their values; and only where rows or
-columns changed places their order. One safetensors file per decoder block and a manifest. base + delta = the pruned model.
+For every matrix in scope the mask as packed bits, 1 = kept; only where kept weights changed, their values; and only where rows or
+columns were reordered, their order. One safetensors file per decoder block and a manifest. base + delta = the pruned model.
 """
 
 import hashlib
@@ -23,8 +23,13 @@ from stages.recipe import Recipe
 
 FORMAT = "sparsesweep-delta/2"
 BLOCK_FORMAT = "sparsesweep-delta/1"  # of a block's file
+POLARITY = "1 = kept"
 MANIFEST = "delta.json"
+MANIFEST_KEYS = {"format", "recipe", "summary", "shards", "matrices"}
 METADATA = "sparsesweep"  # one key: safetensors writes several in an order that changes from run to run
+METADATA_KEYS = {"format", "base", "polarity", "shapes"}
+ORDERS = ("rows", "columns")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -47,12 +52,12 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass(kw_only=True, slots=True)
 class Change:
-    """What happened to one matrix.
+    """What happened to one tensor: a matrix, or the experts that it holds.
 
-    mask: [rows, columns], bool, True = kept.
-    values: [kept], the survivors' new values in row-major order in the base's dtype; None where they did not move.
-    rows, columns: [rows], [columns], int32, where the base's are put before the mask is laid on: the new row i is the base's
-        row rows[i]; None where they stay in place.
+    mask: [rows, columns] or [experts, rows, columns], bool, True = kept.
+    values: [kept], the kept weights' new values in row-major order in the base's dtype; None where they did not change.
+    rows, columns: [rows], [columns], int32, the order in which the mask has the base's rows and columns: its row i is the base's
+        row rows[i]; None where the order is the base's.
     """
 
     mask: torch.Tensor
@@ -61,12 +66,12 @@ class Change:
     columns: torch.Tensor | None = None
 
     def reorder(self, weight: torch.Tensor) -> torch.Tensor:
-        """The base's matrix, its rows and columns in their new places."""
+        """The base's matrix in the order of the mask's rows and columns."""
         weight = weight if self.rows is None else weight[self.rows.long().to(weight.device)]
         return weight if self.columns is None else weight[:, self.columns.long().to(weight.device)]
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The pruned matrix, [rows, columns], in the dtype of `weight`, exact zeros where the mask is False."""
+        """The pruned tensor in the shape and dtype of `weight`, exact zeros where the mask is False."""
         if self.values is None:
             return self.reorder(weight).masked_fill(~self.mask, 0)
         return torch.zeros_like(weight).masked_scatter_(self.mask, self.values.to(weight.dtype))
@@ -84,7 +89,7 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
         for key, order in (("rows", change.rows), ("columns", change.columns)):
             if order is not None:
                 tensors[f"{name}.{key}"] = order
-    facts = {"format": BLOCK_FORMAT, "base": base, "polarity": "1 = kept", "shapes": shapes}
+    facts = {"format": BLOCK_FORMAT, "base": base, "polarity": POLARITY, "shapes": shapes}
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
@@ -92,29 +97,106 @@ def read_block(path: Path) -> dict[str, Change]:
     """One block's changes, as `write_block` wrote them.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing, or it is not what `write_block` writes; names the file and the tensor.
     """
-    return {name: _read_change(path, name, *stored) for name, stored in _block_index(path).items()}
+    return {name: stored.read() for name, stored in _BlockFile(path).changes.items()}
 
 
-Stored = tuple[tuple[int, ...], frozenset[str]]  # a matrix's shape, and what is stored of it beside the mask
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StoredChange:
+    """What a block's file has of one tensor of the base.
+
+    name: of the tensor. shape: of its mask. parts: what is stored besides the mask: "values", "rows", "columns".
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+
+    def read(self) -> Change:
+        """
+        Raises:
+            CheckpointError: the values are not as many as the kept weights, or an order is no permutation.
+        """
+        with safe_open(self.path, framework="pt") as file:
+            mask = unpack(file.get_tensor(f"{self.name}.mask"), self.shape)
+            tensors = {part: file.get_tensor(f"{self.name}.{part}") for part in self.parts}
+        if "values" in tensors and len(tensors["values"]) != (kept := int(mask.sum())):
+            raise self._damaged("values", f"{len(tensors['values'])} values", f"one for each of {kept} kept weights")
+        for order in (part for part in ORDERS if part in tensors):
+            if not torch.equal(tensors[order].sort().values, torch.arange(len(tensors[order]), dtype=torch.int32)):
+                raise self._damaged(order, "an order that names some twice", "each once")
+        return Change(mask=mask, **tensors)
+
+    def _damaged(self, part: str, found: str, wanted: str) -> CheckpointError:
+        return CheckpointError(f"delta file {self.path}: tensor {self.name}.{part}: found {found}, wanted {wanted}")
 
 
-def _block_index(path: Path) -> dict[str, Stored]:
-    """Tensor name -> what the file has of it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes, stored = json.loads(file.metadata()[METADATA])["shapes"], set(file.keys())
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
-    parts = ("values", "rows", "columns")
-    return {name: (tuple(shape), frozenset(part for part in parts if f"{name}.{part}" in stored)) for name, shape in shapes.items()}
+class _BlockFile:
+    """A block's file whose metadata and headers are checked; no tensor is read.
 
+    Attributes:
+        base: fingerprint of the checkpoint that was pruned. changes: tensor name -> what is stored of it.
 
-def _read_change(path: Path, name: str, shape: tuple[int, ...], parts: frozenset[str]) -> Change:
-    with safe_open(path, framework="pt") as file:
-        mask = unpack(file.get_tensor(f"{name}.mask"), shape)
-        return Change(mask=mask, **{part: file.get_tensor(f"{name}.{part}") for part in parts})
+    Raises:
+        CheckpointError: the file is missing, truncated, or its metadata and its tensors do not fit; names the tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"delta file {path}: not found")
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = self._facts(file.metadata() or {})
+                slices = {key: file.get_slice(key) for key in sorted(file.keys())}
+                headers = {key: (stored.get_dtype(), tuple(stored.get_shape())) for key, stored in slices.items()}
+        except SafetensorError as error:
+            raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
+        self.base: str = facts["base"]
+        self.changes = {name: self._stored(name, tuple(shape), headers) for name, shape in facts["shapes"].items()}
+        named = {f"{name}.{part}" for name, stored in self.changes.items() for part in ("mask", *stored.parts)}
+        if unknown := sorted(set(headers) - named):
+            raise CheckpointError(f"delta file {path}: found tensors {unknown[:3]}, wanted only those of {sorted(self.changes)[:3]}, ...")
+
+    def _facts(self, metadata: dict[str, str]) -> dict[str, Any]:
+        try:
+            facts = json.loads(metadata.get(METADATA, "null"))
+        except ValueError as error:
+            raise CheckpointError(f"delta file {self.path}: found metadata that is not JSON ({error})") from error
+        if not isinstance(facts, dict) or set(facts) != METADATA_KEYS:
+            found = sorted(facts) if isinstance(facts, dict) else facts
+            raise CheckpointError(f"delta file {self.path}: found metadata {found}, wanted {sorted(METADATA_KEYS)}")
+        for key, wanted in (("format", BLOCK_FORMAT), ("polarity", POLARITY)):
+            if facts[key] != wanted:
+                raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted {wanted!r}")
+        if not isinstance(facts["shapes"], dict):
+            raise CheckpointError(f"delta file {self.path}: found shapes {facts['shapes']!r}, wanted one for each tensor")
+        for name, shape in facts["shapes"].items():
+            if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise CheckpointError(f"delta file {self.path}: tensor {name}: found shape {shape!r}, wanted 2 or 3 sizes")
+        return facts
+
+    def _stored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]]) -> _StoredChange:
+        """The headers of one tensor's parts, checked."""
+        count = torch.Size(shape).numel()
+        wanted = {"mask": ("U8",), "values": FLOATS, "rows": ("I32",), "columns": ("I32",)}
+        lengths: dict[str, int | None] = {"mask": -(-count // 8), "values": None, "rows": None, "columns": None}
+        if len(shape) == 2:
+            lengths |= {"rows": shape[0], "columns": shape[1]}
+        found = {part: headers[f"{name}.{part}"] for part in wanted if f"{name}.{part}" in headers}
+        if "mask" not in found:
+            raise CheckpointError(f"delta file {self.path}: tensor {name}: found no {name}.mask, wanted the mask of shape {list(shape)}")
+        for part, (dtype, stored) in found.items():
+            where = f"delta file {self.path}: tensor {name}.{part}: found"
+            if dtype not in wanted[part]:
+                raise CheckpointError(f"{where} dtype {dtype}, wanted {' or '.join(wanted[part])}")
+            if len(stored) != 1 or lengths[part] not in (None, stored[0]):
+                raise CheckpointError(f"{where} shape {list(stored)}, wanted [{lengths[part] or 'any'}] for a mask of shape {list(shape)}")
+            if part in ORDERS and len(shape) != 2:
+                raise CheckpointError(f"{where} an order for a mask of shape {list(shape)}, wanted one of a matrix alone")
+        return _StoredChange(path=self.path, name=name, shape=shape, parts=tuple(part for part in found if part != "mask"))
 
 
 def write_manifest(directory: Path, *, recipe: Recipe, summary: dict[str, float], matrices: list[dict[str, Any]]) -> None:
@@ -141,22 +223,24 @@ class SparseDelta:
         shards: file name -> SHA-256.
 
     Raises:
-        CheckpointError: no delta there, a truncated file, or the delta of another base.
+        CheckpointError: no delta there, a manifest that is not what `write_manifest` writes, a missing file, or the delta of
+            another base.
     """
 
     def __init__(self, directory: Path, base: str) -> None:
         self.directory = directory
         if not (directory / MANIFEST).is_file():
             raise CheckpointError(f"{directory}: no {MANIFEST}; is this a delta written by the prune stage?")
-        manifest = read_json(directory / MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{directory}: found format {manifest.get('format')!r}, wanted {FORMAT!r}; run the prune stage again")
+        manifest = _read_manifest(directory)
         self.recipe = Recipe.read(manifest["recipe"], str(directory / MANIFEST))
         self.summary: dict[str, float] = manifest["summary"]
         self.matrices: list[dict[str, Any]] = manifest["matrices"]
         self.shards: dict[str, str] = manifest["shards"]
         if self.recipe.base != base:
             raise CheckpointError(f"{directory}: a delta of base {self.recipe.base[:12]}, wanted one of base {base[:12]}")
+        for shard in self.shards:
+            if not (directory / shard).is_file():
+                raise CheckpointError(f"delta file {directory / shard}: not found, though {MANIFEST} lists it; run the prune stage again")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,10 +248,28 @@ class SparseDelta:
         facts = {"recipe": self.recipe.as_dict(), "shards": self.shards}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def require_hashes(self) -> None:
+        """Read every file once and compare its SHA-256 with the manifest's.
+
+        Raises:
+            CheckpointError: a file has another; names it.
+        """
+        for shard, wanted in self.shards.items():
+            if (found := sha256(self.directory / shard)) != wanted:
+                path = self.directory / shard
+                raise CheckpointError(f"delta file {path}: found SHA-256 {found}, wanted {wanted}; run the prune stage again")
+
     @cached_property
-    def _stored(self) -> dict[str, tuple[Path, tuple[int, ...], frozenset[str]]]:
-        paths = [self.directory / shard for shard in self.shards]
-        return {name: (path, *stored) for path in paths for name, stored in _block_index(path).items()}
+    def _stored(self) -> dict[str, _StoredChange]:
+        changes: dict[str, _StoredChange] = {}
+        for file in (_BlockFile(self.directory / shard) for shard in self.shards):
+            if file.base != self.recipe.base:
+                raise CheckpointError(f"delta file {file.path}: found base {file.base[:12]}, wanted {self.recipe.base[:12]}")
+            for name, stored in file.changes.items():
+                if name in changes:
+                    raise CheckpointError(f"delta file {file.path}: tensor {name}: found in {changes[name].path.name}, too, wanted it once")
+                changes[name] = stored
+        return changes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -175,9 +277,48 @@ class SparseDelta:
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the mask."""
+        return self._stored[name].shape
+
     def change(self, name: str) -> Change:
-        return _read_change(self._stored[name][0], name, *self._stored[name][1:])
+        """What happened to a tensor.
+
+        Raises:
+            CheckpointError: see read_block.
+        """
+        return self._stored[name].read()
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as the pruned model has it; a tensor out of scope comes back as it is."""
-        return self.change(name).apply(tensor) if name in self else tensor
+        """The tensor as the pruned model has it; a tensor out of scope comes back as it is.
+
+        Raises:
+            CheckpointError: the base's tensor has another shape than the mask; see also read_block.
+        """
+        if name not in self:
+            return tensor
+        stored = self._stored[name]
+        if tensor.shape != stored.shape:
+            raise CheckpointError(f"tensor {name}: found shape {list(tensor.shape)}, wanted {list(stored.shape)} as in {stored.path}")
+        return stored.read().apply(tensor)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: another format, keys that are missing or unknown, or a shard that is not a file beside the manifest.
+    """
+    path = directory / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise CheckpointError(f"{directory}: found format {found!r}, wanted {FORMAT!r}; run the prune stage again")
+    if set(manifest) != MANIFEST_KEYS:
+        raise CheckpointError(f"{path}: found the keys {sorted(manifest)}, wanted {sorted(MANIFEST_KEYS)}; run the prune stage again")
+    for key, kind in (("summary", dict), ("shards", dict), ("matrices", list)):
+        if not isinstance(manifest[key], kind):
+            raise CheckpointError(f"{path}: {key}: found {manifest[key]!r}, wanted a {kind.__name__}")
+    for shard in manifest["shards"]:
+        if shard != Path(shard).name or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: found shard {shard!r}, wanted the name of a safetensors file in {directory}")
+    return manifest

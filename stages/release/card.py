@@ -1,58 +1,35 @@
-"""The model card: what was done, what it cost, what it scores beside the dense model. Every number is read from results."""
+"""The model card: what was done, what it cost, what it scores next to the dense model. Every number is read from results."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from stages.checkpoint.delta import SparseDelta
+from stages.pruning.allocations import ALLOCATIONS
+from stages.pruning.patterns import PATTERNS
+from stages.pruning.reconstructions import RECONSTRUCTIONS
+from stages.pruning.scores import SCORES
+from stages.pruning.updates import UPDATES
+from stages.recipe import Recipe, Section
+from stages.release.records import Records
 from stages.release.verification import Verified
+from stages.schema import Table
 
-PAPERS = {
-    "magnitude": "[Han et al. 2015](https://arxiv.org/abs/1506.02626)",
-    "wanda": "[Sun et al. 2024](https://arxiv.org/abs/2306.11695)",
-    "wanda_variant": "[Sun et al. 2024](https://arxiv.org/abs/2306.11695), their code's variant",
-    "ria": "[Zhang et al. 2024](https://openreview.net/forum?id=Tr0lPx9woF)",
-    "obs": "[Frantar & Alistarh 2023](https://arxiv.org/abs/2301.00774)",
-    "sparsegpt": "[Frantar & Alistarh 2023](https://arxiv.org/abs/2301.00774)",
-    "least_squares": "conjugate gradients on the Gram matrix",
-    "admm": "[Meng et al. 2024](https://arxiv.org/abs/2406.07831)",
-    "swaps": "[Zimmer et al. 2025](https://arxiv.org/abs/2512.10922)",
-    "dsnot": "[Zhang et al. 2024](https://arxiv.org/abs/2310.08915)",
-}
-RECONSTRUCTIONS = {
-    "none": "none",
-    "block": "Adam on the survivors of each block, {epochs} times over the calibration windows, against the dense model's hidden states",
-    "distilled": "Adam on the survivors of the last blocks together (share {share:g}, rounded to whole blocks), {epochs:g} times over the "
-    "calibration windows, against the dense model's next-token distributions; before that on those of each block before them alone, "
-    "{block_epochs} times, against the dense model's hidden states",
-}
-ALLOCATIONS = {
-    "uniform": "every matrix as sparse as the whole",
-    "owl": "blocks with many outliers are pruned less ([Yin et al. 2024](https://arxiv.org/abs/2310.05175))",
-    "alphapruning": "blocks with heavy-tailed spectra are pruned less ([Lu et al. 2024](https://arxiv.org/abs/2410.10912))",
-    "loss": "zeros lie where the gradients of a few calibration windows say that they cost least",
-}
+HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
 
-def default_name(base: str, recipe: dict[str, Any]) -> str:
-    """BASE-METHOD-sparse50, or BASE-METHOD-2of4; after the method the allocation and the reconstruction, if there are such."""
-    parts = [recipe["method"]["name"], *(recipe[part]["name"] for part in ("allocation", "reconstruction"))]
-    method = "-".join(part.replace("_", "-") for part in parts if part not in ("uniform", "none"))
-    nm = recipe["pattern"]["name"] == "nm"
-    amount = recipe["pattern_label"].replace(":", "of").replace(" ", "-") if nm else f"sparse{100 * recipe['pattern']['sparsity']:g}"
-    return f"{base.rsplit('/', 1)[-1]}-{method}-{amount}"
-
-
-def metadata(base: dict[str, Any], name: str, recipe: dict[str, Any], results: dict[str, Any]) -> ModelCardData:
+def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
     """The card's YAML: licence and base model as the base states them, the measured results as a model index."""
-    protocol, metrics = results["protocol"], results["sparse"]
+    protocol, base = records.protocol, records.base
     perplexity = EvalResult(
         task_type="text-generation",
         dataset_type=protocol["corpus"],
         dataset_name=f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}",
         metric_type="perplexity",
-        metric_value=round(metrics["perplexity"], 4),
+        metric_value=round(records.sparse["perplexity"], 4),
     )
     tasks = [
         EvalResult(
@@ -62,29 +39,52 @@ def metadata(base: dict[str, Any], name: str, recipe: dict[str, Any], results: d
             metric_type="accuracy",
             metric_value=round(row["accuracy"], 4),
         )
-        for row in results["accuracy"]
+        for row in records.accuracy
     ]
+    known = base["license"] in HUB_LICENSES
     return ModelCardData(
         base_model=base["name"],
-        base_model_relation="finetune",
-        license=base["license"] if _known_to_the_hub(base["license"]) else "other",
-        license_name=None if _known_to_the_hub(base["license"]) else base["license"],
+        base_model_relation="finetune",  # of what the hub knows (adapter, finetune, merge, quantized) the nearest to pruned
+        license=base["license"] if known else "other",
+        license_name=None if known else base["license"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", recipe["method"]["name"], recipe["pattern_label"].replace(" ", "-"), "sparsesweep"],
+        tags=["pruned", "sparse", recipe.method["name"], recipe.pattern_label.replace(" ", "-"), "sparsesweep"],
         model_name=name,
         eval_results=[perplexity, *tasks],
     )
 
 
-def _known_to_the_hub(license_name: str) -> bool:
-    """Whether the hub lists the licence under this identifier (the common ones among language models)."""
-    return license_name in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
+# What was done.
 
 
-def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
-    """A value and its standard error."""
-    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
+def reference(table: Table[Any], section: Section) -> str:
+    """What a section's choice is, with its source."""
+    return table[section["name"]].reference
+
+
+def described(table: Table[Any], section: Section) -> str:
+    """A section's choice by name, what it is, and its parameters."""
+    parameters = ", ".join(f"{key} {_plain(value)}" for key, value in section.items() if key != "name")
+    return f"{section['name']}: {reference(table, section)}" + (f"; {parameters}" if parameters else "")
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def competing(recipe: Recipe) -> str:
+    """Which weights compete for being kept."""
+    if recipe.pattern["name"] == "nm":
+        return f"every {recipe.pattern['group']} consecutive input columns of a row, of which {recipe.pattern['kept']} are kept"
+    return "the weights of an output row" if recipe.method["comparison_group"] == "row" else "all weights of a matrix"
+
+
+def kept_weights(verified: Verified) -> str:
+    """Whether they changed, as measured."""
+    if verified.changed:
+        return f"changed in {verified.changed} tensors, of the base's values elsewhere"
+    return "the base's values, bit for bit"
 
 
 def origin(base: dict[str, Any]) -> str:
@@ -101,25 +101,41 @@ def origin(base: dict[str, Any]) -> str:
     return f"converted from the GGUF file {source}, not the publisher's own checkpoint (dequantised where that file is quantised)"
 
 
-def exceptions(matrices: list[dict[str, Any]], method: dict[str, Any]) -> str:
+def corpora(text: dict[str, Any], part: str, names: Iterable[str]) -> str:
+    """Corpora with their licences, as they were fetched.
+
+    Args:
+        text: provenance of the text. part: "calibration" or "evaluation".
+    """
+    return ", ".join(f"{name} ({text['files'][f'{part}/{name}.jsonl']['license']})" for name in names)
+
+
+def exceptions(matrices: list[dict[str, Any]], method: Section) -> str:
     """Markdown: where pruning had to do something else than was asked; nothing where it had not."""
     lines = []
     borrowed = [row for row in matrices if row["calibrated_on"] != "its tokens"]
     if borrowed:
         lines.append(
-            f"- {len(borrowed)} matrices of experts that too few calibration tokens chose were calibrated on a sample of all tokens; "
-            "sparsity.json names them."
+            f"- {len(borrowed)} matrices of experts that too few calibration tokens chose were calibrated on a sample of all tokens."
         )
     raised = [row for row in matrices if row["damping"] not in (None, method["damping"]["share"])]
     if raised:
-        most, share = max(row["damping"] for row in raised), method["damping"]["share"]
-        lines.append(f"- {len(raised)} matrices needed more damping than {share:g}, up to {most:g}; sparsity.json names them.")
+        most, least = max(row["damping"] for row in raised), method["damping"]["share"]
+        lines.append(f"- {len(raised)} matrices needed more damping than {least:g}, up to {most:g}.")
     return "".join(f"{line}\n" for line in lines)
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """Markdown: dense beside sparse, with standard errors."""
-    dense, sparse, protocol = results["dense"], results["sparse"], results["protocol"]
+# What came of it.
+
+
+def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
+    """A value and its standard error."""
+    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
+
+
+def results_table(records: Records) -> str:
+    """Markdown: dense and sparse side by side, with standard errors."""
+    dense, sparse, protocol = records.dense, records.sparse, records.protocol
     lines = ["| | dense | sparse |", "|---|---|---|"]
 
     def row(label: str, key: str, digits: int) -> str:
@@ -129,7 +145,7 @@ def results_table(results: dict[str, Any]) -> str:
     corpus = f"perplexity, {protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}"
     lines.append(row(corpus, "perplexity", 2))
     lines.append(f"| perplexity over the dense model's | 1 | {sparse['perplexity_ratio']:.3f} ± {sparse['perplexity_ratio_stderr']:.3f} |")
-    for task in results["accuracy"]:
+    for task in records.accuracy:
         lines.append(row(f"{task['task']}, {task['rows']} rows, accuracy", task["task"], 3))
     if "accuracy_mean" in dense:
         lines.append(row("mean accuracy", "accuracy_mean", 3))
@@ -150,67 +166,70 @@ def generations_table(generations: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def write_card(
-    path: Path,
-    *,
-    name: str,
-    base: dict[str, Any],
-    recipe: dict[str, Any],
-    matrices: list[dict[str, Any]],
-    results: dict[str, Any],
-    verified: Verified,
-) -> None:
+# How to make it again.
+
+
+def checkout(code: str) -> str:
+    """The shell command that brings the code that made the release."""
+    if code == "unknown" or code.endswith("-dirty"):
+        return f"# made by code that is in no commit ({code})"
+    return f"git checkout {code}"
+
+
+def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, to_be_set: list[str]) -> None:
     """Write the whole card.
 
     Args:
-        base: provenance of the base. recipe, matrices: from the delta's manifest.
-        results: "dense", "sparse" (metrics), "accuracy", "protocol", "generations", "prune" (provenance of the pruning).
         verified: what the release's checks found.
+        to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
-    prune, method, pattern = results["prune"], recipe["method"], recipe["pattern_label"]
-    rows = results["protocol"]["evaluation"]["rows"]
-    says = generations_table(results["generations"]) if results["generations"] else "(not generated in this evaluation)"
-    limited = "" if rows is None else f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
-    score, update = method["score"]["name"], method["update"]["name"]
-    then = "no update" if update == "none" else f"then {update}: {PAPERS[update]}"
-    kept = "; the survivors keep their values" if update == recipe["reconstruction"]["name"] == "none" else ""
-    measured = ", before the last blocks learned together" if recipe["reconstruction"]["name"] == "distilled" else ""
-    checkout = f"git checkout {prune['code']}"
-    if prune["code"] == "unknown" or prune["code"].endswith("-dirty"):
-        checkout = f"# made by code that is in no commit ({prune['code']})"
+    recipe, base, run = delta.recipe, records.base, records.run
+    notes = exceptions(delta.matrices, recipe.method)
+    rows = records.protocol["evaluation"]["rows"]
+    says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
+    some = f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
+    limited = some if rows is not None and records.accuracy else ""
+    measured = ", before the last blocks were trained together" if recipe.reconstruction["name"] == "distilled" else ""
+    local = f"\nSet {', '.join(to_be_set)} to copies of your own: these files came from a disk.\n" if to_be_set else ""
     content = f"""---
-{metadata(base, name, recipe, results).to_yaml()}
+{metadata(name, recipe, records).to_yaml()}
 ---
 
 # {name}
 
-[{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * recipe["sparsity"]:.4g}% of the weights of its decoder
+[{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * delta.summary["sparsity"]:.4g}% of the weights of its decoder
 blocks' linear layers set to zero, in one shot, without training on a task. The tensors are plain dense ones with exact zeros: any
 client loads them, none becomes smaller or faster by itself.
 
 ## What was done
 
 - Base: {base["name"]}, {origin(base)}, weights with fingerprint `{base["fingerprint"]}`.
-- Method: {method["name"]} (score {score}: {PAPERS[score]}; comparison_group per {method["comparison_group"]}; {then}{kept}).
-- Allocation: {recipe["allocation"]["name"]}: {ALLOCATIONS[recipe["allocation"]["name"]]}.
-- Reconstruction: {RECONSTRUCTIONS[recipe["reconstruction"]["name"]].format(**recipe["reconstruction"])}.
-- Pattern: {pattern}; achieved as allocated in each of {verified.matrices} matrices, counted on the written bytes.
+- Method: {recipe.label}.
+- Score: {described(SCORES, recipe.method["score"])}.
+- Comparison group: {competing(recipe)}.
+- Update: {described(UPDATES, recipe.method["update"])}.
+- Allocation: {described(ALLOCATIONS, recipe.allocation)}.
+- Reconstruction: {described(RECONSTRUCTIONS, recipe.reconstruction)}.
+- Kept weights: {kept_weights(verified)}.
+- Pattern: {recipe.pattern_label} ({reference(PATTERNS, recipe.pattern)}); recomputed from the recipe and counted on the written bytes of
+  each of {verified.matrices} matrices.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
-- Order: block after block, each for the inputs that its {recipe["prune"]["propagate"]} predecessors give it.
-- Calibration: windows with SHA-256 `{recipe["calibration"]}`; provenance.json has every document and offset.
-- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {recipe["relative_error"]:.4f}.
-{exceptions(matrices, method)}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
+- Order: block after block, each for the inputs that its {recipe.prune["propagate"]} predecessors give it.
+- Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}; windows with SHA-256 `{recipe.calibration}`.
+  provenance.json has every document and offset.
+- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {delta.summary["relative_error"]:.4f}.
+{notes}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
 
 ## Results
 
-{results_table(results)}
+{results_table(records)}
 
 ± is one standard error: over windows for perplexity, over rows for tasks. Zero-shot, accuracy without length
-normalisation, lm-eval {prune["versions"]["lm-eval"]}.
+normalisation, lm-eval {run["versions"]["lm-eval"]}.
 {limited}
 ## What it says
 
-Greedy continuations, dense beside sparse.
+Greedy continuations, dense and sparse.
 
 {says}
 
@@ -222,7 +241,8 @@ Research into pruning: comparing methods, patterns and recovery. Not a replaceme
 
 Pruning chose weights by an approximate criterion, on few tokens. Fluent text may hide lost knowledge; behaviours that the base
 was tuned for, refusals among them, may have been weakened and were not measured here. All limits and biases of the base model remain.
-Calibration and evaluation text is English. The perplexity figure belongs to this corpus and window length alone.
+The figures belong to the text that was read alone, to its languages and domains, and to this window length:
+{corpora(records.text, "evaluation", records.evaluated_on)}.
 
 ## How to load it
 
@@ -238,18 +258,18 @@ logits of base + delta.
 
 ## Cost of pruning
 
-{prune["seconds"]:.0f} s on {prune["device"]} in {prune["dtype"]}, peak memory {prune["peak_memory_gib"]:.2f} GiB.
+{run["seconds"]:.0f} s on {run["device"]} in {run["dtype"]}, peak memory {run["peak_memory_gib"]:.2f} GiB.
 
 ## How to reproduce it
 
-In a clone of sparsesweep, with this release's params.yaml in place of its own:
+In a clone of sparsesweep, with this release's params.yaml in place of its own. It is plain data, read as values alone:
 
 ```sh
-{checkout}
+{checkout(run["code"])}
 cp RELEASE/params.yaml params.yaml
 dvc repro
 ```
-
+{local}
 Licence: {base["license"]}, inherited from the base.
 """
     ModelCard(content).save(path)

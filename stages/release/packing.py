@@ -1,4 +1,4 @@
-"""base + delta as a plain dense checkpoint: the base's dtype, shards and config, exact zeros where weights went."""
+"""base + delta as a plain dense checkpoint: the base's dtype, shards and config, exact zeros where weights are pruned."""
 
 import shutil
 from pathlib import Path
@@ -7,25 +7,35 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from stages.checkpoint.delta import SparseDelta
-from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import ReleaseError
 from stages.files import sha256
 
 SUMS = "SHA256SUMS"
 
 
 def pack(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:
-    """Write every shard of the base with the delta applied, and the base's other files as they are."""
+    """Write every shard of the base with the delta applied, and the other files that were fetched with it as they are.
+
+    Raises:
+        ReleaseError: one of those is not the one that was fetched; names it.
+    """
     for shard, header in tqdm(base.headers.items(), desc="writing shards", unit="shard", disable=None):
         names = [name for name in header if name != "__metadata__"]
         tensors = {name: delta.apply(name, base.tensor(name)) for name in names}
         save_file(tensors, directory / shard, metadata={"format": "pt"})
-    for path in sorted(base.directory.iterdir()):
-        if path.name not in base.headers and path.name not in (PROVENANCE, INDEX):
-            shutil.copyfile(path, directory / path.name)
-    shutil.copyfile(base.directory / INDEX, directory / INDEX)
+    for name, wanted in base.provenance["files"].items():
+        if name in base.headers:
+            continue
+        source, copy = base.directory / name, directory / name
+        found = sha256(source) if source.is_file() else "no file"
+        if found != wanted:
+            raise ReleaseError(f"{source}: found {found}, wanted SHA-256 {wanted}; run the fetch stage again")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
 
 
 def write_sums(directory: Path) -> None:
     """SHA256SUMS of all files, in the format of sha256sum(1)."""
-    files = sorted(path for path in directory.iterdir() if path.name != SUMS)
-    (directory / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    (directory / SUMS).write_text("".join(f"{sha256(directory / name)}  {name}\n" for name in names if name != SUMS), encoding="utf8")

@@ -1,30 +1,50 @@
-"""Is the written release what it should be? Measured on its own bytes and in stock transformers."""
+"""Is the written release what the recipe asks for? Measured on its own bytes and in stock transformers.
 
-from collections import Counter
+What was asked is computed here once more, from the recipe and the shapes alone, by none of the code that prunes:
+
+    unstructured, per row       floor(columns * sparsity) pruned weights in each row
+    unstructured, per matrix    floor(rows * columns * sparsity) in the matrix
+    with an allocation          floor(weights of all matrices * sparsity) in all of them, each matrix within the allocation's bounds
+    N:M                         M - N of every M consecutive columns
+
+The mask has exactly these counts. The bytes may have more zeros: kept weights that were zero in the base, or that became zero when
+they were rounded.
+"""
+
+from collections import defaultdict
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.delta import Change, SparseDelta
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ReleaseError
+from stages.recipe import Recipe
 
 PROBE_TOKENS = 32
+ROW_KEYS = ("matrix", "tensor", "expert", "shape", "transposed", "weights", "zeros")
+
+Row = dict[str, Any]  # of the manifest, see prune.matrix_row
 
 
 @dataclass(kw_only=True, slots=True)
 class Verified:
     """What the checks found.
 
+    matrices: in scope. changed: tensors in scope whose kept weights are not the base's. other_tensors: out of scope.
     sparsity: fraction of zeros in the bytes of the matrices in scope; above the sparsity asked for where kept weights were
         zero before, or became zero when they were rounded.
     """
 
     matrices: int
+    changed: int
     other_tensors: int
     sparsity: float
 
@@ -35,42 +55,180 @@ def verify(release: Path, base: Checkpoint, delta: SparseDelta) -> Verified:
     Raises:
         ReleaseError: names the tensor or the check that failed.
     """
-    written = Checkpoint(release)
-    found = _check_tensors(written, base, delta)
+    verified = _check_tensors(Checkpoint(release), base, delta)
     _check_loading(release, base, delta)
-    return found
+    return verified
+
+
+# What was asked.
+
+
+def pruned_in_each_group(recipe: Recipe, rows: int, columns: int) -> int:
+    """How many weights a recipe without an allocation prunes in each comparison group of a matrix of so many rows and columns."""
+    if recipe.pattern["name"] == "nm":
+        return recipe.pattern["group"] - recipe.pattern["kept"]
+    competing = columns if recipe.method["comparison_group"] == "row" else rows * columns
+    return floor(competing * recipe.sparsity)
+
+
+def count_in_each_group(marked: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """How many weights are marked in each comparison group.
+
+    Args:
+        marked: [rows, columns], bool.
+
+    Returns:
+        [groups], int64: of the rows, of the matrix, or of every M consecutive columns of one row after the other.
+    """
+    if recipe.pattern["name"] == "nm":
+        return marked.reshape(-1, recipe.pattern["group"]).sum(dim=1)
+    return marked.sum(dim=1) if recipe.method["comparison_group"] == "row" else marked.sum()[None]
+
+
+def _group_name(recipe: Recipe, columns: int, index: int) -> str:
+    """Which group of a matrix it is, for an error."""
+    if recipe.pattern["name"] == "nm":
+        group = recipe.pattern["group"]
+        row, first = divmod(index * group, columns)
+        return f", row {row}, columns {first} to {first + group - 1}"
+    return f", row {index}" if recipe.method["comparison_group"] == "row" else ""
+
+
+# What is there.
 
 
 def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) -> Verified:
     if set(written) != set(base):
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
-    asked: Counter[str] = Counter()
-    for row in delta.matrices:
-        asked[row["tensor"]] += row["zeros"]
-    if not set(delta) == set(asked) <= set(base):
-        odd = sorted(set(delta) ^ set(asked)) or sorted(set(asked) - set(base))
-        raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {odd[:3]}")
-    zeros = weights = 0
+    rows = _rows_of_tensors(base, delta)
+    zeros = changed = 0
     for name in tqdm(base, desc="checking tensors", unit="tensor", disable=None):
-        before, after = base.tensor(name), written.tensor(name)
+        after = written.tensor(name)
         if name not in delta:
-            if not _same_bits(before, after):
+            if not _same_bits(base.tensor(name), after):
                 raise ReleaseError(f"{name}: out of scope, yet its bits differ from the base's")
             continue
         change = delta.change(name)
-        zero = after == 0
-        if not zero[~change.mask].all() or int((~change.mask).sum()) != asked[name]:
-            raise ReleaseError(f"{name}: found {int(zero.sum())} zeros, wanted the {asked[name]} of the mask")
-        if change.values is None and not _same_bits(change.reorder(before)[change.mask], after[change.mask]):
-            raise ReleaseError(f"{name}: its kept weights differ from the base's")
-        zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
-    return Verified(matrices=len(delta.matrices), other_tensors=len(set(base)) - len(asked), sparsity=zeros / weights)
+        _check_kept(name, change, base, after)
+        pruned, zero = ~change.mask, after == 0
+        for row in rows[name]:
+            _check_matrix(row, _matrix(pruned, row), _matrix(zero, row), delta.recipe)
+        if not (zero | change.mask).all():
+            raise ReleaseError(f"{name}: found {int((pruned & ~zero).sum())} pruned weights that are not zero, wanted none")
+        zeros, changed = zeros + int(zero.sum()), changed + (change.values is not None)
+    _check_total(delta)
+    weights = sum(row["weights"] for row in delta.matrices)
+    return Verified(matrices=len(delta.matrices), changed=changed, other_tensors=len(set(base)) - len(rows), sparsity=zeros / weights)
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row]]:
+    """The manifest's rows by tensor: one for a matrix, one for each expert of a tensor that holds several.
+
+    Raises:
+        ReleaseError: the delta's files, its manifest and the base do not have the same matrices; names the first.
+    """
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for row in delta.matrices:
+        if missing := [key for key in ROW_KEYS if key not in row]:
+            wanted = f"{', '.join(missing)} for each; run the prune stage again"
+            raise ReleaseError(f"{delta.directory}: found matrices with {', '.join(row)} in the manifest, wanted {wanted}")
+        rows[row["tensor"]].append(row)
+    if not set(delta) == set(rows) <= set(base):
+        odd = sorted(set(delta) ^ set(rows)) or sorted(set(rows) - set(base))
+        raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {odd[:3]}")
+    for name, own in rows.items():
+        if delta.shape(name) != base.shape(name):
+            raise ReleaseError(f"{name}: found a mask of shape {list(delta.shape(name))}, wanted {list(base.shape(name))} as in the base")
+        _check_rows(name, own, base.shape(name))
+    return rows
+
+
+def _check_rows(name: str, rows: list[Row], shape: tuple[int, ...]) -> None:
+    """The manifest's rows of a tensor cover it: each of its matrices once, in its shape."""
+    *several, first, second = shape
+    experts = set(range(several[0])) if several else {None}
+    found = [row["expert"] for row in rows]
+    if len(found) != len(experts) or set(found) != experts:
+        raise ReleaseError(f"{name}: found the experts {found} in the manifest, wanted each of {sorted(map(str, experts))} once")
+    for row in rows:
+        wanted = [second, first] if row["transposed"] else [first, second]
+        if row["shape"] != wanted or row["weights"] != first * second:
+            stated = f"shape {row['shape']} and {row['weights']} weights"
+            raise ReleaseError(f"{row['matrix']}: found {stated} in the manifest, wanted {wanted} and {first * second}")
+
+
+def _matrix(tensor: torch.Tensor, row: Row) -> torch.Tensor:
+    """[rows, columns], a view of a tensor that is laid out like the checkpoint's."""
+    matrix = tensor if row["expert"] is None else tensor[row["expert"]]
+    return matrix.T if row["transposed"] else matrix
+
+
+def _check_kept(name: str, change: Change, base: Checkpoint, after: torch.Tensor) -> None:
+    """Kept weights have the values of the delta or else, bit for bit, those of the base."""
+    found, wanted = (after.dtype, tuple(after.shape)), (base.dtype(name), base.shape(name))
+    if found != wanted:
+        raise ReleaseError(f"{name}: found {found[0]} of shape {list(found[1])}, wanted {wanted[0]} of {list(wanted[1])} as in the base")
+    if change.values is not None:
+        good = _same_bits(after[change.mask], change.values)
+    else:
+        good = bool(((_bits(after) == _bits(change.reorder(base.tensor(name)))) | ~change.mask).all())
+    if not good:
+        raise ReleaseError(f"{name}: its kept weights differ from the {'base' if change.values is None else 'delta'}'s")
+
+
+def _check_matrix(row: Row, pruned: torch.Tensor, zero: torch.Tensor, recipe: Recipe) -> None:
+    """Compare a matrix, [rows, columns], with the recipe and with what the manifest says of it.
+
+    Args:
+        pruned: where the mask is False. zero: where the release is zero.
+    """
+    name, count = row["matrix"], int(pruned.sum())
+    if recipe.allocation["name"] == "uniform":
+        _check_groups(name, pruned, zero, recipe)
+    else:
+        least, most = (floor(pruned.numel() * Fraction(str(recipe.allocation[bound]))) for bound in ("lowest", "highest"))
+        if not least <= count <= most:
+            raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {least} to {most} by the allocation's bounds")
+    if row["zeros"] != count:
+        raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {row['zeros']} as in the manifest")
+
+
+def _check_groups(name: str, pruned: torch.Tensor, zero: torch.Tensor, recipe: Recipe) -> None:
+    """Each comparison group has as many zeros as the recipe asks for, or more, and exactly as many pruned weights."""
+    rows, columns = pruned.shape
+    if recipe.pattern["name"] == "nm" and columns % recipe.pattern["group"]:
+        raise ReleaseError(f"{name}: found {columns} columns, wanted a multiple of pattern.group = {recipe.pattern['group']}")
+    wanted = pruned_in_each_group(recipe, rows, columns)
+    zeros, masked = (count_in_each_group(marked, recipe) for marked in (zero, pruned))
+    for counts, wrong, thing in ((zeros, zeros < wanted, "zeros"), (masked, masked != wanted, "pruned weights in the mask")):
+        if wrong.any():
+            index = int(wrong.nonzero()[0])
+            where, found = _group_name(recipe, columns, index), int(counts[index])
+            wanted_by = f"wanted {wanted}{' or more' if counts is zeros else ''} by the recipe"
+            raise ReleaseError(f"{name}{where}: found {found} {thing}, {wanted_by}")
+
+
+def _check_total(delta: SparseDelta) -> None:
+    """All matrices together have the zeros asked for; each was compared with its row before."""
+    weights, pruned = (sum(row[key] for row in delta.matrices) for key in ("weights", "zeros"))
+    if delta.recipe.allocation["name"] != "uniform" and pruned != (wanted := floor(weights * delta.recipe.sparsity)):
+        raise ReleaseError(
+            f"{delta.directory}: found {pruned} pruned weights in all matrices together, wanted {wanted}, "
+            f"the fraction {float(delta.recipe.sparsity):g} of {weights}"
+        )
+    if delta.summary.get("sparsity") != pruned / weights:
+        raise ReleaseError(f"{delta.directory}: found sparsity {delta.summary.get('sparsity')} in the manifest, wanted {pruned / weights}")
+
+
+def _same_bits(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.dtype == other.dtype and tensor.shape == other.shape and torch.equal(_bits(tensor), _bits(other))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as whole numbers: NaN equals itself, and -0 is not 0."""
+    if tensor.dtype == torch.bool:
+        return tensor
+    return tensor.contiguous().view(getattr(torch, f"int{8 * tensor.itemsize}"))
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -58,7 +57,9 @@ def test_every_corpus_is_named_by_a_preset_or_part_of_one(path):
 
 
 def test_a_streamed_evaluation_generates_no_text():
-    with pytest.raises(InterpolationResolutionError, match="evaluation.generations.prompts: found .*, wanted none with evaluation.streamed"):
+    with pytest.raises(
+        InterpolationResolutionError, match="evaluation.generations.prompts: found .*, wanted none with evaluation.streamed"
+    ):
         read("evaluation.streamed=true")
 
 

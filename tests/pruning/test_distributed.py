@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from tests.test_config import composed
 
 from benchmarks.memory import write_windows
 from stages.checkpoint.delta import SparseDelta
@@ -25,7 +26,6 @@ from tests import tiny
 from tests.pruning import reconstruct_alone
 from tests.pruning.test_architectures import fetched
 from tests.pruning.test_distillation import literal
-from tests.test_config import composed
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
 ONE = [sys.executable, "-m", "stages.prune"]

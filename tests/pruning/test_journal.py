@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.test_config import composed
 
 from benchmarks.memory import write_windows
 from stages import config, prune
 from stages.errors import CalibrationError, SparsesweepError
 from stages.files import CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
 from stages.pruning import journal as journals
-from tests.test_config import composed
 
 METHOD = config.Method(
     name="sparsegpt",

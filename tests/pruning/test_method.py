@@ -7,8 +7,8 @@ from stages.config import compose
 from stages.pruning.entries import Pruned
 from stages.pruning.method import Method, prune_matrix
 from stages.pruning.patterns import Nm, Pattern, Unstructured
-from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
 from stages.pruning.scores import SCORES
+from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
 from stages.pruning.updates import UPDATES
 from stages.pruning.updates.sparsegpt import sparsegpt
 from tests.methods import MAGNITUDE, WANDA, made
@@ -348,9 +348,7 @@ def test_without_an_update_the_damping_that_the_score_took_is_told():
     assert pruned.damping == 0.01
 
 
-@pytest.mark.parametrize(
-    ("score", "update"), [*(("wanda", one) for one in UPDATES if one != "none"), ("magnitude", "dsnot")]
-)
+@pytest.mark.parametrize(("score", "update"), [*(("wanda", one) for one in UPDATES if one != "none"), ("magnitude", "dsnot")])
 def test_a_statistic_that_is_not_finite_is_refused(score, update):
     method, inputs = composition(score, update), correlated(0)
     inputs[0, 0] = float("inf")

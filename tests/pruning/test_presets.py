@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from stages.config import compose
+from stages.config.compose import read
+from stages.config.params import CONF
 from stages.pruning import statistics
 from stages.pruning.entries import Pruned
 from stages.pruning.patterns import Nm, Unstructured
 from tests.pruning.test_block_loop import pruned
 from tests.pruning.test_method import correlated, require_exact, seen, weights
-from stages.config.compose import read
-from stages.config.params import CONF
 
 PRESETS = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
 SPARSITY = 0.4

@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stages.composition import plan_patterns
 
 from stages import config
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
-from stages.composition import plan_patterns
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Keep, Method, obs_score

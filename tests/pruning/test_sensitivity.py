@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from tests.test_config import composed
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -33,7 +34,6 @@ from tests.methods import WANDA
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
-from tests.test_config import composed
 
 CPU = torch.device("cpu")
 GRID = [0.0, 0.25, 0.5, 0.9]

@@ -1,0 +1,50 @@
+"""The release's name: what a hub allows, and what it is where the user gives none."""
+
+import hashlib
+import re
+from decimal import Decimal
+
+from stages.recipe import Recipe
+
+LONGEST = 96  # characters of a repository's name on the hub
+LEGAL = "a name of letters, digits, -, _ and ., at most 96, without -- and .., - or . at an end, and .git"
+
+
+def is_legal(name: object) -> bool:
+    """Whether the hub takes it as a repository's name, with or without ORG/ before it."""
+    if not isinstance(name, str) or name.count("/") > 1:
+        return False
+    return all(_is_legal_part(part) for part in name.split("/")) and not name.endswith(".git")
+
+
+def _is_legal_part(part: str) -> bool:
+    return re.fullmatch(r"(?![-.])(?!.*(--|\.\.))[A-Za-z0-9_.-]{1,96}(?<![-.])", part) is not None
+
+
+def default_name(base: str, recipe: Recipe) -> str:
+    """BASE-METHOD-AMOUNT, such as big-7b-wanda-sparse50 or big-7b-sparsegpt-obs-2of4.
+
+    METHOD is the recipe's label: the method and whatever differs from what its name promises. AMOUNT is the pattern with its numbers,
+    and says where all weights of a matrix compete. So recipes whose names are equal differ in numbers alone, which the name does not
+    state. What is too long is cut and ends with a hash of the whole.
+
+    Args:
+        base: its name, with or without ORG/.
+    """
+    name = "-".join(filter(None, map(_legal, (base.rsplit("/", 1)[-1], recipe.label, _amount(recipe)))))
+    if len(name) <= LONGEST and is_legal(name):
+        return name
+    digest = hashlib.sha256(f"{base} {name}".encode()).hexdigest()[:8]
+    return f"{name[: LONGEST - len(digest) - 1].rstrip('-.')}-{digest}"
+
+
+def _amount(recipe: Recipe) -> str:
+    if recipe.pattern["name"] == "nm":
+        return recipe.pattern_label.replace(":", "of")
+    percent = format((100 * Decimal(str(recipe.pattern["sparsity"]))).normalize(), "f")
+    return f"sparse{percent}" + ("" if recipe.method["comparison_group"] == "row" else "-per-matrix")
+
+
+def _legal(text: str) -> str:
+    """The text with - for what a name may not hold."""
+    return re.sub(r"([^A-Za-z0-9_.]|\.{2,})+", "-", text).strip("-.")

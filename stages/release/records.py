@@ -1,0 +1,165 @@
+"""What the stages recorded of the model that is to be published; refused where it does not belong together.
+
+A stage that was run by hand may have left the results of another delta, or windows that the delta was not pruned with. The release
+tells what was recorded with its own weights, never what params.yaml says by now.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.reader import PROVENANCE
+from stages.config.environment import Environment
+from stages.errors import ReleaseError
+from stages.evaluation.protocol import read_protocol, require_same
+from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
+from stages.recipe import Recipe
+
+PROTOCOL = "details/protocol.json"
+EVALUATE_DENSE, EVALUATE_SPARSE = ("python -m stages.evaluate part=dense", "python -m stages.evaluate part=sparse")
+RUN_FACTS = ("seconds", "peak_memory_gib", "device", "dtype", "batch", "processes", "resumed_after", "divergences", "code", "versions")
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What the stages wrote about what they did.
+
+    base, text, calibration, prune: the provenance of each. dense, sparse: metrics. dense_protocol, protocol: what the metrics of
+    the dense and of the pruned model mean. accuracy: the pruned model's, a row a task. generations: a row a prompt, both models'.
+    """
+
+    base: Data
+    text: Data
+    calibration: Data
+    prune: Data
+    dense: Data
+    sparse: Data
+    dense_protocol: Data
+    protocol: Data
+    accuracy: list[Data]
+    generations: list[Data]
+
+    @classmethod
+    def read(cls) -> "Records":
+        """
+        Raises:
+            SparsesweepError: a file is missing; names it.
+        """
+        return cls(
+            base=read_json(BASE / PROVENANCE),
+            text=read_json(TEXT / PROVENANCE),
+            calibration=read_json(CALIBRATION / PROVENANCE),
+            prune=read_json(PRUNE_RESULTS / PROVENANCE),
+            dense=read_json(DENSE_RESULTS / "metrics.json"),
+            sparse=read_json(SPARSE_RESULTS / "metrics.json"),
+            dense_protocol=read_json(DENSE_RESULTS / PROTOCOL),
+            protocol=read_json(SPARSE_RESULTS / PROTOCOL),
+            accuracy=[row for row in read_json(SPARSE_RESULTS / "accuracy.json") if row["model"] == "sparse"],
+            generations=read_json(SPARSE_RESULTS / "details/generations.json"),
+        )
+
+    def require_of(self, delta: SparseDelta) -> None:
+        """Refuse what was not recorded with this delta.
+
+        Raises:
+            ReleaseError: names the file, what it has, what it should have, and the command to run.
+            ComparisonError: the results of the dense and of the pruned model are not of the same protocol.
+        """
+        self._require_sections()
+        self._require_pruned_with(delta.recipe)
+        self._require_evaluated(delta)
+        self._require_text()
+
+    def _require_sections(self) -> None:
+        """Every stage recorded the section of the configuration that it ran with."""
+        wanted = (
+            (BASE / PROVENANCE, self.base, "section", "python -m stages.fetch part=base"),
+            (TEXT / PROVENANCE, self.text, "section", "python -m stages.fetch part=text"),
+            (CALIBRATION / PROVENANCE, self.calibration, "section", "python -m stages.sample"),
+            (SPARSE_RESULTS / PROTOCOL, self.protocol, "evaluation", EVALUATE_SPARSE),
+        )
+        for path, data, key, command in wanted:
+            if not isinstance(data.get(key), dict):
+                raise ReleaseError(f"{path}: found no {key}, wanted the configuration that made it; run {command}")
+
+    def _require_pruned_with(self, recipe: Recipe) -> None:
+        path = CALIBRATION / PROVENANCE
+        _require(path, "windows drawn for base", self.calibration.get("base"), recipe.base, "python -m stages.sample")
+        windows = self.calibration.get("windows_sha256")
+        _require(path, "windows with SHA-256", windows, recipe.calibration, "python -m stages.prune")
+        for key, wanted in recipe.as_dict().items():
+            _require(PRUNE_RESULTS / PROVENANCE, f"another recipe: {key}", self.prune.get(key), wanted, "python -m stages.prune")
+
+    def _require_evaluated(self, delta: SparseDelta) -> None:
+        sparse, dense = SPARSE_RESULTS / PROTOCOL, DENSE_RESULTS / PROTOCOL
+        _require(sparse, "results of base", self.protocol.get("base"), delta.recipe.base, EVALUATE_SPARSE)
+        _require(sparse, "results of delta", self.protocol.get("delta"), delta.fingerprint, EVALUATE_SPARSE)
+        _require(dense, "results of base", self.dense_protocol.get("base"), delta.recipe.base, EVALUATE_DENSE)
+        _require(dense, "results of delta", self.dense_protocol.get("delta"), None, EVALUATE_DENSE)
+        names = (str(dense), str(sparse))
+        require_same(read_protocol(dense), read_protocol(sparse), names=names, remedy=f"run {EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
+        compared = self.sparse.get("dense_perplexity")
+        _require(SPARSE_RESULTS / "metrics.json", "dense_perplexity", compared, self.dense["perplexity"], EVALUATE_SPARSE)
+
+    def _require_text(self) -> None:
+        """The text that lies there is what the windows were drawn from and what was evaluated on."""
+        path, files = TEXT / PROVENANCE, self.text["files"]
+        for name, source in self.calibration["sources"].items():
+            found = files.get(f"calibration/{name}.jsonl", {}).get("sha256")
+            _require(path, f"calibration/{name}.jsonl with SHA-256", found, source["sha256"], "python -m stages.sample")
+        for name in self.evaluated_on:
+            if f"evaluation/{name}.jsonl" not in files:
+                raise ReleaseError(f"{path}: found no evaluation/{name}.jsonl, wanted all of {SPARSE_RESULTS}; run {EVALUATE_SPARSE}")
+
+    def require_versions(self, environment: Environment) -> None:
+        """Refuse results of other versions than the release's params.yaml will name.
+
+        Raises:
+            ReleaseError: names the file, the library, and both versions.
+        """
+        recorded = (
+            (PRUNE_RESULTS / PROVENANCE, self.prune, "python -m stages.prune"),
+            (SPARSE_RESULTS / PROTOCOL, self.protocol, EVALUATE_SPARSE),
+        )
+        for path, data, command in recorded:
+            for library, wanted in asdict(environment).items():
+                version = data["versions"].get(library.replace("_", "-"))
+                if version is not None:
+                    _require(path, f"results of {library}", Version(version).public, wanted, command)
+
+    @property
+    def evaluated_on(self) -> list[str]:
+        """The corpus and the tasks."""
+        evaluation = self.protocol["evaluation"]
+        return [evaluation["perplexity"]["corpus"], *evaluation["tasks"]]
+
+    def sections(self, recipe: Recipe, *, publish: Data, environment: Data) -> dict[str, Data]:
+        """params.yaml as it was when each stage ran, by section."""
+        return {
+            "environment": environment,
+            "base": self.base["section"],
+            "text": self.text["section"],
+            "calibration": self.calibration["section"],
+            **recipe.sections,
+            "evaluation": self.protocol["evaluation"],
+            "publish": publish,
+        }
+
+    @property
+    def run(self) -> Data:
+        """What the prune stage took, without what it says of the machine's disks."""
+        return {key: self.prune[key] for key in RUN_FACTS if key in self.prune}
+
+
+def _require(path: Path, what: str, found: object, wanted: object, command: str) -> None:
+    if found != wanted:
+        raise ReleaseError(f"{path}: found {what} {_short(found)}, wanted {_short(wanted)}; run {command}")
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)

