@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.pruning.test_survey import loaded_blocks
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
 from tests.pruning.test_architectures import fetched
+from tests.pruning.test_sensitivity import loaded_blocks
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -153,14 +153,14 @@ def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path, monkeypat
     beside, before = prepared(exact)
     _, expected = distilled(beside, before)
     beside.entering.budget, beside.entering.scratch = 0, tmp_path
-    places, room = [], streams.room
+    places, room = [], streams.host_buffer
 
     def noted(*arguments):
         tensor, place = room(*arguments)
         places.append(place)
         return tensor, place
 
-    monkeypatch.setattr(streams, "room", noted)
+    monkeypatch.setattr(streams, "host_buffer", noted)
     _, found = distilled(beside, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
     assert len(places) == 4  # places, and survivors with their moments, of two blocks
@@ -220,7 +220,7 @@ def test_a_weight_that_the_checkpoints_dtype_cannot_hold_is_refused_naming_the_b
 def test_blocks_that_learn_together_are_not_reconstructed_alone(base, monkeypatch):
     alone = []
     monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, *_: alone.append(index))
-    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True))
+    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3))
     assert alone == [0]
 
 

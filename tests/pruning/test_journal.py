@@ -133,11 +133,10 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
     "how",
     [
         {"prune": replace(PRUNE, propagate="dense")},
-        {"reconstruction": config.SomeReconstruction(name="block", epochs=1, learning_rate=1e-3)},
-        {"reconstruction": config.SomeReconstruction(name="sub_block", epochs=1, learning_rate=1e-3)},
+        {"reconstruction": config.BlockReconstruction(name="block", epochs=1, learning_rate=1e-3)},
         {"reconstruction": DISTILLED},
     ],
-    ids=["dense propagation", "toward the dense model", "toward dense parts", "distilled"],
+    ids=["dense propagation", "reconstructed", "distilled"],
 )
 def test_a_run_resumes_whatever_the_blocks_are_pruned_for(project, how):
     expected = run(**how)

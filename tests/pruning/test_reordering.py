@@ -64,7 +64,7 @@ def test_exactly_the_mlps_change_places(base):
         assert (change.rows is not None) == name.endswith(("gate_proj.weight", "up_proj.weight"))
 
 
-LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True)}
+LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3)}
 ADMM, _ = preset("admm_short")
 
 

@@ -25,7 +25,7 @@ from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.journal import Journal
 from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
-from stages.pruning.sensitivity import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
+from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming import stream as streams
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
@@ -207,8 +207,8 @@ def test_what_gradients_need_is_taken_from_the_budget_once(base, monkeypatch):
     stream, places = stream_of(base), []
     entered, gradient = 3 * stream.hidden.nbytes, stream.hidden.nbytes
     stream.budget = entered + gradient - 1
-    original = streams.room
-    monkeypatch.setattr(streams, "room", lambda *how: places.append(original(*how)) or places[-1])
+    original = streams.host_buffer
+    monkeypatch.setattr(streams, "host_buffer", lambda *how: places.append(original(*how)) or places[-1])
     sensitivities(stream, GRID, "row", 1e-6)
     assert [tensor.nbytes for tensor, _ in places] == [entered, gradient]
     assert [place.split()[0] for _, place in places] == ["memory", "a"]
@@ -247,9 +247,8 @@ def loaded_blocks(decoder: Decoder) -> list[int]:
     [
         lambda stream: sensitivities(stream, GRID, "row", 1e-6),
         lambda stream: outlier_shares(stream, 3.0),
-        lambda stream: part_errors(stream, GRID, "row"),
     ],
-    ids=["sensitivities", "outlier_shares", "part_errors"],
+    ids=["sensitivities", "outlier_shares"],
 )
 def test_only_the_block_that_runs_has_weights(base, look):
     stream, seen = stream_of(base), []
@@ -267,77 +266,14 @@ def test_only_the_block_that_runs_has_weights(base, look):
 # What the other allocations go by.
 
 
-def literally_dropped(scores: torch.Tensor, sparsity: float, comparison_group: str) -> torch.Tensor:
-    """True where a score is among the lowest of its row, or of all."""
-    rows = scores if comparison_group == "row" else scores.reshape(1, -1)
-    dropped = rows.argsort(dim=1, stable=True)[:, : math.floor(rows.shape[1] * Fraction(str(sparsity)))]
-    return torch.zeros_like(rows, dtype=torch.bool).scatter(1, dropped, True).view(scores.shape)
-
-
-def entered_and_left(model, blocks: str, index: int, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a block of the whole model is given, and what it makes of it."""
-    seen = {}
-
-    def note(_, arguments, keywords, output):
-        hidden = arguments[0] if arguments else keywords["hidden_states"]
-        seen["in"], seen["out"] = hidden, output[0] if isinstance(output, tuple) else output
-
-    hook = model.get_submodule(f"{blocks}.{index}").register_forward_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        model(windows, use_cache=False)
-    hook.remove()
-    return seen["in"], seen["out"]
-
-
-@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
-def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned(kind, batch, comparison_group, tmp_path):
-    base = fetched(kind, tmp_path)
-    _, norms = literally(base, SMALL_WINDOWS)
-    decoder, expected = Decoder(base, torch.float32, CPU), []
-    for index in range(3):
-        hidden, dense = entered_and_left(whole(base), decoder.prefix, index, SMALL_WINDOWS)
-        size = torch.maximum(hidden.square().sum(dim=-1), dense.square().sum(dim=-1))
-        for part in decoder.parts(index):
-            expected.append([])
-            for sparsity in GRID:
-                model = whole(base)
-                for matrix in part.matrices:
-                    name = f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}"
-                    weight = matrix.part_of(model.get_parameter(name).data)
-                    scores = weight.abs() * norms[name, matrix.parameter_slice.expert].sqrt()
-                    weight.masked_fill_(literally_dropped(scores, sparsity, comparison_group), 0)
-                _, pruned = entered_and_left(model, decoder.prefix, index, SMALL_WINDOWS)
-                expected[-1].append(float(((pruned - dense).square().sum(dim=-1) / size).mean()))
-    found = part_errors(stream_of(base, SMALL_WINDOWS, batch), GRID, comparison_group)
-    assert len(found) == 6
-    assert all(errors[-1] > errors[1] > 0 for errors in expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-2, abs=1e-10)
-
-
-def test_outputs_of_a_pruned_block_that_are_not_finite_name_block_and_part_and_are_not_kept(project, monkeypatch):
-    whole, calls = sensitivity.relative_errors, []
-
-    def overflowing(*arguments):
-        calls.append(arguments)
-        return whole(*arguments) * (math.inf if len(calls) == 2 * len(composition.MEASURED) + 1 else 1)
-
-    monkeypatch.setattr(sensitivity, "relative_errors", overflowing)  # in the second part of the first block
-    with pytest.raises(PruningError, match="block 0: found NaN or infinity in its outputs with mlp pruned, wanted finite activations"):
-        stage.run(pattern=PATTERN, allocation=ALLOCATIONS["error"])
-    assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
-
-
-def test_errors_of_activations_that_are_not_finite_name_the_block(base):
+def test_activations_that_are_not_finite_name_the_block(base):
     class Broken(Checkpoint):
         def tensor(self, name, **how):
             tensor = super().tensor(name, **how)
             return tensor * math.nan if name == "model.layers.1.mlp.up_proj.weight" else tensor
 
     with pytest.raises(PruningError, match="block 1: found NaN or infinity in its outputs, wanted finite activations"):
-        part_errors(stream_of(Broken(base.directory)), GRID, "row")
+        outlier_shares(stream_of(Broken(base.directory)), 3.0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -371,11 +307,10 @@ PATTERN = config.Unstructured(name="unstructured", sparsity=0.37)
 ALLOCATIONS = {
     "owl": config.OwlAllocation(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
     "alphapruning": config.AlphaPruningAllocation(name="alphapruning", strength=0.3, **BOUNDS),
-    "error": config.ErrorAllocation(name="error", windows=3, **BOUNDS),
     "loss": config.LossAllocation(name="loss", windows=3, row_strength=0.0, row_floor=1e-6, **BOUNDS),
     "loss with rows": config.LossAllocation(name="loss", windows=3, row_strength=1.0, row_floor=1e-6, **BOUNDS),
 }
-LOOKS = ("sensitivities", "outlier_shares", "spectral_exponents", "part_errors")
+LOOKS = ("sensitivities", "outlier_shares", "spectral_exponents")
 
 
 def sparsities() -> list[dict]:
@@ -418,26 +353,6 @@ def test_owl_tells_blocks_apart(project):
 def test_the_loss_tells_matrices_apart(project):
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
     assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0 and "self_attn" in row["matrix"]}) > 1
-
-
-@pytest.mark.parametrize("kind", ["mistral", "opt"])  # opt's MLP is two layers of the block itself
-def test_errors_tell_parts_apart_so_that_their_sum_is_least(kind, tmp_path):
-    """Where E_p = a_p s², whose root is linear, all slopes 2 a_p s_p / size_p are the same in the end."""
-    decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
-    parts = [part for index in range(3) for part in decoder.parts(index)]
-    sizes, costs = [sum(matrix.size for matrix in part.matrices) for part in parts], [1.0, 2.0, 1.5, 3.0, 2.5, 1.2]
-    assert len(parts) == 6
-    assert {part.path for part in parts} == ({"self_attn", "mlp"} if kind == "mistral" else {"self_attn", ""})
-    shares = [size / cost for size, cost in zip(sizes, costs, strict=True)]
-    unit = 0.37 * sum(sizes) / sum(size * share for size, share in zip(sizes, shares, strict=True))
-    expected = {matrix.name: unit * share for part, share in zip(parts, shares, strict=True) for matrix in part.matrices}
-    assert all(0.1 < sparsity < 0.9 for sparsity in expected.values())
-    matrices, curves = [matrix for _, matrix in every_matrix(decoder)], [[cost * s**2 for s in composition.MEASURED] for cost in costs]
-    wide = config.ErrorAllocation(name="error", windows=1, lowest=0.0, highest=1.0)
-    counts = composition.counts_by_part(curves, parts, matrices, 0.37, wide)
-    assert sum(counts) == math.floor(sum(sizes) * Fraction("0.37"))
-    for matrix, count in zip(matrices, counts, strict=True):
-        assert count / matrix.size == pytest.approx(expected[matrix.name], abs=0.02)
 
 
 @pytest.mark.parametrize(("name", "look"), [("owl", "outlier_shares"), ("alphapruning", "spectral_exponents")])
@@ -487,9 +402,7 @@ def test_where_rows_do_not_compete_the_masks_are_those_of_rows_that_count_alike(
     assert all(runs[0][name] == file for name, file in runs[1].items() if name.startswith("block"))
 
 
-@pytest.mark.parametrize(
-    ("name", "scores", "gradients"), [("owl", True, False), ("alphapruning", False, False), ("error", True, False), ("loss", False, True)]
-)
+@pytest.mark.parametrize(("name", "scores", "gradients"), [("owl", True, False), ("alphapruning", False, False), ("loss", False, True)])
 def test_room_is_counted_for_what_an_allocation_holds(project, monkeypatch, name, scores, gradients):
     asked = {}
     monkeypatch.setattr(prune, "host_bytes", lambda *_, **how: asked.update(how) or 0)
