@@ -140,19 +140,21 @@ def allocated(
         bounds_of_counts(sizes, pruned_count(sum(sizes), pattern.sparsity), allocation.lowest, allocation.highest)
         if isinstance(allocation, config.LossAllocation):
             few = first_of(windows, allocation.windows)
-            felt = journal.survey(lambda: look_at_loss(make_stream(few), pattern.comparison_group, allocation.row_floor))
-            counts = counts_by_loss([felt[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation)
+            measured = journal.allocation_evidence(lambda: loss_evidence(make_stream(few), pattern.comparison_group, allocation.row_floor))
+            counts = counts_by_loss(
+                [measured[f"{matrix.name}.curve"].tolist() for matrix in matrices], matrices, pattern.sparsity, allocation
+            )
             if allocation.row_strength and pattern.comparison_group == "matrix":
-                rows = {matrix.name: felt[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
+                rows = {matrix.name: measured[f"{matrix.name}.rows"] ** allocation.row_strength for matrix in matrices}
         else:
-            found = journal.survey(lambda: look_at_blocks(allocation, decoder, windows, make_stream))
+            found = journal.allocation_evidence(lambda: block_evidence(allocation, decoder, windows, make_stream))
             counts = counts_by_block(found["blocks"].tolist(), decoder.matrices, pattern.sparsity, allocation)
     except ValueError as error:
         raise ConfigError(f"allocation: {error}") from error
     patterns: dict[str, Pattern] = {
         matrix.name: replace(pattern, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
     }
-    return replace(plan, patterns=patterns, rows=rows)
+    return replace(plan, patterns=patterns, row_costs=rows)
 
 
 def first_of(windows: torch.Tensor, count: int) -> torch.Tensor:
@@ -196,7 +198,7 @@ def counts_by_loss(
     return counts
 
 
-def look_at_loss(stream: Stream, comparison_group: str, floor: float) -> dict[str, torch.Tensor]:
+def loss_evidence(stream: Stream, comparison_group: str, floor: float) -> dict[str, torch.Tensor]:
     """For every matrix its curve of expected losses and its rows' sensitivities, as the journal keeps them.
 
     An expert that no token chose has an empty curve, and rows that are alike.
@@ -204,12 +206,12 @@ def look_at_loss(stream: Stream, comparison_group: str, floor: float) -> dict[st
     found = sensitivities(stream, GRID, comparison_group, floor)
     kept: dict[str, torch.Tensor] = {}
     for matrix in (matrix for block in stream.decoder.matrices for matrix in block):
-        felt = found.get(matrix.name) or Sensitivity(curve=[], rows=torch.ones(matrix.shape[0]))
-        kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(felt.curve, dtype=torch.float64), felt.rows
+        sensitivity = found.get(matrix.name) or Sensitivity(curve=[], fisher=torch.ones(matrix.shape[0]))
+        kept[f"{matrix.name}.curve"], kept[f"{matrix.name}.rows"] = torch.tensor(sensitivity.curve, dtype=torch.float64), sensitivity.fisher
     return kept
 
 
-def look_at_blocks(
+def block_evidence(
     allocation: config.OwlAllocation | config.AlphaPruningAllocation,
     decoder: Decoder,
     windows: torch.Tensor,

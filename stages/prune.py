@@ -36,7 +36,7 @@ from stages.files import (
     write_json,
 )
 from stages.pruning import distributed
-from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.block_loop import MatrixResult, Plan, Propagation, PrunedBlock, TeacherStreams, micro_batch, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.memory import delta_bytes, host_bytes
@@ -67,7 +67,7 @@ def main(
     plan = Plan(
         method=compose(method),
         patterns=plan_patterns(decoder, method.comparison_group, pattern),
-        propagate=prune.propagate,
+        propagate=Propagation(prune.propagate),
         error_tokens=prune.error_tokens,
         expert_tokens=prune.expert_tokens,
         reconstruction=reconstruction_of(reconstruction),
@@ -103,25 +103,25 @@ def main(
             plan,
             batch * windows.shape[1],
             scores_blocks=isinstance(allocation, config.OwlAllocation),
-            feels_loss=isinstance(allocation, config.LossAllocation),
+            takes_gradients=isinstance(allocation, config.LossAllocation),
         )
         budget = max(0, memory_budget(prune.memory_budget) // distributed.local_world_size() - taken)
-        streams = 1 + plan.learns + (plan.distillation is not None)  # the pruned model's and its companions
-        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.learns)
+        streams = 1 + plan.trains + (plan.distillation is not None)  # the pruned model's and its teachers'
+        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.trains)
         if not isinstance(allocation, config.UniformAllocation):
             spread = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
             plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
         stream = make_stream(windows)
-        beside = Companions.of(stream, plan)
-        locations = " and ".join(sorted({one.location for one in (stream, beside.dense, beside.entering) if one}))
+        teachers = TeacherStreams.of(stream, plan)
+        locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
         log.info("%d windows a pass; hidden states are in %s", batch, locations)
         found = {"batch": batch, "processes": distributed.world_size(), "hidden_states": locations, "resumed_after": journal.finished}
-        run_through(stream, plan, journal, beside)
+        run_through(stream, plan, journal, teachers)
         del stream  # nobody needs its hidden states any more
-        distilled = learn_together(plan, journal, beside)
+        distilled = learn_together(plan, journal, teachers)
         distributed.barrier()  # nobody reads the journal any more
         if distributed.rank() == 0:
-            earlier = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
+            earlier = journal.evidence_seconds + sum(block["seconds"] for block in journal.records(journal.finished))
             found |= {"divergences": distilled.divergences} if distilled else {}
             write_results(journal, decoder, recipe, found | record.of_run(device, dtype, stopwatch, earlier), distilled)
 
@@ -161,25 +161,24 @@ def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windo
         return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
 
 
-def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions) -> None:
+def run_through(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
     with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
-        for block in prune_blocks(stream, plan, journal.changes, beside):
+        for block in prune_blocks(stream, plan, journal.changes, teachers):
             if distributed.rank() == 0:
                 rows = [matrix_row(block, finished, plan.patterns) for finished in block.matrices]
                 behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
             bar.update()
 
 
-def learn_together(plan: Plan, journal: Journal, beside: Companions) -> DistilledBlocks | None:
+def learn_together(plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> DistilledBlocks | None:
     """Train the last blocks, all of which the journal has, where the plan says so."""
-    if plan.distillation is None:
+    if plan.distillation is None or teachers is None or teachers.student_inputs is None:
         return None
-    assert beside.entering is not None and beside.dense is not None
     distributed.barrier()  # the first process has written the last block
     show = partial(tqdm, desc="distilling", unit="step", disable=quiet())
-    return distill(beside.entering, beside.dense.hidden, plan.distillation, journal.written, show)
+    return distill(teachers.student_inputs, teachers.teacher.hidden, plan.distillation, journal.written, show)
 
 
 def quiet() -> bool | None:
@@ -193,7 +192,7 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
     rows = [row for block in journal.records(count) for row in block["rows"]]
     summary = summarise(rows)
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
-        journal.hand_over(distilled.first if distilled else count, sparse)
+        journal.export(distilled.first if distilled else count, sparse)
         for index, changes in distilled.changes() if distilled else []:
             write_block(sparse / journal.delta_path(index).name, changes, recipe.base)
         write_manifest(sparse, recipe=recipe, summary=summary, matrices=rows)
@@ -231,7 +230,7 @@ def memory_budget(asked: float | None) -> int:
     return int(asked * 2**30) if asked else psutil.virtual_memory().available
 
 
-def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Pattern]) -> dict[str, Any]:
+def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, Pattern]) -> dict[str, Any]:
     """One matrix in sparsity.json: sparsity asked and achieved, the relative output error, and what it was calibrated on."""
     matrix = finished.matrix
     mask = block.changes[matrix.tensor].mask
