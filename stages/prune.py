@@ -36,12 +36,13 @@ from stages.files import (
 )
 from stages.pruning import distributed
 from stages.pruning.allocations import ALLOCATIONS
-from stages.pruning.block_loop import Companions, Finished, Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.block_loop import MatrixResult, PrunedBlock, TeacherStreams, micro_batch, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, Unstructured
+from stages.pruning.plan import Plan, Propagation
 from stages.pruning.planning import allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import Prune
@@ -90,23 +91,23 @@ def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, pru
             decoder,
             batch=batch,
             budget=host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1]),
-            gpu_share=GPU_SHARE / (1 + plan.learns + (plan.distillation is not None)),
-            one_by_one=plan.learns,
+            gpu_share=GPU_SHARE / (1 + plan.trains + (plan.distillation is not None)),
+            one_by_one=plan.trains,
         )
         target = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
         plan = allocate(plan, decoder, allocation, target, windows, make_stream, journal)
         stream = make_stream(windows)
-        teacher = Companions.of(stream, plan)
+        teachers = TeacherStreams.of(stream, plan)
         run: dict[str, Any] = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished}
-        run |= {"hidden_states": locations(stream, teacher.dense, teacher.entering)}
+        run |= {"hidden_states": " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))}
         log.info("%d windows a pass; hidden states are in %s", batch, run["hidden_states"])
-        prune_all(stream, plan, journal, teacher)
+        prune_all(stream, plan, journal, teachers)
         del stream  # its hidden states are of no more use
-        distilled = train_last_blocks(plan, journal, teacher)
+        distilled = train_last_blocks(plan, journal, teachers)
         distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
             run |= {"divergences": distilled.divergences} if distilled else {}
-            seconds = journal.surveyed + sum(block["seconds"] for block in journal.records(journal.finished))
+            seconds = journal.evidence_seconds + sum(block["seconds"] for block in journal.records(journal.finished))
             write_results(journal, decoder, recipe, run | record.of_run(device, dtype, stopwatch, seconds), distilled)
 
 
@@ -120,7 +121,7 @@ def plan_of(decoder: Decoder, method: Method, pattern: Any, reconstruction: Any,
     return Plan(
         method=method,
         patterns=plan_patterns(decoder, method.comparison_group, pattern),
-        propagate=prune.propagate,
+        propagate=Propagation(prune.propagate),
         error_tokens=prune.error_tokens,
         expert_tokens=prune.expert_tokens,
         reconstruction=training.each_block(reconstruction),
@@ -191,7 +192,7 @@ def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | No
         plan,
         tokens,
         scores_blocks=budgeted is not None and budgeted.holds_scores,
-        feels_loss=budgeted is not None and budgeted.takes_gradients,
+        takes_gradients=budgeted is not None and budgeted.takes_gradients,
     )
     return max(0, memory_budget(asked) // distributed.local_world_size() - taken)
 
@@ -204,29 +205,24 @@ def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: in
         return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
 
 
-def locations(*streams: Stream | None) -> str:
-    """Where the hidden states of some streams are."""
-    return " and ".join(sorted({stream.location for stream in streams if stream is not None}))
-
-
-def prune_all(stream: Stream, plan: Plan, journal: Journal, teacher: Companions) -> None:
+def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
     with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
-        for block in prune_blocks(stream, plan, journal.changes, teacher):
+        for block in prune_blocks(stream, plan, journal.changes, teachers):
             if distributed.rank() == 0:
                 rows = [matrix_row(block, result, plan.patterns) for result in block.matrices]
                 behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
             bar.update()
 
 
-def train_last_blocks(plan: Plan, journal: Journal, teacher: Companions) -> DistilledBlocks | None:
+def train_last_blocks(plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> DistilledBlocks | None:
     """Train the last blocks together, all of which the journal has, where the plan says so."""
-    if plan.distillation is None or teacher.entering is None or teacher.dense is None:
+    if plan.distillation is None or teachers is None or teachers.student_inputs is None:
         return None
     distributed.barrier()  # the first process has written the last block
     show = partial(tqdm, desc="distilling", unit="step", disable=quiet())
-    return distill(teacher.entering, teacher.dense.hidden, plan.distillation, journal.written, show)
+    return distill(teachers.student_inputs, teachers.teacher.hidden, plan.distillation, journal.written, show)
 
 
 def quiet() -> bool | None:
@@ -240,7 +236,7 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
     rows = [row for block in journal.records(count) for row in block["rows"]]
     summary = summarise(rows)
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
-        journal.hand_over(distilled.first if distilled else count, sparse)
+        journal.export(distilled.first if distilled else count, sparse)
         for index, changes in distilled.changes() if distilled else []:
             write_block(sparse / journal.delta_path(index).name, changes, recipe.base)
         write_manifest(sparse, recipe=recipe, summary=summary, matrices=rows)
@@ -278,7 +274,7 @@ def memory_budget(asked: float | None) -> int:
     return int(asked * 2**30) if asked else psutil.virtual_memory().available
 
 
-def matrix_row(block: PrunedBlock, finished: Finished, patterns: dict[str, Pattern]) -> dict[str, Any]:
+def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, Pattern]) -> dict[str, Any]:
     """One matrix in sparsity.json: sparsity asked and achieved, the relative output error, and what it was calibrated on."""
     matrix = finished.matrix
     mask = block.changes[matrix.tensor].mask

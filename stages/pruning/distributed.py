@@ -1,6 +1,6 @@
-"""Several processes that prune together, started by torchrun: each has some of the windows, all have the sums.
+"""Collective operations of several processes, started by torchrun, that prune together: each has some of the windows.
 
-Without torch.distributed there is one process and nothing to add up.
+In a single process, without torch.distributed, each operation returns its argument.
 """
 
 import os
@@ -30,7 +30,7 @@ def local_device(device: torch.device) -> torch.device:
     """This process's GPU among those of its machine, unless one was named.
 
     Raises:
-        ConfigError: there are more processes than GPUs, or one was named and there are several processes.
+        ConfigError: there are more processes than GPUs, or one GPU was named and there are several processes.
     """
     if device.type != "cuda" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
@@ -61,7 +61,7 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     all_reduce(torch.zeros(()))
 
 
@@ -69,7 +69,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, changed in place to its sum over all processes; the same bits in each."""
     if dist.is_initialized():
         device = tensor.device
-        on_device = tensor.to(_device())
+        on_device = tensor.to(_backend_device())
         dist.all_reduce(on_device)
         tensor.copy_(on_device.to(device))
     return tensor
@@ -80,21 +80,21 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return all_reduce(tensor.div_(world_size()))
 
 
-def broadcast(tensor: torch.Tensor, owner: int) -> torch.Tensor:
-    """The tensor, changed in place to that of the process `owner`.
+def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """The tensor, changed in place to that of the process with rank `source`.
 
     Raises:
-        ValueError: it is not contiguous; its memory is sent as it lies.
+        ValueError: it is not contiguous: its memory is sent in the order in which it is stored.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"found a tensor of strides {tensor.stride()} for shape {list(tensor.shape)}, wanted a contiguous one")
     if dist.is_initialized():
-        on_device = tensor.to(_device())
-        dist.broadcast(on_device, owner)
+        on_device = tensor.to(_backend_device())
+        dist.broadcast(on_device, source)
         tensor.copy_(on_device)
     return tensor
 
 
-def _device() -> torch.device:
-    """Where the backend wants its tensors."""
+def _backend_device() -> torch.device:
+    """The device that the backend sends tensors from."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,7 +1,8 @@
-"""What an interrupted run had finished: one delta file and one record a block, under a fingerprint of all that shaped them.
+"""The journal of a pruning run: a delta file and a record of each finished block, so that a killed run can be resumed.
 
-A block counts as finished when its record, written last and by rename, is there and the delta file has the hash that it
-names; so a process may die at any moment. A later run with the same fingerprint takes the finished blocks over.
+The directory belongs to a fingerprint of everything that determines the blocks; a run with the same fingerprint reuses them. A block
+is finished when its record exists and the delta file has the hash in it. The record is renamed into place last, so the process may
+be killed at any moment.
 """
 
 import fcntl
@@ -28,24 +29,33 @@ from stages.pruning import distributed
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "fingerprint.json"
+EVIDENCE = "evidence.safetensors"
 
 
 class Journal:
-    """The blocks finished so far, in a directory that outlives the process; see `opened`."""
+    """The finished blocks, in a directory that stays when the process is killed; made by `opened`.
+
+    Args:
+        base: fingerprint of the checkpoint that is pruned.
+        finished: how many blocks are finished; None: look in the directory.
+
+    Attributes:
+        evidence_seconds: what an interrupted run needed to measure the evidence that this run reuses, else 0.
+    """
 
     def __init__(self, directory: Path, base: str, finished: int | None = None) -> None:
         self.directory, self.base = directory, base
         self.finished = self._finished() if finished is None else finished
-        self.surveyed = 0.0  # seconds that an interrupted run's survey had taken, once it is taken over
+        self.evidence_seconds = 0.0
 
     def _finished(self) -> int:
-        """How many blocks, from the first on, are whole."""
+        """How many blocks from the first on are finished, without a gap."""
         count = 0
-        while self.record_path(count).is_file() and self._is_whole(count):
+        while self.record_path(count).is_file() and self._is_undamaged(count):
             count += 1
         return count
 
-    def _is_whole(self, index: int) -> bool:
+    def _is_undamaged(self, index: int) -> bool:
         path = self.delta_path(index)
         return path.is_file() and sha256(path) == read_json(self.record_path(index))["sha256"]
 
@@ -55,53 +65,59 @@ class Journal:
     def record_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.json"
 
-    def survey(self, look: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What an interrupted run had learned before its first block, else what `look` gives now, kept for the next run."""
-        path, started = self.directory / "survey.safetensors", time.perf_counter()
+    def allocation_evidence(self, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What an allocation measures before the first block: read if an interrupted run wrote it, else computed and written.
+
+        Args:
+            compute: gives named tensors; called by all processes or by none. Those of the first process are used by all.
+
+        Raises:
+            SparsesweepError: the disk is full.
+        """
+        path, started = self.directory / EVIDENCE, time.perf_counter()
         if distributed.broadcast(torch.tensor(int(path.is_file())), 0):
             with safe_open(path, framework="pt") as file:
-                self.surveyed = float(file.metadata()["seconds"])
+                self.evidence_seconds = float(file.metadata()["seconds"])
                 return {name: file.get_tensor(name) for name in sorted(file.keys())}
-        found = {
-            name: distributed.broadcast(tensor.contiguous(), 0) for name, tensor in sorted(look().items())
-        }  # to the last bit in every process
+        evidence = {name: distributed.broadcast(tensor.contiguous(), 0) for name, tensor in sorted(compute().items())}
         if distributed.rank() == 0:
             with full_disk(self.directory, "nothing was pruned"):
-                part = path.with_suffix(".part")
-                save_file(found, part, metadata={"seconds": str(time.perf_counter() - started)})
-                _settle_on_disk(part, path)
-        return found
+                temporary = path.with_suffix(".part")
+                save_file(evidence, temporary, metadata={"seconds": str(time.perf_counter() - started)})
+                _rename_durably(temporary, path)
+        return evidence
 
     def changes(self, index: int) -> dict[str, Change] | None:
         """The changes of a block that an interrupted run finished, or None."""
         return self.written(index) if index < self.finished else None
 
     def written(self, index: int) -> dict[str, Change]:
-        """The changes of a block, whichever run wrote it."""
+        """The changes of a block that this or an interrupted run finished."""
         return read_block(self.delta_path(index))
 
     def write(self, index: int, changes: dict[str, Change], record: dict[str, Any]) -> None:
         """Add a finished block.
 
         Args:
-            record: finite JSON, given back by `records`.
+            record: what JSON can hold; `records` returns it.
 
         Raises:
-            SparsesweepError: the disk is full; the blocks before stay.
+            SparsesweepError: the disk is full; the earlier blocks stay finished.
         """
         with full_disk(self.directory, "the blocks finished so far are kept, and the next run goes on after them"):
-            delta, note = (path.with_suffix(path.suffix + ".part") for path in (self.delta_path(index), self.record_path(index)))
+            delta = self.delta_path(index).with_suffix(".safetensors.part")
             write_block(delta, changes, self.base)
-            write_json(note, {**record, "sha256": sha256(delta)})
-            for part in (delta, note):
-                _settle_on_disk(part, part.with_suffix(""))
+            record_file = self.record_path(index).with_suffix(".json.part")
+            write_json(record_file, {**record, "sha256": sha256(delta)})
+            _rename_durably(delta, self.delta_path(index))
+            _rename_durably(record_file, self.record_path(index))
 
     def records(self, count: int) -> list[dict[str, Any]]:
         """The records of the first `count` blocks."""
         return [read_json(self.record_path(index)) for index in range(count)]
 
-    def hand_over(self, count: int, directory: Path) -> None:
-        """The first `count` delta files also into another directory; the journal keeps them until all is in place."""
+    def export(self, count: int, directory: Path) -> None:
+        """Put the first `count` delta files into another directory, too; the journal keeps its own."""
         for index in range(count):
             path = self.delta_path(index)
             try:
@@ -111,19 +127,22 @@ class Journal:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of all its files."""
         return sum(path.stat().st_size for path in self.directory.iterdir())
 
 
 @contextmanager
 def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[Journal]:
-    """The journal in `directory`: that of an interrupted run with the same fingerprint, else a new one.
+    """Open the journal in a directory: that of an interrupted run with the same fingerprint, else an empty one.
 
-    Removed when the block of code succeeds, kept when it fails. Of several processes the first one opens it, and the others
-    read it.
+    The directory is removed when the body of the with statement succeeds, and stays when it fails. With several processes the first
+    one opens and writes the journal, and the others read it.
+
+    Args:
+        fingerprint: JSON that determines the blocks. base: fingerprint of the checkpoint that is pruned.
 
     Raises:
-        SparsesweepError: another run is using it.
+        SparsesweepError: another run is using the directory.
     """
     if distributed.rank() > 0:
         yield Journal(directory, base, int(distributed.broadcast(torch.tensor(0), 0)))
@@ -141,11 +160,11 @@ def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[
         os.close(lock)
 
 
-def _settle_on_disk(part: Path, path: Path) -> None:
-    """Give a file its name once its bytes are safe from a loss of power."""
-    with part.open("rb") as file:
+def _rename_durably(temporary: Path, path: Path) -> None:
+    """Rename a file once its bytes are on the disk, so that a loss of power leaves no damaged file under the name."""
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    part.replace(path)
+    temporary.replace(path)
 
 
 def _lock(lock: int, directory: Path) -> None:
@@ -156,7 +175,7 @@ def _lock(lock: int, directory: Path) -> None:
 
 
 def _require_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> None:
-    """Leave the directory as it is if it has this fingerprint, else empty but for the fingerprint."""
+    """Leave the directory as it is if it has this fingerprint; else empty it and write the fingerprint."""
     path = directory / FINGERPRINT
     if path.is_file() and path.read_text(encoding="utf8") == _text(fingerprint):
         return
@@ -165,24 +184,24 @@ def _require_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> None:
     for file in directory.iterdir():
         file.unlink()
     with full_disk(directory, "nothing was pruned"):
-        part = path.with_suffix(".part")
-        part.write_text(_text(fingerprint), encoding="utf8")
-        part.replace(path)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(_text(fingerprint), encoding="utf8")
+        temporary.replace(path)
 
 
 def _text(fingerprint: dict[str, Any]) -> str:
     return json.dumps(fingerprint, indent=1, sort_keys=True)
 
 
-def _difference(left: Path, fingerprint: dict[str, Any]) -> str:
-    """Which facts of the fingerprint differ."""
-    before = read_json(left)
+def _difference(path: Path, fingerprint: dict[str, Any]) -> str:
+    """Names the entries in which a fingerprint on disk differs from this one."""
+    before = read_json(path)
     names = [name for name in sorted({*before, *fingerprint}) if before.get(name) != fingerprint.get(name)]
     return ", ".join(names) + " differ"
 
 
 class WriteBehind:
-    """Writes in a thread while the caller goes on; the first error is raised at the next call or at the end."""
+    """Writes in a thread while the caller continues; an error is raised by the next call or at the end."""
 
     def __init__(self) -> None:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
@@ -200,7 +219,7 @@ class WriteBehind:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """What is being written is finished first, whatever happened."""
+        """Wait for the write in progress, also after an error of the caller."""
         try:
             if kind is None:
                 self.wait()

@@ -1,35 +1,35 @@
-"""How much room pruning needs, counted before it begins: host memory beside the hidden states, and the disk that the delta takes."""
+"""Bounds on host memory and on the delta's size in bytes, computed before pruning begins."""
 
 import math
 
 import torch
 
-from stages.pruning.block_loop import Plan
+from stages.pruning.plan import Plan
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Matrix
 
-LIBRARIES = 5 * 2**27  # bytes that torch and transformers take, with what the allocator keeps between
-COPIES_TRAINED = 7  # of a block's weights in float32: values as found and as trained, gradients, Adam's moments, masks, activations
-COPIES_DISTILLED = 10  # likewise: weights, gradients, both of the block before, the survivors' gradients and places
-COPIES_OF_ACTIVATIONS = 3  # in float32: what a block's matrices read and give for the tokens of a pass, where gradients are taken
-EXPERTS_CHOSEN = 8  # for a token, by few mixtures more
-COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, and what is between
-COPIES_SCORED = 4  # of a block's weights in float32: scores, matrix by matrix and all together, these in float64 for their mean
-COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 itself, its factor, the inverse; and that in float32
-COPIES_CUT, COPIES_SWEPT = 8, 12  # of a layer's weights in float32, while it is scored, and while it is swept with its neighbours
+LIBRARIES = 5 * 2**27  # bytes of torch and transformers, with what the allocator keeps
+COPIES_TRAINED = 7  # of a block's weights in float32: values, gradients as computed and in float32, Adam's moments, masks, activations
+COPIES_DISTILLED = 10  # likewise: weights and gradients of a block and of the one before it, gradients and indices of kept weights
+COPIES_OF_ACTIVATIONS = 3  # in float32: inputs and outputs of a block's matrices for the tokens of a pass, where gradients are taken
+EXPERTS_CHOSEN = 8  # for a token; few mixtures choose more
+COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, intermediate results
+COPIES_SCORED = 4  # of a block's weights in float32: scores of each matrix and of all together, these in float64 for their mean
+COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 the matrix, its factor and the inverse; the inverse in float32
+COPIES_MASKED, COPIES_UPDATED = 8, 12  # of a layer's weights in float32: while it is scored, and while a method updates it
 
 
-def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, feels_loss: bool) -> int:
-    """About how many bytes of host memory pruning needs beside the hidden states, rather too many than too few.
+def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, takes_gradients: bool) -> int:
+    """An upper bound on host memory in bytes, without hidden states.
 
-    The libraries, and the largest block as stored, twice (this one's last tensors, the next one's first); on a CPU also what the
-    block loop works on, or what comes before or after it if that is more. A distillation needs copies of a block on the host
-    whatever the device.
+    Counted are the libraries and two of the largest block as stored, the current one and the one read ahead; on a CPU also what the
+    block loop computes with, or what an allocation or a distillation does if that is more. A distillation needs copies of a block on
+    the host on every device.
 
     Args:
-        tokens: of a pass.
-        scores_blocks: whether an allocation holds the scores of a block's matrices, of all or of a part's.
-        feels_loss: whether an allocation takes gradients of the loss.
+        tokens: of a forward pass.
+        scores_blocks: whether an allocation holds the scores of all matrices of a block.
+        takes_gradients: whether an allocation takes gradients of the loss.
     """
     blocks = range(len(decoder.blocks))
     largest = max(_block_weights(decoder, index) for index in blocks)
@@ -38,40 +38,40 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
         host += COPIES_DISTILLED * 4 * largest
     if decoder.device.type != "cpu":
         return host
-    work = max(_loop_bytes(decoder, plan, index) for index in blocks)
+    computed = max(_loop_bytes(decoder, plan, index) for index in blocks)
     if scores_blocks:
-        work = max(work, largest * (decoder.dtype.itemsize + COPIES_SCORED * 4))
-    if plan.distillation or feels_loss:
-        work = max(work, _gradient_bytes(decoder, tokens))
-    return host + work
+        computed = max(computed, largest * (decoder.dtype.itemsize + COPIES_SCORED * 4))
+    if plan.distillation or takes_gradients:
+        computed = max(computed, _gradient_bytes(decoder, tokens))
+    return host + computed
 
 
 def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
-    """About how many bytes the delta takes from a block on: a bit a weight, and the survivors' values where they move."""
+    """An estimate of the delta's size in bytes from block `first` on: a bit a weight, and the values of kept weights if they change."""
     total = 0.0
     for matrix in (matrix for block in decoder.matrices[first:] for matrix in block):
-        count, kept = matrix.size, 1 - plan.patterns[matrix.name].sparsity
-        total += count / 8 + (count * kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.moves else 0)
+        kept = matrix.size * (1 - plan.patterns[matrix.name].sparsity)
+        total += matrix.size / 8 + (kept * decoder.checkpoint.dtype(matrix.tensor).itemsize if plan.changes_weights else 0)
     return int(total)
 
 
 def _loop_bytes(decoder: Decoder, plan: Plan, index: int) -> int:
-    """A block in the compute dtype and as it is trained, a Gram matrix for every layer, what it takes to factor the widest, and the
-    float32 copies of the largest layer that the method works on."""
+    """A block in the compute dtype and its copies for training, float32 copies of the largest layer for the method, a Gram matrix of
+    every layer, and the copies for factoring the widest."""
     matrices, weights = decoder.matrices[index], _block_weights(decoder, index)
-    solved = plan.method.statistic is Gram
-    copies = COPIES_SWEPT if solved or plan.method.statistic is Moments else COPIES_CUT
+    needs_gram = plan.method.statistic is Gram
+    copies = COPIES_UPDATED if needs_gram or plan.method.statistic is Moments else COPIES_MASKED
     total = weights * decoder.dtype.itemsize + copies * 4 * max(matrix.size for matrix in matrices)
     if plan.reconstruction:
         total += COPIES_TRAINED * 4 * weights
-    if solved:
+    if needs_gram:
         grams = {matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}
         total += sum(grams.values()) + COPIES_FACTORED * max(grams.values())
     return total
 
 
 def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
-    """A block's weights and gradients, its activations, what comes before and after the blocks, and some tokens' logits."""
+    """A block's weights, gradients and activations, the parameters outside the blocks, and the logits of some tokens."""
     counts = [_block_weights(decoder, index) for index in range(len(decoder.blocks))]
     outside = sum(_weights(decoder, name) for name in decoder.layout) - sum(counts)
     activations = COPIES_OF_ACTIVATIONS * 4 * tokens * max(map(_channels, decoder.matrices))
@@ -80,13 +80,14 @@ def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
 
 
 def _channels(matrices: list[Matrix]) -> int:
-    """How many numbers a block's matrices read and give for a token, of a mixture's experts those that it chooses."""
+    """Inputs and outputs of a block's matrices for one token; of a mixture's experts, those of the experts that it chooses."""
     experts = {matrix.parameter_slice.expert for matrix in matrices} - {None}
     chosen = min(1.0, EXPERTS_CHOSEN / max(1, len(experts)))
     return math.ceil(sum(sum(matrix.shape) * (1 if matrix.parameter_slice.expert is None else chosen) for matrix in matrices))
 
 
 def _block_weights(decoder: Decoder, index: int) -> int:
+    """Weights of all tensors of a block."""
     return sum(_weights(decoder, name) for name in decoder.tensors(index))
 
 
@@ -95,5 +96,5 @@ def _stored_bytes(decoder: Decoder, index: int) -> int:
 
 
 def _weights(decoder: Decoder, name: str) -> int:
-    """How many a tensor of the checkpoint has."""
+    """Weights of one tensor of the checkpoint."""
     return torch.Size(decoder.checkpoint.shape(name)).numel()

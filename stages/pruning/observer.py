@@ -1,13 +1,19 @@
 """What the layers of a block read while windows run through it: a statistic and a sample of tokens for each distinct input.
 
-Layers that are handed the same tensor share both. A linear layer is watched by a hook; an expert, whose weight is a slice of
-one parameter for all experts, by the product in which that slice appears.
+    Recorder          keeps them; layers that are handed the same tensor share both
+    LinearLayers      hands the recorder what linear layers read, by a hook on each
+    Experts           hands it what experts read: each is a slice of one parameter, recognised in the product that it appears in
+    FewTokenExperts   calibrates an expert that the router gave few tokens on a sample of all tokens that reached the mixture
+    Observer          the four together, for one loaded block
+
+An observer is made for a loaded block, runs the windows through it, and is finished before another block is loaded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -20,42 +26,257 @@ from stages.pruning.statistics import Statistic
 from stages.streaming.architecture import Layer
 from stages.streaming.stream import Stream
 
+S = TypeVar("S", bound=Statistic)
 
-class _LastInputSeen(Exception):
-    """Raised before the product of a block's last layer: nobody reads its output while statistics are collected."""
+
+class CalibratedOn(StrEnum):
+    """Which tokens a statistic is of: those that the layer reads, or for an expert that few chose a sample of all."""
+
+    ITS_TOKENS = "its tokens"
+    ALL_TOKENS = "all tokens"
 
 
 @dataclass(kw_only=True, slots=True)
-class Inputs:
-    """What was seen of one distinct input.
+class Inputs(Generic[S]):
+    """One distinct input.
 
-    statistic: over all tokens of all ranks. sample: parts of [tokens, columns], in the compute dtype.
-    tokens: how many were seen, on all ranks. routed: False for an expert that was given tokens which did not choose it.
+    layers: those that read it, the first to do so first; after Observer.finish in the order of the observed layers.
+    statistic: over the tokens of all processes. sample: pieces of [tokens, columns], in the compute dtype, of this process's tokens.
+    tokens: how many the layers read, in all processes.
     """
 
-    statistic: Statistic
+    layers: list[Layer]
+    statistic: S
     sample: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
-    routed: bool = True
+    calibrated_on: CalibratedOn = CalibratedOn.ITS_TOKENS
 
     def sampled(self) -> torch.Tensor:
         """[tokens, columns], float32."""
         return torch.cat(self.sample).float()
 
     def reorder(self, order: torch.Tensor) -> None:
-        """Make the input `order[k]`, int64, the k-th."""
+        """Make the column `order[k]`, int64, the k-th."""
         self.statistic.reorder(order)
-        self.sample = [part[:, order] for part in self.sample]
+        self.sample = [piece[:, order] for piece in self.sample]
 
 
-class Observer:
-    """Watches the layers of one loaded block.
+class EvenSample:
+    """Every stride-th token of the calibration set, whatever the micro-batch.
 
     Args:
-        layers: those to watch.
+        stride: tokens. first_token: of this process among those of all processes.
+    """
+
+    def __init__(self, stride: int, first_token: int) -> None:
+        self.stride, self.first_token = stride, first_token
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The sampled ones of a micro-batch, [..., tokens, columns], as a copy: [sampled, columns]."""
+        return tokens.detach().reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
+
+    def advance(self, tokens: int) -> None:
+        """The next micro-batch begins so many tokens later."""
+        self.first_token += tokens
+
+
+class Recorder(Generic[S]):
+    """The statistic and the sample of every distinct input.
+
+    Args:
+        statistic: makes an empty one from a number of columns and a device.
+        sample: picks tokens of linear layers. expert_tokens: of an expert, the first so many.
+    """
+
+    def __init__(self, statistic: Callable[[int, torch.device], S], sample: EvenSample, expert_tokens: int) -> None:
+        self.statistic, self.sample, self.expert_tokens = statistic, sample, expert_tokens
+        self.inputs: dict[Layer, Inputs[S]] = {}
+        self.latest: Layer | None = None  # the layer that read last in the current micro-batch
+        self._batch = (0, 0)
+        self._read: dict[tuple[int, int, int], tuple[Inputs[S], torch.Tensor]] = {}
+
+    def begin(self, windows: int, tokens: int) -> None:
+        """A micro-batch of so many windows of so many tokens enters the block."""
+        self._batch, self.latest = (windows, tokens), None
+
+    def end(self) -> None:
+        """The micro-batch has left the block."""
+        self.sample.advance(self._batch[0] * self._batch[1])
+        self._read.clear()
+
+    @torch.no_grad()
+    def add_windows(self, layer: Layer, tensor: torch.Tensor) -> None:
+        """Record what a linear layer reads, [..., columns], a row for each token of the micro-batch.
+
+        Raises:
+            PruningError: it reads another number of tokens; names the layer.
+        """
+        inputs = self._first_read_by(layer, tensor)
+        if inputs is None:
+            return
+        windows, tokens = self._batch
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        if len(rows) != windows * tokens:
+            raise PruningError(f"layer {layer.name}: found {len(rows)} tokens, wanted the block's {windows} x {tokens}")
+        inputs.statistic.add(rows.view(windows, tokens, -1))
+        inputs.sample.append(self.sample.of(rows))
+        inputs.tokens += len(rows)
+
+    @torch.no_grad()
+    def add_tokens(self, layer: Layer, tensor: torch.Tensor) -> None:
+        """Record the tokens that an expert reads, [..., columns]."""
+        inputs = self._first_read_by(layer, tensor)
+        if inputs is None:
+            return
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        inputs.statistic.add(rows[None])
+        inputs.sample.append(rows[: max(0, self.expert_tokens - sum(map(len, inputs.sample)))].clone())
+        inputs.tokens += len(rows)
+
+    def _first_read_by(self, layer: Layer, tensor: torch.Tensor) -> Inputs[S] | None:
+        """The inputs that this layer was the first to read; None if another layer records them."""
+        self.latest = layer
+        if layer not in self.inputs:
+            key = (tensor.data_ptr(), tensor.numel(), tensor._version)
+            if key not in self._read:  # the tensor is held, so that no other gets its address
+                self._read[key] = Inputs(layers=[], statistic=self.statistic(tensor.shape[-1], tensor.device)), tensor
+            self.inputs[layer] = self._read[key][0]
+            self.inputs[layer].layers.append(layer)
+        return self.inputs[layer] if self.records(layer) else None
+
+    def records(self, layer: Layer) -> bool:
+        """Whether a layer was the first to read its inputs."""
+        return layer in self.inputs and self.inputs[layer].layers[0] == layer
+
+    def forget(self, layer: Layer) -> None:
+        """Drop what a layer read."""
+        if layer in self.inputs:
+            self.inputs.pop(layer).layers.remove(layer)
+
+    def ensure(self, layer: Layer, weight: torch.Tensor) -> Inputs[S]:
+        """What a layer of this weight, [..., columns], read; empty if it read nothing in this process."""
+        if layer not in self.inputs:
+            columns = weight.shape[-1]
+            statistic = self.statistic(columns, weight.device)
+            self.inputs[layer] = Inputs(layers=[layer], statistic=statistic, sample=[weight.new_empty(0, columns)])
+        return self.inputs[layer]
+
+
+class LastInputRead(Exception):
+    """Raised before the product of a block's last layer, where nothing needs its output."""
+
+
+class LinearLayers:
+    """Hands what linear layers read to a recorder.
+
+    Args:
+        block: loaded. layers: its linear layers.
+    """
+
+    def __init__(self, block: nn.Module, layers: list[Layer], recorder: Recorder[Any]) -> None:
+        self.recorder, self.stop_at_last = recorder, False
+        self._last: Layer | None = None  # of the block, once a micro-batch has shown which one it is
+        self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._hook(layer)) for layer in layers}
+
+    def _hook(self, layer: Layer) -> Any:
+        def record(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            self.recorder.add_windows(layer, arguments[0])
+            if self.stop_at_last and layer == self._last:
+                raise LastInputRead
+
+        return record
+
+    def end(self) -> None:
+        """After a micro-batch: keep only the hooks that still record or stop."""
+        if self._last is None and self.recorder.latest in self._hooks:
+            self._last = self.recorder.latest
+        for layer in list(self._hooks):
+            if layer in self.recorder.inputs and not self.recorder.records(layer) and layer != self._last:
+                self._hooks.pop(layer).remove()
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for hook in self._hooks.values():
+            hook.remove()
+
+
+class Experts:
+    """Hands what experts read to a recorder.
+
+    Args:
+        block: loaded. layers: its experts.
+    """
+
+    def __init__(self, block: nn.Module, layers: list[Layer], recorder: Recorder[Any]) -> None:
+        self.block, self.layers, self.recorder = block, layers, recorder
+
+    def recording(self) -> AbstractContextManager[object]:
+        """Record while the block runs."""
+        if not self.layers:
+            return nullcontext()
+        return ExpertProducts(self.block, self.layers, lambda layer, inputs, _: self.recorder.add_tokens(layer, inputs))
+
+
+class FewTokenExperts:
+    """The rule for experts that few tokens chose: they are calibrated on a sample of all tokens that reached their mixture.
+
+    A few tokens tell little about what an expert reads, and what its router will send it resembles what it sends to the others.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts, self.sample = experts, experts.recorder.sample
+        self._reached: dict[str, list[torch.Tensor]] = {}  # module of a mixture's experts -> sampled tokens
+        modules = {layer.module for layer in experts.layers}
+        self._hooks = [experts.block.get_submodule(path).register_forward_pre_hook(self._hook(path), with_kwargs=True) for path in modules]
+
+    def _hook(self, path: str) -> Any:
+        def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
+            tokens = (*arguments, *keywords.values())[0]
+            self._reached.setdefault(path, []).append(self.sample.of(tokens))
+
+        return keep
+
+    def apply(self, counts: dict[Layer, int], minimum: int | None) -> None:
+        """Forget what experts with fewer than `minimum` tokens read, and give them the sample instead.
+
+        Args:
+            counts: tokens that chose each expert, in all processes.
+            minimum: None: experts are taken as they are, and those that no token chose are left out.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        few = [layer for layer in self.experts.layers if counts[layer] < max(1, minimum or 0)]
+        for layer in self.experts.layers:
+            if layer in few:
+                self.experts.recorder.forget(layer)
+            else:  # all its tokens may be with other processes
+                self._ensure(layer)
+        if minimum is not None:
+            for path, expert in sorted({(layer.module, layer.expert or 0) for layer in few if layer.module in self._reached}):
+                self._run(path, expert)
+                for layer in few:
+                    if (layer.module, layer.expert) == (path, expert):  # this process may have no sampled token
+                        self._ensure(layer).calibrated_on = CalibratedOn.ALL_TOKENS
+
+    def _ensure(self, layer: Layer) -> Inputs[Any]:
+        return self.experts.recorder.ensure(layer, self.experts.block.get_parameter(layer.name))
+
+    def _run(self, path: str, expert: int) -> None:
+        """Send all sampled tokens of a mixture to one expert."""
+        tokens = torch.cat(self._reached[path])
+        chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
+        with self.experts.recording():
+            self.experts.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
+
+
+class Observer(Generic[S]):
+    """Observes the layers of one loaded block.
+
+    Args:
+        layers: those to observe.
         statistic: makes an empty statistic from a number of columns and a device.
-        tokens: how many all processes will see; sampled: about how many of them to keep, evenly spread. Of an expert's, the
-            first eighth of that number.
+        tokens: how many all processes will run through the block.
+        sampled: about how many of them to keep of each input, evenly spread; of an expert's, the first eighth of that number.
         first_token: of this process among all.
     """
 
@@ -63,162 +284,66 @@ class Observer:
         self,
         block: nn.Module,
         layers: list[Layer],
-        statistic: Callable[[int, torch.device], Statistic],
+        statistic: Callable[[int, torch.device], S],
         tokens: int,
         sampled: int,
         first_token: int = 0,
     ) -> None:
-        self.block, self.layers, self.statistic, self.sampled = block, layers, statistic, sampled
-        self.stride, self.first_token, self.batch = max(1, tokens // sampled), first_token, (0, 0)
-        self.leader: dict[Layer, Layer] = {}
-        self.inputs: dict[Layer, Inputs] = {}
-        self._handed: dict[tuple[Any, ...], tuple[Layer, torch.Tensor]] = {}
-        self._order: list[Layer] = []
-        self._last: Layer | None = None
-        self._stop = False
-        self._entered: dict[str, list[torch.Tensor]] = {}
-        self._experts = [layer for layer in layers if layer.expert is not None]
-        linear_layers = [layer for layer in layers if layer.expert is None]
-        self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._watch(layer)) for layer in linear_layers}
-        modules = {layer.module for layer in self._experts}
-        self._doors = [block.get_submodule(path).register_forward_pre_hook(self._enter(path), with_kwargs=True) for path in modules]
+        self.layers = layers
+        sample = EvenSample(max(1, tokens // sampled), first_token)
+        self.recorder = Recorder(statistic, sample, max(1, sampled // 8))
+        self.linear = LinearLayers(block, [layer for layer in layers if layer.expert is None], self.recorder)
+        self.experts = Experts(block, [layer for layer in layers if layer.expert is not None], self.recorder)
+        self.few_token_experts = FewTokenExperts(self.experts)
 
-    def run(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor], *, stop: bool) -> torch.Tensor | None:
-        """Run some windows through the block.
+    def run(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Run some windows through the block and return its output.
 
         Args:
             hidden: [windows, tokens, width]. forward: calls the block with it.
-            stop: leave out what comes after the last layer's input, once it is known which layer that is.
-
-        Returns:
-            The block's output, or None if it was left out.
         """
-        self.batch, self._stop, self._order = (hidden.shape[0], hidden.shape[1]), stop, []
+        self.recorder.begin(*hidden.shape[:2])
         try:
-            with self._products():
+            with self.experts.recording():
                 return forward(hidden)
-        except _LastInputSeen:
-            return None
         finally:
-            self.first_token += hidden.shape[0] * hidden.shape[1]
-            self._handed.clear()
-            self._drop_followers()
+            self.recorder.end()
+            self.linear.end()
 
-    def _products(self) -> AbstractContextManager[object]:
-        if not self._experts:
-            return nullcontext()
-        return ExpertProducts(self.block, self._experts, lambda layer, inputs, _: self.see(layer, inputs))
+    def run_to_last_input(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Run some windows through the block up to what its last layer reads, from the second call on; see run."""
+        self.linear.stop_at_last = True
+        try:
+            self.run(hidden, forward)
+        except LastInputRead:
+            pass
+        finally:
+            self.linear.stop_at_last = False
 
-    def _drop_followers(self) -> None:
-        if self._last is None and self._order and self._order[-1].expert is None:
-            self._last = self._order[-1]
-        for layer, leader in self.leader.items():
-            if layer not in (leader, self._last) and layer in self._hooks:
-                self._hooks.pop(layer).remove()
+    def finish(self, minimum: int | None) -> list[Inputs[S]]:
+        """Add up over all processes; every distinct input, in the same order in each process.
 
-    def _watch(self, layer: Layer) -> Any:
-        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self.see(layer, arguments[0])
-            if self._stop and layer == self._last:
-                raise _LastInputSeen
-
-        return hook
-
-    def _enter(self, path: str) -> Any:
-        """Keep a sample of the tokens that reach a mixture, for the experts that too few of them choose."""
-
-        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
-            tokens = (*arguments, *keywords.values())[0]
-            self._entered.setdefault(path, []).append(self._spread(tokens))
-
-        return hook
-
-    @torch.no_grad()
-    def see(self, layer: Layer, inputs: torch.Tensor) -> None:
-        """Take in what a layer is handed, unless another layer was handed the same."""
-        self._order.append(layer)
-        key = (inputs.data_ptr(), inputs.numel(), inputs._version)
-        if layer not in self.leader:
-            self.leader[layer], _ = self._handed.setdefault(key, (layer, inputs))  # held: no other tensor gets this address
-        if self.leader[layer] == layer:
-            self._take(layer, inputs)
-
-    def _take(self, layer: Layer, inputs: torch.Tensor) -> None:
-        columns = inputs.shape[-1]
-        if layer not in self.inputs:
-            self.inputs[layer] = Inputs(statistic=self.statistic(columns, inputs.device))
-        seen = self.inputs[layer]
-        rows = inputs.reshape(-1, columns)
-        if layer.expert is None:
-            if len(rows) != self.batch[0] * self.batch[1]:
-                raise PruningError(f"layer {layer.name}: found {len(rows)} tokens, wanted the block's {self.batch[0]} x {self.batch[1]}")
-            seen.statistic.add(rows.view(*self.batch, columns))
-            seen.sample.append(self._spread(rows))
-        else:
-            seen.statistic.add(rows[None])
-            seen.sample.append(rows[: max(0, max(1, self.sampled // 8) - sum(map(len, seen.sample)))].clone())
-        seen.tokens += len(rows)
-
-    def _spread(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Every stride-th token of the calibration set, whatever the micro-batch: [tokens, columns]."""
-        return tokens.detach().reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
-
-    def finish(self, minimum: int | None) -> None:
-        """Add up over ranks, and give experts that fewer than `minimum` tokens chose the sample of all that reached the mixture.
-
-        An expert's few tokens tell little of what it reads; what its router would send it is like what it sends the others.
-        With None experts are taken as they come, and one that no token chose is left out.
+        Args:
+            minimum: tokens, see FewTokenExperts.apply.
         """
-        counts = torch.tensor([self.inputs[layer].tokens if layer in self.inputs else 0 for layer in self.layers])
-        for layer, count in zip(self.layers, all_reduce(counts).tolist(), strict=True):
-            if layer.expert is not None:
-                self._settle(layer, enough=count >= max(1, minimum or 0))
-        for door in self._doors:
-            door.remove()  # what is sent in now is no new token
-        for path, expert in self._starved() if minimum is not None else []:
-            self._send(path, expert)
-        for layer, count in zip(self.layers, counts.tolist(), strict=True):
-            if self.leader.get(layer) == layer:
-                self.inputs[layer].statistic.finish(all_reduce)
-                self.inputs[layer].tokens = count
-        for hook in self._hooks.values():
-            hook.remove()
-
-    def _settle(self, layer: Layer, enough: bool) -> None:
-        """Forget an expert that too few tokens chose; make an empty entry where all it was given went to other ranks."""
-        if not enough:
-            self.inputs.pop(layer, None)
-            self.leader.pop(layer, None)
-        elif layer not in self.leader:
-            weight = self.block.get_parameter(layer.name)
-            empty = weight.new_empty(0, weight.shape[-1])
-            self.leader[layer] = layer
-            self.inputs[layer] = Inputs(statistic=self.statistic(weight.shape[-1], weight.device), sample=[empty])
-
-    def _starved(self) -> list[tuple[str, int]]:
-        missing = [layer for layer in self.layers if layer not in self.leader]
-        starved = {(layer.module, layer.expert) for layer in missing if layer.expert is not None}
-        return sorted((path, expert) for path, expert in starved if path in self._entered)
-
-    def _send(self, path: str, expert: int) -> None:
-        """All sampled tokens to one expert."""
-        tokens = torch.cat(self._entered[path])
-        chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
-        with self._products():
-            self.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
+        self.linear.remove()
+        own = [self.recorder.inputs[layer].tokens if self.recorder.records(layer) else 0 for layer in self.layers]
+        counts = dict(zip(self.layers, all_reduce(torch.tensor(own)).tolist(), strict=True))
+        self.few_token_experts.apply(counts, minimum)
+        distinct = []
         for layer in self.layers:
-            if (layer.module, layer.expert) == (path, expert):
-                self._settle(layer, enough=True)  # this process may have no sampled token
-                self.inputs[self.leader[layer]].routed = False
+            if self.recorder.records(layer):
+                inputs = self.recorder.inputs[layer]
+                inputs.statistic.finish(all_reduce)
+                inputs.tokens = counts[layer]
+                distinct.append(inputs)
+        for inputs in distinct:
+            inputs.layers.sort(key=self.layers.index)
+        return distinct
 
-    def groups(self) -> Iterator[tuple[Inputs, list[Layer]]]:
-        """Each distinct input with the layers that read it; its statistic is let go of with it."""
-        for leader in [layer for layer in self.layers if layer in self.inputs]:  # the same order in every process
-            yield self.inputs.pop(leader), [layer for layer in self.layers if self.leader.get(layer) == leader]
 
-
-def watch(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[Statistic], sampled: int = 1) -> Observer:
-    """An observer of what a stream's windows make some layers of a loaded block read; see Observer."""
+def observe(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[S], sampled: int = 1) -> Observer[S]:
+    """An observer of what some layers of a loaded block read of a stream's windows; see Observer."""
     length = stream.shape[1]
     return Observer(block, layers, statistic, stream.all_windows * length, sampled, stream.first_window * length)
 
@@ -227,17 +352,17 @@ class ExpertProducts(TorchFunctionMode):
     """Hands on the input and the output of every product with an expert's weight.
 
     Args:
-        block: loaded. experts: those to watch.
-        take: called with the layer, [tokens, columns] and [tokens, rows].
+        block: loaded. experts: those to hand on.
+        receive: called with the layer, [tokens, columns] and [tokens, rows].
     """
 
-    def __init__(self, block: nn.Module, experts: list[Layer], take: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> None:
+    def __init__(self, block: nn.Module, experts: list[Layer], receive: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> None:
         super().__init__()
         self.experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in experts}
-        self.take = take
+        self.receive = receive
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         output = function(*arguments, **(keywords or {}))
         if function is linear and (layer := self.experts.get(arguments[1].data_ptr())) is not None:
-            self.take(layer, arguments[0], output)
+            self.receive(layer, arguments[0], output)
         return output

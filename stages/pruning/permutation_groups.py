@@ -1,11 +1,10 @@
-"""Which matrices make another's input channel by channel, so that the channels may change places; no model family is named.
+"""Find matrices of a block whose channels can be permuted together without changing the block's function; no model family is named.
 
-Where nothing but elementwise functions f of equal form lies between, an order p of the channels cancels out:
+    W2[:, p] f(W1[p] x) = W2 f(W1 x)       # f elementwise with the same form for every channel, p any order of the channels
 
-    W2[:, p] f(W1[p] x) = W2 f(W1 x)
-
-Nothing is concluded from names or shapes alone: the matrices are reordered, the block is run, its output must stay as it was,
-and must not when any one of them is reordered alone. A producer with a bias is left out: it would have to be reordered too.
+The consumer W2 reads the channels, the producers W1 make them. Names, shapes and biases only give candidates. Each candidate is tried:
+its matrices are reordered together and the block is run. The output must stay the same; and it must change when any one of the
+matrices is reordered alone. A producer with a bias is no candidate, since the bias would have to be reordered too.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +17,14 @@ from torch import nn
 from stages.streaming.architecture import Matrix
 
 TOLERANCE = 1e-5  # of a token's norm: what another order of summation changes in float32
-CONTRAST = 100  # times the tolerance: what a matrix reordered alone must change, or the trial proves nothing
+CONTRAST = 100  # times the tolerance: least change by a matrix that is reordered alone; with less the trial proves nothing
 
-Reordering = tuple[Matrix, int]  # and the dimension of [rows, columns] that is reordered
+Reordering = tuple[Matrix, int]  # a matrix and its dimension, of [rows, columns], that is reordered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PermutationGroup:
-    """Matrices whose channels may change places together.
+    """Matrices whose channels can be permuted together.
 
     consumer: its columns are the channels. producers: their rows are.
     """
@@ -35,29 +34,33 @@ class PermutationGroup:
 
 
 def candidates(block: nn.Module, matrices: list[Matrix]) -> list[PermutationGroup]:
-    """What may be coupled by names, shapes and biases alone; the same in every process."""
-    separate = [matrix for matrix in matrices if matrix.expert is None]  # not a slice of one tensor for all experts
-    found = [PermutationGroup(consumer=matrix, producers=_beside(block, matrix, separate)) for matrix in separate]
-    return [group for group in found if group.producers]
+    """The permutation groups that names, shapes and biases allow; the same in every process.
+
+    Args:
+        block: may be without weights. matrices: of the block.
+    """
+    separate = [matrix for matrix in matrices if matrix.expert is None]  # no slices of a tensor that holds all experts
+    groups = [PermutationGroup(consumer=matrix, producers=_possible_producers(block, matrix, separate)) for matrix in separate]
+    return [group for group in groups if group.producers]
 
 
 @torch.no_grad()
 def permutation_groups(
     block: nn.Module, options: list[PermutationGroup], run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
 ) -> list[PermutationGroup]:
-    """Find the permutation_groups of a block by trial.
+    """Find the permutation groups of a block by trial.
 
     Args:
-        block: loaded, in float32; its weights are changed on the way and are the same bits afterwards.
+        block: loaded, in float32; its weights change during the trials and have the same bits afterwards.
         options: see candidates.
-        run: puts hidden states through the block, the same every time.
+        run: runs the block on hidden states; deterministic.
         hidden: [windows, tokens, width], float32. An expert that none of these tokens chooses is not found.
 
     Returns:
-        One for each consumer whose producers are proven, in the order of the options.
+        The proven options, in their order.
 
     Raises:
-        ValueError: hidden states of another dtype, whose rounding would hide what the trial looks for.
+        ValueError: hidden states of another dtype, whose rounding would hide the changes that a trial measures.
     """
     if hidden.dtype != torch.float32:
         raise ValueError(f"found {hidden.dtype} hidden states, wanted torch.float32: coarser rounding hides what a reordering changes")
@@ -67,33 +70,36 @@ def permutation_groups(
         with _reordered(block, reorderings, order):
             return largest_change(run(hidden.clone()), expected)
 
-    return [group for group in options if _proven(group, change)]
+    return [group for group in options if _is_proven(group, change)]
 
 
 def largest_change(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """||y - y'|| / ||y|| of the token where it is largest; NaN where a token's outputs are all zero or not finite."""
+    """The largest ||y - y'|| / ||y|| of all tokens; NaN where a token's outputs are all zero or not finite."""
     return (torch.linalg.vector_norm(output - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)).max().item()
 
 
-def _beside(block: nn.Module, consumer: Matrix, matrices: list[Matrix]) -> list[Matrix]:
-    """All under the consumer's parent module, of its expert, with a row for each of its columns; none if one has a bias."""
+def _possible_producers(block: nn.Module, consumer: Matrix, matrices: list[Matrix]) -> list[Matrix]:
+    """The other matrices in the consumer's parent module, of the same expert, with a row for each of its columns.
+
+    None if one of them has a bias.
+    """
     parent = _parent(consumer)
-    found = [
+    producers = [
         matrix
         for matrix in matrices
-        if matrix.parameter_slice.name.startswith(parent)
+        if matrix != consumer
+        and matrix.parameter_slice.name.startswith(parent)
         and matrix.parameter_slice.expert == consumer.parameter_slice.expert
         and matrix.shape[0] == consumer.shape[1]
     ]
-    found = [matrix for matrix in found if matrix != consumer]
-    return [] if any(_has_bias(block, matrix) for matrix in found) else found
+    return [] if any(_has_bias(block, matrix) for matrix in producers) else producers
 
 
 def _parent(matrix: Matrix) -> str:
-    """What the names of all parameters beside it begin with: "mlp." for mlp.down_proj.weight, "" at the top of the block."""
+    """What the parameter names of its parent module begin with: "mlp." for mlp.down_proj.weight, "" at the top of the block."""
     *path, _ = matrix.parameter_slice.name.split(".")
     if matrix.parameter_slice.expert is None:
-        path = path[:-1]  # out of the linear layer; an expert's matrices are parameters of one module
+        path = path[:-1]  # without the linear layer; an expert's matrices are parameters of one module
     return "".join(f"{module}." for module in path)
 
 
@@ -102,8 +108,8 @@ def _has_bias(block: nn.Module, matrix: Matrix) -> bool:
     return any("bias" in name for name, _ in module.named_parameters(recurse=False))
 
 
-def _proven(group: PermutationGroup, change: Callable[[list[Reordering], torch.Tensor], float]) -> bool:
-    """Whether reordering all of them changes nothing and each alone something; NaN proves nothing."""
+def _is_proven(group: PermutationGroup, change: Callable[[list[Reordering], torch.Tensor], float]) -> bool:
+    """Whether reordering all matrices changes nothing and reordering each one alone changes the output; NaN proves nothing."""
     order = torch.randperm(group.consumer.shape[1], generator=torch.Generator().manual_seed(0))
     together = [(group.consumer, 1), *((producer, 0) for producer in group.producers)]
     if not change(together, order) <= TOLERANCE:
@@ -113,7 +119,7 @@ def _proven(group: PermutationGroup, change: Callable[[list[Reordering], torch.T
 
 @contextmanager
 def _reordered(block: nn.Module, reorderings: list[Reordering], order: torch.Tensor) -> Iterator[None]:
-    """The weights in another order, then copied back."""
+    """Reorder weights, and copy the original ones back at the end."""
     weights = [matrix.of(block) for matrix, _ in reorderings]
     originals = [weight.clone() for weight in weights]
     try:

@@ -10,7 +10,7 @@ import torch
 from stages.errors import ConfigError, PruningError
 from stages.pruning.allocation import bounds_of_counts
 from stages.pruning.allocations import ALLOCATIONS
-from stages.pruning.block_loop import Plan
+from stages.pruning.plan import Plan
 from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
 from stages.pruning.patterns import Pattern, Unstructured, pruned_count
@@ -72,10 +72,10 @@ def allocate(
     except ValueError as error:
         raise ConfigError(f"allocation: {error}") from None
     dense = DenseModel(decoder=decoder, windows=windows, stream=stream, comparison_group=pattern.comparison_group)
-    evidence = journal.survey(lambda: budgeted.evidence(dense, section))
+    evidence = journal.allocation_evidence(lambda: budgeted.evidence(dense, section))
     with PruningError.naming(f"allocation {section.name}"):
         counts = budgeted.counts(evidence, decoder.matrices, pattern, section)
     patterns: dict[str, Pattern] = {
         matrix.name: replace(pattern, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
     }
-    return replace(plan, patterns=patterns, rows=budgeted.row_costs(evidence, decoder.matrices, pattern, section))
+    return replace(plan, patterns=patterns, row_costs=budgeted.row_costs(evidence, decoder.matrices, pattern, section))

@@ -1,10 +1,11 @@
-"""Reconstruction: the kept weights of a block are trained to give the dense model's hidden states, for a few passes.
+"""Reconstruction: train the kept weights of a pruned block so that its outputs match the dense model's hidden states.
 
     min E_t ||y_t - y'_t||² / max(||h_t||², ||y_t||²)  over the kept weights, by Adam      # after Wagner et al. 2025, arXiv:2510.14444
 
-y': the block's output for the pruned model's hidden states. y: the dense model's hidden states after the same block, so that a block
-also corrects the errors of the blocks before it. h: the block's input. The error of a token is divided by the size of its hidden
-states, because a few tokens of huge activations would dominate the loss otherwise.
+For token t, y' is the output of the pruned block on the pruned model's hidden states, y is the dense model's hidden state after the
+same block, and h is the pruned block's input. Matching the dense model rather than the dense block also corrects errors of earlier
+blocks. Each token's error is divided by the size of its hidden state; otherwise a few tokens with very large activations dominate
+the loss.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import nn
 
 from stages.errors import PruningError
 from stages.pruning import distributed
-from stages.streaming.architecture import run_block
+from stages.pruning.entries import Pruned
+from stages.streaming.architecture import Matrix, run_block
 from stages.streaming.stream import Stream
 
 BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands
@@ -22,9 +24,10 @@ BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How long and how fast.
+    """How long and how fast a block is trained.
 
-    epochs: passes over the calibration windows, one window a step. learning_rate: of the first step; falls to 0.
+    epochs: passes over the calibration windows, one window a step, 1 or more.
+    learning_rate: of the first step, above 0; falls linearly to 0.
     """
 
     epochs: int
@@ -40,21 +43,21 @@ def reconstruct(
     targets: torch.Tensor,
     how: Reconstruction,
 ) -> None:
-    """Train the kept weights of a block; pruned ones stay exactly zero.
+    """Train the kept weights of a block; pruned weights stay exactly zero.
 
-    Several processes each take a window of their own a step and average the gradients: N of them take N times fewer steps.
+    With N processes each takes a window of its own per step, and the gradients are averaged: there are N times fewer steps.
 
     Args:
-        stream: what the pruned blocks before this one give.
-        block: loaded; the pruned matrices follow the training, rounded to the compute dtype, its other weights stay.
-        masks: by the name of a parameter inside the block, in its shape, bool, True = kept.
-        values: likewise, float32, where the training starts; changed in place.
+        stream: hidden states of the pruned model before the block.
+        block: loaded. Its pruned parameters are set to the trained values, in the compute dtype; its other parameters do not change.
+        masks: parameter's name inside the block -> bool, in the parameter's shape, True = kept.
+        values: parameter's name -> the initial weights, float32, in the parameter's shape; trained in place.
         targets: [windows, tokens, width], the dense model's hidden states after the block.
 
     Raises:
-        PruningError: the weights found are not finite.
+        PruningError: a trained weight is not finite; names the block and the parameter.
     """
-    parameters, kept = [block.get_parameter(name).requires_grad_() for name in masks], list(masks.values())
+    parameters = [block.get_parameter(name).requires_grad_() for name in masks]
     masters = [values[name] for name in masks]
     optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS, fused=True)
     for window, rate in schedule(stream, how.epochs, how.learning_rate):
@@ -63,7 +66,7 @@ def reconstruct(
             output = run_block(block, hidden, call)
             target = targets[window : window + 1].to(hidden.device)
             gradients = torch.autograd.grad(relative_errors(output.view_as(hidden), target, hidden).mean(), parameters)
-        for master, gradient, mask in zip(masters, gradients, kept, strict=True):
+        for master, gradient, mask in zip(masters, gradients, masks.values(), strict=True):
             master.grad = distributed.all_reduce_mean(gradient.float().mul_(mask))
         optimiser.param_groups[0]["lr"] = rate
         optimiser.step()
@@ -72,11 +75,51 @@ def reconstruct(
     for parameter, master in zip(parameters, masters, strict=True):
         parameter.requires_grad_(False)
         master.grad = None
-    if not all(torch.isfinite(master).all() for master in masters):
-        name = next(iter(masks))
-        raise PruningError(
-            f"block {index}: found NaN or infinity in the reconstruction of {name} and what goes with it, wanted finite weights"
-        )
+    for name, master in zip(masks, masters, strict=True):
+        if not torch.isfinite(master).all():
+            raise PruningError(f"block {index}: found NaN or infinity in the reconstruction of {name}, wanted finite weights")
+
+
+class BlockTraining:
+    """What the reconstruction of a block needs, gathered while its matrices are pruned.
+
+    Args:
+        how, targets: see reconstruct.
+
+    Attributes:
+        masks, values: see reconstruct.
+    """
+
+    def __init__(self, how: Reconstruction, targets: torch.Tensor) -> None:
+        self.how, self.targets = how, targets
+        self.masks: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of each matrix: sampled inputs and the dense outputs for them
+
+    def add(self, block: nn.Module, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, sample: torch.Tensor) -> None:
+        """Add a matrix before its pruned weights are written into the block.
+
+        Args:
+            weight: the dense matrix, [rows, columns], float32. sample: inputs for measuring its error, [tokens, columns], float32.
+        """
+        name = matrix.parameter_slice.name
+        if name not in self.masks:
+            parameter = block.get_parameter(name)
+            self.masks[name] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+            self.values[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        matrix.part_of(self.masks[name]).copy_(pruned.mask)
+        matrix.part_of(self.values[name]).copy_(weight.masked_fill(~pruned.mask, 0) if pruned.values is None else pruned.values)
+        self._samples[matrix.name] = sample, sample @ weight.T
+
+    def squared_errors(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
+        """||(W - W') X||_F² and ||W X||_F² of a matrix on its sample, [2], float64, on the CPU.
+
+        Args:
+            values: W' after the training, [rows, columns], float32.
+        """
+        inputs, outputs = self._samples[matrix.name]
+        norms = [torch.linalg.vector_norm(difference) for difference in (inputs @ values.T - outputs, outputs)]
+        return torch.stack(norms).double().square().cpu()
 
 
 def relative_errors(output: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -86,18 +129,19 @@ def relative_errors(output: torch.Tensor, target: torch.Tensor, hidden: torch.Te
         output: y', target: y, hidden: h, [windows, tokens, width], on one device, any float dtype; the first may need gradients.
 
     Returns:
-        [windows, tokens], float32.
+        [windows, tokens], float32, 0 or more.
     """
     target = target.float()
     size = torch.maximum(hidden.float().square().mean(dim=-1), target.square().mean(dim=-1))
-    lost = (output.float() - target).square().sum(dim=-1)
-    return lost / size.clamp_min(torch.finfo(torch.float32).tiny)
+    squared_error = (output.float() - target).square().sum(dim=-1)
+    return squared_error / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[int, float]]:
-    """This process's window of each step and the learning rate, which falls to 0; as many steps as every other process makes.
+    """This process's window and the learning rate of each step.
 
-    All windows come in turn, in every pass in another order; where the processes do not divide them, a pass leaves some out.
+    Every pass takes the windows in another random order. Every process makes the same number of steps: where they do not divide the
+    windows evenly, a pass leaves some out. The learning rate falls linearly from the first step's to 0.
     """
     generator = torch.Generator().manual_seed(0)
     steps = max(1, round(epochs * (stream.all_windows // distributed.world_size())))

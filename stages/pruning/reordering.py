@@ -1,4 +1,7 @@
-"""Input channels of a block change places where that leaves its function as it was, for N:M groups that lose less."""
+"""Permute the hidden channels of a block, which leaves its function unchanged, so that N:M groups keep more of the scores.
+
+Which matrices are permuted together is proven by permutation_groups; the order of the channels is chosen by permutations.
+"""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -21,93 +24,101 @@ from stages.streaming.architecture import Call, Decoder, run_block
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Where a matrix's rows and columns come from, int64, or None where they stay."""
+    """The order of a matrix's rows and columns.
+
+    rows, columns: [rows], [columns], int64; row i of the reordered matrix is row rows[i] of the stored one. None: as stored.
+    """
 
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """[rows, columns] in their new places."""
+        """The reordered matrix, [rows, columns]."""
         weight = weight if self.rows is None else weight[self.rows]
         return weight if self.columns is None else weight[:, self.columns]
 
 
-STAYS = Order()
+UNCHANGED = Order()
 
 
 def require_candidates(decoder: Decoder) -> None:
-    """Refuse, before a weight is read, what names, shapes and biases alone rule out.
+    """Refuse a model that cannot be permuted by the names, shapes and biases of its layers alone, before a weight is read.
 
     Raises:
-        PruningError: a block without any channels that may change places; names it.
+        PruningError: a block without channels that can be permuted; names it.
     """
     for index, block in enumerate(decoder.blocks):
         if not candidates(block, decoder.matrices[index]):
-            raise _nothing_moves(index)
+            raise _no_channels(index)
 
 
 def proven_permutation_groups(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, call: Call) -> list[PermutationGroup]:
-    """The permutation_groups of a loaded dense block, proven in float32 on some windows' hidden states.
+    """Find the permutation groups of a loaded dense block by trial in float32; the same in every process.
+
+    Args:
+        hidden: [windows, tokens, width], the block's input for some windows. call: the block's other arguments.
 
     Raises:
-        PruningError: there are none.
+        PruningError: there are none; names the block.
     """
     if decoder.dtype != torch.float32:
         block, call, hidden = deepcopy(block).float(), _in_float32(call), hidden.float()
     options = candidates(block, decoder.matrices[index])
-    proven = [] if distributed.rank() else permutation_groups(block, options, partial(run_block, block, call=call), hidden)
-    flags = distributed.broadcast(
-        torch.tensor([option in proven for option in options], dtype=torch.uint8), 0
-    )  # one trial for all processes
-    found = [option for option, flag in zip(options, flags.tolist(), strict=True) if flag]
-    if not found:
-        raise _nothing_moves(index)
-    return found
+    proven = permutation_groups(block, options, partial(run_block, block, call=call), hidden) if distributed.rank() == 0 else []
+    flags = distributed.broadcast(torch.tensor([option in proven for option in options], dtype=torch.uint8), 0)
+    groups = [option for option, flag in zip(options, flags.tolist(), strict=True) if flag]
+    if not groups:
+        raise _no_channels(index)
+    return groups
 
 
-def _nothing_moves(index: int) -> PruningError:
-    wanted = "a layer whose inputs other layers without bias make channel by channel, as a gated MLP's"
+def _no_channels(index: int) -> PruningError:
+    wanted = "a layer whose inputs are computed channel by channel from layers without bias, as in a gated MLP"
     advice = "set pattern.permutation_rounds to null"
-    return PruningError(f"block {index}: found no input channels that may change places, wanted {wanted}; {advice}")
+    return PruningError(f"block {index}: found no input channels that can be permuted, wanted {wanted}; {advice}")
 
 
 def find_orders(
-    found: list[PermutationGroup],
+    groups: list[PermutationGroup],
     weights: dict[str, torch.Tensor],
     inputs: dict[str, Inputs],
     patterns: dict[str, Pattern],
     method: Method,
     rounds: int,
 ) -> dict[str, Order]:
-    """An order for the channels of every group, and what it does to each of its matrices.
+    """Choose an order for the channels of every permutation group.
 
     Args:
-        found: the permutation_groups. weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads;
-            reordered in place.
-        patterns: by name, N:M. method: whose scores the masks will be chosen by. rounds: see channel_permutation.
+        weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads; reordered in place.
+        patterns: consumer's name -> N:M. score: the one that masks are chosen by. rounds: see channel_permutation.
 
     Returns:
-        By matrix; those that stay in place are not named.
+        Matrix name -> its order; matrices of no group are missing.
 
     Raises:
         PruningError: scores that are not finite, a Gram matrix that does not factor; names the layer.
+        ValueError: a pattern other than N:M; names the layer.
     """
     orders: dict[str, Order] = {}
-    for group in found:
-        name, pattern = group.consumer.name, patterns[group.consumer.name]
-        assert isinstance(pattern, Nm)
+    for group in groups:
+        name = group.consumer.name
+        pattern = patterns[name]
+        if not isinstance(pattern, Nm):
+            raise ValueError(f"layer {name}: found {pattern} with permutation rounds, wanted an N:M pattern")
         with PruningError.naming(f"layer {name}"):
             scores = scores_of(weights[name], inputs[name].statistic, method)
             order = channel_permutation(scores, pattern.kept, pattern.group, rounds=rounds)
         distributed.broadcast(order, 0)
         inputs[name].reorder(order)
-        orders[name] = replace(orders.get(name, STAYS), columns=order)
+        orders[name] = replace(orders.get(name, UNCHANGED), columns=order)
         for producer in group.producers:
-            orders[producer.name] = replace(orders.get(producer.name, STAYS), rows=order)
+            orders[producer.name] = replace(orders.get(producer.name, UNCHANGED), rows=order)
     return orders
 
 
 def _in_float32(call: Call) -> Call:
+    """The call with all floating-point tensors in float32."""
+
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.float() if value.is_floating_point() else value

@@ -1,6 +1,11 @@
-"""What is remembered of a layer's inputs, in float32.
+"""Statistics of a layer's inputs X, [columns, tokens], collected window by window in float32.
 
-Matrices that read the same input share one statistic. Its scale is of no consequence: scores are compared within a matrix.
+    NoStatistic    nothing
+    SquaredNorm    ||X_j||_2²                          # Wanda: Sun et al. 2024, arXiv:2306.11695
+    Moments        mean and variance of X_j            # DSnoT: Zhang et al. 2024, arXiv:2310.08915
+    Gram           H = X Xᵀ                            # SparseGPT: Frantar & Alistarh 2023, arXiv:2301.00774
+
+Matrices that read the same input share one statistic. Its scale does not matter: scores are compared within a matrix.
 """
 
 from collections.abc import Callable
@@ -8,12 +13,17 @@ from typing import Protocol, TypeVar
 
 import torch
 
-Found = TypeVar("Found")
-AllReduce = Callable[[torch.Tensor], torch.Tensor]  # adds up over processes, in place
+Result = TypeVar("Result")
+AllReduce = Callable[[torch.Tensor], torch.Tensor]  # a tensor, changed in place to its sum over all processes
 
-DAMPING_STEP = 10.0
+DAMPING_STEP = 10.0  # factor
 TILES = 4
-WEAK = 1e-9  # of the mean diagonal
+DEAD_DIAGONAL = 1e-9  # of the mean diagonal: what a dead input gets where the matrix must be positive definite
+
+
+def one_process(tensor: torch.Tensor) -> torch.Tensor:
+    """The all-reduce of a single process."""
+    return tensor
 
 
 class Statistic(Protocol):
@@ -22,23 +32,23 @@ class Statistic(Protocol):
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in the inputs of some windows, [windows, tokens, columns], any float dtype."""
+        """Add the inputs of some windows, [windows, tokens, columns], any float dtype."""
 
-    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
-        """No more windows will come; add up what several processes collected."""
+    def finish(self, all_reduce: AllReduce = one_process) -> None:
+        """After the last window: add up what all processes collected."""
 
     def reorder(self, order: torch.Tensor) -> None:
-        """After `finish`: make the input `order[k]`, int64, the k-th."""
+        """After `finish`: make the column `order[k]`, int64, the k-th."""
 
 
 class NoStatistic:
-    """For scores that look at weights alone."""
+    """For scores of the weights alone."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     def add(self, inputs: torch.Tensor) -> None: ...
 
-    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None: ...
+    def finish(self, all_reduce: AllReduce = one_process) -> None: ...
 
     def reorder(self, order: torch.Tensor) -> None: ...
 
@@ -46,7 +56,7 @@ class NoStatistic:
 class SquaredNorm:
     """Wanda's statistic: the mean over windows of each input's squared norm over the window's tokens.
 
-    value: [columns], float32. Windows enter one by one, as published, so that the micro-batch changes no rounding here.
+    value: [columns], float32. Windows are added one by one, as published, so that the micro-batch does not change the rounding.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -59,7 +69,7 @@ class SquaredNorm:
             self.windows += 1
             self.value += squared_norm / self.windows
 
-    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
+    def finish(self, all_reduce: AllReduce = one_process) -> None:
         all_windows = int(all_reduce(torch.tensor(self.windows)))
         self.value *= self.windows / all_windows
         all_reduce(self.value)
@@ -75,7 +85,7 @@ class SquaredNorm:
 
 
 class Moments:
-    """DSnoT's statistic: each input's mean, variance and mean square over tokens, [columns], float32; whole after `finish`."""
+    """DSnoT's statistic: each input's mean, variance and mean square over tokens, [columns], float32; complete after `finish`."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sums = torch.zeros(2, columns, dtype=torch.float64, device=device)
@@ -86,7 +96,7 @@ class Moments:
         self.sums += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
         self.tokens += len(tokens)
 
-    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
+    def finish(self, all_reduce: AllReduce = one_process) -> None:
         self.tokens = int(all_reduce(torch.tensor(self.tokens)))
         all_reduce(self.sums)
 
@@ -115,7 +125,7 @@ class Moments:
 class Gram:
     """SparseGPT's statistic: H = X Xᵀ, summed over tokens (arXiv:2301.00774, section 3.1).
 
-    value: [columns, columns], float32; whole only after `finish`. damping: that of the factor, once there is one.
+    value: [columns, columns], float32; complete after `finish`. damping: of the factor, None before it is computed.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -125,13 +135,13 @@ class Gram:
         self._tile = -(-columns // TILES)
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Only tiles on and below the diagonal: the matrix is symmetric, and 4 by 4 tiles save 3/8 of the products."""
+        """Add to the tiles on and below the diagonal: the matrix is symmetric, and of 4 by 4 tiles 3/8 need no product."""
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
 
-    def finish(self, all_reduce: AllReduce = lambda alone: alone) -> None:
+    def finish(self, all_reduce: AllReduce = one_process) -> None:
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[:first, first:last] = self.value[first:last, :first].T
@@ -152,13 +162,13 @@ class Gram:
         return self.value.diagonal() == 0
 
     def inverse_factor(self, damping: float, limit: float) -> torch.Tensor:
-        """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹; computed once for all that share H.
+        """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹; computed once for all matrices that share H.
 
         d is `damping`, or where H does not factor with it, in float32 or else in float64, ten times as much, and so on up to
         the limit. Dead inputs count as unit inputs.
 
         Args:
-            damping, limit: shares of the mean diagonal added to the diagonal.
+            damping, limit: fractions of the mean diagonal that are added to the diagonal.
 
         Returns:
             [columns, columns], float32.
@@ -168,8 +178,8 @@ class Gram:
         """
         if self._factor is None:
             self.finite()
-            found = first_to_factor(self._factored, damping, limit)
-            self._factor, self.damping = found
+            factor, self.damping = first_to_factor(self._factored, damping, limit)
+            self._factor = factor
         return self._factor
 
     def _factored(self, damping: float) -> torch.Tensor:
@@ -193,46 +203,46 @@ class Gram:
         return self.value
 
     def damped(self, damping: float) -> torch.Tensor:
-        """A copy whose diagonal is larger by the share `damping`, [columns, columns], float32; dead inputs count as weak ones.
+        """A copy whose diagonal is multiplied by 1 + damping, [columns, columns], float32; dead inputs get a small diagonal.
 
         Raises:
             ArithmeticError: it has NaN or infinity.
         """
-        damped, weak = self.finite().clone(), WEAK * self.value.diagonal().mean()
+        damped, smallest = self.finite().clone(), DEAD_DIAGONAL * self.value.diagonal().mean()
         diagonal = damped.diagonal()
-        diagonal.mul_(1 + damping).clamp_min_(weak if weak > 0 else 1)
+        diagonal.mul_(1 + damping).clamp_min_(smallest if smallest > 0 else 1)
         return damped
 
 
-def first_to_factor(attempt: Callable[[float], Found], damping: float, limit: float) -> tuple[Found, float]:
-    """What an attempt gives with the first damping at which it factors, and that damping.
+def first_to_factor(attempt: Callable[[float], Result], damping: float, limit: float) -> tuple[Result, float]:
+    """The result of an attempt with the lowest damping at which the matrix factors, and that damping.
 
     Args:
-        attempt: raises torch.linalg.LinAlgError where a matrix does not factor.
-        damping, limit: the first to try; then ten times as much, and so on, the limit at the end.
+        attempt: called with a damping; raises torch.linalg.LinAlgError where the matrix does not factor.
+        damping: the first to try; then ten times as much, and so on. limit: the last to try.
 
     Raises:
-        ArithmeticError: it does not factor with the limit either.
+        ArithmeticError: the matrix does not factor with the limit either.
     """
-    share = damping
+    tried = damping
     while True:
         try:
-            return attempt(share), share
+            return attempt(tried), tried
         except torch.linalg.LinAlgError as error:
-            if share >= limit:
+            if tried >= limit:
                 raise ArithmeticError(
                     f"the Gram matrix of the inputs does not factor at any damping from {damping:g} to {limit:g}"
                 ) from error
-        share = min(DAMPING_STEP * share, limit)
+        tried = min(DAMPING_STEP * tried, limit)
 
 
 def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, dtype: torch.dtype) -> torch.Tensor:
-    """U in float32, worked out in `dtype`.
+    """U in float32, computed in `dtype`.
 
-    H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards; then U = R⁻¹.
+    H = R Rᵀ with R upper triangular is the Cholesky factorisation of H with rows and columns reversed; then U = R⁻¹.
 
     Raises:
-        torch.linalg.LinAlgError: rounded so, the damped matrix is not positive definite.
+        torch.linalg.LinAlgError: rounded to `dtype`, the damped matrix is not positive definite.
     """
     damped = gram.flip(0, 1).to(dtype)
     damped.diagonal().add_(dead.flip(0).to(dtype)).add_(damping * gram.diagonal().to(dtype).mean())

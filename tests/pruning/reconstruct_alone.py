@@ -1,4 +1,4 @@
-"""Reconstruct a part with this process's windows; started by test_ranks as one of several.
+"""Reconstruct a block with this process's windows; started by test_distributed as one of several.
 
 python -m tests.pruning.reconstruct_alone CHECKPOINT WINDOWS OUT
 """
@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from stages.checkpoint.reader import Checkpoint
 from stages.prune import share_of
 from stages.pruning import distributed
-from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
-from stages.streaming.architecture import Decoder
+from stages.pruning.reconstruction import Reconstruction, reconstruct
+from stages.streaming.architecture import Decoder, run_block
 from stages.streaming.stream import Stream
 
 NAME = "mlp.up_proj.weight"
-HOW = Reconstruction(epochs=2, learning_rate=1e-3, toward_model=False)
+HOW = Reconstruction(epochs=2, learning_rate=1e-3)
 
 
 @torch.no_grad()
@@ -29,12 +29,12 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
         with decoder.before_blocks():
             stream = Stream(decoder, share, batch=1, first_window=first, all_windows=len(every), one_by_one=True)
         with decoder.loaded(0, decoder.read(0)) as block:
-            targets = torch.cat([part_output(block, "mlp", hidden, call) for _, hidden, call in stream.parts(0)])
+            targets = torch.cat([run_block(block, hidden, call) for _, hidden, call in stream.parts(0)])
             weight = block.get_parameter(NAME)
             mask = torch.arange(weight.numel()).view(weight.shape) % 3 > 0
             weight.mul_(mask)
             values = weight.clone()
-            reconstruct(stream, 0, block, "mlp", {NAME: mask}, {NAME: values}, targets, HOW)
+            reconstruct(stream, 0, block, {NAME: mask}, {NAME: values}, targets, HOW)
             save_file({"values": values}, out / f"{distributed.rank()}.safetensors")
 
 

@@ -10,7 +10,7 @@ from stages.checkpoint.layout import ParameterSlice
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError, PruningError, SparsesweepError
 from stages.pruning import block_loop
-from stages.pruning.block_loop import Plan, lost_and_total, prune_blocks, relative_error
+from stages.pruning.block_loop import Plan, prune_blocks, relative_error, squared_errors
 from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.statistics import SquaredNorm
@@ -106,7 +106,7 @@ def test_every_matrix_is_as_sparse_as_asked(base, method):
         assert ((~change.mask).sum(dim=1) == change.mask.shape[1] // 4).all()
 
 
-def test_sparsegpt_moves_survivors_and_keeps_the_dtype(base):
+def test_sparsegpt_changes_kept_weights_and_keeps_the_dtype(base):
     changes, _ = pruned(base, SPARSEGPT, Unstructured(sparsity=0.5, comparison_group="matrix"))
     for name, change in changes.items():
         assert change.values.dtype == base.dtype(name) == torch.bfloat16
@@ -115,8 +115,7 @@ def test_sparsegpt_moves_survivors_and_keeps_the_dtype(base):
 
 def test_relative_error_by_hand():
     weight, kept = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]])
-    found = lost_and_total(weight, kept, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    assert found.tolist() == [16, 25]
+    assert squared_errors(weight, kept, torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist() == [16, 25]
     assert relative_error(16, 25) == pytest.approx(4 / 5)
     assert relative_error(0, 0) == 0
 
@@ -147,11 +146,11 @@ def test_a_tall_matrix_is_replaced_some_rows_at_a_time(base, method, monkeypatch
     monkeypatch.setattr(block_loop, "ROWS_AT_ONCE", 7)  # divides no matrix's rows
     found, blocks = pruned(base, method, HALF)
     assert all(torch.equal(found[name].mask, whole[name].mask) for name in whole)
-    errors = [[one.relative_error for block in each for one in block.matrices] for each in (blocks, expected)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    errors, wanted = ([result.relative_error for block in run for result in block.matrices] for run in (blocks, expected))
+    assert errors == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_statistic_goes_before_the_next_is_factored(base):
+def test_a_statistic_is_freed_before_the_next_is_factored(base):
     """Gram matrices and their factors are the largest things of a wide layer."""
     alive, most = weakref.WeakSet(), []
 
@@ -219,7 +218,7 @@ def products(decoder: Decoder, **how: str) -> dict[str, int]:
     return counts
 
 
-def test_no_product_is_made_whose_output_nobody_reads(base):
+def test_no_product_is_made_whose_output_is_not_read(base):
     """Two passes a block, the first without the last layer (but once, to learn which it is); the last block has but one."""
     exact, windows = products(Decoder(base, torch.float32, CPU)), len(WINDOWS)
     assert exact["self_attn.q_proj"] == 5 * windows
@@ -410,7 +409,7 @@ def test_a_clone_begins_where_the_stream_is_goes_its_own_way_and_takes_its_own_m
     assert not torch.equal(clone.hidden, once)
 
 
-def test_hidden_states_that_no_disk_has_room_for_are_refused(base, tmp_path, monkeypatch):
+def test_hidden_states_larger_than_the_free_disk_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(SparsesweepError, match="found 0.00 GB free on its disk"):
         stream_of(Decoder(base, torch.float32, CPU), batch=2, budget=0, scratch=tmp_path)

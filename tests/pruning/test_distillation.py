@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.pruning.test_survey import loaded_blocks
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
@@ -10,7 +9,7 @@ from stages.checkpoint.delta import Change
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 from stages.pruning import block_loop, distillation
-from stages.pruning.block_loop import Companions, Plan, prune_blocks
+from stages.pruning.block_loop import Plan, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill, divergence_and_gradient
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import BETAS, Reconstruction
@@ -20,6 +19,7 @@ from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
 from tests.pruning.test_architectures import fetched
+from tests.pruning.test_sensitivity import loaded_blocks
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def exact(tmp_path_factory) -> Checkpoint:
     return Checkpoint(tiny.write_checkpoint(tmp_path_factory.mktemp("exact"), dtype=torch.float32))
 
 
-def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torch.float32, **more) -> tuple[Companions, list[Changes]]:
+def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torch.float32, **more) -> tuple[TeacherStreams, list[Changes]]:
     """Pruned by magnitude, which no rounding of activations sways: what goes into a distillation, and every block's changes."""
     decoder = Decoder(base, dtype, CPU)
     pattern = pattern or Unstructured(sparsity=0.5, comparison_group="row")
@@ -41,12 +41,12 @@ def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torc
     plan = Plan(method=MAGNITUDE, patterns=patterns, propagate="pruned", error_tokens=9, expert_tokens=0, **{"distillation": how, **more})
     with decoder.before_blocks():
         stream = Stream(decoder, WINDOWS, batch=2, one_by_one=True)
-    beside = Companions.of(stream, plan)
-    return beside, [block.changes for block in prune_blocks(stream, plan, beside=beside)]
+    teachers = TeacherStreams.of(stream, plan)
+    return teachers, [block.changes for block in prune_blocks(stream, plan, teachers=teachers)]
 
 
-def distilled(beside: Companions, before: list[Changes], how: Distillation = HOW) -> tuple[DistilledBlocks, dict[int, Changes]]:
-    outcome = distill(beside.entering, beside.dense.hidden, how, before.__getitem__)
+def distilled(teachers: TeacherStreams, before: list[Changes], how: Distillation = HOW) -> tuple[DistilledBlocks, dict[int, Changes]]:
+    outcome = distill(teachers.student_inputs, teachers.teacher.hidden, how, before.__getitem__)
     return outcome, dict(outcome.changes())
 
 
@@ -79,8 +79,8 @@ def literal(
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2, 10), (1.4, 7)])
 def test_the_steps_are_those_of_adam_on_the_divergence_of_whole_models(exact, epochs, steps):
-    beside, before = prepared(exact)
-    outcome, after = distilled(beside, before, replace(HOW, epochs=epochs))
+    teachers, before = prepared(exact)
+    outcome, after = distilled(teachers, before, replace(HOW, epochs=epochs))
     generator = torch.Generator().manual_seed(0)
     order = [[window] for _ in range(2) for window in torch.randperm(5, generator=generator).tolist()][:steps]
     expected, divergences = literal(exact, before, WINDOWS, order, HOW.learning_rate)
@@ -92,14 +92,14 @@ def test_the_steps_are_those_of_adam_on_the_divergence_of_whole_models(exact, ep
 
 
 def test_the_divergence_falls(exact):
-    beside, before = prepared(exact)
-    outcome, _ = distilled(beside, before, replace(HOW, epochs=6, learning_rate=3e-3))
+    teachers, before = prepared(exact)
+    outcome, _ = distilled(teachers, before, replace(HOW, epochs=6, learning_rate=3e-3))
     assert sum(outcome.divergences[-5:]) < 0.8 * sum(outcome.divergences[:5])
 
 
-def test_masks_stay_and_the_blocks_before_the_first_are_not_touched(base):
-    beside, before = prepared(base)
-    _, after = distilled(beside, before)
+def test_masks_stay_and_earlier_blocks_do_not_change(base):
+    teachers, before = prepared(base)
+    _, after = distilled(teachers, before)
     assert list(after) == [1, 2]
     for index, changes in after.items():
         assert changes.keys() == before[index].keys()
@@ -112,15 +112,15 @@ def test_masks_stay_and_the_blocks_before_the_first_are_not_touched(base):
 
 
 def near_where_it_was(base: Checkpoint, name: str, change: Change, was: Change) -> bool:
-    """Whether every survivor moved a little from its own place; survivors of other places have nothing in common with it."""
+    """Whether kept weights changed a little; weights of other indices are not correlated with them."""
     start = was.apply(base.tensor(name))[was.mask]
     assert change.values.shape == start.shape
     return bool(torch.corrcoef(torch.stack([change.values.float(), start.float()]))[0, 1] > 0.8)
 
 
 def test_orders_of_channels_are_kept(base):
-    beside, before = prepared(base, Nm(kept=2, group=4), permutation_rounds=1)
-    _, after = distilled(beside, before)
+    teachers, before = prepared(base, Nm(kept=2, group=4), permutation_rounds=1)
+    _, after = distilled(teachers, before)
     assert all(near_where_it_was(base, name, change, before[i][name]) for i, changes in after.items() for name, change in changes.items())
     moved = 0
     for index, changes in after.items():
@@ -133,46 +133,46 @@ def test_orders_of_channels_are_kept(base):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "granitemoe"])
-def test_transposed_matrices_and_experts_learn_too(kind, tmp_path):
+def test_transposed_matrices_and_experts_are_trained_too(kind, tmp_path):
     """Experts: many tensors of the checkpoint in one parameter, and one tensor that holds them all."""
     base, how = fetched(kind, tmp_path), replace(HOW, epochs=8, learning_rate=3e-3)
-    beside, before = prepared(base, how=how)
-    outcome, after = distilled(beside, before, how)
+    teachers, before = prepared(base, how=how)
+    outcome, after = distilled(teachers, before, how)
     assert sum(outcome.divergences[-5:]) < 0.9 * sum(outcome.divergences[:5])
     assert all(near_where_it_was(base, name, change, before[i][name]) for i, changes in after.items() for name, change in changes.items())
 
 
 def test_computed_in_bfloat16_the_divergence_falls_too(base):
     how = replace(HOW, epochs=6, learning_rate=3e-3)
-    beside, before = prepared(base, how=how, dtype=torch.bfloat16)
-    outcome, _ = distilled(beside, before, how)
+    teachers, before = prepared(base, how=how, dtype=torch.bfloat16)
+    outcome, _ = distilled(teachers, before, how)
     assert sum(outcome.divergences[-5:]) < 0.8 * sum(outcome.divergences[:5])
 
 
-def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path, monkeypatch):
-    beside, before = prepared(exact)
-    _, expected = distilled(beside, before)
-    beside.entering.budget, beside.entering.scratch = 0, tmp_path
-    places, room = [], streams.room
+def test_files_serve_where_the_memory_budget_is_used_up(exact, tmp_path, monkeypatch):
+    teachers, before = prepared(exact)
+    _, expected = distilled(teachers, before)
+    teachers.student_inputs.budget, teachers.student_inputs.scratch = 0, tmp_path
+    locations, host_buffer = [], streams.host_buffer
 
     def noted(*arguments):
-        tensor, place = room(*arguments)
-        places.append(place)
-        return tensor, place
+        tensor, location = host_buffer(*arguments)
+        locations.append(location)
+        return tensor, location
 
-    monkeypatch.setattr(streams, "room", noted)
-    _, found = distilled(beside, before)
+    monkeypatch.setattr(streams, "host_buffer", noted)
+    _, found = distilled(teachers, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
-    assert len(places) == 4  # places, and survivors with their moments, of two blocks
-    assert all(place.startswith("a file of ") for place in places)
+    assert len(locations) == 4  # indices, and kept weights with their moments, of two blocks
+    assert all(location.startswith("a file of ") for location in locations)
 
 
 def test_only_the_block_that_runs_has_weights(exact):
-    beside, before = prepared(exact)
-    decoder, seen = beside.entering.decoder, []
+    teachers, before = prepared(exact)
+    decoder, seen = teachers.student_inputs.decoder, []
     for index, block in enumerate(decoder.blocks):
         block.register_forward_pre_hook(lambda *_, index=index: seen.append((index, loaded_blocks(decoder))))
-    distilled(beside, before)
+    distilled(teachers, before)
     steps = len(WINDOWS) * HOW.epochs
     assert seen == [(1, [1]), (2, [2]), (1, [1])] * steps
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
@@ -193,7 +193,7 @@ def test_the_divergence_and_its_gradient_are_the_same_some_tokens_at_a_time(exac
     torch.testing.assert_close(gradient, by_hidden, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_predicts_as_the_dense_one_diverges_by_nothing(exact):
+def test_the_divergence_of_equal_predictions_is_zero(exact):
     decoder = Decoder(exact, torch.float32, CPU)
     hidden = torch.randn(1, 24, 32)
     with decoder.after_blocks():
@@ -203,27 +203,27 @@ def test_a_model_that_predicts_as_the_dense_one_diverges_by_nothing(exact):
 
 
 def test_a_loss_that_is_not_finite_stops_it(exact):
-    beside, before = prepared(exact)
+    teachers, before = prepared(exact)
     with pytest.raises(PruningError, match="distillation, step 1: found NaN or infinity as the loss, wanted finite logits"):
-        distilled(beside, before, replace(HOW, learning_rate=1e30))
+        distilled(teachers, before, replace(HOW, learning_rate=1e30))
 
 
 def test_a_weight_that_the_checkpoints_dtype_cannot_hold_is_refused_naming_the_block(exact, monkeypatch):
-    beside, before = prepared(exact)
-    outcome = distill(beside.entering, beside.dense.hidden, HOW, before.__getitem__)
-    outcome._learners[0].survivors[0] = 1e5
+    teachers, before = prepared(exact)
+    outcome = distill(teachers.student_inputs, teachers.teacher.hidden, HOW, before.__getitem__)
+    outcome._trained[0].kept_weights[0] = 1e5
     monkeypatch.setattr(exact, "dtype", lambda _: torch.float16)
     with pytest.raises(PruningError, match="block 1: found NaN or infinity in its distillation, wanted finite weights"):
         list(outcome.changes())
 
 
-def test_blocks_that_learn_together_are_not_reconstructed_alone(base, monkeypatch):
+def test_blocks_that_are_distilled_are_not_reconstructed(base, monkeypatch):
     alone = []
     monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, *_: alone.append(index))
-    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True))
+    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3))
     assert alone == [0]
 
 
-def test_it_wants_blocks_that_are_run_pruned(base):
-    with pytest.raises(ValueError, match="survivors that learn want blocks that are run pruned"):
+def test_training_with_dense_propagation_is_refused(base):
+    with pytest.raises(ValueError, match="found dense propagation with training, wanted pruned propagation"):
         Plan(method=MAGNITUDE, patterns={}, propagate="dense", error_tokens=1, expert_tokens=0, distillation=HOW)

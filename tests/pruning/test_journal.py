@@ -1,5 +1,6 @@
 """Kill -9 at any moment, run again: the bytes are those of a run that nobody interrupted."""
 
+import json
 import os
 import random
 import shutil
@@ -97,7 +98,7 @@ MOMENTS = {
     "after the second block": (at_call(journals.Journal, "write", 2, False), 2),
     "while the third delta file is written": (at_call(journals, "write_block", 3, False), 2),
     "before the results are written": (at_call(prune, "write_results", 1, True), 3),
-    "while the delta files are handed over": (at_call(journals.os, "link", 2, False), 3),
+    "while the delta files are exported": (at_call(journals.os, "link", 2, False), 3),
     "while the results are written": (at_call(prune, "write_manifest", 1, False), 3),
     "before the journal is removed": (at_call(prune, "write_results", 1, False), 3),
 }
@@ -133,11 +134,10 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
     "how",
     [
         {"prune": replace(PRUNE, propagate="dense")},
-        {"reconstruction": config.SomeReconstruction(name="block", epochs=1, learning_rate=1e-3)},
-        {"reconstruction": config.SomeReconstruction(name="sub_block", epochs=1, learning_rate=1e-3)},
+        {"reconstruction": config.BlockReconstruction(name="block", epochs=1, learning_rate=1e-3)},
         {"reconstruction": DISTILLED},
     ],
-    ids=["dense propagation", "toward the dense model", "toward dense parts", "distilled"],
+    ids=["dense propagation", "reconstructed", "distilled"],
 )
 def test_a_run_resumes_whatever_the_blocks_are_pruned_for(project, how):
     expected = run(**how)
@@ -190,8 +190,11 @@ def test_another_config_json_starts_afresh(project):
 def test_more_memory_goes_on_where_less_was_too_little(project):
     expected = run()
     interrupted()
-    more = replace(PRUNE, memory_budget=0.0001)
-    assert run(prune=more) == expected
+    resumed = run(prune=replace(PRUNE, memory_budget=0.0001))
+    recipes = [json.loads(files.pop("delta.json"))["recipe"]["prune"] for files in (expected, resumed)]
+    assert [recipe.pop("memory_budget") for recipe in recipes] == [None, 0.0001]
+    assert recipes[0] == recipes[1]
+    assert resumed == expected
     assert resumed_after() == 2
     assert read_json(PRUNE_RESULTS / "provenance.json")["hidden_states"].startswith("a file of")
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from stages.pruning import memory
-from stages.pruning.block_loop import Plan
 from stages.pruning.distillation import Distillation
 from stages.pruning.memory import LIBRARIES, delta_bytes, host_bytes
 from stages.pruning.method import Method
 from stages.pruning.patterns import Unstructured
+from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.architecture import Decoder
 from tests.methods import WANDA, sparsegpt
 from tests.pruning.test_architectures import fetched
 
-UNIFORM = {"scores_blocks": False, "feels_loss": False}
+UNIFORM = {"scores_blocks": False, "takes_gradients": False}
 LARGEST = 32 * 112  # weights of a layer of the small checkpoint
 
 
@@ -40,7 +40,7 @@ def test_a_block_is_there_twice_as_stored_and_once_as_computed_with_copies_of_it
     assert wanda == LIBRARIES + 2 * 2 * block + 4 * block + 8 * 4 * LARGEST  # stored in bfloat16, computed in float32
     sweep = host_bytes(decoder, plan(decoder, sparsegpt()), 100, **UNIFORM)
     assert sweep == wanda + 4 * 4 * LARGEST + 4 * (6 * 32**2 + 112**2) + 7 * 4 * 112**2  # seven layers' Gram matrices
-    how = Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True)
+    how = Reconstruction(epochs=1, learning_rate=1e-3)
     assert host_bytes(decoder, replace(plan(decoder, WANDA), reconstruction=how), 100, **UNIFORM) == wanda + 7 * 4 * block
 
 
@@ -48,28 +48,28 @@ def test_gradients_take_a_pass_through_a_block_what_is_around_the_blocks_and_log
     outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - 3 * block
     channels = sum(sum(matrix.shape) for matrix in decoder.matrices[0])
     gradients = 4 * (2 * block + outside) + 3 * 4 * 100 * channels + 4 * 4 * 400 * 256
-    assert host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=False, feels_loss=True) == LIBRARIES + 4 * block + gradients
+    assert host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=False, takes_gradients=True) == LIBRARIES + 4 * block + gradients
     how = Distillation(first=1, epochs=1, learning_rate=1e-3)
     distilled = host_bytes(decoder, replace(plan(decoder, WANDA), distillation=how), 100, **UNIFORM)
     assert distilled == LIBRARIES + 4 * block + 10 * 4 * block + gradients
 
 
 def test_an_allocation_may_hold_the_scores_of_a_block(decoder, block):
-    scored = host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=True, feels_loss=False)
+    scored = host_bytes(decoder, plan(decoder, WANDA), 100, scores_blocks=True, takes_gradients=False)
     assert scored == LIBRARIES + 4 * block + 5 * 4 * block
 
 
-def test_of_a_mixtures_experts_a_token_passes_those_that_it_chooses(tmp_path, monkeypatch):
+def test_a_token_is_counted_for_the_experts_that_it_chooses(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "EXPERTS_CHOSEN", 2)  # of the four there are
     decoder = Decoder(fetched("olmoe", tmp_path), torch.float32, torch.device("cpu"))
-    none, thousand = (host_bytes(decoder, plan(decoder, WANDA), tokens, scores_blocks=False, feels_loss=True) for tokens in (0, 1000))
+    none, thousand = (host_bytes(decoder, plan(decoder, WANDA), tokens, scores_blocks=False, takes_gradients=True) for tokens in (0, 1000))
     experts = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.parameter_slice.expert is not None)
     others = sum(sum(matrix.shape) for matrix in decoder.matrices[0] if matrix.parameter_slice.expert is None)
     assert experts and others
     assert thousand - none == 3 * 4 * 1000 * (others + experts / 2)
 
 
-def test_the_delta_takes_a_bit_a_weight_and_the_survivors_values_where_they_move(decoder):
+def test_the_delta_takes_a_bit_a_weight_and_the_values_of_kept_weights_where_they_change(decoder):
     weights = sum(matrix.size for matrices in decoder.matrices for matrix in matrices)
     assert delta_bytes(decoder, plan(decoder, WANDA)) == weights // 8
     assert delta_bytes(decoder, plan(decoder, sparsegpt())) == weights // 8 + weights // 4 * 2

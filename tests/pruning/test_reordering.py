@@ -57,14 +57,14 @@ def test_without_the_masks_the_reordered_model_is_the_dense_one(base, dtype):
         torch.testing.assert_close(reordered(WINDOWS).logits, dense(WINDOWS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_exactly_the_mlps_change_places(base):
+def test_exactly_the_mlps_are_permuted(base):
     changes, _, _ = prune(base)
     for name, change in changes.items():
         assert (change.columns is not None) == name.endswith("down_proj.weight")
         assert (change.rows is not None) == name.endswith(("gate_proj.weight", "up_proj.weight"))
 
 
-LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3, toward_model=True)}
+LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3)}
 ADMM, _ = preset("admm_short")
 
 
@@ -84,7 +84,7 @@ def test_every_group_keeps_n_of_m_and_the_delta_gives_the_model_that_was_calibra
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("method", [WANDA, ADMM])
-def test_experts_change_places_one_by_one(tmp_path, kind, method):
+def test_experts_are_permuted_one_by_one(tmp_path, kind, method):
     """qwen2_moe: the experts, and MLPs without experts in every other block."""
     base, windows = Checkpoint(architectures.write(tmp_path, kind)), WINDOWS % 90
     changes, hidden, _ = prune(base, method, windows=windows)
@@ -106,7 +106,7 @@ def test_the_down_projections_lose_less(base):
     assert sum(errors(4)) < sum(errors(None))
 
 
-def test_a_change_with_orders_survives_the_disk(tmp_path):
+def test_a_change_with_orders_is_the_same_after_writing_and_reading(tmp_path):
     order = torch.tensor([2, 0, 1], dtype=torch.int32)
     change = Change(mask=torch.tensor([[True, False, True]] * 3), rows=order, columns=order.flip(0))
     write_block(tmp_path / "block", {"a": change}, base="c0ffee")
@@ -115,22 +115,22 @@ def test_a_change_with_orders_survives_the_disk(tmp_path):
     assert read.apply(weight).tolist() == change.apply(weight).tolist() == [[7, 0, 8], [1, 0, 2], [4, 0, 5]]
 
 
-def test_scores_that_cannot_be_had_name_the_layer(base):
+def test_scores_that_cannot_be_computed_name_the_layer(base):
     method = Method(score=obs_score(1e-30, 1e-30), update=Keep())
     with pytest.raises(PruningError, match="layer model.layers.0.mlp.down_proj.weight: the Gram matrix of the inputs does not factor"):
         prune(base, method, windows=WINDOWS[:1])  # of fewer tokens than columns
 
 
-def test_a_block_without_channels_that_may_change_places_is_refused(tmp_path):
-    with pytest.raises(PruningError, match="block 0: found no input channels that may change places"):
+def test_a_block_without_channels_that_can_be_permuted_is_refused(tmp_path):
+    with pytest.raises(PruningError, match="block 0: found no input channels that can be permuted"):
         prune(Checkpoint(architectures.write(tmp_path, "gpt2")), windows=WINDOWS % 90)
 
 
-def test_channels_that_biases_bind_are_refused_before_a_weight_is_read(base, tmp_path, monkeypatch):
+def test_channels_whose_producers_have_biases_are_refused_before_a_weight_is_read(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "tensor", None)
     permuted = config.Nm(name="nm", kept=2, group=4, permutation_rounds=1)
     gpt2 = Decoder(Checkpoint(architectures.write(tmp_path, "gpt2")), torch.float32, CPU)
-    with pytest.raises(PruningError, match="block 0: found no input channels that may change places"):
+    with pytest.raises(PruningError, match="block 0: found no input channels that can be permuted"):
         plan_patterns(gpt2, "row", permuted)
     assert plan_patterns(gpt2, "row", replace(permuted, permutation_rounds=None))
     assert plan_patterns(Decoder(base, torch.float32, CPU), "row", permuted)

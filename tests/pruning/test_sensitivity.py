@@ -1,4 +1,4 @@
-"""What is learned block by block, against plain transformers on the whole model; and what an allocation makes of it."""
+"""Evidence measured block by block, against plain transformers on the whole model; and the allocations made of it."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.journal import Journal
 from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
-from stages.pruning.sensitivity import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
+from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming import stream as streams
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
@@ -58,24 +58,24 @@ def whole(base: Checkpoint):
 
 
 @contextmanager
-def products(model, take) -> Iterator[None]:
-    """Hand what every layer of the blocks read and gave to `take`: (parameter, expert), inputs and outputs [tokens, width]."""
+def products(model, receive) -> Iterator[None]:
+    """Hand what every layer of the blocks read and gave to `receive`: (parameter, expert), inputs and outputs [tokens, width]."""
     names, hooks = {id(parameter): name for name, parameter in model.named_parameters()}, []
 
     def of_linear(module, arguments, output):
-        take((names[id(module.weight)], None), arguments[0].flatten(0, -2), output)
+        receive((names[id(module.weight)], None), arguments[0].flatten(0, -2), output)
 
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
             hooks.append(module.register_forward_hook(of_linear))
         elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-            module.forward = own_experts(module, names, take)
+            module.forward = own_experts(module, names, receive)
     yield
     for hook in hooks:
         hook.remove()
 
 
-def own_experts(module, names, take):
+def own_experts(module, names, receive):
     """A mixture's forward pass in a few lines."""
 
     def forward(tokens, chosen, weights):
@@ -87,8 +87,8 @@ def own_experts(module, names, take):
             between = module._apply_gate(both)
             out = linear(between, module.down_proj[expert])
             if len(own):
-                take((names[id(module.gate_up_proj)], expert), own, both)
-                take((names[id(module.down_proj)], expert), between, out)
+                receive((names[id(module.gate_up_proj)], expert), own, both)
+                receive((names[id(module.down_proj)], expert), between, out)
             output = output.index_add(0, where, out * weights[where, slot, None])
         return output
 
@@ -144,17 +144,17 @@ def literal_curve(squared: torch.Tensor, comparison_group: str) -> list[float]:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_rows_have_the_squared_gradients_of_the_whole_model_whatever_the_micro_batch(base, batch):
+def test_fisher_estimates_are_the_squared_gradients_of_the_whole_model_whatever_the_micro_batch(base, batch):
     found, (expected, _) = streamed(base, batch=batch), literally(base, WINDOWS)
     decoder = Decoder(base, torch.float32, CPU)
     assert len(found) == 21
     for index, matrix in every_matrix(decoder):
-        torch.testing.assert_close(found[matrix.name].rows, of_matrix(expected, decoder, index, matrix), rtol=1e-4, atol=0)
+        torch.testing.assert_close(found[matrix.name].fisher, of_matrix(expected, decoder, index, matrix), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("comparison_group", ["row", "matrix"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_curve_adds_up_the_lowest_scores_times_what_their_rows_cost(base, comparison_group, batch):
+def test_a_curve_adds_up_the_lowest_scores_times_the_fisher_estimate_of_their_rows(base, comparison_group, batch):
     found, (rows, norms) = streamed(base, batch=batch, comparison_group=comparison_group), literally(base, WINDOWS)
     decoder = Decoder(base, torch.float32, CPU)
     for index, matrix in every_matrix(decoder):
@@ -170,27 +170,27 @@ def test_sensitivities_are_those_of_the_whole_model_whatever_holds_the_weights(k
     found, (rows, norms) = streamed(base, SMALL_WINDOWS, batch), literally(base, SMALL_WINDOWS)
     decoder = Decoder(base, torch.float32, CPU)
     for index, matrix in every_matrix(decoder):
-        felt = of_matrix(rows, decoder, index, matrix)
-        torch.testing.assert_close(found[matrix.name].rows, felt, rtol=1e-3, atol=1e-5 * float(felt.mean()))
+        fisher = of_matrix(rows, decoder, index, matrix)
+        torch.testing.assert_close(found[matrix.name].fisher, fisher, rtol=1e-3, atol=1e-5 * float(fisher.mean()))
         norm = norms[f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert]
-        squared = stored(decoder, matrix).square() * norm * felt[:, None]
+        squared = stored(decoder, matrix).square() * norm * fisher[:, None]
         assert found[matrix.name].curve == pytest.approx(literal_curve(squared, "row"), rel=1e-3), matrix.name
 
 
-def test_of_an_expert_that_no_token_chose_nothing_is_known(tmp_path):
+def test_an_expert_that_no_token_chose_has_no_sensitivity(tmp_path):
     base, one = fetched("mixtral", tmp_path), SMALL_WINDOWS[:1, :2]
     found, decoder = streamed(base, one, 1), Decoder(base, torch.float32, CPU)
     unseen = [matrix for _, matrix in every_matrix(decoder) if matrix.name not in found]
     assert unseen
     assert all(matrix.parameter_slice.expert is not None for matrix in unseen)
-    kept = composition.look_at_loss(stream_of(base, one, 1), "row", 1e-6)
+    kept = composition.loss_evidence(stream_of(base, one, 1), "row", 1e-6)
     assert {name.rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
     for matrix in unseen:
         assert len(kept[f"{matrix.name}.curve"]) == 0
         assert kept[f"{matrix.name}.rows"].tolist() == [1.0] * matrix.shape[0]
 
 
-def test_a_matrix_of_which_nothing_is_known_gets_its_even_share(tmp_path):
+def test_a_matrix_without_a_curve_is_as_sparse_as_the_pattern(tmp_path):
     decoder = Decoder(fetched("mixtral", tmp_path), torch.float32, CPU)
     matrices = [matrix for _, matrix in every_matrix(decoder)]
     grid = torch.tensor(composition.GRID, dtype=torch.float64)
@@ -202,19 +202,19 @@ def test_a_matrix_of_which_nothing_is_known_gets_its_even_share(tmp_path):
     assert sum(counts) == math.floor(sum(matrix.size for matrix in matrices) * Fraction("0.37"))
 
 
-def test_what_gradients_need_is_taken_from_the_budget_once(base, monkeypatch):
+def test_the_buffers_for_gradients_are_taken_from_one_budget(base, monkeypatch):
     """Both together are larger than the budget, each alone is not: the second lies in a file."""
-    stream, places = stream_of(base), []
-    entered, gradient = 3 * stream.hidden.nbytes, stream.hidden.nbytes
-    stream.budget = entered + gradient - 1
-    original = streams.room
-    monkeypatch.setattr(streams, "room", lambda *how: places.append(original(*how)) or places[-1])
+    stream, buffers = stream_of(base), []
+    block_inputs, gradient = 3 * stream.hidden.nbytes, stream.hidden.nbytes
+    stream.budget = block_inputs + gradient - 1
+    original = streams.host_buffer
+    monkeypatch.setattr(streams, "host_buffer", lambda *how: buffers.append(original(*how)) or buffers[-1])
     sensitivities(stream, GRID, "row", 1e-6)
-    assert [tensor.nbytes for tensor, _ in places] == [entered, gradient]
-    assert [place.split()[0] for _, place in places] == ["memory", "a"]
+    assert [tensor.nbytes for tensor, _ in buffers] == [block_inputs, gradient]
+    assert [location.split()[0] for _, location in buffers] == ["memory", "a"]
 
 
-def test_a_row_without_any_gradient_still_costs_something(base):
+def test_the_fisher_estimate_of_a_row_without_any_gradient_is_the_floor(base):
     """Nothing reads the fifth output of the last block's up projection here."""
 
     class Cut(Checkpoint):
@@ -224,7 +224,7 @@ def test_a_row_without_any_gradient_still_costs_something(base):
                 tensor[:, 5] = 0
             return tensor
 
-    found = streamed(Cut(base.directory))["model.layers.2.mlp.up_proj.weight"].rows
+    found = streamed(Cut(base.directory))["model.layers.2.mlp.up_proj.weight"].fisher
     assert found[5] == pytest.approx(1e-6 * float(found.mean()), rel=1e-3)
 
 
@@ -243,101 +243,37 @@ def loaded_blocks(decoder: Decoder) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "look",
+    "measure",
     [
         lambda stream: sensitivities(stream, GRID, "row", 1e-6),
         lambda stream: outlier_shares(stream, 3.0),
-        lambda stream: part_errors(stream, GRID, "row"),
     ],
-    ids=["sensitivities", "outlier_shares", "part_errors"],
+    ids=["sensitivities", "outlier_shares"],
 )
-def test_only_the_block_that_runs_has_weights(base, look):
+def test_only_the_block_that_runs_has_weights(base, measure):
     stream, seen = stream_of(base), []
     decoder = stream.decoder
     for index, block in enumerate(decoder.blocks):
         block.register_forward_pre_hook(lambda *_, index=index: seen.append((index, loaded_blocks(decoder))))
     head = decoder.model.lm_head.register_forward_pre_hook(lambda *_: seen.append(("head", loaded_blocks(decoder))))
-    look(stream)
+    measure(stream)
     head.remove()
     assert {index for index, _ in seen} >= {0, 1, 2}
     assert all(loaded == ([] if index == "head" else [index]) for index, loaded in seen)
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
 
 
-# What the other allocations go by.
+# Evidence of the other allocations.
 
 
-def literally_dropped(scores: torch.Tensor, sparsity: float, comparison_group: str) -> torch.Tensor:
-    """True where a score is among the lowest of its row, or of all."""
-    rows = scores if comparison_group == "row" else scores.reshape(1, -1)
-    dropped = rows.argsort(dim=1, stable=True)[:, : math.floor(rows.shape[1] * Fraction(str(sparsity)))]
-    return torch.zeros_like(rows, dtype=torch.bool).scatter(1, dropped, True).view(scores.shape)
-
-
-def entered_and_left(model, blocks: str, index: int, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a block of the whole model is given, and what it makes of it."""
-    seen = {}
-
-    def note(_, arguments, keywords, output):
-        hidden = arguments[0] if arguments else keywords["hidden_states"]
-        seen["in"], seen["out"] = hidden, output[0] if isinstance(output, tuple) else output
-
-    hook = model.get_submodule(f"{blocks}.{index}").register_forward_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        model(windows, use_cache=False)
-    hook.remove()
-    return seen["in"], seen["out"]
-
-
-@pytest.mark.parametrize("comparison_group", ["row", "matrix"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
-def test_a_parts_errors_are_those_of_the_whole_model_in_which_it_alone_is_pruned(kind, batch, comparison_group, tmp_path):
-    base = fetched(kind, tmp_path)
-    _, norms = literally(base, SMALL_WINDOWS)
-    decoder, expected = Decoder(base, torch.float32, CPU), []
-    for index in range(3):
-        hidden, dense = entered_and_left(whole(base), decoder.prefix, index, SMALL_WINDOWS)
-        size = torch.maximum(hidden.square().sum(dim=-1), dense.square().sum(dim=-1))
-        for part in decoder.parts(index):
-            expected.append([])
-            for sparsity in GRID:
-                model = whole(base)
-                for matrix in part.matrices:
-                    name = f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}"
-                    weight = matrix.part_of(model.get_parameter(name).data)
-                    scores = weight.abs() * norms[name, matrix.parameter_slice.expert].sqrt()
-                    weight.masked_fill_(literally_dropped(scores, sparsity, comparison_group), 0)
-                _, pruned = entered_and_left(model, decoder.prefix, index, SMALL_WINDOWS)
-                expected[-1].append(float(((pruned - dense).square().sum(dim=-1) / size).mean()))
-    found = part_errors(stream_of(base, SMALL_WINDOWS, batch), GRID, comparison_group)
-    assert len(found) == 6
-    assert all(errors[-1] > errors[1] > 0 for errors in expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-2, abs=1e-10)
-
-
-def test_outputs_of_a_pruned_block_that_are_not_finite_name_block_and_part_and_are_not_kept(project, monkeypatch):
-    whole, calls = sensitivity.relative_errors, []
-
-    def overflowing(*arguments):
-        calls.append(arguments)
-        return whole(*arguments) * (math.inf if len(calls) == 2 * len(composition.MEASURED) + 1 else 1)
-
-    monkeypatch.setattr(sensitivity, "relative_errors", overflowing)  # in the second part of the first block
-    with pytest.raises(PruningError, match="block 0: found NaN or infinity in its outputs with mlp pruned, wanted finite activations"):
-        stage.run(pattern=PATTERN, allocation=ALLOCATIONS["error"])
-    assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
-
-
-def test_errors_of_activations_that_are_not_finite_name_the_block(base):
+def test_activations_that_are_not_finite_name_the_block(base):
     class Broken(Checkpoint):
         def tensor(self, name, **how):
             tensor = super().tensor(name, **how)
             return tensor * math.nan if name == "model.layers.1.mlp.up_proj.weight" else tensor
 
     with pytest.raises(PruningError, match="block 1: found NaN or infinity in its outputs, wanted finite activations"):
-        part_errors(stream_of(Broken(base.directory)), GRID, "row")
+        outlier_shares(stream_of(Broken(base.directory)), 3.0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -349,7 +285,7 @@ def test_outlier_shares_are_those_of_the_whole_model(kind, batch, tmp_path):
     for index, matrices in enumerate(decoder.matrices):
         layers = [(f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert) for matrix in matrices]
         scores = [stored(decoder, m).abs() * norms[layer].sqrt() for m, layer in zip(matrices, layers, strict=True)]
-        together = torch.cat([each.flatten() for each in scores])
+        together = torch.cat([score.flatten() for score in scores])
         expected.append(float((together > 3 * together.mean()).double().mean()))
     assert all(share > 0 for share in expected)
     assert outlier_shares(stream_of(base, SMALL_WINDOWS, batch), 3.0) == pytest.approx(expected, rel=1e-2)
@@ -359,11 +295,11 @@ def test_outlier_shares_are_those_of_the_whole_model(kind, batch, tmp_path):
 def test_a_blocks_exponent_is_the_mean_of_its_matrices(kind, tmp_path):
     decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
     expected = [[hill_exponent(stored(decoder, matrix)) for matrix in matrices] for matrices in decoder.matrices]
-    assert spectral_exponents(decoder) == pytest.approx([sum(each) / len(each) for each in expected])
+    assert spectral_exponents(decoder) == pytest.approx([sum(exponents) / len(exponents) for exponents in expected])
     assert len(set(spectral_exponents(decoder))) == 3
 
 
-# What the prune stage makes of it.
+# The prune stage with each allocation.
 
 project = stage.project
 BOUNDS = {"lowest": 0.2, "highest": 0.7}
@@ -371,11 +307,10 @@ PATTERN = config.Unstructured(name="unstructured", sparsity=0.37)
 ALLOCATIONS = {
     "owl": config.OwlAllocation(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
     "alphapruning": config.AlphaPruningAllocation(name="alphapruning", strength=0.3, **BOUNDS),
-    "error": config.ErrorAllocation(name="error", windows=3, **BOUNDS),
     "loss": config.LossAllocation(name="loss", windows=3, row_strength=0.0, row_floor=1e-6, **BOUNDS),
     "loss with rows": config.LossAllocation(name="loss", windows=3, row_strength=1.0, row_floor=1e-6, **BOUNDS),
 }
-LOOKS = ("sensitivities", "outlier_shares", "spectral_exponents", "part_errors")
+MEASUREMENTS = ("sensitivities", "outlier_shares", "spectral_exponents")
 
 
 def sparsities() -> list[dict]:
@@ -420,31 +355,11 @@ def test_the_loss_tells_matrices_apart(project):
     assert len({round(row["sparsity"], 2) for row in sparsities() if row["block"] == 0 and "self_attn" in row["matrix"]}) > 1
 
 
-@pytest.mark.parametrize("kind", ["mistral", "opt"])  # opt's MLP is two layers of the block itself
-def test_errors_tell_parts_apart_so_that_their_sum_is_least(kind, tmp_path):
-    """Where E_p = a_p s², whose root is linear, all slopes 2 a_p s_p / size_p are the same in the end."""
-    decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
-    parts = [part for index in range(3) for part in decoder.parts(index)]
-    sizes, costs = [sum(matrix.size for matrix in part.matrices) for part in parts], [1.0, 2.0, 1.5, 3.0, 2.5, 1.2]
-    assert len(parts) == 6
-    assert {part.path for part in parts} == ({"self_attn", "mlp"} if kind == "mistral" else {"self_attn", ""})
-    shares = [size / cost for size, cost in zip(sizes, costs, strict=True)]
-    unit = 0.37 * sum(sizes) / sum(size * share for size, share in zip(sizes, shares, strict=True))
-    expected = {matrix.name: unit * share for part, share in zip(parts, shares, strict=True) for matrix in part.matrices}
-    assert all(0.1 < sparsity < 0.9 for sparsity in expected.values())
-    matrices, curves = [matrix for _, matrix in every_matrix(decoder)], [[cost * s**2 for s in composition.MEASURED] for cost in costs]
-    wide = config.ErrorAllocation(name="error", windows=1, lowest=0.0, highest=1.0)
-    counts = composition.counts_by_part(curves, parts, matrices, 0.37, wide)
-    assert sum(counts) == math.floor(sum(sizes) * Fraction("0.37"))
-    for matrix, count in zip(matrices, counts, strict=True):
-        assert count / matrix.size == pytest.approx(expected[matrix.name], abs=0.02)
-
-
-@pytest.mark.parametrize(("name", "look"), [("owl", "outlier_shares"), ("alphapruning", "spectral_exponents")])
-def test_blocks_are_as_sparse_as_the_rule_says_of_what_was_seen(project, monkeypatch, name, look):
-    """Of no block more than the bounds, so that they do not hide the rule."""
+@pytest.mark.parametrize(("name", "measurement"), [("owl", "outlier_shares"), ("alphapruning", "spectral_exponents")])
+def test_blocks_are_as_sparse_as_the_rule_says_of_their_evidence(project, monkeypatch, name, measurement):
+    """All sparsities are within the bounds, so that these do not hide the rule."""
     seen = [0.1, 0.4, 0.3]
-    monkeypatch.setattr(composition, look, lambda *_: seen)
+    monkeypatch.setattr(composition, measurement, lambda *_: seen)
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
     if name == "owl":
         distances = [2 * 0.08 * (value - 0.1) / 0.3 for value in seen]
@@ -455,8 +370,8 @@ def test_blocks_are_as_sparse_as_the_rule_says_of_what_was_seen(project, monkeyp
     assert [row["sparsity"] for row in sparsities()] == pytest.approx([expected[row["block"]] for row in sparsities()], abs=2e-3)
 
 
-def test_where_rows_do_not_compete_what_their_errors_cost_changes_nothing(base):
-    """A row's best values do not depend on how dear its error is."""
+def test_where_rows_do_not_compete_row_costs_change_nothing(base):
+    """A row's best values do not depend on the cost of its error."""
     matrices = [matrix for block in Decoder(base, torch.float32, CPU).matrices for matrix in block]
     plan = Plan(
         method=Method(score=WANDA.score, update=SwapAndRefit(damping=0.01, cycles=0, candidates=0, refit_steps=40)),
@@ -466,13 +381,13 @@ def test_where_rows_do_not_compete_what_their_errors_cost_changes_nothing(base):
         expert_tokens=0,
     )
     costs = {matrix.name: torch.rand(matrix.shape[0], generator=torch.Generator().manual_seed(0)) + 0.1 for matrix in matrices}
-    alike, apart = (next(prune_blocks(stream_of(base), replace(plan, rows=rows))) for rows in ({}, costs))
+    alike, apart = (next(prune_blocks(stream_of(base), replace(plan, row_costs=rows))) for rows in ({}, costs))
     for name, change in alike.changes.items():
         assert torch.equal(change.mask, apart.changes[name].mask)
         torch.testing.assert_close(change.values.float(), apart.changes[name].values.float(), rtol=2e-2, atol=1e-3)
 
 
-def test_rows_that_compete_by_what_their_errors_cost_are_pruned_otherwise_but_as_much(project):
+def test_where_rows_compete_row_costs_change_masks_but_not_counts(project):
     alike = stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss"])
     zeros = {row["matrix"]: row["zeros"] for row in sparsities()}
     apart = stage.run(pattern=PATTERN, allocation=ALLOCATIONS["loss with rows"])
@@ -481,20 +396,18 @@ def test_rows_that_compete_by_what_their_errors_cost_are_pruned_otherwise_but_as
 
 
 @pytest.mark.parametrize("score", ["ria", "wanda"])
-def test_where_rows_do_not_compete_the_masks_are_those_of_rows_that_count_alike(project, score):
+def test_where_rows_do_not_compete_row_costs_change_no_mask(project, score):
     method = replace(stage.METHOD, score=config.read(composed(f"method={score}"))["method"].score, comparison_group="row")
     runs = [stage.run(method=method, pattern=PATTERN, allocation=ALLOCATIONS[name]) for name in ("loss", "loss with rows")]
     assert all(runs[0][name] == file for name, file in runs[1].items() if name.startswith("block"))
 
 
-@pytest.mark.parametrize(
-    ("name", "scores", "gradients"), [("owl", True, False), ("alphapruning", False, False), ("error", True, False), ("loss", False, True)]
-)
-def test_room_is_counted_for_what_an_allocation_holds(project, monkeypatch, name, scores, gradients):
+@pytest.mark.parametrize(("name", "scores", "gradients"), [("owl", True, False), ("alphapruning", False, False), ("loss", False, True)])
+def test_host_memory_is_counted_for_what_an_allocation_holds(project, monkeypatch, name, scores, gradients):
     asked = {}
     monkeypatch.setattr(prune, "host_bytes", lambda *_, **how: asked.update(how) or 0)
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
-    assert asked == {"scores_blocks": scores, "feels_loss": gradients}
+    assert asked == {"scores_blocks": scores, "takes_gradients": gradients}
 
 
 def test_a_matrix_may_lose_all_where_the_bounds_allow_it(project):
@@ -519,12 +432,12 @@ def test_the_loss_gradient_is_the_same_some_tokens_at_a_time(base, monkeypatch):
     whole = streamed(base)
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 7)
     for name, found in streamed(base).items():
-        torch.testing.assert_close(found.rows, whole[name].rows, rtol=1e-3, atol=0)
+        torch.testing.assert_close(found.fisher, whole[name].fisher, rtol=1e-3, atol=0)
 
 
-def test_bounds_that_do_not_allow_the_sparsity_are_refused_before_anything_is_looked_at(project, monkeypatch):
-    for look in LOOKS:
-        monkeypatch.setattr(composition, look, None)
+def test_bounds_that_do_not_allow_the_sparsity_are_refused_before_evidence_is_measured(project, monkeypatch):
+    for measurement in MEASUREMENTS:
+        monkeypatch.setattr(composition, measurement, None)
     narrow = config.AlphaPruningAllocation(name="alphapruning", strength=0.3, lowest=0.4, highest=0.6)
     with pytest.raises(ConfigError, match=r"allocation: found a budget of .* weights, wanted .* from 0.4 to 0.6 allows"):
         stage.run(pattern=PATTERN, allocation=narrow)
@@ -532,35 +445,35 @@ def test_bounds_that_do_not_allow_the_sparsity_are_refused_before_anything_is_lo
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
 @pytest.mark.parametrize("finished", [1, 2])
-def test_a_killed_run_goes_on_with_what_was_learned_before_and_the_same_bytes(project, name, finished, monkeypatch):
+def test_a_killed_run_goes_on_with_the_evidence_of_before_and_the_same_bytes(project, name, finished, monkeypatch):
     asked = {"pattern": PATTERN, "allocation": ALLOCATIONS[name]}
     expected = stage.run(**asked)
     assert stage.killed_while(stage.at_call(Journal, "write", finished, False), **asked)
-    assert (PRUNE_JOURNAL / "survey.safetensors").is_file()
-    for look in LOOKS:
-        monkeypatch.setattr(composition, look, None)
+    assert (PRUNE_JOURNAL / "evidence.safetensors").is_file()
+    for measurement in MEASUREMENTS:
+        monkeypatch.setattr(composition, measurement, None)
     assert stage.run(**asked) == expected
     assert stage.resumed_after() == finished
 
 
-def test_the_seconds_of_what_was_learned_before_a_kill_count(tmp_path):
+def test_the_seconds_of_evidence_measured_before_a_kill_count(tmp_path):
     first = Journal(tmp_path, base="")
-    found = first.survey(lambda: time.sleep(0.2) or {"blocks": torch.arange(3)})
-    assert first.surveyed == 0  # this run's own watch has them
+    found = first.allocation_evidence(lambda: time.sleep(0.2) or {"blocks": torch.arange(3)})
+    assert first.evidence_seconds == 0  # counted by this run's own stopwatch
     second = Journal(tmp_path, base="")
-    assert torch.equal(second.survey(lambda: pytest.fail("looked again"))["blocks"], found["blocks"])
-    assert second.surveyed >= 0.2
+    assert torch.equal(second.allocation_evidence(lambda: pytest.fail("measured again"))["blocks"], found["blocks"])
+    assert second.evidence_seconds >= 0.2
 
 
-def test_a_run_that_is_killed_while_it_learns_learns_again(project):
+def test_a_run_that_is_killed_while_it_measures_evidence_measures_again(project):
     asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["loss"]}
     expected = stage.run(**asked)
-    assert stage.killed_while(stage.at_call(composition, "look_at_loss", 1, False), **asked)
-    assert not (PRUNE_JOURNAL / "survey.safetensors").exists()
+    assert stage.killed_while(stage.at_call(composition, "loss_evidence", 1, False), **asked)
+    assert not (PRUNE_JOURNAL / "evidence.safetensors").exists()
     assert stage.run(**asked) == expected
 
 
-def test_what_was_learned_for_another_allocation_is_forgotten(project):
+def test_evidence_of_another_allocation_is_not_reused(project):
     asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["owl"]}
     expected = stage.run(**asked)
     other = config.OwlAllocation(name="owl", multiple=5.0, strength=0.08, **BOUNDS)

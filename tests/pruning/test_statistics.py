@@ -51,9 +51,9 @@ def test_gram_takes_bfloat16_inputs_as_float32(columns):
     torch.manual_seed(0)
     inputs = torch.randn(2, 300, columns).bfloat16()
     grams = []
-    for each in (inputs, inputs.float()):
+    for tokens in (inputs, inputs.float()):
         gram = Gram(columns, CPU)
-        gram.add(each)
+        gram.add(tokens)
         gram.finish()
         grams.append(gram.value)
     assert grams[0].dtype == torch.float32
@@ -64,18 +64,18 @@ def test_gram_takes_bfloat16_inputs_as_float32(columns):
 def test_reordered_moments_are_those_of_the_reordered_inputs():
     torch.manual_seed(0)
     inputs, order = torch.randn(2, 20, 6).bfloat16(), torch.tensor([3, 0, 5, 1, 2, 4])
-    found, expected = Moments(6, CPU), Moments(6, CPU)
-    found.add(inputs)
-    found.finish()
-    found.reorder(order)
+    reordered, expected = Moments(6, CPU), Moments(6, CPU)
+    reordered.add(inputs)
+    reordered.finish()
+    reordered.reorder(order)
     expected.add(inputs.float()[..., order])
     expected.finish()
     for name in ("mean", "variance", "squared_norm"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+        torch.testing.assert_close(getattr(reordered, name), getattr(expected, name))
     assert torch.equal(expected.mean, inputs.float().double().flatten(0, 1).mean(dim=0).float()[order])
 
 
-def test_the_damped_matrix_has_a_larger_diagonal_and_dead_inputs_are_weak():
+def test_the_damped_matrix_has_a_larger_diagonal_and_dead_inputs_get_a_small_diagonal():
     gram = Gram(3, CPU)
     gram.value = torch.tensor([[2.0, 1.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
     expected = torch.tensor([[2.2, 1.0, 0.0], [1.0, 4.4, 0.0], [0.0, 0.0, 2e-9]])

@@ -43,7 +43,7 @@ def evidence(dense: DenseModel, section: LossSection) -> Evidence:
     tensors: Evidence = {}
     for matrix in (matrix for block in dense.decoder.matrices for matrix in block):
         sensitivity = known.get(matrix.name)
-        curve, rows = (sensitivity.curve, sensitivity.rows) if sensitivity else ([], torch.ones(matrix.shape[0]))
+        curve, rows = (sensitivity.curve, sensitivity.fisher) if sensitivity else ([], torch.ones(matrix.shape[0]))
         tensors[f"{matrix.name}.curve"], tensors[f"{matrix.name}.rows"] = torch.tensor(curve, dtype=torch.float64), rows
     return tensors
 

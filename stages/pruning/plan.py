@@ -1,0 +1,64 @@
+"""What to do to every block of a model: the method, the patterns of the masks, and how kept weights are trained."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from stages.pruning.distillation import Distillation
+from stages.pruning.method import Method
+from stages.pruning.patterns import Pattern
+from stages.pruning.reconstruction import Reconstruction
+
+
+class Propagation(StrEnum):
+    """Whose outputs are the next block's inputs while statistics are collected."""
+
+    PRUNED = "pruned"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do to every block.
+
+    patterns: matrix name -> the pattern of its mask.
+    propagate: whose outputs the next block's statistics are collected on.
+    error_tokens: about how many calibration tokens the relative error is measured on, evenly spread; for an expert the first
+        eighth of that number that chose it.
+    expert_tokens: an expert that fewer tokens chose is calibrated on a sample of all tokens.
+    reconstruction: how the kept weights of each block are trained once it is pruned, or None.
+    distillation: how the kept weights of the last blocks are trained together once all blocks are pruned, or None; those blocks
+        are not reconstructed.
+    permutation_rounds: how often a column is tried in other groups of N:M, see permutations; None: columns are not permuted.
+    row_costs: matrix name -> cost of a squared error of each of its outputs, [rows], float32, above 0; a matrix without an entry has
+        equal costs. Costs matter where the rows of a matrix compete for its kept weights.
+    """
+
+    method: Method
+    patterns: dict[str, Pattern]
+    propagate: Propagation
+    error_tokens: int
+    expert_tokens: int
+    reconstruction: Reconstruction | None = None
+    distillation: Distillation | None = None
+    permutation_rounds: int | None = None
+    row_costs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if Propagation(self.propagate) is Propagation.DENSE and self.trains:
+            raise ValueError("found dense propagation with training, wanted pruned propagation: training needs the pruned hidden states")
+
+    @property
+    def trains(self) -> bool:
+        """Whether kept weights are trained."""
+        return self.reconstruction is not None or self.distillation is not None
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether kept weights change."""
+        return self.method.changes_weights or self.trains
+
+    def reconstruction_of(self, index: int) -> Reconstruction | None:
+        """How a block is trained alone."""
+        return self.reconstruction if self.distillation is None or index < self.distillation.first else None
