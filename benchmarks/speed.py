@@ -92,7 +92,7 @@ class Ours:
     def model(self, project: Path) -> PreTrainedModel:
         base = Checkpoint(BASE)
         delta = SparseDelta(project / SPARSE, base.fingerprint)
-        return load_model(base, delta, dtype=torch.float32, device=torch.device("cpu"))
+        return load_model(base, delta.apply, dtype=torch.float32, device=torch.device("cpu"))
 
 
 Contender = Peer | Ours

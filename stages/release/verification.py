@@ -88,6 +88,6 @@ def _check_loading(release: Path, base: Checkpoint, delta: SparseDelta) -> None:
     probe = torch.arange(1, PROBE_TOKENS + 1)[None] % config.vocab_size
     logits, dtype = stock.eval()(input_ids=probe).logits, stock.dtype
     del stock, output, inputs  # two models of 7B do not fit where one does
-    ours = load_model(base, delta, dtype=dtype, device=torch.device("cpu"))
+    ours = load_model(base, delta.apply, dtype=dtype, device=torch.device("cpu"))
     if not torch.equal(logits, ours(input_ids=probe).logits):
         raise ReleaseError(f"{release}: logits in stock transformers differ from those of base + delta")
