@@ -28,7 +28,7 @@ from stages.pruning.block_loop import Plan, PrunedBlock, micro_batch, prune_bloc
 from stages.pruning.journal import WriteBehind
 from stages.pruning.method import Keep, Method, SparseGpt
 from stages.pruning.patterns import Nm, Pattern, Unstructured
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 README = Path("README.md")

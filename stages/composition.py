@@ -19,7 +19,8 @@ from stages.pruning.patterns import Nm, Pattern, Unstructured, pruned_count
 from stages.pruning.reconstruction import Reconstruction
 from stages.pruning.reordering import require_candidates
 from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
-from stages.streaming.architecture import Decoder, Matrix
+from stages.streaming.architecture import Matrix
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which an allocation foresees errors

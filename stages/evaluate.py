@@ -26,7 +26,7 @@ from stages.evaluation.harness import WholeModel, zero_shot
 from stages.evaluation.perplexity import WindowLosses, cut_windows, window_losses
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, read_json, read_lines, replacing, write_json, write_lines
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def main(part: str, evaluation: config.Evaluation) -> None:
         losses, scores, samples = score_streamed(Decoder(base, dtype, device), delta, tokenizer, windows, evaluation)
         generations: list[dict[str, str]] = []
     else:
-        model = load_model(base, delta, dtype=dtype, device=device)
+        model = load_model(base, None if delta is None else delta.apply, dtype=dtype, device=device)
         losses, scores, samples = score_whole(model, tokenizer, windows, evaluation)
         generations = generate(model, tokenizer, evaluation.generations.prompts, evaluation.generations.new_tokens)
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *windows.shape)

@@ -42,7 +42,8 @@ from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.patterns import Pattern, Unstructured
 from stages.recipe import Recipe
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import GPU_SHARE, Stream
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def main(
         )
         budget = max(0, memory_budget(prune.memory_budget) // distributed.local_world_size() - taken)
         streams = 1 + plan.learns + (plan.distillation is not None)  # the pruned model's and its companions
-        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams, one_by_one=plan.learns)
+        make_stream = partial(stream_of, decoder, batch, budget, GPU_SHARE / streams)
         if not isinstance(allocation, config.UniformAllocation):
             spread = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
             plan = allocated(plan, decoder, allocation, spread, windows, make_stream, journal)
@@ -153,12 +154,12 @@ def fingerprint(recipe: Recipe, batch: int, device: torch.device, dtype: torch.d
     return facts | {"code": code_sha256(), "versions": record.versions()}
 
 
-def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windows: torch.Tensor, one_by_one: bool) -> Stream:
+def stream_of(decoder: Decoder, batch: int, budget: int, gpu_share: float, windows: torch.Tensor) -> Stream:
     """This process's share of some windows, before the first block."""
     share, first = share_of(windows)
-    make = partial(Stream, decoder, share, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent, gpu_share=gpu_share)
+    memory = HostMemory(budget, PRUNE_JOURNAL.parent)
     with decoder.before_blocks():
-        return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
+        return Stream(decoder, share, batch=batch, memory=memory, gpu_share=gpu_share, first_window=first, all_windows=len(windows))
 
 
 def run_through(stream: Stream, plan: Plan, journal: Journal, beside: Companions) -> None:

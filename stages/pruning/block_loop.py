@@ -26,7 +26,9 @@ from stages.pruning.patterns import Pattern
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.reconstruction import Reconstruction, reconstruct
 from stages.pruning.reordering import STAYS, Order, find_orders, proven_permutation_groups
-from stages.streaming.architecture import Decoder, Matrix, run_block
+from stages.streaming.architecture import Matrix
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream, read_ahead
 
 ROWS_AT_ONCE = 2048  # of a matrix whose error is measured
