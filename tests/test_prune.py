@@ -8,7 +8,7 @@ from stages.errors import ConfigError
 from stages.files import write_json
 from stages.pruning.method import DsNoT, SparseGpt, SwapAndRefit
 from stages.pruning.patterns import Unstructured
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from tests.methods import MAGNITUDE, WANDA
 from tests.test_config import composed
 

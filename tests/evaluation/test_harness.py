@@ -9,7 +9,7 @@ from stages.evaluation.generation import generate
 from stages.evaluation.harness import STOCK, WholeModel, zero_shot
 from stages.evaluation.perplexity import window_losses
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_a_streamed_model_scores_as_the_whole_model_does(base, rows_in, tmp_path
         write_block(tmp_path / "block-00001.safetensors", {UP: change}, base.fingerprint)
         write_manifest(tmp_path, base=base.fingerprint, recipe={}, matrices=[])
         delta = SparseDelta(tmp_path, base.fingerprint)
-    whole = load_model(base, delta, dtype=torch.float32, device=CPU)
+    whole = load_model(base, delta.apply if pruned else None, dtype=torch.float32, device=CPU)
     streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), delta=delta, scratch=tmp_path)
     windows = torch.randint(3, 400, (3, 40), generator=torch.Generator().manual_seed(0))
     assert streamed.window_losses(windows).losses == pytest.approx(window_losses(whole, windows).losses, rel=1e-5)

@@ -14,8 +14,8 @@ from stages.pruning.block_loop import Companions, Plan, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill, divergence_and_gradient
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import BETAS, Reconstruction
-from stages.streaming import stream as streams
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
@@ -40,7 +40,7 @@ def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torc
     patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
     plan = Plan(method=MAGNITUDE, patterns=patterns, propagate="pruned", error_tokens=9, expert_tokens=0, **{"distillation": how, **more})
     with decoder.before_blocks():
-        stream = Stream(decoder, WINDOWS, batch=2, one_by_one=True)
+        stream = Stream(decoder, WINDOWS, batch=2)
     beside = Companions.of(stream, plan)
     return beside, [block.changes for block in prune_blocks(stream, plan, beside=beside)]
 
@@ -152,15 +152,16 @@ def test_computed_in_bfloat16_the_divergence_falls_too(base):
 def test_where_there_is_no_room_in_memory_files_serve(exact, tmp_path, monkeypatch):
     beside, before = prepared(exact)
     _, expected = distilled(beside, before)
-    beside.entering.budget, beside.entering.scratch = 0, tmp_path
-    places, room = [], streams.room
+    memory = HostMemory(0, tmp_path)
+    places, buffer = [], memory.buffer
 
     def noted(*arguments):
-        tensor, place = room(*arguments)
+        tensor, place = buffer(*arguments)
         places.append(place)
         return tensor, place
 
-    monkeypatch.setattr(streams, "room", noted)
+    monkeypatch.setattr(memory, "buffer", noted)
+    monkeypatch.setattr(beside.entering, "memory", memory)
     _, found = distilled(beside, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
     assert len(places) == 4  # places, and survivors with their moments, of two blocks

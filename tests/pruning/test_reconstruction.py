@@ -11,7 +11,8 @@ from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import Reconstruction, part_output, reconstruct
-from stages.streaming.architecture import Decoder, run_block
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests.methods import WANDA
 
@@ -26,7 +27,7 @@ def decoder_of(base) -> Decoder:
 
 def stream_of(decoder: Decoder) -> Stream:
     with decoder.before_blocks():
-        return Stream(decoder, WINDOWS, batch=2, one_by_one=True)
+        return Stream(decoder, WINDOWS, batch=2)
 
 
 def plan_of(decoder: Decoder, **how) -> Plan:
@@ -208,7 +209,7 @@ def test_by_parts_the_mlp_is_pruned_for_what_the_pruned_attention_gives_it(base)
         def apply(self, name, tensor):
             return changes[name].apply(tensor) if name in self else tensor
 
-    model, norms = load_model(base, Before(), dtype=torch.float32, device=CPU), []
+    model, norms = load_model(base, Before().apply, dtype=torch.float32, device=CPU), []
     down = model.model.layers[2].mlp.down_proj
     down.register_forward_pre_hook(lambda _, arguments: norms.append(arguments[0].square().sum(dim=(0, 1))))
     with torch.no_grad():

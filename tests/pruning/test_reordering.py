@@ -13,7 +13,7 @@ from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Keep, Method, obs_score
 from stages.pruning.patterns import Nm
 from stages.pruning.reconstruction import Reconstruction
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
 from tests.methods import WANDA, sparsegpt
@@ -39,7 +39,7 @@ class Applied:
 def prune(base, method=WANDA, rounds: int | None = 4, dtype=torch.float32, windows=WINDOWS, pattern=TWO_OF_FOUR, **more):
     decoder = Decoder(base, dtype, CPU)
     with decoder.before_blocks():
-        stream = Stream(decoder, windows, batch=2, one_by_one=True)
+        stream = Stream(decoder, windows, batch=2)
     patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
     how = {"propagate": "pruned", "error_tokens": 120, "expert_tokens": 0, "permutation_rounds": rounds, **more}
     blocks = list(prune_blocks(stream, Plan(method=method, patterns=patterns, **how)))
@@ -52,7 +52,7 @@ def test_without_the_masks_the_reordered_model_is_the_dense_one(base, dtype):
     for change in changes.values():
         change.mask = torch.ones_like(change.mask)
     assert any(change.columns is not None for change in changes.values())
-    dense, reordered = (load_model(base, delta, dtype=torch.float32, device=CPU) for delta in (None, Applied(changes)))
+    dense, reordered = (load_model(base, apply, dtype=torch.float32, device=CPU) for apply in (None, Applied(changes).apply))
     with torch.no_grad():
         torch.testing.assert_close(reordered(WINDOWS).logits, dense(WINDOWS).logits, rtol=1e-4, atol=1e-5)
 
@@ -72,7 +72,7 @@ ADMM, _ = preset("admm_short")
 @pytest.mark.parametrize(("method", "more"), [(WANDA, {}), (sparsegpt(), {}), (ADMM, {}), (ADMM, LEARNING)])
 def test_every_group_keeps_n_of_m_and_the_delta_gives_the_model_that_was_calibrated(base, method, more, pattern):
     changes, hidden, _ = prune(base, method, pattern=pattern, **more)
-    model = load_model(base, Applied(changes), dtype=torch.float32, device=CPU)
+    model = load_model(base, Applied(changes).apply, dtype=torch.float32, device=CPU)
     assert any(change.columns is not None for change in changes.values())
     for name, change in changes.items():
         assert (change.mask.view(-1, pattern.group).sum(dim=1) == pattern.kept).all()
@@ -92,7 +92,7 @@ def test_experts_change_places_one_by_one(tmp_path, kind, method):
     assert set(orders) == {name for name in changes if name.endswith(("w2.weight", "down_proj.weight"))}
     assert len(set(orders.values())) > 4
     assert all(change.mask.view(-1, 4).sum(dim=1).eq(2).all() for change in changes.values())
-    model = load_model(base, Applied(changes), dtype=torch.float32, device=CPU)
+    model = load_model(base, Applied(changes).apply, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         states = model.model(windows, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[-2], hidden, rtol=1e-3, atol=1e-4)

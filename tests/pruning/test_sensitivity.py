@@ -26,8 +26,8 @@ from stages.pruning.journal import Journal
 from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.pruning.sensitivity import Sensitivity, outlier_shares, part_errors, sensitivities, spectral_exponents
-from stages.streaming import stream as streams
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream
 from tests.methods import WANDA
 from tests.pruning import test_journal as stage
@@ -202,13 +202,13 @@ def test_a_matrix_of_which_nothing_is_known_gets_its_even_share(tmp_path):
     assert sum(counts) == math.floor(sum(matrix.size for matrix in matrices) * Fraction("0.37"))
 
 
-def test_what_gradients_need_is_taken_from_the_budget_once(base, monkeypatch):
+def test_what_gradients_need_is_taken_from_the_budget_once(base, monkeypatch, tmp_path):
     """Both together are larger than the budget, each alone is not: the second lies in a file."""
     stream, places = stream_of(base), []
     entered, gradient = 3 * stream.hidden.nbytes, stream.hidden.nbytes
-    stream.budget = entered + gradient - 1
-    original = streams.room
-    monkeypatch.setattr(streams, "room", lambda *how: places.append(original(*how)) or places[-1])
+    stream.memory = HostMemory(entered + gradient - 1, tmp_path)
+    original = stream.memory.buffer
+    monkeypatch.setattr(stream.memory, "buffer", lambda *how: places.append(original(*how)) or places[-1])
     sensitivities(stream, GRID, "row", 1e-6)
     assert [tensor.nbytes for tensor, _ in places] == [entered, gradient]
     assert [place.split()[0] for _, place in places] == ["memory", "a"]
