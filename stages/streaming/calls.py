@@ -105,7 +105,7 @@ def require_same(model: PreTrainedModel, blocks: nn.ModuleList, calls: list[Call
             if key not in same:
                 same[key] = name in received and name in expected and _repeats(value, other, windows)
             if not same[key]:
-                found = f"the argument {name!r} of block {index}, a {type(value).__qualname__}, differs from window to window"
+                found = f"the argument {name!r} of block {index} ({type(value).__qualname__}) differs from window to window"
                 raise unsupported(model, f"{found}, wanted what is the same for all")
 
 
