@@ -18,7 +18,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.streamed import StreamedModel
 from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json
 from stages.rows import Rows
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 
 PAGES = TEXT / "calibration/c4_pages.jsonl"
 CALIBRATION_SEEDS, CALIBRATION_WINDOWS = range(10), 32

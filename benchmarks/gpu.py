@@ -29,7 +29,7 @@ from stages.pruning.journal import WriteBehind
 from stages.pruning.method import Damping, Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.updates.sparsegpt import SparseGptParameters
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 README = Path("README.md")

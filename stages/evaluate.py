@@ -31,7 +31,7 @@ from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.evaluation.tasks import TASKS, read_task
 from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, sha256, write_json
 from stages.rows import Row, texts
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 
 log = logging.getLogger(__name__)
 

@@ -47,7 +47,8 @@ from stages.pruning.planning import allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import Prune
 from stages.recipe import Recipe
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import GPU_SHARE, Stream
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,6 @@ def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, pru
             batch=batch,
             budget=host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1]),
             gpu_share=GPU_SHARE / (1 + plan.trains + (plan.distillation is not None)),
-            one_by_one=plan.trains,
         )
         target = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
         plan = allocate(plan, decoder, allocation, target, windows, make_stream, journal)
@@ -197,12 +197,12 @@ def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | No
     return max(0, memory_budget(asked) // distributed.local_world_size() - taken)
 
 
-def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int, gpu_share: float, one_by_one: bool) -> Stream:
+def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int, gpu_share: float) -> Stream:
     """This process's share of some windows, before the first block."""
     own, first = share_of(windows)
-    make = partial(Stream, decoder, own, batch=batch, budget=budget, scratch=PRUNE_JOURNAL.parent, gpu_share=gpu_share)
+    memory = HostMemory(budget, PRUNE_JOURNAL.parent)
     with decoder.before_blocks():
-        return make(first_window=first, all_windows=len(windows), one_by_one=one_by_one)
+        return Stream(decoder, own, batch=batch, memory=memory, gpu_share=gpu_share, first_window=first, all_windows=len(windows))
 
 
 def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:

@@ -87,13 +87,71 @@ CONFIGS: dict[str, dict] = {
     },
 }
 
-# What is refused, and the weight that says why.
+# What is refused, and why.
+NO_LINEAR_LAYER = "is neither a linear layer's weight nor experts'"
+UNPACKED = "it unpacks what a block returns, wanted hidden states alone"
+SHARED = "block 0 receives a KVSharingDict as its argument 'shared_kv_states', wanted tensors, numbers, strings, None and tuples of them"
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+SHARING = {**SIZES, **LAYERS, "head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 REFUSED: dict[str, tuple[dict, str]] = {
-    "mamba": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}, "layers.0.mixer.A_log"),
-    "rwkv": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3}, "blocks.0.attention.time_mix_key"),
-    "jamba": ({**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False}, "layers.0.mamba.A_log"),
-    "gpt_oss": ({**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "layers.0.mlp"),
-    "llama4_text": ({**SIZES, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8}, "feed_forward.experts.gate_up_proj"),
+    "mamba": (
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
+        f"backbone.layers.0.mixer.A_log of shape [64, 4] {NO_LINEAR_LAYER}",
+    ),
+    "jamba": (
+        {**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False},
+        f"model.layers.0.mamba.A_log of shape [64, 4] {NO_LINEAR_LAYER}",
+    ),
+    "gpt_oss": (
+        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        f"model.layers.0.mlp.router.weight of shape [4, 32] {NO_LINEAR_LAYER}",
+    ),
+    "llama4_text": (
+        {**SIZES, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
+        f"model.layers.0.feed_forward.experts.gate_up_proj of shape [4, 32, 96] {NO_LINEAR_LAYER}",
+    ),
+    "rwkv": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3}, UNPACKED),
+    "cpmant": ({**SIZES, "dim_head": 8, "dim_ff": 48, "prompt_types": 4, "prompt_length": 4, "segment_types": 4}, UNPACKED),
+    "xlstm": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4}, UNPACKED),
+    "glm_moe_dsa": (
+        {
+            **EXPERTS,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_key_value_heads": 4,
+            "index_topk": 8,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+        },
+        UNPACKED,
+    ),
+    "gemma3n_text": (
+        {**SHARING, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
+        SHARED,
+    ),
+    "gemma4_text": (SHARING, SHARED),
+    "prophetnet": (
+        {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "num_decoder_layers": 3,
+            "num_encoder_layers": 3,
+            "num_decoder_attention_heads": 4,
+            "num_encoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "encoder_ffn_dim": 48,
+            "is_encoder_decoder": False,
+            "add_cross_attention": False,
+        },
+        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, width]",
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages import config
 from stages.checkpoint.reader import Checkpoint
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from tests.test_config import composed
 from tests.test_pipeline import ROOT, closure
 

@@ -13,7 +13,7 @@ from stages.files import write_json
 from stages.pruning.patterns import NmSection, Unstructured, UnstructuredSection
 from stages.pruning.planning import plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from tests.methods import made
 
 

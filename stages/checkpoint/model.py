@@ -1,4 +1,4 @@
-"""A checkpoint, or a checkpoint and a delta, as a model of transformers, filled tensor by tensor."""
+"""A checkpoint as a model of transformers, filled tensor by tensor. No code but transformers' runs, and nothing is downloaded."""
 
 import re
 from collections.abc import Callable
@@ -23,21 +23,22 @@ Apply = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor of the checkpoin
 
 
 def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that config.json describes, without weights (on the meta device), its computed buffers in target.
+    """The model that config.json describes, without weights (on the meta device), its computed buffers on the CPU.
 
     Raises:
         CheckpointError: transformers knows no decoder language model of this type.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"{directory}: transformers knows no decoder language model of type {config.model_type!r}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    return model.apply(model._init_weights)  # computes the buffers, as it does for from_pretrained
+    model.initialize_weights()  # computes the buffers
+    return model
 
 
 def parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +48,7 @@ def parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> to
 
 
 def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Give a parameter or buffer memory, to be filled: floats in `dtype`, others in their own. Returns its tensor."""
+    """Give a parameter or buffer memory that is still to be filled: floats in `dtype`, others in their own. Returns its tensor."""
     old = _get(module, name)
     value = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
     put(module, name, value)
@@ -75,7 +76,7 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """base, or what `apply` makes of it, ready to evaluate; beside the model itself, one tensor at a time is in memory.
+    """Load a model, ready to evaluate; besides the model itself one tensor at a time is in memory.
 
     Args:
         apply: gives each tensor of the checkpoint as the model is to have it; None: as it is.
@@ -86,16 +87,18 @@ def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, dev
     """
     model = empty_model(base.directory, dtype)
     filled: dict[str, torch.Tensor] = {}
-    for name, target in read_layout(model, base).items():
-        if target.name not in filled:
-            filled[target.name] = materialize(model, target.name, dtype=parameter_dtype(model, target.name, dtype), device=device)
+    for name, parameter_slice in read_layout(model, base).items():
+        parameter = parameter_slice.name
+        if parameter not in filled:
+            filled[parameter] = materialize(model, parameter, dtype=parameter_dtype(model, parameter, dtype), device=device)
         tensor = base.tensor(name)
-        target.of(filled[target.name]).copy_(tensor if apply is None else apply(name, tensor))
+        parameter_slice.of(filled[parameter]).copy_(tensor if apply is None else apply(name, tensor))
     model.tie_weights()
     if (base.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(base.directory)
+        model.generation_config = GenerationConfig.from_pretrained(base.directory, local_files_only=True)
     return model.to(device)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(directory)
+    """Load the tokenizer of a checkpoint."""
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

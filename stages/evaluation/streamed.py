@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from stages.checkpoint.model import Apply
 from stages.errors import SparsesweepError
 from stages.evaluation.perplexity import WindowLosses, window_loss
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import GPU_SHARE, Stream, read_ahead
 
 BUCKET = 32  # tokens: sequences are padded on the right to a multiple of it
@@ -46,10 +47,10 @@ class StreamedModel:
             For each group [sequences, tokens, width], compute dtype.
         """
         decoder = self.decoder
-        budget = int(MEMORY_SHARE * psutil.virtual_memory().available / len(groups))
+        memory = HostMemory(int(MEMORY_SHARE * psutil.virtual_memory().available), self.scratch)
         with decoder.before_blocks():
             share = GPU_SHARE / len(groups)
-            streams = [Stream(decoder, group, batch=batch, budget=budget, scratch=self.scratch, gpu_share=share) for group in groups]
+            streams = [Stream(decoder, group, batch=batch, memory=memory, gpu_share=share) for group in groups]
         with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
             for index, tensors in enumerate(blocks):
                 if self.apply is not None:

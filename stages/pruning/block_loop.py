@@ -29,7 +29,9 @@ from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan, Propagation
 from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
-from stages.streaming.architecture import Decoder, Layer, Matrix, run_block
+from stages.streaming.architecture import Layer, Matrix
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream, read_ahead
 
 ROWS_AT_ONCE = 2048  # of a matrix that is written back

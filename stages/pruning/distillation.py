@@ -24,7 +24,8 @@ from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.reconstruction import BETAS, schedule
-from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, run_block
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
 
 

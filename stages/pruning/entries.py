@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from stages.pruning.method import Method
     from stages.pruning.patterns import Unstructured
     from stages.pruning.reconstruction import Reconstruction
-    from stages.streaming.architecture import Decoder, Matrix
+    from stages.streaming.architecture import Matrix
+    from stages.streaming.decoder import Decoder
     from stages.streaming.stream import Stream
 
 

@@ -6,7 +6,8 @@ import torch
 
 from stages.pruning.plan import Plan
 from stages.pruning.statistics import Gram, Moments
-from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Matrix
+from stages.streaming.architecture import Matrix
+from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 
 LIBRARIES = 5 * 2**27  # bytes of torch and transformers, with what the allocator keeps
 COPIES_TRAINED = 7  # of a block's weights in float32: values, gradients as computed and in float32, Adam's moments, masks, activations

@@ -10,12 +10,12 @@ import torch
 from stages.errors import ConfigError, PruningError
 from stages.pruning.allocation import bounds_of_counts
 from stages.pruning.allocations import ALLOCATIONS
-from stages.pruning.plan import Plan
 from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
 from stages.pruning.patterns import Pattern, Unstructured, pruned_count
+from stages.pruning.plan import Plan
 from stages.pruning.reordering import require_candidates
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 

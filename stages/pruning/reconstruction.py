@@ -16,7 +16,8 @@ from torch import nn
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
-from stages.streaming.architecture import Matrix, run_block
+from stages.streaming.architecture import Matrix
+from stages.streaming.calls import run_block
 from stages.streaming.stream import Stream
 
 BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands

@@ -19,7 +19,8 @@ from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.permutation_groups import PermutationGroup, candidates, permutation_groups
 from stages.pruning.permutations import channel_permutation
 from stages.pruning.selection import scores as scores_of
-from stages.streaming.architecture import Call, Decoder, run_block
+from stages.streaming.calls import Call, run_block
+from stages.streaming.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)

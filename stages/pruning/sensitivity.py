@@ -26,7 +26,9 @@ from stages.pruning.allocation import hill_exponent, outlier_share, removal_curv
 from stages.pruning.observer import ExpertProducts, Inputs, observe
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import TOKENS_AT_ONCE, Decoder, Layer, Matrix, run_block
+from stages.streaming.architecture import Layer, Matrix
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
 
 

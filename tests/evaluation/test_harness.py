@@ -10,7 +10,7 @@ from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
 from stages.evaluation.perplexity import window_losses
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.evaluation.tasks import TASKS
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from tests import tiny
 from tests.evaluation import delta as deltas
 from tests.evaluation.rows import GOOD

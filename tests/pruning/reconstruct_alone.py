@@ -13,7 +13,8 @@ from stages.checkpoint.reader import Checkpoint
 from stages.prune import share_of
 from stages.pruning import distributed
 from stages.pruning.reconstruction import Reconstruction, reconstruct
-from stages.streaming.architecture import Decoder, run_block
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 NAME = "mlp.up_proj.weight"
@@ -27,7 +28,7 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
         every = load_file(windows)["windows"]
         share, first = share_of(every)
         with decoder.before_blocks():
-            stream = Stream(decoder, share, batch=1, first_window=first, all_windows=len(every), one_by_one=True)
+            stream = Stream(decoder, share, batch=1, first_window=first, all_windows=len(every))
         with decoder.loaded(0, decoder.read(0)) as block:
             targets = torch.cat([run_block(block, hidden, call) for _, hidden, call in stream.parts(0)])
             weight = block.get_parameter(NAME)

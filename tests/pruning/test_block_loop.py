@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.layout import ParameterSlice
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import ArchitectureError, CheckpointError, PruningError, SparsesweepError
+from stages.errors import CheckpointError, PruningError
 from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, prune_blocks, relative_error, squared_errors
 from stages.pruning.method import Method
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import Decoder
-from stages.streaming.stream import Stream, same
+from stages.streaming.decoder import Decoder
+from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE, WANDA, sparsegpt
 
@@ -244,14 +244,6 @@ def test_layers_that_read_the_same_input_share_one_statistic(base):
     assert made == [32, 32, 32, 112] * 3
 
 
-def test_only_one_block_has_weights_at_a_time(base):
-    decoder = Decoder(base, torch.float32, CPU)
-    with decoder.loaded(1, decoder.read(1)):
-        real = {name for name, parameter in decoder.model.named_parameters() if not parameter.is_meta}
-    assert real == set(decoder.tensors(1))
-    assert all(parameter.is_meta for parameter in decoder.model.parameters())
-
-
 def test_a_tied_embedding_is_found_and_left_alone(tmp_path):
     directory = tiny.write_checkpoint(tmp_path, tie_word_embeddings=True, shard="10MB")
     (directory / "model.safetensors").rename(directory / "one.safetensors")
@@ -272,15 +264,6 @@ def test_a_tied_embedding_is_found_and_left_alone(tmp_path):
     assert set(changes) == {f"model.layers.{i}.{kind}.weight" for i in range(3) for kind in kinds}
 
 
-def test_an_architecture_whose_tensors_have_other_names_is_refused(tmp_path, base):
-    renamed = Checkpoint(base.directory)
-    renamed.shard_of = {name.replace("self_attn", "attention"): shard for name, shard in renamed.shard_of.items()}
-    for shard, header in renamed.headers.items():
-        renamed.headers[shard] = {name.replace("self_attn", "attention"): facts for name, facts in header.items()}
-    with pytest.raises(ArchitectureError, match="mistral: .* tensor model.layers.0.attention.* is not the model's; .* not supported"):
-        Decoder(renamed, torch.float32, CPU)
-
-
 def test_activations_that_are_not_finite_name_the_layer(base):
     class Broken(Checkpoint):
         def tensor(self, name, **how):
@@ -299,58 +282,6 @@ def test_outputs_that_are_not_finite_name_the_layer(base):
 
     with pytest.raises(PruningError, match="layer model.layers.1.mlp.down_proj.weight: found NaN or infinity in its outputs"):
         run(Decoder(Broken(base.directory), torch.float32, CPU), MAGNITUDE, HALF)
-
-
-def test_hidden_states_that_are_not_finite_name_the_block(base):
-    stream = stream_of(Decoder(base, torch.float32, CPU), batch=5)
-    stream.put(slice(0, 1), stream.hidden[:1] * float("inf"))
-    with pytest.raises(PruningError, match="block 7: found NaN or infinity in its outputs"):
-        stream.require_finite(7)
-
-
-def test_weights_that_are_no_linear_layers_stop_the_pruning_by_name(base):
-    decoder = Decoder(base, torch.float32, CPU)
-    decoder.blocks[1].mlp.register_parameter("filters", torch.nn.Parameter(torch.empty(4, 8, 8, device="meta")))
-    decoder.layout["model.layers.1.mlp.filters"] = ParameterSlice(name="model.layers.1.mlp.filters")
-    with pytest.raises(
-        ArchitectureError, match=r"mistral: model.layers.1.mlp.filters of shape \[4, 8, 8\] is neither a linear layer's weight nor experts'"
-    ):
-        _ = decoder.matrices
-
-
-def test_a_matrix_that_is_tied_is_refused_by_name(base):
-    decoder = Decoder(base, torch.float32, CPU)
-    decoder.blocks[2].mlp.up_proj.weight = decoder.blocks[1].mlp.up_proj.weight
-    with pytest.raises(ArchitectureError, match="mistral: model.layers.1.mlp.up_proj.weight is tied to another tensor"):
-        _ = decoder.matrices
-
-
-def test_blocks_that_are_not_one_list_stop_the_pruning_by_name(base):
-    decoder = Decoder(base, torch.float32, CPU)
-    with pytest.raises(ArchitectureError, match="mistral: found 0 lists of 99 modules, wanted one list of decoder blocks"):
-        decoder._find_blocks(99)
-
-
-def test_arguments_are_compared_bit_by_bit():
-    one, other = torch.tensor([1.0]), torch.tensor([2.0])
-    assert same({"a": (one, None, 3)}, {"a": (one.clone(), None, 3)})
-    assert not same({"a": (one,)}, {"a": (other,)})
-    assert not same({"a": one}, {"b": one})
-    assert not same((one, 1), (one, 2))
-
-
-def test_blocks_that_receive_other_things_in_every_window_are_refused(base):
-    decoder = Decoder(base, torch.float32, CPU)
-    calls = decoder.calls
-
-    def with_tokens(windows):
-        made = calls(windows)
-        made[1].keywords["tokens"] = windows
-        return made
-
-    decoder.calls = with_tokens
-    with pytest.raises(ArchitectureError, match="mistral: what its blocks receive differs from window to window"):
-        run(decoder, WANDA, HALF, batch=1)
 
 
 def test_a_layer_that_no_token_reaches_is_named(base):
@@ -377,39 +308,3 @@ def test_a_shard_that_vanishes_or_is_cut_short_on_the_way_is_named(base, tmp_pat
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"shard .*{shard.name}: No such file or directory; was it there a moment ago"):
         run(decoder, WANDA, HALF)
-
-
-def test_hidden_states_beyond_the_budget_lie_in_a_file_that_leaves_no_trace_and_change_nothing(base, tmp_path):
-    decoder = Decoder(base, torch.float32, CPU)
-    needed = WINDOWS.numel() * 32 * 4
-    in_memory = stream_of(decoder, batch=2, budget=needed, scratch=tmp_path)
-    in_file = stream_of(decoder, batch=2, budget=needed - 1, scratch=tmp_path)
-    assert (in_memory.location, in_file.location) == ("memory", f"a file of 0.00 GB in {tmp_path}")
-    assert torch.equal(in_memory.hidden, in_file.hidden)
-    assert not list(tmp_path.iterdir())
-    with decoder.loaded(0, decoder.read(0)) as block:
-        for stream in (in_memory, in_file):
-            stream.advance(0, block)
-    assert torch.equal(in_memory.hidden, in_file.hidden)
-
-
-def test_a_clone_begins_where_the_stream_is_goes_its_own_way_and_takes_its_own_memory(base, tmp_path):
-    decoder = Decoder(base, torch.float32, CPU)
-    needed = WINDOWS.numel() * 32 * 4
-    stream = stream_of(decoder, batch=2, budget=3 * needed - 1, scratch=tmp_path)
-    with decoder.loaded(0, decoder.read(0)) as block:
-        stream.advance(0, block)
-        once = stream.hidden.clone()
-        clone = stream.clone()
-        assert (stream.budget, clone.budget, clone.location) == (needed - 1, needed - 1, "memory")
-        assert stream.clone().location == f"a file of 0.00 GB in {tmp_path}"
-        assert torch.equal(clone.hidden, once)
-        clone.advance(0, block)
-    assert torch.equal(stream.hidden, once)
-    assert not torch.equal(clone.hidden, once)
-
-
-def test_hidden_states_larger_than_the_free_disk_are_refused(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(SparsesweepError, match="found 0.00 GB free on its disk"):
-        stream_of(Decoder(base, torch.float32, CPU), batch=2, budget=0, scratch=tmp_path)

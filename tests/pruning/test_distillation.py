@@ -14,7 +14,7 @@ from stages.pruning.distillation import Distillation, DistilledBlocks, distill, 
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import BETAS, Reconstruction
 from stages.streaming import stream as streams
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
@@ -40,7 +40,7 @@ def prepared(base: Checkpoint, pattern=None, how: Distillation = HOW, dtype=torc
     patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
     plan = Plan(method=MAGNITUDE, patterns=patterns, propagate="pruned", error_tokens=9, expert_tokens=0, **{"distillation": how, **more})
     with decoder.before_blocks():
-        stream = Stream(decoder, WINDOWS, batch=2, one_by_one=True)
+        stream = Stream(decoder, WINDOWS, batch=2)
     teachers = TeacherStreams.of(stream, plan)
     return teachers, [block.changes for block in prune_blocks(stream, plan, teachers=teachers)]
 

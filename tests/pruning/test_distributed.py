@@ -20,7 +20,8 @@ from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE
 from stages.pruning import distributed
 from stages.pruning.reconstruction import BETAS
 from stages.sources import base as checkpoints
-from stages.streaming.architecture import Decoder, run_block
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import tiny
 from tests.pruning import reconstruct_alone
@@ -94,7 +95,7 @@ def test_two_processes_train_on_a_window_of_each_a_step(base, tmp_path):
 
     decoder, how = Decoder(base, torch.float32, torch.device("cpu")), reconstruct_alone.HOW
     with decoder.before_blocks():
-        stream = Stream(decoder, windows, batch=1, one_by_one=True)
+        stream = Stream(decoder, windows, batch=1)
     with decoder.loaded(0, decoder.read(0)) as block:
         calls = [stream.window(0, window) for window in range(6)]
         with torch.no_grad():

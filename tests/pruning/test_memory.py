@@ -10,7 +10,7 @@ from stages.pruning.method import Method
 from stages.pruning.patterns import Unstructured
 from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import Reconstruction
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from tests.methods import WANDA, sparsegpt
 from tests.pruning.test_architectures import fetched
 

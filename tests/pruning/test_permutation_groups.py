@@ -8,7 +8,9 @@ from torch import nn
 from stages.checkpoint.layout import ParameterSlice
 from stages.checkpoint.reader import Checkpoint
 from stages.pruning.permutation_groups import candidates, largest_change, permutation_groups
-from stages.streaming.architecture import Decoder, Matrix, run_block
+from stages.streaming.architecture import Matrix
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from tests.pruning.test_architectures import fetched
 
 CPU = torch.device("cpu")

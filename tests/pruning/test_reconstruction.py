@@ -10,7 +10,8 @@ from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import Reconstruction, reconstruct
-from stages.streaming.architecture import Decoder, run_block
+from stages.streaming.calls import run_block
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests.methods import WANDA
 
@@ -25,7 +26,7 @@ def decoder_of(base) -> Decoder:
 
 def stream_of(decoder: Decoder) -> Stream:
     with decoder.before_blocks():
-        return Stream(decoder, WINDOWS, batch=2, one_by_one=True)
+        return Stream(decoder, WINDOWS, batch=2)
 
 
 def plan_of(decoder: Decoder, **how) -> Plan:

@@ -13,7 +13,7 @@ from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Keep, Method, obs_score
 from stages.pruning.patterns import Nm
 from stages.pruning.reconstruction import Reconstruction
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
 from tests.methods import WANDA, sparsegpt
@@ -39,7 +39,7 @@ class Applied:
 def prune(base, method=WANDA, rounds: int | None = 4, dtype=torch.float32, windows=WINDOWS, pattern=TWO_OF_FOUR, **more):
     decoder = Decoder(base, dtype, CPU)
     with decoder.before_blocks():
-        stream = Stream(decoder, windows, batch=2, one_by_one=True)
+        stream = Stream(decoder, windows, batch=2)
     patterns = {matrix.name: pattern for block in decoder.matrices for matrix in block}
     how = {"propagate": "pruned", "error_tokens": 120, "expert_tokens": 0, "permutation_rounds": rounds, **more}
     blocks = list(prune_blocks(stream, Plan(method=method, patterns=patterns, **how)))

@@ -28,7 +28,7 @@ from stages.pruning.method import Method, SwapAndRefit
 from stages.pruning.patterns import Unstructured
 from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming import stream as streams
-from stages.streaming.architecture import Decoder
+from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests.methods import WANDA
 from tests.pruning import test_journal as stage

@@ -1,0 +1,284 @@
+"""How a model calls its decoder blocks, and how one block is called alone.
+
+The model's own forward pass runs with a stand-in for every block. What the stand-ins receive is what the blocks receive; what comes
+before and after the blocks is the model's own code. A block is run alone only if that gives what the model gives: hidden states go from
+each block to the next unchanged, and everything else that a block receives is the same for every window.
+"""
+
+import enum
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.streaming.architecture import unsupported
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum)
+
+
+@dataclass(kw_only=True, slots=True)
+class Call:
+    """What a block received.
+
+    hidden: [windows, tokens, width].
+    arguments, keywords: everything else, such as masks, positions and rotary embeddings, as it was when the block was called.
+    """
+
+    hidden: torch.Tensor
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def named(self, block: nn.Module) -> dict[str, Any]:
+        """The arguments and keywords, by the names of the block's parameters."""
+        return _named(block, self.arguments, self.keywords)
+
+
+def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """Run hidden states, [windows, tokens, width], through one loaded block, called as its model calls it."""
+    output = block(hidden, *call.arguments, **call.keywords)
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch.Tensor) -> list[Call]:
+    """Run what comes before the blocks, and record what each block receives.
+
+    Args:
+        model: with weights before the blocks. blocks: the model's own list.
+        input_ids: [windows, tokens], int64, on the model's device.
+
+    Returns:
+        One call a block; the first one's `hidden` is the blocks' input.
+
+    Raises:
+        ArchitectureError: the blocks do not hand on plain hidden states, or receive what may differ between windows or change
+            while they run; names the block and the argument.
+    """
+    recording = _Recording(list(blocks))
+    with _standing_in(model, blocks, recording.add), suppress(_AllRecorded):
+        model(input_ids=input_ids, use_cache=False)
+    calls = recording.calls
+    if len(calls) != len(blocks):
+        raise unsupported(model, f"it runs {len(calls)} of its {len(blocks)} blocks, wanted each of them once and in order")
+    if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() != 3:
+        found = f"its blocks receive hidden states of shape {list(calls[0].hidden.shape)} for {list(input_ids.shape)} tokens"
+        raise unsupported(model, f"{found}, wanted [windows, tokens, width]")
+    return calls
+
+
+def run_after_blocks(model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+    """Run what comes after the blocks.
+
+    Args:
+        model: with weights after the blocks. hidden: [windows, tokens, width], the last block's output, on the model's device.
+
+    Returns:
+        [windows, tokens, vocabulary], compute dtype.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    # NaN: what comes before the blocks runs, too, and must not reach the logits
+    unused = torch.full((*hidden.shape[:2], width), torch.nan, dtype=hidden.dtype, device=hidden.device)
+    with _standing_in(model, blocks, lambda *_: hidden):
+        return model(inputs_embeds=unused, use_cache=False).logits
+
+
+def require_same(model: PreTrainedModel, blocks: nn.ModuleList, calls: list[Call], single: list[Call], windows: int) -> None:
+    """Refuse a model whose blocks receive something else for several windows than for a single one, bit by bit.
+
+    Args:
+        calls: of each block, for `windows` windows. single: of each block, for one window of other tokens.
+
+    Raises:
+        ArchitectureError: names the block and the argument.
+    """
+    same: dict[tuple[int, int], bool] = {}  # blocks receive the same tensors
+    for index, (block, call, one) in enumerate(zip(blocks, calls, single, strict=True)):
+        received, expected = call.named(block), one.named(block)
+        for name in received | expected:
+            value, other = received.get(name), expected.get(name)
+            key = (id(value), id(other))
+            if key not in same:
+                same[key] = name in received and name in expected and _repeats(value, other, windows)
+            if not same[key]:
+                found = f"the argument {name!r} of block {index} ({type(value).__qualname__}) differs from window to window"
+                raise unsupported(model, f"{found}, wanted what is the same for all")
+
+
+def require_unchanged(model: PreTrainedModel, index: int, block: nn.Module, calls: list[Call]) -> None:
+    """Refuse a model whose block wrote into a tensor that it received.
+
+    Args:
+        index: of the block. calls: its own, for each number of windows.
+
+    Raises:
+        ArchitectureError: names the block and the argument.
+    """
+    for call in calls:
+        for name, value in call.named(block).items():
+            if any(tensor._version for tensor in _tensors(value)):
+                raise unsupported(model, f"block {index} writes into its argument {name!r}, wanted blocks that only read it")
+
+
+class _AllRecorded(Exception):
+    """Raised by the last recorder: what comes after the blocks is of no interest."""
+
+
+class _NotPlain(Exception):
+    """Raised by stand-ins: the message says why the model cannot be run block by block."""
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place in the list of blocks; the block's attributes can be read through it.
+
+    Args:
+        returns: the hidden states that it returns, given the arguments and the keywords that it receives.
+    """
+
+    def __init__(self, block: nn.Module, returns: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_of_stand_in"] = block, returns  # one name, so that it hides none of the block's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._of_stand_in[0], name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._of_stand_in[1](arguments, keywords).as_subclass(_Output)
+
+
+class _Recording:
+    """What the blocks receive in one forward pass. A tensor that several blocks receive is copied once."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.blocks = blocks
+        self.calls: list[Call] = []
+        self._version = 0  # of the hidden states when they were handed on
+        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # with the original, which keeps its id
+
+    def add(self, index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+        """Take in the call of a block, and hand its hidden states on.
+
+        Raises:
+            _NotPlain: the block run alone would not receive the same.
+            _AllRecorded: this was the last block.
+        """
+        if index != len(self.calls):
+            raise _NotPlain(f"block {index} runs after {len(self.calls)} others, wanted each block once and in order")
+        if not arguments or not isinstance(arguments[0], torch.Tensor):
+            raise _NotPlain(f"block {index} does not receive hidden states as its first argument")
+        hidden, others = arguments[0].as_subclass(torch.Tensor), arguments[1:]
+        if self.calls and (self.calls[-1].hidden._version != self._version or not _repeats(hidden, self.calls[0].hidden, 1)):
+            raise _NotPlain(f"block {index} receives other hidden states than block {index - 1} returns")
+        for name, value in _named(self.blocks[index], others, keywords).items():
+            if (unknown := _changeable(value)) is not None:
+                wanted = "tensors, numbers, strings, None and tuples of them"
+                raise _NotPlain(f"block {index} receives a {unknown} as its argument {name!r}, wanted {wanted}")
+        copies = {name: self._copy(value) for name, value in keywords.items()}
+        self.calls.append(Call(hidden=hidden, arguments=tuple(map(self._copy, others)), keywords=copies))
+        self._version = hidden._version
+        if len(self.calls) == len(self.blocks):
+            raise _AllRecorded
+        return hidden
+
+    def _copy(self, value: Any) -> Any:
+        """The value as it is now."""
+        if isinstance(value, tuple):
+            return tuple(map(self._copy, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (id(value), value._version)
+        if key not in self._copies:
+            self._copies[key] = (value, value.detach().as_subclass(torch.Tensor).clone())
+        return self._copies[key][1]
+
+
+class _Output(torch.Tensor):
+    """What a stand-in returns: hidden states, whether the model expects them alone or as the first element of a tuple.
+
+    Any other use as a tuple shows that the model wants more of its blocks than hidden states.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results of operations are plain tensors
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        hidden = self.as_subclass(torch.Tensor)
+        if not isinstance(index, (int, slice)):
+            return hidden[index]
+        if index != 0:
+            raise _NotPlain("it takes more of what a block returns than the first element, wanted hidden states alone")
+        return hidden
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        raise _NotPlain("it unpacks what a block returns, wanted hidden states alone")
+
+    def __len__(self) -> int:
+        raise _NotPlain("it counts what a block returns, wanted hidden states alone")
+
+
+@contextmanager
+def _standing_in(
+    model: PreTrainedModel, blocks: nn.ModuleList, returns: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+) -> Iterator[None]:
+    """Put a stand-in where each block is; see _StandIn, `returns` being given the block's index first."""
+    originals = list(blocks)
+    for index, block in enumerate(originals):
+        blocks[index] = _StandIn(block, partial(returns, index))
+    try:
+        yield
+    except _NotPlain as reason:
+        raise unsupported(model, str(reason)) from None
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+def _named(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """What a block receives after its hidden states, by the names of its parameters, or by position where it has no more names."""
+    names = list(inspect.signature(block.forward).parameters)[1:]
+    names += [str(position) for position in range(len(names) + 1, len(arguments) + 1)]
+    return dict(zip(names, arguments, strict=False)) | keywords
+
+
+def _changeable(value: Any) -> str | None:
+    """The type of what a block could change or keep a state in, or None: tensors are compared, constants and tuples stay as they are."""
+    if type(value) is tuple:
+        return next((name for part in value if (name := _changeable(part)) is not None), None)
+    return None if isinstance(value, (torch.Tensor, *CONSTANTS)) else type(value).__qualname__
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a value."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _repeats(value: Any, single: Any, windows: int) -> bool:
+    """Whether an argument for several windows is that for a single one, tensors bit by bit: for all at once, or again for each."""
+    if type(value) is not type(single):
+        return False
+    if isinstance(value, torch.Tensor):
+        return value.dtype == single.dtype and _tensor_repeats(value, single, windows)
+    if isinstance(value, tuple):
+        return len(value) == len(single) and all(_repeats(*parts, windows) for parts in zip(value, single, strict=True))
+    return value == single
+
+
+def _tensor_repeats(value: torch.Tensor, single: torch.Tensor, windows: int) -> bool:
+    if value.shape == single.shape:
+        return torch.equal(value, single)
+    if value.dim() != single.dim():
+        return False
+    differing = [dim for dim, (length, one) in enumerate(zip(value.shape, single.shape, strict=True)) if length != one]
+    if len(differing) != 1 or value.shape[differing[0]] != windows * single.shape[differing[0]]:
+        return False
+    return all(torch.equal(part, single) for part in value.chunk(windows, dim=differing[0]))

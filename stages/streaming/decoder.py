@@ -1,0 +1,198 @@
+"""A decoder language model whose weights are read and loaded one block at a time."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
+from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import CheckpointError
+from stages.streaming.architecture import Layer, Matrix, find_blocks, find_matrices, tensors_by_block, unsupported
+from stages.streaming.calls import Call, record_calls, run_after_blocks
+
+TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
+
+
+class Decoder:
+    """A decoder language model of which one block at a time has weights.
+
+    Args:
+        checkpoint: its tensors, next to its config.json.
+        dtype, device: of the computation.
+
+    Raises:
+        ArchitectureError: the blocks cannot be found or cannot be run alone, or the checkpoint's tensors are not the model's; names
+            the model type. No weight is read before.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._read_again: dict[str, torch.Tensor] = {}  # of the block that is loaded, see stored
+        self.model = empty_model(checkpoint.directory, dtype)
+        if self.model._can_set_experts_implementation():
+            self.model.set_experts_implementation("eager")  # one expert after another, each by its own product
+        self.name = self.model.config.model_type
+        self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
+        try:
+            self.layout = read_layout(self.model, checkpoint)
+        except CheckpointError as error:
+            raise unsupported(self.model, str(error)) from None
+        self._require_blocks_that_run_alone()
+
+    @cached_property
+    def _tensors(self) -> list[dict[str, ParameterSlice]]:
+        return tensors_by_block(self.layout, self.prefix, self.blocks)
+
+    def tensors(self, index: int) -> list[str]:
+        """Names in the checkpoint of all tensors of a block."""
+        return list(self._tensors[index])
+
+    @cached_property
+    def matrices(self) -> list[list[Matrix]]:
+        """The matrices in scope of every block; see find_matrices.
+
+        Raises:
+            ArchitectureError: a weight is not known to be in scope or not, or a matrix is tied; names the tensor.
+        """
+        return find_matrices(self.model, self.prefix, self._tensors)
+
+    def layers(self, index: int) -> list[Layer]:
+        """The layers of a block that multiply by matrices in scope, each once."""
+        return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
+
+    @torch.no_grad()
+    def calls(self, windows: torch.Tensor) -> list[Call]:
+        """Run what comes before the blocks, and record how each block is called; see record_calls.
+
+        Args:
+            windows: [windows, tokens], int64.
+
+        Returns:
+            One call a block; the first one's `hidden` is the blocks' input, on the device.
+
+        Raises:
+            ArchitectureError: the blocks cannot be run alone; names the block and the argument.
+        """
+        return record_calls(self.model, self.blocks, windows.to(self.device))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run what comes after the blocks; see run_after_blocks.
+
+        Args:
+            hidden: [windows, tokens, width], the last block's output, on the device.
+
+        Returns:
+            [windows, tokens, vocabulary], compute dtype.
+        """
+        return run_after_blocks(self.model, self.blocks, hidden)
+
+    def _require_blocks_that_run_alone(self) -> None:
+        """Record how the blocks are called where all weights are zero; these zeros take no memory."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        names = [name for name in self._outside_blocks().values() if name in parameters]
+        zeros = {name: torch.zeros((), dtype=parameter_dtype(self.model, name, self.dtype)) for name in names}
+        with self._filled((name, zero.expand(parameters[name].shape)) for name, zero in zeros.items()), torch.no_grad():
+            try:
+                record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
+            except ValueError as error:  # of the model's own code, which refuses its input
+                raise unsupported(self.model, f"it does not run on tokens alone ({error})") from error
+
+    @contextmanager
+    def before_blocks(self) -> Iterator[None]:
+        """Give weights to all but the blocks and an output embedding of its own, for as long as `calls` is needed.
+
+        Embeddings, which are only looked up, keep their stored dtype; the rows that are looked up are cast: the same values.
+        """
+        output = self.model.get_output_embeddings()
+        skipped = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+        skipped -= {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        needed = {tensor: name for tensor, name in self._outside_blocks().items() if id(parameters.get(name)) not in skipped}
+        tables = {f"{name}.weight" for name, module in self.model.named_modules() if type(module) is nn.Embedding}
+        with self._filled(self._stored(needed, uncast=tables)):
+            yield
+
+    @contextmanager
+    def after_blocks(self) -> Iterator[None]:
+        """Give weights to all but the blocks, for as long as `logits` is needed."""
+        with self._filled(self._stored(self._outside_blocks(), uncast=set())):
+            yield
+
+    def _outside_blocks(self) -> dict[str, str]:
+        """The tensors outside the blocks: name in the checkpoint -> parameter or buffer, each under one of its names."""
+        names = {tensor: parameter_slice.name for tensor, parameter_slice in self.layout.items()}
+        tied = tied_names(self.model)
+        return {tensor: name for tensor, name in names.items() if not name.startswith(f"{self.prefix}.") and name not in tied}
+
+    def _stored(self, names: dict[str, str], uncast: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers with the values of the checkpoint, on the device, in the compute dtype but for some."""
+        for tensor, name in names.items():
+            value = self.checkpoint.tensor(tensor)
+            if name not in uncast and value.is_floating_point():
+                value = value.to(parameter_dtype(self.model, name, self.dtype))
+            yield name, value.to(self.device)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    @contextmanager
+    def _filled(self, values: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
+        """Give values to parameters and buffers outside the blocks, and take them back in the end."""
+        embeddings = [module for module in self.model.modules() if type(module) is nn.Embedding]
+        hooks = [module.register_forward_hook(lambda _, __, rows: rows.to(self.dtype)) for module in embeddings]
+        names = tied_names(self.model) & {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        try:
+            for name, value in values:
+                names.add(name)
+                put(self.model, name, value)
+            self.model.tie_weights()
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for name in names:
+                dematerialize(self.model, name)
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """Read a block's tensors as stored, on the host: name in the checkpoint -> tensor. Safe to call in another thread."""
+        return {tensor: self.checkpoint.tensor(tensor, pinned=self.device.type == "cuda") for tensor in self._tensors[index]}
+
+    @contextmanager
+    def loaded(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
+        """Give weights to one block.
+
+        Args:
+            tensors: from `read`; emptied, tensor by tensor, so that none is in memory twice for long.
+        """
+        block, parameters = self.blocks[index], {}
+        for tensor, parameter_slice in self._tensors[index].items():
+            name = parameter_slice.name
+            if name not in parameters:
+                dtype = parameter_dtype(self.model, f"{self.prefix}.{index}.{name}", self.dtype)
+                parameters[name] = materialize(block, name, dtype=dtype, device=self.device)
+            parameter_slice.of(parameters[name]).copy_(tensors.pop(tensor), non_blocking=True)
+        try:
+            yield block
+        finally:
+            for name in parameters:
+                dematerialize(block, name)
+            self._read_again.clear()
+
+    def stored(self, matrix: Matrix, block: nn.Module) -> torch.Tensor:
+        """A matrix of a loaded block with the values of the checkpoint, [rows, columns], float32.
+
+        It is read again where the compute dtype does not hold all of its values.
+        """
+        stored = self.checkpoint.dtype(matrix.tensor)
+        if self.dtype in (stored, torch.float32):
+            return matrix.of(block).float()
+        if matrix.expert is None:
+            return matrix.stored_in(self.checkpoint.tensor(matrix.tensor)).to(self.device).float()
+        if matrix.tensor not in self._read_again:
+            self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
+        return matrix.stored_in(self._read_again[matrix.tensor]).to(self.device).float()
