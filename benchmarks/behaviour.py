@@ -111,7 +111,7 @@ def measured(point: Point) -> Figures:
     prune.main.function(**{name: sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune")})
     base, windows = Checkpoint(BASE), load_file(CALIBRATION / "windows.safetensors")["windows"]
     delta = SparseDelta(SPARSE, base.fingerprint)
-    dense, pruned = (load_model(base, one, dtype=torch.float32, device=torch.device("cpu")) for one in (None, delta.apply))
+    dense, pruned = (load_model(base, apply, dtype=torch.float32, device=torch.device("cpu")) for apply in (None, delta.apply))
     with torch.no_grad():
         expected, found = (model(windows).logits for model in (dense, pruned))
     figures = {

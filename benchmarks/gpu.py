@@ -182,7 +182,7 @@ class Rates:
         attention, up, down = 2 * width * (width + kv), 2 * width * between, width * between
         passes = (2 * (attention + up) + down) if propagate == "pruned" else attention + up + down
         blocks, tokens = len([name for name in base if name.endswith("down_proj.weight")]), WINDOWS * LENGTH
-        gram = (3 * width**2 + between**2) if method.moves else 0  # half of 2 FLOP each: the matrix is symmetric
+        gram = (3 * width**2 + between**2) if method.changes_weights else 0  # half of 2 FLOP each: the matrix is symmetric
         arithmetic = 2 * passes * tokens / self.bfloat16 + gram * tokens / self.float32
         size = sum(torch.Size(base.shape(name)).numel() * base.dtype(name).itemsize for name in base)
         return max(size / self.disk, blocks * arithmetic)

@@ -20,15 +20,20 @@ def code_of(command: str) -> set[Path]:
     """The files of a stage's command, `python -m stages.NAME [part=PART]`."""
     module, part = _split(command)
     others = {other for name, other in map(_split, COMMANDS) if name == module and other is not None} - {part}
-    main = ROOT / (module.replace(".", "/") + ".py")
+    found = closure(ROOT / (module.replace(".", "/") + ".py"), others)
+    packages = {parent / "__init__.py" for file in found for parent in file.parents if parent.is_relative_to(ROOT / "stages")}
+    return found | {init for init in packages if init.is_file()}
+
+
+def closure(main: Path, others: Iterable[str] = ()) -> set[Path]:
+    """A file and all under stages/ that it imports, and so on; without what its functions for other parts import."""
     found, todo = {main}, _files(_imports(ast.parse(main.read_text()), others))
     while todo:
         file = todo.pop()
         if file not in found:
             found.add(file)
-            todo |= _files(_imports(ast.parse(file.read_text()), set()))
-    packages = {parent / "__init__.py" for file in found for parent in file.parents if parent.is_relative_to(ROOT / "stages")}
-    return found | {init for init in packages if init.is_file()}
+            todo |= _files(_imports(ast.parse(file.read_text()), ()))
+    return found
 
 
 def _split(command: str) -> tuple[str, str | None]:

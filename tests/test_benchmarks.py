@@ -12,11 +12,11 @@ from transformers import MistralForCausalLM
 from benchmarks import behaviour, contenders, gpu, quality, random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
-from stages import config
 from stages.checkpoint.reader import Checkpoint
+from stages.config.compose import read
 from stages.streaming.decoder import Decoder
-from tests.test_config import composed
-from tests.test_pipeline import ROOT, closure
+from tests.dependencies import closure
+from tests.project import ROOT
 
 KNOWN = behaviour.load()
 
@@ -98,7 +98,7 @@ def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the
     points = contenders.points()
     assert len({point.command for point in points}) == len(points)
     for point in points:
-        sections = config.read(composed(*point.arguments))
+        sections = read(*point.arguments)
         assert sections["calibration"].seed == point.seed
 
 
@@ -118,8 +118,8 @@ def test_what_the_comparison_stands_on_is_measured_before_the_rest_seed_after_se
 def test_the_best_preset_is_the_row_that_the_comparison_stands_on(pattern):
     name = "best_" + pattern.strip("%").replace(":", "_")
     (best,) = [one for one in contenders.CONTENDERS if pattern in one.leads and one.name != "SparseGPT"]
-    preset = config.read(composed(f"experiment={name}"))
-    row = config.read(composed(contenders.PATTERNS[pattern], *best.overrides.split()))
+    preset = read(f"experiment={name}")
+    row = read(contenders.PATTERNS[pattern], *best.overrides.split())
     parts = ("method", "pattern", "allocation", "reconstruction", "prune", "calibration")
     assert [preset[part] for part in parts] == [row[part] for part in parts]
 

@@ -8,11 +8,11 @@ import pytest
 
 from stages import evaluate
 from stages.checkpoint.reader import Checkpoint
-from stages.config import LocalBase
 from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
 from stages.evaluation.section import Evaluation, Generations, Perplexity
 from stages.files import read_json
 from stages.sources import base as checkpoints
+from stages.sources.base import LocalBase
 from tests import tiny
 from tests.evaluation import delta as deltas
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quality, table
-from stages import config
+from stages.config.compose import read
 from tests.architectures import CONFIGS
-from tests.test_config import composed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +31,7 @@ def test_every_option_of_every_group_is_listed_and_no_other():
 @pytest.mark.parametrize("command", [c for c in [*COMMANDS, *SPANS] if c.startswith("dvc exp run") and "--queue" not in c])
 def test_every_experiment_composes(command):
     overrides = [override.strip("'") for override in re.findall(r"-S (\S+)", command)]
-    assert config.read(composed(*overrides))
+    assert read(*overrides)
 
 
 @pytest.mark.parametrize("target", [c.split()[1] for c in COMMANDS if c.startswith("make ")])

@@ -16,7 +16,6 @@ from stages import prune
 from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
-from stages.config import LocalBase
 from stages.errors import ArchitectureError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.patterns import Nm, Unstructured
@@ -24,6 +23,7 @@ from stages.recipe import Recipe
 from stages.release.packing import pack
 from stages.release.verification import verify
 from stages.sources import base as checkpoints
+from stages.sources.base import LocalBase
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures

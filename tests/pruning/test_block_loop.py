@@ -1,6 +1,6 @@
 import shutil
 import weakref
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -150,18 +150,21 @@ def test_a_tall_matrix_is_replaced_some_rows_at_a_time(base, method, monkeypatch
     assert errors == pytest.approx(wanted, rel=1e-5)
 
 
+def subclassed(kind: type[Method], method: Method) -> Method:
+    return kind(**{field.name: getattr(method, field.name) for field in fields(method)})
+
+
 def test_a_statistic_is_freed_before_the_next_is_factored(base):
     """Gram matrices and their factors are the largest things of a wide layer."""
     alive, most = weakref.WeakSet(), []
 
-    class Watched(type(SPARSEGPT.update)):
-        def __call__(self, weights, statistic, patterns, score):
+    class Watched(Method):
+        def __call__(self, weights, statistic, patterns):
             alive.add(statistic)
             most.append(len(alive))
-            return super().__call__(weights, statistic, patterns, score)
+            return super().__call__(weights, statistic, patterns)
 
-    update = Watched(**{field.name: getattr(SPARSEGPT.update, field.name) for field in fields(SPARSEGPT.update)})
-    pruned(base, replace(SPARSEGPT, update=update), HALF)
+    pruned(base, subclassed(Watched, SPARSEGPT), HALF)
     assert most == [1] * 4 * 3  # distinct inputs of three blocks
 
 
@@ -240,7 +243,7 @@ def test_layers_that_read_the_same_input_share_one_statistic(base):
 
             return make
 
-    pruned(base, Counted(score=WANDA.score, update=WANDA.update), HALF)
+    pruned(base, subclassed(Counted, WANDA), HALF)
     assert made == [32, 32, 32, 112] * 3
 
 

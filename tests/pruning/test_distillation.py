@@ -13,8 +13,8 @@ from stages.pruning.block_loop import Plan, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill, divergence_and_gradient
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import BETAS, Reconstruction
-from stages.streaming import stream as streams
 from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream
 from tests import tiny
 from tests.methods import MAGNITUDE
@@ -152,15 +152,16 @@ def test_computed_in_bfloat16_the_divergence_falls_too(base):
 def test_files_serve_where_the_memory_budget_is_used_up(exact, tmp_path, monkeypatch):
     teachers, before = prepared(exact)
     _, expected = distilled(teachers, before)
-    teachers.student_inputs.budget, teachers.student_inputs.scratch = 0, tmp_path
-    locations, host_buffer = [], streams.host_buffer
+    memory = HostMemory(0, tmp_path)
+    locations, buffer = [], memory.buffer
 
     def noted(*arguments):
-        tensor, location = host_buffer(*arguments)
+        tensor, location = buffer(*arguments)
         locations.append(location)
         return tensor, location
 
-    monkeypatch.setattr(streams, "host_buffer", noted)
+    monkeypatch.setattr(memory, "buffer", noted)
+    monkeypatch.setattr(teachers.student_inputs, "memory", memory)
     _, found = distilled(teachers, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
     assert len(locations) == 4  # indices, and kept weights with their moments, of two blocks

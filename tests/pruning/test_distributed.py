@@ -9,17 +9,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tests.test_config import composed
 
 from benchmarks.memory import write_windows
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
-from stages.config import CONF, LocalBase
+from stages.config.compose import composed
+from stages.config.params import CONF
 from stages.errors import ConfigError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json
 from stages.pruning import distributed
 from stages.pruning.reconstruction import BETAS
 from stages.sources import base as checkpoints
+from stages.sources.base import LocalBase
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream

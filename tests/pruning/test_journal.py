@@ -12,25 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_config import composed
 
 from benchmarks.memory import write_windows
-from stages import config, prune
+from stages import prune
+from stages.config.compose import read
 from stages.errors import CalibrationError, SparsesweepError
 from stages.files import CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
 from stages.pruning import journal as journals
+from stages.pruning.patterns import UnstructuredSection
+from stages.pruning.reconstructions.block import BlockSection
+from stages.pruning.reconstructions.distilled import DistilledSection
+from tests.methods import made
 
-METHOD = config.Method(
-    name="sparsegpt",
-    score=config.Score(name="obs"),
-    comparison_group="matrix",
-    update=config.SparseGptUpdate(name="sparsegpt", block_size=16),
-    damping=config.Damping(share=0.01, limit=1.0),
-)
-PATTERN = config.Unstructured(name="unstructured", sparsity=0.5)
-DEFAULTS = config.read(composed())
+METHOD = made("obs", "sparsegpt", comparison_group="matrix", block_size=16)
+PATTERN = UnstructuredSection(name="unstructured", sparsity=0.5)
+DEFAULTS = read()
 PRUNE = replace(DEFAULTS["prune"], device="cpu", dtype="float32", micro_batch=2, error_tokens=60, expert_tokens=0)
-DISTILLED = config.Distilled(name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3)
+DISTILLED = DistilledSection(name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3)
 
 
 def draw_windows(seed: int = 0) -> None:
@@ -50,7 +48,9 @@ def project(canonical, tmp_path, monkeypatch) -> Path:
 def run(**changes: object) -> dict[str, bytes]:
     """Run the stage; everything that a later stage reads, file by file."""
     sections = {"method": METHOD, "pattern": PATTERN, "prune": PRUNE, **changes}
-    prune.main.function(**{name: sections.get(name, DEFAULTS[name]) for name in prune.main.sections[""]})
+    prune.main.function(
+        **{name: sections.get(name, DEFAULTS[name]) for name in ("method", "pattern", "allocation", "reconstruction", "prune")}
+    )
     return {path.name: path.read_bytes() for path in [*SPARSE.iterdir(), PRUNE_RESULTS / "sparsity.json"]}
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
     "how",
     [
         {"prune": replace(PRUNE, propagate="dense")},
-        {"reconstruction": config.BlockReconstruction(name="block", epochs=1, learning_rate=1e-3)},
+        {"reconstruction": BlockSection(name="block", epochs=1, learning_rate=1e-3)},
         {"reconstruction": DISTILLED},
     ],
     ids=["dense propagation", "reconstructed", "distilled"],
@@ -226,7 +226,7 @@ def test_windows_that_are_not_those_drawn_are_refused_before_a_block_is_read(pro
 
 def test_another_configuration_starts_afresh(project):
     interrupted()
-    run(pattern=config.Unstructured(name="unstructured", sparsity=0.25))
+    run(pattern=UnstructuredSection(name="unstructured", sparsity=0.25))
     assert resumed_after() == 0
 
 

@@ -2,22 +2,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stages.composition import plan_patterns
 
-from stages import config
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
-from stages.pruning.method import Keep, Method, obs_score
-from stages.pruning.patterns import Nm
+from stages.pruning.method import Damping
+from stages.pruning.patterns import Nm, NmSection
+from stages.pruning.planning import plan_patterns
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
 from tests.methods import WANDA, sparsegpt
-from tests.pruning.test_presets import preset
 
 CPU, TWO_OF_FOUR = torch.device("cpu"), Nm(kept=2, group=4)
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -65,7 +63,7 @@ def test_exactly_the_mlps_are_permuted(base):
 
 
 LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3)}
-ADMM, _ = preset("admm_short")
+ADMM = compose.method("admm_short")
 
 
 @pytest.mark.parametrize("pattern", [Nm(kept=2, group=4), Nm(kept=4, group=8)], ids=str)
@@ -116,7 +114,7 @@ def test_a_change_with_orders_is_the_same_after_writing_and_reading(tmp_path):
 
 
 def test_scores_that_cannot_be_computed_name_the_layer(base):
-    method = Method(score=obs_score(1e-30, 1e-30), update=Keep())
+    method = replace(made("obs"), damping=Damping(share=1e-30, limit=1e-30))
     with pytest.raises(PruningError, match="layer model.layers.0.mlp.down_proj.weight: the Gram matrix of the inputs does not factor"):
         prune(base, method, windows=WINDOWS[:1])  # of fewer tokens than columns
 
@@ -128,7 +126,7 @@ def test_a_block_without_channels_that_can_be_permuted_is_refused(tmp_path):
 
 def test_channels_whose_producers_have_biases_are_refused_before_a_weight_is_read(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "tensor", None)
-    permuted = config.Nm(name="nm", kept=2, group=4, permutation_rounds=1)
+    permuted = NmSection(name="nm", kept=2, group=4, permutation_rounds=1)
     gpt2 = Decoder(Checkpoint(architectures.write(tmp_path, "gpt2")), torch.float32, CPU)
     with pytest.raises(PruningError, match="block 0: found no input channels that can be permuted"):
         plan_patterns(gpt2, "row", permuted)

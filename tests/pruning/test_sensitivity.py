@@ -10,27 +10,29 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tests.test_config import composed
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.memory import write_windows
-from stages import composition, config, prune
+from stages import prune
 from stages.checkpoint.reader import Checkpoint
+from stages.config import compose
 from stages.errors import ConfigError, PruningError
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
 from stages.pruning import sensitivity
-from stages.pruning.allocation import hill_exponent
-from stages.pruning.block_loop import Plan, prune_blocks
+from stages.pruning.allocation import counts_by_curves, hill_exponent
+from stages.pruning.allocations import alphapruning, loss, owl
+from stages.pruning.block_loop import prune_blocks
+from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
-from stages.pruning.method import Method, SwapAndRefit
-from stages.pruning.patterns import Unstructured
+from stages.pruning.patterns import Unstructured, UnstructuredSection
+from stages.pruning.plan import Plan, Propagation
 from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
-from stages.streaming import stream as streams
 from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream
-from tests.methods import WANDA
+from tests.methods import made
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
@@ -183,7 +185,8 @@ def test_an_expert_that_no_token_chose_has_no_sensitivity(tmp_path):
     unseen = [matrix for _, matrix in every_matrix(decoder) if matrix.name not in found]
     assert unseen
     assert all(matrix.parameter_slice.expert is not None for matrix in unseen)
-    kept = composition.loss_evidence(stream_of(base, one, 1), "row", 1e-6)
+    dense = DenseModel(decoder=decoder, windows=one, stream=lambda windows: stream_of(base, windows, 1), comparison_group="row")
+    kept = loss.evidence(dense, replace(ALLOCATIONS["loss"], windows=1))
     assert {name.rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
     for matrix in unseen:
         assert len(kept[f"{matrix.name}.curve"]) == 0
@@ -193,22 +196,22 @@ def test_an_expert_that_no_token_chose_has_no_sensitivity(tmp_path):
 def test_a_matrix_without_a_curve_is_as_sparse_as_the_pattern(tmp_path):
     decoder = Decoder(fetched("mixtral", tmp_path), torch.float32, CPU)
     matrices = [matrix for _, matrix in every_matrix(decoder)]
-    grid = torch.tensor(composition.GRID, dtype=torch.float64)
+    grid = torch.tensor(loss.GRID, dtype=torch.float64)
     curves = [[] if number % 5 == 0 else ((1 + number) * grid**2).tolist() for number in range(len(matrices))]
-    counts = composition.counts_by_loss(curves, matrices, 0.37, ALLOCATIONS["loss"])
+    counts = counts_by_curves(curves, loss.GRID, [matrix.size for matrix in matrices], 0.37, ALLOCATIONS["loss"])
     even = [math.floor(matrix.size * Fraction("0.37")) for matrix in matrices]
     assert [count for count, curve in zip(counts, curves, strict=True) if not curve] == even[::5]
     assert counts != even
     assert sum(counts) == math.floor(sum(matrix.size for matrix in matrices) * Fraction("0.37"))
 
 
-def test_the_buffers_for_gradients_are_taken_from_one_budget(base, monkeypatch):
+def test_the_buffers_for_gradients_are_taken_from_one_budget(base, monkeypatch, tmp_path):
     """Both together are larger than the budget, each alone is not: the second lies in a file."""
     stream, buffers = stream_of(base), []
     block_inputs, gradient = 3 * stream.hidden.nbytes, stream.hidden.nbytes
-    stream.budget = block_inputs + gradient - 1
-    original = streams.host_buffer
-    monkeypatch.setattr(streams, "host_buffer", lambda *how: buffers.append(original(*how)) or buffers[-1])
+    stream.memory = HostMemory(block_inputs + gradient - 1, tmp_path)
+    original = stream.memory.buffer
+    monkeypatch.setattr(stream.memory, "buffer", lambda *how: buffers.append(original(*how)) or buffers[-1])
     sensitivities(stream, GRID, "row", 1e-6)
     assert [tensor.nbytes for tensor, _ in buffers] == [block_inputs, gradient]
     assert [location.split()[0] for _, location in buffers] == ["memory", "a"]
@@ -303,14 +306,14 @@ def test_a_blocks_exponent_is_the_mean_of_its_matrices(kind, tmp_path):
 
 project = stage.project
 BOUNDS = {"lowest": 0.2, "highest": 0.7}
-PATTERN = config.Unstructured(name="unstructured", sparsity=0.37)
+PATTERN = UnstructuredSection(name="unstructured", sparsity=0.37)
 ALLOCATIONS = {
-    "owl": config.OwlAllocation(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
-    "alphapruning": config.AlphaPruningAllocation(name="alphapruning", strength=0.3, **BOUNDS),
-    "loss": config.LossAllocation(name="loss", windows=3, row_strength=0.0, row_floor=1e-6, **BOUNDS),
-    "loss with rows": config.LossAllocation(name="loss", windows=3, row_strength=1.0, row_floor=1e-6, **BOUNDS),
+    "owl": owl.OwlSection(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
+    "alphapruning": alphapruning.AlphaPruningSection(name="alphapruning", strength=0.3, **BOUNDS),
+    "loss": loss.LossSection(name="loss", windows=3, row_strength=0.0, row_floor=1e-6, **BOUNDS),
+    "loss with rows": loss.LossSection(name="loss", windows=3, row_strength=1.0, row_floor=1e-6, **BOUNDS),
 }
-MEASUREMENTS = ("sensitivities", "outlier_shares", "spectral_exponents")
+MEASUREMENTS = {"sensitivities": loss, "outlier_shares": owl, "spectral_exponents": alphapruning}
 
 
 def sparsities() -> list[dict]:
@@ -359,7 +362,7 @@ def test_the_loss_tells_matrices_apart(project):
 def test_blocks_are_as_sparse_as_the_rule_says_of_their_evidence(project, monkeypatch, name, measurement):
     """All sparsities are within the bounds, so that these do not hide the rule."""
     seen = [0.1, 0.4, 0.3]
-    monkeypatch.setattr(composition, measurement, lambda *_: seen)
+    monkeypatch.setattr(MEASUREMENTS[measurement], measurement, lambda *_: seen)
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
     if name == "owl":
         distances = [2 * 0.08 * (value - 0.1) / 0.3 for value in seen]
@@ -374,9 +377,9 @@ def test_where_rows_do_not_compete_row_costs_change_nothing(base):
     """A row's best values do not depend on the cost of its error."""
     matrices = [matrix for block in Decoder(base, torch.float32, CPU).matrices for matrix in block]
     plan = Plan(
-        method=Method(score=WANDA.score, update=SwapAndRefit(damping=0.01, cycles=0, candidates=0, refit_steps=40)),
+        method=made("wanda", "least_squares", steps=40),
         patterns={matrix.name: Unstructured(sparsity=0.5, comparison_group="row") for matrix in matrices},
-        propagate="pruned",
+        propagate=Propagation.PRUNED,
         error_tokens=60,
         expert_tokens=0,
     )
@@ -397,7 +400,7 @@ def test_where_rows_compete_row_costs_change_masks_but_not_counts(project):
 
 @pytest.mark.parametrize("score", ["ria", "wanda"])
 def test_where_rows_do_not_compete_row_costs_change_no_mask(project, score):
-    method = replace(stage.METHOD, score=config.read(composed(f"method={score}"))["method"].score, comparison_group="row")
+    method = replace(stage.METHOD, score=compose.method(score).score, comparison_group="row")
     runs = [stage.run(method=method, pattern=PATTERN, allocation=ALLOCATIONS[name]) for name in ("loss", "loss with rows")]
     assert all(runs[0][name] == file for name, file in runs[1].items() if name.startswith("block"))
 
@@ -411,7 +414,7 @@ def test_host_memory_is_counted_for_what_an_allocation_holds(project, monkeypatc
 
 
 def test_a_matrix_may_lose_all_where_the_bounds_allow_it(project):
-    pattern = config.Unstructured(name="unstructured", sparsity=0.995)
+    pattern = UnstructuredSection(name="unstructured", sparsity=0.995)
     stage.run(pattern=pattern, allocation=replace(ALLOCATIONS["loss"], lowest=0.0, highest=1.0))
     rows = sparsities()
     assert sum(row["zeros"] for row in rows) == math.floor(sum(row["weights"] for row in rows) * Fraction("0.995"))
@@ -437,8 +440,8 @@ def test_the_loss_gradient_is_the_same_some_tokens_at_a_time(base, monkeypatch):
 
 def test_bounds_that_do_not_allow_the_sparsity_are_refused_before_evidence_is_measured(project, monkeypatch):
     for measurement in MEASUREMENTS:
-        monkeypatch.setattr(composition, measurement, None)
-    narrow = config.AlphaPruningAllocation(name="alphapruning", strength=0.3, lowest=0.4, highest=0.6)
+        monkeypatch.setattr(MEASUREMENTS[measurement], measurement, None)
+    narrow = alphapruning.AlphaPruningSection(name="alphapruning", strength=0.3, lowest=0.4, highest=0.6)
     with pytest.raises(ConfigError, match=r"allocation: found a budget of .* weights, wanted .* from 0.4 to 0.6 allows"):
         stage.run(pattern=PATTERN, allocation=narrow)
 
@@ -451,7 +454,7 @@ def test_a_killed_run_goes_on_with_the_evidence_of_before_and_the_same_bytes(pro
     assert stage.killed_while(stage.at_call(Journal, "write", finished, False), **asked)
     assert (PRUNE_JOURNAL / "evidence.safetensors").is_file()
     for measurement in MEASUREMENTS:
-        monkeypatch.setattr(composition, measurement, None)
+        monkeypatch.setattr(MEASUREMENTS[measurement], measurement, None)
     assert stage.run(**asked) == expected
     assert stage.resumed_after() == finished
 
@@ -468,7 +471,7 @@ def test_the_seconds_of_evidence_measured_before_a_kill_count(tmp_path):
 def test_a_run_that_is_killed_while_it_measures_evidence_measures_again(project):
     asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["loss"]}
     expected = stage.run(**asked)
-    assert stage.killed_while(stage.at_call(composition, "loss_evidence", 1, False), **asked)
+    assert stage.killed_while(stage.at_call(loss, "sensitivities", 1, False), **asked)
     assert not (PRUNE_JOURNAL / "evidence.safetensors").exists()
     assert stage.run(**asked) == expected
 
@@ -476,7 +479,7 @@ def test_a_run_that_is_killed_while_it_measures_evidence_measures_again(project)
 def test_evidence_of_another_allocation_is_not_reused(project):
     asked = {"pattern": PATTERN, "allocation": ALLOCATIONS["owl"]}
     expected = stage.run(**asked)
-    other = config.OwlAllocation(name="owl", multiple=5.0, strength=0.08, **BOUNDS)
+    other = owl.OwlSection(name="owl", multiple=5.0, strength=0.08, **BOUNDS)
     assert stage.killed_while(stage.at_call(Journal, "write", 1, False), pattern=PATTERN, allocation=other)
     assert stage.run(**asked) == expected
     assert stage.resumed_after() == 0
