@@ -6,6 +6,7 @@ import torch
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.config import compose
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Damping
@@ -15,7 +16,7 @@ from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 from tests import architectures
-from tests.methods import WANDA, sparsegpt
+from tests.methods import WANDA, made, sparsegpt
 
 CPU, TWO_OF_FOUR = torch.device("cpu"), Nm(kept=2, group=4)
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
