@@ -84,6 +84,11 @@ def test_good_sources_are_taken():
     schema.check(Text(calibration={"a": WHEEL}, evaluation={"b": HUB, "c": LOCAL}), "text")
 
 
+def test_the_parts_of_the_section_are_choices_by_name():
+    for field in dataclasses.fields(Text):
+        assert field.metadata == {schema.TABLE: TEXTS, schema.MANY: True}
+
+
 def test_a_section_names_its_entry_in_the_tables():
     assert [TEXTS.of(source).parameters for source in (WHEEL, HUB, LOCAL)] == [WheelText, HubText, LocalText]
     assert READERS.of(WHEEL).read is readers.arrow
