@@ -23,8 +23,9 @@ from torch import nn
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed, parallel
+from stages.pruning.inputs import CalibratedOn, Inputs
 from stages.pruning.method import Pruned
-from stages.pruning.observer import CalibratedOn, Inputs, observe
+from stages.pruning.observer import observe
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan, Propagation
 from stages.pruning.reconstruction import BlockTraining, reconstruct

@@ -11,7 +11,7 @@ from stages.composition import plan_patterns
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Keep, Method, obs_score
-from stages.pruning.patterns import Nm
+from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.architecture import Decoder
 from stages.streaming.stream import Stream
@@ -119,6 +119,11 @@ def test_scores_that_cannot_be_computed_name_the_layer(base):
     method = Method(score=obs_score(1e-30, 1e-30), update=Keep())
     with pytest.raises(PruningError, match="layer model.layers.0.mlp.down_proj.weight: the Gram matrix of the inputs does not factor"):
         prune(base, method, windows=WINDOWS[:1])  # of fewer tokens than columns
+
+
+def test_a_pattern_other_than_n_of_m_is_refused_naming_the_layer(base):
+    with pytest.raises(ValueError, match=r"layer model.layers.0.mlp.down_proj.weight: found Unstructured.*, wanted an N:M pattern"):
+        prune(base, pattern=Unstructured(sparsity=0.5, comparison_group="row"))
 
 
 def test_a_block_without_channels_that_can_be_permuted_is_refused(tmp_path):
