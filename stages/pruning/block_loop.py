@@ -24,7 +24,8 @@ from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed, parallel
 from stages.pruning.entries import Pruned
-from stages.pruning.observer import CalibratedOn, Inputs, observe
+from stages.pruning.inputs import CalibratedOn, Inputs
+from stages.pruning.observer import observe
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan, Propagation
 from stages.pruning.reconstruction import BlockTraining, reconstruct

@@ -13,8 +13,8 @@ from torch import nn
 
 from stages.errors import PruningError
 from stages.pruning import distributed
+from stages.pruning.inputs import Inputs
 from stages.pruning.method import Method
-from stages.pruning.observer import Inputs
 from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.permutation_groups import PermutationGroup, candidates, permutation_groups
 from stages.pruning.permutations import channel_permutation

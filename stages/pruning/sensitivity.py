@@ -23,7 +23,9 @@ from torch.nn.functional import cross_entropy
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
-from stages.pruning.observer import ExpertProducts, Inputs, observe
+from stages.pruning.experts import ExpertProducts
+from stages.pruning.inputs import Inputs
+from stages.pruning.observer import observe
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Layer, Matrix

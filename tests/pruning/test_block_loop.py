@@ -277,6 +277,17 @@ def test_activations_that_are_not_finite_name_the_layer(base):
         run(Decoder(Broken(base.directory), torch.float32, CPU), WANDA, HALF)
 
 
+def test_inputs_that_overflow_in_float16_name_the_layer_and_the_reason(base):
+    class Large(Checkpoint):
+        def tensor(self, name, **how):
+            tensor = super().tensor(name, **how)
+            return tensor * 3e4 if name == "model.layers.1.mlp.up_proj.weight" else tensor
+
+    reason = "found NaN or infinity in its inputs, wanted finite activations; float16 overflows above 65504, bfloat16 does not"
+    with pytest.raises(PruningError, match=f"layer model.layers.1.mlp.down_proj.weight: {reason}"):
+        run(Decoder(Large(base.directory), torch.float16, CPU), WANDA, HALF)
+
+
 def test_outputs_that_are_not_finite_name_the_layer(base):
     class Broken(Checkpoint):
         def tensor(self, name, **how):

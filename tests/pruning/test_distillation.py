@@ -223,8 +223,3 @@ def test_blocks_that_are_distilled_are_not_reconstructed(base, monkeypatch):
     monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, *_: alone.append(index))
     prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3))
     assert alone == [0]
-
-
-def test_training_with_dense_propagation_is_refused(base):
-    with pytest.raises(ValueError, match="found dense propagation with training, wanted pruned propagation"):
-        Plan(method=MAGNITUDE, patterns={}, propagate="dense", error_tokens=1, expert_tokens=0, distillation=HOW)

@@ -50,6 +50,18 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
         distributed.local_device(torch.device("cuda:0"))
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with pytest.raises(ConfigError, match=r"--nproc-per-node: found 1000, wanted at most the \d+ GPUs of this machine"):
+        distributed.local_device(torch.device("cuda"))
+
+
+def test_a_tensor_that_is_not_contiguous_is_not_broadcast():
+    with pytest.raises(ValueError, match=r"found a tensor of strides \(1, 3\) for shape \[3, 2\], wanted a contiguous one"):
+        distributed.broadcast(torch.zeros(2, 3).T, 0)
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "allocation", "error_tokens"),
     [

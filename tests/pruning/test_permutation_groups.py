@@ -20,7 +20,7 @@ WINDOWS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(
 
 @contextmanager
 def loaded(base: Checkpoint, index: int):
-    """A block with weights, and how to run it."""
+    """A decoder, a block of it with weights, and a function that runs the block."""
     decoder = Decoder(base, torch.float32, CPU)
     with decoder.before_blocks():
         call = decoder.calls(WINDOWS)[index]
@@ -28,40 +28,42 @@ def loaded(base: Checkpoint, index: int):
         yield decoder, block, partial(run_block, block, call=call)
 
 
-def found(base: Checkpoint, index: int) -> dict[str, list[str]]:
+def groups_of(base: Checkpoint, index: int) -> dict[str, list[str]]:
     """Consumer -> producers, named as in the checkpoint, without what the names of a block begin with."""
     with loaded(base, index) as (decoder, block, run):
         before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        pairs = permutation_groups(block, candidates(block, decoder.matrices[index]), run, HIDDEN)
+        groups = permutation_groups(block, candidates(block, decoder.matrices[index]), run, HIDDEN)
         for name, tensor in block.state_dict().items():
             assert torch.equal(tensor, before[name]), name
         start = f"{decoder.prefix}.{index}."
-        return {pair.consumer.name.removeprefix(start): [one.name.removeprefix(start) for one in pair.producers] for pair in pairs}
+        return {
+            group.consumer.name.removeprefix(start): [producer.name.removeprefix(start) for producer in group.producers] for group in groups
+        }
 
 
-def test_the_down_projection_is_coupled_to_gate_and_up_and_nothing_else_is(base):
+def test_the_down_projection_is_permuted_with_gate_and_up_and_nothing_else_is(base):
     for index in range(3):
-        assert found(base, index) == {"mlp.down_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
+        assert groups_of(base, index) == {"mlp.down_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
 
 
-def test_a_reordering_of_what_is_coupled_leaves_the_block_as_it_was(base):
+def test_reordering_a_permutation_group_leaves_the_block_as_it_was(base):
     with loaded(base, 1) as (decoder, block, run):
-        (pair,) = permutation_groups(block, candidates(block, decoder.matrices[1]), run, HIDDEN)
+        (group,) = permutation_groups(block, candidates(block, decoder.matrices[1]), run, HIDDEN)
         expected, order = run(HIDDEN), torch.arange(112).flip(0)
-        pair.consumer.of(block).copy_(pair.consumer.of(block)[:, order])
+        group.consumer.of(block).copy_(group.consumer.of(block)[:, order])
         assert largest_change(run(HIDDEN), expected) > 1e-2
-        for producer in pair.producers:
+        for producer in group.producers:
             producer.of(block).copy_(producer.of(block)[order])
         assert largest_change(run(HIDDEN), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "phi", "starcoder2"])
-def test_nothing_is_coupled_where_the_producers_have_biases(kind, tmp_path):
-    assert found(fetched(kind, tmp_path), 1) == {}
+def test_there_is_no_group_where_the_producers_have_biases(kind, tmp_path):
+    assert groups_of(fetched(kind, tmp_path), 1) == {}
 
 
-def test_nothing_is_coupled_where_gate_and_up_are_one_matrix(tmp_path):
-    assert found(fetched("phi3", tmp_path), 1) == {}
+def test_there_is_no_group_where_gate_and_up_are_one_matrix(tmp_path):
+    assert groups_of(fetched("phi3", tmp_path), 1) == {}
 
 
 @pytest.mark.parametrize(
@@ -72,18 +74,18 @@ def test_nothing_is_coupled_where_gate_and_up_are_one_matrix(tmp_path):
         ("nemotron", "mlp.up_proj.weight", "mlp.down_proj.weight"),
     ],
 )
-def test_a_plain_mlp_is_coupled_under_whatever_names(kind, producer, consumer, tmp_path):
-    assert found(fetched(kind, tmp_path), 1) == {consumer: [producer]}
+def test_a_plain_mlp_is_a_group_under_whatever_names(kind, producer, consumer, tmp_path):
+    assert groups_of(fetched(kind, tmp_path), 1) == {consumer: [producer]}
 
 
 @pytest.mark.parametrize("kind", ["cohere", "gemma2"])
 def test_parallel_attention_and_further_norms_do_not_matter(kind, tmp_path):
-    assert found(fetched(kind, tmp_path), 1) == {"mlp.down_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
+    assert groups_of(fetched(kind, tmp_path), 1) == {"mlp.down_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
 
 
-def test_every_expert_that_is_a_tensor_of_its_own_is_coupled_within_itself(tmp_path):
+def test_every_expert_that_is_a_tensor_of_its_own_is_a_group(tmp_path):
     experts = [f"block_sparse_moe.experts.{number}." for number in range(4)]
-    assert found(fetched("mixtral", tmp_path), 1) == {
+    assert groups_of(fetched("mixtral", tmp_path), 1) == {
         f"{expert}w2.weight": [f"{expert}w1.weight", f"{expert}w3.weight"] for expert in experts
     }
 
@@ -91,31 +93,31 @@ def test_every_expert_that_is_a_tensor_of_its_own_is_coupled_within_itself(tmp_p
 def test_an_expert_that_no_token_reaches_proves_nothing(tmp_path):
     with loaded(fetched("mixtral", tmp_path), 1) as (decoder, block, _):
         one_token = HIDDEN[:1, :1]
-        pairs = permutation_groups(block, candidates(block, decoder.matrices[1]), lambda hidden: hidden + block.mlp(hidden), one_token)
-        assert len(pairs) == 2  # of four experts, those it chose
+        groups = permutation_groups(block, candidates(block, decoder.matrices[1]), lambda hidden: hidden + block.mlp(hidden), one_token)
+        assert len(groups) == 2  # of four experts, those it chose
 
 
 def test_experts_that_are_slices_of_one_tensor_are_left_out(tmp_path):
-    assert found(fetched("granitemoe", tmp_path), 1) == {}
+    assert groups_of(fetched("granitemoe", tmp_path), 1) == {}
 
 
-def test_a_shared_expert_is_coupled_beside_the_others(tmp_path):
-    pairs = found(fetched("deepseek_v3", tmp_path), 1)
-    assert pairs["mlp.shared_experts.down_proj.weight"] == ["mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"]
-    assert not any("self_attn" in consumer for consumer in pairs)
+def test_a_shared_expert_is_a_group_too(tmp_path):
+    groups = groups_of(fetched("deepseek_v3", tmp_path), 1)
+    assert groups["mlp.shared_experts.down_proj.weight"] == ["mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"]
+    assert not any("self_attn" in consumer for consumer in groups)
 
 
 class TwoLayers(nn.Module):
-    """x + second(between(first(x))), and a third layer beside them."""
+    """x + second(between(first(x)) + factor * third(x))."""
 
-    def __init__(self, between: nn.Module, share: float = 0.0) -> None:
+    def __init__(self, between: nn.Module, factor: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second, self.beside = (nn.Linear(*sizes, bias=False) for sizes in ((32, 24), (24, 32), (32, 24)))
-        self.between, self.share = between, share
+        self.first, self.second, self.third = (nn.Linear(*sizes, bias=False) for sizes in ((32, 24), (24, 32), (32, 24)))
+        self.between, self.factor = between, factor
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.second(self.between(self.first(hidden)) + self.share * self.beside(hidden))
+        return hidden + self.second(self.between(self.first(hidden)) + self.factor * self.third(hidden))
 
     def matrices(self, *names: str) -> list[Matrix]:
         return [
@@ -131,33 +133,33 @@ class TwoLayers(nn.Module):
 
 
 def consumers(block: TwoLayers, *names: str) -> list[str]:
-    return [pair.consumer.name for pair in permutation_groups(block, candidates(block, block.matrices(*names)), block, HIDDEN)]
+    return [group.consumer.name for group in permutation_groups(block, candidates(block, block.matrices(*names)), block, HIDDEN)]
 
 
-def test_an_elementwise_function_between_lets_channels_change_places():
+def test_channels_with_an_elementwise_function_between_can_be_permuted():
     assert consumers(TwoLayers(nn.GELU()), "first", "second") == ["second"]
 
 
 @pytest.mark.parametrize("between", [nn.Softmax(dim=-1), nn.LayerNorm(24, bias=False)])
-def test_a_function_of_all_channels_alike_does_so_too(between):
+def test_channels_with_a_symmetric_function_between_can_be_permuted(between):
     assert consumers(TwoLayers(between), "first", "second") == ["second"]
 
 
-def test_channels_that_are_treated_differently_stay():
+def test_channels_that_are_scaled_differently_cannot_be_permuted():
     scaled = nn.LayerNorm(24)
     scaled.weight.data = torch.linspace(0.5, 1.5, 24)
     assert consumers(TwoLayers(scaled), "first", "second") == []
 
 
-def test_a_producer_that_is_not_among_the_matrices_forbids_the_coupling():
-    block = TwoLayers(nn.GELU(), share=1.0)
+def test_with_a_producer_that_is_not_among_the_matrices_there_is_no_group():
+    block = TwoLayers(nn.GELU(), factor=1.0)
     assert consumers(block, "first", "second") == []
-    assert consumers(block, "first", "second", "beside") == ["second"]
+    assert consumers(block, "first", "second", "third") == ["second"]
 
 
 def test_a_matrix_without_effect_is_no_producer():
     """Reordered with the others it changes nothing, but neither does it alone."""
-    assert consumers(TwoLayers(nn.GELU()), "first", "second", "beside") == []
+    assert consumers(TwoLayers(nn.GELU()), "first", "second", "third") == []
 
 
 def test_a_block_whose_output_hides_its_layers_proves_nothing():
@@ -172,7 +174,7 @@ def test_outputs_that_are_not_finite_prove_nothing():
     assert consumers(block, "first", "second") == []
 
 
-def test_weights_come_back_when_a_trial_fails():
+def test_weights_are_restored_when_a_trial_fails():
     block, runs = TwoLayers(nn.GELU()), []
 
     def breaks(hidden):

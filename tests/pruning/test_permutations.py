@@ -32,7 +32,7 @@ def test_the_kept_score_is_that_of_the_mask():
     assert kept_score(scores, order, pattern) == pytest.approx(in_order[pattern.mask(in_order)].sum().item(), rel=1e-6)
 
 
-def test_strong_columns_that_share_a_group_are_spread_by_hand():
+def test_strong_columns_of_one_group_are_distributed_by_hand():
     """Of 9 9 9 9 | 1 1 1 1, two of four keep 20; of 9 9 1 1 | 9 9 1 1 they keep 36."""
     scores, pattern = torch.tensor([[9.0, 9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0]]), Nm(kept=2, group=4)
     order = channel_permutation(scores, 2, 4, rounds=1)
@@ -41,7 +41,7 @@ def test_strong_columns_that_share_a_group_are_spread_by_hand():
     assert sorted(order[:4].tolist())[0] == 0 and (order[:4] < 4).sum() == 2
 
 
-def test_strong_columns_that_share_groups_are_all_kept_wherever_they_were():
+def test_strong_columns_of_the_first_groups_are_all_kept():
     """Half of the columns are strong, all in the first groups: then every strong weight can be kept."""
     strong = torch.arange(64) < 32
     scores = random_scores(20, 64, seed=0).clamp(min=0.1, max=1) + 10 * strong
@@ -60,14 +60,14 @@ def test_the_kept_score_is_never_lower_than_that_of_no_reordering(kept, group, s
 
 
 @pytest.mark.parametrize("rounds", [0, 4])
-def test_columns_stay_where_they_are_if_nothing_is_gained(rounds):
+def test_columns_stay_in_place_if_nothing_is_gained(rounds):
     best_already = torch.tensor([[9.0, 8.0, 1.0, 2.0, 7.0, 6.0, 2.0, 1.0]])
     for scores in (best_already, torch.ones(3, 8), torch.zeros(3, 8), torch.rand(3, 4)):
         assert torch.equal(channel_permutation(scores, 2, 4, rounds=rounds), torch.arange(scores.shape[1]))
 
 
 @pytest.mark.parametrize("kept", [0, 4])
-def test_columns_stay_where_they_are_if_all_or_nothing_is_kept(kept):
+def test_columns_stay_in_place_if_all_or_nothing_is_kept(kept):
     assert torch.equal(channel_permutation(random_scores(3, 16, seed=0), kept, 4, rounds=1), torch.arange(16))
 
 
@@ -92,27 +92,27 @@ def test_more_rounds_never_lose():
     assert gains[-1] > 1.05 * gains[0]
 
 
-def shares_of_the_best_gain(rows: int, rounds: int) -> torch.Tensor:
+def fractions_of_the_best_gain(rows: int, rounds: int) -> torch.Tensor:
     """Gain / the best that any order has, of 40 matrices with eight columns; 1 where there is nothing to gain."""
-    pattern, shares = Nm(kept=2, group=4), []
+    pattern, fractions = Nm(kept=2, group=4), []
     for seed in range(40):
         scores = torch.rand(rows, 8, generator=torch.Generator().manual_seed(seed))
         best = max(gained(scores, order, pattern) for order in partitions_in_two(8))
-        found = gained(scores, channel_permutation(scores, 2, 4, rounds=rounds), pattern)
-        assert found <= best + 1e-5
-        shares.append(found / best if best > 1e-5 else 1.0)
-    return torch.tensor(shares)
+        gain = gained(scores, channel_permutation(scores, 2, 4, rounds=rounds), pattern)
+        assert gain <= best + 1e-5
+        fractions.append(gain / best if best > 1e-5 else 1.0)
+    return torch.tensor(fractions)
 
 
 def test_two_rows_of_eight_columns_get_the_best_of_all_orders():
-    assert shares_of_the_best_gain(rows=2, rounds=8).min() > 1 - 1e-4
+    assert fractions_of_the_best_gain(rows=2, rounds=8).min() > 1 - 1e-4
 
 
-def test_many_rows_get_most_of_the_best_gain_though_not_always_all():
+def test_many_rows_get_most_of_the_best_gain_but_not_always_all():
     """Exchanges of two columns end where only one of four would help: of equal columns and two groups that is not seldom."""
-    shares = shares_of_the_best_gain(rows=8, rounds=8)
-    assert shares.mean() > 0.9
-    assert 0.5 < (shares > 1 - 1e-4).float().mean() < 1
+    fractions = fractions_of_the_best_gain(rows=8, rounds=8)
+    assert fractions.mean() > 0.9
+    assert 0.5 < (fractions > 1 - 1e-4).float().mean() < 1
 
 
 def test_the_same_scores_give_the_same_order_and_stay_as_they_were():

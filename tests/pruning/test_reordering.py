@@ -10,7 +10,7 @@ from stages.config import compose
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Damping
-from stages.pruning.patterns import Nm, NmSection
+from stages.pruning.patterns import Nm, NmSection, Unstructured
 from stages.pruning.planning import plan_patterns
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
@@ -118,6 +118,11 @@ def test_scores_that_cannot_be_computed_name_the_layer(base):
     method = replace(made("obs"), damping=Damping(share=1e-30, limit=1e-30))
     with pytest.raises(PruningError, match="layer model.layers.0.mlp.down_proj.weight: the Gram matrix of the inputs does not factor"):
         prune(base, method, windows=WINDOWS[:1])  # of fewer tokens than columns
+
+
+def test_a_pattern_other_than_n_of_m_is_refused_naming_the_layer(base):
+    with pytest.raises(ValueError, match=r"layer model.layers.0.mlp.down_proj.weight: found Unstructured.*, wanted an N:M pattern"):
+        prune(base, pattern=Unstructured(sparsity=0.5, comparison_group="row"))
 
 
 def test_a_block_without_channels_that_can_be_permuted_is_refused(tmp_path):

@@ -1,0 +1,147 @@
+"""What layers read: a statistic and a sample of tokens of each distinct input; layers that are handed the same tensor share both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+import torch
+
+from stages.errors import PruningError
+from stages.pruning.statistics import Statistic
+from stages.streaming.architecture import Layer
+
+S = TypeVar("S", bound=Statistic)
+
+
+class CalibratedOn(StrEnum):
+    """Which tokens a statistic is of: those that the layer reads, or for an expert that few chose a sample of all."""
+
+    ITS_TOKENS = "its tokens"
+    ALL_TOKENS = "all tokens"
+
+
+@dataclass(kw_only=True, slots=True)
+class Inputs(Generic[S]):
+    """One distinct input.
+
+    layers: those that read it, the first to do so first; after Observer.finish in the order of the observed layers.
+    statistic: over the tokens of all processes. sample: pieces of [tokens, columns], in the compute dtype, of this process's tokens.
+    tokens: how many the layers read, in all processes.
+    """
+
+    layers: list[Layer]
+    statistic: S
+    sample: list[torch.Tensor] = field(default_factory=list)
+    tokens: int = 0
+    calibrated_on: CalibratedOn = CalibratedOn.ITS_TOKENS
+
+    def sampled(self) -> torch.Tensor:
+        """[tokens, columns], float32."""
+        return torch.cat(self.sample).float()
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """Make the column `order[k]`, int64, the k-th."""
+        self.statistic.reorder(order)
+        self.sample = [piece[:, order] for piece in self.sample]
+
+
+class EvenSample:
+    """Every stride-th token of the calibration set, whatever the micro-batch.
+
+    Args:
+        stride: tokens. first_token: of this process among those of all processes.
+    """
+
+    def __init__(self, stride: int, first_token: int) -> None:
+        self.stride, self.first_token = stride, first_token
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The sampled ones of a micro-batch, [..., tokens, columns], as a copy: [sampled, columns]."""
+        return tokens.detach().reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
+
+    def advance(self, tokens: int) -> None:
+        """The next micro-batch begins so many tokens later."""
+        self.first_token += tokens
+
+
+class Recorder(Generic[S]):
+    """The statistic and the sample of every distinct input.
+
+    Args:
+        statistic: makes an empty one from a number of columns and a device.
+        sample: picks tokens of linear layers. expert_tokens: of an expert, the first so many.
+    """
+
+    def __init__(self, statistic: Callable[[int, torch.device], S], sample: EvenSample, expert_tokens: int) -> None:
+        self.statistic, self.sample, self.expert_tokens = statistic, sample, expert_tokens
+        self.inputs: dict[Layer, Inputs[S]] = {}
+        self.latest: Layer | None = None  # the layer that read last in the current micro-batch
+        self._batch = (0, 0)
+        self._read: dict[tuple[int, int, int], tuple[Inputs[S], torch.Tensor]] = {}
+
+    def begin(self, windows: int, tokens: int) -> None:
+        """A micro-batch of so many windows of so many tokens enters the block."""
+        self._batch, self.latest = (windows, tokens), None
+
+    def end(self) -> None:
+        """The micro-batch has left the block."""
+        self.sample.advance(self._batch[0] * self._batch[1])
+        self._read.clear()
+
+    @torch.no_grad()
+    def add_windows(self, layer: Layer, tensor: torch.Tensor) -> None:
+        """Record what a linear layer reads, [..., columns], a row for each token of the micro-batch.
+
+        Raises:
+            PruningError: it reads another number of tokens; names the layer.
+        """
+        inputs = self._first_read_by(layer, tensor)
+        if inputs is None:
+            return
+        windows, tokens = self._batch
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        if len(rows) != windows * tokens:
+            raise PruningError(f"layer {layer.name}: found {len(rows)} tokens, wanted the block's {windows} x {tokens}")
+        inputs.statistic.add(rows.view(windows, tokens, -1))
+        inputs.sample.append(self.sample.of(rows))
+        inputs.tokens += len(rows)
+
+    @torch.no_grad()
+    def add_tokens(self, layer: Layer, tensor: torch.Tensor) -> None:
+        """Record the tokens that an expert reads, [..., columns]."""
+        inputs = self._first_read_by(layer, tensor)
+        if inputs is None:
+            return
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        inputs.statistic.add(rows[None])
+        inputs.sample.append(rows[: max(0, self.expert_tokens - sum(map(len, inputs.sample)))].clone())
+        inputs.tokens += len(rows)
+
+    def _first_read_by(self, layer: Layer, tensor: torch.Tensor) -> Inputs[S] | None:
+        """The inputs that this layer was the first to read; None if another layer records them."""
+        self.latest = layer
+        if layer not in self.inputs:
+            key = (tensor.data_ptr(), tensor.numel(), tensor._version)
+            if key not in self._read:  # the tensor is held, so that no other gets its address
+                self._read[key] = Inputs(layers=[], statistic=self.statistic(tensor.shape[-1], tensor.device)), tensor
+            self.inputs[layer] = self._read[key][0]
+            self.inputs[layer].layers.append(layer)
+        return self.inputs[layer] if self.records(layer) else None
+
+    def records(self, layer: Layer) -> bool:
+        """Whether a layer was the first to read its inputs."""
+        return layer in self.inputs and self.inputs[layer].layers[0] == layer
+
+    def forget(self, layer: Layer) -> None:
+        """Drop what a layer read."""
+        if layer in self.inputs:
+            self.inputs.pop(layer).layers.remove(layer)
+
+    def ensure(self, layer: Layer, weight: torch.Tensor) -> Inputs[S]:
+        """What a layer of this weight, [..., columns], read; empty if it read nothing in this process."""
+        if layer not in self.inputs:
+            columns = weight.shape[-1]
+            statistic = self.statistic(columns, weight.device)
+            self.inputs[layer] = Inputs(layers=[layer], statistic=statistic, sample=[weight.new_empty(0, columns)])
+        return self.inputs[layer]

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from stages.errors import PruningError
+from stages.pruning.observer import Observer
+from stages.pruning.statistics import SquaredNorm
+from stages.streaming.architecture import Layer
+
+LAYERS = [Layer(f"{name}.weight", None) for name in ("query", "key", "output")]
+HIDDEN = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """Two layers that read the block's input, and one that reads their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.output = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.output(self.query(hidden) + self.key(hidden))
+
+
+def observer_of(block: nn.Module, layers=LAYERS, sampled: int = 10) -> Observer:
+    return Observer(block, layers, SquaredNorm, tokens=30, sampled=sampled)
+
+
+def test_layers_that_read_the_same_tensor_share_its_statistic_and_sample():
+    block = Block()
+    observer = observer_of(block)
+    for window in HIDDEN.split(2):
+        observer.run(window, block)
+    first, second = observer.finish(None)
+    assert (first.layers, second.layers) == (LAYERS[:2], LAYERS[2:])
+    torch.testing.assert_close(first.statistic.squared_norm, HIDDEN.square().sum(dim=(0, 1)) / 6)
+    assert first.tokens == second.tokens == 30
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_the_sample_is_every_third_token_whatever_the_micro_batch(batch):
+    block = Block()
+    observer = observer_of(block)
+    for windows in HIDDEN.split(batch):
+        observer.run(windows, block)
+    assert torch.equal(observer.finish(None)[0].sampled(), HIDDEN.view(30, 4)[::3])
+
+
+def test_no_output_of_the_last_layer_is_computed_once_it_is_known():
+    block, calls = Block(), []
+    block.output.register_forward_hook(lambda *_: calls.append(1))
+    observer = observer_of(block)
+    for windows in HIDDEN.split(2):
+        observer.run_to_last_input(windows, block)
+    assert len(calls) == 1
+    assert [inputs.tokens for inputs in observer.finish(None)] == [30, 30]
+    torch.testing.assert_close(observer.run(HIDDEN, block), block(HIDDEN))
+
+
+def test_a_layer_that_reads_other_tokens_than_the_blocks_is_named():
+    class Halved(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.output(self.query(hidden[:, ::2]))
+
+    block = Halved()
+    with pytest.raises(PruningError, match=r"layer query.weight: found 18 tokens, wanted the block's 6 x 5"):
+        observer_of(block).run(HIDDEN, block)
+
+
+def test_a_finished_observer_leaves_no_hook():
+    block = Block()
+    observer = observer_of(block)
+    observer.run(HIDDEN, block)
+    observer.finish(None)
+    assert not any(module._forward_pre_hooks for module in block.modules())
