@@ -204,7 +204,7 @@ def _find_orders(
     groups = [group for group in permutation_groups if group.consumer.layer in of_one_layer]
     read = {group.consumer.name: of_one_layer[group.consumer.layer] for group in groups}
     weights = {group.consumer.name: decoder.stored(group.consumer, block) for group in groups}
-    return find_orders(groups, weights, read, plan.patterns, plan.method.score, plan.permutation_rounds)
+    return find_orders(groups, weights, read, plan.patterns, plan.method, plan.permutation_rounds)
 
 
 class _BlockPruner:

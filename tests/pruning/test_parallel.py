@@ -15,7 +15,7 @@ def test_a_single_process_solves_no_group_ahead():
 @pytest.mark.parametrize("values", [None, torch.tensor([[1.0, 0.0]])])
 def test_what_is_broadcast_is_the_outcome_itself(values, damping):
     own = Pruned(mask=torch.tensor([[True, False]]), values=values, damping=damping)
-    (same,) = broadcast_group([own], [torch.ones(1, 2)], 0, updates_weights=values is not None)
+    (same,) = broadcast_group([own], [torch.ones(1, 2)], 0, changes_weights=values is not None)
     assert torch.equal(same.mask, own.mask)
     assert same.mask.dtype == torch.bool
     assert same.values is values or torch.equal(same.values, values)

@@ -29,9 +29,9 @@ def test_propagations_are_the_words_of_the_configuration():
 
 
 def test_a_plan_says_whether_kept_weights_are_trained_and_whether_they_change():
-    assert (plan_of().trains, plan_of().updates_weights) == (False, False)
-    assert (plan_of(sparsegpt()).trains, plan_of(sparsegpt()).updates_weights) == (False, True)
-    assert (plan_of(reconstruction=RECONSTRUCTION).trains, plan_of(distillation=DISTILLATION).updates_weights) == (True, True)
+    assert (plan_of().trains, plan_of().changes_weights) == (False, False)
+    assert (plan_of(sparsegpt()).trains, plan_of(sparsegpt()).changes_weights) == (False, True)
+    assert (plan_of(reconstruction=RECONSTRUCTION).trains, plan_of(distillation=DISTILLATION).changes_weights) == (True, True)
 
 
 def test_blocks_that_are_distilled_are_not_reconstructed():
