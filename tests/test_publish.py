@@ -40,6 +40,7 @@ from stages.files import (
     sha256,
     write_json,
 )
+from stages.release.naming import default_name
 from stages.release.section import Publish
 from stages.schema import check
 
@@ -340,6 +341,28 @@ def test_a_delta_that_was_edited_is_refused_by_its_hashes(project):
     write_block(block, changes, Checkpoint(BASE).fingerprint)
     with pytest.raises(CheckpointError, match="block-00000.safetensors: found SHA-256 [0-9a-f]{64}, wanted [0-9a-f]{64}"):
         run()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=sparsegpt", "pattern.sparsity=0.29"],
+        ["method=sparsegpt", "method.comparison_group=row", "allocation=owl"],
+        ["method=ria", "allocation=alphapruning"],
+        ["method=swaps_least_squares", "allocation=loss", "allocation.windows=2"],
+        ["method=dsnot", "pattern=nm_2_4_permuted"],
+        ["method=admm_short", "pattern=nm_4_8", "prune=one_pass"],
+        ["reconstruction=distilled", "pattern.sparsity=0.7"],
+    ],
+    ids=",".join,
+)
+def test_every_kind_of_recipe_is_met_and_published_under_a_name_of_its_own(project, overrides):
+    delta = prune_by_hand(*overrides)
+    evaluate("sparse", 45.0)
+    run()
+    assert {name: params()[name] for name in delta.recipe.sections} == delta.recipe.sections
+    assert default_name("tests/tiny", delta.recipe) != "tiny-wanda-sparse50"
+    assert f"# {default_name('tests/tiny', delta.recipe)}\n" in (RELEASE / "README.md").read_text()
 
 
 # Nothing is left of a release that fails its checks.

@@ -106,13 +106,13 @@ def read_block(path: Path) -> dict[str, Change]:
 class _StoredChange:
     """What a block's file has of one tensor of the base.
 
-    name: of the tensor. shape: of its mask. parts: what is stored besides the mask: "values", "rows", "columns".
+    name: of the tensor. shape: of its mask. keys: what is stored besides the mask: "values", "rows", "columns".
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
-    parts: tuple[str, ...]
+    keys: tuple[str, ...]
 
     def read(self) -> Change:
         """
@@ -121,16 +121,16 @@ class _StoredChange:
         """
         with safe_open(self.path, framework="pt") as file:
             mask = unpack(file.get_tensor(f"{self.name}.mask"), self.shape)
-            tensors = {part: file.get_tensor(f"{self.name}.{part}") for part in self.parts}
+            tensors = {key: file.get_tensor(f"{self.name}.{key}") for key in self.keys}
         if "values" in tensors and len(tensors["values"]) != (kept := int(mask.sum())):
             raise self._damaged("values", f"{len(tensors['values'])} values", f"one for each of {kept} kept weights")
-        for order in (part for part in ORDERS if part in tensors):
+        for order in (key for key in ORDERS if key in tensors):
             if not torch.equal(tensors[order].sort().values, torch.arange(len(tensors[order]), dtype=torch.int32)):
                 raise self._damaged(order, "an order that names some twice", "each once")
         return Change(mask=mask, **tensors)
 
-    def _damaged(self, part: str, found: str, wanted: str) -> CheckpointError:
-        return CheckpointError(f"delta file {self.path}: tensor {self.name}.{part}: found {found}, wanted {wanted}")
+    def _damaged(self, key: str, found: str, wanted: str) -> CheckpointError:
+        return CheckpointError(f"delta file {self.path}: tensor {self.name}.{key}: found {found}, wanted {wanted}")
 
 
 class _BlockFile:
@@ -156,7 +156,7 @@ class _BlockFile:
             raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
         self.base: str = facts["base"]
         self.changes = {name: self._stored(name, tuple(shape), headers) for name, shape in facts["shapes"].items()}
-        named = {f"{name}.{part}" for name, stored in self.changes.items() for part in ("mask", *stored.parts)}
+        named = {f"{name}.{key}" for name, stored in self.changes.items() for key in ("mask", *stored.keys)}
         if unknown := sorted(set(headers) - named):
             raise CheckpointError(f"delta file {path}: found tensors {unknown[:3]}, wanted only those of {sorted(self.changes)[:3]}, ...")
 
@@ -171,32 +171,33 @@ class _BlockFile:
         for key, wanted in (("format", BLOCK_FORMAT), ("polarity", POLARITY)):
             if facts[key] != wanted:
                 raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted {wanted!r}")
-        if not isinstance(facts["shapes"], dict):
-            raise CheckpointError(f"delta file {self.path}: found shapes {facts['shapes']!r}, wanted one for each tensor")
+        for key, kind in (("base", str), ("shapes", dict)):
+            if not isinstance(facts[key], kind):
+                raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted a {kind.__name__}")
         for name, shape in facts["shapes"].items():
             if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise CheckpointError(f"delta file {self.path}: tensor {name}: found shape {shape!r}, wanted 2 or 3 sizes")
         return facts
 
     def _stored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]]) -> _StoredChange:
-        """The headers of one tensor's parts, checked."""
+        """What is stored of one tensor, its headers checked."""
         count = torch.Size(shape).numel()
         wanted = {"mask": ("U8",), "values": FLOATS, "rows": ("I32",), "columns": ("I32",)}
         lengths: dict[str, int | None] = {"mask": -(-count // 8), "values": None, "rows": None, "columns": None}
         if len(shape) == 2:
             lengths |= {"rows": shape[0], "columns": shape[1]}
-        found = {part: headers[f"{name}.{part}"] for part in wanted if f"{name}.{part}" in headers}
-        if "mask" not in found:
+        stored = {key: headers[f"{name}.{key}"] for key in wanted if f"{name}.{key}" in headers}
+        if "mask" not in stored:
             raise CheckpointError(f"delta file {self.path}: tensor {name}: found no {name}.mask, wanted the mask of shape {list(shape)}")
-        for part, (dtype, stored) in found.items():
-            where = f"delta file {self.path}: tensor {name}.{part}: found"
-            if dtype not in wanted[part]:
-                raise CheckpointError(f"{where} dtype {dtype}, wanted {' or '.join(wanted[part])}")
-            if len(stored) != 1 or lengths[part] not in (None, stored[0]):
-                raise CheckpointError(f"{where} shape {list(stored)}, wanted [{lengths[part] or 'any'}] for a mask of shape {list(shape)}")
-            if part in ORDERS and len(shape) != 2:
+        for key, (dtype, sizes) in stored.items():
+            where = f"delta file {self.path}: tensor {name}.{key}: found"
+            if dtype not in wanted[key]:
+                raise CheckpointError(f"{where} dtype {dtype}, wanted {' or '.join(wanted[key])}")
+            if len(sizes) != 1 or lengths[key] not in (None, sizes[0]):
+                raise CheckpointError(f"{where} shape {list(sizes)}, wanted [{lengths[key] or 'any'}] for a mask of shape {list(shape)}")
+            if key in ORDERS and len(shape) != 2:
                 raise CheckpointError(f"{where} an order for a mask of shape {list(shape)}, wanted one of a matrix alone")
-        return _StoredChange(path=self.path, name=name, shape=shape, parts=tuple(part for part in found if part != "mask"))
+        return _StoredChange(path=self.path, name=name, shape=shape, keys=tuple(key for key in stored if key != "mask"))
 
 
 def write_manifest(directory: Path, *, recipe: Recipe, summary: dict[str, float], matrices: list[dict[str, Any]]) -> None:

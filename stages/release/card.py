@@ -199,7 +199,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
 
 [{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * delta.summary["sparsity"]:.4g}% of the weights of its decoder
 blocks' linear layers set to zero, in one shot, without training on a task. The tensors are plain dense ones with exact zeros: any
-client loads them, none becomes smaller or faster by itself.
+client loads them. Zeros alone make no file smaller and no client faster.
 
 ## What was done
 
@@ -241,7 +241,7 @@ Research into pruning: comparing methods, patterns and recovery. Not a replaceme
 
 Pruning chose weights by an approximate criterion, on few tokens. Fluent text may hide lost knowledge; behaviours that the base
 was tuned for, refusals among them, may have been weakened and were not measured here. All limits and biases of the base model remain.
-The figures belong to the text that was read alone, to its languages and domains, and to this window length:
+The figures hold for this text alone, for its languages and domains, and for this window length:
 {corpora(records.text, "evaluation", records.evaluated_on)}.
 
 ## How to load it

@@ -19,7 +19,8 @@ from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE
 from stages.recipe import Recipe
 
 PROTOCOL = "details/protocol.json"
-EVALUATE_DENSE, EVALUATE_SPARSE = ("python -m stages.evaluate part=dense", "python -m stages.evaluate part=sparse")
+EVALUATE_DENSE = "python -m stages.evaluate part=dense"
+EVALUATE_SPARSE = "python -m stages.evaluate part=sparse"
 RUN_FACTS = ("seconds", "peak_memory_gib", "device", "dtype", "batch", "processes", "resumed_after", "divergences", "code", "versions")
 
 Data = dict[str, Any]

@@ -136,10 +136,10 @@ def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row
     if not set(delta) == set(rows) <= set(base):
         odd = sorted(set(delta) ^ set(rows)) or sorted(set(rows) - set(base))
         raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {odd[:3]}")
-    for name, own in rows.items():
+    for name, rows_of_tensor in rows.items():
         if delta.shape(name) != base.shape(name):
             raise ReleaseError(f"{name}: found a mask of shape {list(delta.shape(name))}, wanted {list(base.shape(name))} as in the base")
-        _check_rows(name, own, base.shape(name))
+        _check_rows(name, rows_of_tensor, base.shape(name))
     return rows
 
 
@@ -234,7 +234,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _check_loading(release: Path, base: Checkpoint, delta: SparseDelta) -> None:
     stock, report = AutoModelForCausalLM.from_pretrained(release, dtype="auto", output_loading_info=True)
-    problems = {key: sorted(found) for key, found in report.items() if found and key.endswith("_keys")}
+    problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
     if problems:
         raise ReleaseError(f"{release}: stock transformers reports {problems}")
     config = stock.config
