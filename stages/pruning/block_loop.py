@@ -237,6 +237,7 @@ class _BlockPruner:
             self._prune_group(inputs.pop(0), solved.pop(number, None), parallel.source_of(number))
 
     def _prune_group(self, inputs: Inputs, own: list[Pruned] | None, source: int) -> None:
+        """Solve, write back and measure the matrices that read the same inputs; see parallel for own and source."""
         weights = self._weights(inputs)
         if distributed.world_size() == 1:
             solved = self.solve(inputs, weights)
