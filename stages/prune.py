@@ -208,7 +208,7 @@ def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: in
 def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
-    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block", disable=quiet()) as bar:
+    with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block") as bar:
         for block in prune_blocks(stream, plan, journal.changes, teachers):
             if distributed.rank() == 0:
                 rows = [matrix_row(block, result, plan.patterns) for result in block.matrices]
@@ -221,13 +221,8 @@ def train_last_blocks(plan: Plan, journal: Journal, teachers: TeacherStreams | N
     if plan.distillation is None or teachers is None or teachers.student_inputs is None:
         return None
     distributed.barrier()  # the first process has written the last block
-    show = partial(tqdm, desc="distilling", unit="step", disable=quiet())
+    show = partial(tqdm, desc="distilling", unit="step")
     return distill(teachers.student_inputs, teachers.teacher.hidden, plan.distillation, journal.written, show)
-
-
-def quiet() -> bool | None:
-    """Whether to show no progress bar: one process shows it, on a terminal."""
-    return True if distributed.rank() > 0 else None
 
 
 def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[str, Any], distilled: DistilledBlocks | None) -> None:

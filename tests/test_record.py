@@ -1,34 +1,6 @@
-import platform
-
-import pytest
 import torch
 
 from stages import record
-from stages.errors import ConfigError
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="prune.device: found 'cuda', wanted cpu or auto: torch finds 0 GPUs here"):
-        record.choose_device("prune.device", "cuda")
-    assert record.choose_device("prune.device", "auto") == torch.device("cpu")
-
-
-def test_a_cpu_computes_in_float32_and_an_old_gpu_in_float16(monkeypatch):
-    assert record.choose_dtype("auto", torch.device("cpu")) == torch.float32
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert record.choose_dtype("auto", torch.device("cuda")) == torch.float16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert record.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert record.choose_dtype("float32", torch.device("cuda")) == torch.float32
-
-
-def test_a_cpu_is_called_by_its_name_where_the_system_tells_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "CPU_FACTS", tmp_path / "cpuinfo")
-    threads = f", {torch.get_num_threads()} threads"
-    assert record.device_name(torch.device("cpu")) == f"{platform.machine()} CPU{threads}"
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast: One\nflags\t\t: a b\n\nprocessor\t: 1\n")
-    assert record.device_name(torch.device("cpu")) == f"Fast: One{threads}"
 
 
 def test_a_run_says_what_it_was():

@@ -5,6 +5,7 @@ checked shapes no result. It is therefore imported here by name, and is no depen
 """
 
 import importlib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from functools import cache
@@ -120,7 +121,16 @@ def _checked_version(library: str, *, _root_: DictConfig) -> str:
     """
     plain = OmegaConf.to_container(_root_, resolve=False)
     if isinstance(plain, dict) and set(SECTIONS) <= set(plain):
-        refuse_interpolations({key: value for key, value in plain.items() if key in SECTIONS and key != "environment"}, "conf")
-        environment = {library: installed(library) for library in plain["environment"]}
-        read(OmegaConf.create({**{key: plain[key] for key in SECTIONS}, "environment": environment}))
+        sections = _with_versions({name: plain[name] for name in SECTIONS})
+        refuse_interpolations(sections, "conf")
+        read(OmegaConf.create(sections))
     return installed(library)
+
+
+def _with_versions(value: Any) -> Any:
+    """The same with every ${version:LIBRARY} replaced."""
+    if isinstance(value, dict):
+        return {key: _with_versions(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_versions(inner) for inner in value]
+    return re.sub(r"\$\{version:(\w+)\}", lambda match: installed(match[1]), value) if isinstance(value, str) else value

@@ -20,7 +20,7 @@ def pack(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:
     Raises:
         ReleaseError: one of those is not the one that was fetched; names it.
     """
-    for shard, header in tqdm(base.headers.items(), desc="writing shards", unit="shard", disable=None):
+    for shard, header in tqdm(base.headers.items(), desc="writing shards", unit="shard"):
         names = [name for name in header if name != "__metadata__"]
         tensors = {name: delta.apply(name, base.tensor(name)) for name in names}
         save_file(tensors, directory / shard, metadata={"format": "pt"})

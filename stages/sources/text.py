@@ -174,7 +174,7 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     sources = {f"{part}/{name}": source for part, named in text.parts.items() for name, source in named.items()}
     files = {}
     with scratch_beside(downloads) as scratch:
-        for name, source in tqdm(sources.items(), desc="fetching text", unit="corpus", disable=None):
+        for name, source in tqdm(sources.items(), desc="fetching text", unit="corpus"):
             try:
                 files[f"{name}.jsonl"] = _fetch_one(source, directory / f"{name}.jsonl", downloads, scratch)
             except SourceError as error:
@@ -204,7 +204,7 @@ def _write(path: Path, rows: Iterable[Row]) -> int:
     """Write JSON Lines; returns the number of rows."""
     count = 0
     with path.open("w", encoding="utf8") as file:
-        for row in tqdm(rows, desc=path.name, unit="row", disable=None, leave=False):
+        for row in tqdm(rows, desc=path.name, unit="row", leave=False):
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             count += 1
     return count

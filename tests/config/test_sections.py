@@ -26,16 +26,6 @@ ASKED = {
 }
 
 
-def committed_params() -> str:
-    """params.yaml of the last commit: an experiment changes the working copy, and may."""
-    run = subprocess.run(["git", "show", "HEAD:params.yaml"], cwd=ROOT, capture_output=True, text=True)
-    return run.stdout if run.returncode == 0 else (ROOT / "params.yaml").read_text()
-
-
-def test_params_yaml_is_the_composed_default():
-    assert committed_params() == OmegaConf.to_yaml(composed())
-
-
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_option_of_every_group_is_valid(path):
     option = f"{path.parent.name}={path.stem}"

@@ -101,7 +101,7 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
         "[Sun et al. 2024](https://arxiv.org/abs/2306.11695)",
         "Comparison group: the weights of an output row.",
         "Kept weights: the base's values, bit for bit.",
-        "every matrix as sparse as the whole",
+        "every matrix as sparse as the pattern says",
         "1 matrices of experts that too few calibration tokens chose",
         "1 matrices needed more damping than 0.01, up to 1.",
         "each of 21 matrices",

@@ -38,8 +38,9 @@ def changed_config(directory, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-WHEEL = WheelBase(source="wheel", name="a/b", package="p", version="1", sha256="0" * 64, file="x.gguf", dtype="bfloat16", license="mit")
-GGUF = GgufBase(source="gguf", path="x.gguf", sha256="0" * 64, name="a/b", dtype="float16", license="mit")
+DEQUANTISED = {"name": "a/b", "dtype": "float16", "dequantised_by": "x", "license": "mit", "sha256": "0" * 64}
+WHEEL = WheelBase(source="wheel", package="p", version="1", file="x.gguf", **DEQUANTISED)
+GGUF = GgufBase(source="gguf", path="x.gguf", **DEQUANTISED)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +201,9 @@ def test_a_repository_without_a_model_is_refused_before_any_download(source, hub
 def test_a_file_that_is_no_gguf_is_refused(tmp_path, out):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF nothing")
-    facts = {"source": "gguf", "path": str(path), "name": "a/b", "dtype": "float16", "license": "mit"}
+    facts = {**DEQUANTISED, "source": "gguf", "path": str(path), "dequantised_by": checkpoints.dequantisers()}
     with pytest.raises(SourceError, match="x.gguf: not a GGUF file of a model"):
-        checkpoints.fetch(GgufBase(sha256=sha256(path), **facts), out, downloads=tmp_path / "downloads")
+        checkpoints.fetch(GgufBase(**{**facts, "sha256": sha256(path)}), out, downloads=tmp_path / "downloads")
 
 
 def test_an_index_that_names_no_tensor_is_refused(copy, out, tmp_path):
@@ -276,9 +277,9 @@ def test_another_fingerprint_than_asked_is_refused(copy, out, tmp_path):
 
 def test_a_gguf_file_with_another_hash_is_refused(tmp_path, out):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    facts = {"source": "gguf", "path": str(tmp_path / "x.gguf"), "name": "a/b", "dtype": "float16", "license": "mit"}
+    facts = {**DEQUANTISED, "source": "gguf", "path": str(tmp_path / "x.gguf"), "dequantised_by": checkpoints.dequantisers()}
     with pytest.raises(SourceError, match="base.sha256: found .*, wanted 00"):
-        checkpoints.fetch(GgufBase(sha256="0" * 64, **facts), out, downloads=tmp_path / "downloads")
+        checkpoints.fetch(GgufBase(**facts), out, downloads=tmp_path / "downloads")
 
 
 def test_the_index_of_the_fetched_checkpoint_names_every_tensor(canonical):
@@ -406,3 +407,9 @@ def test_a_gated_dataset_is_called_a_dataset(hub_repository):
     hub_repository(f"datasets/{REPO}", {"a.json": b"{}"}, gated="manual")
     with pytest.raises(SourceError, match="hub dataset org/tiny is gated"):
         hubs.resolve(REPO, "main", "dataset")
+
+
+@pytest.mark.parametrize("base", [WHEEL, GGUF], ids=["wheel", "gguf"])
+def test_other_versions_than_those_that_dequantise_are_refused_before_anything_is_read(base, tmp_path):
+    with pytest.raises(ConfigError, match="base.dequantised_by: found 'transformers 5.* installed', wanted x: install them, or compose"):
+        checkpoints.fetch(base, tmp_path / "out", downloads=tmp_path / "downloads")

@@ -17,8 +17,8 @@ def imported_by(module: str) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "others"),
     [
-        ("stages.sources.base", {"stages.sources.text", "stages.sources.readers", "stages.config"}),
-        ("stages.sources.text", {"stages.sources.base", "stages.sources.decoder", "stages.checkpoint.reader", "stages.config"}),
+        ("stages.sources.base", {"stages.sources.text", "stages.sources.readers", "stages.config.sections"}),
+        ("stages.sources.text", {"stages.sources.base", "stages.sources.decoder", "stages.checkpoint.reader", "stages.config.sections"}),
     ],
 )
 def test_a_source_imports_nothing_of_the_other_nor_a_library_that_only_fetching_needs(module, others):

