@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -101,51 +102,26 @@ def test_an_edit_of_the_code_reruns_the_stages_that_use_it(project, edited, affe
         path.write_text(before)
 
 
-def test_a_new_score_is_one_python_file_and_one_yaml(project):
-    """And a test. Its name is in no list; what was fetched, drawn and measured of the dense model stays."""
+def test_the_score_of_the_docs_is_one_python_file_and_one_yaml(project):
+    """Its name is in no list; what was fetched, drawn and measured of the dense model stays."""
     project.stages_run("exp", "run", "-S", "experiment=tiny")
-    score, option = project.root / "stages/pruning/scores/dummy.py", project.root / "conf/method/score/dummy.yaml"
-    score.write_text(DUMMY)
-    option.write_text("# The largest columns stay.\ndefaults: [dummy_schema, _self_]\nname: dummy\nscale: 2.0\n")
+    document = (ROOT / "docs/extending.md").read_text()
+    score, option = project.root / "stages/pruning/scores/mine.py", project.root / "conf/method/score/mine.yaml"
+    score.write_text(re.findall(r"```python\n(.*?)```", document, re.S)[0])
+    option.write_text(re.findall(r"```yaml\n(.*?)```", document, re.S)[0])
     try:
         project.run("git", "add", "-N", str(score), str(option))
-        point = ["exp", "run", "-S", "experiment=tiny", "-S", "method/score=dummy"]
+        point = ["exp", "run", "-S", "experiment=tiny", "-S", "method/score=mine"]
         assert sorted(project.stages_run(*point)) == sorted(RERUN_BY_PRUNING)
-        manifest = json.loads((project.root / "artifacts/sparse/delta.json").read_text())
-        assert manifest["recipe"]["method"]["score"] == {"name": "dummy", "scale": 2.0}
-        assert manifest["recipe"]["label"] == "wanda (dummy, per row)"
-        assert "[Nobody 2026](https://example.org/dummy)" in (project.root / "release/README.md").read_text()
-        output = project.run("python", "-m", "stages.prune", "method/score=dummy", "method.score.scale=-1", fails=True)
-        assert "ConfigError: method.score.scale: found -1.0, wanted more than 0" in output
+        recipe = json.loads((project.root / "artifacts/sparse/delta.json").read_text())["recipe"]
+        assert (recipe["method"]["score"], recipe["label"]) == ({"name": "mine", "power": 0.5}, "wanda (mine, per row)")
+        assert "[Author et al. 2026](https://arxiv.org/abs/2601.00000)" in (project.root / "release/README.md").read_text()
+        output = project.run("python", "-m", "stages.prune", "method/score=mine", "method.score.power=-1", fails=True)
+        assert "ConfigError: method.score.power: found -1.0, wanted more than 0" in output
     finally:
         project.run("git", "reset", "-q")
         score.unlink()
         option.unlink()
-
-
-DUMMY = """
-from dataclasses import dataclass
-
-from stages.pruning.entries import Score
-from stages.pruning.statistics import NoStatistic
-from stages.schema import Citation, number
-
-
-@dataclass(kw_only=True, slots=True)
-class DummyParameters:
-    name: str
-    scale: float = number(above=0)
-
-
-DUMMY = Score(
-    name="dummy",
-    of=lambda weight, inputs, method: method.score.scale * weight.abs(),
-    statistic=NoStatistic,
-    parameters=DummyParameters,
-    summary="a score of this test",
-    citation=Citation(text="Nobody 2026", url="https://example.org/dummy"),
-)
-"""
 
 
 def test_another_version_of_a_library_is_another_result_and_is_not_computed_by_this_one(project):

@@ -211,7 +211,7 @@ def test_the_published_params_are_a_valid_configuration_once_private_paths_are_s
     written["base"]["path"] = "here"
     for part in written["text"].values():
         for source in part.values():
-            source["path"] = "here"
+            source["path"] = "here.jsonl"
     sections = configuration.read(OmegaConf.create(written))
     assert asdict(sections["pattern"]) == {"name": "unstructured", "sparsity": 0.5}
 

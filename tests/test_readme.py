@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality, table
+from benchmarks import choices, quality, table
+from stages import prune
 from stages.config.compose import read
 from tests.architectures import CONFIGS
 
@@ -70,3 +71,33 @@ def test_the_leaderboard_is_what_was_measured(monkeypatch):
     assert all(f"\n| {name} |" in text for name in ("Wanda", *(one.name for one in quality.CONTENDERS if one.leads)))
     assert text.strip() == quality.table(rows)
     assert Path("benchmarks/QUALITY.md").read_text(encoding="utf8") == quality.full_table(rows)
+
+
+def test_every_result_is_labelled_as_its_model_is():
+    rows = re.findall(r"^\| ([^|]*) \| .*\| `dvc exp run ?([^`]*)` \|$", README, re.M)
+    assert len(rows) == len(table.POINTS)
+    for label, overrides in rows:
+        sections = read(*(override for override in overrides.split() if override != "-S"))
+        assert label == prune.label(*(sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune")))
+
+
+@pytest.mark.parametrize("name", choices.TABLES)
+def test_the_choices_are_those_of_the_code(name):
+    start, end = choices.markers(name)
+    text = (ROOT / choices.DOCUMENT).read_text()
+    assert text.split(start)[1].split(end)[0].strip() == choices.markdown(choices.TABLES[name])
+
+
+def test_the_library_is_used_as_the_readme_says(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+    assert capsys.readouterr().out == "tensor(0.5000) torch.Size([64, 128])\n"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_page_is_linked_and_every_path_in_it_exists(page):
+    text = (ROOT / "docs" / page).read_text()
+    linked = README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md") if path.name != page)
+    assert page in linked
+    for path in re.findall(r"`((?:conf|stages|tests|benchmarks)/[\w/.]*)`", text):
+        assert (ROOT / path).exists() or "NAME" in path or "mine" in path, path

@@ -1,0 +1,1 @@
+"""Tensors on disk, what each is in the model, and the sparse delta."""

@@ -1,0 +1,1 @@
+"""Scores of the dense and the pruned model, and their comparison."""

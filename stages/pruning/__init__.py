@@ -1,0 +1,1 @@
+"""Masks and values: the methods, and the block loop that applies them."""

@@ -1,0 +1,1 @@
+"""The pruned model as a plain checkpoint, checked, with its card."""

@@ -1,0 +1,1 @@
+"""Where checkpoints and text come from."""

@@ -1,0 +1,1 @@
+"""A decoder of any size, one block in memory at a time."""

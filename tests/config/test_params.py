@@ -1,5 +1,6 @@
 """params.yaml is plain data; the command line chooses values and groups."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def run(directory: Path, *arguments: str, fails: bool = False) -> str:
 
 def given(directory: Path, *arguments: str) -> dict:
     (line,) = [line for line in run(directory, *arguments).splitlines() if line.startswith("GIVEN ")]
-    return yaml.safe_load(line.removeprefix("GIVEN "))
+    return json.loads(line.removeprefix("GIVEN "))
 
 
 @pytest.fixture()
