@@ -94,7 +94,7 @@ def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, pru
             budget=host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1]),
             gpu_share=GPU_SHARE / (1 + plan.trains + (plan.distillation is not None)),
         )
-        target = Unstructured(sparsity=pattern.sparsity, comparison_group=method.comparison_group)
+        target = Unstructured(sparsity=pattern.sparsity, comparison_group=method.compared_within)
         plan = allocate(plan, decoder, allocation, target, windows, make_stream, journal)
         stream = make_stream(windows)
         teachers = TeacherStreams.of(stream, plan)
@@ -120,7 +120,7 @@ def plan_of(decoder: Decoder, method: Method, pattern: Any, reconstruction: Any,
     training = RECONSTRUCTIONS.of(reconstruction)
     return Plan(
         method=method,
-        patterns=plan_patterns(decoder, method.comparison_group, pattern),
+        patterns=plan_patterns(decoder, method.compared_within, pattern),
         propagate=Propagation(prune.propagate),
         error_tokens=prune.error_tokens,
         expert_tokens=prune.expert_tokens,

@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from stages.pruning.patterns import pruned_count
+from stages.pruning.patterns import ComparisonGroup, pruned_count
 from stages.schema import require
 
 BISECTIONS = 100  # more than a float has bits
@@ -235,7 +235,7 @@ def alphapruning(exponents: list[float], *, sparsity: float, strength: float) ->
     return [sparsity * ratio / mean for ratio in ratios]
 
 
-def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], comparison_group: str) -> list[float]:
+def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], comparison_group: ComparisonGroup) -> list[float]:
     """Foresee the squared output error of pruning a matrix, from its scores alone.
 
     E(s) = sum_{ij pruned} S_ij^2 = ||(W - W') X||^2     # the latter if the inputs are uncorrelated
@@ -243,7 +243,7 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], comparison
     Args:
         squared_scores: [rows, columns], float32, finite, 0 or more: S_ij^2 = W_ij^2 ||X_j||^2, see scores.wanda.
         grid: fractions of zeros, ascending, 0 to 1.
-        comparison_group: "row" if the weights of an output row compete, "matrix" if all do.
+        comparison_group: see patterns.ComparisonGroup.
 
     Returns:
         E at each point of the grid, ascending, in the unit of the squared scores.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from stages.pruning.patterns import Pattern
+from stages.pruning.patterns import ComparisonGroup, Pattern
 from stages.pruning.statistics import Statistic
 from stages.schema import Entry
 
@@ -95,13 +95,12 @@ class DenseModel:
     """What an allocation measures on, before any block is pruned.
 
     windows: [windows, tokens], int64, the calibration windows. stream: makes a stream of some of them, before the first block.
-    comparison_group: "row" or "matrix", see patterns.Unstructured.
     """
 
     decoder: "Decoder"
     windows: torch.Tensor
     stream: Callable[[torch.Tensor], "Stream"]
-    comparison_group: str
+    comparison_group: ComparisonGroup
 
 
 Evidence: TypeAlias = dict[str, torch.Tensor]

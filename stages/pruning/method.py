@@ -4,12 +4,12 @@ mask, values = update(score(W, X), pattern)
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from stages.pruning.entries import Pruned
-from stages.pruning.patterns import Pattern
+from stages.pruning.patterns import ComparisonGroup, Pattern
 from stages.pruning.scores import SCORES
 from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
 from stages.pruning.updates import UPDATES
@@ -46,6 +46,11 @@ class Method:
     comparison_group: str = one_of("row", "matrix")
     update: Any = choice(UPDATES)
     damping: Damping
+
+    @property
+    def compared_within(self) -> ComparisonGroup:
+        """comparison_group, as a type that OmegaConf does not know."""
+        return cast(ComparisonGroup, self.comparison_group)
 
     @property
     def changes_weights(self) -> bool:

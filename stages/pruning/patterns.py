@@ -7,10 +7,13 @@ another; the counts of the ranges add up to that of the whole.
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
+from typing import Literal
 
 import torch
 
 from stages.schema import Citation, Entry, Table, checked, number, require
+
+ComparisonGroup = Literal["row", "matrix"]  # whose weights compete: those of an output row, or of the whole matrix
 
 WEIGHTS_AT_ONCE = 2**22  # a selection takes some times their memory
 SAMPLED_SCORES = 2**17
@@ -89,11 +92,11 @@ class Unstructured:
     """Any weights, a fraction of each row or of the whole matrix.
 
     sparsity: fraction of zeros in [0, 1]; a Fraction is what an allocation gave the matrix, and is met to the weight.
-    comparison_group: "row" if the weights of an output row compete, "matrix" if all do.
+    comparison_group: see ComparisonGroup.
     """
 
     sparsity: float | Fraction
-    comparison_group: str
+    comparison_group: ComparisonGroup
 
     @property
     def group(self) -> None:
@@ -212,7 +215,7 @@ class UnstructuredSection:
     def permutation_rounds(self) -> None:
         """Input channels stay in place."""
 
-    def pattern(self, comparison_group: str) -> Unstructured:
+    def pattern(self, comparison_group: ComparisonGroup) -> Unstructured:
         return Unstructured(sparsity=self.sparsity, comparison_group=comparison_group)
 
 
@@ -241,7 +244,7 @@ class NmSection:
         """Whether weights compete within groups of columns, and every matrix gets the same sparsity."""
         return True
 
-    def pattern(self, comparison_group: str) -> Nm:
+    def pattern(self, comparison_group: ComparisonGroup) -> Nm:
         """The same whatever the comparison group: groups compete."""
         return Nm(kept=self.kept, group=self.group)
 
@@ -249,25 +252,16 @@ class NmSection:
         require(0 < self.kept < self.group, f"{key}.kept", self.kept, f"N in 1..{self.group - 1}, below {key}.group")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatternEntry(Entry):
-    """A kind of pattern. unit: what the weights that compete make up, by the method's comparison group."""
-
-    unit: str
-
-
 PATTERNS = Table(
     [
-        PatternEntry(
+        Entry(
             name="unstructured",
             parameters=UnstructuredSection,
-            unit="{comparison_group}",
             summary="any weights, a fraction of each row or matrix",
         ),
-        PatternEntry(
+        Entry(
             name="nm",
             parameters=NmSection,
-            unit="group",
             summary="N weights kept of every M consecutive input columns",
             citation=Citation(text="Mishra et al. 2021", url="https://arxiv.org/abs/2104.08378"),
         ),

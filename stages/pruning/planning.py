@@ -12,14 +12,14 @@ from stages.pruning.allocation import bounds_of_counts
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
-from stages.pruning.patterns import Pattern, Unstructured, pruned_count
+from stages.pruning.patterns import ComparisonGroup, Pattern, Unstructured, pruned_count
 from stages.pruning.plan import Plan
 from stages.pruning.reordering import require_candidates
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 
-def plan_patterns(decoder: Decoder, comparison_group: str, section: Any) -> dict[str, Pattern]:
+def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: Any) -> dict[str, Pattern]:
     """The pattern of every matrix in scope, found to fit its shape.
 
     Args:

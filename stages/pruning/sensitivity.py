@@ -26,6 +26,7 @@ from stages.pruning.allocation import hill_exponent, outlier_share, removal_curv
 from stages.pruning.experts import ExpertProducts
 from stages.pruning.inputs import Inputs
 from stages.pruning.observer import observe
+from stages.pruning.patterns import ComparisonGroup
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Layer, Matrix
@@ -88,14 +89,14 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
     return means
 
 
-def sensitivities(stream: Stream, grid: list[float], comparison_group: str, fisher_floor: float) -> dict[str, Sensitivity]:
+def sensitivities(stream: Stream, grid: list[float], comparison_group: ComparisonGroup, fisher_floor: float) -> dict[str, Sensitivity]:
     """Estimate the rise of the loss when each matrix alone is pruned to each sparsity of a grid.
 
     The windows run forward block by block, then backward block by block; each block runs again for its gradients.
 
     Args:
         stream: a few windows, before the first block.
-        grid: fractions of zeros, ascending, 0 to 1. comparison_group: "row" or "matrix", see allocation.removal_curve.
+        grid: fractions of zeros, ascending, 0 to 1. comparison_group: see patterns.ComparisonGroup.
         fisher_floor: lower bound of each output's Fisher estimate, as a fraction of its matrix's mean, 0 to 1. Gradients are small
             behind a saturated softmax, where the estimate alone would call weights free to remove that keep it saturated.
 
