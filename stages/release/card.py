@@ -227,7 +227,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
 ± is one standard error: over windows for perplexity, over rows for tasks. Zero-shot, accuracy without length
 normalisation, lm-eval {run["versions"]["lm-eval"]}.
 {limited}
-## What it says
+## Generations
 
 Greedy continuations, dense and sparse.
 

@@ -153,7 +153,7 @@ class Records:
 
     @property
     def run(self) -> Data:
-        """What the prune stage took, without what it says of the machine's disks."""
+        """What the prune stage took, without the facts about the machine's disks."""
         return {key: self.prune[key] for key in RUN_FACTS if key in self.prune}
 
 
