@@ -5,7 +5,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # The committed dvc.lock is empty (docs/dvc.md says why): git is told to leave what a run writes into it out of `git status`,
 # unless a team has committed a lock of its own.
 repro: .venv/ready
-	@git grep -q '^stages:' HEAD -- dvc.lock || git update-index --skip-worktree dvc.lock
+	@if git rev-parse --quiet --verify HEAD >/dev/null 2>&1 && ! git grep -q '^stages:' HEAD -- dvc.lock; then \
+	    git update-index --skip-worktree dvc.lock; fi
 	dvc repro
 
 test: .venv/ready

@@ -86,7 +86,7 @@ def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, pru
         opened(PRUNE_JOURNAL, fingerprint(recipe, batch, device, dtype), base.fingerprint) as journal,
     ):
         require_free_disk_for(decoder, plan, journal)
-        log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), method.name, device, dtype)
+        log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), recipe.label, device, dtype)
         make_stream = partial(
             stream_of,
             decoder,

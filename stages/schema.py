@@ -13,6 +13,7 @@ keys, such as the scores; one entry is one choice, and says all that others deri
 """
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -74,6 +75,8 @@ def number(
     right = ")" if maximum is None else "]"
 
     def accepts(value: float) -> bool:
+        if not math.isfinite(value):
+            return False
         enough = low is None or (value > low if minimum is None else value >= low)
         return enough and (high is None or (value < high if maximum is None else value <= high))
 

@@ -115,10 +115,10 @@ def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATI
     directory, base = DENSE_RESULTS if part == "dense" else SPARSE_RESULTS, Checkpoint(BASE).fingerprint
     delta = SparseDelta(SPARSE, base).fingerprint if part == "sparse" else None
     corpus, length = evaluation["perplexity"]["corpus"], evaluation["perplexity"]["window_length"]
-    protocol = {"evaluation": evaluation, "delta": delta, "base": base, "tokenizer_sha256": "t", "corpus": corpus, "corpus_sha256": "c"}
+    protocol = {"evaluation": evaluation, "delta": delta, "base": base, "tokenizer_sha256": "t", "corpus": corpus, "corpus_sha256": corpus}
     protocol |= {"window_length": length, "windows": 4, "tokens": 256, "windows_sha256": "w", "dtype": "float32", "versions": versions()}
     protocol |= {
-        "tasks": {"boolq": {"rows": 20, "sha256": "b", "few_shot": 0, "metric": "acc"}},
+        "tasks": {"boolq": {"rows": 20, "sha256": "boolq", "few_shot": 0, "metric": "acc"}},
         "prompts": ["river stone"],
         "new_tokens": 3,
     }
@@ -285,8 +285,13 @@ def test_results_of_the_delta_before_are_refused_and_after_another_evaluation_th
         ),
         (
             lambda: edit(TEXT / "provenance.json", files={"calibration/pages.jsonl": {"sha256": "pages"}}),
-            rf"{TEXT}/provenance.json: found no evaluation/news.jsonl, wanted all of {SPARSE_RESULTS}; "
-            "run python -m stages.evaluate part=sparse",
+            rf"{TEXT}/provenance.json: found evaluation/news.jsonl with SHA-256 None, wanted 'news'; run python -m stages.evaluate part=dense",
+        ),
+        (
+            lambda: edit(
+                TEXT / "provenance.json", files={**read_json(TEXT / "provenance.json")["files"], "evaluation/boolq.jsonl": {"sha256": "x"}}
+            ),
+            rf"{TEXT}/provenance.json: found evaluation/boolq.jsonl with SHA-256 'x', wanted 'boolq'; run python -m stages.evaluate part=dense",
         ),
         (
             lambda: edit(BASE / "provenance.json", section=None),

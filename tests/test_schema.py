@@ -61,6 +61,7 @@ def test_a_section_in_range_passes():
         ("least", 10.0, "s.least: found 10.0, wanted at most 9"),
         ("above", 0.0, "s.above: found 0.0, wanted more than 0 GiB"),
         ("bounded", 1.0, r"s.bounded: found 1.0, wanted a number in \[0, 1\)"),
+        ("least", float("inf"), "s.least: found inf, wanted 0 or more"),
         ("optional", 0, "s.optional: found 0, wanted null or at least 1"),
         ("word", "column", "s.word: found 'column', wanted one of row, matrix"),
         ("name", None, "s.name: found None, wanted a name"),

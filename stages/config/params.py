@@ -55,7 +55,7 @@ def refuse_interpolations(value: Any, where: str) -> None:
         for inner in value:
             refuse_interpolations(inner, where)
     elif isinstance(value, str) and ("${" in value or value == CHOSEN):
-        raise ConfigError(f"{where}: found {value!r}, wanted a plain value: interpolations are not resolved")
+        raise ConfigError(f"{where}: found {value!r}, wanted a plain value")
 
 
 def prepare(arguments: list[str]) -> None:
@@ -67,6 +67,8 @@ def prepare(arguments: list[str]) -> None:
     Raises:
         ConfigError: see read_params; an override that is no override, or holds an interpolation.
     """
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError("command line: found --multirun, wanted one run: every run writes the same files; use `dvc exp run --queue`")
     try:
         overrides = OverridesParser.create().parse_overrides([argument for argument in arguments if not argument.startswith("-")])
     except OverrideParseException as error:
@@ -88,6 +90,8 @@ def _with_choices(params: dict[str, Any], overrides: list[Override]) -> dict[str
         section: Any = params
         for name in path:
             section = section.get(name) or {}
+            if not isinstance(section, dict):
+                raise ConfigError(f"{PARAMS}: {name}: found {section!r}, wanted a section of keys")
         section.pop(last, None)
         if isinstance(params.get("text"), dict) and group in params["text"]:
             params["text"][group] = {}  # the section chosen brings the corpora that it names

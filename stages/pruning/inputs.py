@@ -78,7 +78,7 @@ class Recorder(Generic[S]):
         self.inputs: dict[Layer, Inputs[S]] = {}
         self.latest: Layer | None = None  # the layer that read last in the current micro-batch
         self._batch = (0, 0)
-        self._read: dict[tuple[int, int, int], tuple[Inputs[S], torch.Tensor]] = {}
+        self._read: dict[tuple[int, ...], tuple[Inputs[S], torch.Tensor]] = {}
 
     def begin(self, windows: int, tokens: int) -> None:
         """A micro-batch of so many windows of so many tokens enters the block."""
@@ -122,7 +122,7 @@ class Recorder(Generic[S]):
         """The inputs that this layer was the first to read; None if another layer records them."""
         self.latest = layer
         if layer not in self.inputs:
-            key = (tensor.data_ptr(), tensor.numel(), tensor._version)
+            key = (tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor.stride(-1), tensor._version)
             if key not in self._read:  # the tensor is held, so that no other gets its address
                 self._read[key] = Inputs(layers=[], statistic=self.statistic(tensor.shape[-1], tensor.device)), tensor
             self.inputs[layer] = self._read[key][0]

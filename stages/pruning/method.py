@@ -72,9 +72,23 @@ class Method:
 
         Raises:
             ArithmeticError: the statistic has NaN or infinity, or does not factor.
-            ValueError: a score is NaN or infinite.
+            ValueError: a score is NaN or infinite, or the update gives something else than it says.
         """
-        return UPDATES.of(self.update).prune(weights, statistic, patterns, self)
+        outcomes = UPDATES.of(self.update).prune(weights, statistic, patterns, self)
+        for weight, pruned in zip(weights, outcomes, strict=True):
+            self._require_outcome(weight, pruned)
+        return outcomes
+
+    def _require_outcome(self, weight: torch.Tensor, pruned: Pruned) -> None:
+        """Raise ValueError where an update gives something else than a mask and, if it says so, values."""
+        mask, values, name = pruned.mask, pruned.values, self.update.name
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            wanted = f"torch.bool of {list(weight.shape)}"
+            raise ValueError(f"update {name}: found a mask of {mask.dtype} and shape {list(mask.shape)}, wanted {wanted}")
+        if (values is not None) != self.changes_weights or (values is not None and values.shape != weight.shape):
+            found = "no values" if values is None else f"values of shape {list(values.shape)}"
+            wanted = f"values of {list(weight.shape)}" if self.changes_weights else "none: it says that it changes no weights"
+            raise ValueError(f"update {name}: found {found}, wanted {wanted}")
 
     def label(self, *, grouped: bool) -> str:
         """The preset's name and, where the name does not say it all, score, update and comparison group.
@@ -92,7 +106,7 @@ class Method:
         """Check score, update and pattern together.
 
         Args:
-            pattern: the section.
+            pattern: the section, or the pattern itself.
 
         Raises:
             ConfigError: naming the key, the value found and the value wanted.
@@ -123,12 +137,16 @@ def prune_matrix(weight: torch.Tensor, inputs: torch.Tensor, method: Method, pat
         The mask and, where the method changes kept weights, their values.
 
     Raises:
+        ConfigError: score, update and pattern do not fit each other.
         ArithmeticError: the inputs have NaN or infinity, or their Gram matrix does not factor.
-        ValueError: the shapes do not fit each other or the pattern, or a score is NaN or infinite.
+        ValueError: there are no inputs, the shapes do not fit each other or the pattern, or a score is NaN or infinite.
     """
     if weight.dim() != 2 or inputs.dim() != 2 or weight.shape[1] != inputs.shape[1]:
         raise ValueError(f"found weight {list(weight.shape)} and inputs {list(inputs.shape)}, wanted [rows, columns] and [tokens, columns]")
-    pattern.check(weight.shape[1])
+    if not len(inputs):
+        raise ValueError("found inputs of 0 tokens, wanted at least one")
+    pattern.check(weight.shape[1], weight.shape[0])
+    method.check_with(pattern)
     statistic = method.statistic(weight.shape[1], weight.device)
     statistic.add(inputs[None])
     statistic.finish()

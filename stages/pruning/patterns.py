@@ -7,7 +7,7 @@ another; the counts of the ranges add up to that of the whole.
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -22,7 +22,7 @@ FEW_ROWS = 64  # a GPU selects in each row by one group of threads, and sorts by
 
 
 def pruned_count(total: int, sparsity: float | Fraction) -> int:
-    """How many of `total` weights go: floor(total * sparsity), the sparsity read as the decimal that the user wrote.
+    """How many of `total` weights are pruned: floor(total * sparsity), the sparsity read as the decimal that the user wrote.
 
     (In binary 100 * 0.29 is just below 29.)
     """
@@ -30,7 +30,7 @@ def pruned_count(total: int, sparsity: float | Fraction) -> int:
 
 
 def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Drop the `count` lowest of each row; of equals, the leftmost go first, as a stable sort would have it.
+    """Prune the `count` lowest of each row; of equals the leftmost first, as a stable sort would.
 
     Args:
         scores: [rows, columns], finite.
@@ -98,15 +98,30 @@ class Unstructured:
     sparsity: float | Fraction
     comparison_group: ComparisonGroup
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"found sparsity {self.sparsity}, wanted a fraction of zeros in [0, 1]")
+        if self.comparison_group not in get_args(ComparisonGroup):
+            raise ValueError(f"found comparison_group {self.comparison_group!r}, wanted one of {', '.join(get_args(ComparisonGroup))}")
+
+    @property
+    def grouped(self) -> bool:
+        return False
+
     @property
     def group(self) -> None:
         """There are no groups of columns."""
 
-    def check(self, columns: int) -> None:
-        """Raises ValueError if a row of so many would lose no weight, though some are to go."""
-        if self.comparison_group == "row" and self.sparsity > 0 and pruned_count(columns, self.sparsity) == 0:
+    def check(self, columns: int, rows: int = 1) -> None:
+        """Refuse a matrix in which nothing would be pruned, though a sparsity is asked for.
+
+        Raises:
+            ValueError: naming the sparsity and the least one.
+        """
+        competing = columns if self.comparison_group == "row" else rows * columns
+        if self.sparsity > 0 and pruned_count(competing, self.sparsity) == 0:
             raise ValueError(
-                f"found sparsity {float(self.sparsity):g}, wanted 0 or at least 1/{columns}: rows of {columns} columns lose no weight"
+                f"found sparsity {float(self.sparsity):g}, wanted 0 or at least 1/{competing}: no weight of {competing} would be pruned"
             )
 
     def decision_columns(self, block_size: int) -> int:
@@ -162,11 +177,19 @@ class Nm:
     kept: int
     group: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.kept <= self.group or self.group < 1:
+            raise ValueError(f"found {self.kept} kept of every {self.group}, wanted N of every M with 0 <= N <= M and M at least 1")
+
+    @property
+    def grouped(self) -> bool:
+        return True
+
     @property
     def sparsity(self) -> float:
         return 1 - self.kept / self.group
 
-    def check(self, columns: int) -> None:
+    def check(self, columns: int, rows: int = 1) -> None:
         """Refuse a matrix that groups do not fill.
 
         Raises:

@@ -26,7 +26,7 @@ def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: 
         section: `pattern`.
 
     Raises:
-        ConfigError: a matrix whose columns the pattern does not divide, or whose rows would lose no weight; names it.
+        ConfigError: a matrix whose columns the pattern does not divide, or in which no weight would be pruned; names it.
         PruningError: a block without input channels that may be reordered, though that is asked; names it.
         ArchitectureError: see Decoder.matrices.
     """
@@ -35,7 +35,7 @@ def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: 
     pattern, patterns = section.pattern(comparison_group), dict[str, Pattern]()
     for matrix in (matrix for block in decoder.matrices for matrix in block):
         try:
-            pattern.check(matrix.shape[1])
+            pattern.check(matrix.shape[1], matrix.shape[0])
         except ValueError as error:
             raise ConfigError(f"{matrix.name}: {error}") from None
         patterns[matrix.name] = pattern

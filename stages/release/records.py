@@ -113,9 +113,11 @@ class Records:
         for name, source in self.calibration["sources"].items():
             found = files.get(f"calibration/{name}.jsonl", {}).get("sha256")
             _require(path, f"calibration/{name}.jsonl with SHA-256", found, source["sha256"], "python -m stages.sample")
-        for name in self.evaluated_on:
-            if f"evaluation/{name}.jsonl" not in files:
-                raise ReleaseError(f"{path}: found no evaluation/{name}.jsonl, wanted all of {SPARSE_RESULTS}; run {EVALUATE_SPARSE}")
+        scored = {self.protocol["corpus"]: self.protocol["corpus_sha256"]}
+        scored |= {name: task["sha256"] for name, task in self.protocol["tasks"].items()}
+        for name, wanted in scored.items():
+            found = files.get(f"evaluation/{name}.jsonl", {}).get("sha256")
+            _require(path, f"evaluation/{name}.jsonl with SHA-256", found, wanted, f"{EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
 
     def require_versions(self, environment: Environment) -> None:
         """Refuse results of other versions than the release's params.yaml will name.

@@ -144,12 +144,18 @@ def _plain(cfg: object) -> dict:
         (["pattern=nm_2_4", "allocation=owl"], "ConfigError: allocation.name: found 'owl', wanted uniform"),
         (["publish.name=${oc.env:SECRET}"], "ConfigError: command line: found 'publish.name=${oc.env:SECRET}', wanted a plain value"),
         (["pattern"], "ConfigError: command line: "),
+        (["-m", "pattern.sparsity=0.5,0.6"], "ConfigError: command line: found --multirun, wanted one run"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_said_as_in_a_sweep(directory, arguments, message):
     output = run(directory, *arguments, fails=True)
     assert message in output
     assert "hunter2" not in output
+
+
+def test_a_section_that_is_none_is_refused_where_a_part_of_it_is_chosen(directory):
+    written(directory, "method: wanda\n")
+    assert "ConfigError: params.yaml: method: found 'wanda', wanted a section of keys" in run(directory, "method/score=ria", fails=True)
 
 
 def test_other_versions_than_params_yaml_names_are_refused(directory):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stages.config import compose
-from stages.pruning.entries import Pruned
+from stages.errors import ConfigError
+from stages.pruning.entries import NoParameters, Pruned, Update
 from stages.pruning.method import Method, prune_matrix
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.scores import SCORES
@@ -18,12 +19,6 @@ CPU = torch.device("cpu")
 HALF = Unstructured(sparsity=0.5, comparison_group="row")
 PATTERNS = [Unstructured(sparsity=0.3, comparison_group="row"), Unstructured(sparsity=0.7, comparison_group="matrix"), Nm(kept=2, group=4)]
 PATTERNS += [Nm(kept=4, group=8)]
-COMPOSITIONS = [
-    (score, update)
-    for score in SCORES
-    for update in UPDATES
-    if (score, update) != ("obs", "dsnot") and (score == "wanda" or update != "admm")
-]
 
 
 @cache
@@ -32,6 +27,16 @@ def composition(score: str, update: str) -> Method:
     return compose.method("wanda", "method.comparison_group=matrix", f"method/score={score}", f"method/update={update}")
 
 
+def fits(score: str, update: str) -> bool:
+    try:
+        composition(score, update).check_with(HALF_OF_MATRIX)
+    except ConfigError:
+        return False
+    return True
+
+
+HALF_OF_MATRIX = Unstructured(sparsity=0.5, comparison_group="matrix")
+COMPOSITIONS = [(score, update) for score in SCORES for update in UPDATES if fits(score, update)]
 every_composition = pytest.mark.parametrize(("score", "update"), COMPOSITIONS)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -380,6 +385,8 @@ def test_one_matrix_is_pruned_as_the_block_loop_does_it(score, update, pattern):
 @pytest.mark.parametrize(
     ("weight", "inputs", "pattern", "message"),
     [
+        (torch.ones(2, 4), torch.ones(0, 4), HALF, "found inputs of 0 tokens, wanted at least one"),
+        (torch.ones(2, 4), torch.ones(3, 4), Unstructured(sparsity=0.01, comparison_group="matrix"), "wanted 0 or at least 1/8"),
         (torch.ones(2, 4), torch.ones(3, 5), HALF, r"found weight \[2, 4\] and inputs \[3, 5\], wanted \[rows, columns\] and"),
         (torch.ones(4), torch.ones(3, 4), HALF, r"found weight \[4\]"),
         (torch.ones(2, 6), torch.ones(3, 6), Nm(kept=2, group=4), "found 6 columns, wanted a multiple of pattern.group = 4"),
@@ -406,3 +413,30 @@ def test_one_matrix_that_cannot_be_pruned_is_refused(weight, inputs, pattern, me
 )
 def test_a_label_names_score_update_and_comparison_group_where_the_presets_name_does_not(method, grouped, expected):
     assert method.label(grouped=grouped) == expected
+
+
+def test_a_method_that_does_not_fit_itself_is_refused_for_one_matrix_too():
+    with pytest.raises(ConfigError, match="method.score.name: found 'obs', wanted a score that needs no Gram statistic"):
+        prune_matrix(torch.ones(2, 4), torch.ones(3, 4), made("obs", "dsnot", cycles=1, threshold=0.0), HALF)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "message"),
+    [
+        (Pruned(mask=torch.ones(2, 4)), r"update odd: found a mask of torch.float32 and shape \[2, 4\], wanted torch.bool of \[2, 4\]"),
+        (Pruned(mask=torch.ones(4, 2, dtype=torch.bool)), r"update odd: found a mask of torch.bool and shape \[4, 2\]"),
+        (Pruned(mask=torch.ones(2, 4, dtype=torch.bool), values=torch.ones(2, 4)), "wanted none: it says that it changes no weights"),
+    ],
+)
+def test_an_update_that_gives_something_else_than_it_says_is_named(pruned, message, monkeypatch):
+    odd = Update(
+        name="odd",
+        prune=lambda *_: [pruned],
+        statistic=NoStatistic,
+        changes_weights=lambda _: False,
+        parameters=NoParameters,
+        summary="of this test",
+    )
+    monkeypatch.setitem(UPDATES._entries, "odd", odd)
+    with pytest.raises(ValueError, match=message):
+        made("magnitude", "odd")([torch.ones(2, 4)], NoStatistic(4, CPU), [HALF])

@@ -39,7 +39,7 @@ def test_many_rows_are_cut_some_at_a_time(monkeypatch):
 def test_a_sparsity_at_which_no_row_would_lose_a_weight_is_refused():
     Unstructured(sparsity=0.0, comparison_group="row").check(40)
     Unstructured(sparsity=0.025, comparison_group="row").check(40)
-    Unstructured(sparsity=0.001, comparison_group="matrix").check(40)
+    Unstructured(sparsity=0.001, comparison_group="matrix").check(40, rows=25)
     with pytest.raises(ValueError, match="found sparsity 0.024, wanted 0 or at least 1/40"):
         Unstructured(sparsity=0.024, comparison_group="row").check(40)
 
@@ -182,3 +182,24 @@ def test_a_sample_sees_all_columns_alike(sparsity):
 def test_where_few_weights_compete_the_rough_mask_is_the_exact_one(pattern):
     scores = torch.rand(10, 24, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pattern.roughly(scores), pattern.mask(scores))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Unstructured(sparsity=-0.5, comparison_group="row"), r"found sparsity -0.5, wanted a fraction of zeros in \[0, 1\]"),
+        (lambda: Unstructured(sparsity=1.5, comparison_group="row"), "found sparsity 1.5"),
+        (lambda: Unstructured(sparsity=0.5, comparison_group="rows"), "found comparison_group 'rows', wanted one of row, matrix"),
+        (lambda: Nm(kept=5, group=4), "found 5 kept of every 4, wanted N of every M"),
+        (lambda: Nm(kept=-1, group=4), "found -1 kept of every 4"),
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_matrix_in_which_nothing_would_be_pruned_is_refused():
+    Unstructured(sparsity=0.001, comparison_group="matrix").check(40, rows=25)
+    with pytest.raises(ValueError, match="found sparsity 0.0001, wanted 0 or at least 1/1000: no weight of 1000 would be pruned"):
+        Unstructured(sparsity=0.0001, comparison_group="matrix").check(40, rows=25)

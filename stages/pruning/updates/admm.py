@@ -48,7 +48,7 @@ Keep = Callable[[torch.Tensor, bool], torch.Tensor]
 def admm(
     target: torch.Tensor, gram: torch.Tensor, keep: Keep, *, steps: int, penalty: float, growth: float, hold: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose a support and values for it; the values want a refit, see least_squares.
+    """Choose a mask and values for it; the values need a refit, see least_squares.
 
     Args:
         target: [rows, columns], float32, the weights whose products with the inputs are to be met.

@@ -3,7 +3,7 @@
     min ||(W - W') X||_F²  over W' that are zero where the mask is:   W'_S = argmin (w - w')ᵀ H (w - w'),  H = X Xᵀ
 
 row by row; all rows at once by conjugate gradients, preconditioned by the diagonal of H, each row's residual and direction
-masked by its own support (Meng et al. 2024, ALPS, arXiv:2406.07831, section 3.3).
+masked by its own mask (Meng et al. 2024, ALPS, arXiv:2406.07831, section 3.3).
 """
 
 from dataclasses import dataclass

@@ -107,7 +107,7 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
 
 def check(method: Any, pattern: Any) -> None:
     """Blocks of columns that groups fill; raises ConfigError."""
-    group, block_size = getattr(pattern, "group", 1), method.update.block_size
+    group, block_size = pattern.group if pattern.grouped else 1, method.update.block_size
     require(block_size % group == 0, "method.update.block_size", block_size, f"a multiple of pattern.group = {group}")
 
 
