@@ -285,13 +285,15 @@ def test_results_of_the_delta_before_are_refused_and_after_another_evaluation_th
         ),
         (
             lambda: edit(TEXT / "provenance.json", files={"calibration/pages.jsonl": {"sha256": "pages"}}),
-            rf"{TEXT}/provenance.json: found evaluation/news.jsonl with SHA-256 None, wanted 'news'; run python -m stages.evaluate part=dense",
+            rf"{TEXT}/provenance.json: found evaluation/news.jsonl with SHA-256 None, wanted 'news'; "
+            "run python -m stages.evaluate part=dense",
         ),
         (
             lambda: edit(
                 TEXT / "provenance.json", files={**read_json(TEXT / "provenance.json")["files"], "evaluation/boolq.jsonl": {"sha256": "x"}}
             ),
-            rf"{TEXT}/provenance.json: found evaluation/boolq.jsonl with SHA-256 'x', wanted 'boolq'; run python -m stages.evaluate part=dense",
+            rf"{TEXT}/provenance.json: found evaluation/boolq.jsonl with SHA-256 'x', wanted 'boolq'; "
+            "run python -m stages.evaluate part=dense",
         ),
         (
             lambda: edit(BASE / "provenance.json", section=None),
