@@ -6,7 +6,6 @@ python -m stages.evaluate part=dense|sparse
 import hashlib
 import logging
 import os
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from stages.evaluation.results import Results, Samples, Scores
 from stages.evaluation.section import Evaluation
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.evaluation.tasks import TASKS, read_task
-from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, sha256, write_json
+from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, scratch_beside, sha256, write_json
 from stages.rows import Row, texts
 from stages.streaming.decoder import Decoder
 
@@ -153,8 +152,8 @@ def write(
 def score(setup: Setup, apply: Apply | None) -> Results:
     """Score the base, or what `apply` makes of it."""
     DENSE_RESULTS.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=DENSE_RESULTS.parent, prefix=".evaluation-") as scratch:  # /tmp may be memory
-        results = (score_streamed if setup.evaluation.streamed else score_whole)(setup, apply, Path(scratch))
+    with scratch_beside(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
+        results = (score_streamed if setup.evaluation.streamed else score_whole)(setup, apply, scratch)
     losses = results.losses
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *setup.windows.shape)
     return results

@@ -141,7 +141,7 @@ def test_a_dense_model_that_was_scored_otherwise_is_refused_before_a_weight_is_r
     with pytest.raises(ComparisonError, match=wanted) as caught:
         run("sparse", replace(EVALUATION, **changes))
     assert "python -m stages.evaluate part=dense" in str(caught.value)
-    assert "dvc repro evaluate_dense" in str(caught.value)
+    assert "dvc repro --force --single-item evaluate_dense" in str(caught.value)
     assert not (root / "results/sparse").exists()
 
 

@@ -31,7 +31,7 @@ def read_params(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not a mapping, or holds what would be executed; names the key.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf8"))
+        data = yaml.load(path.read_text(encoding="utf8"), Loader=_PlainLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found, wanted in the current directory; `dvc exp run` writes it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -43,6 +43,22 @@ def read_params(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: found the key {key!r}, wanted sections alone: it is read as data, never as code")
     refuse_interpolations(data, str(path))
     return data
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is there twice, and reads dates as the text that they are."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"found the key {twice!r} twice in one mapping, wanted it once")
+        return super().construct_mapping(node, deep)
 
 
 def refuse_interpolations(value: Any, where: str) -> None:
@@ -69,11 +85,12 @@ def prepare(arguments: list[str]) -> None:
     """
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigError("command line: found --multirun, wanted one run: every run writes the same files; use `dvc exp run --queue`")
+    given = [argument for argument in arguments if not argument.startswith("-") and ("=" in argument or argument.startswith("~"))]
     try:
-        overrides = OverridesParser.create().parse_overrides([argument for argument in arguments if not argument.startswith("-")])
+        overrides = OverridesParser.create().parse_overrides(given)
     except OverrideParseException as error:
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from None
-    refuse_interpolations([argument for argument in arguments if not argument.startswith("-")], "command line")
+    refuse_interpolations(given, "command line")
     ConfigStore.instance().store(name="params", node=_with_choices(read_params(PARAMS), overrides))
 
 

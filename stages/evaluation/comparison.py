@@ -8,7 +8,10 @@ from stages.errors import ComparisonError
 from stages.evaluation.protocol import Protocol, read_protocol, require_same
 from stages.evaluation.results import Results, read_results
 
-REMEDY = "evaluate the dense model again with the same parameters: `python -m stages.evaluate part=dense …`, or `dvc repro evaluate_dense`"
+REMEDY = (
+    "evaluate the dense model again with the same parameters: `python -m stages.evaluate part=dense …`, "
+    "or `dvc repro --force --single-item evaluate_dense`"
+)
 
 
 def read_dense(directory: Path, protocol: Protocol) -> Results:

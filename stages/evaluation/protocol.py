@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from stages.errors import ComparisonError, SparsesweepError
 from stages.files import read_json, write_json
 
@@ -56,8 +58,8 @@ class Protocol:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages that compute."""
-    return {package: version(package) for package in PACKAGES}
+    """The installed versions of the packages that compute, without a build such as +cpu."""
+    return {package: Version(version(package)).public for package in PACKAGES}
 
 
 def write_protocol(path: Path, protocol: Protocol, *, evaluation: dict[str, Any], delta: str | None) -> None:

@@ -91,7 +91,7 @@ def find_orders(
 
     Args:
         weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads; reordered in place.
-        patterns: consumer's name -> N:M. score: the one that masks are chosen by. rounds: see channel_permutation.
+        patterns: consumer's name -> N:M. method: by whose scores masks are chosen. rounds: see channel_permutation.
 
     Returns:
         Matrix name -> its order; matrices of no group are missing.

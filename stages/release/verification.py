@@ -233,7 +233,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _check_loading(release: Path, base: Checkpoint, delta: SparseDelta) -> None:
-    stock, report = AutoModelForCausalLM.from_pretrained(release, dtype="auto", output_loading_info=True)
+    stock, report = AutoModelForCausalLM.from_pretrained(
+        release, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
+    )
     problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
     if problems:
         raise ReleaseError(f"{release}: stock transformers reports {problems}")

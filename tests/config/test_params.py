@@ -1,7 +1,6 @@
 """params.yaml is plain data; the command line chooses values and groups."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +43,17 @@ def written(directory: Path, text: str) -> Path:
         ("publish: {name: '???'}", r"found '\?\?\?', wanted a plain value"),
         ("publish: !!python/object/apply:os.system [id]", "not plain YAML"),
         ("a: [", "not plain YAML"),
+        ("pattern: {sparsity: 0.5}\npattern: {sparsity: 0.9}", "found the key 'pattern' twice in one mapping"),
         ("[1, 2]", "found list, wanted a mapping of sections"),
     ],
 )
 def test_what_is_not_plain_data_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         read_params(written(tmp_path, text))
+
+
+def test_a_date_is_text(tmp_path):
+    assert read_params(written(tmp_path, "publish: {name: 2024-01-01}")) == {"publish": {"name": "2024-01-01"}}
 
 
 def test_a_directory_without_params_says_what_is_missing(tmp_path):
@@ -74,8 +78,7 @@ def given(directory: Path, *arguments: str) -> dict:
 @pytest.fixture()
 def directory(tmp_path) -> Path:
     """Where params.yaml has a sparsity of its own."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    data = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    data = _plain(composed())
     data["pattern"]["sparsity"], data["evaluation"]["rows"] = 0.6, 7
     written(tmp_path, yaml.safe_dump(data))
     return tmp_path
@@ -143,7 +146,8 @@ def _plain(cfg: object) -> dict:
         (["pattern.sparsity=1.5"], "ConfigError: pattern.sparsity: found 1.5"),
         (["pattern=nm_2_4", "allocation=owl"], "ConfigError: allocation.name: found 'owl', wanted uniform"),
         (["publish.name=${oc.env:SECRET}"], "ConfigError: command line: found 'publish.name=${oc.env:SECRET}', wanted a plain value"),
-        (["pattern"], "ConfigError: command line: "),
+        (["pattern"], "missing EQUAL"),
+        (["pattern.sparsity=["], "ConfigError: command line: "),
         (["-m", "pattern.sparsity=0.5,0.6"], "ConfigError: command line: found --multirun, wanted one run"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -229,7 +228,7 @@ def edited(key: str, value: object):
 @pytest.mark.parametrize("stage", ["fetch part=base", "sample", "prune", "evaluate part=dense", "publish"])
 def test_every_stage_refuses_any_bad_value_before_it_looks_for_a_weight(stage, tmp_path):
     """There is not even a checkpoint here: the configuration is refused first, in one line, without a traceback."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(composed()))
     command = [sys.executable, "-m", *f"stages.{stage}".split(), "pattern.sparsity=1.5"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

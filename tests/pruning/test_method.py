@@ -1,4 +1,6 @@
+import ast
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -440,3 +442,34 @@ def test_an_update_that_gives_something_else_than_it_says_is_named(pruned, messa
     monkeypatch.setitem(UPDATES._entries, "odd", odd)
     with pytest.raises(ValueError, match=message):
         made("magnitude", "odd")([torch.ones(2, 4)], NoStatistic(4, CPU), [HALF])
+
+
+PRUNING = Path(__file__).resolve().parents[2] / "stages/pruning"
+MATHEMATICS = [
+    "patterns.py",
+    "statistics.py",
+    "selection.py",
+    "permutations.py",
+    "allocation.py",
+    "method.py",
+    "scores/*.py",
+    "updates/*.py",
+]
+STANDARD = {"bisect", "collections.abc", "dataclasses", "enum", "fractions", "functools", "itertools", "math", "sys", "typing"}
+
+
+def imported(file: Path) -> set[str]:
+    statements = list(ast.walk(ast.parse(file.read_text())))
+    whole = {alias.name for statement in statements if isinstance(statement, ast.Import) for alias in statement.names}
+    return whole | {str(statement.module) for statement in statements if isinstance(statement, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("names", MATHEMATICS)
+def test_mathematics_imports_torch_and_nothing_of_the_world(names):
+    """Neither a file, a network, a model nor a configuration is within a method's reach."""
+    mathematics = {file.relative_to(PRUNING).with_suffix("") for pattern in MATHEMATICS for file in PRUNING.glob(pattern)}
+    modules = {".".join(("stages.pruning", *file.parts)).removesuffix(".__init__") for file in mathematics}
+    files = sorted(PRUNING.glob(names))
+    assert files
+    for file in files:
+        assert imported(file) <= STANDARD | modules | {"torch", "stages.schema", "stages.pruning.entries"}, file
