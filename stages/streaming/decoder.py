@@ -98,7 +98,9 @@ class Decoder:
         with self._filled((name, zero.expand(parameters[name].shape)) for name, zero in zeros.items()), torch.no_grad():
             try:
                 record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
-            except ValueError as error:  # of the model's own code, which refuses its input
+            except ValueError as error:
+                if not _raised_in(type(self.model).__module__, error):
+                    raise
                 raise unsupported(self.model, f"it does not run on tokens alone ({error})") from error
 
     @contextmanager
@@ -196,3 +198,11 @@ class Decoder:
         if matrix.tensor not in self._read_again:
             self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
         return matrix.stored_in(self._read_again[matrix.tensor]).to(self.device).float()
+
+
+def _raised_in(module: str, error: BaseException) -> bool:
+    """Whether an error was raised by a statement of a module itself, and not by something that it called."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") == module
