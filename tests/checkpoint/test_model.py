@@ -1,0 +1,61 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stages.checkpoint.model import empty_model, load_model, load_tokenizer
+from stages.checkpoint.reader import Checkpoint
+from stages.config.params import CONF
+from stages.errors import CheckpointError
+
+CPU = torch.device("cpu")
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def edited(base, directory, file: str, **changes) -> Checkpoint:
+    """A copy of the checkpoint with other values in one of its JSON files."""
+    copy = Checkpoint(shutil.copytree(base.directory, directory))
+    facts = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps({**facts, **changes}))
+    return copy
+
+
+def test_a_tensor_is_loaded_as_the_function_gives_it_and_all_others_as_they_are(base):
+    dense, changed = (
+        load_model(base, apply, dtype=torch.float32, device=CPU).state_dict()
+        for apply in (None, lambda name, tensor: tensor * 0 if name == UP else tensor)
+    )
+    assert not changed[UP].any()
+    assert all(torch.equal(changed[name], tensor) for name, tensor in dense.items() if name != UP)
+    assert torch.equal(dense[UP], base.tensor(UP).float())
+
+
+def test_loading_a_model_needs_none_of_the_deltas_code():
+    code = "import sys, stages.checkpoint.model; sys.exit('stages.checkpoint.delta' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, timeout=120).returncode == 0
+
+
+def test_code_of_a_checkpoint_is_not_run(base, tmp_path):
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+    copy = edited(base, tmp_path / "copy", "config.json", auto_map=auto_map)
+    facts = json.loads((copy.directory / "tokenizer_config.json").read_text())
+    (copy.directory / "tokenizer_config.json").write_text(json.dumps({**facts, "auto_map": auto_map}))
+    (copy.directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    load_model(copy, None, dtype=torch.float32, device=CPU)
+    load_tokenizer(copy.directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_no_decoder_is_refused_by_its_type(base, tmp_path):
+    copy = edited(base, tmp_path / "copy", "config.json", model_type="clip_vision_model")
+    with pytest.raises(CheckpointError, match="transformers knows no decoder language model of type 'clip_vision_model'"):
+        empty_model(copy.directory, torch.float32)
+
+
+def test_the_buffers_of_a_model_without_weights_are_computed_by_the_part_that_they_belong_to(base):
+    model = empty_model(base.directory, torch.float32)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
