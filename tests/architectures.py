@@ -19,6 +19,14 @@ SIZES = {
 }
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {**SIZES, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+LATENT_ATTENTION = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
 
 # model type -> what differs from its defaults
@@ -78,12 +86,7 @@ CONFIGS: dict[str, dict] = {
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 12,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
+        **LATENT_ATTENTION,
     },
 }
 
@@ -120,12 +123,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 1,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 12,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "num_key_value_heads": 4,
+            **LATENT_ATTENTION,
             "index_topk": 8,
             "index_head_dim": 8,
             "index_n_heads": 2,

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from stages.checkpoint.delta import SparseDelta, read_block, write_block, write_
 from stages.checkpoint.reader import Checkpoint
 from stages.config import sections as configuration
 from stages.config.compose import composed, read
-from stages.config.environment import installed_now
+from stages.config.environment import Environment, installed
 from stages.config.params import CONF
 from stages.errors import CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
 from stages.evaluation.protocol import versions
@@ -146,7 +146,7 @@ def run(name: str | None = None) -> None:
     """Run the publish stage."""
     section = Publish(name=name)
     check(section, "publish")
-    publish.main.function(publish=section, environment=installed_now())
+    publish.main.function(publish=section, environment=Environment(**{field.name: installed(field.name) for field in fields(Environment)}))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ Results of another version of a library are other results. The versions are ther
 different versions apart, and a stage runs only where the versions that params.yaml names are installed.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from packaging.version import Version
@@ -43,8 +43,3 @@ def require_installed(environment: Environment, libraries: list[str]) -> None:
         wanted = getattr(environment, library)
         advice = f"{wanted}: install it, or compose anew with `dvc exp run`, or run with environment.{library}={installed(library)}"
         require(installed(library) == wanted, f"environment.{library}", f"{installed(library)} installed", advice)
-
-
-def installed_now() -> Environment:
-    """What is installed."""
-    return Environment(**{field.name: installed(field.name) for field in fields(Environment)})

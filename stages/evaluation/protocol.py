@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
-
+from stages.config.environment import installed
 from stages.errors import ComparisonError, SparsesweepError
 from stages.files import read_json, write_json
 
@@ -59,7 +57,7 @@ class Protocol:
 
 def versions() -> dict[str, str]:
     """The installed versions of the packages that compute, without a build such as +cpu."""
-    return {package: Version(version(package)).public for package in PACKAGES}
+    return {package: installed(package) for package in PACKAGES}
 
 
 def write_protocol(path: Path, protocol: Protocol, *, evaluation: dict[str, Any], delta: str | None) -> None:
