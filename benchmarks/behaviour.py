@@ -96,7 +96,7 @@ def write_inputs() -> None:
             parameter.data = torch.randn_like(parameter).div(2).exp()  # some channels are louder than others
     model.to(torch.bfloat16).save_pretrained(BASE, max_shard_size="300KB")
     write_json(BASE / "provenance.json", {"name": "random", "files": {"model.safetensors": "generator 0"}})
-    write_windows(CALIBRATION, torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
+    write_windows(Path(), torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
 
 
 def measured(point: Point) -> Figures:

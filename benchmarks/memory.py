@@ -56,14 +56,16 @@ def make_base(project: Path, blocks: int) -> None:
         remove(project)
         files = random_checkpoint.write(project / BASE, blocks)
         write_json(provenance, {"name": "random/zephyr-7b-beta", "blocks": blocks, "files": files})
-    write_windows(project / CALIBRATION, torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
+    write_windows(project, torch.randint(3, 32000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
 
 
-def write_windows(directory: Path, windows: torch.Tensor) -> None:
-    """Windows, [windows, tokens], int64, as the sample stage leaves those that it draws."""
+def write_windows(project: Path, windows: torch.Tensor) -> None:
+    """Windows, [windows, tokens], int64, as the sample stage leaves those that it draws for the project's base."""
+    directory, tokenizer = project / CALIBRATION, project / BASE / "tokenizer.json"
     directory.mkdir(parents=True, exist_ok=True)
     save_file({"windows": windows}, directory / "windows.safetensors")
-    write_json(directory / "provenance.json", {"windows_sha256": sha256(directory / "windows.safetensors")})
+    facts = {"windows_sha256": sha256(directory / "windows.safetensors")}
+    write_json(directory / "provenance.json", {**facts, "tokenizer_sha256": sha256(tokenizer) if tokenizer.is_file() else None})
 
 
 def measurement(project: Path, method: str) -> dict[str, Any]:

@@ -50,20 +50,21 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` when the block succeeds and is removed when it fails.
+    """Yield an empty directory that takes the place of `path` when the block succeeds and is removed when it fails.
 
-    The old content is removed first, so that a link into a cache is never written through.
+    What is at `path` stays until then; links in it into a cache are never written through.
 
     Raises:
         SparsesweepError: the disk is full, and nothing half-written is left; or see `scratch_beside`.
     """
     with full_disk(path, "nothing was kept of it"), scratch_beside(path) as scratch:
-        remove(path)
         yield scratch
         for file in scratch.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         scratch.chmod(0o755)
-        scratch.replace(path)
+        if path.exists() or path.is_symlink():
+            path.rename(scratch.with_name("replaced"))
+        scratch.rename(path)
 
 
 @contextmanager
@@ -80,14 +81,21 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(owned / "lock", path):
         try:
-            remove(scratch)
+            _empty(owned)
             scratch.mkdir()
             yield scratch
         finally:
-            remove(scratch)
+            _empty(owned)
             (owned / "lock").unlink(missing_ok=True)
             with suppress(OSError):  # not empty: the next run has opened its lock there already
                 owned.rmdir()
+
+
+def _empty(owned: Path) -> None:
+    """Remove all but the lock."""
+    for entry in list(owned.iterdir()):
+        if entry.name != "lock":
+            remove(entry)
 
 
 def _locked(file: Path, path: Path) -> TextIO:

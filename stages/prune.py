@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -41,11 +41,11 @@ from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.method import Method
-from stages.pruning.patterns import Pattern, Unstructured
-from stages.pruning.plan import Plan, Propagation
+from stages.pruning.patterns import Pattern, PatternSection
+from stages.pruning.plan import Plan
 from stages.pruning.planning import allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
-from stages.pruning.section import Prune
+from stages.pruning.section import ANY_MACHINE, Propagation, Prune
 from stages.recipe import Recipe
 from stages.streaming.decoder import Decoder
 from stages.streaming.host_memory import HostMemory
@@ -59,7 +59,7 @@ CODE = Path(__file__).parent
 @stage(
     "method", "pattern", "allocation", "reconstruction", "prune", "environment.torch", "environment.transformers", "environment.safetensors"
 )
-def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, prune: Prune) -> None:
+def main(method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune) -> None:
     stopwatch = record.Stopwatch()
     device = distributed.local_device(devices.choose_device("prune.device", prune.device))
     dtype = devices.choose_dtype(prune.dtype, device)
@@ -68,17 +68,7 @@ def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, pru
     decoder = Decoder(base, dtype, device)
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
     plan = plan_of(decoder, method, pattern, reconstruction, prune)
-    recipe = Recipe(
-        method=asdict(method),
-        pattern=asdict(pattern),
-        allocation=asdict(allocation),
-        reconstruction=asdict(reconstruction),
-        prune=asdict(prune),
-        base=base.fingerprint,
-        calibration=windows_sha256,
-        label=label(method, pattern, allocation, reconstruction, prune),
-        pattern_label=pattern.label,
-    )
+    recipe = recipe_of(method, pattern, allocation, reconstruction, prune, base=base.fingerprint, calibration=windows_sha256)
     log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
     with (
         distributed.process_group(device),
@@ -87,31 +77,24 @@ def main(method: Method, pattern: Any, allocation: Any, reconstruction: Any, pru
     ):
         require_free_disk_for(decoder, plan, journal)
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), recipe.label, device, dtype)
-        make_stream = partial(
-            stream_of,
-            decoder,
-            batch=batch,
-            budget=host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1]),
-            gpu_share=GPU_SHARE / (1 + plan.trains + (plan.distillation is not None)),
-        )
-        target = Unstructured(sparsity=pattern.sparsity, comparison_group=method.compared_within)
-        plan = allocate(plan, decoder, allocation, target, windows, make_stream, journal)
+        budget = host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1])
+        make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / plan.streams)
+        plan = allocate(plan, decoder, allocation, pattern, windows, make_stream, journal)
         stream = make_stream(windows)
         teachers = TeacherStreams.of(stream, plan)
-        run: dict[str, Any] = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished}
-        run |= {"hidden_states": " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))}
-        log.info("%d windows a pass; hidden states are in %s", batch, run["hidden_states"])
+        locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
+        log.info("%d windows a pass; hidden states are in %s", batch, locations)
+        run = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished, "hidden_states": locations}
         prune_all(stream, plan, journal, teachers)
         del stream  # its hidden states are of no more use
         distilled = train_last_blocks(plan, journal, teachers)
         distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
-            run |= {"divergences": distilled.divergences} if distilled else {}
-            seconds = journal.evidence_seconds + sum(block["seconds"] for block in journal.records(journal.finished))
-            write_results(journal, decoder, recipe, run | record.of_run(device, dtype, stopwatch, seconds), distilled)
+            run |= record.of_run(device, dtype, stopwatch, journal.seconds_before)
+            write_results(journal, decoder, recipe, run, distilled)
 
 
-def plan_of(decoder: Decoder, method: Method, pattern: Any, reconstruction: Any, prune: Prune) -> Plan:
+def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, reconstruction: Any, prune: Prune) -> Plan:
     """What to do to every block, from the sections.
 
     Raises:
@@ -124,19 +107,36 @@ def plan_of(decoder: Decoder, method: Method, pattern: Any, reconstruction: Any,
         propagate=Propagation(prune.propagate),
         error_tokens=prune.error_tokens,
         expert_tokens=prune.expert_tokens,
-        reconstruction=training.each_block(reconstruction),
-        distillation=training.last_blocks(reconstruction, len(decoder.blocks)),
+        reconstruction=training.each_block(reconstruction) if training.each_block else None,
+        distillation=training.last_blocks(reconstruction, len(decoder.blocks)) if training.last_blocks else None,
         permutation_rounds=pattern.permutation_rounds,
     )
 
 
-def label(method: Method, pattern: Any, allocation: Any, reconstruction: Any, prune: Prune) -> str:
+def recipe_of(
+    method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune, *, base: str, calibration: str
+) -> Recipe:
+    """The recipe of what the sections ask for, see Recipe."""
+    return Recipe(
+        method=asdict(method),
+        pattern=asdict(cast(Any, pattern)),
+        allocation=asdict(allocation),
+        reconstruction=asdict(reconstruction),
+        prune={key: value for key, value in asdict(prune).items() if key not in ANY_MACHINE},
+        base=base,
+        calibration=calibration,
+        label=label(method, pattern, allocation, reconstruction, prune),
+        pattern_label=pattern.label,
+    )
+
+
+def label(method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune) -> str:
     """What tells one pruned model from another in a plot, apart from its pattern and from numbers."""
-    parts = [method.label(grouped=pattern.grouped)]
-    parts += [f"{allocation.name} allocation"] if ALLOCATIONS.of(allocation).budgeted else []
-    parts += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
-    parts += ["one pass"] if prune.propagate == "dense" else []
-    return ", ".join(parts)
+    words = [method.label(grouped=pattern.grouped)]
+    words += [f"{allocation.name} allocation"] if ALLOCATIONS.of(allocation).budgeted else []
+    words += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
+    words += ["one pass"] if prune.propagate == Propagation.DENSE else []
+    return ", ".join(words)
 
 
 def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
@@ -146,22 +146,24 @@ def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
         CalibrationError: the windows are not there, not those that were drawn, or drawn with another tokenizer.json than this base's.
     """
     path, facts = CALIBRATION / "windows.safetensors", read_json(CALIBRATION / "provenance.json")
-    found = sha256(path) if path.is_file() else "no file"
-    if found != facts["windows_sha256"]:
-        raise CalibrationError(f"{path}: found {found}, wanted SHA-256 {facts['windows_sha256']}; run the sample stage again")
-    tokenizer = facts.get("tokenizer_sha256", base.tokenizer_sha256)
+    missing = [key for key in ("windows_sha256", "tokenizer_sha256") if key not in facts]
+    if missing:
+        raise CalibrationError(f"{CALIBRATION}/provenance.json: found no {' and no '.join(missing)}; run the sample stage again")
+    actual = sha256(path) if path.is_file() else "no file"
+    if actual != facts["windows_sha256"]:
+        raise CalibrationError(f"{path}: found {actual}, wanted SHA-256 {facts['windows_sha256']}; run the sample stage again")
+    tokenizer = facts["tokenizer_sha256"]
     if tokenizer != base.tokenizer_sha256:
         raise CalibrationError(
             f"{CALIBRATION}: found windows of the tokenizer with SHA-256 {tokenizer}, wanted that of {BASE}, {base.tokenizer_sha256}; "
             "run the sample stage again"
         )
-    return load_file(path)["windows"], found
+    return load_file(path)["windows"], actual
 
 
 def fingerprint(recipe: Recipe, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """All that shapes a block's outcome: what an interrupted run finished is taken over where these are the same."""
-    how = {key: value for key, value in recipe.prune.items() if key not in ("memory_budget", "device")}  # these change no byte
-    facts = {"config": sha256(BASE / "config.json"), **recipe.as_dict(), "prune": how, "batch": batch}
+    facts = {"config": sha256(BASE / "config.json"), **recipe.as_dict(), "batch": batch}
     facts |= {"processes": distributed.world_size(), "device": devices.device_name(device), "dtype": str(dtype)}
     return facts | {"code": code_sha256(), "versions": record.versions()}
 
@@ -238,7 +240,8 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
         write_json(results / "metrics.json", {**summary, "seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]})
-        write_json(results / "provenance.json", {**recipe.as_dict(), **run})
+        divergences = {"divergences": distilled.divergences} if distilled else {}
+        write_json(results / "provenance.json", {**recipe.as_dict(), **run, **divergences})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
@@ -307,7 +310,7 @@ def error_by_block(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     errors: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         errors.setdefault((row["block"], names[kinds[row["matrix"]]]), []).append(row["relative_error"])
-    return [{"block": block, "relative_error": sum(each) / len(each), "matrix": name} for (block, name), each in errors.items()]
+    return [{"block": block, "relative_error": sum(of_kind) / len(of_kind), "matrix": name} for (block, name), of_kind in errors.items()]
 
 
 def kind_of(matrix: str) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ says by then. Sections are plain data, as params.yaml has them: reading a recipe
 """
 
 from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
 from typing import Any
 
 from stages.errors import CheckpointError
@@ -32,13 +31,6 @@ class Recipe:
     calibration: str
     label: str
     pattern_label: str
-
-    @property
-    def sparsity(self) -> Fraction:
-        """The fraction of zeros asked for, of the decimal that the user wrote."""
-        if "kept" in self.pattern:
-            return 1 - Fraction(self.pattern["kept"], self.pattern["group"])
-        return Fraction(str(self.pattern["sparsity"]))
 
     @property
     def sections(self) -> dict[str, Section]:

@@ -207,6 +207,21 @@ class Table(Mapping[str, E], Generic[E]):
         """The entry that a section names."""
         return self._entries[getattr(section, self.key)]
 
+    def section(self, data: Mapping[str, Any], where: str) -> Any:
+        """A section from plain data, as `dataclasses.asdict` gave it.
+
+        Args:
+            where: the data is from, for the error.
+
+        Raises:
+            ConfigError: the choice is unknown, or its keys are others.
+        """
+        require_one_of(f"{where}.{self.key}", data.get(self.key), list(self))
+        parameters = self[data[self.key]].parameters
+        names = [parameter.name for parameter in fields(parameters)]
+        require(set(data) == set(names), where, sorted(data), f"the keys {', '.join(names)}")
+        return parameters(**data)
+
     def __getitem__(self, name: str) -> E:
         return self._entries[name]
 

@@ -32,6 +32,20 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_was_there_stays_until_what_replaces_it_is_whole(tmp_path):
+    target = tmp_path / "out"
+    with replacing(target) as scratch:
+        write_json(scratch / "a.json", {"a": 1})
+    with pytest.raises(KeyError), replacing(target) as scratch:
+        write_json(scratch / "b.json", {})
+        raise KeyError
+    assert [path.name for path in target.iterdir()] == ["a.json"]
+    with replacing(target) as scratch:
+        write_json(scratch / "b.json", {})
+    assert [path.name for path in target.iterdir()] == ["b.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_link_into_a_cache_is_never_written_through(tmp_path):
     cached = tmp_path / "cache"
     cached.write_text("precious")

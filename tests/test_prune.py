@@ -56,7 +56,10 @@ def test_a_reconstruction_trains_each_block_the_last_ones_together_or_none():
     def trained(name: str) -> tuple[bool, bool]:
         section = read(f"reconstruction={name}")["reconstruction"]
         entry = RECONSTRUCTIONS[name]
-        return entry.each_block(section) is not None, entry.last_blocks(section, 4) is not None
+        each_block = entry.each_block(section) if entry.each_block else None
+        last_blocks = entry.last_blocks(section, 4) if entry.last_blocks else None
+        assert entry.trains == (each_block is not None or last_blocks is not None)
+        return each_block is not None, last_blocks is not None
 
     assert {name: trained(name) for name in RECONSTRUCTIONS} == {
         "none": (False, False),

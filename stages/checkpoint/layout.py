@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
 
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import CheckpointError
+from stages.errors import ArchitectureError, CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
         Name of the tensor -> slice, without the tensors that transformers ignores.
 
     Raises:
-        CheckpointError: names a tensor that only the checkpoint or only the model has, whose shapes in the two differ, or whose
-            conversion is not one of renaming, stacking experts and joining their rows.
+        CheckpointError: names a tensor that only the checkpoint or only the model has, or whose shapes in the two differ.
+        ArchitectureError: a tensor's conversion is not one of renaming, stacking experts and joining their rows.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     targets = _targets(model, checkpoint, shapes)
@@ -109,9 +109,8 @@ def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverte
     stacks = isinstance(stack, MergeModulelist) and stack.dim == 0
     if not stacks or len(join) > 1 or not all(isinstance(operation, Concatenate) and operation.dim == 1 for operation in join):
         steps = ", ".join(type(operation).__name__ for operation in converter.operations)
-        raise CheckpointError(
-            f"{model.config.model_type}: {name} is converted by {steps}, wanted experts that are stacked and joined by rows"
-        )
+        wanted = "wanted experts that are stacked and joined by rows; this architecture is not supported"
+        raise ArchitectureError(f"{model.config.model_type}: {name} is converted by {steps}, {wanted}")
 
 
 def _ignored(model: PreTrainedModel, name: str) -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 from stages.calibration import section as calibration
 from stages.evaluation import section as evaluation
 from stages.pruning.allocations import ALLOCATIONS
+from stages.pruning.reconstructions import RECONSTRUCTIONS
+from stages.pruning.section import Propagation
 from stages.schema import require
 from stages.sources.readers import READERS
 
@@ -37,5 +39,6 @@ def _check_pruning(sections: dict[str, Any]) -> None:
         allocation.check_sparsity(pattern.sparsity, "allocation")
     windows, wanted = getattr(allocation, "windows", 0), f"at most calibration.windows = {sections['calibration'].windows}"
     require(windows <= sections["calibration"].windows, "allocation.windows", windows, wanted)
-    name, wanted = sections["reconstruction"].name, "none with prune.propagate = dense: no block is run pruned"
-    require(name == "none" or prune.propagate == "pruned", "reconstruction.name", name, wanted)
+    reconstruction = sections["reconstruction"]
+    good, wanted = prune.propagate == Propagation.PRUNED, f"none with prune.propagate = {prune.propagate}: no block is run pruned"
+    require(good or not RECONSTRUCTIONS.of(reconstruction).trains, "reconstruction.name", reconstruction.name, wanted)

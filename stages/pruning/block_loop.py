@@ -25,11 +25,13 @@ from stages.errors import PruningError
 from stages.pruning import distributed, parallel
 from stages.pruning.entries import Pruned
 from stages.pruning.inputs import CalibratedOn, Inputs
+from stages.pruning.method import prune_matrices
 from stages.pruning.observer import observe
 from stages.pruning.permutation_groups import PermutationGroup
-from stages.pruning.plan import Plan, Propagation
+from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
+from stages.pruning.section import Propagation
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
@@ -280,7 +282,7 @@ class _BlockPruner:
         scales = [_row_scale(plan.row_costs.get(matrix.name), weight) for matrix, weight in zip(matrices, weights, strict=True)]
         scaled = [weight if scale is None else weight * scale for weight, scale in zip(weights, scales, strict=True)]
         with PruningError.naming(f"layer {names}"):
-            solved = plan.method(scaled, inputs.statistic, [plan.patterns[matrix.name] for matrix in matrices])
+            solved = prune_matrices(scaled, inputs.statistic, plan.method, [plan.patterns[matrix.name] for matrix in matrices])
         return [
             pruned if scale is None or pruned.values is None else replace(pruned, values=pruned.values / scale)
             for pruned, scale in zip(solved, scales, strict=True)

@@ -136,11 +136,16 @@ class Allocation(Entry):
 class Training(Entry):
     """How kept weights are trained on the calibration windows after their blocks are pruned.
 
-    each_block: by its section, the training of every block on its own, or None.
-    last_blocks: by its section and the number of blocks, the training of the last blocks together, or None.
+    each_block: by its section, the training of every block on its own; None where there is none.
+    last_blocks: by its section and the number of blocks, the training of the last blocks together; None where there is none.
     label: what tells models so trained from others in a plot, or "".
     """
 
-    each_block: Callable[[Any], "Reconstruction | None"]
-    last_blocks: Callable[[Any, int], "Distillation | None"]
-    label: str
+    each_block: Callable[[Any], "Reconstruction | None"] | None = None
+    last_blocks: Callable[[Any, int], "Distillation"] | None = None
+    label: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether kept weights are trained."""
+        return self.each_block is not None or self.last_blocks is not None

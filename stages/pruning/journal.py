@@ -48,6 +48,11 @@ class Journal:
         self.finished = self._finished() if finished is None else finished
         self.evidence_seconds = 0.0
 
+    @property
+    def seconds_before(self) -> float:
+        """What an interrupted run needed for all that this run takes over."""
+        return self.evidence_seconds + sum(block["seconds"] for block in self.records(self.finished))
+
     def _finished(self) -> int:
         """How many blocks from the first on are finished, without a gap."""
         count = 0

@@ -4,7 +4,7 @@ mask, values = update(score(W, X), pattern)
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -13,6 +13,7 @@ from stages.pruning.patterns import ComparisonGroup, Pattern
 from stages.pruning.scores import SCORES
 from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
 from stages.pruning.updates import UPDATES
+from stages.pruning.updates.none import NONE
 from stages.schema import choice, number, one_of, require
 
 STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gram)  # each of the last two has squared norms, too
@@ -43,7 +44,7 @@ class Method:
 
     name: str
     score: Any = choice(SCORES)
-    comparison_group: str = one_of("row", "matrix")
+    comparison_group: str = one_of(*get_args(ComparisonGroup))
     update: Any = choice(UPDATES)
     damping: Damping
 
@@ -62,24 +63,7 @@ class Method:
         """What is collected of every layer's input: the least that both score and update can work from."""
         return max(SCORES.of(self.score).statistic, UPDATES.of(self.update).statistic, key=STATISTICS.index)
 
-    def __call__(self, weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern]) -> list[Pruned]:
-        """Prune the matrices that read one input.
-
-        Args:
-            weights: each [rows, columns], float32; not changed.
-            statistic: of their input, of the type `self.statistic`, after its `finish`.
-            patterns: one for each matrix.
-
-        Raises:
-            ArithmeticError: the statistic has NaN or infinity, or does not factor.
-            ValueError: a score is NaN or infinite, or the update gives something else than it says.
-        """
-        outcomes = UPDATES.of(self.update).prune(weights, statistic, patterns, self)
-        for weight, pruned in zip(weights, outcomes, strict=True):
-            self._require_outcome(weight, pruned)
-        return outcomes
-
-    def _require_outcome(self, weight: torch.Tensor, pruned: Pruned) -> None:
+    def require_outcome(self, weight: torch.Tensor, pruned: Pruned) -> None:
         """Raise ValueError where an update gives something else than a mask and, if it says so, values."""
         mask, values, name = pruned.mask, pruned.values, self.update.name
         if mask.dtype != torch.bool or mask.shape != weight.shape:
@@ -97,9 +81,9 @@ class Method:
             grouped: whether the pattern is N:M, so that groups compete.
         """
         score, update = self.score.name, self.update.name
-        if self.name == score and update == "none" and (grouped or self.comparison_group == "row"):
+        if self.name == score and update == NONE.name and (grouped or self.comparison_group == "row"):
             return self.name
-        made_of = score if update == "none" else f"{score} + {update}"
+        made_of = score if update == NONE.name else f"{score} + {update}"
         return f"{self.name} ({made_of})" if grouped else f"{self.name} ({made_of}, per {self.comparison_group})"
 
     def check_with(self, pattern: Any) -> None:
@@ -124,8 +108,26 @@ class Method:
         update.check(self, pattern)
 
 
+def prune_matrices(weights: list[torch.Tensor], statistic: Any, method: Method, patterns: list[Pattern]) -> list[Pruned]:
+    """Prune the matrices that read the same inputs: what is factored of their statistic is factored once.
+
+    Args:
+        weights: each [rows, columns], float32; not changed.
+        statistic: of the inputs, of the type `method.statistic`, after its `finish`.
+        patterns: one for each matrix.
+
+    Raises:
+        ArithmeticError: the statistic has NaN or infinity, or does not factor.
+        ValueError: a score is NaN or infinite, or the update gives something else than it says.
+    """
+    outcomes = UPDATES.of(method.update).prune(weights, statistic, patterns, method)
+    for weight, pruned in zip(weights, outcomes, strict=True):
+        method.require_outcome(weight, pruned)
+    return outcomes
+
+
 def prune_matrix(weight: torch.Tensor, inputs: torch.Tensor, method: Method, pattern: Pattern) -> Pruned:
-    """Prune one matrix.
+    """Prune one matrix, as the block loop does: see prune_matrices.
 
     Args:
         weight: [rows, columns], any float dtype; not changed.
@@ -150,4 +152,4 @@ def prune_matrix(weight: torch.Tensor, inputs: torch.Tensor, method: Method, pat
     statistic = method.statistic(weight.shape[1], weight.device)
     statistic.add(inputs[None])
     statistic.finish()
-    return method([weight.float()], statistic, [pattern])[0]
+    return prune_matrices([weight.float()], statistic, method, [pattern])[0]

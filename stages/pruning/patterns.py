@@ -5,9 +5,10 @@ another; the counts of the ranges add up to that of the whole.
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from math import gcd
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -42,13 +43,13 @@ def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     Raises:
         ValueError: a score is NaN or infinite.
     """
-    if not all(torch.isfinite(part).all() for part in scores.split(max(1, WEIGHTS_AT_ONCE // scores.shape[1]))):
+    if not all(torch.isfinite(chunk).all() for chunk in scores.split(max(1, WEIGHTS_AT_ONCE // scores.shape[1]))):
         raise ValueError("found a score that is NaN or infinite, wanted finite scores")
     mask = torch.ones_like(scores, dtype=torch.bool)
     rows = max(1, WEIGHTS_AT_ONCE // scores.shape[1])
-    for part, kept in zip(scores.split(rows), mask.split(rows), strict=True):
+    for chunk, mask_chunk in zip(scores.split(rows), mask.split(rows), strict=True):
         if count:
-            kept.copy_(_keep_highest(part, count))
+            mask_chunk.copy_(_keep_highest(chunk, count))
     return mask
 
 
@@ -159,11 +160,11 @@ class Unstructured:
 
 def _keep_highest_evenly(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Drop `count` of all, as many in every row, or one more in the rows whose next weight carries least."""
-    each, more = divmod(count, len(scores))
-    mask = keep_highest(scores, each)
-    if more:
-        rows = ~keep_highest(_nth_lowest(scores, each + 1).view(1, -1), more)[0]
-        mask[rows] = keep_highest(scores[rows], each + 1)
+    per_row, remainder = divmod(count, len(scores))
+    mask = keep_highest(scores, per_row)
+    if remainder:
+        rows = ~keep_highest(_nth_lowest(scores, per_row + 1).view(1, -1), remainder)[0]
+        mask[rows] = keep_highest(scores[rows], per_row + 1)
     return mask
 
 
@@ -218,6 +219,44 @@ Pattern = Unstructured | Nm
 # The sections of the configuration.
 
 
+class PatternSection(Protocol):
+    """What every section `pattern` gives, whatever its keys.
+
+    label: in plots and on the card. sparsity: fraction of zeros. exact_sparsity: the same, of the numbers that the user wrote.
+    grouped: whether weights compete within groups of columns, and every matrix gets the same sparsity.
+    permutation_rounds: how often an input channel is tried in other groups, or None: channels stay in place.
+    """
+
+    name: str
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def sparsity(self) -> float: ...
+
+    @property
+    def exact_sparsity(self) -> Fraction: ...
+
+    @property
+    def grouped(self) -> bool: ...
+
+    @property
+    def permutation_rounds(self) -> int | None: ...
+
+    def pattern(self, comparison_group: ComparisonGroup) -> Pattern:
+        """The pattern of a matrix."""
+
+    def group_size(self, comparison_group: ComparisonGroup, rows: int, columns: int) -> int:
+        """How many weights of a matrix of so many rows and columns compete; row by row, each group follows the last."""
+
+    def competing(self, comparison_group: ComparisonGroup) -> str:
+        """Which weights compete, in words."""
+
+    def amount(self, comparison_group: ComparisonGroup) -> str:
+        """The pattern with its numbers, for a release's name."""
+
+
 @dataclass(kw_only=True, slots=True)
 class UnstructuredSection:
     """sparsity: fraction of zeros."""
@@ -230,8 +269,11 @@ class UnstructuredSection:
         return self.name
 
     @property
+    def exact_sparsity(self) -> Fraction:
+        return Fraction(str(self.sparsity))
+
+    @property
     def grouped(self) -> bool:
-        """Whether weights compete within groups of columns, and every matrix gets the same sparsity."""
         return False
 
     @property
@@ -240,6 +282,16 @@ class UnstructuredSection:
 
     def pattern(self, comparison_group: ComparisonGroup) -> Unstructured:
         return Unstructured(sparsity=self.sparsity, comparison_group=comparison_group)
+
+    def group_size(self, comparison_group: ComparisonGroup, rows: int, columns: int) -> int:
+        return columns if comparison_group == "row" else rows * columns
+
+    def competing(self, comparison_group: ComparisonGroup) -> str:
+        return "the weights of an output row" if comparison_group == "row" else "all weights of a matrix"
+
+    def amount(self, comparison_group: ComparisonGroup) -> str:
+        percent = format((100 * Decimal(str(self.sparsity))).normalize(), "f")
+        return f"sparse{percent}" + ("" if comparison_group == "row" else "-per-matrix")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -259,17 +311,29 @@ class NmSection:
         return 1 - self.kept / self.group
 
     @property
+    def exact_sparsity(self) -> Fraction:
+        return 1 - Fraction(self.kept, self.group)
+
+    @property
     def label(self) -> str:
         return f"{self.kept}:{self.group}" + ("" if self.permutation_rounds is None else " permuted")
 
     @property
     def grouped(self) -> bool:
-        """Whether weights compete within groups of columns, and every matrix gets the same sparsity."""
         return True
 
     def pattern(self, comparison_group: ComparisonGroup) -> Nm:
         """The same whatever the comparison group: groups compete."""
         return Nm(kept=self.kept, group=self.group)
+
+    def group_size(self, comparison_group: ComparisonGroup, rows: int, columns: int) -> int:
+        return self.group
+
+    def competing(self, comparison_group: ComparisonGroup) -> str:
+        return f"every {self.group} consecutive input columns of a row, of which {self.kept} are kept"
+
+    def amount(self, comparison_group: ComparisonGroup) -> str:
+        return self.label.replace(":", "of")
 
     def check(self, key: str) -> None:
         require(0 < self.kept < self.group, f"{key}.kept", self.kept, f"N in 1..{self.group - 1}, below {key}.group")

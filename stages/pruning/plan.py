@@ -1,7 +1,6 @@
 """What to do to every block of a model: the method, the patterns of the masks, and how kept weights are trained."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import torch
 
@@ -9,13 +8,7 @@ from stages.pruning.distillation import Distillation
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern
 from stages.pruning.reconstruction import Reconstruction
-
-
-class Propagation(StrEnum):
-    """Whose outputs are the next block's inputs while statistics are collected."""
-
-    PRUNED = "pruned"
-    DENSE = "dense"
+from stages.pruning.section import Propagation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +46,12 @@ class Plan:
     def trains(self) -> bool:
         """Whether kept weights are trained."""
         return self.reconstruction is not None or self.distillation is not None
+
+    @property
+    def streams(self) -> int:
+        """How many streams of hidden states are kept: the pruned model's and, where weights are trained, the teacher's and the
+        student's before a distillation."""
+        return 1 + self.trains + (self.distillation is not None)
 
     @property
     def changes_weights(self) -> bool:

@@ -12,14 +12,14 @@ from stages.pruning.allocation import bounds_of_counts
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
-from stages.pruning.patterns import ComparisonGroup, Pattern, Unstructured, pruned_count
+from stages.pruning.patterns import ComparisonGroup, Pattern, PatternSection, Unstructured, pruned_count
 from stages.pruning.plan import Plan
 from stages.pruning.reordering import require_candidates
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 
-def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: Any) -> dict[str, Pattern]:
+def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: PatternSection) -> dict[str, Pattern]:
     """The pattern of every matrix in scope, found to fit its shape.
 
     Args:
@@ -46,7 +46,7 @@ def allocate(
     plan: Plan,
     decoder: Decoder,
     section: Any,
-    pattern: Unstructured,
+    pattern: PatternSection,
     windows: torch.Tensor,
     stream: Callable[[torch.Tensor], Stream],
     journal: Journal,
@@ -55,7 +55,7 @@ def allocate(
 
     Args:
         section: `allocation`.
-        pattern: what all matrices together must meet. windows, stream: see entries.DenseModel.
+        pattern: the section; its sparsity is what all matrices together must have. windows, stream: see entries.DenseModel.
         journal: keeps what is measured.
 
     Raises:
@@ -65,17 +65,18 @@ def allocate(
     budgeted = ALLOCATIONS.of(section).budgeted
     if budgeted is None:
         return plan
+    target = Unstructured(sparsity=pattern.sparsity, comparison_group=plan.method.compared_within)
     matrices = [matrix for block in decoder.matrices for matrix in block]
     sizes = [matrix.size for matrix in matrices]
     try:
-        bounds_of_counts(sizes, pruned_count(sum(sizes), pattern.sparsity), section.lowest, section.highest)
+        bounds_of_counts(sizes, pruned_count(sum(sizes), target.sparsity), section.lowest, section.highest)
     except ValueError as error:
         raise ConfigError(f"allocation: {error}") from None
-    dense = DenseModel(decoder=decoder, windows=windows, stream=stream, comparison_group=pattern.comparison_group)
+    dense = DenseModel(decoder=decoder, windows=windows, stream=stream, comparison_group=target.comparison_group)
     evidence = journal.allocation_evidence(lambda: budgeted.evidence(dense, section))
     with PruningError.naming(f"allocation {section.name}"):
-        counts = budgeted.counts(evidence, decoder.matrices, pattern, section)
+        counts = budgeted.counts(evidence, decoder.matrices, target, section)
     patterns: dict[str, Pattern] = {
-        matrix.name: replace(pattern, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
+        matrix.name: replace(target, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
     }
-    return replace(plan, patterns=patterns, row_costs=budgeted.row_costs(evidence, decoder.matrices, pattern, section))
+    return replace(plan, patterns=patterns, row_costs=budgeted.row_costs(evidence, decoder.matrices, target, section))

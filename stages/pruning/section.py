@@ -1,9 +1,19 @@
 """The section `prune`: how the prune stage runs."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from stages.devices import device_field, dtype_field
 from stages.schema import number, one_of
+
+ANY_MACHINE: dict[str, str | None] = {"device": "auto", "memory_budget": None}  # keys that speak of the machine; a recipe has none of them
+
+
+class Propagation(StrEnum):
+    """Whose outputs are the next block's inputs while statistics are collected."""
+
+    PRUNED = "pruned"
+    DENSE = "dense"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,7 +30,7 @@ class Prune:
     device: str = device_field()
     dtype: str = dtype_field()
     micro_batch: int | None = number(minimum=1)
-    propagate: str = one_of("pruned", "dense")
+    propagate: str = one_of(*Propagation)
     error_tokens: int = number(minimum=1, unit="token")
     expert_tokens: int = number(minimum=0, unit="tokens")
     memory_budget: float | None = number(above=0, unit="GiB")

@@ -73,13 +73,6 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def competing(recipe: Recipe) -> str:
-    """Which weights compete for being kept."""
-    if recipe.pattern["name"] == "nm":
-        return f"every {recipe.pattern['group']} consecutive input columns of a row, of which {recipe.pattern['kept']} are kept"
-    return "the weights of an output row" if recipe.method["comparison_group"] == "row" else "all weights of a matrix"
-
-
 def kept_weights(verified: Verified) -> str:
     """Whether they changed, as measured."""
     if verified.changed:
@@ -189,7 +182,9 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
     says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
     some = f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
     limited = some if rows is not None and records.accuracy else ""
-    measured = ", before the last blocks were trained together" if recipe.reconstruction["name"] == "distilled" else ""
+    competing = PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"])
+    together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
+    measured = ", before the last blocks were trained together" if together else ""
     local = f"\nSet {', '.join(to_be_set)} to copies of your own: these files came from a disk.\n" if to_be_set else ""
     content = f"""---
 {metadata(name, recipe, records).to_yaml()}
@@ -206,7 +201,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
 - Base: {base["name"]}, {origin(base)}, weights with fingerprint `{base["fingerprint"]}`.
 - Method: {recipe.label}.
 - Score: {described(SCORES, recipe.method["score"])}.
-- Comparison group: {competing(recipe)}.
+- Comparison group: {competing}.
 - Update: {described(UPDATES, recipe.method["update"])}.
 - Allocation: {described(ALLOCATIONS, recipe.allocation)}.
 - Reconstruction: {described(RECONSTRUCTIONS, recipe.reconstruction)}.

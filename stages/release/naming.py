@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from decimal import Decimal
 
+from stages.pruning.patterns import PATTERNS
 from stages.recipe import Recipe
 
 LONGEST = 96  # characters of a repository's name on the hub
@@ -31,18 +31,12 @@ def default_name(base: str, recipe: Recipe) -> str:
     Args:
         base: its name, with or without ORG/.
     """
-    name = "-".join(filter(None, map(_legal, (base.rsplit("/", 1)[-1], recipe.label, _amount(recipe)))))
+    amount = PATTERNS.section(recipe.pattern, "recipe.pattern").amount(recipe.method["comparison_group"])
+    name = "-".join(filter(None, map(_legal, (base.rsplit("/", 1)[-1], recipe.label, amount))))
     if len(name) <= LONGEST and is_legal(name):
         return name
     digest = hashlib.sha256(f"{base} {name}".encode()).hexdigest()[:8]
     return f"{name[: LONGEST - len(digest) - 1].rstrip('-.')}-{digest}"
-
-
-def _amount(recipe: Recipe) -> str:
-    if recipe.pattern["name"] == "nm":
-        return recipe.pattern_label.replace(":", "of")
-    percent = format((100 * Decimal(str(recipe.pattern["sparsity"]))).normalize(), "f")
-    return f"sparse{percent}" + ("" if recipe.method["comparison_group"] == "row" else "-per-matrix")
 
 
 def _legal(text: str) -> str:

@@ -16,6 +16,7 @@ from stages.config.environment import Environment
 from stages.errors import ReleaseError
 from stages.evaluation.protocol import read_protocol, require_same
 from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
+from stages.pruning.section import ANY_MACHINE
 from stages.recipe import Recipe
 
 PROTOCOL = "details/protocol.json"
@@ -149,6 +150,7 @@ class Records:
             "text": self.text["section"],
             "calibration": self.calibration["section"],
             **recipe.sections,
+            "prune": {**ANY_MACHINE, **recipe.prune},
             "evaluation": self.protocol["evaluation"],
             "publish": publish,
         }

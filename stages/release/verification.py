@@ -1,6 +1,6 @@
 """Is the written release what the recipe asks for? Measured on its own bytes and in stock transformers.
 
-What was asked is computed here once more, from the recipe and the shapes alone, by none of the code that prunes:
+What was asked is computed here once more, from the recipe and the shapes alone, by none of the code that chooses masks:
 
     unstructured, per row       floor(columns * sparsity) pruned weights in each row
     unstructured, per matrix    floor(rows * columns * sparsity) in the matrix
@@ -26,6 +26,8 @@ from stages.checkpoint.delta import Change, SparseDelta
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ReleaseError
+from stages.pruning.allocations import ALLOCATIONS
+from stages.pruning.patterns import PATTERNS, ComparisonGroup, PatternSection
 from stages.recipe import Recipe
 
 PROBE_TOKENS = 32
@@ -63,35 +65,55 @@ def verify(release: Path, base: Checkpoint, delta: SparseDelta) -> Verified:
 # What was asked.
 
 
-def pruned_in_each_group(recipe: Recipe, rows: int, columns: int) -> int:
-    """How many weights a recipe without an allocation prunes in each comparison group of a matrix of so many rows and columns."""
-    if recipe.pattern["name"] == "nm":
-        return recipe.pattern["group"] - recipe.pattern["kept"]
-    competing = columns if recipe.method["comparison_group"] == "row" else rows * columns
-    return floor(competing * recipe.sparsity)
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a recipe asks of the masks.
+
+    bounds: fractions of zeros, least and most, of each matrix; None where every comparison group has the pattern's.
+    """
+
+    pattern: PatternSection
+    comparison_group: ComparisonGroup
+    bounds: tuple[Fraction, Fraction] | None
+
+    @classmethod
+    def by(cls, recipe: Recipe) -> "Asked":
+        """
+        Raises:
+            ConfigError: the recipe's sections are not of this version.
+        """
+        allocation = ALLOCATIONS.section(recipe.allocation, "recipe.allocation")
+        budgeted = ALLOCATIONS.of(allocation).budgeted
+        return cls(
+            pattern=PATTERNS.section(recipe.pattern, "recipe.pattern"),
+            comparison_group=recipe.method["comparison_group"],
+            bounds=None if budgeted is None else (Fraction(str(allocation.lowest)), Fraction(str(allocation.highest))),
+        )
+
+    def group_size(self, rows: int, columns: int) -> int:
+        """See PatternSection."""
+        return self.pattern.group_size(self.comparison_group, rows, columns)
+
+    def pruned_of(self, weights: int) -> int:
+        """How many of so many weights that compete are pruned."""
+        return floor(weights * self.pattern.exact_sparsity)
 
 
-def count_in_each_group(marked: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """How many weights are marked in each comparison group.
+def count_in_each_group(marked: torch.Tensor, group_size: int) -> torch.Tensor:
+    """How many weights are marked in each comparison group, [groups], int64.
 
     Args:
         marked: [rows, columns], bool.
-
-    Returns:
-        [groups], int64: of the rows, of the matrix, or of every M consecutive columns of one row after the other.
     """
-    if recipe.pattern["name"] == "nm":
-        return marked.reshape(-1, recipe.pattern["group"]).sum(dim=1)
-    return marked.sum(dim=1) if recipe.method["comparison_group"] == "row" else marked.sum()[None]
+    return marked.reshape(-1, group_size).sum(dim=1)
 
 
-def _group_name(recipe: Recipe, columns: int, index: int) -> str:
+def _group_name(rows: int, columns: int, group_size: int, index: int) -> str:
     """Which group of a matrix it is, for an error."""
-    if recipe.pattern["name"] == "nm":
-        group = recipe.pattern["group"]
-        row, first = divmod(index * group, columns)
-        return f", row {row}, columns {first} to {first + group - 1}"
-    return f", row {index}" if recipe.method["comparison_group"] == "row" else ""
+    row, first = divmod(index * group_size, columns)
+    if group_size == rows * columns:
+        return ""
+    return f", row {row}" if group_size == columns else f", row {row}, columns {first} to {first + group_size - 1}"
 
 
 # What is there.
@@ -100,7 +122,7 @@ def _group_name(recipe: Recipe, columns: int, index: int) -> str:
 def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) -> Verified:
     if set(written) != set(base):
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
-    rows = _rows_of_tensors(base, delta)
+    rows, asked = _rows_of_tensors(base, delta), Asked.by(delta.recipe)
     zeros = changed = 0
     for name in tqdm(base, desc="checking tensors", unit="tensor"):
         after = written.tensor(name)
@@ -112,11 +134,11 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
         _check_kept(name, change, base, after)
         pruned, zero = ~change.mask, after == 0
         for row in rows[name]:
-            _check_matrix(row, _matrix(pruned, row), _matrix(zero, row), delta.recipe)
+            _check_matrix(row, _matrix(pruned, row), _matrix(zero, row), asked)
         if not (zero | change.mask).all():
             raise ReleaseError(f"{name}: found {int((pruned & ~zero).sum())} pruned weights that are not zero, wanted none")
         zeros, changed = zeros + int(zero.sum()), changed + (change.values is not None)
-    _check_total(delta)
+    _check_total(delta, asked)
     weights = sum(row["weights"] for row in delta.matrices)
     return Verified(matrices=len(delta.matrices), changed=changed, other_tensors=len(set(base)) - len(rows), sparsity=zeros / weights)
 
@@ -176,45 +198,46 @@ def _check_kept(name: str, change: Change, base: Checkpoint, after: torch.Tensor
         raise ReleaseError(f"{name}: its kept weights differ from the {'base' if change.values is None else 'delta'}'s")
 
 
-def _check_matrix(row: Row, pruned: torch.Tensor, zero: torch.Tensor, recipe: Recipe) -> None:
+def _check_matrix(row: Row, pruned: torch.Tensor, zero: torch.Tensor, asked: Asked) -> None:
     """Compare a matrix, [rows, columns], with the recipe and with what the manifest says of it.
 
     Args:
         pruned: where the mask is False. zero: where the release is zero.
     """
     name, count = row["matrix"], int(pruned.sum())
-    if recipe.allocation["name"] == "uniform":
-        _check_groups(name, pruned, zero, recipe)
+    if asked.bounds is None:
+        _check_groups(name, pruned, zero, asked)
     else:
-        least, most = (floor(pruned.numel() * Fraction(str(recipe.allocation[bound]))) for bound in ("lowest", "highest"))
+        least, most = (floor(pruned.numel() * bound) for bound in asked.bounds)
         if not least <= count <= most:
             raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {least} to {most} by the allocation's bounds")
     if row["zeros"] != count:
         raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {row['zeros']} as in the manifest")
 
 
-def _check_groups(name: str, pruned: torch.Tensor, zero: torch.Tensor, recipe: Recipe) -> None:
+def _check_groups(name: str, pruned: torch.Tensor, zero: torch.Tensor, asked: Asked) -> None:
     """Each comparison group has as many zeros as the recipe asks for, or more, and exactly as many pruned weights."""
     rows, columns = pruned.shape
-    if recipe.pattern["name"] == "nm" and columns % recipe.pattern["group"]:
-        raise ReleaseError(f"{name}: found {columns} columns, wanted a multiple of pattern.group = {recipe.pattern['group']}")
-    wanted = pruned_in_each_group(recipe, rows, columns)
-    zeros, masked = (count_in_each_group(marked, recipe) for marked in (zero, pruned))
+    group_size = asked.group_size(rows, columns)
+    if columns % group_size and group_size != rows * columns:
+        raise ReleaseError(f"{name}: found {columns} columns, wanted a multiple of {group_size} by the recipe's pattern")
+    wanted = asked.pruned_of(group_size)
+    zeros, masked = (count_in_each_group(marked, group_size) for marked in (zero, pruned))
     for counts, wrong, thing in ((zeros, zeros < wanted, "zeros"), (masked, masked != wanted, "pruned weights in the mask")):
         if wrong.any():
             index = int(wrong.nonzero()[0])
-            where, found = _group_name(recipe, columns, index), int(counts[index])
+            where, count = _group_name(rows, columns, group_size, index), int(counts[index])
             wanted_by = f"wanted {wanted}{' or more' if counts is zeros else ''} by the recipe"
-            raise ReleaseError(f"{name}{where}: found {found} {thing}, {wanted_by}")
+            raise ReleaseError(f"{name}{where}: found {count} {thing}, {wanted_by}")
 
 
-def _check_total(delta: SparseDelta) -> None:
+def _check_total(delta: SparseDelta, asked: Asked) -> None:
     """All matrices together have the zeros asked for; each was compared with its row before."""
     weights, pruned = (sum(row[key] for row in delta.matrices) for key in ("weights", "zeros"))
-    if delta.recipe.allocation["name"] != "uniform" and pruned != (wanted := floor(weights * delta.recipe.sparsity)):
+    if asked.bounds is not None and pruned != (wanted := asked.pruned_of(weights)):
         raise ReleaseError(
             f"{delta.directory}: found {pruned} pruned weights in all matrices together, wanted {wanted}, "
-            f"the fraction {float(delta.recipe.sparsity):g} of {weights}"
+            f"the fraction {asked.pattern.sparsity:g} of {weights}"
         )
     if delta.summary.get("sparsity") != pruned / weights:
         raise ReleaseError(f"{delta.directory}: found sparsity {delta.summary.get('sparsity')} in the manifest, wanted {pruned / weights}")

@@ -278,10 +278,15 @@ def _require_dequantisers(base: WheelBase | GgufBase) -> None:
 
 def _dequantise(path: Path, dtype: str, directory: Path) -> None:
     """Write the model of a GGUF file as safetensors in `dtype`, with its tokenizer and chat template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # here: see _require_decoder
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig  # here: see above
+
+    from stages.sources.decoder import require_decoder
 
     stated = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
     try:
+        config = AutoConfig.from_pretrained(path.parent, **stated)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        require_decoder({**config.to_dict(), "architectures": [model_class.__name__] if model_class else []}, path.name)
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             quantization_config=GgufConfig(dequantize=True),

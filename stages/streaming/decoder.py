@@ -10,7 +10,6 @@ from torch import nn
 from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
 from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import CheckpointError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, find_matrices, tensors_by_block, unsupported
 from stages.streaming.calls import Call, record_calls, run_after_blocks
 
@@ -25,8 +24,9 @@ class Decoder:
         dtype, device: of the computation.
 
     Raises:
-        ArchitectureError: the blocks cannot be found or cannot be run alone, or the checkpoint's tensors are not the model's; names
-            the model type. No weight is read before.
+        ArchitectureError: the blocks cannot be found or cannot be run alone, or tensors are converted in a way that is not known;
+            names the model type.
+        CheckpointError: the checkpoint's tensors are not the model's. No weight is read before either.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -37,10 +37,7 @@ class Decoder:
             self.model.set_experts_implementation("eager")  # one expert after another, each by its own product
         self.name = self.model.config.model_type
         self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
-        try:
-            self.layout = read_layout(self.model, checkpoint)
-        except CheckpointError as error:
-            raise unsupported(self.model, str(error)) from None
+        self.layout = read_layout(self.model, checkpoint)
         self._require_blocks_that_run_alone()
 
     @cached_property

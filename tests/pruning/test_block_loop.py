@@ -11,7 +11,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, PruningError
 from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, prune_blocks, relative_error, squared_errors
-from stages.pruning.method import Method
+from stages.pruning.method import Method, prune_matrices, prune_matrix
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.decoder import Decoder
@@ -92,6 +92,23 @@ def test_masks_are_those_of_the_published_wanda(base, batch):
         assert torch.equal(changes[name].mask, mask), name
 
 
+@pytest.mark.parametrize("method", [WANDA, SPARSEGPT])
+def test_the_block_loop_prunes_a_matrix_as_anybody_does_with_its_inputs(base, method):
+    changes, _ = pruned(base, method, HALF, batch=1)
+    model, inputs = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval(), []
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0]))
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(window[None])
+    alone = prune_matrix(layer.weight.detach(), torch.cat(inputs), method, HALF)
+    change = changes["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(change.mask, alone.mask)
+    assert (change.values is None) == (alone.values is None)
+    if alone.values is not None:
+        torch.testing.assert_close(change.values.float(), alone.values[alone.mask].bfloat16().float(), rtol=0.01, atol=1e-4)
+
+
 def test_masks_of_two_of_four_are_those_of_the_published_wanda(base):
     changes, _ = pruned(base, WANDA, Nm(kept=2, group=4), batch=1)
     for name, mask in published_wanda(base.directory, 0.5, nm=(2, 4)).items():
@@ -154,17 +171,17 @@ def subclassed(kind: type[Method], method: Method) -> Method:
     return kind(**{field.name: getattr(method, field.name) for field in fields(method)})
 
 
-def test_a_statistic_is_freed_before_the_next_is_factored(base):
+def test_a_statistic_is_freed_before_the_next_is_factored(base, monkeypatch):
     """Gram matrices and their factors are the largest things of a wide layer."""
     alive, most = weakref.WeakSet(), []
 
-    class Watched(Method):
-        def __call__(self, weights, statistic, patterns):
-            alive.add(statistic)
-            most.append(len(alive))
-            return super().__call__(weights, statistic, patterns)
+    def watched(weights, statistic, method, patterns):
+        alive.add(statistic)
+        most.append(len(alive))
+        return prune_matrices(weights, statistic, method, patterns)
 
-    pruned(base, subclassed(Watched, SPARSEGPT), HALF)
+    monkeypatch.setattr(block_loop, "prune_matrices", watched)
+    pruned(base, SPARSEGPT, HALF)
     assert most == [1] * 4 * 3  # distinct inputs of three blocks
 
 

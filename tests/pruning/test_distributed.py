@@ -16,7 +16,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import composed
 from stages.config.params import CONF
 from stages.errors import ConfigError
-from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json
+from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json
 from stages.pruning import distributed
 from stages.pruning.reconstruction import BETAS
 from stages.sources import base as checkpoints
@@ -77,7 +77,7 @@ def test_two_processes_give_the_masks_of_one_but_for_one_bit_in_two_hundred(kind
     base = fetched(kind, tmp_path)
     (tmp_path / BASE).parent.mkdir()
     base.directory.rename(tmp_path / BASE)
-    write_windows(tmp_path / CALIBRATION, torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0)))
+    write_windows(tmp_path, torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0)))
     how = ["prune.micro_batch=1", "prune.expert_tokens=45", f"prune.error_tokens={error_tokens}"]
     params = composed(f"method={method}", f"allocation={allocation}", *how)
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(params))
@@ -138,7 +138,7 @@ def test_two_processes_distil_by_the_mean_gradient_of_a_window_of_each(tmp_path)
     local = LocalBase(source="local", path=str(source), name="tests/exact", fingerprint=None, license="mit")
     checkpoints.fetch(local, tmp_path / BASE, downloads=tmp_path / "unused")
     windows = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
-    write_windows(tmp_path / CALIBRATION, windows)
+    write_windows(tmp_path, windows)
     distilled = ["reconstruction=distilled", "reconstruction.share=0.67", "reconstruction.block_epochs=0", "reconstruction.epochs=2"]
     params = composed("method=magnitude", "allocation.name=uniform", "prune.micro_batch=1", *distilled)
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(params))

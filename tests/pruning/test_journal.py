@@ -1,6 +1,5 @@
 """Kill -9 at any moment, run again: the bytes are those of a run that nobody interrupted."""
 
-import json
 import os
 import random
 import shutil
@@ -32,7 +31,7 @@ DISTILLED = DistilledSection(name="distilled", share=0.5, epochs=1, learning_rat
 
 
 def draw_windows(seed: int = 0) -> None:
-    write_windows(CALIBRATION, torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(seed)))
+    write_windows(Path(), torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(seed)))
 
 
 @pytest.fixture()
@@ -191,9 +190,6 @@ def test_more_memory_goes_on_where_less_was_too_little(project):
     expected = run()
     interrupted()
     resumed = run(prune=replace(PRUNE, memory_budget=0.0001))
-    recipes = [json.loads(files.pop("delta.json"))["recipe"]["prune"] for files in (expected, resumed)]
-    assert [recipe.pop("memory_budget") for recipe in recipes] == [None, 0.0001]
-    assert recipes[0] == recipes[1]
     assert resumed == expected
     assert resumed_after() == 2
     assert read_json(PRUNE_RESULTS / "provenance.json")["hidden_states"].startswith("a file of")
@@ -219,6 +215,9 @@ def test_windows_that_are_not_those_drawn_are_refused_before_a_block_is_read(pro
         run()
     path.write_bytes(drawn)
     facts = read_json(CALIBRATION / "provenance.json")
+    write_json(CALIBRATION / "provenance.json", {"windows_sha256": facts["windows_sha256"]})
+    with pytest.raises(CalibrationError, match="provenance.json: found no tokenizer_sha256; run the sample stage again"):
+        run()
     write_json(CALIBRATION / "provenance.json", facts | {"tokenizer_sha256": "0" * 64})
     with pytest.raises(CalibrationError, match="found windows of the tokenizer with SHA-256 0{64}, wanted that of artifacts/base, "):
         run()

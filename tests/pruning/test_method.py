@@ -8,7 +8,7 @@ import torch
 from stages.config import compose
 from stages.errors import ConfigError
 from stages.pruning.entries import NoParameters, Pruned, Update
-from stages.pruning.method import Method, prune_matrix
+from stages.pruning.method import Method, prune_matrices, prune_matrix
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.scores import SCORES
 from stages.pruning.statistics import Gram, Moments, NoStatistic, SquaredNorm, Statistic
@@ -52,7 +52,7 @@ def gram_of(inputs: torch.Tensor) -> Gram:
 
 def prune(method, weight: torch.Tensor, statistic, pattern) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One matrix alone."""
-    (outcome,) = method([weight], statistic, [pattern])
+    (outcome,) = prune_matrices([weight], statistic, method, [pattern])
     return outcome.mask, outcome.values
 
 
@@ -117,7 +117,7 @@ def test_a_mask_chosen_in_a_sweep_of_several_blocks_and_strips_is_the_published_
 def test_the_damping_that_a_sweep_took_is_told():
     gram = Gram(2, CPU)
     gram.value = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # needs more than half the diagonal
-    (pruned,) = sweep(2)([torch.tensor([[1.0, 2.0]])], gram, [HALF])
+    (pruned,) = prune_matrices([torch.tensor([[1.0, 2.0]])], gram, sweep(2), [HALF])
     assert pruned.damping == 1.0
 
 
@@ -222,7 +222,7 @@ def require_exact(pruned: Pruned, pattern: Pattern) -> None:
 @every_pattern
 def test_counts_are_exact_under_ties(score, update, pattern):
     method = composition(score, update)
-    (pruned,) = method([torch.ones(6, 32)], seen(method.statistic, torch.eye(32)), [pattern])
+    (pruned,) = prune_matrices([torch.ones(6, 32)], seen(method.statistic, torch.eye(32)), method, [pattern])
     require_exact(pruned, pattern)
 
 
@@ -230,7 +230,7 @@ def test_counts_are_exact_under_ties(score, update, pattern):
 @every_pattern
 def test_counts_are_exact_on_bfloat16_values(score, update, pattern):
     method = composition(score, update)
-    (pruned,) = method([weights(1)], seen(method.statistic, correlated(1)), [pattern])
+    (pruned,) = prune_matrices([weights(1)], seen(method.statistic, correlated(1)), method, [pattern])
     require_exact(pruned, pattern)
 
 
@@ -238,7 +238,7 @@ def test_counts_are_exact_on_bfloat16_values(score, update, pattern):
 @every_pattern
 def test_a_method_says_whether_it_changes_weights(score, update, pattern):
     method = composition(score, update)
-    (pruned,) = method([weights(1)], seen(method.statistic, correlated(1)), [pattern])
+    (pruned,) = prune_matrices([weights(1)], seen(method.statistic, correlated(1)), method, [pattern])
     assert (pruned.values is not None) == method.changes_weights
 
 
@@ -247,14 +247,14 @@ def test_a_method_says_whether_it_changes_weights(score, update, pattern):
 def test_inputs_that_are_always_zero_do_no_harm(score, update, pattern):
     method, inputs = composition(score, update), correlated(2)
     inputs[:, 3:7] = 0
-    (pruned,) = method([weights(2)], seen(method.statistic, inputs), [pattern])
+    (pruned,) = prune_matrices([weights(2)], seen(method.statistic, inputs), method, [pattern])
     require_exact(pruned, pattern)
 
 
 @every_composition
 def test_inputs_that_are_all_zero_do_no_harm(score, update):
     method = composition(score, update)
-    (pruned,) = method([weights(2)], seen(method.statistic, torch.zeros(20, 32)), [HALF])
+    (pruned,) = prune_matrices([weights(2)], seen(method.statistic, torch.zeros(20, 32)), method, [HALF])
     require_exact(pruned, HALF)
 
 
@@ -262,7 +262,7 @@ def test_inputs_that_are_all_zero_do_no_harm(score, update):
 def test_weights_of_inputs_that_are_always_zero_go_first(score, update):
     method, inputs = composition(score, update), correlated(3) / 100
     inputs[:, ::2] = 0
-    (pruned,) = method([weights(3)], seen(method.statistic, inputs), [HALF])
+    (pruned,) = prune_matrices([weights(3)], seen(method.statistic, inputs), method, [HALF])
     assert torch.equal(pruned.mask, (torch.arange(32) % 2 == 1).expand(6, 32))
 
 
@@ -270,18 +270,18 @@ def test_weights_of_inputs_that_are_always_zero_go_first(score, update):
 @every_pattern
 def test_matrices_that_share_an_input_come_out_as_they_would_alone(score, update, pattern):
     method, both = composition(score, update), [weights(4), weights(5, rows=10)]
-    together = method(both, seen(method.statistic, correlated(4)), [pattern, pattern])
-    for one, weight in zip(together, both, strict=True):
-        (alone,) = method([weight], seen(method.statistic, correlated(4)), [pattern])
-        assert torch.equal(one.mask, alone.mask)
-        if one.values is not None:
-            torch.testing.assert_close(one.values, alone.values, rtol=1e-3, atol=1e-4)
+    together = prune_matrices(both, seen(method.statistic, correlated(4)), method, [pattern, pattern])
+    for shared, weight in zip(together, both, strict=True):
+        (alone,) = prune_matrices([weight], seen(method.statistic, correlated(4)), method, [pattern])
+        assert torch.equal(shared.mask, alone.mask)
+        if shared.values is not None:
+            torch.testing.assert_close(shared.values, alone.values, rtol=1e-3, atol=1e-4)
 
 
 def test_matrices_that_share_an_input_may_be_pruned_to_different_sparsities():
     for score, update in COMPOSITIONS:
         method, both = composition(score, update), [weights(4), weights(5)]
-        first, second = method(both, seen(method.statistic, correlated(4)), PATTERNS[:2])
+        first, second = prune_matrices(both, seen(method.statistic, correlated(4)), method, PATTERNS[:2])
         require_exact(first, PATTERNS[0])
         require_exact(second, PATTERNS[1])
 
@@ -289,7 +289,7 @@ def test_matrices_that_share_an_input_may_be_pruned_to_different_sparsities():
 @every_composition
 def test_no_method_changes_the_weights_that_it_is_given(score, update):
     method, weight = composition(score, update), weights(6)
-    method([weight], seen(method.statistic, correlated(6)), [HALF])
+    prune_matrices([weight], seen(method.statistic, correlated(6)), method, [HALF])
     assert torch.equal(weight, weights(6))
 
 
@@ -320,7 +320,7 @@ def lost(weight: torch.Tensor, pruned: Pruned, gram: torch.Tensor) -> float:
 def losses(method: Method, seed: int, pattern: Pattern, damping: float = 0.01) -> float:
     """By the Gram matrix as what refits has it, damped."""
     weight, gram = weights(seed, rows=16), seen(Gram, correlated(seed))
-    (pruned,) = method([weight], gram, [pattern])
+    (pruned,) = prune_matrices([weight], gram, method, [pattern])
     return lost(weight, pruned, gram.damped(damping))
 
 
@@ -351,7 +351,7 @@ def test_a_refit_after_swaps_loses_less_than_either(pattern):
 
 
 def test_without_an_update_the_damping_that_the_score_took_is_told():
-    (pruned,) = made("obs")([weights(0)], seen(Gram, correlated(0)), [HALF])
+    (pruned,) = prune_matrices([weights(0)], seen(Gram, correlated(0)), made("obs"), [HALF])
     assert pruned.damping == 0.01
 
 
@@ -360,7 +360,7 @@ def test_a_statistic_that_is_not_finite_is_refused(score, update):
     method, inputs = composition(score, update), correlated(0)
     inputs[0, 0] = float("inf")
     with pytest.raises((ArithmeticError, ValueError), match="NaN or infinit"):
-        method([weights(0)], seen(method.statistic, inputs), [HALF])
+        prune_matrices([weights(0)], seen(method.statistic, inputs), method, [HALF])
 
 
 # One matrix alone.
@@ -377,7 +377,7 @@ def test_one_matrix_by_hand():
 @every_pattern
 def test_one_matrix_is_pruned_as_the_block_loop_does_it(score, update, pattern):
     method, weight, inputs = composition(score, update), weights(8).bfloat16(), correlated(8)
-    (expected,) = method([weight.float()], seen(method.statistic, inputs), [pattern])
+    (expected,) = prune_matrices([weight.float()], seen(method.statistic, inputs), method, [pattern])
     pruned = prune_matrix(weight, inputs, method, pattern)
     assert torch.equal(pruned.mask, expected.mask)
     assert (pruned.values is None) == (expected.values is None)
@@ -441,7 +441,7 @@ def test_an_update_that_gives_something_else_than_it_says_is_named(pruned, messa
     )
     monkeypatch.setitem(UPDATES._entries, "odd", odd)
     with pytest.raises(ValueError, match=message):
-        made("magnitude", "odd")([torch.ones(2, 4)], NoStatistic(4, CPU), [HALF])
+        prune_matrices([torch.ones(2, 4)], NoStatistic(4, CPU), made("magnitude", "odd"), [HALF])
 
 
 PRUNING = Path(__file__).resolve().parents[2] / "stages/pruning"
@@ -455,7 +455,7 @@ MATHEMATICS = [
     "scores/*.py",
     "updates/*.py",
 ]
-STANDARD = {"bisect", "collections.abc", "dataclasses", "enum", "fractions", "functools", "itertools", "math", "sys", "typing"}
+STANDARD = {"bisect", "collections.abc", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools", "math", "sys", "typing"}
 
 
 def imported(file: Path) -> set[str]:

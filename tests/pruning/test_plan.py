@@ -1,8 +1,9 @@
 import pytest
 
 from stages.pruning.distillation import Distillation
-from stages.pruning.plan import Plan, Propagation
+from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import Reconstruction
+from stages.pruning.section import Propagation
 from tests.methods import MAGNITUDE, sparsegpt
 
 RECONSTRUCTION = Reconstruction(epochs=1, learning_rate=1e-3)

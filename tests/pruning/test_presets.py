@@ -8,6 +8,7 @@ from stages.config.compose import read
 from stages.config.params import CONF
 from stages.pruning import statistics
 from stages.pruning.entries import Pruned
+from stages.pruning.method import prune_matrices
 from stages.pruning.patterns import Nm, Unstructured
 from tests.pruning.test_block_loop import pruned
 from tests.pruning.test_method import correlated, require_exact, seen, weights
@@ -69,7 +70,9 @@ def dropped(scores: Table, comparison_group: str) -> set[tuple[int, int]]:
 def test_a_preset_prunes_what_its_formula_says(name, score, comparison_group):
     method = compose.method(name)
     weight, inputs = weights(7, rows=12), correlated(7)
-    (found,) = method([weight], seen(method.statistic, inputs), [Unstructured(sparsity=SPARSITY, comparison_group=method.comparison_group)])
+    (found,) = prune_matrices(
+        [weight], seen(method.statistic, inputs), method, [Unstructured(sparsity=SPARSITY, comparison_group=method.comparison_group)]
+    )
     assert {(i, j) for i, j in (~found.mask).nonzero().tolist()} == dropped(score(weight, inputs), comparison_group)
 
 

@@ -19,7 +19,7 @@ from stages import prune
 from stages.checkpoint.reader import Checkpoint
 from stages.config import compose
 from stages.errors import ConfigError, PruningError
-from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
+from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
 from stages.pruning import sensitivity
 from stages.pruning.allocation import counts_by_curves, hill_exponent
 from stages.pruning.allocations import alphapruning, loss, owl
@@ -27,7 +27,8 @@ from stages.pruning.block_loop import prune_blocks
 from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
 from stages.pruning.patterns import Unstructured, UnstructuredSection
-from stages.pruning.plan import Plan, Propagation
+from stages.pruning.plan import Plan
+from stages.pruning.section import Propagation
 from stages.pruning.sensitivity import Sensitivity, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming.decoder import Decoder
 from stages.streaming.host_memory import HostMemory
@@ -338,7 +339,7 @@ def test_a_mixture_meets_the_budget_too_even_if_no_token_chose_some_experts(proj
     shutil.rmtree(BASE)
     (tmp_path / "mixture").mkdir()
     fetched("mixtral", tmp_path / "mixture").directory.rename(BASE)
-    write_windows(CALIBRATION, windows.clone())
+    write_windows(tmp_path, windows.clone())
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
     rows = sparsities()
     assert any("experts" in row["matrix"] for row in rows)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.config import compose
-from stages.pruning.method import Method
+from stages.pruning.method import Method, prune_matrices
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.statistics import Gram
 from stages.pruning.updates.admm import admm
@@ -173,7 +173,7 @@ def test_admm_is_zero_outside_the_mask_that_it_was_given_last():
 def outcome(method: Method, weight: torch.Tensor, gram: torch.Tensor, pattern: Pattern):
     statistic = Gram(len(gram), gram.device)
     statistic.value = gram.clone()
-    (pruned,) = method([weight], statistic, [pattern])
+    (pruned,) = prune_matrices([weight], statistic, method, [pattern])
     return pruned
 
 

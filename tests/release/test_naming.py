@@ -35,8 +35,8 @@ def test_a_name_is_legal_where_the_hub_takes_it():
         ({"pattern": {"name": "unstructured", "sparsity": 0.05}}, "big-7b-wanda-sparse5"),
         ({"pattern": {"name": "unstructured", "sparsity": 0.123456789}}, "big-7b-wanda-sparse12.3456789"),
         ({"method": {**deltas.WANDA, "comparison_group": "matrix"}}, "big-7b-wanda-sparse50-per-matrix"),
-        ({"pattern": NM, "pattern_label": "2:4"}, "big-7b-wanda-2of4"),
-        ({"pattern": NM, "pattern_label": "2:4 permuted"}, "big-7b-wanda-2of4-permuted"),
+        ({"pattern": NM}, "big-7b-wanda-2of4"),
+        ({"pattern": {**NM, "permutation_rounds": 1}}, "big-7b-wanda-2of4-permuted"),
         ({"label": "sparsegpt (ria), owl allocation"}, "big-7b-sparsegpt-ria-owl-allocation-sparse50"),
         ({"label": "wanda_sparsegpt, no update"}, "big-7b-wanda_sparsegpt-no-update-sparse50"),
     ],
@@ -62,6 +62,6 @@ def test_recipes_that_differ_in_more_than_unstated_numbers_have_different_names(
     groups = [{**deltas.WANDA, "comparison_group": group} for group in ("row", "matrix")]
     amounts = [{"name": "unstructured", "sparsity": sparsity} for sparsity in (0.5, 0.05, 0.55, 0.505)]
     made = [deltas.recipe(label=a, method=b, pattern=c) for a, b, c in itertools.product(labels, groups, amounts)]
-    made += [deltas.recipe(pattern={**NM, "kept": kept}, pattern_label=f"{kept}:4{more}") for kept in (1, 2) for more in ("", " permuted")]
+    made += [deltas.recipe(pattern={**NM, "kept": kept, "permutation_rounds": rounds}) for kept in (1, 2) for rounds in (None, 1)]
     for base in ("org/big-7b", "org/" + "x" * 96):
         assert len({default_name(base, recipe) for recipe in made}) == len(made)

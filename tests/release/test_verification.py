@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.delta import Change, SparseDelta, read_block, write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import ReleaseError
+from stages.errors import ConfigError, ReleaseError
 from stages.release.packing import pack
-from stages.release.verification import count_in_each_group, pruned_in_each_group, verify
+from stages.release.verification import Asked, count_in_each_group, verify
 from stages.sources import base as checkpoints
 from stages.sources.base import LocalBase
 from tests import architectures, deltas, tiny
@@ -75,18 +75,27 @@ def test_a_release_as_written_passes_its_checks(release, base, delta):
         ({"pattern": {"name": "unstructured", "sparsity": 0.29}}, (3, 100), 29),  # 100 * 0.29 is just below 29 in binary
         ({"pattern": {"name": "unstructured", "sparsity": 0.5}}, (3, 7), 3),
         ({"pattern": {"name": "unstructured", "sparsity": 0.5}, "method": BY_MATRIX}, (3, 7), 10),
-        ({"pattern": {"name": "nm", "kept": 1, "group": 4}}, (3, 8), 3),
+        ({"pattern": {**NM, "kept": 1}}, (3, 8), 3),
+        ({"pattern": {**NM, "kept": 1, "group": 3}}, (3, 9), 2),  # 3 * (1 - 1/3) is just above 2 in binary
     ],
 )
 def test_what_a_recipe_asks_for(changes, shape, wanted):
-    assert pruned_in_each_group(deltas.recipe(**changes), *shape) == wanted
+    asked = Asked.by(deltas.recipe(**changes))
+    assert asked.pruned_of(asked.group_size(*shape)) == wanted
 
 
 def test_weights_are_counted_by_the_group_in_which_they_compete():
     marked = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
-    assert count_in_each_group(marked, deltas.recipe()).tolist() == [2, 1]
-    assert count_in_each_group(marked, deltas.recipe(method=BY_MATRIX)).tolist() == [3]
-    assert count_in_each_group(marked, deltas.recipe(pattern={**NM, "group": 2, "kept": 1})).tolist() == [2, 0, 1, 0]
+    for changes, counts in (({}, [2, 1]), ({"method": BY_MATRIX}, [3]), ({"pattern": {**NM, "group": 2, "kept": 1}}, [2, 0, 1, 0])):
+        asked = Asked.by(deltas.recipe(**changes))
+        assert count_in_each_group(marked, asked.group_size(2, 4)).tolist() == counts
+
+
+def test_a_recipe_of_another_version_is_refused_by_key(base):
+    with pytest.raises(ConfigError, match="recipe.pattern: found .*'ratio'.* wanted the keys name, sparsity"):
+        Asked.by(deltas.recipe(pattern={"name": "unstructured", "ratio": 0.5}))
+    with pytest.raises(ConfigError, match="recipe.allocation.name: found 'error', wanted one of "):
+        Asked.by(deltas.recipe(allocation={"name": "error"}))
 
 
 # A mask that is not what was asked.
@@ -370,5 +379,5 @@ def test_logits_that_differ_from_base_and_delta_are_found(release, base, delta):
 
 
 def test_the_sparsity_of_a_recipe_is_that_of_the_decimal_written():
-    assert deltas.recipe(pattern={"name": "unstructured", "sparsity": 0.29}).sparsity == Fraction(29, 100)
-    assert deltas.recipe(pattern=NM).sparsity == Fraction(1, 2)
+    assert Asked.by(deltas.recipe(pattern={"name": "unstructured", "sparsity": 0.29})).pattern.exact_sparsity == Fraction(29, 100)
+    assert Asked.by(deltas.recipe(pattern=NM)).pattern.exact_sparsity == Fraction(1, 2)

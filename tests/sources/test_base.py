@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM
 
 from stages import schema
@@ -273,6 +274,19 @@ def test_nan_in_a_checkpoint_names_the_tensor(tmp_path, out):
 def test_another_fingerprint_than_asked_is_refused(copy, out, tmp_path):
     with pytest.raises(SourceError, match="base.fingerprint: found .*, wanted 00"):
         checkpoints.fetch(local(copy, fingerprint="00"), out, downloads=tmp_path / "downloads")
+
+
+def test_a_gguf_file_of_another_kind_of_model_is_refused_before_its_tensors_are_read(tmp_path, out):
+    path = tmp_path / "x.gguf"
+    writer = GGUFWriter(path, "t5")
+    for key in ("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count"):
+        writer.add_uint32(f"t5.{key}", 8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    facts = {**DEQUANTISED, "source": "gguf", "path": str(path), "dequantised_by": checkpoints.dequantisers(), "sha256": sha256(path)}
+    with pytest.raises(SourceError, match="x.gguf: .*t5.* is an encoder-decoder, wanted a decoder language model"):
+        checkpoints.fetch(GgufBase(**facts), out, tmp_path / "downloads")
 
 
 def test_a_gguf_file_with_another_hash_is_refused(tmp_path, out):

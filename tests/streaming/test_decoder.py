@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import ArchitectureError
+from stages.errors import CheckpointError
 from stages.streaming import decoder as decoders
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
@@ -28,12 +28,12 @@ def test_no_weight_is_read_where_a_decoder_is_made(base, monkeypatch):
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
 
 
-def test_an_architecture_whose_tensors_have_other_names_is_refused(base):
+def test_a_checkpoint_whose_tensors_have_other_names_is_refused(base):
     renamed = Checkpoint(base.directory)
     renamed.shard_of = {name.replace("self_attn", "attention"): shard for name, shard in renamed.shard_of.items()}
     for shard, header in renamed.headers.items():
         renamed.headers[shard] = {name.replace("self_attn", "attention"): facts for name, facts in header.items()}
-    with pytest.raises(ArchitectureError, match="mistral: .* tensor model.layers.0.attention.* is not the model's; .* not supported"):
+    with pytest.raises(CheckpointError, match=r"does not fit MistralForCausalLM: tensor model.layers.0.attention\S+ is not the model's$"):
         Decoder(renamed, torch.float32, CPU)
 
 

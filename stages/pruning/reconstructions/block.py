@@ -19,7 +19,6 @@ class BlockSection:
 BLOCK = Training(
     name="block",
     each_block=lambda section: Reconstruction(epochs=section.epochs, learning_rate=section.learning_rate),
-    last_blocks=lambda *_: None,
     label="reconstructed",
     parameters=BlockSection,
     summary="Adam on the kept weights of each block, toward the dense model's hidden states",
