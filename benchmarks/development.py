@@ -41,7 +41,7 @@ class Others:
 
 def windows() -> torch.Tensor:
     """[24, 512], int64."""
-    pages = Documents(Rows(PAGES), AutoTokenizer.from_pretrained(BASE))
+    pages = Documents(Rows(PAGES), AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True))
     drawn = {
         number
         for seed in CALIBRATION_SEEDS

@@ -85,7 +85,9 @@ def check(device: torch.device) -> None:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch, max_shard_size="100KB")
         for name, method, comparison_group in (("wanda", WANDA, "row"), ("sparsegpt", SPARSEGPT, "matrix")):
-            model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                scratch, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            ).eval()
             plain.prune(model, windows, plain.METHODS[name])
             decoder = Decoder(Checkpoint(Path(scratch)), torch.float32, device)
             pattern = Unstructured(sparsity=0.5, comparison_group=comparison_group)

@@ -64,7 +64,7 @@ class Peer:
         return read_json(project / "out/seconds.json")
 
     def model(self, project: Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(project / "out", dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(project / "out", dtype=torch.float32, trust_remote_code=False, local_files_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)

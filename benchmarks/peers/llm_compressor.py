@@ -27,7 +27,7 @@ METHODS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 
 
 def prune(method: str, base: Path, windows: torch.Tensor, out: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False, local_files_only=True)
     blocks = [type(model.model.layers[0]).__name__]
     oneshot(
         model=model,

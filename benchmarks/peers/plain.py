@@ -151,7 +151,7 @@ def main() -> None:
 
     started = time.perf_counter()
     windows = load_file(arguments.windows)["windows"]
-    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32, trust_remote_code=False, local_files_only=True)
     prune(model, windows, METHODS[arguments.method])
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     seconds = time.perf_counter() - started
