@@ -1,4 +1,4 @@
-"""The device and the dtype that a stage computes with."""
+"""Choose the device and the dtype of a stage, and measure its memory."""
 
 import platform
 import re
@@ -17,12 +17,12 @@ CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def device_field() -> Any:
-    """A key for a device, see choose_device."""
+    """A field for a device, see choose_device."""
     return checked(lambda device: re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None, "auto, cpu or cuda[:N]")
 
 
 def dtype_field() -> Any:
-    """A key for a dtype, see choose_dtype."""
+    """A field for a dtype, see choose_dtype."""
     return one_of("auto", "bfloat16", "float16", "float32")
 
 
@@ -33,26 +33,26 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it, else the architecture's."""
+    """The processor's name if the system states it, else the architecture's."""
     facts = CPU_FACTS.read_text(encoding="utf8", errors="replace").splitlines() if CPU_FACTS.is_file() else []
     named = (value.strip() for key, _, value in (fact.partition(":") for fact in facts) if key.strip() == "model name")
     return next(named, f"{platform.machine()} CPU")
 
 
 def choose_device(key: str, device: str) -> torch.device:
-    """The device asked for by the configuration's `key`; auto: a GPU where there is one.
+    """Choose the device that the configuration's `key` names; auto: a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: a GPU is asked for that is not there.
+        ConfigError: the named GPU does not exist.
     """
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    require(chosen.type == "cpu" or (chosen.index or 0) < present, key, device, f"cpu or auto: torch finds {present} GPUs here")
+    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(chosen.type == "cpu" or (chosen.index or 0) < gpu_count, key, device, f"cpu or auto: torch finds {gpu_count} GPUs here")
     return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: float32 on a CPU, where halves are slow; else the best half that the GPU computes in."""
+    """Choose the compute dtype; auto: float32 on a CPU, where half precision is slow, else the best half precision of the GPU."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type != "cuda":
@@ -61,20 +61,23 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def gpu_memory(key: str, found: object) -> Iterator[None]:
-    """Turn a GPU that runs out of memory into an error that names the key to lower.
+def gpu_memory(key: str, value: object) -> Iterator[None]:
+    """Turn an out-of-memory error of a GPU into an error that names the key to lower.
+
+    Args:
+        key: that of the configuration. value: its value.
 
     Raises:
-        SparsesweepError: naming the key and its value.
+        SparsesweepError: the GPU is out of memory; names the key and its value.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise SparsesweepError(f"the GPU is out of memory with {key} = {found}; lower it ({str(error).split('.')[0]})") from error
+        raise SparsesweepError(f"the GPU is out of memory with {key} = {value}; lower it ({str(error).split('.')[0]})") from error
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the GPU held, or that this process had resident (mapped files included)."""
+    """Peak memory in bytes: allocated on the GPU, or resident in this process (including mapped files)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,15 +1,15 @@
-"""What can go wrong, as a tree:
+"""The exception tree:
 
 SparsesweepError
-├── ConfigError       a value in params.yaml or on the command line
-├── SourceError       something to be fetched: missing, unpinned, gated, corrupt, or not a decoder
-├── CheckpointError   tensors on disk: truncated, not finite, or of another base
+├── ConfigError       a wrong value in params.yaml or on the command line
+├── SourceError       a source that is missing, unpinned, gated, corrupt, or not a decoder
+├── CheckpointError   tensors on disk that are truncated, not finite, or of another base
 ├── ArchitectureError a model whose blocks cannot be found, run alone or pruned
-├── TextError         a row of a corpus or a benchmark that is not what it should be
-├── CalibrationError  text that cannot give the windows asked for, or windows that are not those drawn
+├── TextError         a row of a corpus or a benchmark that has the wrong form
+├── CalibrationError  text that is too short for the windows, or windows that are not those that were drawn
 ├── PruningError      a model, layer or statistic that cannot be pruned
-├── ComparisonError   two results that are not of the same protocol, or one that cannot be read
-└── ReleaseError      a release that is not what it should be
+├── ComparisonError   two results with different protocols, or a result that cannot be read
+└── ReleaseError      a release that failed its checks
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 
 class SparsesweepError(Exception):
-    """An error whose message is all that the user needs: the thing, what was found, what was wanted."""
+    """An error whose message is complete for the user: it names the thing, the value found and the value wanted."""
 
 
 class ConfigError(SparsesweepError):
@@ -29,7 +29,7 @@ class SourceError(SparsesweepError):
 
 
 class CheckpointError(SparsesweepError):
-    """Tensors on disk are not what they should be."""
+    """Tensors on disk are truncated, not finite, or of another base."""
 
 
 class ArchitectureError(SparsesweepError):
@@ -37,11 +37,11 @@ class ArchitectureError(SparsesweepError):
 
 
 class TextError(SparsesweepError):
-    """A row of a corpus or a benchmark is not what it should be."""
+    """A row of a corpus or a benchmark has the wrong form."""
 
 
 class CalibrationError(SparsesweepError):
-    """A corpus cannot give the windows asked for, or they are not those that were drawn."""
+    """A corpus is too short for the windows, or the windows are not those that were drawn."""
 
 
 class PruningError(SparsesweepError):
@@ -49,12 +49,12 @@ class PruningError(SparsesweepError):
 
     @classmethod
     @contextmanager
-    def naming(cls, place: str) -> Iterator[None]:
-        """Say where it was that mathematics, which knows no names, found its arguments wrong (ValueError, ArithmeticError)."""
+    def naming(cls, subject: str) -> Iterator[None]:
+        """Turn a ValueError or ArithmeticError of a numerical function into an error that names the layer or block, `subject`."""
         try:
             yield
         except (ArithmeticError, ValueError) as error:
-            raise cls(f"{place}: {error}") from error
+            raise cls(f"{subject}: {error}") from error
 
 
 class ComparisonError(SparsesweepError):

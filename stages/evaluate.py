@@ -28,7 +28,7 @@ from stages.evaluation.results import Results, Samples, Scores
 from stages.evaluation.section import Evaluation
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.evaluation.tasks import TASKS, read_task
-from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, scratch_beside, sha256, write_json
+from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, scratch_directory, sha256, write_json
 from stages.rows import Row, texts
 from stages.streaming.decoder import Decoder
 
@@ -51,9 +51,9 @@ def main(part: str, evaluation: Evaluation) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What the evaluations of the dense and the pruned model have in common; no weight is read yet.
+    """The common setup of the evaluations of the dense and the pruned model; no weight is read yet.
 
-    windows: [windows, tokens], int64. rows: of each task.
+    windows: [windows, tokens], int64. rows: task -> its rows.
     """
 
     evaluation: Evaluation
@@ -87,7 +87,7 @@ class Setup:
 
 
 def rows_file(name: str) -> Path:
-    """The rows of a corpus or a task."""
+    """The path of the rows of a corpus or a task."""
     return TEXT / "evaluation" / f"{name}.jsonl"
 
 
@@ -95,8 +95,8 @@ def prepare(evaluation: Evaluation) -> Setup:
     """Read the text and cut it into windows.
 
     Raises:
-        ConfigError: no such device, or windows that the model or the corpus does not allow.
-        TextError: a row of the corpus or of a task is not what it should be; names file and line.
+        ConfigError: the device does not exist, or the model or the corpus does not allow the windows.
+        TextError: a row of the corpus or of a task has the wrong form; names file and line.
     """
     device = devices.choose_device("evaluation.device", evaluation.device)
     base, tokenizer, perplexity = Checkpoint(BASE), load_tokenizer(BASE), evaluation.perplexity
@@ -113,7 +113,7 @@ def prepare(evaluation: Evaluation) -> Setup:
 
 
 def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
-    """Score the base."""
+    """Score the base and write its results."""
     log.info("reading %s; evaluating the dense model on %s in %s", BASE, setup.device, setup.dtype)
     dense = score(setup, None)
     with replacing(DENSE_RESULTS) as directory:
@@ -121,18 +121,18 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
 
 
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
-    """Score base + delta, beside the dense model's results."""
+    """Score base + delta and write its results with the dense model's."""
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
-    from stages.evaluation.comparison import frontier_row, generations_beside, metrics_beside, read_dense
+    from stages.evaluation.comparison import compared_metrics, frontier_row, paired_generations, read_dense
 
     dense = read_dense(DENSE_RESULTS, setup.protocol())
     delta = SparseDelta(SPARSE, setup.base.fingerprint)
     log.info("reading %s and %s; evaluating the sparse model on %s in %s", BASE, SPARSE, setup.device, setup.dtype)
     sparse = score(setup, delta.apply)
-    metrics = metrics_beside(dense, sparse)
+    metrics = compared_metrics(dense, sparse)
     with replacing(SPARSE_RESULTS) as directory:
-        beside = replace(sparse, generations=generations_beside(dense, sparse))
-        write(directory, setup, beside, metrics, delta=delta.fingerprint, stopwatch=stopwatch)
+        paired = replace(sparse, generations=paired_generations(dense, sparse))
+        write(directory, setup, paired, metrics, delta=delta.fingerprint, stopwatch=stopwatch)
         write_json(directory / "frontier.json", [frontier_row(delta, metrics)])
         write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))
 
@@ -140,7 +140,7 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
 def write(
     directory: Path, setup: Setup, results: Results, metrics: dict[str, float], *, delta: str | None, stopwatch: record.Stopwatch
 ) -> None:
-    """The files that both models' results have; `delta` is the delta's fingerprint."""
+    """Write the files that both models' results have; `delta` is the delta's fingerprint, None for the dense model."""
     details = directory / "details"
     details.mkdir()
     write_json(directory / "metrics.json", metrics)
@@ -150,9 +150,9 @@ def write(
 
 
 def score(setup: Setup, apply: Apply | None) -> Results:
-    """Score the base, or what `apply` makes of it."""
+    """Score the base, or the base changed by `apply`."""
     DENSE_RESULTS.parent.mkdir(exist_ok=True)
-    with scratch_beside(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
+    with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
         results = (score_streamed if setup.evaluation.streamed else score_whole)(setup, apply, scratch)
     losses = results.losses
     log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *setup.windows.shape)
@@ -172,7 +172,7 @@ def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
 
 
 def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
-    """Score a model of which one block is in memory at a time; it generates no text."""
+    """Score a model with one block in memory at a time; no text is generated."""
     model = StreamedModel(decoder=Decoder(setup.base, setup.dtype, setup.device), apply=apply, scratch=scratch)
     with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
         losses = model.window_losses(setup.windows)
@@ -182,7 +182,7 @@ def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
 
 
 def score_tasks(model: LM, setup: Setup, scratch: Path) -> tuple[Scores, Samples]:
-    """Scores and samples of each task."""
+    """Score each task; returns scores and samples."""
     with devices.gpu_memory("evaluation.batch_size", setup.evaluation.batch_size):
         return zero_shot(model, setup.rows, scratch)
 

@@ -2,7 +2,7 @@
 
 python -m stages.fetch part=base|text
 
-Each part imports its own module, so that an edit of a reader does not fetch the base again.
+Each part imports only its own module, so that after an edit of a reader the base is not fetched again.
 """
 
 import logging
@@ -26,7 +26,7 @@ def fetch_base(base: Any) -> None:
     """Write artifacts/base.
 
     Args:
-        base: a section of one of the dataclasses in stages/sources/base.py.
+        base: the section, one of the dataclasses in stages/sources/base.py.
     """
     from stages.sources.base import fetch
 
@@ -39,7 +39,7 @@ def fetch_text(text: Any) -> None:
     """Write artifacts/text.
 
     Args:
-        text: a section of the dataclass Text in stages/sources/text.py.
+        text: the section, the dataclass Text in stages/sources/text.py.
     """
     from stages.sources.text import fetch
 

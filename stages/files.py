@@ -1,4 +1,4 @@
-"""Files: the paths of the stages, whole-or-nothing writing, hashes, free disk, and names that are safe to use as paths."""
+"""Files: the paths of the stages, atomic replacement of directories, hashes, free disk, and checks of file names."""
 
 import errno
 import fcntl
@@ -37,11 +37,11 @@ def is_plain_name(name: object) -> bool:
 
 def is_inner_path(path: object) -> bool:
     """Whether a value is a relative path that stays within its directory, such as "data/train.parquet"."""
-    return isinstance(path, str) and all(is_plain_name(part) for part in path.split("/"))
+    return isinstance(path, str) and all(is_plain_name(component) for component in path.split("/"))
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a tree; a link's target stays."""
+    """Remove a file, a link or a directory tree; a link's target is not removed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -55,9 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
     What is at `path` stays until then; links in it into a cache are never written through.
 
     Raises:
-        SparsesweepError: the disk is full, and nothing half-written is left; or see `scratch_beside`.
+        SparsesweepError: the disk is full, and nothing half-written is left; or see `scratch_directory`.
     """
-    with full_disk(path, "nothing was kept of it"), scratch_beside(path) as scratch:
+    with full_disk(path, "nothing was kept of it"), scratch_directory(path) as scratch:
         yield scratch
         for file in scratch.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
@@ -68,38 +68,38 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_beside(path: Path) -> Iterator[Path]:
-    """Yield an empty directory on the disk of `path`, for one run at a time, that is removed whatever happens.
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory in the parent directory of `path`, for one run at a time; it is always removed at the end.
 
-    A second run waits for the first and says so. What a killed run left there is removed: its lock ended with it.
+    A second run waits for the first and logs this. The files of a killed run are removed: its lock ended with its process.
 
     Raises:
         SparsesweepError: the file system has no locks.
     """
-    owned = path.with_name(f".{path.name}-scratch")
-    scratch = owned / "files"
+    lock_directory = path.with_name(f".{path.name}-scratch")
+    scratch = lock_directory / "files"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(owned / "lock", path):
+    with _locked(lock_directory / "lock", path):
         try:
-            _empty(owned)
+            _empty(lock_directory)
             scratch.mkdir()
             yield scratch
         finally:
-            _empty(owned)
-            (owned / "lock").unlink(missing_ok=True)
+            _empty(lock_directory)
+            (lock_directory / "lock").unlink(missing_ok=True)
             with suppress(OSError):  # not empty: the next run has opened its lock there already
-                owned.rmdir()
+                lock_directory.rmdir()
 
 
-def _empty(owned: Path) -> None:
+def _empty(lock_directory: Path) -> None:
     """Remove all but the lock."""
-    for entry in list(owned.iterdir()):
+    for entry in list(lock_directory.iterdir()):
         if entry.name != "lock":
             remove(entry)
 
 
 def _locked(file: Path, path: Path) -> TextIO:
-    """A lock file that this run alone has; closing it ends the lock."""
+    """Open a lock file and lock it exclusively; closing it releases the lock."""
     while True:
         with suppress(FileExistsError):
             file.parent.mkdir()
@@ -142,7 +142,7 @@ def full_disk(path: Path, outcome: str) -> Iterator[None]:
     """Turn a full disk into an error that names the path.
 
     Args:
-        outcome: what remains of what was written, for the error.
+        outcome: the state of the files that were written, for the error.
 
     Raises:
         SparsesweepError: the disk is full.
@@ -156,7 +156,7 @@ def full_disk(path: Path, outcome: str) -> Iterator[None]:
 
 
 def _is_full_disk(error: OSError | SafetensorError) -> bool:
-    """safetensors states the errno in its message only."""
+    """Whether an error means a full disk; safetensors states the errno only in its message."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in full
@@ -164,10 +164,10 @@ def _is_full_disk(error: OSError | SafetensorError) -> bool:
 
 
 def require_free_disk(path: Path, needed: int) -> None:
-    """Refuse to start writing `needed` bytes at `path` where the disk has less.
+    """Refuse to write `needed` bytes at `path` if the disk has less space.
 
     Raises:
-        SparsesweepError: naming the path, the bytes free and the bytes needed.
+        SparsesweepError: names the path, the bytes free and the bytes needed.
     """
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -176,16 +176,16 @@ def require_free_disk(path: Path, needed: int) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file [hex]."""
+    """SHA-256 [hex] of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON, its keys in the order given.
+    """Write JSON, with the keys in the order of `data`.
 
     Raises:
-        ValueError: NaN or infinity.
+        ValueError: the data has NaN or infinity.
     """
     path.write_text(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf8")
 
@@ -194,7 +194,7 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        SparsesweepError: naming the file, which is missing, cannot be read or is not JSON.
+        SparsesweepError: the file is missing, cannot be read or is not JSON; names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf8"))

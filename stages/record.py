@@ -1,4 +1,4 @@
-"""What a run was: versions, device, seconds and peak memory, for the provenance of its results."""
+"""The record of a run for the provenance of its results: versions, device, seconds and peak memory."""
 
 import platform
 import subprocess
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors")
 
 
 def code_revision() -> str:
-    """The git commit of the code, marked -dirty where code or stage definitions differ from it; unknown without git."""
+    """The git commit of the code, with -dirty if the code or dvc.yaml differs from it; "unknown" without git."""
     try:
         commit = _git("rev-parse", "HEAD")
         return f"{commit}-dirty" if _git("status", "--porcelain", "--", "stages", "dvc.yaml") else commit
@@ -29,7 +29,7 @@ def _git(*arguments: str) -> str:
 
 @dataclass(kw_only=True)
 class Stopwatch:
-    """Seconds of wall time since it was made."""
+    """Measures seconds of wall time since it was made."""
 
     started: float = field(default_factory=time.perf_counter)
 
@@ -48,10 +48,10 @@ def versions() -> dict[str, str]:
 
 
 def of_run(device: torch.device, dtype: torch.dtype, stopwatch: Stopwatch, earlier: float = 0) -> dict[str, Any]:
-    """The facts that differ from run to run; kept out of every file that a later stage depends on.
+    """The facts that differ from run to run; no file that a later stage depends on contains them.
 
     Args:
-        earlier: seconds that an interrupted run had spent on what this one took over.
+        earlier: seconds that an interrupted run spent on results that this run reuses.
     """
     return {
         "seconds": round(earlier + stopwatch.seconds, 2),

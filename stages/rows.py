@@ -1,6 +1,6 @@
-"""The rows of a corpus or a benchmark: JSON Lines, read by number when asked for, and checked.
+"""The rows of a corpus or a benchmark: JSON Lines, read one row at a time by index, and checked.
 
-C4's first shard never lies in memory whole. Whatever is wrong with a row is said with its file and line.
+A large file, such as C4's first shard, is never in memory as a whole. Errors name the file and line of the row.
 """
 
 import json
@@ -16,7 +16,7 @@ LONGEST = 60  # characters of a value shown in an error
 
 
 class Rows:
-    """The rows of a JSON Lines file by their number.
+    """The rows of a JSON Lines file, by index.
 
     Raises:
         TextError: the file is missing or has no rows.
@@ -38,7 +38,7 @@ class Rows:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Row:
-        """Raises TextError where the line is not a JSON object."""
+        """Read a row; raises TextError if the line is not a JSON object."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         with self.path.open("rb") as file:
@@ -50,7 +50,7 @@ class Rows:
             for index, line in enumerate(file):
                 yield self._parsed(index, line)
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """A row's file and line, for errors."""
         return f"{self.path}, line {index + 1}"
 
@@ -61,76 +61,76 @@ class Rows:
             if "\\ud" in text.lower():  # half of a surrogate pair is JSON, but no text
                 json.dumps(row, ensure_ascii=False).encode("utf8")
         except ValueError as error:
-            raise TextError(f"{self.where(index)}: not JSON in UTF-8 ({error})") from None
+            raise TextError(f"{self.location(index)}: not JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
-            raise TextError(f"{self.where(index)}: found {shown(row)}, wanted an object")
+            raise TextError(f"{self.location(index)}: found {shown(row)}, wanted an object")
         return row
 
 
 def texts(path: Path) -> list[str]:
-    """The "text" of every row of a file, in order.
+    """Read the "text" of every row of a file, in order.
 
     Raises:
-        TextError: naming file and line.
+        TextError: a row has no "text"; names file and line.
     """
     rows = Rows(path)
-    return [text_of(row, rows.where(index)) for index, row in enumerate(rows)]
+    return [text_of(row, rows.location(index)) for index, row in enumerate(rows)]
 
 
-def text_of(row: Row, where: str) -> str:
-    """The prose of a row.
-
-    Args:
-        where: file and line, for the error.
-
-    Raises:
-        TextError: it has no "text", or that is no string.
-    """
-    require_columns(row, ["text"], where)
-    return _string(row["text"], f'{where}, "text"')
-
-
-def messages_of(row: Row, where: str) -> list[dict[str, Any]]:
-    """The dialogue of a row: messages, each with "role" and "content".
+def text_of(row: Row, location: str) -> str:
+    """The "text" of a row.
 
     Args:
-        where: file and line, for the error.
+        location: file and line, for the error.
 
     Raises:
-        TextError: it has no "messages", or they are not such a list.
+        TextError: the row has no "text", or it is not a string.
     """
-    require_columns(row, ["messages"], where)
+    require_columns(row, ["text"], location)
+    return _string(row["text"], f'{location}, "text"')
+
+
+def messages_of(row: Row, location: str) -> list[dict[str, Any]]:
+    """The "messages" of a row, each with "role" and "content".
+
+    Args:
+        location: file and line, for the error.
+
+    Raises:
+        TextError: the row has no "messages", or they are not a list of such messages.
+    """
+    require_columns(row, ["messages"], location)
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
-        raise TextError(f'{where}, "messages": found {shown(messages)}, wanted a list of messages')
+        raise TextError(f'{location}, "messages": found {shown(messages)}, wanted a list of messages')
     for number, message in enumerate(messages, start=1):
-        here = f"{where}, message {number}"
+        message_location = f"{location}, message {number}"
         if not isinstance(message, dict):
-            raise TextError(f'{here}: found {shown(message)}, wanted an object with "role" and "content"')
+            raise TextError(f'{message_location}: found {shown(message)}, wanted an object with "role" and "content"')
         for key in ("role", "content"):
-            require_columns(message, [key], here)
-            _string(message[key], f'{here}, "{key}"')
+            require_columns(message, [key], message_location)
+            _string(message[key], f'{message_location}, "{key}"')
     return messages
 
 
-def require_columns(row: Row, columns: Collection[str], where: str) -> None:
-    """Refuse a row that lacks one of some keys.
+def require_columns(row: Row, columns: Collection[str], location: str) -> None:
+    """Refuse a row that lacks a column.
 
     Raises:
-        TextError: naming the row, the keys found and the one wanted.
+        TextError: names the row, its columns and the missing one.
     """
     for column in columns:
         if column not in row:
-            raise TextError(f'{where}: found {", ".join(map(str, row)) or "no keys"}, wanted "{column}"')
+            raise TextError(f'{location}: found {", ".join(map(str, row)) or "no keys"}, wanted "{column}"')
 
 
-def _string(value: Any, where: str) -> str:
+def _string(value: Any, location: str) -> str:
     if not isinstance(value, str):
-        raise TextError(f"{where}: found {shown(value)}, wanted a string")
+        raise TextError(f"{location}: found {shown(value)}, wanted a string")
     return value
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """A value as JSON, cut at LONGEST characters."""
     text = json.dumps(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -1,4 +1,4 @@
-"""Draw the calibration windows, and refuse text that the evaluation will score.
+"""Draw the calibration windows, and refuse windows that overlap with the evaluation text.
 
 python -m stages.sample
 """
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.calibration.documents import Documents
 from stages.calibration.overlap import NgramIndex
-from stages.calibration.samplers import SAMPLERS, Window, shares
+from stages.calibration.samplers import SAMPLERS, Window, window_counts
 from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
 from stages.config.entry import stage
@@ -40,14 +40,14 @@ def main(calibration: Calibration) -> None:
 
 
 def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Window]]:
-    """The windows of each source.
+    """Draw the windows of each source.
 
     Raises:
-        CalibrationError: a source is too small; names it and says how many tokens it has.
+        CalibrationError: a source is too small; names it and states how many tokens it has.
         TextError: a row is neither prose nor a dialogue; names file and line.
     """
     drawn = {}
-    counts = shares({name: source.weight for name, source in calibration.sources.items()}, calibration.windows)
+    counts = window_counts({name: source.weight for name, source in calibration.sources.items()}, calibration.windows)
     for name, source in calibration.sources.items():
         documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer)
         log.info("read %s: %d documents", name, len(documents))
@@ -60,7 +60,7 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 
 class Overlap(NamedTuple):
-    """An n-gram of a calibration window that is in the evaluation text, too."""
+    """An n-gram of a calibration window that also occurs in the evaluation text."""
 
     source: str
     window: Window
@@ -68,10 +68,10 @@ class Overlap(NamedTuple):
 
 
 def refuse_overlap(calibration: Calibration, drawn: dict[str, list[Window]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse windows that share n-grams with any evaluation corpus or benchmark row.
+    """Refuse windows with more than max_overlap n-grams that occur in an evaluation corpus or benchmark.
 
     Raises:
-        CalibrationError: names the corpus, how many n-grams are shared, and of the first the words and the document.
+        CalibrationError: names the corpus, the number of such n-grams, and the words and the document of the first one.
     """
     size = calibration.overlap_tokens
     files = sorted((TEXT / "evaluation").glob("*.jsonl"))
@@ -95,7 +95,7 @@ def refuse_overlap(calibration: Calibration, drawn: dict[str, list[Window]], tok
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in a row, at any depth."""
+    """Yield all strings in a row, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -107,7 +107,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint) -> None:
-    """windows.safetensors: "windows", [windows, length], int64, sources one after another; and provenance.json."""
+    """Write windows.safetensors, "windows": [windows, length], int64, one source after another; and provenance.json."""
     tokens = torch.tensor([window.tokens for windows in drawn.values() for window in windows])
     save_file({"windows": tokens}, directory / "windows.safetensors")
     write_json(

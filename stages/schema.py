@@ -1,6 +1,6 @@
-"""What a section of the configuration may hold: types, units and ranges of its keys, and tables of named choices.
+"""Sections of the configuration: types, units and ranges of their keys, and tables of named choices.
 
-A dataclass states the shape of a section; the field states the range of a key, and what is allowed instead of it:
+A dataclass states the keys of a section and their types; a field states the range of a key:
 
     @dataclass(kw_only=True, slots=True)
     class Admm:
@@ -8,8 +8,8 @@ A dataclass states the shape of a section; the field states the range of a key, 
         steps: int = number(minimum=1)
         penalty: float = number(above=0)
 
-Values live in conf/ alone: no field has a default. A table holds the choices for a section whose shape depends on one of its
-keys, such as the scores; one entry is one choice, and says all that others derive from it.
+Values are in conf/ only: no field has a default. A table holds the choices for a section whose keys depend on the value of one of
+them, such as the scores. One entry is one choice, and states everything that other code derives from it.
 """
 
 import importlib
@@ -25,25 +25,26 @@ from stages.errors import ConfigError
 CHECK, TABLE, CHOICES = "check", "table", "choices"  # keys of a field's metadata
 
 
-def require(good: bool, key: str, found: object, wanted: str) -> None:
-    """Raise ConfigError naming the key, the value found and the value wanted, unless `good`."""
-    if not good:
-        raise ConfigError(f"{key}: found {found!r}, wanted {wanted}")
+def require(valid: bool, key: str, value: object, wanted: str) -> None:
+    """Raise ConfigError naming the key, the value found and the value wanted, unless `valid`."""
+    if not valid:
+        raise ConfigError(f"{key}: found {value!r}, wanted {wanted}")
 
 
-def require_one_of(key: str, found: object, known: Collection[str]) -> None:
-    """Raise ConfigError naming the key, the value found and all that is known, unless it is one of them."""
-    require(isinstance(found, str) and found in known, key, found, "one of " + ", ".join(known))
+def require_one_of(key: str, value: object, allowed: Collection[str]) -> None:
+    """Raise ConfigError naming the key, the value found and all allowed values, unless the value is one of them."""
+    require(isinstance(value, str) and value in allowed, key, value, "one of " + ", ".join(allowed))
 
 
-# Fields: what one key may hold.
+# Fields: the values that one key may have.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """A condition on a value.
 
-    wanted: what it asks for, in words. required: whether null, where the type allows it, stands for a value that is still to be given.
+    accepts: whether a value meets it. wanted: its description, for the error.
+    required: whether null, if the type allows it, stands for a value that the user has still to give.
     """
 
     accepts: Callable[[Any], bool]
@@ -52,7 +53,7 @@ class Check:
 
 
 def checked(accepts: Callable[[Any], bool], wanted: str, *, required: bool = False) -> Any:
-    """A field whose value must pass a condition, see Check."""
+    """A field whose value must meet a condition, see Check."""
     return field(metadata={CHECK: Check(accepts=accepts, wanted=wanted, required=required)})
 
 
@@ -67,8 +68,8 @@ def number(
     """A field for a number in a range.
 
     Args:
-        minimum, maximum: bounds that are allowed themselves. above, below: bounds that are not.
-        unit: for the error, such as "tokens".
+        minimum, maximum: inclusive bounds. above, below: exclusive bounds. One lower bound is required.
+        unit: unit in the error, such as "tokens".
     """
     low, high = above if minimum is None else minimum, below if maximum is None else maximum
     left = "(" if minimum is None else "["
@@ -77,8 +78,8 @@ def number(
     def accepts(value: float) -> bool:
         if not math.isfinite(value):
             return False
-        enough = low is None or (value > low if minimum is None else value >= low)
-        return enough and (high is None or (value < high if maximum is None else value <= high))
+        above_low = low is None or (value > low if minimum is None else value >= low)
+        return above_low and (high is None or (value < high if maximum is None else value <= high))
 
     if high is not None:
         wanted = f"a number in {left}{low:g}, {high:g}{right}"
@@ -89,9 +90,9 @@ def number(
     return checked(accepts, f"{wanted} {unit}".strip())
 
 
-def one_of(*known: str) -> Any:
-    """A field for one of some words."""
-    return checked(lambda value: value in known, "one of " + ", ".join(known))
+def one_of(*allowed: str) -> Any:
+    """A field for one of several words."""
+    return checked(lambda value: value in allowed, "one of " + ", ".join(allowed))
 
 
 def text(wanted: str) -> Any:
@@ -109,21 +110,21 @@ def sha256(of: str) -> Any:
 
 
 def check(section: Any, key: str) -> None:
-    """Check a section and all that is in it: the range of each key, then what its own `check` says of several together.
+    """Check a section and the sections in it: the range of each key, then the conditions on several keys in its own `check`.
 
     Args:
         section: a dataclass. key: its name in the configuration, such as "method.update".
 
     Raises:
-        ConfigError: naming the key, the value found and the value wanted.
+        ConfigError: names the key, the value found and the value wanted.
     """
-    for one in fields(section):
-        value, path = getattr(section, one.name), f"{key}.{one.name}"
-        condition: Check | None = one.metadata.get(CHECK)
+    for section_field in fields(section):
+        value, path = getattr(section, section_field.name), f"{key}.{section_field.name}"
+        condition: Check | None = section_field.metadata.get(CHECK)
         if condition is not None:
-            nullable = "None" in str(one.type) and not condition.required
-            good = nullable if value is None else condition.accepts(value)
-            require(good, path, value, f"null or {condition.wanted}" if nullable else condition.wanted)
+            nullable = "None" in str(section_field.type) and not condition.required
+            valid = nullable if value is None else condition.accepts(value)
+            require(valid, path, value, f"null or {condition.wanted}" if nullable else condition.wanted)
         if is_dataclass(value):
             check(value, path)
         elif isinstance(value, dict):
@@ -134,12 +135,12 @@ def check(section: Any, key: str) -> None:
         section.check(key)
 
 
-# Tables: what may be chosen.
+# Tables: named choices.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Citation:
-    """A publication: "Sun et al. 2024" and its address."""
+    """A publication: its short name, such as "Sun et al. 2024", and its URL."""
 
     text: str
     url: str
@@ -153,10 +154,10 @@ class Citation:
 class Entry:
     """One choice.
 
-    name: in YAML and on the command line.
+    name: its name in YAML and on the command line.
     parameters: the dataclass of its section.
-    summary: one line for tables, cards and lists of options; no full stop.
-    citation: where it was published; None for our own and for what everybody uses.
+    summary: one line for tables, model cards and lists of options, without a full stop.
+    citation: its publication; None for our own methods and for common knowledge.
     """
 
     name: str
@@ -177,8 +178,8 @@ class Table(Mapping[str, E], Generic[E]):
     """The choices for one concept, by name.
 
     Args:
-        key: of the section, whose value names the choice.
-        entries: in the order in which lists show them.
+        key: the key of the section whose value names the choice.
+        entries: the choices, in the order in which lists show them.
     """
 
     def __init__(self, entries: Collection[E], key: str = "name") -> None:
@@ -189,16 +190,16 @@ class Table(Mapping[str, E], Generic[E]):
 
     @classmethod
     def collected(cls, package: ModuleType, kind: type[E], key: str = "name") -> "Table[E]":
-        """All entries of a kind that the modules of a package define at their top level, by name."""
+        """Make a table of all entries of a class that the modules of a package define at their top level, modules sorted by name."""
         table = cls([], key)
-        for module in sorted(one.name for one in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
+        for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
             for value in vars(importlib.import_module(module)).values():
                 if isinstance(value, kind) and value.name not in table:
                     table.add(value)
         return table
 
     def add(self, entry: E) -> None:
-        """Raises ValueError where another entry has the name."""
+        """Add an entry; raises ValueError if another entry has its name."""
         if entry.name in self._entries:
             raise ValueError(f"found two entries named {entry.name!r}, wanted one")
         self._entries[entry.name] = entry
@@ -233,10 +234,10 @@ class Table(Mapping[str, E], Generic[E]):
 
 
 def choice(table: Table[Any]) -> Any:
-    """A field for a section whose shape is that of an entry of the table."""
+    """A field for a section with the keys of an entry of the table."""
     return field(metadata={TABLE: table})
 
 
 def choices(table: Table[Any]) -> Any:
-    """A field for a mapping of names to sections, each of the shape of an entry of the table."""
+    """A field for a mapping of names to sections, each with the keys of an entry of the table."""
     return field(metadata={CHOICES: table})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import SparsesweepError
-from stages.files import is_inner_path, is_plain_name, read_json, replacing, require_free_disk, scratch_beside, write_json
+from stages.files import is_inner_path, is_plain_name, read_json, replacing, require_free_disk, scratch_directory, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,7 +194,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 
 def test_scratch_is_removed_when_the_work_fails(tmp_path):
-    with pytest.raises(KeyError), scratch_beside(tmp_path / "downloads") as scratch:
+    with pytest.raises(KeyError), scratch_directory(tmp_path / "downloads") as scratch:
         assert scratch.parent.parent == tmp_path
         (scratch / "a").touch()
         raise KeyError

@@ -1,1 +1,1 @@
-"""From documents to calibration windows."""
+"""Cut calibration windows out of documents."""

@@ -1,8 +1,8 @@
-"""N-grams of tokens that calibration and evaluation text share, by a hash of 64 bits:
+"""Find n-grams of tokens that occur both in calibration and in evaluation text, by a hash of 64 bits:
 
     hash(i) = sum_k (token[i + k] + 1) m^(n - 1 - k)   mod 2^64
 
-Two n-grams of the same hash count as equal.
+Two n-grams with the same hash count as equal.
 """
 
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication mod 2^
 
 
 def hashes(tokens: list[int], size: int) -> npt.NDArray[np.uint64]:
-    """The hash of each n-gram.
+    """Compute the hash of each n-gram.
 
     Args:
-        tokens: ids. size: tokens in an n-gram.
+        tokens: token ids. size: tokens in an n-gram.
 
     Returns:
         [len(tokens) - size + 1], uint64; empty for a shorter text.
@@ -40,11 +40,11 @@ class NgramIndex:
 
     def __init__(self, texts: Iterable[list[int]], size: int) -> None:
         self.size = size
-        parts = [hashes(tokens, size) for tokens in texts]
-        self._known = np.sort(np.concatenate([*parts, np.zeros(0, dtype=np.uint64)]))
+        hashes_by_text = [hashes(tokens, size) for tokens in texts]
+        self._known = np.sort(np.concatenate([*hashes_by_text, np.zeros(0, dtype=np.uint64)]))
 
     def shared(self, tokens: list[int]) -> list[int]:
-        """Offsets in `tokens` at which an n-gram of the index begins."""
-        wanted = hashes(tokens, self.size)
-        from_left, from_right = (np.searchsorted(self._known, wanted, side=side) for side in ("left", "right"))
+        """Find the offsets in `tokens` at which an n-gram of the index begins."""
+        token_hashes = hashes(tokens, self.size)
+        from_left, from_right = (np.searchsorted(self._known, token_hashes, side=side) for side in ("left", "right"))
         return np.flatnonzero(from_left < from_right).tolist()

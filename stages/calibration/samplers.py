@@ -1,4 +1,4 @@
-"""From documents to calibration windows."""
+"""Samplers: cut calibration windows out of documents."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Span = tuple[int, int, int]  # document, offset of the first token in it, number
 
 
 class TokenSequences(Protocol):
-    """Documents as token ids, by number."""
+    """Documents as token ids, by index."""
 
     def __len__(self) -> int: ...
 
@@ -27,7 +27,7 @@ class Window:
     """One calibration window.
 
     tokens: [window length], token ids.
-    spans: the parts of documents that it is made of; end tokens belong to none.
+    spans: the spans of documents that make up the window; end tokens belong to no span.
     starts: the offset in the window at which each span begins.
     """
 
@@ -36,23 +36,23 @@ class Window:
     starts: list[int]
 
     def documents(self, start: int, length: int) -> list[int]:
-        """The documents in which the tokens [start, start + length) of the window lie, in order."""
-        parts = zip(self.spans, self.starts, strict=True)
-        return [document for (document, _, count), first in parts if first < start + length and start < first + count]
+        """Indices of the documents that contain the tokens [start, start + length) of the window, in order."""
+        placed_spans = zip(self.spans, self.starts, strict=True)
+        return [document for (document, _, count), first in placed_spans if first < start + length and start < first + count]
 
 
 def document(documents: TokenSequences, windows: int, length: int, seed: int, end: int | None) -> list[Window]:
-    """Draw a page, keep it if it is longer than the window, cut at random.
+    """Draw a page at random, keep it if it is longer than the window, and cut a window at a random offset.
 
-    As published, draw for draw (get_c4 of GPTQ, SparseGPT and Wanda): two draws of Python's generator for each window.
+    Makes the same random draws as the published code (get_c4 of GPTQ, SparseGPT and Wanda): two of Python's generator per window.
 
     Args:
-        documents: token ids of each page, the start token included where the tokenizer adds one.
-        windows, length: how many, of how many tokens.
-        end: not used; the samplers share one signature.
+        documents: token ids of each page, including the start token if the tokenizer adds one.
+        windows: number of windows. length: tokens per window.
+        end: not used; all samplers have the same signature.
 
     Raises:
-        CalibrationError: no page is longer than `length`; says how long the longest is and how many tokens there are.
+        CalibrationError: no page is longer than `length`; states the length of the longest page and the number of tokens.
     """
     random = Random(seed)
     drawn: list[Window] = []
@@ -77,13 +77,13 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
 
 
 def packed(documents: TokenSequences, windows: int, length: int, seed: int, end: int | None) -> list[Window]:
-    """Put all pages in an order drawn from `seed`, each followed by the end token, and cut; the rest is dropped.
+    """Concatenate all pages in an order drawn from `seed`, each followed by the end token, and cut; the rest is dropped.
 
     Args:
         end: id of the end token; None for a tokenizer without one.
 
     Raises:
-        CalibrationError: the corpus has fewer tokens than asked for; says how many.
+        CalibrationError: the corpus has too few tokens; states how many it has.
     """
     if windows == 0:
         return []
@@ -95,13 +95,13 @@ def packed(documents: TokenSequences, windows: int, length: int, seed: int, end:
         page, offset = documents[index], 0
         text = page if end is None else [*page, end]
         while offset < len(text):
-            taken = text[offset : offset + length - len(window.tokens)]
-            from_page = min(len(taken), len(page) - offset)
-            if from_page > 0:
-                window.spans.append((index, offset, from_page))
+            piece = text[offset : offset + length - len(window.tokens)]
+            page_tokens = min(len(piece), len(page) - offset)
+            if page_tokens > 0:
+                window.spans.append((index, offset, page_tokens))
                 window.starts.append(len(window.tokens))
-            window.tokens += taken
-            offset += len(taken)
+            window.tokens += piece
+            offset += len(piece)
             if len(window.tokens) == length:
                 drawn.append(window)
                 window = Window(tokens=[], spans=[], starts=[])
@@ -115,7 +115,7 @@ def packed(documents: TokenSequences, windows: int, length: int, seed: int, end:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Entry):
-    """A way to cut windows out of documents, see the functions above; it has no parameters."""
+    """A way to cut windows out of documents, see `document` and `packed`; it has no parameters."""
 
     function: Callable[[TokenSequences, int, int, int, int | None], list[Window]]
     parameters: type = NoneType
@@ -139,11 +139,11 @@ SAMPLERS = Table(
 )
 
 
-def shares(weights: dict[str, float], windows: int) -> dict[str, int]:
-    """The number of windows of each source by its weight, largest remainders first; they sum to `windows`."""
-    exact = {name: weight * windows for name, weight in weights.items()}
-    whole = {name: int(share + 1e-9) for name, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: whole[name] - exact[name])
-    for name in by_remainder[: windows - sum(whole.values())]:
-        whole[name] += 1
-    return whole
+def window_counts(weights: dict[str, float], windows: int) -> dict[str, int]:
+    """Compute the number of windows of each source from its weight, rounded by largest remainder; they sum to `windows`."""
+    quotas = {name: weight * windows for name, weight in weights.items()}
+    counts = {name: int(quota + 1e-9) for name, quota in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda name: counts[name] - quotas[name])
+    for name in by_remainder[: windows - sum(counts.values())]:
+        counts[name] += 1
+    return counts

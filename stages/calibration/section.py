@@ -1,4 +1,4 @@
-"""The section `calibration`: which windows the statistics are collected on."""
+"""The section `calibration`: the windows that the statistics are collected on."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from stages.schema import number, one_of, require, require_one_of
 
 @dataclass(kw_only=True, slots=True)
 class CalibrationSource:
-    """A corpus of text.calibration, and how it is cut.
+    """A corpus of text.calibration, and how windows are cut out of it.
 
     weight: the fraction of the windows that come from it; the weights of all sources sum to 1.
     """
@@ -20,12 +20,12 @@ class CalibrationSource:
 
 @dataclass(kw_only=True, slots=True)
 class Calibration:
-    """How many windows, of which text.
+    """The number of windows and their sources.
 
-    window_length: tokens.
-    overlap_tokens: the length of the n-grams by which the windows are compared with the evaluation text.
-    max_overlap: how many of these n-grams may be in it.
-    sources: by name of the corpus.
+    window_length: tokens per window.
+    overlap_tokens: tokens in the n-grams by which the windows are compared with the evaluation text.
+    max_overlap: number of these n-grams that may occur in it.
+    sources: name of a corpus -> its source.
     """
 
     name: str
@@ -45,13 +45,14 @@ def check_text(calibration: Calibration, columns: Mapping[str, Collection[str] |
     """Refuse a source that is not fetched, or whose rows are neither prose nor dialogues, before anything is downloaded.
 
     Args:
-        columns: of each corpus of text.calibration, what its reader gives; None where only the file tells.
+        columns: corpus of text.calibration -> columns that its reader returns; None if they depend on the file.
 
     Raises:
-        ConfigError: naming the source.
+        ConfigError: names the source.
     """
     for name in calibration.sources:
         require_one_of("calibration.sources", name, list(columns) or ["(text.calibration is empty)"])
-        given = columns[name]
-        good = given is None or "text" in given or "messages" in given
-        require(good, "calibration.sources", name, f'a corpus of rows with "text" or "messages", not with {", ".join(given or ())}')
+        reader_columns = columns[name]
+        has_text = reader_columns is None or "text" in reader_columns or "messages" in reader_columns
+        wanted = f'a corpus of rows with "text" or "messages", not with {", ".join(reader_columns or ())}'
+        require(has_text, "calibration.sources", name, wanted)

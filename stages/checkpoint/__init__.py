@@ -1,1 +1,1 @@
-"""Tensors on disk, what each is in the model, and the sparse delta."""
+"""Tensors on disk, the parameters that they fill, and the sparse delta."""

@@ -1,7 +1,7 @@
-"""The sparse delta: what pruning changed, and nothing else.
+"""The sparse delta: only the changes that pruning made. base + delta = the pruned model.
 
-For every matrix in scope the mask as packed bits, 1 = kept; only where kept weights changed, their values; and only where rows or
-columns were reordered, their order. One safetensors file per decoder block and a manifest. base + delta = the pruned model.
+For every matrix in scope it stores the mask as packed bits, 1 = kept; the values of kept weights only if they changed; and the order of
+rows and columns only if they were reordered. It consists of one safetensors file per decoder block and a manifest.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Bits of a mask.
+    """Pack a mask into bits.
 
     Args:
-        mask: [any shape], bool.
+        mask: any shape, bool.
 
     Returns:
         [ceil(elements / 8)], uint8; the first element is the lowest bit of the first byte.
@@ -45,19 +45,19 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The mask of `shape`, bool, whose bits `pack` gave."""
+    """Unpack a mask of `shape`, bool, from the bits that `pack` returned."""
     bits = np.unpackbits(packed.numpy(), count=torch.Size(shape).numel(), bitorder="little")
     return torch.from_numpy(bits).bool().view(shape)
 
 
 @dataclass(kw_only=True, slots=True)
 class Change:
-    """What happened to one tensor: a matrix, or the experts that it holds.
+    """The change of one tensor: a matrix, or all experts in one tensor.
 
     mask: [rows, columns] or [experts, rows, columns], bool, True = kept.
-    values: [kept], the kept weights' new values in row-major order in the base's dtype; None where they did not change.
-    rows, columns: [rows], [columns], int32, the order in which the mask has the base's rows and columns: its row i is the base's
-        row rows[i]; None where the order is the base's.
+    values: [kept weights], their new values in row-major order in the base's dtype; None if they did not change.
+    rows: [rows], int32, the order of the mask's rows: row i of the mask is row rows[i] of the base; None if the order is the base's.
+    columns: [columns], int32, likewise.
     """
 
     mask: torch.Tensor
@@ -66,19 +66,19 @@ class Change:
     columns: torch.Tensor | None = None
 
     def reorder(self, weight: torch.Tensor) -> torch.Tensor:
-        """The base's matrix in the order of the mask's rows and columns."""
+        """Reorder the base's matrix into the order of the mask's rows and columns."""
         weight = weight if self.rows is None else weight[self.rows.long().to(weight.device)]
         return weight if self.columns is None else weight[:, self.columns.long().to(weight.device)]
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The pruned tensor in the shape and dtype of `weight`, exact zeros where the mask is False."""
+        """Compute the pruned tensor, in the shape and dtype of `weight`, exactly zero where the mask is False."""
         if self.values is None:
             return self.reorder(weight).masked_fill(~self.mask, 0)
         return torch.zeros_like(weight).masked_scatter_(self.mask, self.values.to(weight.dtype))
 
 
 def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
-    """Write one block's changes, tensor name -> Change, with what is needed to read them back and to refuse another base."""
+    """Write one block's changes, tensor name -> Change, with shapes to read them back and the fingerprint of the base."""
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, change in changes.items():
@@ -94,19 +94,20 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
 
 
 def read_block(path: Path) -> dict[str, Change]:
-    """One block's changes, as `write_block` wrote them.
+    """Read one block's changes, as `write_block` wrote them.
 
     Raises:
-        CheckpointError: the file is missing, or it is not what `write_block` writes; names the file and the tensor.
+        CheckpointError: the file is missing, or `write_block` did not write it; names the file and the tensor.
     """
     return {name: stored.read() for name, stored in _BlockFile(path).changes.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StoredChange:
-    """What a block's file has of one tensor of the base.
+    """The location of one tensor's change in a block's file.
 
-    name: of the tensor. shape: of its mask. keys: what is stored besides the mask: "values", "rows", "columns".
+    name: that of the tensor in the base. shape: that of its mask. keys: those stored in addition to the mask: "values", "rows",
+        "columns".
     """
 
     path: Path
@@ -115,7 +116,8 @@ class _StoredChange:
     keys: tuple[str, ...]
 
     def read(self) -> Change:
-        """
+        """Read the change.
+
         Raises:
             CheckpointError: the values are not as many as the kept weights, or an order is no permutation.
         """
@@ -129,18 +131,18 @@ class _StoredChange:
                 raise self._damaged(order, "an order that names some twice", "each once")
         return Change(mask=mask, **tensors)
 
-    def _damaged(self, key: str, found: str, wanted: str) -> CheckpointError:
-        return CheckpointError(f"delta file {self.path}: tensor {self.name}.{key}: found {found}, wanted {wanted}")
+    def _damaged(self, key: str, actual: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"delta file {self.path}: tensor {self.name}.{key}: found {actual}, wanted {expected}")
 
 
 class _BlockFile:
     """A block's file whose metadata and headers are checked; no tensor is read.
 
     Attributes:
-        base: fingerprint of the checkpoint that was pruned. changes: tensor name -> what is stored of it.
+        base: fingerprint of the checkpoint that was pruned. changes: tensor name -> location of its change.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its metadata and its tensors do not fit; names the tensor.
+        CheckpointError: the file is missing or truncated, or its metadata and its tensors do not fit; names the tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,11 +168,11 @@ class _BlockFile:
         except ValueError as error:
             raise CheckpointError(f"delta file {self.path}: found metadata that is not JSON ({error})") from error
         if not isinstance(facts, dict) or set(facts) != METADATA_KEYS:
-            found = sorted(facts) if isinstance(facts, dict) else facts
-            raise CheckpointError(f"delta file {self.path}: found metadata {found}, wanted {sorted(METADATA_KEYS)}")
-        for key, wanted in (("format", BLOCK_FORMAT), ("polarity", POLARITY)):
-            if facts[key] != wanted:
-                raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted {wanted!r}")
+            description = sorted(facts) if isinstance(facts, dict) else facts
+            raise CheckpointError(f"delta file {self.path}: found metadata {description}, wanted {sorted(METADATA_KEYS)}")
+        for key, expected in (("format", BLOCK_FORMAT), ("polarity", POLARITY)):
+            if facts[key] != expected:
+                raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted {expected!r}")
         for key, kind in (("base", str), ("shapes", dict)):
             if not isinstance(facts[key], kind):
                 raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted a {kind.__name__}")
@@ -180,32 +182,32 @@ class _BlockFile:
         return facts
 
     def _stored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]]) -> _StoredChange:
-        """What is stored of one tensor, its headers checked."""
+        """Check the headers of one tensor's change."""
         count = torch.Size(shape).numel()
-        wanted = {"mask": ("U8",), "values": FLOATS, "rows": ("I32",), "columns": ("I32",)}
+        dtypes = {"mask": ("U8",), "values": FLOATS, "rows": ("I32",), "columns": ("I32",)}
         lengths: dict[str, int | None] = {"mask": -(-count // 8), "values": None, "rows": None, "columns": None}
         if len(shape) == 2:
             lengths |= {"rows": shape[0], "columns": shape[1]}
-        stored = {key: headers[f"{name}.{key}"] for key in wanted if f"{name}.{key}" in headers}
+        stored = {key: headers[f"{name}.{key}"] for key in dtypes if f"{name}.{key}" in headers}
         if "mask" not in stored:
             raise CheckpointError(f"delta file {self.path}: tensor {name}: found no {name}.mask, wanted the mask of shape {list(shape)}")
         for key, (dtype, sizes) in stored.items():
-            where = f"delta file {self.path}: tensor {name}.{key}: found"
-            if dtype not in wanted[key]:
-                raise CheckpointError(f"{where} dtype {dtype}, wanted {' or '.join(wanted[key])}")
+            message = f"delta file {self.path}: tensor {name}.{key}: found"
+            if dtype not in dtypes[key]:
+                raise CheckpointError(f"{message} dtype {dtype}, wanted {' or '.join(dtypes[key])}")
             if len(sizes) != 1 or lengths[key] not in (None, sizes[0]):
-                raise CheckpointError(f"{where} shape {list(sizes)}, wanted [{lengths[key] or 'any'}] for a mask of shape {list(shape)}")
+                raise CheckpointError(f"{message} shape {list(sizes)}, wanted [{lengths[key] or 'any'}] for a mask of shape {list(shape)}")
             if key in ORDERS and len(shape) != 2:
-                raise CheckpointError(f"{where} an order for a mask of shape {list(shape)}, wanted one of a matrix alone")
+                raise CheckpointError(f"{message} an order for a mask of shape {list(shape)}, wanted one of a matrix alone")
         return _StoredChange(path=self.path, name=name, shape=shape, keys=tuple(key for key in stored if key != "mask"))
 
 
 def write_manifest(directory: Path, *, recipe: Recipe, summary: dict[str, float], matrices: list[dict[str, Any]]) -> None:
-    """Finish a delta: what made it, what came of it, and the same of each matrix.
+    """Write the manifest of a delta: its recipe, its summary, the hashes of its files, and one row per matrix.
 
     Args:
         summary: "sparsity", achieved, and "relative_error", the mean over matrices.
-        matrices: see prune.matrix_row.
+        matrices: one row per matrix, see prune.matrix_row.
     """
     shards = {path.name: sha256(path) for path in sorted(directory.glob("*.safetensors"))}
     facts = {"format": FORMAT, "recipe": recipe.as_dict(), "summary": summary, "shards": shards, "matrices": matrices}
@@ -220,11 +222,12 @@ class SparseDelta:
         base: fingerprint of the checkpoint that it is to be applied to.
 
     Attributes:
-        recipe: what made it. summary: "sparsity", achieved, and "relative_error". matrices: a row for each, see prune.matrix_row.
+        recipe: that of the run that made it. summary: "sparsity", achieved, and "relative_error". matrices: one row per matrix, see
+            prune.matrix_row.
         shards: file name -> SHA-256.
 
     Raises:
-        CheckpointError: no delta there, a manifest that is not what `write_manifest` writes, a missing file, or the delta of
+        CheckpointError: there is no delta, `write_manifest` did not write its manifest, a file is missing, or the delta is of
             another base.
     """
 
@@ -245,7 +248,7 @@ class SparseDelta:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 [hex] that names the delta: over what made it and the hashes of its files."""
+        """SHA-256 [hex] that identifies the delta: over its recipe and the hashes of its files."""
         facts = {"recipe": self.recipe.as_dict(), "shards": self.shards}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -253,12 +256,12 @@ class SparseDelta:
         """Read every file once and compare its SHA-256 with the manifest's.
 
         Raises:
-            CheckpointError: a file has another; names it.
+            CheckpointError: a file has another hash; names it.
         """
-        for shard, wanted in self.shards.items():
-            if (found := sha256(self.directory / shard)) != wanted:
-                path = self.directory / shard
-                raise CheckpointError(f"delta file {path}: found SHA-256 {found}, wanted {wanted}; run the prune stage again")
+        for shard, expected_sha256 in self.shards.items():
+            if (actual_sha256 := sha256(self.directory / shard)) != expected_sha256:
+                path, hashes = self.directory / shard, f"found SHA-256 {actual_sha256}, wanted {expected_sha256}"
+                raise CheckpointError(f"delta file {path}: {hashes}; run the prune stage again")
 
     @cached_property
     def _stored(self) -> dict[str, _StoredChange]:
@@ -279,11 +282,11 @@ class SparseDelta:
         return name in self._stored
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the mask."""
+        """Shape of the mask."""
         return self._stored[name].shape
 
     def change(self, name: str) -> Change:
-        """What happened to a tensor.
+        """Read the change of a tensor.
 
         Raises:
             CheckpointError: see read_block.
@@ -291,10 +294,10 @@ class SparseDelta:
         return self._stored[name].read()
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as the pruned model has it; a tensor out of scope comes back as it is.
+        """Apply the delta to a tensor of the base; a tensor out of scope is returned unchanged.
 
         Raises:
-            CheckpointError: the base's tensor has another shape than the mask; see also read_block.
+            CheckpointError: the tensor has another shape than the mask; see also read_block.
         """
         if name not in self:
             return tensor
@@ -305,15 +308,16 @@ class SparseDelta:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    """
+    """Read and check the manifest.
+
     Raises:
-        CheckpointError: another format, keys that are missing or unknown, or a shard that is not a file beside the manifest.
+        CheckpointError: another format, missing or unknown keys, or a shard that is not a file in the directory of the manifest.
     """
     path = directory / MANIFEST
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise CheckpointError(f"{directory}: found format {found!r}, wanted {FORMAT!r}; run the prune stage again")
+        actual_format = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise CheckpointError(f"{directory}: found format {actual_format!r}, wanted {FORMAT!r}; run the prune stage again")
     if set(manifest) != MANIFEST_KEYS:
         raise CheckpointError(f"{path}: found the keys {sorted(manifest)}, wanted {sorted(MANIFEST_KEYS)}; run the prune stage again")
     for key, kind in (("summary", dict), ("shards", dict), ("matrices", list)):

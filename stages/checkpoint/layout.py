@@ -1,7 +1,7 @@
-"""Which slice of which parameter a tensor of the checkpoint fills.
+"""Find the slice of a parameter that each tensor of the checkpoint fills.
 
 The names in a checkpoint and in its model may differ: a prefix is missing, or a module is renamed. The experts of a mixture
-are one matrix a tensor on disk and one 3-D parameter in memory. transformers has a table of these conversions, which is read
+are one tensor per matrix on disk and one 3-D parameter in memory. transformers has a table of these conversions, which is read
 here. A conversion that reorders the values within a tensor is refused.
 """
 
@@ -22,9 +22,9 @@ from stages.errors import ArchitectureError, CheckpointError
 class ParameterSlice:
     """The slice of a parameter or buffer that a tensor of the checkpoint fills.
 
-    name: of the parameter, in the model.
-    expert: its index along the first dimension, or None where the tensor is the whole parameter.
-    rows: the first row of the expert and the one after the last, or None for all rows.
+    name: that of the parameter in the model.
+    expert: index of the expert along the first dimension, or None if the tensor is the whole parameter.
+    rows: (start, stop) of the rows within the expert, or None for all rows.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ParameterSlice:
     rows: tuple[int, int] | None = None
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The view of the parameter that this tensor fills."""
+        """View the slice of the parameter."""
         matrix = parameter if self.expert is None else parameter[self.expert]
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
@@ -47,7 +47,7 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
         Name of the tensor -> slice, without the tensors that transformers ignores.
 
     Raises:
-        CheckpointError: names a tensor that only the checkpoint or only the model has, or whose shapes in the two differ.
+        CheckpointError: a tensor is only in the checkpoint or only in the model, or its shapes in the two differ; names the tensor.
         ArchitectureError: a tensor's conversion is not one of renaming, stacking experts and joining their rows.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -57,9 +57,9 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
             if not _ignored(model, name):
                 raise CheckpointError(f"{checkpoint.directory} does not fit {type(model).__name__}: tensor {name} is not the model's")
             del targets[name]
-    heights = {target: checkpoint.shape(name)[0] for name, target in targets.items() if target.expert is not None}
-    slices = {name: _slice(target, heights) for name, target in targets.items()}
-    _require_whole(model, checkpoint, shapes, slices)
+    row_counts = {target: checkpoint.shape(name)[0] for name, target in targets.items() if target.expert is not None}
+    slices = {name: _slice(target, row_counts) for name, target in targets.items()}
+    _require_all_filled(model, checkpoint, shapes, slices)
     return slices
 
 
@@ -97,11 +97,11 @@ def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, t
     return targets
 
 
-def _slice(target: _Target, heights: dict[_Target, int]) -> ParameterSlice:
+def _slice(target: _Target, row_counts: dict[_Target, int]) -> ParameterSlice:
     if target.expert is None:
         return ParameterSlice(name=target.name)
-    first = sum(heights.get(target._replace(matrix=before), 0) for before in range(target.matrix))
-    return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + heights[target]))
+    first = sum(row_counts.get(target._replace(matrix=preceding), 0) for preceding in range(target.matrix))
+    return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + row_counts[target]))
 
 
 def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverter) -> None:
@@ -114,28 +114,28 @@ def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverte
 
 
 def _ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers ignores this tensor of old checkpoints: masks and frequencies, which it computes itself."""
+    """Whether transformers ignores this tensor of an old checkpoint, such as masks and frequencies, which it computes itself."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _require_whole(
+def _require_all_filled(
     model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], slices: dict[str, ParameterSlice]
 ) -> None:
-    """Refuse a checkpoint whose tensors do not fill every parameter, or differ from it in shape."""
-    where, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)
+    """Refuse a checkpoint whose tensors do not fill every parameter, or differ in shape from their slices."""
+    mismatch, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)
     for name, parameter_slice in slices.items():
         parameter = torch.empty(shapes[parameter_slice.name], device="meta")
-        inside = parameter_slice.expert is None or (
+        in_bounds = parameter_slice.expert is None or (
             parameter_slice.expert < len(parameter) and (parameter_slice.rows is None or parameter_slice.rows[1] <= parameter.shape[1])
         )
-        wanted = tuple(parameter_slice.of(parameter).shape) if inside else shapes[parameter_slice.name]
-        if checkpoint.shape(name) != wanted:
-            raise CheckpointError(f"{where}: {name} is {checkpoint.shape(name)}, wanted {wanted}")
-        filled[parameter_slice.name] += torch.Size(wanted).numel()
+        expected_shape = tuple(parameter_slice.of(parameter).shape) if in_bounds else shapes[parameter_slice.name]
+        if checkpoint.shape(name) != expected_shape:
+            raise CheckpointError(f"{mismatch}: {name} is {checkpoint.shape(name)}, wanted {expected_shape}")
+        filled[parameter_slice.name] += torch.Size(expected_shape).numel()
     buffers = {name for name, _ in model.named_buffers()}
     for name in sorted(set(shapes) - tied_names(model) - buffers):
         if filled[name] < torch.Size(shapes[name]).numel():
             raise CheckpointError(
-                f"{where}: it has no tensor {name}" + (f", or only a part of it ({filled[name]} values)" if filled[name] else "")
+                f"{mismatch}: it has no tensor {name}" + (f", or only a part of it ({filled[name]} values)" if filled[name] else "")
             )

@@ -1,4 +1,4 @@
-"""A checkpoint as a model of transformers, filled tensor by tensor. No code but transformers' runs, and nothing is downloaded."""
+"""Load a checkpoint as a model of transformers, tensor by tensor. Only code of transformers runs, and nothing is downloaded."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Apply = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor of the checkpoin
 
 
 def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that config.json describes, without weights (on the meta device), its computed buffers on the CPU.
+    """Make the model that config.json describes, without weights (on the meta device), its computed buffers on the CPU.
 
     Raises:
         CheckpointError: transformers knows no decoder language model of this type.
@@ -42,13 +42,13 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a parameter in a model of `dtype`: float32 for the few that transformers keeps so, such as routers' biases."""
-    kept = model._get_dtype_plan(dtype)
-    return next((other for part, other in kept.items() if re.search(rf"(^|\.){part}(\.|$)", name)), dtype)
+    """The dtype of a parameter in a model of `dtype`: float32 for the few that transformers keeps in float32, such as routers' biases."""
+    dtype_plan = model._get_dtype_plan(dtype)
+    return next((planned for pattern, planned in dtype_plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), dtype)
 
 
 def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Give a parameter or buffer memory that is still to be filled: floats in `dtype`, others in their own. Returns its tensor."""
+    """Allocate a parameter or buffer, uninitialised, and return its tensor: floats in `dtype`, others in their own dtype."""
     old = _get(module, name)
     value = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
     put(module, name, value)
@@ -56,7 +56,7 @@ def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, devic
 
 
 def dematerialize(module: torch.nn.Module, name: str) -> None:
-    """Take a parameter's or buffer's memory back."""
+    """Free the memory of a parameter or buffer."""
     put(module, name, torch.empty_like(_get(module, name), device="meta"))
 
 
@@ -66,7 +66,7 @@ def _get(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Make a tensor a parameter's or buffer's value."""
+    """Set a parameter or buffer to a tensor."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -76,11 +76,11 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a model, ready to evaluate; besides the model itself one tensor at a time is in memory.
+    """Load a model for evaluation; one tensor at a time is in memory in addition to the model.
 
     Args:
-        apply: gives each tensor of the checkpoint as the model is to have it; None: as it is.
-        dtype: of the parameters; the checkpoint's values are cast to it.
+        apply: called with the name and the tensor of the checkpoint; returns the model's tensor; None: the checkpoint's.
+        dtype: that of the parameters; the checkpoint's values are cast to it.
 
     Raises:
         CheckpointError: the checkpoint and the architecture do not have the same parameters.
@@ -100,5 +100,5 @@ def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, dev
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint."""
+    """Load the tokenizer in a checkpoint's directory."""
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Read a checkpoint tensor by tensor: at no time is more than one tensor of it in memory."""
+"""Read a checkpoint tensor by tensor, with one tensor in memory at a time."""
 
 import hashlib
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ BYTES_AT_ONCE = 2**26
 class StoredTensor:
     """A tensor in a shard.
 
-    offset: of its first byte, from the start of the file.
+    offset: byte offset of its data from the start of the file.
     """
 
     shape: tuple[int, ...]
@@ -50,13 +50,13 @@ class StoredTensor:
 
 
 def shard_header(path: Path) -> dict[str, StoredTensor]:
-    """Tensor name -> its shape, dtype and offset, in the order of the file.
+    """Read the header of a shard: tensor name -> shape, dtype and offset, in the order of the file.
 
-    safetensors checks the header: every shape against the bytes that it takes, no overlap, no gap, and the length of the file.
+    safetensors checks the header: every shape against its number of bytes, no overlap, no gap, and the length of the file.
     The offsets follow from that.
 
     Raises:
-        CheckpointError: the shard is missing, truncated, damaged, or has tensors of a dtype that is not read; the message names it.
+        CheckpointError: the shard is missing, truncated or damaged, or has a tensor of an unknown dtype; names the shard.
     """
     if not path.is_file():
         raise CheckpointError(f"shard {path}: not found, though the index names it")
@@ -64,11 +64,11 @@ def shard_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            stated = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
+            entries = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {path}: found {size} bytes that are no whole safetensors file ({error}); is it truncated?") from error
     header, end = {}, size
-    for name, (shape, dtype) in reversed(stated.items()):
+    for name, (shape, dtype) in reversed(entries.items()):
         if dtype not in DTYPES:
             raise CheckpointError(f"shard {path}, tensor {name}: found dtype {dtype}, wanted one of {', '.join(DTYPES)}")
         end -= torch.Size(shape).numel() * DTYPES[dtype].itemsize
@@ -77,7 +77,7 @@ def shard_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_into(file: RawIOBase, buffer: memoryview) -> int:
-    """Fill the buffer as far as the file goes; returns the bytes read."""
+    """Fill the buffer up to the end of the file; returns the number of bytes read."""
     read = 0
     while read < len(buffer) and (count := file.readinto(buffer[read : read + BYTES_AT_ONCE])):
         read += count
@@ -85,7 +85,7 @@ def _read_into(file: RawIOBase, buffer: memoryview) -> int:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor is free of NaN and infinity, by its exponent bits: in one thread and little memory."""
+    """Whether a CPU tensor has no NaN or infinity, by its exponent bits; runs in one thread with little memory."""
     if tensor.dtype not in EXPONENTS or not tensor.numel():
         return True
     mask = EXPONENTS[tensor.dtype]
@@ -94,10 +94,10 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard, from an index file.
+    """Read an index file: tensor name -> shard.
 
     Raises:
-        CheckpointError: the index has no such table, or names anything but a .safetensors file beside it.
+        CheckpointError: the index has no weight_map, or a shard is not a .safetensors file in the directory of the index.
     """
     content = read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
@@ -113,14 +113,14 @@ class Checkpoint:
     """A directory of safetensors shards with an index.
 
     Args:
-        directory: holds model.safetensors.index.json and the shards that it names; every shard's header is checked here,
-            before any weight is read.
+        directory: holds model.safetensors.index.json and the shards that it names. The constructor checks the header of every
+            shard, before any weight is read.
 
     Attributes:
-        shard_of: tensor name -> file name of its shard. headers: file name -> tensor name -> where it is stored.
+        shard_of: tensor name -> file name of its shard. headers: file name -> tensor name -> StoredTensor.
 
     Raises:
-        CheckpointError: no index, a shard that is missing or damaged, a tensor that its shard lacks.
+        CheckpointError: there is no index, a shard is missing or damaged, or a shard lacks one of its tensors.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -149,15 +149,15 @@ class Checkpoint:
         return self.stored(name).dtype
 
     def tensor(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """Read a tensor as stored, into CPU memory of its own.
+        """Read a tensor as stored into new CPU memory.
 
-        It is read, not mapped: when a file is cut short, a map of it ends the process without a message.
+        The file is not mapped: access to a map of a truncated file kills the process without a message.
 
         Args:
-            pinned: in page-locked memory, from which a GPU copies without waiting.
+            pinned: whether to use page-locked memory, from which a GPU copies asynchronously.
 
         Raises:
-            CheckpointError: the shard is gone or cut short, or the tensor holds NaN or infinity.
+            CheckpointError: the shard was removed or truncated, or the tensor has NaN or infinity.
         """
         path, stored = self.directory / self.shard_of[name], self.stored(name)
         buffer = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
@@ -180,36 +180,36 @@ class Checkpoint:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """The SHA-256 of tokenizer.json, or None where the tokenizer is of another kind."""
+        """SHA-256 [hex] of tokenizer.json, or None if the tokenizer is of another kind."""
         path = self.directory / "tokenizer.json"
         return sha256(path) if path.is_file() else None
 
     @cached_property
     def context_length(self) -> int | None:
-        """The number of tokens that the model was made for, or None where its config does not say."""
+        """The model's context length in tokens, or None if its config does not state it."""
         config = read_json(self.directory / "config.json")
-        stated = (part.get(key) for part in (config, config.get("text_config") or {}) for key in CONTEXT_KEYS)
-        return next((length for length in stated if isinstance(length, int)), None)
+        lengths = (section.get(key) for section in (config, config.get("text_config") or {}) for key in CONTEXT_KEYS)
+        return next((length for length in lengths if isinstance(length, int)), None)
 
     def require_context(self, length: int, key: str) -> None:
-        """Refuse windows that the model was not made for.
+        """Refuse windows that are longer than the model's context.
 
         Args:
-            length: tokens. key: of the configuration, for the error.
+            length: tokens per window. key: that of the configuration, for the error.
 
         Raises:
-            ConfigError: naming the key and both lengths.
+            ConfigError: names the key and both lengths.
         """
         if self.context_length is not None and length > self.context_length:
             raise ConfigError(f"{key}: found {length}, wanted at most the model's context of {self.context_length}")
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and hashes of the shards, as the fetch stage recorded them."""
+        """SHA-256 [hex] over the names and hashes of the shards, as the fetch stage recorded them; see the function fingerprint."""
         return fingerprint(self.provenance["files"])
 
 
 def fingerprint(files: dict[str, str]) -> str:
-    """SHA-256 [hex] that names a checkpoint's weights: over the sorted `name hash` lines of its safetensors files."""
+    """SHA-256 [hex] that identifies a checkpoint's weights: over the sorted `name hash` lines of its safetensors files."""
     lines = sorted(f"{name} {digest}\n" for name, digest in files.items() if name.endswith(".safetensors"))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

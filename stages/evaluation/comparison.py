@@ -1,4 +1,4 @@
-"""The pruned model's results beside the dense model's."""
+"""Compare the pruned model's results with the dense model's."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ REMEDY = (
 
 
 def read_dense(directory: Path, protocol: Protocol) -> Results:
-    """The dense model's results, found to be of the protocol by which the pruned model is to be scored.
+    """Read the dense model's results and check that they have the protocol by which the pruned model is to be scored.
 
     Raises:
-        ComparisonError: there are none, they are damaged, or they are of another protocol; names what differs.
+        ComparisonError: there are none, they are damaged, or their protocol is another; names the keys that differ.
     """
     details = directory / "details"
     try:
@@ -30,26 +30,26 @@ def read_dense(directory: Path, protocol: Protocol) -> Results:
     return results
 
 
-def metrics_beside(dense: Results, sparse: Results) -> dict[str, float]:
+def compared_metrics(dense: Results, sparse: Results) -> dict[str, float]:
     """The pruned model's metrics with the dense model's perplexity and mean accuracy, and the paired ratio of perplexities."""
-    before, after = dense.metrics(), sparse.metrics()
+    dense_metrics, sparse_metrics = dense.metrics(), sparse.metrics()
     ratio, stderr = sparse.losses.ratio(dense.losses)
-    first = {"perplexity": after.pop("perplexity"), "perplexity_stderr": after.pop("perplexity_stderr")}
-    first |= {"perplexity_ratio": ratio, "perplexity_ratio_stderr": stderr, "dense_perplexity": before["perplexity"]}
-    if "accuracy_mean" in before:
-        first |= {"accuracy_mean": after.pop("accuracy_mean"), "accuracy_mean_stderr": after.pop("accuracy_mean_stderr")}
-        first["dense_accuracy_mean"] = before["accuracy_mean"]
-    return {**first, **after}
+    metrics = {"perplexity": sparse_metrics.pop("perplexity"), "perplexity_stderr": sparse_metrics.pop("perplexity_stderr")}
+    metrics |= {"perplexity_ratio": ratio, "perplexity_ratio_stderr": stderr, "dense_perplexity": dense_metrics["perplexity"]}
+    if "accuracy_mean" in dense_metrics:
+        metrics |= {key: sparse_metrics.pop(key) for key in ("accuracy_mean", "accuracy_mean_stderr")}
+        metrics["dense_accuracy_mean"] = dense_metrics["accuracy_mean"]
+    return {**metrics, **sparse_metrics}
 
 
-def generations_beside(dense: Results, sparse: Results) -> list[dict[str, str]]:
+def paired_generations(dense: Results, sparse: Results) -> list[dict[str, str]]:
     """Each prompt with the dense model's continuations and the pruned model's."""
     rows = []
-    for before, after in zip(dense.generations, sparse.generations, strict=True):
-        row = {"prompt": after["prompt"]}
+    for dense_row, sparse_row in zip(dense.generations, sparse.generations, strict=True):
+        row = {"prompt": sparse_row["prompt"]}
         for form in ("raw", "chat"):
-            if form in after:
-                row |= {f"{form}_dense": before[form], f"{form}_sparse": after[form]}
+            if form in sparse_row:
+                row |= {f"{form}_dense": dense_row[form], f"{form}_sparse": sparse_row[form]}
         rows.append(row)
     return rows
 

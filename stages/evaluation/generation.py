@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts, raw and through the chat template."""
+"""Greedy continuations of prompts, raw and rendered by the chat template."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -8,7 +8,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     """Continue each prompt greedily.
 
     Args:
-        new_tokens: at most so many per prompt.
+        new_tokens: upper bound of generated tokens per prompt.
 
     Returns:
         A row for each prompt: "prompt", "raw" and, where the tokenizer has a chat template, "chat".

@@ -1,6 +1,6 @@
-"""Zero-shot tasks through lm-eval's own API: its stock task definitions, on the rows that fetch brought.
+"""Zero-shot tasks by lm-eval's own API and stock task definitions, on the rows that the fetch stage wrote.
 
-A task is a small YAML that includes the stock one and replaces its data source.
+A task is a small YAML that includes the stock definition and replaces its data source.
 """
 
 import logging
@@ -37,10 +37,10 @@ class WholeModel(HFLM):
 
 
 def stock_definition(task: Task) -> Path:
-    """lm-eval's own YAML of a task; its thousands of others are not read.
+    """Find lm-eval's own YAML of a task without reading its other tasks.
 
     Raises:
-        ConfigError: this version of lm-eval has none.
+        ConfigError: this version of lm-eval has no such task.
     """
     entry = TaskManager(include_defaults=False, include_path=str(STOCK / task.folder)).task_index.get(task.stock)
     if entry is None or entry.yaml_path is None:
@@ -52,7 +52,7 @@ def write_task(task: Task, rows: list[Row], scratch: Path) -> str:
     """Write the rows, and the YAML that runs lm-eval's stock task on them.
 
     Returns:
-        The name that lm-eval knows it by.
+        The name of the new task in lm-eval.
     """
     name, data = f"sparsesweep_{task.name}", scratch / f"{task.name}.jsonl"
     write_lines(data, rows)
@@ -76,13 +76,13 @@ def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dic
     """Score each task without examples in the prompt.
 
     Args:
-        model: a WholeModel, or one that is streamed.
+        model: a WholeModel or a StreamedHarness.
         rows: task -> its rows, see tasks.read_task.
         scratch: a directory for rows, definitions and the cache of `datasets`.
 
     Returns:
         task -> {"accuracy", "stderr", "rows", and "accuracy_norm" where the task has it}, all finite;
-        task -> one entry a row: its number, the gold answer and what the model scored.
+        task -> one entry per row: its number, the gold answer, whether the model was right, and its scores.
 
     Raises:
         ConfigError: lm-eval does not know the task.

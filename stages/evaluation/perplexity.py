@@ -1,6 +1,6 @@
-"""Perplexity by the published protocol: the corpus joined, tokenised once, cut into windows, the remainder dropped.
+"""Perplexity by the published protocol: the corpus is joined, tokenised once and cut into windows; the remainder is dropped.
 
-    perplexity = exp(mean over windows of the mean negative log-likelihood of a window's tokens but the first)
+    perplexity = exp(mean over windows of the mean negative log-likelihood of all tokens of a window but the first)
 
 as in the evaluations of SparseGPT and Wanda; logits in float32.
 """
@@ -38,8 +38,8 @@ class WindowLosses:
         return self.perplexity * standard_error(self.losses)
 
     def ratio(self, dense: "WindowLosses") -> tuple[float, float]:
-        """The ratio to the dense model's perplexity, and its standard error; windows are compared pair by pair."""
-        differences = [loss - before for loss, before in zip(self.losses, dense.losses, strict=True)]
+        """The ratio to the dense model's perplexity, and its standard error from the paired differences of window losses."""
+        differences = [loss - dense_loss for loss, dense_loss in zip(self.losses, dense.losses, strict=True)]
         ratio = math.exp(sum(differences) / len(differences))
         return ratio, ratio * standard_error(differences)
 
@@ -56,7 +56,7 @@ def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: in
     Args:
         texts: documents in order; joined by an empty line, as WikiText's rows are.
         length: tokens in a window.
-        limit: at most so many windows, the first ones; None for all.
+        limit: number of windows, from the first on; None for all.
 
     Returns:
         [windows, length], int64.
@@ -65,10 +65,10 @@ def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: in
         ConfigError: the corpus gives fewer windows than `limit`, or fewer than two; says how many tokens there are.
     """
     tokens = tokenizer("\n\n".join(texts))["input_ids"]
-    whole = len(tokens) // length
-    if whole < (limit or 2):
+    available = len(tokens) // length
+    if available < (limit or 2):
         raise ConfigError(f"evaluation.perplexity: the corpus has {len(tokens)} tokens, wanted {limit or 2} windows of {length}")
-    count = whole if limit is None else limit
+    count = available if limit is None else limit
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
@@ -93,10 +93,10 @@ def window_loss(logits: torch.Tensor, window: torch.Tensor, index: int) -> float
     """Mean negative log-likelihood [nats per token] of a window's tokens but the first.
 
     Args:
-        logits: [tokens - 1, vocabulary]. window: [tokens], int64. index: of the window, for the error.
+        logits: [tokens - 1, vocabulary], any float dtype. window: [tokens], int64. index: index of the window, for the error.
 
     Raises:
-        CheckpointError: it is NaN or infinite.
+        CheckpointError: the loss is NaN or infinite.
     """
     pieces = zip(logits.split(TOKENS_AT_ONCE), window[1:].split(TOKENS_AT_ONCE), strict=True)
     loss = sum(cross_entropy(piece.float(), tokens, reduction="sum").item() for piece, tokens in pieces) / (len(window) - 1)

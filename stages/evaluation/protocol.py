@@ -10,15 +10,15 @@ from stages.errors import ComparisonError, SparsesweepError
 from stages.files import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")  # whose version may change a score
-BESIDE = ("evaluation", "delta")  # keys of the file that are not compared
+NOT_COMPARED = ("evaluation", "delta")  # keys of the file that are not compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskProtocol:
     """How a task was scored.
 
-    rows: how many of its rows, the first ones. sha256: of the file of rows. few_shot: examples in the prompt.
-    metric: lm-eval's name of it.
+    rows: number of rows, from the first on. sha256: hash of the file of rows. few_shot: examples in the prompt.
+    metric: its name in lm-eval.
     """
 
     rows: int
@@ -29,15 +29,15 @@ class TaskProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What a model was scored on, and by which software.
+    """The text that a model was scored on, and the software that scored it.
 
-    base: the fingerprint of the base checkpoint. tokenizer_sha256: of its tokenizer.json; None where it has another kind.
-    corpus, corpus_sha256: of the perplexity, and of the file of its rows.
-    window_length: tokens. windows: how many. tokens: in all of them.
-    windows_sha256: of the windows' token ids, start tokens included.
-    tasks: by name.
-    prompts: what the model continues. new_tokens: at most so many per prompt; 0 without prompts.
-    dtype: of weights and arithmetic. versions: of the packages that compute.
+    base: fingerprint of the base checkpoint. tokenizer_sha256: hash of its tokenizer.json; None if its tokenizer is of another kind.
+    corpus: name of the corpus of the perplexity. corpus_sha256: hash of the file of its rows.
+    window_length: tokens per window. windows: number of windows. tokens: number of tokens in all windows.
+    windows_sha256: hash of the windows' token ids, start tokens included.
+    tasks: task name -> how it was scored.
+    prompts: texts that the model continues. new_tokens: upper bound of generated tokens per prompt; 0 without prompts.
+    dtype: that of weights and arithmetic. versions: package -> version, for the packages that compute.
     """
 
     base: str
@@ -61,37 +61,37 @@ def versions() -> dict[str, str]:
 
 
 def write_protocol(path: Path, protocol: Protocol, *, evaluation: dict[str, Any], delta: str | None) -> None:
-    """Write a protocol, and beside it what is not compared.
+    """Write a protocol, and in the same file two entries that are not compared.
 
     Args:
-        evaluation: the section, as plain data. delta: the delta's fingerprint; None for the dense model.
+        evaluation: the section as plain data. delta: the delta's fingerprint; None for the dense model.
     """
     write_json(path, {**asdict(protocol), "evaluation": evaluation, "delta": delta})
 
 
 def read_protocol(path: Path) -> Protocol:
-    """A protocol as `write_protocol` wrote it.
+    """Read a protocol that `write_protocol` wrote.
 
     Raises:
-        ComparisonError: the file is missing, no JSON, or of another form.
+        ComparisonError: the file is missing, is not JSON, or has other keys.
     """
     try:
         data = read_json(path)
     except SparsesweepError as error:
         raise ComparisonError(str(error)) from None
-    wanted = [field.name for field in fields(Protocol)]
-    if not isinstance(data, dict) or set(data) != {*wanted, *BESIDE}:
+    field_names = [field.name for field in fields(Protocol)]
+    if not isinstance(data, dict) or set(data) != {*field_names, *NOT_COMPARED}:
         keys = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
-        raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*wanted, *BESIDE]))}")
+        raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*field_names, *NOT_COMPARED]))}")
     try:
         tasks = {name: TaskProtocol(**task) for name, task in data["tasks"].items()}
     except (TypeError, AttributeError) as error:
         raise ComparisonError(f"{path}: tasks: found {data['tasks']!r}, wanted tasks by name ({error})") from None
-    return Protocol(**{name: data[name] for name in wanted} | {"tasks": tasks})
+    return Protocol(**{name: data[name] for name in field_names} | {"tasks": tasks})
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Where two mappings differ: the dotted key, and both values; None stands for a key that one of them lacks."""
+    """Find the differences of two mappings: dotted key -> both values; None stands for a missing key."""
     differing: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*first, *second]):
         left, right = first.get(key), second.get(key)
@@ -106,10 +106,10 @@ def require_same(first: Protocol, second: Protocol, *, names: tuple[str, str], r
     """Refuse to compare results of different protocols.
 
     Args:
-        names: of the two results. remedy: what to do about it, a command.
+        names: names of the two results. remedy: the command that makes them comparable.
 
     Raises:
-        ComparisonError: naming each key that differs, with both values.
+        ComparisonError: the protocols differ; names each differing key with both values.
     """
     differing = differences(asdict(first), asdict(second))
     if differing:

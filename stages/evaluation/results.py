@@ -1,4 +1,4 @@
-"""What a model scored, as the evaluation writes it."""
+"""The scores of a model, and the files in which the evaluation writes them."""
 
 import math
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ Samples = dict[str, list[dict[str, Any]]]
 class Results:
     """The scores of one model.
 
-    scores: of each task, see harness.zero_shot. samples: of each task, a row for each of its rows.
-    generations: a row for each prompt, see generation.generate.
+    scores: task -> scores, see harness.zero_shot. samples: task -> one entry for each of its rows.
+    generations: one row per prompt, see generation.generate.
     """
 
     losses: WindowLosses
@@ -28,7 +28,7 @@ class Results:
     generations: list[dict[str, str]]
 
     def metrics(self) -> dict[str, float]:
-        """All scores as flat metrics; the mean's standard error takes the tasks as independent."""
+        """All scores as flat metrics; the standard error of the mean assumes that the tasks are independent."""
         flat = {"perplexity": self.losses.perplexity, "perplexity_stderr": self.losses.stderr}
         for task, score in self.scores.items():
             flat |= {task: score["accuracy"], f"{task}_stderr": score["stderr"]}
@@ -38,7 +38,7 @@ class Results:
         return flat
 
     def accuracy(self, model: str) -> list[dict[str, Any]]:
-        """A row for each task: DVC plots only rows that all have the same keys."""
+        """One row per task, with the same keys in each row: DVC plots only such rows."""
         keys = ("accuracy", "stderr", "rows")
         return [{"model": model, "task": task, **{key: score[key] for key in keys}} for task, score in self.scores.items()]
 
@@ -51,10 +51,10 @@ class Results:
 
 
 def read_results(details: Path, protocol: Protocol) -> Results:
-    """The results that `Results.write` wrote, without samples.
+    """Read the results that `Results.write` wrote, without samples.
 
     Raises:
-        ComparisonError: a file is missing, or is not of the protocol; names it.
+        ComparisonError: a file is missing or does not fit the protocol; names it.
     """
     losses, scores, generations = (_read(details / f"{name}.json") for name in ("windows", "scores", "generations"))
     _require(_are_losses(losses, protocol.windows), details / "windows.json", f"{protocol.windows} finite losses")
@@ -70,9 +70,9 @@ def _read(path: Path) -> Any:
         raise ComparisonError(str(error)) from None
 
 
-def _require(good: bool, path: Path, wanted: str) -> None:
-    if not good:
-        raise ComparisonError(f"{path}: wanted {wanted}, as protocol.json says; was it changed by hand?")
+def _require(valid: bool, path: Path, expected: str) -> None:
+    if not valid:
+        raise ComparisonError(f"{path}: wanted {expected}, as protocol.json says; was it changed by hand?")
 
 
 def _are_losses(data: Any, count: int) -> bool:

@@ -1,4 +1,4 @@
-"""The section `evaluation`: what the dense and the pruned model are scored on."""
+"""The section `evaluation`: the text that the dense and the pruned model are scored on, and how."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from stages.schema import number, require, require_one_of
 class Perplexity:
     """The windows of a corpus of text.evaluation.
 
-    window_length: tokens. windows: the first so many; null: all that the corpus gives.
+    window_length: tokens per window. windows: number of windows, from the first on; null: all windows of the corpus.
     """
 
     corpus: str
@@ -22,9 +22,9 @@ class Perplexity:
 
 @dataclass(kw_only=True, slots=True)
 class Generations:
-    """What both models are asked to continue, greedily.
+    """The prompts that both models continue greedily.
 
-    new_tokens: at most so many per prompt.
+    new_tokens: upper bound of generated tokens per prompt.
     """
 
     new_tokens: int = number(minimum=1)
@@ -33,12 +33,12 @@ class Generations:
 
 @dataclass(kw_only=True, slots=True)
 class Evaluation:
-    """What is scored, where and how.
+    """The settings of an evaluation.
 
-    dtype: of weights and arithmetic; auto: float32 on a CPU, the best half precision on a GPU.
-    rows: the first so many of each task; null: all.
+    dtype: that of weights and arithmetic; auto: float32 on a CPU, the best half precision on a GPU.
+    rows: number of rows of each task, from the first on; null: all.
     batch_size: sequences per forward pass of the tasks.
-    streamed: one block in memory at a time, for models larger than memory.
+    streamed: whether one block is in memory at a time, for models larger than memory.
     """
 
     name: str
@@ -61,24 +61,24 @@ class Evaluation:
 
 
 def check_text(evaluation: Evaluation, columns: Mapping[str, Collection[str] | None]) -> None:
-    """Refuse a corpus or a task that is not fetched, or whose rows lack what it is read for, before anything is downloaded.
+    """Refuse a corpus or a task that is not fetched, or whose rows lack a column that is read, before anything is downloaded.
 
     Args:
-        columns: of each corpus of text.evaluation, what its reader gives; None where only the file tells.
+        columns: corpus of text.evaluation -> columns that its reader returns; None if they depend on the file.
 
     Raises:
-        ConfigError: naming the key and the corpus or task.
+        ConfigError: names the key and the corpus or task.
     """
     fetched = list(columns) or ["(text.evaluation is empty)"]
     for task in evaluation.tasks:
         require_one_of("evaluation.tasks", task, fetched)
-        given = columns[task]
-        missing = [] if given is None else [column for column in TASKS[task].columns if column not in given]
+        reader_columns = columns[task]
+        missing = [] if reader_columns is None else [column for column in TASKS[task].columns if column not in reader_columns]
         require(not missing, "evaluation.tasks", task, f"a task whose reader in text.evaluation gives {', '.join(missing)}")
     corpus = evaluation.perplexity.corpus
     require_one_of("evaluation.perplexity.corpus", corpus, fetched)
-    given = columns[corpus]
-    if given is None and corpus in TASKS:
-        given = TASKS[corpus].columns
-    good = given is None or "text" in given
-    require(good, "evaluation.perplexity.corpus", corpus, f'a corpus of rows with "text", not with {", ".join(given or ())}')
+    reader_columns = columns[corpus]
+    if reader_columns is None and corpus in TASKS:
+        reader_columns = TASKS[corpus].columns
+    has_text = reader_columns is None or "text" in reader_columns
+    require(has_text, "evaluation.perplexity.corpus", corpus, f'a corpus of rows with "text", not with {", ".join(reader_columns or ())}')

@@ -1,4 +1,4 @@
-"""Perplexity and zero-shot tasks of a model that is larger than memory: all sequences go through one block, then through the next."""
+"""Perplexity and zero-shot tasks of a model larger than memory: all sequences run through one block, then through the next."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ MEMORY_SHARE = 0.5  # of what is free, for hidden states; beyond it they lie in 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedModel:
-    """base, or what `apply` makes of it, one block in memory at a time.
+    """A model with one block in memory at a time: the base, or the base changed by `apply`.
 
-    apply: gives each tensor of the checkpoint as the model is to have it; None: as it is.
+    apply: called with the name and the tensor of the checkpoint; returns the model's tensor; None: the base.
     scratch: directory for hidden states that do not fit in memory.
     """
 
@@ -38,7 +38,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def hidden(self, groups: list[torch.Tensor], batch: int) -> list[torch.Tensor]:
-        """The outputs of the last block for each group of sequences; the model is read once for all groups.
+        """Compute the outputs of the last block for each group of sequences; the model is read once for all groups.
 
         Args:
             groups: each [sequences, tokens], int64. batch: sequences per forward pass.
@@ -49,8 +49,8 @@ class StreamedModel:
         decoder = self.decoder
         memory = HostMemory(int(MEMORY_SHARE * psutil.virtual_memory().available), self.scratch)
         with decoder.before_blocks():
-            share = GPU_SHARE / len(groups)
-            streams = [Stream(decoder, group, batch=batch, memory=memory, gpu_share=share) for group in groups]
+            gpu_share = GPU_SHARE / len(groups)
+            streams = [Stream(decoder, group, batch=batch, memory=memory, gpu_share=gpu_share) for group in groups]
         with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
             for index, tensors in enumerate(blocks):
                 if self.apply is not None:
@@ -63,7 +63,7 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator[Any]:
-        """Yields a function from hidden states, [tokens, width], to logits, [tokens, vocabulary]."""
+        """Yield a function from hidden states, [tokens, width], to logits, [tokens, vocabulary]."""
         with self.decoder.after_blocks():
             yield lambda hidden: self.decoder.logits(hidden[None].to(self.decoder.device))[0]
 
@@ -87,11 +87,11 @@ class StreamedModel:
         """Score the last tokens of each sequence, given those before them.
 
         Args:
-            sequences: tokens, and how many of the last ones are scored.
+            sequences: tokens, and the number of tokens at the end that are scored.
             batch: sequences per forward pass.
 
         Returns:
-            For each the summed log-probability [nats], and whether every scored token is the most likely one.
+            For each sequence the summed log-probability [nats], and whether every scored token is the most likely one.
         """
         buckets: dict[int, list[int]] = defaultdict(list)
         for number, (tokens, _) in enumerate(sequences):
@@ -105,12 +105,12 @@ class StreamedModel:
         with self.head() as logits:
             for (_, members), hidden in zip(sorted(buckets.items()), outputs, strict=True):
                 for number, states in zip(members, hidden, strict=True):
-                    tokens, scored = sequences[number]
+                    tokens, scored_tokens = sequences[number]
                     end = len(tokens) - 1
-                    wanted = torch.tensor(tokens[-scored:], device=self.decoder.device)
-                    likely = torch.log_softmax(logits(states[end - scored : end]).float(), dim=-1)
-                    total = likely.gather(1, wanted[:, None]).sum().item()
-                    scores[number] = total, bool((likely.argmax(dim=-1) == wanted).all())
+                    targets = torch.tensor(tokens[-scored_tokens:], device=self.decoder.device)
+                    log_probabilities = torch.log_softmax(logits(states[end - scored_tokens : end]).float(), dim=-1)
+                    total = log_probabilities.gather(1, targets[:, None]).sum().item()
+                    scores[number] = total, bool((log_probabilities.argmax(dim=-1) == targets).all())
         return [scores[number] for number in range(len(sequences))]
 
 

@@ -1,4 +1,4 @@
-"""The zero-shot tasks: lm-eval's own definitions, and the rows that they are asked on."""
+"""The zero-shot tasks: lm-eval's own definitions, and the rows that they are scored on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from stages.schema import Citation, Entry, Table
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What lm-eval's definition of a task reads of a row.
+    """A column that lm-eval's definition of a task reads.
 
-    accepts: whether a value is one that it can read, given the row. wanted: in words.
+    accepts: whether a value can be read, given the value and its row. wanted: description of such values, for the error.
     """
 
     accepts: Callable[[Any, Row], bool]
@@ -27,10 +27,11 @@ class Column:
 class Task(Entry):
     """A benchmark of questions; it has no parameters.
 
-    name: ours, also of its rows in text.evaluation.
-    stock, folder: lm-eval's name of it, and the folder under lm_eval/tasks that defines it.
-    split: which one is scored. columns: what each row must have, as the hub's data set has it.
-    metric: lm-eval's name of what we report as accuracy: how often the likeliest choice is right, not length-normalised.
+    name: our name, also that of its rows in text.evaluation.
+    stock: its name in lm-eval. folder: the folder under lm_eval/tasks that defines it.
+    split: the split that is scored. columns: the columns of every row, named as in the hub's data set.
+    metric: lm-eval's name of the metric that we report as accuracy: the fraction of rows whose likeliest choice is right, without
+        length normalisation.
     """
 
     stock: str
@@ -152,21 +153,21 @@ TASKS = Table(
 
 
 def read_task(task: Task, path: Path, limit: int | None) -> list[Row]:
-    """The rows that a task is scored on, with the columns that it reads.
+    """Read the rows that a task is scored on, with the columns that it reads.
 
     Args:
-        path: JSON Lines. limit: the first so many; None for all.
+        path: JSON Lines. limit: number of rows, from the first on; None for all.
 
     Raises:
-        TextError: a row lacks a column or holds something else in it; names file and line. Or there are fewer than two rows.
+        TextError: a row lacks a column or has a wrong value in it; names file and line. Or there are fewer than two rows.
     """
     rows = Rows(path)
     read: list[Row] = []
     for index, row in enumerate(islice(rows, limit)):
-        require_columns(row, task.columns, rows.where(index))
+        require_columns(row, task.columns, rows.location(index))
         for name, column in task.columns.items():
             if not column.accepts(row[name], row):
-                raise TextError(f'{rows.where(index)}, "{name}": found {shown(row[name])}, wanted {column.wanted}')
+                raise TextError(f'{rows.location(index)}, "{name}": found {shown(row[name])}, wanted {column.wanted}')
         read.append({name: row[name] for name in task.columns})
     if len(read) < 2:
         raise TextError(f"{path}: found 1 row, wanted at least 2, for a standard error")

@@ -1,6 +1,6 @@
-"""How many weights of every matrix are pruned, so that the counts add up to the budget, to the weight.
+"""Compute how many weights of every matrix are pruned; the counts add up to the budget exactly.
 
-A rule gives a wanted sparsity for each block or matrix, of which meet_budget makes counts; or it gives counts.
+A rule gives a target sparsity for each block or matrix, which meet_budget turns into counts, or it gives counts directly.
 
 s_l = s + mean(d) - d_l,  d_l = 2 lambda (D_l - min D) / (max D - min D)        # OWL: Yin et al. 2024, arXiv:2310.05175
 s_l = s r_l / mean(r),  r_l = 1 - e + 2 e (a_l - min a) / (max a - min a)       # AlphaPruning: Lu et al. 2024, arXiv:2410.10912
@@ -26,7 +26,7 @@ SAME_SLOPE = 1e-9  # relative: slopes that differ by less differ by rounding
 
 @dataclass(kw_only=True, slots=True)
 class BoundedSection:
-    """The section of an allocation. lowest, highest: sparsity that every matrix has at least and at most."""
+    """The section of an allocation. lowest, highest: lower and upper bound of each matrix's sparsity, fractions of zeros, 0 to 1."""
 
     name: str
     lowest: float
@@ -42,12 +42,12 @@ class BoundedSection:
         require(self.lowest <= sparsity <= self.highest, "pattern.sparsity", sparsity, wanted)
 
 
-def counts_by_block(wanted: list[float], sizes: list[list[int]], sparsity: float | Fraction, bounds: BoundedSection) -> list[int]:
-    """Zeros of every matrix by what is wanted of its block.
+def counts_by_block(block_sparsities: list[float], sizes: list[list[int]], sparsity: float | Fraction, bounds: BoundedSection) -> list[int]:
+    """Compute the zeros of every matrix from the target sparsity of its block.
 
     Args:
-        wanted: of each block, a fraction of zeros. sizes: of the matrices of each block, weights.
-        sparsity: of all matrices together.
+        block_sparsities: target fraction of zeros of each block. sizes: for each block, the number of weights of each matrix.
+        sparsity: fraction of zeros of all matrices together, 0 to 1.
 
     Returns:
         Zeros of each matrix, block after block.
@@ -55,7 +55,7 @@ def counts_by_block(wanted: list[float], sizes: list[list[int]], sparsity: float
     Raises:
         ValueError: see meet_budget.
     """
-    by_matrix = [sparsity_of_block for sparsity_of_block, block in zip(wanted, sizes, strict=True) for _ in block]
+    by_matrix = [sparsity_of_block for sparsity_of_block, block in zip(block_sparsities, sizes, strict=True) for _ in block]
     flat = [size for block in sizes for size in block]
     budget = pruned_count(sum(flat), sparsity)
     return meet_budget(by_matrix, sizes=flat, budget=budget, lowest=bounds.lowest, highest=bounds.highest)
@@ -64,11 +64,11 @@ def counts_by_block(wanted: list[float], sizes: list[list[int]], sparsity: float
 def counts_by_curves(
     curves: list[list[float]], grid: list[float], sizes: list[int], sparsity: float | Fraction, bounds: BoundedSection
 ) -> list[int]:
-    """Zeros of every matrix where the sum of their curves is least; a matrix with an empty curve gets the sparsity of all.
+    """Compute the zeros of every matrix that minimise the sum of their curves; a matrix with an empty curve gets `sparsity`.
 
     Args:
-        curves: of each matrix, see least_sum, or empty. grid: see least_sum. sizes: of each matrix, weights.
-        sparsity: of all matrices together.
+        curves: the curve of each matrix, see least_sum, or an empty list. grid: see least_sum.
+        sizes: number of weights of each matrix. sparsity: fraction of zeros of all matrices together, 0 to 1.
 
     Returns:
         Zeros of each matrix.
@@ -77,30 +77,30 @@ def counts_by_curves(
         ValueError: see least_sum.
     """
     counts = [pruned_count(size, sparsity) for size in sizes]
-    known = [number for number, curve in enumerate(curves) if curve]
+    measured = [number for number, curve in enumerate(curves) if curve]
     budget = pruned_count(sum(sizes), sparsity) - sum(count for count, curve in zip(counts, curves, strict=True) if not curve)
-    least = least_sum(
-        [curves[number] for number in known],
+    measured_counts = least_sum(
+        [curves[number] for number in measured],
         grid=grid,
-        sizes=[sizes[number] for number in known],
+        sizes=[sizes[number] for number in measured],
         budget=budget,
         lowest=bounds.lowest,
         highest=bounds.highest,
     )
-    for number, count in zip(known, least, strict=True):
+    for number, count in zip(measured, measured_counts, strict=True):
         counts[number] = count
     return counts
 
 
-def meet_budget(wanted: list[float], *, sizes: list[int], budget: int, lowest: float, highest: float) -> list[int]:
-    """Turn wanted sparsities into counts that add up to the budget.
+def meet_budget(sparsities: list[float], *, sizes: list[int], budget: int, lowest: float, highest: float) -> list[int]:
+    """Turn target sparsities into counts that add up to the budget.
 
-    count_l = clamp(size_l * (wanted_l + shift), lowest * size_l, highest * size_l), one shift for all, found by bisection; the
-    fractions of a weight go to the largest remainders, of equals to the first.
+    count_l = clamp(size_l * (sparsity_l + shift), lowest * size_l, highest * size_l), with one shift for all matrices, found by
+    bisection. Counts are rounded up at the largest remainders; among equal remainders, at the first.
 
     Args:
-        wanted: of each matrix, a fraction of zeros; finite, may lie out of bounds.
-        sizes: of each matrix, weights, 1 or more.
+        sparsities: target fraction of zeros of each matrix; finite, may lie out of bounds.
+        sizes: number of weights of each matrix, 1 or more.
         budget: zeros in all matrices together, weights.
         lowest: fraction of zeros that each matrix has at least, 0 to 1.
         highest: fraction of zeros that each matrix has at most, lowest to 1.
@@ -109,29 +109,29 @@ def meet_budget(wanted: list[float], *, sizes: list[int], budget: int, lowest: f
         Zeros of each matrix, weights, within the bounds; their sum is the budget.
 
     Raises:
-        ValueError: the bounds do not allow the budget, or leave a matrix no whole count, or are no bounds; a wanted sparsity is not
-            finite; there are not as many as sizes.
+        ValueError: the bounds do not allow the budget, allow a matrix no whole count, or are not ordered within 0 to 1; a target
+            sparsity is not finite; the numbers of sparsities and sizes differ.
     """
-    _one_for_each_size("wanted sparsities", len(wanted), len(sizes))
-    _finite("a wanted sparsity", wanted)
+    _require_same_length("wanted sparsities", len(sparsities), len(sizes))
+    _require_finite("a wanted sparsity", sparsities)
     least, most = bounds_of_counts(sizes, budget, lowest, highest)
 
     def shifted(shift: float) -> list[float]:
-        asked = (size * (sparsity + shift) for size, sparsity in zip(sizes, wanted, strict=True))
-        return [min(max(count, low), high) for count, low, high in zip(asked, least, most, strict=True)]
+        shifted_counts = (size * (sparsity + shift) for size, sparsity in zip(sizes, sparsities, strict=True))
+        return [min(max(count, low), high) for count, low, high in zip(shifted_counts, least, most, strict=True)]
 
-    below, above = lowest - max(wanted), highest - min(wanted)
+    below, above = lowest - max(sparsities), highest - min(sparsities)
     for _ in range(BISECTIONS):
         middle = (below + above) / 2
         if math.fsum(shifted(middle)) < budget:
             below = middle
         else:
             above = middle
-    return _whole(shifted(above), budget)
+    return _rounded(shifted(above), budget)
 
 
 def outlier_share(scores: torch.Tensor, multiple: float) -> float:
-    """Measure how many scores stand out from the others.
+    """Compute the fraction of scores that are outliers.
 
     D = |{ij: S_ij > M mean(S)}| / |{ij}|       # Yin et al. 2024, arXiv:2310.05175
 
@@ -152,31 +152,31 @@ def outlier_share(scores: torch.Tensor, multiple: float) -> float:
 
 
 def owl(shares: list[float], *, sparsity: float, strength: float) -> list[float]:
-    """Prune blocks with many outliers less.
+    """Compute OWL's block sparsities: blocks with many outliers are pruned less.
 
     s_l = s + mean(d) - d_l,  d_l = 2 lambda (D_l - min D) / (max D - min D)       # Yin et al. 2024, arXiv:2310.05175
 
-    The density 1 - s_l is d_l, shifted to the mean 1 - s: the densest block has 2 lambda more than the sparsest, absolutely.
+    The densities 1 - s_l are the d_l shifted to the mean 1 - s: the sparsities of the densest and the sparsest block differ by 2 lambda.
 
     Args:
-        shares: D, of each block, see outlier_share; finite, any unit.
+        shares: D of each block, see outlier_share; finite, any unit.
         sparsity: s, fraction of zeros, 0 to 1.
         strength: lambda, a sparsity, 0 or more; 0 is uniform.
 
     Returns:
-        Wanted fraction of zeros of each block, s on average, may lie outside 0 to 1; all s if all shares are equal.
+        Target fraction of zeros of each block, s on average; may lie outside 0 to 1; s for all blocks if all shares are equal.
 
     Raises:
         ValueError: a share is not finite.
     """
-    _finite("an outlier share", shares)
+    _require_finite("an outlier share", shares)
     densities = [2 * strength * position for position in _positions(shares)]
     mean = math.fsum(densities) / len(densities)
     return [sparsity + mean - density for density in densities]
 
 
 def hill_exponent(weight: torch.Tensor) -> float:
-    """Estimate how fast the tail of a matrix's spectrum falls: low for heavy tails, which training makes.
+    """Estimate the power-law exponent of the tail of a matrix's spectrum: low for heavy tails, which training produces.
 
     a = 1 + k / sum_{i=1..k} ln(lambda_{n-i+1} / lambda_{n-k}),  k = floor(n / 2)     # Lu et al. 2024, arXiv:2410.10912
 
@@ -212,31 +212,31 @@ def hill_exponent(weight: torch.Tensor) -> float:
 
 
 def alphapruning(exponents: list[float], *, sparsity: float, strength: float) -> list[float]:
-    """Prune blocks or matrices with light tails more.
+    """Compute AlphaPruning's sparsities: blocks or matrices whose spectra have light tails are pruned more.
 
     s_l = s r_l / mean(r),  r_l = 1 - e + 2 e (a_l - min a) / (max a - min a)       # Lu et al. 2024, arXiv:2410.10912
 
-    The spread is relative: the sparsest has (1 + e) / (1 - e) times the sparsity of the densest. The mean counts each entry once.
+    The spread is relative: the highest sparsity is (1 + e) / (1 - e) times the lowest. The mean weighs all entries equally.
 
     Args:
-        exponents: a, of each block (the mean of its matrices) or matrix, see hill_exponent; finite.
+        exponents: a of each block (the mean over its matrices) or of each matrix, see hill_exponent; finite.
         sparsity: s, fraction of zeros, 0 to 1.
         strength: e, a fraction of s, 0 to below 1; 0 is uniform.
 
     Returns:
-        Wanted fraction of zeros of each, s on average, may lie above 1; all s if all exponents are equal.
+        Target fraction of zeros of each block or matrix, s on average; may lie above 1; s for all if all exponents are equal.
 
     Raises:
         ValueError: an exponent is not finite.
     """
-    _finite("an exponent", exponents)
+    _require_finite("an exponent", exponents)
     ratios = [1 - strength + 2 * strength * position for position in _positions(exponents)]
     mean = math.fsum(ratios) / len(ratios)
     return [sparsity * ratio / mean for ratio in ratios]
 
 
 def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], comparison_group: ComparisonGroup) -> list[float]:
-    """Foresee the squared output error of pruning a matrix, from its scores alone.
+    """Predict the squared output error of pruning a matrix from its scores.
 
     E(s) = sum_{ij pruned} S_ij^2 = ||(W - W') X||^2     # the latter if the inputs are uncorrelated
 
@@ -251,17 +251,17 @@ def removal_curve(squared_scores: torch.Tensor, *, grid: list[float], comparison
     Raises:
         ValueError: a score is NaN or infinite; the grid does not ascend.
     """
-    _ascending(grid)
+    _require_ascending(grid)
     if not math.isfinite(squared_scores.sum(dtype=torch.float64)):
         raise ValueError("found a score that is NaN or infinite, wanted finite scores")
     competing = squared_scores if comparison_group == "row" else squared_scores.reshape(1, -1)
-    ends = [pruned_count(competing.shape[1], sparsity) for sparsity in grid]
-    parts = _ascending_rows(competing).tensor_split(ends, dim=1)[:-1]
-    return list(accumulate(float(part.sum(dtype=torch.float64)) for part in parts))
+    boundaries = [pruned_count(competing.shape[1], sparsity) for sparsity in grid]
+    chunks = _ascending_rows(competing).tensor_split(boundaries, dim=1)[:-1]
+    return list(accumulate(float(chunk.sum(dtype=torch.float64)) for chunk in chunks))
 
 
 def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
-    """Each row sorted; on a CPU by NumPy, which is several times quicker."""
+    """Sort each row; on a CPU by NumPy, which is several times faster."""
     if values.device.type != "cpu":
         return values.sort(dim=1).values
     ordered = values.clone()
@@ -270,17 +270,17 @@ def _ascending_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def least_sum(curves: list[list[float]], *, grid: list[float], sizes: list[int], budget: int, lowest: float, highest: float) -> list[int]:
-    """Find the counts with the least sum of errors.
+    """Find the counts that minimise the sum of errors.
 
     min_s sum_l E_l(s_l)  with  sum_l size_l s_l = budget
 
-    E_l is the lower convex hull of the measured curve, linear between its points. The budget goes to the cheapest slopes first,
-    error per pruned weight; segments of the slope at which it ends, the Lagrange multiplier, are all pruned to the same fraction.
+    E_l is the lower convex hull of the measured curve, linear between its points. Segments are pruned in the order of their slopes,
+    error per pruned weight, lowest first. All segments of the last slope, the Lagrange multiplier, are pruned to the same fraction.
 
     Args:
-        curves: of each matrix, its error at every point of the grid, finite, in a unit that is the same for all matrices.
-        grid: fractions of zeros, ascending, 0 to 1, 2 or more.
-        sizes: of each matrix, weights, 1 or more.
+        curves: the error of each matrix at every point of the grid, finite, in the same unit for all matrices.
+        grid: 2 or more fractions of zeros, ascending, 0 to 1.
+        sizes: number of weights of each matrix, 1 or more.
         budget: zeros in all matrices together, weights.
         lowest: fraction of zeros that each matrix has at least, 0 to 1; the grid's first if that is higher.
         highest: fraction of zeros that each matrix has at most, lowest to 1; the grid's last if that is lower.
@@ -289,11 +289,11 @@ def least_sum(curves: list[list[float]], *, grid: list[float], sizes: list[int],
         Zeros of each matrix, weights, within the bounds; their sum is the budget.
 
     Raises:
-        ValueError: as meet_budget; a curve has not as many points as the grid, or one that is not finite; the grid does not ascend, has
+        ValueError: see meet_budget; a curve and the grid differ in length; an error is not finite; the grid does not ascend, has
             fewer than 2 points, or lies out of bounds.
     """
-    _one_for_each_size("curves", len(curves), len(sizes))
-    _ascending(grid)
+    _require_same_length("curves", len(curves), len(sizes))
+    _require_ascending(grid)
     if len(grid) < 2:
         raise ValueError(f"found a grid of {len(grid)} points, wanted 2 or more")
     if grid[0] > highest or grid[-1] < lowest:
@@ -304,28 +304,28 @@ def least_sum(curves: list[list[float]], *, grid: list[float], sizes: list[int],
     for matrix, curve in enumerate(curves):
         if len(curve) != len(grid):
             raise ValueError(f"found {len(curve)} points on the curve of matrix {matrix}, wanted {len(grid)}, as on the grid")
-        _finite(f"an error on the curve of matrix {matrix}", curve)
+        _require_finite(f"an error on the curve of matrix {matrix}", curve)
         measured = [(sizes[matrix] * sparsity, error) for sparsity, error in zip(grid, curve, strict=True)]
-        for (start, before), (end, after) in pairwise(_lower_hull(_between(measured, least[matrix], most[matrix]))):
-            segments.append(((after - before) / (end - start), end - start, matrix))
+        for (start, start_error), (end, end_error) in pairwise(_lower_hull(_between(measured, least[matrix], most[matrix]))):
+            segments.append(((end_error - start_error) / (end - start), end - start, matrix))
     segments.sort()
 
-    counts, left, first = [float(count) for count in least], float(budget - sum(least)), 0
-    while left > 0 and first < len(segments):
+    counts, remaining, first = [float(count) for count in least], float(budget - sum(least)), 0
+    while remaining > 0 and first < len(segments):
         last = first
         while last < len(segments) and math.isclose(segments[last][0], segments[first][0], rel_tol=SAME_SLOPE):
             last += 1
         tied = segments[first:last]
         available = math.fsum(length for _, length, _ in tied)
-        taken = min(1.0, left / available)
+        fraction = min(1.0, remaining / available)
         for _, length, matrix in tied:
-            counts[matrix] = min(counts[matrix] + taken * length, most[matrix])
-        left, first = left - taken * available, last
-    return _whole(counts, budget)
+            counts[matrix] = min(counts[matrix] + fraction * length, most[matrix])
+        remaining, first = remaining - fraction * available, last
+    return _rounded(counts, budget)
 
 
 def bounds_of_counts(sizes: list[int], budget: int, lowest: float, highest: float) -> tuple[list[int], list[int]]:
-    """The least and the most zeros of each matrix, found to allow the budget; arguments and errors are those of meet_budget."""
+    """Compute the fewest and the most zeros of each matrix and check that they allow the budget; see meet_budget."""
     if not 0 <= lowest <= highest <= 1:
         raise ValueError(f"found the bounds {lowest} and {highest}, wanted 0 <= lowest <= highest <= 1")
     least = [math.ceil(size * Fraction(str(lowest))) for size in sizes]
@@ -341,23 +341,23 @@ def bounds_of_counts(sizes: list[int], budget: int, lowest: float, highest: floa
     return least, most
 
 
-def _whole(counts: list[float], budget: int) -> list[int]:
-    """Round to whole numbers that add up to the budget, as the counts do but for rounding errors far below 1."""
-    whole = [math.floor(count) for count in counts]
-    largest_remainder_first = sorted(range(len(counts)), key=lambda matrix: whole[matrix] - counts[matrix])
-    for matrix in largest_remainder_first[: budget - sum(whole)]:
-        whole[matrix] += 1
-    return whole
+def _rounded(counts: list[float], budget: int) -> list[int]:
+    """Round counts, whose sum is the budget up to rounding errors far below 1, to whole numbers whose sum is the budget."""
+    rounded = [math.floor(count) for count in counts]
+    largest_remainder_first = sorted(range(len(counts)), key=lambda matrix: rounded[matrix] - counts[matrix])
+    for matrix in largest_remainder_first[: budget - sum(rounded)]:
+        rounded[matrix] += 1
+    return rounded
 
 
 def _positions(values: list[float]) -> list[float]:
-    """Where each lies from the lowest (0) to the highest (1); 0 if all are equal."""
+    """Scale the values so that the lowest is 0 and the highest is 1; all 0 if all are equal."""
     low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
 def _between(points: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
-    """A curve, linear between its points, from x = low to x = high."""
+    """Restrict a curve, linear between its points, to low <= x <= high."""
     if low == high:
         return [(low, _interpolated(points, low))]
     inner = [point for point in points if low < point[0] < high]
@@ -366,12 +366,12 @@ def _between(points: list[tuple[float, float]], low: float, high: float) -> list
 
 def _interpolated(points: list[tuple[float, float]], x: float) -> float:
     right = min(max(bisect_right(points, x, key=lambda point: point[0]), 1), len(points) - 1)
-    (start, before), (end, after) = points[right - 1], points[right]
-    return before + (after - before) * (x - start) / (end - start)
+    (x1, y1), (x2, y2) = points[right - 1], points[right]
+    return y1 + (y2 - y1) * (x - x1) / (x2 - x1)
 
 
 def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those points, x ascending, that no chord between two others passes below or through."""
+    """Select the points of the lower convex hull; x ascends. A point on a chord between two others is left out."""
     hull: list[tuple[float, float]] = []
     for x, y in points:
         while len(hull) > 1:
@@ -383,17 +383,17 @@ def _lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return hull
 
 
-def _one_for_each_size(what: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise ValueError(f"found {found} {what} for {wanted} sizes, wanted one for each")
+def _require_same_length(name: str, count: int, sizes: int) -> None:
+    if count != sizes:
+        raise ValueError(f"found {count} {name} for {sizes} sizes, wanted one for each")
 
 
-def _finite(what: str, values: list[float]) -> None:
+def _require_finite(name: str, values: list[float]) -> None:
     for value in values:
         if not math.isfinite(value):
-            raise ValueError(f"found {value} as {what}, wanted a finite number")
+            raise ValueError(f"found {value} as {name}, wanted a finite number")
 
 
-def _ascending(grid: list[float]) -> None:
+def _require_ascending(grid: list[float]) -> None:
     if any(left >= right for left, right in pairwise(grid)) or not all(0 <= sparsity <= 1 for sparsity in grid):
         raise ValueError(f"found the grid {grid}, wanted sparsities from 0 to 1, each above the one before")

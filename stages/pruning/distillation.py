@@ -2,12 +2,12 @@
 
     min mean_t KL(p_t || p'_t)  over the kept weights, by Adam      # Hinton et al. 2015, arXiv:1503.02531, at temperature 1
 
-For token t, p is the dense model's distribution of the next token and p' is the pruned model's. Unlike a reconstruction it does not
-ask late blocks to match hidden states in directions that do not change the predictions.
+For token t, p is the dense model's distribution of the next token and p' is the pruned model's. A reconstruction also matches hidden
+states in directions that do not change the predictions; a distillation does not.
 
-One block at a time has weights. Each step runs one window forward block by block and keeps the input of each block, then runs it
-backward block by block, where each block runs again for its gradients. Kept weights, their indices and Adam's moments are in host
-memory, or in files where the memory budget is used up.
+One block at a time is loaded. Each step runs one window forward block by block and stores the input of each block, then goes backward
+block by block and runs each block again for its gradients. Kept weights, their indices and Adam's moments are in host memory, or in
+files once the memory budget is used up.
 """
 
 import math
@@ -31,11 +31,11 @@ from stages.streaming.stream import Stream, read_ahead
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Which blocks are trained, how long and how fast.
+    """Settings of a distillation.
 
-    first: index of the first block that is trained; so are all after it.
+    first: index of the first trained block; all later blocks are trained, too.
     epochs: passes over the calibration windows, one window a step, above 0; at least one step is made.
-    learning_rate: of the first step, above 0; falls linearly to 0.
+    learning_rate: that of the first step, above 0; it falls linearly to 0.
     """
 
     first: int
@@ -46,7 +46,7 @@ class Distillation:
 class DistilledBlocks:
     """The outcome of a distillation.
 
-    first: index of the first block that was trained. divergences: before each step, nats per token.
+    first: index of the first trained block. divergences: the divergence before each step, nats per token.
     """
 
     def __init__(self, trained: list["_TrainedBlock"], changes_of: Callable[[int], dict[str, Change]], divergences: list[float]) -> None:
@@ -54,7 +54,7 @@ class DistilledBlocks:
         self.first = trained[0].index
 
     def changes(self) -> Iterator[tuple[int, dict[str, Change]]]:
-        """Each trained block's index and changes, in order; only the values of kept weights differ, in the checkpoint's dtype.
+        """Yield the index and the changes of each trained block, in order, values in the checkpoint's dtype; only these values are new.
 
         Raises:
             PruningError: a weight is not finite; names the block.
@@ -66,27 +66,27 @@ class DistilledBlocks:
 def distill(
     stream: Stream,
     targets: torch.Tensor,
-    how: Distillation,
+    settings: Distillation,
     changes_of: Callable[[int], dict[str, Change]],
-    show: Callable[[list[tuple[int, float]]], Iterable[tuple[int, float]]] = iter,
+    progress: Callable[[list[tuple[int, float]]], Iterable[tuple[int, float]]] = iter,
 ) -> DistilledBlocks:
-    """Train the kept weights of all blocks from `how.first` on; pruned weights stay exactly zero.
+    """Train the kept weights of all blocks from `settings.first` on; pruned weights stay exactly zero.
 
-    With N processes each takes a window of its own per step, and the gradients are averaged: there are N times fewer steps.
+    With N processes, each process takes another window in every step and the gradients are averaged; there are N times fewer steps.
 
     Args:
-        stream: hidden states of the pruned model before the first block that is trained; does not change.
+        stream: hidden states of the pruned model before the first trained block; not changed.
         targets: [windows, tokens, width], the dense model's output of the last block.
-        changes_of: gives the changes of a pruned block.
-        show: passes the steps through, for a progress bar.
+        changes_of: returns the changes of a pruned block, given its index.
+        progress: wraps the iteration over the steps, for a progress bar.
 
     Raises:
         PruningError: the divergence is not finite; names the step.
     """
-    trained = _trained_blocks(stream, how, changes_of)
+    trained = _trained_blocks(stream, settings, changes_of)
     divergences: list[float] = []
     with torch.no_grad(), stream.decoder.after_blocks():
-        for step, (window, rate) in enumerate(show(schedule(stream, how.epochs, how.learning_rate))):
+        for step, (window, rate) in enumerate(progress(schedule(stream, settings.epochs, settings.learning_rate))):
             divergences.append(_step(stream, window, targets[window], trained, rate))
             if not math.isfinite(divergences[-1]):
                 raise PruningError(f"distillation, step {step}: found NaN or infinity as the loss, wanted finite logits")
@@ -94,10 +94,10 @@ def distill(
 
 
 class _TrainedBlock:
-    """The kept weights of one block, those of each pruned tensor after those of the tensor before, in the order of the checkpoint.
+    """The kept weights of one block, concatenated over its pruned tensors in the order of the checkpoint.
 
     Args:
-        stream: gives host buffers. changes: of the pruned block. tensors: of the block as the base stores them.
+        stream: allocates host buffers. changes: those of the pruned block. tensors: the block's tensors as stored in the base.
     """
 
     def __init__(self, stream: Stream, index: int, changes: dict[str, Change], tensors: dict[str, torch.Tensor]) -> None:
@@ -117,16 +117,16 @@ class _TrainedBlock:
         self.optimiser.state[self.kept_weights] = {"step": torch.zeros(()), "exp_avg": first_moment, "exp_avg_sq": second_moment}
 
     def _starts(self) -> list[int]:
-        """Index of each tensor's first weight among the weights of all of them."""
+        """Index of each tensor's first weight in the concatenation of all weights."""
         return list(accumulate(self.sizes[:-1], initial=0))
 
     def _by_tensor(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views of a flat tensor of all weights: name in the checkpoint -> tensor."""
+        """Split a flat tensor of all weights into views: name in the checkpoint -> tensor."""
         pieces = zip(weights.split(self.sizes), self.shapes.items(), strict=True)
         return {name: piece.view(shape) for piece, (name, shape) in pieces}
 
     def loaded(self) -> AbstractContextManager[nn.Module]:
-        """The block with the current kept weights, pruned weights exactly zero, and untrained tensors as stored."""
+        """Load the block with the current kept weights, pruned weights exactly zero, and untrained tensors as stored."""
         weights = torch.zeros(sum(self.sizes)).index_copy_(0, self.indices.long(), self.kept_weights)
         return self.decoder.loaded(self.index, self.untrained | self._by_tensor(weights))
 
@@ -134,7 +134,7 @@ class _TrainedBlock:
         """Make a step of Adam.
 
         Args:
-            gradients: parameter's name inside the block -> the gradient of this process's window, in the parameter's shape.
+            gradients: name of the parameter in the block -> gradient on this process's window, in the parameter's shape.
             rate: the learning rate.
         """
         flat = torch.empty(sum(self.sizes))
@@ -146,7 +146,7 @@ class _TrainedBlock:
         self.optimiser.step()
         self.kept_weights.grad = None
 
-    def changes(self, before: dict[str, Change]) -> dict[str, Change]:
+    def changes(self, initial: dict[str, Change]) -> dict[str, Change]:
         """The block's changes with the current kept weights, in the checkpoint's dtype.
 
         Raises:
@@ -156,12 +156,12 @@ class _TrainedBlock:
         values = {name: piece.to(self.decoder.checkpoint.dtype(name)) for name, piece in pieces}
         if not all(torch.isfinite(kept).all() for kept in values.values()):
             raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
-        return {name: replace(before[name], values=kept) for name, kept in values.items()}
+        return {name: replace(initial[name], values=kept) for name, kept in values.items()}
 
 
-def _trained_blocks(stream: Stream, how: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_TrainedBlock]:
-    """All blocks that are trained; their buffers are in memory as far as the stream's budget allows, the others in files."""
-    indices = range(how.first, len(stream.decoder.blocks))
+def _trained_blocks(stream: Stream, settings: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_TrainedBlock]:
+    """Make all trained blocks; buffers are in memory as far as the stream's budget allows, the others in files."""
+    indices = range(settings.first, len(stream.decoder.blocks))
     with read_ahead(stream.decoder, indices) as blocks:
         return [_TrainedBlock(stream, index, changes_of(index), tensors) for index, tensors in zip(indices, blocks, strict=True)]
 

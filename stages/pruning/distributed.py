@@ -1,4 +1,4 @@
-"""Collective operations of several processes, started by torchrun, that prune together: each has some of the windows.
+"""Collective operations for several processes, started by torchrun, that prune one model; each process has some of the windows.
 
 In a single process, without torch.distributed, each operation returns its argument.
 """
@@ -15,7 +15,7 @@ from stages.errors import ConfigError
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes where torchrun started this one: by nccl on GPUs, by gloo on CPUs."""
+    """Initialise torch.distributed if torchrun started this process: nccl on GPUs, gloo on CPUs."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -27,7 +27,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's GPU among those of its machine, unless one was named.
+    """The GPU of this process by its local rank, or the given device if it names one.
 
     Raises:
         ConfigError: there are more processes than GPUs, or one GPU was named and there are several processes.
@@ -48,7 +48,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def local_world_size() -> int:
-    """Processes on this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

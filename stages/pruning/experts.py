@@ -1,6 +1,6 @@
-"""Record what the experts of a mixture read: each is a slice of one parameter, recognised in the product that it appears in.
+"""Record the inputs of the experts of a mixture. An expert is a slice of one parameter, recognised by its address in a product.
 
-An expert that the router gave few tokens is calibrated on a sample of all tokens that reached the mixture.
+An expert to which the router sent few tokens is calibrated on a sample of all tokens that reached the mixture.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from stages.streaming.architecture import Layer
 
 
 class ExpertProducts(TorchFunctionMode):
-    """Hands on the input and the output of every product with an expert's weight.
+    """Passes the input and the output of every product with an expert's weight to a function.
 
     Args:
-        block: loaded. experts: those to hand on.
+        block: loaded. experts: those to observe.
         receive: called with the layer, [tokens, columns] and [tokens, rows].
     """
 
@@ -37,7 +37,7 @@ class ExpertProducts(TorchFunctionMode):
 
 
 class Experts:
-    """Hands what experts read to a recorder.
+    """Passes the inputs of experts to a recorder.
 
     Args:
         block: loaded. layers: its experts.
@@ -54,9 +54,9 @@ class Experts:
 
 
 class FewTokenExperts:
-    """The rule for experts that few tokens chose: they are calibrated on a sample of all tokens that reached their mixture.
+    """The rule for experts with few routed tokens: they are calibrated on a sample of all tokens that reached their mixture.
 
-    A few tokens tell little about what an expert reads, and what its router will send it resembles what it sends to the others.
+    A statistic over a few tokens is unreliable, and the tokens that a router sends to one expert resemble those of the others.
     """
 
     def __init__(self, experts: Experts) -> None:
@@ -73,11 +73,11 @@ class FewTokenExperts:
         return keep
 
     def apply(self, counts: dict[Layer, int], minimum: int | None) -> None:
-        """Forget what experts with fewer than `minimum` tokens read, and give them the sample instead.
+        """Replace the recorded inputs of experts with fewer than `minimum` tokens by the sample.
 
         Args:
-            counts: tokens that chose each expert, in all processes.
-            minimum: None: experts are taken as they are, and those that no token chose are left out.
+            counts: number of tokens routed to each expert, over all processes.
+            minimum: None: recorded inputs are not replaced, and experts without tokens are left out.
         """
         for hook in self._hooks:
             hook.remove()
@@ -100,6 +100,6 @@ class FewTokenExperts:
     def _run(self, path: str, expert: int) -> None:
         """Send all sampled tokens of a mixture to one expert."""
         tokens = torch.cat(self._reached[path])
-        chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
+        top_k_index = torch.full((len(tokens), 1), expert, device=tokens.device)
         with self.experts.recording():
-            self.experts.block.get_submodule(path)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
+            self.experts.block.get_submodule(path)(tokens, top_k_index, torch.ones_like(top_k_index, dtype=tokens.dtype))

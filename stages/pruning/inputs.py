@@ -1,4 +1,4 @@
-"""What layers read: a statistic and a sample of tokens of each distinct input; layers that are handed the same tensor share both."""
+"""Inputs of layers: a statistic and a sample of tokens of each distinct input. Layers that read the same tensor have both in common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ S = TypeVar("S", bound=Statistic)
 
 
 class CalibratedOn(StrEnum):
-    """Which tokens a statistic is of: those that the layer reads, or for an expert that few chose a sample of all."""
+    """The tokens of a statistic: those that the layer reads, or, for an expert with few routed tokens, a sample of all tokens."""
 
     ITS_TOKENS = "its tokens"
     ALL_TOKENS = "all tokens"
@@ -25,9 +25,9 @@ class CalibratedOn(StrEnum):
 class Inputs(Generic[S]):
     """One distinct input.
 
-    layers: those that read it, the first to do so first; after Observer.finish in the order of the observed layers.
-    statistic: over the tokens of all processes. sample: pieces of [tokens, columns], in the compute dtype, of this process's tokens.
-    tokens: how many the layers read, in all processes.
+    layers: the layers that read it, in the order in which they first do so; after Observer.finish in the order of the observed layers.
+    statistic: over the tokens of all processes. sample: tensors [tokens, columns], compute dtype, of this process's tokens.
+    tokens: number of tokens that the layers read, over all processes.
     """
 
     layers: list[Layer]
@@ -37,31 +37,31 @@ class Inputs(Generic[S]):
     calibrated_on: CalibratedOn = CalibratedOn.ITS_TOKENS
 
     def sampled(self) -> torch.Tensor:
-        """[tokens, columns], float32."""
+        """The sample as one tensor, [tokens, columns], float32."""
         return torch.cat(self.sample).float()
 
     def reorder(self, order: torch.Tensor) -> None:
-        """Make the column `order[k]`, int64, the k-th."""
+        """Reorder the columns: column `order[k]` becomes the k-th; order: [columns], int64."""
         self.statistic.reorder(order)
         self.sample = [piece[:, order] for piece in self.sample]
 
 
 class EvenSample:
-    """Every stride-th token of the calibration set, whatever the micro-batch.
+    """Every stride-th token of the calibration set; the micro-batch does not matter.
 
     Args:
-        stride: tokens. first_token: of this process among those of all processes.
+        stride: tokens. first_token: index of this process's first token among those of all processes.
     """
 
     def __init__(self, stride: int, first_token: int) -> None:
         self.stride, self.first_token = stride, first_token
 
     def of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The sampled ones of a micro-batch, [..., tokens, columns], as a copy: [sampled, columns]."""
+        """Copy the sampled tokens of a micro-batch, [..., tokens, columns], to [sampled, columns]."""
         return tokens.detach().reshape(-1, tokens.shape[-1])[-self.first_token % self.stride :: self.stride].clone()
 
     def advance(self, tokens: int) -> None:
-        """The next micro-batch begins so many tokens later."""
+        """Move on to the next micro-batch, which begins `tokens` tokens later."""
         self.first_token += tokens
 
 
@@ -69,8 +69,8 @@ class Recorder(Generic[S]):
     """The statistic and the sample of every distinct input.
 
     Args:
-        statistic: makes an empty one from a number of columns and a device.
-        sample: picks tokens of linear layers. expert_tokens: of an expert, the first so many.
+        statistic: makes an empty statistic from a number of columns and a device.
+        sample: picks tokens of linear layers. expert_tokens: number of tokens sampled of an expert, from its first on.
     """
 
     def __init__(self, statistic: Callable[[int, torch.device], S], sample: EvenSample, expert_tokens: int) -> None:
@@ -81,20 +81,20 @@ class Recorder(Generic[S]):
         self._read: dict[tuple[int, ...], tuple[Inputs[S], torch.Tensor]] = {}
 
     def begin(self, windows: int, tokens: int) -> None:
-        """A micro-batch of so many windows of so many tokens enters the block."""
+        """Begin a micro-batch of `windows` windows of `tokens` tokens each."""
         self._batch, self.latest = (windows, tokens), None
 
     def end(self) -> None:
-        """The micro-batch has left the block."""
+        """End the micro-batch."""
         self.sample.advance(self._batch[0] * self._batch[1])
         self._read.clear()
 
     @torch.no_grad()
     def add_windows(self, layer: Layer, tensor: torch.Tensor) -> None:
-        """Record what a linear layer reads, [..., columns], a row for each token of the micro-batch.
+        """Record the input of a linear layer, [..., columns], one row for each token of the micro-batch.
 
         Raises:
-            PruningError: it reads another number of tokens; names the layer.
+            PruningError: the number of rows is not that of the micro-batch's tokens; names the layer.
         """
         inputs = self._first_read_by(layer, tensor)
         if inputs is None:
@@ -119,7 +119,7 @@ class Recorder(Generic[S]):
         inputs.tokens += len(rows)
 
     def _first_read_by(self, layer: Layer, tensor: torch.Tensor) -> Inputs[S] | None:
-        """The inputs that this layer was the first to read; None if another layer records them."""
+        """The layer's inputs if it was the first to read them; None if another layer records them."""
         self.latest = layer
         if layer not in self.inputs:
             key = (tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor.stride(-1), tensor._version)
@@ -134,12 +134,12 @@ class Recorder(Generic[S]):
         return layer in self.inputs and self.inputs[layer].layers[0] == layer
 
     def forget(self, layer: Layer) -> None:
-        """Drop what a layer read."""
+        """Drop the inputs of a layer."""
         if layer in self.inputs:
             self.inputs.pop(layer).layers.remove(layer)
 
     def ensure(self, layer: Layer, weight: torch.Tensor) -> Inputs[S]:
-        """What a layer of this weight, [..., columns], read; empty if it read nothing in this process."""
+        """The inputs of a layer with this weight, [..., columns]; empty if it read nothing in this process."""
         if layer not in self.inputs:
             columns = weight.shape[-1]
             statistic = self.statistic(columns, weight.device)

@@ -1,8 +1,8 @@
 """The journal of a pruning run: a delta file and a record of each finished block, so that a killed run can be resumed.
 
-The directory belongs to a fingerprint of everything that determines the blocks; a run with the same fingerprint reuses them. A block
-is finished when its record exists and the delta file has the hash in it. The record is renamed into place last, so the process may
-be killed at any moment.
+The directory stores a fingerprint of everything that determines the blocks; a run with the same fingerprint reuses them. A block is
+finished when its record exists and its delta file has the hash that the record states. The record is renamed to its final name last, so
+the process may be killed at any moment.
 """
 
 import fcntl
@@ -37,10 +37,10 @@ class Journal:
 
     Args:
         base: fingerprint of the checkpoint that is pruned.
-        finished: how many blocks are finished; None: look in the directory.
+        finished: number of finished blocks; None: count them in the directory.
 
     Attributes:
-        evidence_seconds: what an interrupted run needed to measure the evidence that this run reuses, else 0.
+        evidence_seconds: seconds that an interrupted run needed to measure the evidence that this run reuses, else 0.
     """
 
     def __init__(self, directory: Path, base: str, finished: int | None = None) -> None:
@@ -54,7 +54,7 @@ class Journal:
         return self.evidence_seconds + sum(block["seconds"] for block in self.records(self.finished))
 
     def _finished(self) -> int:
-        """How many blocks from the first on are finished, without a gap."""
+        """Number of finished blocks from the first on, up to the first that is not finished."""
         count = 0
         while self.record_path(count).is_file() and self._is_undamaged(count):
             count += 1
@@ -71,10 +71,10 @@ class Journal:
         return self.directory / f"block-{index:05d}.json"
 
     def allocation_evidence(self, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What an allocation measures before the first block: read if an interrupted run wrote it, else computed and written.
+        """Read the evidence of an allocation if an interrupted run wrote it, else compute and write it.
 
         Args:
-            compute: gives named tensors; called by all processes or by none. Those of the first process are used by all.
+            compute: returns named tensors; called by all processes or by none. All use the tensors of the first process.
 
         Raises:
             SparsesweepError: the disk is full.
@@ -104,7 +104,7 @@ class Journal:
         """Add a finished block.
 
         Args:
-            record: what JSON can hold; `records` returns it.
+            record: plain data that JSON can hold; `records` returns it.
 
         Raises:
             SparsesweepError: the disk is full; the earlier blocks stay finished.
@@ -122,7 +122,7 @@ class Journal:
         return [read_json(self.record_path(index)) for index in range(count)]
 
     def export(self, count: int, directory: Path) -> None:
-        """Put the first `count` delta files into another directory, too; the journal keeps its own."""
+        """Link or copy the first `count` delta files into another directory; the journal's own files stay."""
         for index in range(count):
             path = self.delta_path(index)
             try:
@@ -138,10 +138,10 @@ class Journal:
 
 @contextmanager
 def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[Journal]:
-    """Open the journal in a directory: that of an interrupted run with the same fingerprint, else an empty one.
+    """Open the journal of an interrupted run with the same fingerprint, else an empty one.
 
-    The directory is removed when the body of the with statement succeeds, and stays when it fails. With several processes the first
-    one opens and writes the journal, and the others read it.
+    The directory is removed when the body of the with statement succeeds, and stays when it fails. With several processes, the first
+    process opens and writes the journal and the others read it.
 
     Args:
         fingerprint: JSON that determines the blocks. base: fingerprint of the checkpoint that is pruned.
@@ -180,7 +180,7 @@ def _lock(lock: int, directory: Path) -> None:
 
 
 def _require_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> None:
-    """Leave the directory as it is if it has this fingerprint; else empty it and write the fingerprint."""
+    """Keep the directory if it has this fingerprint; else empty it and write the fingerprint."""
     path = directory / FINGERPRINT
     if path.is_file() and path.read_text(encoding="utf8") == _text(fingerprint):
         return
@@ -199,14 +199,14 @@ def _text(fingerprint: dict[str, Any]) -> str:
 
 
 def _difference(path: Path, fingerprint: dict[str, Any]) -> str:
-    """Names the entries in which a fingerprint on disk differs from this one."""
-    before = read_json(path)
-    names = [name for name in sorted({*before, *fingerprint}) if before.get(name) != fingerprint.get(name)]
+    """Name the entries in which a fingerprint on disk differs from this one."""
+    stored = read_json(path)
+    names = [name for name in sorted({*stored, *fingerprint}) if stored.get(name) != fingerprint.get(name)]
     return ", ".join(names) + " differ"
 
 
 class WriteBehind:
-    """Writes in a thread while the caller continues; an error is raised by the next call or at the end."""
+    """Writes in a thread while the caller continues; the next call, or the end of the with statement, raises an error of the write."""
 
     def __init__(self) -> None:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")

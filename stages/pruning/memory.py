@@ -23,12 +23,12 @@ COPIES_MASKED, COPIES_UPDATED = 8, 12  # of a layer's weights in float32: while 
 def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, takes_gradients: bool) -> int:
     """An upper bound on host memory in bytes, without hidden states.
 
-    Counted are the libraries and two of the largest block as stored, the current one and the one read ahead; on a CPU also what the
-    block loop computes with, or what an allocation or a distillation does if that is more. A distillation needs copies of a block on
-    the host on every device.
+    It counts the libraries and two copies of the largest block as stored, for the current block and the one read ahead; on a CPU also
+    the memory in which the block loop computes, or an allocation or a distillation if that is more. A distillation needs copies of a
+    block on the host on every device.
 
     Args:
-        tokens: of a forward pass.
+        tokens: number of tokens in a forward pass.
         scores_blocks: whether an allocation holds the scores of all matrices of a block.
         takes_gradients: whether an allocation takes gradients of the loss.
     """
@@ -48,7 +48,7 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
 
 
 def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
-    """An estimate of the delta's size in bytes from block `first` on: a bit a weight, and the values of kept weights if they change."""
+    """An estimate of the delta's size in bytes from block `first` on: one bit per weight, and the values of kept weights if they change."""
     total = 0.0
     for matrix in (matrix for block in decoder.matrices[first:] for matrix in block):
         kept = matrix.size * (1 - plan.patterns[matrix.name].sparsity)

@@ -1,6 +1,6 @@
-"""Observe what the layers of a loaded block read while windows run through it, for pruning and for an allocation.
+"""Observe the inputs of the layers of a loaded block while windows run through it, for pruning and for an allocation.
 
-Linear layers are observed by a hook on each, experts as in experts.py; both hand what is read to a Recorder, see inputs.py.
+Linear layers are observed by hooks, experts as in experts.py; both pass their inputs to a Recorder, see inputs.py.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from stages.streaming.stream import Stream
 
 
 class LastInputRead(Exception):
-    """Raised before the product of a block's last layer, where nothing needs its output."""
+    """Raised before the product of a block's last layer if the block's output is not needed."""
 
 
 class LinearLayers:
-    """Hands what linear layers read to a recorder.
+    """Passes the inputs of linear layers to a recorder.
 
     Args:
         block: loaded. layers: its linear layers.
@@ -58,11 +58,11 @@ class Observer(Generic[S]):
     """Observes the layers of one loaded block.
 
     Args:
-        layers: those to observe.
+        layers: the layers to observe.
         statistic: makes an empty statistic from a number of columns and a device.
-        tokens: how many all processes will run through the block.
-        sampled: about how many of them to keep of each input, evenly spread; of an expert's, the first eighth of that number.
-        first_token: of this process among all.
+        tokens: number of tokens that all processes together run through the block.
+        sampled: approximate number of tokens to keep of each input, evenly spread; of an expert's, an eighth of that number, the first.
+        first_token: index of this process's first token among those of all processes.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Observer(Generic[S]):
             self.linear.end()
 
     def run_to_last_input(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Run some windows through the block up to what its last layer reads, from the second call on; see run."""
+        """Run some windows through the block; from the second call on stop before the last layer's product. See run."""
         self.linear.stop_at_last = True
         try:
             self.run(hidden, forward)
@@ -106,14 +106,14 @@ class Observer(Generic[S]):
             self.linear.stop_at_last = False
 
     def finish(self, minimum: int | None) -> list[Inputs[S]]:
-        """Add up over all processes; every distinct input, in the same order in each process.
+        """Add up over all processes, and return every distinct input in the same order in each process.
 
         Args:
             minimum: tokens, see FewTokenExperts.apply.
         """
         self.linear.remove()
-        own = [self.recorder.inputs[layer].tokens if self.recorder.records(layer) else 0 for layer in self.layers]
-        counts = dict(zip(self.layers, all_reduce(torch.tensor(own)).tolist(), strict=True))
+        local_counts = [self.recorder.inputs[layer].tokens if self.recorder.records(layer) else 0 for layer in self.layers]
+        counts = dict(zip(self.layers, all_reduce(torch.tensor(local_counts)).tolist(), strict=True))
         self.few_token_experts.apply(counts, minimum)
         distinct = []
         for layer in self.layers:
@@ -128,6 +128,6 @@ class Observer(Generic[S]):
 
 
 def observe(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[S], sampled: int = 1) -> Observer[S]:
-    """An observer of what some layers of a loaded block read of a stream's windows; see Observer."""
+    """Make an observer of some layers of a loaded block for a stream's windows; see Observer."""
     length = stream.shape[1]
     return Observer(block, layers, statistic, stream.all_windows * length, sampled, stream.first_window * length)

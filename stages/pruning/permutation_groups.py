@@ -2,9 +2,9 @@
 
     W2[:, p] f(W1[p] x) = W2 f(W1 x)       # f elementwise with the same form for every channel, p any order of the channels
 
-The consumer W2 reads the channels, the producers W1 make them. Names, shapes and biases only give candidates. Each candidate is tried:
-its matrices are reordered together and the block is run. The output must stay the same; and it must change when any one of the
-matrices is reordered alone. A producer with a bias is no candidate, since the bias would have to be reordered too.
+The consumer W2 reads the channels that the producers W1 compute. Names, shapes and biases only give candidates. For each candidate the
+block is run with all matrices of the group reordered, which must not change the output, and with each of them reordered alone, which
+must change it. A producer with a bias is no candidate, since the bias would have to be reordered too.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Reordering = tuple[Matrix, int]  # a matrix and its dimension, of [rows, columns
 class PermutationGroup:
     """Matrices whose channels can be permuted together.
 
-    consumer: its columns are the channels. producers: their rows are.
+    consumer: its columns are the channels. producers: their rows are the channels.
     """
 
     consumer: Matrix
@@ -57,7 +57,7 @@ def permutation_groups(
         hidden: [windows, tokens, width], float32. An expert that none of these tokens chooses is not found.
 
     Returns:
-        The proven options, in their order.
+        The options that the trials prove, in the order of `options`.
 
     Raises:
         ValueError: hidden states of another dtype, whose rounding would hide the changes that a trial measures.
@@ -96,7 +96,7 @@ def _possible_producers(block: nn.Module, consumer: Matrix, matrices: list[Matri
 
 
 def _parent(matrix: Matrix) -> str:
-    """What the parameter names of its parent module begin with: "mlp." for mlp.down_proj.weight, "" at the top of the block."""
+    """The prefix of the parameter names in its parent module: "mlp." for mlp.down_proj.weight, "" at the top of the block."""
     *path, _ = matrix.parameter_slice.name.split(".")
     if matrix.parameter_slice.expert is None:
         path = path[:-1]  # without the linear layer; an expert's matrices are parameters of one module
@@ -111,10 +111,10 @@ def _has_bias(block: nn.Module, matrix: Matrix) -> bool:
 def _is_proven(group: PermutationGroup, change: Callable[[list[Reordering], torch.Tensor], float]) -> bool:
     """Whether reordering all matrices changes nothing and reordering each one alone changes the output; NaN proves nothing."""
     order = torch.randperm(group.consumer.shape[1], generator=torch.Generator().manual_seed(0))
-    together = [(group.consumer, 1), *((producer, 0) for producer in group.producers)]
-    if not change(together, order) <= TOLERANCE:
+    group_reorderings = [(group.consumer, 1), *((producer, 0) for producer in group.producers)]
+    if not change(group_reorderings, order) <= TOLERANCE:
         return False
-    return all(change([alone], order) >= CONTRAST * TOLERANCE for alone in together)
+    return all(change([reordering], order) >= CONTRAST * TOLERANCE for reordering in group_reorderings)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Find an order of the input columns in which an N:M mask keeps a higher total score.
 
-Two steps: strong columns are distributed over the groups, then columns are exchanged between groups as long as that gains. After
+Two steps: columns with high totals are distributed over the groups, then columns are exchanged between groups while the score rises. After
 Pool & Yu, NeurIPS 2021 (exchanges of two columns), and Zhang et al., ICLR 2024 (RIA: columns distributed by their totals, then one
 column of each group reassigned at a time).
 
-Take column j out of its group. The group keeps its N - 1 best other scores and the larger of the incoming score s and the Nth best,
-b_j. With max(s, b) = (s + b + |s - b|) / 2, exchanging columns i and j of two groups raises the kept score by
+Replace column j of a group by a column with score s. The group keeps its N - 1 best other scores and the larger of s and b_j, the Nth
+best other score. With max(s, b) = (s + b + |s - b|) / 2, exchanging columns i and j of two groups raises the kept score by
 
     gain_ij = 1/2 sum_r (|s_ri - b_rj| + |s_rj - b_ri| - |s_ri - b_ri| - |s_rj - b_rj|)
 
@@ -25,11 +25,11 @@ def channel_permutation(scores: torch.Tensor, kept: int, group: int, *, rounds: 
     Args:
         scores: [rows, columns], float32, finite, 0 or more, of each weight.
         kept: N. group: M.
-        rounds: how often each column is tried in other groups; 0: columns are distributed by their totals alone.
+        rounds: number of times that each column is tried in other groups; 0: columns are only distributed by their totals.
 
     Returns:
         [columns], int64: column `order[k]` becomes the k-th. Deterministic. The kept score is never lower than without reordering;
-        where nothing is gained, the columns stay in place.
+        if it does not rise, the order is the identity.
 
     Raises:
         ValueError: columns not a multiple of the group, or a score that is NaN or infinite.
@@ -57,7 +57,7 @@ def _distributed(scores: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _refined(columns: torch.Tensor, groups: torch.Tensor, kept: int, rounds: int) -> torch.Tensor:
-    """Take one column out of every group and reassign these columns where they gain most; so for each column in every round.
+    """In every round, for each position in a group: remove one column from every group and reassign these columns for the largest gain.
 
     Args:
         columns: [columns, rows], the scores, each column contiguous in memory.
@@ -76,27 +76,27 @@ def _refined(columns: torch.Tensor, groups: torch.Tensor, kept: int, rounds: int
 
 
 def _exchanged(distances: torch.Tensor) -> torch.Tensor:
-    """Exchange pairs of columns as long as one gains; pairs that are each other's best choice are exchanged at once.
+    """Exchange pairs of columns while an exchange raises the score; pairs that are each other's best choice are exchanged together.
 
     Args:
-        distances: [groups, groups], of each removed column from the Nth best others of each group.
+        distances: [groups, groups], float32, L1 distance of each removed column from the Nth best other scores of each group.
 
     Returns:
         [groups], int64: the group whose column each group receives.
     """
-    own = torch.arange(len(distances), device=distances.device)
-    partners, smallest = own, SMALLEST_GAIN * distances.max()
+    group_indices = torch.arange(len(distances), device=distances.device)
+    partners, smallest = group_indices, SMALLEST_GAIN * distances.max()
     while True:
         unchanged = distances.diagonal()
         gain, partner = (distances + distances.T - (unchanged[:, None] + unchanged)).max(dim=1)  # twice gain_ij
-        agreed = (partner[partner] == own) & (gain > smallest)
+        agreed = (partner[partner] == group_indices) & (gain > smallest)
         if not agreed.any():
             return partners
-        swap = torch.where(agreed, partner, own)
+        swap = torch.where(agreed, partner, group_indices)
         distances, partners = distances[swap], partners[swap]
 
 
 def _sorted(groups: torch.Tensor) -> torch.Tensor:
-    """Columns sorted within each group, and groups by their first columns, so that no column moves without need."""
+    """Sort the columns within each group and the groups by their first columns, so that columns move no more than needed."""
     groups = groups.sort(dim=1).values
     return groups[groups[:, 0].argsort()].reshape(-1)

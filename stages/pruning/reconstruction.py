@@ -25,10 +25,10 @@ BETAS = (0.9, 0.99)  # of Adam; there are tens of steps, not thousands
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How long and how fast a block is trained.
+    """Settings of a reconstruction.
 
     epochs: passes over the calibration windows, one window a step, 1 or more.
-    learning_rate: of the first step, above 0; falls linearly to 0.
+    learning_rate: that of the first step, above 0; it falls linearly to 0.
     """
 
     epochs: int
@@ -42,17 +42,17 @@ def reconstruct(
     masks: dict[str, torch.Tensor],
     values: dict[str, torch.Tensor],
     targets: torch.Tensor,
-    how: Reconstruction,
+    settings: Reconstruction,
 ) -> None:
     """Train the kept weights of a block; pruned weights stay exactly zero.
 
-    With N processes each takes a window of its own per step, and the gradients are averaged: there are N times fewer steps.
+    With N processes, each process takes another window in every step and the gradients are averaged; there are N times fewer steps.
 
     Args:
         stream: hidden states of the pruned model before the block.
         block: loaded. Its pruned parameters are set to the trained values, in the compute dtype; its other parameters do not change.
-        masks: parameter's name inside the block -> bool, in the parameter's shape, True = kept.
-        values: parameter's name -> the initial weights, float32, in the parameter's shape; trained in place.
+        masks: name of the parameter in the block -> bool, in the parameter's shape, True = kept.
+        values: name of the parameter in the block -> initial weights, float32, in the parameter's shape; trained in place.
         targets: [windows, tokens, width], the dense model's hidden states after the block.
 
     Raises:
@@ -60,8 +60,8 @@ def reconstruct(
     """
     parameters = [block.get_parameter(name).requires_grad_() for name in masks]
     masters = [values[name] for name in masks]
-    optimiser = torch.optim.Adam(masters, lr=how.learning_rate, betas=BETAS, fused=True)
-    for window, rate in schedule(stream, how.epochs, how.learning_rate):
+    optimiser = torch.optim.Adam(masters, lr=settings.learning_rate, betas=BETAS, fused=True)
+    for window, rate in schedule(stream, settings.epochs, settings.learning_rate):
         hidden, call = stream.window(index, window)
         with torch.enable_grad():
             output = run_block(block, hidden, call)
@@ -82,10 +82,10 @@ def reconstruct(
 
 
 class BlockTraining:
-    """What the reconstruction of a block needs, gathered while its matrices are pruned.
+    """The masks, weights and samples for the reconstruction of a block, collected while its matrices are pruned.
 
     Args:
-        how, targets: see reconstruct.
+        how: the settings. targets: see reconstruct.
 
     Attributes:
         masks, values: see reconstruct.
@@ -139,10 +139,10 @@ def relative_errors(output: torch.Tensor, target: torch.Tensor, hidden: torch.Te
 
 
 def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[int, float]]:
-    """This process's window and the learning rate of each step.
+    """Compute this process's window and the learning rate of each step.
 
-    Every pass takes the windows in another random order. Every process makes the same number of steps: where they do not divide the
-    windows evenly, a pass leaves some out. The learning rate falls linearly from the first step's to 0.
+    Every pass takes the windows in another random order. Every process makes the same number of steps: if the number of processes does
+    not divide that of the windows, a pass leaves some windows out. The learning rate falls linearly from the first step's to 0.
     """
     generator = torch.Generator().manual_seed(0)
     steps = max(1, round(epochs * (stream.all_windows // distributed.world_size())))

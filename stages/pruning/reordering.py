@@ -1,6 +1,6 @@
 """Permute the hidden channels of a block, which leaves its function unchanged, so that N:M groups keep more of the scores.
 
-Which matrices are permuted together is proven by permutation_groups; the order of the channels is chosen by permutations.
+permutation_groups proves which matrices can be permuted together; permutations chooses the order of the channels.
 """
 
 from copy import deepcopy
@@ -27,7 +27,8 @@ from stages.streaming.decoder import Decoder
 class Order:
     """The order of a matrix's rows and columns.
 
-    rows, columns: [rows], [columns], int64; row i of the reordered matrix is row rows[i] of the stored one. None: as stored.
+    rows: [rows], int64; row i of the reordered matrix is row rows[i] of the stored one. columns: [columns], int64, likewise.
+        None: as stored.
     """
 
     rows: torch.Tensor | None = None
@@ -43,10 +44,10 @@ UNCHANGED = Order()
 
 
 def require_candidates(decoder: Decoder) -> None:
-    """Refuse a model that cannot be permuted by the names, shapes and biases of its layers alone, before a weight is read.
+    """Refuse a model without permutation groups, by the names, shapes and biases of its layers, before a weight is read.
 
     Raises:
-        PruningError: a block without channels that can be permuted; names it.
+        PruningError: a block has no channels that can be permuted; names it.
     """
     for index, block in enumerate(decoder.blocks):
         if not candidates(block, decoder.matrices[index]):
@@ -57,7 +58,7 @@ def proven_permutation_groups(decoder: Decoder, index: int, block: nn.Module, hi
     """Find the permutation groups of a loaded dense block by trial in float32; the same in every process.
 
     Args:
-        hidden: [windows, tokens, width], the block's input for some windows. call: the block's other arguments.
+        hidden: [windows, tokens, width], the block's input for some windows. call: the other arguments of the block.
 
     Raises:
         PruningError: there are none; names the block.
@@ -90,15 +91,15 @@ def find_orders(
     """Choose an order for the channels of every permutation group.
 
     Args:
-        weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> what it reads; reordered in place.
-        patterns: consumer's name -> N:M. method: by whose scores masks are chosen. rounds: see channel_permutation.
+        weights: consumer's name -> [rows, columns], float32. inputs: consumer's name -> its inputs; reordered in place.
+        patterns: consumer's name -> N:M pattern. method: gives the scores. rounds: see channel_permutation.
 
     Returns:
         Matrix name -> its order; matrices of no group are missing.
 
     Raises:
-        PruningError: scores that are not finite, a Gram matrix that does not factor; names the layer.
-        ValueError: a pattern other than N:M; names the layer.
+        PruningError: scores are not finite, or a Gram matrix does not factor; names the layer.
+        ValueError: a pattern is not N:M; names the layer.
     """
     orders: dict[str, Order] = {}
     for group in groups:
@@ -118,7 +119,7 @@ def find_orders(
 
 
 def _in_float32(call: Call) -> Call:
-    """The call with all floating-point tensors in float32."""
+    """Cast all floating-point tensors of a call to float32."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

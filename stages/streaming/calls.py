@@ -1,8 +1,8 @@
-"""How a model calls its decoder blocks, and how one block is called alone.
+"""Record how a model calls its decoder blocks, and call one block alone.
 
-The model's own forward pass runs with a stand-in for every block. What the stand-ins receive is what the blocks receive; what comes
-before and after the blocks is the model's own code. A block is run alone only if that gives what the model gives: hidden states go from
-each block to the next unchanged, and everything else that a block receives is the same for every window.
+The model's own forward pass runs with a stand-in module in place of every block, which receives the block's arguments; the model's own
+code runs before and after the blocks. A block is run alone only if the outputs are those of the model: hidden states go from each block
+to the next unchanged, and all other arguments of a block are the same for every window.
 """
 
 import enum
@@ -24,10 +24,10 @@ CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.
 
 @dataclass(kw_only=True, slots=True)
 class Call:
-    """What a block received.
+    """The arguments of one call of a block.
 
     hidden: [windows, tokens, width].
-    arguments, keywords: everything else, such as masks, positions and rotary embeddings, as it was when the block was called.
+    arguments, keywords: all other arguments, such as masks, positions and rotary embeddings, as they were at the call.
     """
 
     hidden: torch.Tensor
@@ -35,29 +35,29 @@ class Call:
     keywords: dict[str, Any]
 
     def named(self, block: nn.Module) -> dict[str, Any]:
-        """The arguments and keywords, by the names of the block's parameters."""
+        """The other arguments by the names of the parameters of the block's forward method."""
         return _named(block, self.arguments, self.keywords)
 
 
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """Run hidden states, [windows, tokens, width], through one loaded block, called as its model calls it."""
+    """Run hidden states, [windows, tokens, width], through one loaded block with the recorded arguments; returns the same shape."""
     output = block(hidden, *call.arguments, **call.keywords)
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch.Tensor) -> list[Call]:
-    """Run what comes before the blocks, and record what each block receives.
+    """Run the part of the model before the blocks, and record the arguments of each block.
 
     Args:
-        model: with weights before the blocks. blocks: the model's own list.
+        model: with the weights before the blocks. blocks: the model's own list.
         input_ids: [windows, tokens], int64, on the model's device.
 
     Returns:
-        One call a block; the first one's `hidden` is the blocks' input.
+        One call per block; `hidden` of the first call is the input of the blocks.
 
     Raises:
-        ArchitectureError: the blocks do not hand on plain hidden states, or receive what may differ between windows or change
-            while they run; names the block and the argument.
+        ArchitectureError: the blocks do not pass on plain hidden states, or have an argument that may change while they run;
+            names the block and the argument.
     """
     recording = _Recording(list(blocks))
     with _standing_in(model, blocks, recording.add), suppress(_AllRecorded):
@@ -66,16 +66,16 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch
     if len(calls) != len(blocks):
         raise unsupported(model, f"it runs {len(calls)} of its {len(blocks)} blocks, wanted each of them once and in order")
     if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() != 3:
-        found = f"its blocks receive hidden states of shape {list(calls[0].hidden.shape)} for {list(input_ids.shape)} tokens"
-        raise unsupported(model, f"{found}, wanted [windows, tokens, width]")
+        received = f"its blocks receive hidden states of shape {list(calls[0].hidden.shape)} for {list(input_ids.shape)} tokens"
+        raise unsupported(model, f"{received}, wanted [windows, tokens, width]")
     return calls
 
 
 def run_after_blocks(model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
-    """Run what comes after the blocks.
+    """Run the part of the model after the blocks.
 
     Args:
-        model: with weights after the blocks. hidden: [windows, tokens, width], the last block's output, on the model's device.
+        model: with the weights after the blocks. hidden: [windows, tokens, width], the last block's output, on the model's device.
 
     Returns:
         [windows, tokens, vocabulary], compute dtype.
@@ -88,32 +88,32 @@ def run_after_blocks(model: PreTrainedModel, blocks: nn.ModuleList, hidden: torc
 
 
 def require_same(model: PreTrainedModel, blocks: nn.ModuleList, calls: list[Call], single: list[Call], windows: int) -> None:
-    """Refuse a model whose blocks receive something else for several windows than for a single one, bit by bit.
+    """Refuse a model whose blocks' arguments for several windows do not repeat those for a single window, bit by bit.
 
     Args:
-        calls: of each block, for `windows` windows. single: of each block, for one window of other tokens.
+        calls: one call per block, for `windows` windows. single: one call per block, for one window of other tokens.
 
     Raises:
         ArchitectureError: names the block and the argument.
     """
     same: dict[tuple[int, int], bool] = {}  # blocks receive the same tensors
-    for index, (block, call, one) in enumerate(zip(blocks, calls, single, strict=True)):
-        received, expected = call.named(block), one.named(block)
+    for index, (block, call, single_call) in enumerate(zip(blocks, calls, single, strict=True)):
+        received, expected = call.named(block), single_call.named(block)
         for name in received | expected:
             value, other = received.get(name), expected.get(name)
             key = (id(value), id(other))
             if key not in same:
                 same[key] = name in received and name in expected and _repeats(value, other, windows)
             if not same[key]:
-                found = f"the argument {name!r} of block {index} ({type(value).__qualname__}) differs from window to window"
-                raise unsupported(model, f"{found}, wanted what is the same for all")
+                difference = f"the argument {name!r} of block {index} ({type(value).__qualname__}) differs from window to window"
+                raise unsupported(model, f"{difference}, wanted what is the same for all")
 
 
 def require_unchanged(model: PreTrainedModel, index: int, block: nn.Module, calls: list[Call]) -> None:
-    """Refuse a model whose block wrote into a tensor that it received.
+    """Refuse a model whose block wrote into an argument.
 
     Args:
-        index: of the block. calls: its own, for each number of windows.
+        index: index of the block. calls: the block's calls, one for each number of windows.
 
     Raises:
         ArchitectureError: names the block and the argument.
@@ -125,18 +125,18 @@ def require_unchanged(model: PreTrainedModel, index: int, block: nn.Module, call
 
 
 class _AllRecorded(Exception):
-    """Raised by the last recorder: what comes after the blocks is of no interest."""
+    """Raised at the call of the last block: the part of the model after the blocks is not needed."""
 
 
 class _NotPlain(Exception):
-    """Raised by stand-ins: the message says why the model cannot be run block by block."""
+    """Raised by stand-ins; the message says why the model cannot be run block by block."""
 
 
 class _StandIn(nn.Module):
-    """Takes a block's place in the list of blocks; the block's attributes can be read through it.
+    """Replaces a block in the list of blocks; reading an attribute that it lacks reads the block's.
 
     Args:
-        returns: the hidden states that it returns, given the arguments and the keywords that it receives.
+        returns: computes the hidden states that it returns from the arguments and keywords of the call.
     """
 
     def __init__(self, block: nn.Module, returns: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor]) -> None:
@@ -154,7 +154,7 @@ class _StandIn(nn.Module):
 
 
 class _Recording:
-    """What the blocks receive in one forward pass. A tensor that several blocks receive is copied once."""
+    """The arguments of the blocks in one forward pass. A tensor that several blocks receive is copied once."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.blocks = blocks
@@ -163,10 +163,10 @@ class _Recording:
         self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # with the original, which keeps its id
 
     def add(self, index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
-        """Take in the call of a block, and hand its hidden states on.
+        """Record the call of a block, and return its hidden states.
 
         Raises:
-            _NotPlain: the block run alone would not receive the same.
+            _NotPlain: the block would receive other arguments if it were run alone.
             _AllRecorded: this was the last block.
         """
         if index != len(self.calls):
@@ -188,7 +188,7 @@ class _Recording:
         return hidden
 
     def _copy(self, value: Any) -> Any:
-        """The value as it is now."""
+        """Copy a value."""
         if isinstance(value, tuple):
             return tuple(map(self._copy, value))
         if not isinstance(value, torch.Tensor):
@@ -200,9 +200,9 @@ class _Recording:
 
 
 class _Output(torch.Tensor):
-    """What a stand-in returns: hidden states, whether the model expects them alone or as the first element of a tuple.
+    """The hidden states that a stand-in returns, for models that expect a tensor and for those that expect a tuple that it begins.
 
-    Any other use as a tuple shows that the model wants more of its blocks than hidden states.
+    Any other use as a tuple shows that the model needs more of its blocks than hidden states.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results of operations are plain tensors
@@ -226,7 +226,7 @@ class _Output(torch.Tensor):
 def _standing_in(
     model: PreTrainedModel, blocks: nn.ModuleList, returns: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 ) -> Iterator[None]:
-    """Put a stand-in where each block is; see _StandIn, `returns` being given the block's index first."""
+    """Replace each block by a stand-in; see _StandIn. The first argument of `returns` is the index of the block."""
     originals = list(blocks)
     for index, block in enumerate(originals):
         blocks[index] = _StandIn(block, partial(returns, index))
@@ -240,36 +240,36 @@ def _standing_in(
 
 
 def _named(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """What a block receives after its hidden states, by the names of its parameters, or by position where it has no more names."""
+    """A block's arguments after the hidden states, by parameter name, or by position where there are no more names."""
     names = list(inspect.signature(block.forward).parameters)[1:]
     names += [str(position) for position in range(len(names) + 1, len(arguments) + 1)]
     return dict(zip(names, arguments, strict=False)) | keywords
 
 
 def _changeable(value: Any) -> str | None:
-    """The type of what a block could change or keep a state in, or None: tensors are compared, constants and tuples stay as they are."""
+    """The type of a value that may change or hold state; None for tensors, which are compared, constants, and tuples of these."""
     if type(value) is tuple:
-        return next((name for part in value if (name := _changeable(part)) is not None), None)
+        return next((name for item in value if (name := _changeable(item)) is not None), None)
     return None if isinstance(value, (torch.Tensor, *CONSTANTS)) else type(value).__qualname__
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a value."""
+    """Yield the tensors in a value."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
+        for item in value:
+            yield from _tensors(item)
 
 
 def _repeats(value: Any, single: Any, windows: int) -> bool:
-    """Whether an argument for several windows is that for a single one, tensors bit by bit: for all at once, or again for each."""
+    """Whether an argument for several windows equals that for one window, or repeats it once per window; tensors bit by bit."""
     if type(value) is not type(single):
         return False
     if isinstance(value, torch.Tensor):
         return value.dtype == single.dtype and _tensor_repeats(value, single, windows)
     if isinstance(value, tuple):
-        return len(value) == len(single) and all(_repeats(*parts, windows) for parts in zip(value, single, strict=True))
+        return len(value) == len(single) and all(_repeats(*pair, windows) for pair in zip(value, single, strict=True))
     return value == single
 
 
@@ -278,7 +278,7 @@ def _tensor_repeats(value: torch.Tensor, single: torch.Tensor, windows: int) -> 
         return torch.equal(value, single)
     if value.dim() != single.dim():
         return False
-    differing = [dim for dim, (length, one) in enumerate(zip(value.shape, single.shape, strict=True)) if length != one]
+    differing = [dim for dim, (length, single_length) in enumerate(zip(value.shape, single.shape, strict=True)) if length != single_length]
     if len(differing) != 1 or value.shape[differing[0]] != windows * single.shape[differing[0]]:
         return False
-    return all(torch.equal(part, single) for part in value.chunk(windows, dim=differing[0]))
+    return all(torch.equal(chunk, single) for chunk in value.chunk(windows, dim=differing[0]))

@@ -20,13 +20,13 @@ class Decoder:
     """A decoder language model of which one block at a time has weights.
 
     Args:
-        checkpoint: its tensors, next to its config.json.
-        dtype, device: of the computation.
+        checkpoint: its tensors, in the directory of its config.json.
+        dtype, device: those of the computation.
 
     Raises:
         ArchitectureError: the blocks cannot be found or cannot be run alone, or tensors are converted in a way that is not known;
             names the model type.
-        CheckpointError: the checkpoint's tensors are not the model's. No weight is read before either.
+        CheckpointError: the checkpoint's tensors are not the model's. Both are raised before any weight is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -53,23 +53,23 @@ class Decoder:
         """The matrices in scope of every block; see find_matrices.
 
         Raises:
-            ArchitectureError: a weight is not known to be in scope or not, or a matrix is tied; names the tensor.
+            ArchitectureError: see find_matrices.
         """
         return find_matrices(self.model, self.prefix, self._tensors)
 
     def layers(self, index: int) -> list[Layer]:
-        """The layers of a block that multiply by matrices in scope, each once."""
+        """The layers of a block that multiply by matrices in scope, without repeats."""
         return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
 
     @torch.no_grad()
     def calls(self, windows: torch.Tensor) -> list[Call]:
-        """Run what comes before the blocks, and record how each block is called; see record_calls.
+        """Run the part of the model before the blocks, and record how each block is called; see record_calls.
 
         Args:
             windows: [windows, tokens], int64.
 
         Returns:
-            One call a block; the first one's `hidden` is the blocks' input, on the device.
+            One call per block; `hidden` of the first call is the input of the blocks, on the device.
 
         Raises:
             ArchitectureError: the blocks cannot be run alone; names the block and the argument.
@@ -77,7 +77,7 @@ class Decoder:
         return record_calls(self.model, self.blocks, windows.to(self.device))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run what comes after the blocks; see run_after_blocks.
+        """Run the part of the model after the blocks; see run_after_blocks.
 
         Args:
             hidden: [windows, tokens, width], the last block's output, on the device.
@@ -88,7 +88,7 @@ class Decoder:
         return run_after_blocks(self.model, self.blocks, hidden)
 
     def _require_blocks_that_run_alone(self) -> None:
-        """Record how the blocks are called where all weights are zero; these zeros take no memory."""
+        """Record how the blocks are called with all weights zero; these zeros take no memory."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         names = [name for name in self._outside_blocks().values() if name in parameters]
         zeros = {name: torch.zeros((), dtype=parameter_dtype(self.model, name, self.dtype)) for name in names}
@@ -102,9 +102,9 @@ class Decoder:
 
     @contextmanager
     def before_blocks(self) -> Iterator[None]:
-        """Give weights to all but the blocks and an output embedding of its own, for as long as `calls` is needed.
+        """Load all weights outside the blocks, except those of an output embedding that is not tied, while `calls` is needed.
 
-        Embeddings, which are only looked up, keep their stored dtype; the rows that are looked up are cast: the same values.
+        Embeddings keep their stored dtype; only the rows that are looked up are cast, which gives the same values.
         """
         output = self.model.get_output_embeddings()
         skipped = {id(parameter) for parameter in output.parameters()} if output is not None else set()
@@ -117,18 +117,18 @@ class Decoder:
 
     @contextmanager
     def after_blocks(self) -> Iterator[None]:
-        """Give weights to all but the blocks, for as long as `logits` is needed."""
+        """Load all weights outside the blocks, while `logits` is needed."""
         with self._filled(self._stored(self._outside_blocks(), uncast=set())):
             yield
 
     def _outside_blocks(self) -> dict[str, str]:
-        """The tensors outside the blocks: name in the checkpoint -> parameter or buffer, each under one of its names."""
+        """The tensors outside the blocks: name in the checkpoint -> parameter or buffer, tied parameters under one name."""
         names = {tensor: parameter_slice.name for tensor, parameter_slice in self.layout.items()}
         tied = tied_names(self.model)
         return {tensor: name for tensor, name in names.items() if not name.startswith(f"{self.prefix}.") and name not in tied}
 
     def _stored(self, names: dict[str, str], uncast: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers with the values of the checkpoint, on the device, in the compute dtype but for some."""
+        """Yield parameters and buffers with the values of the checkpoint, on the device, in the compute dtype except for `uncast`."""
         for tensor, name in names.items():
             value = self.checkpoint.tensor(tensor)
             if name not in uncast and value.is_floating_point():
@@ -141,7 +141,7 @@ class Decoder:
 
     @contextmanager
     def _filled(self, values: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
-        """Give values to parameters and buffers outside the blocks, and take them back in the end."""
+        """Set parameters and buffers outside the blocks, and free them at the end."""
         embeddings = [module for module in self.model.modules() if type(module) is nn.Embedding]
         hooks = [module.register_forward_hook(lambda _, __, rows: rows.to(self.dtype)) for module in embeddings]
         names = tied_names(self.model) & {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -163,10 +163,10 @@ class Decoder:
 
     @contextmanager
     def loaded(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
-        """Give weights to one block.
+        """Load the weights of one block, and free them at the end.
 
         Args:
-            tensors: from `read`; emptied, tensor by tensor, so that none is in memory twice for long.
+            tensors: from `read`; removed from the dictionary one after another, so that only one is in memory twice.
         """
         block, parameters = self.blocks[index], {}
         for tensor, parameter_slice in self._tensors[index].items():
@@ -185,7 +185,7 @@ class Decoder:
     def stored(self, matrix: Matrix, block: nn.Module) -> torch.Tensor:
         """A matrix of a loaded block with the values of the checkpoint, [rows, columns], float32.
 
-        It is read again where the compute dtype does not hold all of its values.
+        It is read again if the compute dtype cannot represent all of its values.
         """
         stored = self.checkpoint.dtype(matrix.tensor)
         if self.dtype in (stored, torch.float32):
@@ -198,7 +198,7 @@ class Decoder:
 
 
 def _raised_in(module: str, error: BaseException) -> bool:
-    """Whether an error was raised by a statement of a module itself, and not by something that it called."""
+    """Whether an error was raised by a statement of the module itself, not by a function of another module that it called."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,4 +1,4 @@
-"""Host memory for buffers, counted, and files without a name for what is beyond it; freed memory goes back to the system."""
+"""Buffers in host memory up to a budget and in unnamed files beyond it; freed memory is returned to the system."""
 
 import ctypes
 import math
@@ -16,12 +16,12 @@ M_ARENA_MAX = -8  # malloc.h
 
 
 class HostMemory:
-    """Host memory that several streams take their buffers from.
+    """A budget of host memory from which several streams allocate their buffers.
 
-    It counts what it gives and takes nothing back: it lives as long as its buffers.
+    Freed buffers are not added back to the budget: it is used for as long as its buffers.
 
     Args:
-        budget: bytes to give; a buffer for which too few are left lies in a file.
+        budget: bytes; a buffer that needs more than the rest of the budget is a file.
         scratch: directory of the files.
     """
 
@@ -30,37 +30,37 @@ class HostMemory:
 
     @classmethod
     def unbounded(cls) -> "HostMemory":
-        """All that the system gives; nothing lies in files."""
+        """No bound; no buffer is a file."""
         return cls(math.inf, Path())
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, str]:
-        """An empty tensor of any values, and where it lies: "memory", or the size and the directory of a file.
+        """Allocate a tensor, uninitialised; returns it and its location: "memory", or the size and the directory of a file.
 
         Raises:
             SparsesweepError: the disk has no space for the file.
         """
-        needed = torch.Size(shape).numel() * dtype.itemsize
-        if needed > self.left:
-            return self._in_file(shape, dtype, needed), f"a file of {needed / 1e9:.2f} GB in {self.scratch}"
-        self.left -= needed
+        needed_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if needed_bytes > self.left:
+            return self._in_file(shape, dtype, needed_bytes), f"a file of {needed_bytes / 1e9:.2f} GB in {self.scratch}"
+        self.left -= needed_bytes
         return torch.empty(shape, dtype=dtype), "memory"
 
-    def _in_file(self, shape: tuple[int, ...], dtype: torch.dtype, needed: int) -> torch.Tensor:
-        require_free_disk(self.scratch, needed)
+    def _in_file(self, shape: tuple[int, ...], dtype: torch.dtype, needed_bytes: int) -> torch.Tensor:
+        require_free_disk(self.scratch, needed_bytes)
         with full_disk(self.scratch, "nothing was computed"), tempfile.TemporaryFile(dir=self.scratch) as file:
-            os.posix_fallocate(file.fileno(), 0, needed)  # writing to a map of a file that the disk cannot hold kills the process
+            os.posix_fallocate(file.fileno(), 0, needed_bytes)  # writing to a map of a file that the disk cannot hold kills the process
             path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
             return torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
 def release_free_memory() -> None:
-    """Give freed memory back to the system, where the C library keeps it: glibc keeps a part of every block."""
+    """Return freed memory to the system; without this, glibc keeps a part of every block's memory."""
     if (trim := _of_glibc("malloc_trim")) is not None:
         trim(0)
 
 
 def allocate_in_one_heap() -> None:
-    """Make all threads allocate in the main thread's heap: glibc keeps what is freed in heaps of other threads."""
+    """Make all threads allocate in the main thread's heap: glibc does not return memory that is freed in heaps of other threads."""
     if (option := _of_glibc("mallopt")) is not None:
         option(M_ARENA_MAX, 1)
 

@@ -1,4 +1,4 @@
-"""Windows on their way through a decoder of any size: hidden states, block after block, the next block being read ahead."""
+"""Hidden states of windows that run through a decoder block by block, while the next block is read ahead."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +17,19 @@ GPU_SHARE = 0.25
 
 
 class Stream:
-    """The hidden states of some windows on their way through a decoder, block after block.
+    """The hidden states of some windows before one block of a decoder; `advance` moves them past the block.
 
-    Made within `decoder.before_blocks()`, which gives embeddings their weights.
+    Make it within `decoder.before_blocks()`, which loads the embeddings.
 
     Args:
         windows: [windows, tokens], int64.
         batch: windows per forward pass.
-        memory: what hidden states and other buffers are taken from; by default there is no bound.
-        first_window, all_windows: where these windows lie among those of all processes.
+        memory: allocates hidden states and other buffers; without a bound by default.
+        first_window: index of the first of these windows among those of all processes. all_windows: number of windows of all processes.
         gpu_share: fraction of the GPU's memory; hidden states up to this size stay there.
 
     Raises:
-        ArchitectureError: what the blocks receive differs from window to window; names the block and the argument.
+        ArchitectureError: an argument of a block differs from window to window; names the block and the argument.
         SparsesweepError: the disk has no space for a file of hidden states.
     """
 
@@ -53,14 +53,14 @@ class Stream:
         self.hidden, self.location = self._hidden_buffer(single[0].hidden)
         self.calls = {1: [_without_hidden(call) for call in single]}  # by the number of windows, one a block
         for start in self.starts:
-            part = windows[start : start + batch]
-            calls = decoder.calls(part)
+            micro_batch = windows[start : start + batch]
+            calls = decoder.calls(micro_batch)
             self.hidden[start : start + batch] = calls[0].hidden
-            require_same(decoder.model, decoder.blocks, calls, self.calls[1], len(part))
-            self.calls.setdefault(len(part), [_without_hidden(call) for call in calls])
+            require_same(decoder.model, decoder.blocks, calls, self.calls[1], len(micro_batch))
+            self.calls.setdefault(len(micro_batch), [_without_hidden(call) for call in calls])
 
     def clone(self) -> "Stream":
-        """The same windows at the same block, with hidden states of their own.
+        """Copy the stream: the same windows before the same block, with their own copy of the hidden states.
 
         Raises:
             SparsesweepError: the disk has no space for their file.
@@ -72,11 +72,11 @@ class Stream:
         return clone
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An empty tensor in host memory or in a file; see HostMemory.buffer."""
+        """Allocate a tensor in host memory or in a file; see HostMemory.buffer."""
         return self.memory.buffer(shape, dtype)[0]
 
     def _hidden_buffer(self, like: torch.Tensor) -> tuple[torch.Tensor, str]:
-        """An empty tensor for all hidden states, and where it lies: in GPU memory where it is a small part of it, else on the host.
+        """Allocate a tensor for all hidden states, in GPU memory up to gpu_share of it, else on the host; returns its location, too.
 
         Args:
             like: [windows, tokens, width], hidden states of some windows.
@@ -88,14 +88,14 @@ class Stream:
         return self.memory.buffer(shape, like.dtype)
 
     def parts(self, index: int) -> Iterator[tuple[slice, torch.Tensor, Call]]:
-        """The hidden states, a micro-batch at a time on the device, with the call of block `index`.
+        """Yield each micro-batch: its windows, its hidden states on the device, [windows, tokens, width], and the call of block `index`.
 
         Raises:
-            ArchitectureError: after the last one, the block wrote into what it received; names the block and the argument.
+            ArchitectureError: after the last micro-batch, if the block wrote into an argument; names the block and the argument.
         """
         for start in self.starts:
-            part = self.hidden[start : start + self.batch].to(self.decoder.device, non_blocking=True)
-            yield slice(start, start + len(part)), part, self.calls[len(part)][index]
+            hidden = self.hidden[start : start + self.batch].to(self.decoder.device, non_blocking=True)
+            yield slice(start, start + len(hidden)), hidden, self.calls[len(hidden)][index]
         require_unchanged(self.decoder.model, index, self.decoder.blocks[index], [calls[index] for calls in self.calls.values()])
 
     def window(self, index: int, window: int) -> tuple[torch.Tensor, Call]:
@@ -104,17 +104,17 @@ class Stream:
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Run all windows through a loaded block."""
-        for where, part, call in self.parts(index):
-            self.put(where, run_block(block, part, call))
+        for windows, hidden, call in self.parts(index):
+            self.put(windows, run_block(block, hidden, call))
         self.require_finite(index)
 
-    def put(self, where: slice, output: torch.Tensor) -> None:
-        """Make a block's output the hidden states of some windows."""
-        self.hidden[where] = output
+    def put(self, windows: slice, output: torch.Tensor) -> None:
+        """Store a block's output, [windows, tokens, width], as the hidden states of some windows."""
+        self.hidden[windows] = output
         self._check += output.sum(dtype=torch.float32) * 0  # 0, or NaN; read once a block, since a GPU waits for each read
 
     def require_finite(self, index: int) -> None:
-        """Raise PruningError if block `index` put out NaN or infinity."""
+        """Raise PruningError if the outputs of block `index` had NaN or infinity."""
         if self._check != 0:
             raise PruningError(f"block {index}: found NaN or infinity in its outputs, wanted finite activations")
 
@@ -130,16 +130,16 @@ def _without_hidden(call: Call) -> Call:
 
 @contextmanager
 def read_ahead(decoder: Decoder, order: range) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
-    """Each block's tensors as stored, the next block's being read by a thread while the caller works on one."""
+    """Yield an iterator over the blocks' tensors as stored; a thread reads the next block while the caller uses the current one."""
     allocate_in_one_heap()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
 
         def blocks() -> Iterator[dict[str, torch.Tensor]]:
             future = reader.submit(decoder.read, order[0])
-            for following in [*order[1:], None]:
+            for next_index in [*order[1:], None]:
                 tensors = future.result()
-                if following is not None:
-                    future = reader.submit(decoder.read, following)
+                if next_index is not None:
+                    future = reader.submit(decoder.read, next_index)
                 yield tensors
                 release_free_memory()
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from stages.calibration.samplers import SAMPLERS, Window, document, packed, shares
+from stages.calibration.samplers import SAMPLERS, Window, document, packed, window_counts
 from stages.errors import CalibrationError
 
 PAGES = [list(range(100 * i, 100 * i + length)) for i, length in enumerate([5, 40, 12, 33, 8, 60])]
@@ -64,9 +64,9 @@ def test_a_corpus_that_is_too_small_says_how_many_tokens_it_has():
 
 
 def test_shares_sum_to_the_windows():
-    assert shares({"a": 0.5, "b": 0.5}, 5) in ({"a": 3, "b": 2}, {"a": 2, "b": 3})
-    assert shares({"a": 0.4, "b": 0.2, "c": 0.4}, 32) == {"a": 13, "b": 6, "c": 13}
-    assert shares({"a": 0.1, "b": 0.9}, 10) == {"a": 1, "b": 9}
+    assert window_counts({"a": 0.5, "b": 0.5}, 5) in ({"a": 3, "b": 2}, {"a": 2, "b": 3})
+    assert window_counts({"a": 0.4, "b": 0.2, "c": 0.4}, 32) == {"a": 13, "b": 6, "c": 13}
+    assert window_counts({"a": 0.1, "b": 0.9}, 10) == {"a": 1, "b": 9}
 
 
 def test_a_window_names_the_document_of_each_of_its_tokens():

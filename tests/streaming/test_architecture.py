@@ -47,7 +47,7 @@ def test_experts_are_matrices_of_slices_and_routers_are_none(tmp_path):
     assert gate.parameter_slice == ParameterSlice(name="mlp.experts.gate_up_proj", expert=3, rows=(0, 48))
     assert up.parameter_slice == ParameterSlice(name="mlp.experts.gate_up_proj", expert=3, rows=(48, 96))
     assert gate.layer == up.layer == Layer("mlp.experts.gate_up_proj", 3)
-    assert gate.own(torch.arange(96)).tolist() == list(range(48))
+    assert gate.rows_of(torch.arange(96)).tolist() == list(range(48))
     assert not any("gate.weight" in name for name in by_name)
 
 

@@ -1,4 +1,4 @@
-"""Allocations: how sparse each matrix is. One module each; an entry at its end puts it into the table."""
+"""Allocations: rules for the sparsity of each matrix. One module defines one allocation, with its table entry at the end."""
 
 import sys
 

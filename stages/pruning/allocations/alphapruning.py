@@ -25,14 +25,14 @@ class AlphaPruningSection(BoundedSection):
 
 
 def evidence(dense: DenseModel, section: AlphaPruningSection) -> Evidence:
-    """blocks: [blocks], float64, the mean Hill exponent of each."""
+    """blocks: [blocks], float64, the mean Hill exponent of each block."""
     return {"blocks": torch.tensor(spectral_exponents(dense.decoder), dtype=torch.float64)}
 
 
 def counts(evidence: Evidence, matrices: list[list[Matrix]], pattern: Unstructured, section: AlphaPruningSection) -> list[int]:
     """See entries.Budgeted."""
-    wanted = alphapruning(evidence["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=section.strength)
-    return counts_by_block(wanted, [[matrix.size for matrix in block] for block in matrices], pattern.sparsity, section)
+    block_sparsities = alphapruning(evidence["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=section.strength)
+    return counts_by_block(block_sparsities, [[matrix.size for matrix in block] for block in matrices], pattern.sparsity, section)
 
 
 ALPHAPRUNING = Allocation(

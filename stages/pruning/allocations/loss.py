@@ -1,4 +1,4 @@
-"""Loss: zeros lie where the expected rise of the loss is least, by the gradients of a few windows; our own.
+"""Loss: choose the zeros of each matrix that minimise the expected rise of the loss, from the gradients of a few windows; our own.
 
     min_s sum_l E_l(s_l)  with  sum_l size_l s_l = budget
 
@@ -22,10 +22,10 @@ GRID = [step / 50 for step in range(50)] + [0.99, 1.0]  # sparsities at which th
 
 @dataclass(kw_only=True, slots=True)
 class LossSection(BoundedSection):
-    """windows: the first calibration windows, whose gradients are taken.
+    """windows: number of calibration windows, from the first on, whose gradients are taken.
 
-    row_strength: with method.comparison_group = matrix the rows of a matrix compete by the cost of their errors to this power; 0: all
-        rows cost the same. row_floor: the least cost of a row's errors, as a share of its matrix's mean.
+    row_strength: exponent of the cost of a row's errors, with which the rows of a matrix compete if method.comparison_group is
+        matrix; 0: all rows cost the same. row_floor: lower bound of a row's cost, as a fraction of the mean of its matrix.
     """
 
     windows: int = number(minimum=1)
@@ -36,13 +36,13 @@ class LossSection(BoundedSection):
 def evidence(dense: DenseModel, section: LossSection) -> Evidence:
     """NAME.curve: [grid], float64, the expected rise of the loss; NAME.rows: [rows], float32, the Fisher estimate of each output.
 
-    An expert that no token chose has an empty curve and rows of equal cost.
+    An expert to which no token was routed has an empty curve and rows of equal cost.
     """
     windows = dense.windows[: max(section.windows, distributed.world_size())]  # at least one for each process
-    known = sensitivities(dense.stream(windows), GRID, dense.comparison_group, section.row_floor)
+    measured = sensitivities(dense.stream(windows), GRID, dense.comparison_group, section.row_floor)
     tensors: Evidence = {}
     for matrix in (matrix for block in dense.decoder.matrices for matrix in block):
-        sensitivity = known.get(matrix.name)
+        sensitivity = measured.get(matrix.name)
         curve, rows = (sensitivity.curve, sensitivity.fisher) if sensitivity else ([], torch.ones(matrix.shape[0]))
         tensors[f"{matrix.name}.curve"], tensors[f"{matrix.name}.rows"] = torch.tensor(curve, dtype=torch.float64), rows
     return tensors

@@ -2,7 +2,7 @@
 
     s_l = s + mean(d) - d_l,  d_l = 2 lambda (D_l - min D) / (max D - min D)        # Yin et al. 2024, arXiv:2310.05175
 
-D_l: the share of outliers in block l, see allocation.outlier_share.
+D_l: the fraction of outliers in block l, see allocation.outlier_share.
 """
 
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ from stages.streaming.architecture import Matrix
 
 @dataclass(kw_only=True, slots=True)
 class OwlSection(BoundedSection):
-    """multiple: an outlier's score is more than so many times the mean. strength: half the spread of the blocks' sparsities."""
+    """multiple: a score above this multiple of the mean is an outlier. strength: half the spread of the blocks' sparsities."""
 
     multiple: float = number(above=0)
     strength: float = number(minimum=0, below=1)
 
 
 def evidence(dense: DenseModel, section: OwlSection) -> Evidence:
-    """blocks: [blocks], float64, the share of outliers in each."""
+    """blocks: [blocks], float64, the fraction of outliers in each block."""
     return {"blocks": torch.tensor(outlier_shares(dense.stream(dense.windows), section.multiple), dtype=torch.float64)}
 
 
 def counts(evidence: Evidence, matrices: list[list[Matrix]], pattern: Unstructured, section: OwlSection) -> list[int]:
     """See entries.Budgeted."""
-    wanted = owl(evidence["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=section.strength)
-    return counts_by_block(wanted, [[matrix.size for matrix in block] for block in matrices], pattern.sparsity, section)
+    block_sparsities = owl(evidence["blocks"].tolist(), sparsity=float(pattern.sparsity), strength=section.strength)
+    return counts_by_block(block_sparsities, [[matrix.size for matrix in block] for block in matrices], pattern.sparsity, section)
 
 
 OWL = Allocation(

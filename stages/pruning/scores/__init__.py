@@ -1,4 +1,4 @@
-"""Scores: what a weight is worth. One module each; an entry at its end puts it into the table."""
+"""Scores: the importance of each weight. One module defines one score, with its table entry at the end."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Magnitude: a weight is worth its absolute value.
+"""Magnitude: the score of a weight is its absolute value.
 
 S_ij = |W_ij|          # Han et al. 2015, arXiv:1506.02626
 """

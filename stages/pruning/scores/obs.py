@@ -1,8 +1,8 @@
-"""Optimal Brain Surgeon: a weight is worth the error that is left when it is removed and the others are updated for it.
+"""Optimal Brain Surgeon: the score of a weight is the output error after it is removed and the other weights compensate.
 
     S_ij = W_ij² / [H⁻¹]_jj          # Frantar & Alistarh 2023, arXiv:2301.00774, eq. 3
 
-In a column sweep H is the Gram matrix of the columns not yet passed, and [H⁻¹]_jj = U_jj² for the upper Cholesky factor U
+In a column sweep H is the Gram matrix of the remaining columns, and [H⁻¹]_jj = U_jj² for the upper Cholesky factor U
 of the whole inverse (section 3.2 there).
 """
 
@@ -14,11 +14,11 @@ from stages.schema import Citation
 
 
 def obs(weight: torch.Tensor, factor_diagonal: torch.Tensor) -> torch.Tensor:
-    """Score by the error left.
+    """Score by the output error after the removal of a weight.
 
     Args:
         weight: [rows, columns], float32.
-        factor_diagonal: [columns], float32, U_jj.
+        factor_diagonal: [columns], float32, U_jj, above 0.
 
     Returns:
         [rows, columns], float32, 0 or more.
@@ -27,7 +27,7 @@ def obs(weight: torch.Tensor, factor_diagonal: torch.Tensor) -> torch.Tensor:
 
 
 def _of_gram(weight: torch.Tensor, gram: Gram, damping: float, limit: float) -> torch.Tensor:
-    """With the factor of the damped inverse, see Gram.inverse_factor; the weights of dead inputs are worth nothing."""
+    """Score with the factor of the damped inverse, see Gram.inverse_factor; weights of dead inputs score 0."""
     return obs(weight.masked_fill(gram.dead, 0), gram.inverse_diagonal(damping, limit).sqrt())
 
 

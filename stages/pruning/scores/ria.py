@@ -1,8 +1,8 @@
-"""RIA: a weight is worth its share of its row and of its column, times a power of the norm of its input.
+"""RIA: the score of a weight is the sum of its fractions of the column and of the row, times a power of the norm of its input.
 
     S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^power    # Zhang et al. 2024, openreview.net/forum?id=Tr0lPx9woF
 
-A weight that is small everywhere but large for its row or column stays, so that no input or output is cut off as a whole.
+A small weight that is large within its row or column scores high, so that no input or output loses all its weights.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from stages.schema import Citation, number
 
 @dataclass(kw_only=True, slots=True)
 class RiaParameters:
-    """power: of the norm of a weight's input."""
+    """power: exponent of the norm of a weight's input, 0 or more."""
 
     name: str
     power: float = number(minimum=0)
@@ -28,16 +28,16 @@ def ria(weight: torch.Tensor, squared_norm: torch.Tensor, power: float) -> torch
     Args:
         weight: [rows, columns], float32.
         squared_norm: [columns], float32, squared norm of each input over the calibration tokens, up to a common factor.
-        power: 0 or more; at 0 the inputs do not count.
+        power: 0 or more; at 0 the inputs do not matter.
 
     Returns:
-        [rows, columns], float32, 0 or more; 0 where the weight is, in rows and columns of zeros too.
+        [rows, columns], float32, 0 or more; 0 where the weight is 0, in rows and columns of zeros, too.
     """
     magnitude = weight.abs()
-    return (_share(magnitude, dim=0) + _share(magnitude, dim=1)) * squared_norm.pow(power / 2)
+    return (_relative_to_sum(magnitude, dim=0) + _relative_to_sum(magnitude, dim=1)) * squared_norm.pow(power / 2)
 
 
-def _share(magnitude: torch.Tensor, dim: int) -> torch.Tensor:
+def _relative_to_sum(magnitude: torch.Tensor, dim: int) -> torch.Tensor:
     total = magnitude.sum(dim=dim, keepdim=True)
     return magnitude / total.clamp(min=torch.finfo(total.dtype).tiny)
 

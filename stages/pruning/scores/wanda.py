@@ -1,4 +1,4 @@
-"""Wanda: a weight is worth its absolute value times the norm of its input.
+"""Wanda: the score of a weight is its absolute value times the norm of its input.
 
 S_ij = |W_ij| * ||X_j||_2          # Sun et al. 2024, arXiv:2306.11695, eq. 1
 """

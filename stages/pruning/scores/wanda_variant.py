@@ -1,11 +1,11 @@
-"""Cumulative share: how much of its row's total score goes when a weight and all below it go.
+"""Cumulative share: the fraction of a row's total score that is pruned with a weight and all weights of lower score.
 
     C_ij = sum_{k: S_ik <= S_ij} S_ik / sum_k S_ik     # the variant of Wanda in github.com/locuslab/wanda, --use_variant
 
-The variant drops, in every row, the lowest scores as long as they sum to at most alpha times the row's sum, and searches the
-one alpha of the matrix that reaches the sparsity. That alpha drops exactly the weights with C_ij <= alpha, so dropping
-the lowest C_ij of the whole matrix is the same without a search, and to the weight. Within a row C ranks as S does: it
-changes a mask only where the weights of a matrix compete.
+The variant prunes, in every row, the lowest scores whose sum is at most alpha times the row's sum, and searches for the
+alpha, one for the matrix, that gives the sparsity. This alpha prunes exactly the weights with C_ij <= alpha. Pruning the
+lowest C_ij of the whole matrix is therefore the same without a search, and its count is exact. Within a row C has the order
+of S: it changes a mask only if the comparison group is the matrix.
 """
 
 import torch
@@ -23,7 +23,7 @@ def cumulative_share(scores: torch.Tensor) -> torch.Tensor:
         scores: [rows, columns], float32, 0 or more.
 
     Returns:
-        [rows, columns], float32, 0..1 up to rounding; of equal scores the leftmost has the smallest share. A row of zeros gives zeros.
+        [rows, columns], float32, 0 to 1 up to rounding; of equal scores the leftmost has the smallest share. A row of zeros gives zeros.
     """
     ascending, order = scores.sort(dim=1, stable=True)
     running = ascending.cumsum(dim=1)

@@ -1,4 +1,4 @@
-"""Updates: what is done about the error of pruning. One module each; an entry at its end puts it into the table."""
+"""Updates: methods that reduce the error of pruning. One module defines one update, with its table entry at the end."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""ADMM: mask and values together, by a penalty that grows until both agree.
+"""ADMM: optimise mask and values together, under a penalty on their difference that grows until both agree.
 
     W ← (W₀ H + ρ (D - V)) (H + ρ I)⁻¹,   D ← keep(W + V),   V ← V + W - D         # Meng et al. 2024, ALPS, arXiv:2406.07831, eq. 4
 
-with H = X Xᵀ scaled to a unit diagonal (Boža 2024, arXiv:2401.02938: columns by their norm), so that the penalty means the
-same for every column and `keep` compares |W| * ||X||, as Wanda does. ρ grows by a constant factor, where ALPS adapts it to how much
+with H = X Xᵀ scaled to a unit diagonal (Boža 2024, arXiv:2401.02938: columns by their norm), so that the penalty has the
+same effect on every column and `keep` compares |W| * ||X||, as Wanda does. ρ grows by a constant factor, where ALPS adapts it to how much
 the mask still changes; H + ρ I is factored anew every few steps, and ρ is the same in between. V, the multipliers over ρ, is kept
 when ρ grows: in our trials this lost a little less than dividing it. ρ should end near 1, the unit diagonal: a larger ρ freezes the
 mask before the values have converged.
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class AdmmParameters:
-    """steps: of ADMM.
+    """steps: number of ADMM steps.
 
-    penalty: of the first step, as a share of the scaled Gram matrix's diagonal. growth: of the penalty, factor a step.
-    hold: steps between two factorisations. refit_steps: of least squares on the mask found.
+    penalty: that of the first step, as a fraction of the scaled Gram matrix's diagonal. growth: factor of the penalty per step.
+    hold: steps between two factorisations. refit_steps: steps of least squares on the chosen mask.
     """
 
     name: str
@@ -51,37 +51,37 @@ def admm(
     """Choose a mask and values for it; the values need a refit, see least_squares.
 
     Args:
-        target: [rows, columns], float32, the weights whose products with the inputs are to be met.
+        target: [rows, columns], float32, the dense weights, whose products with the inputs are approximated.
         gram: [columns, columns], float32, symmetric, positive definite.
-        keep: gives the mask, bool, of a matrix of scores, [rows, columns], and is told whether counts must be exact; the last
-            step's must.
-        steps: how many. penalty: ρ of the first, as a share of the unit diagonal. growth: factor a step. hold: steps between
-            two factorisations.
+        keep: called with scores, [rows, columns], float32, and whether counts must be exact, which they must be in the last
+            step; returns the mask, bool.
+        steps: number of steps. penalty: ρ of the first step, as a fraction of the unit diagonal. growth: factor of ρ per step.
+            hold: steps between two factorisations.
 
     Returns:
-        values [rows, columns], float32, zero where the mask is False; mask [rows, columns], bool, the last one.
+        values [rows, columns], float32, zero where the mask is False; mask [rows, columns], bool, that of the last step.
 
     Raises:
         torch.linalg.LinAlgError: the Gram matrix plus the penalty does not factor.
     """
     scale = gram.diagonal().sqrt()
     unit = gram / scale / scale[:, None]
-    whole = target * scale
-    wanted = whole @ unit
-    kept = whole * keep(whole.abs(), False)
-    signed = kept.clone()  # D - V
-    dual = torch.zeros_like(kept)
-    moved = torch.empty_like(kept)
+    scaled_target = target * scale
+    target_products = scaled_target @ unit  # W₀ H
+    kept = scaled_target * keep(scaled_target.abs(), False)  # D
+    kept_minus_dual = kept.clone()  # D - V
+    dual = torch.zeros_like(kept)  # V
+    values = torch.empty_like(kept)  # W, then W + V
     for step in range(steps):
         if step % hold == 0:
             rho = penalty * growth**step
             inverse = _inverse(unit, rho)
-        torch.mm(wanted.add(signed, alpha=rho), inverse, out=moved)
-        moved += dual
-        mask = keep(moved.abs(), step == steps - 1)
-        torch.mul(moved, mask, out=kept)
-        torch.sub(moved, kept, out=dual)
-        torch.sub(kept, dual, out=signed)
+        torch.mm(target_products.add(kept_minus_dual, alpha=rho), inverse, out=values)
+        values += dual
+        mask = keep(values.abs(), step == steps - 1)
+        torch.mul(values, mask, out=kept)
+        torch.sub(values, kept, out=dual)
+        torch.sub(kept, dual, out=kept_minus_dual)
     return kept / scale, mask
 
 
@@ -92,8 +92,8 @@ def _inverse(unit: torch.Tensor, rho: float) -> torch.Tensor:
 
 
 def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
-    """ADMM on all matrices together, then least squares on the masks found; see entries.Update."""
-    how, rows, target = method.update, [len(weight) for weight in weights], torch.cat(weights)
+    """Run ADMM on all matrices together, then least squares on the chosen masks; see entries.Update."""
+    update, rows, target = method.update, [len(weight) for weight in weights], torch.cat(weights)
 
     def keep(scores: torch.Tensor, exactly: bool) -> torch.Tensor:
         matrices = zip(patterns, scores.split(rows), strict=True)
@@ -101,8 +101,8 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
 
     def solve(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
         gram = statistic.damped(damping)
-        start, mask = admm(target, gram, keep, steps=how.steps, penalty=how.penalty, growth=how.growth, hold=how.hold)
-        return mask, least_squares(target, gram, mask, start, how.refit_steps)
+        start, mask = admm(target, gram, keep, steps=update.steps, penalty=update.penalty, growth=update.growth, hold=update.hold)
+        return mask, least_squares(target, gram, mask, start, update.refit_steps)
 
     (mask, values), damping = first_to_factor(solve, method.damping.share, method.damping.limit)
     outcomes = zip(mask.split(rows), values.split(rows), strict=True)

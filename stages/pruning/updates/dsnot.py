@@ -1,16 +1,16 @@
 """DSnoT: exchange kept for pruned weights until the expected output error of a row is zero.
 
-    E[error]_i = sum_{j dropped} W_ij * E[X_j]                        # Zhang et al. 2024 (DSnoT), arXiv:2310.08915
-    grow  argmax_{j dropped} |W_ij * E[X_j]| / Var[X_j]               # among those whose return lowers |E[error]_i|
+    E[error]_i = sum_{j pruned} W_ij * E[X_j]                        # Zhang et al. 2024 (DSnoT), arXiv:2310.08915
+    grow  argmax_{j pruned} |W_ij * E[X_j]| / Var[X_j]                # among those whose return lowers |E[error]_i|
     prune argmin_{j kept} |W_ij| * ||X_j||_2                          # among those whose loss lowers |E[error]_i|
 
-A row's swap is taken if it lowers |E[error]_i|. The row is done when that is at most the threshold, when the swap would not
-lower it or there is none, and after a swap that changes the sign of E[error]_i. So no weight moves twice. In groups, the
-pruned weight is the lowest of the grown one's group, and a group that has none to prune grows none.
+A swap is made if it lowers |E[error]_i|. A row is finished when |E[error]_i| is at most the threshold, when there is no swap or
+the swap would not lower it, and after a swap that changes the sign of E[error]_i. So no weight moves twice. In groups, the
+pruned weight is the lowest of the grown weight's group, and a group without a weight to prune grows none.
 
-The authors' code, github.com/zyxxmu/DSnoT, differs by default: in whole rows it goes on after a change of sign, in the other
-direction, whether or not the error falls; in groups it prunes whatever the sign of the weight's effect, and refuses a swap
-that changes the sign of the error; and it leaves the MLP's matrices alone.
+The authors' code, github.com/zyxxmu/DSnoT, differs by default: in whole rows it continues after a change of sign, in the other
+direction, whether or not the error falls; in groups it prunes weights of either sign of effect and refuses a swap that changes
+the sign of the error; and it does not change the masks of the MLP's matrices.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class DsnotParameters:
-    """cycles: swaps in a row at most. threshold: of a row's expected error per token, below which the row is left alone."""
+    """cycles: upper bound of swaps per row. threshold: expected error per token up to which a row is not changed."""
 
     name: str
     cycles: int = number(minimum=1)
@@ -49,20 +49,21 @@ def dsnot(
     threshold: float,
     group: int | None,
 ) -> torch.Tensor:
-    """Refine a mask, in each row by one swap a cycle.
+    """Refine a mask by one swap per row and cycle.
 
     Args:
         weight: [rows, columns], float32; not changed.
-        mean: [columns], float32, of each input over the calibration tokens.
-        variance: [columns], float32, of the same, 0 or more; an input without variance is grown first.
-        squared_norm: [columns], float32, of the same, up to a common factor.
+        mean: [columns], float32, mean of each input over the calibration tokens.
+        variance: [columns], float32, variance of each input, 0 or more; an input without variance is grown first.
+        squared_norm: [columns], float32, squared norm of each input, up to a common factor.
         mask: [rows, columns], bool, True = kept; not changed.
-        cycles: swaps in a row at most.
-        threshold: expected error, per token, that is small enough. (The authors' 0.1 is for the sum over a sample of 2048 tokens.)
-        group: columns, consecutive and dividing the matrix's, within which a swap must lie; None for the whole row.
+        cycles: upper bound of swaps per row.
+        threshold: expected error per token up to which a row is not changed. (The
+            authors' 0.1 is for the sum over a sample of 2048 tokens.)
+        group: number of consecutive columns within which a swap must lie, a divisor of columns; None for the whole row.
 
     Returns:
-        [rows, columns], bool, True = kept, with the counts of `mask` in every row and group.
+        [rows, columns], bool, True = kept, with as many kept weights as `mask` in every row and group.
     """
     mask = mask.clone()
     rows = torch.arange(len(weight), device=weight.device)
@@ -71,36 +72,36 @@ def dsnot(
     steadiness = effect.abs() / variance  # NaN only where there is no effect, and so nothing to grow
     importance = weight.abs() * squared_norm.sqrt()
     for _ in range(cycles):
-        left = error.abs() > threshold
-        rows, error, effect, steadiness, importance = (each[left] for each in (rows, error, effect, steadiness, importance))
+        unfinished = error.abs() > threshold
+        rows, error, effect, steadiness, importance = (per_row[unfinished] for per_row in (rows, error, effect, steadiness, importance))
         if not len(rows):
             break
-        found, grown, pruned = _choose(effect * error.sign()[:, None], steadiness, importance, mask[rows], group or weight.shape[1])
-        after = error + (effect.gather(1, pruned) - effect.gather(1, grown))[:, 0]
-        taken = found & (after.abs() < error.abs())
-        mask[rows[taken], grown[taken, 0]], mask[rows[taken], pruned[taken, 0]] = True, False
-        error = after.where(taken & (after * error > 0), 0)  # 0: the row is done
+        has_swap, grown, pruned = _choose(effect * error.sign()[:, None], steadiness, importance, mask[rows], group or weight.shape[1])
+        new_error = error + (effect.gather(1, pruned) - effect.gather(1, grown))[:, 0]
+        accepted = has_swap & (new_error.abs() < error.abs())
+        mask[rows[accepted], grown[accepted, 0]], mask[rows[accepted], pruned[accepted, 0]] = True, False
+        error = new_error.where(accepted & (new_error * error > 0), 0)  # 0: the row is done
     return mask
 
 
 def _choose(
-    part_of_error: torch.Tensor, steadiness: torch.Tensor, importance: torch.Tensor, kept: torch.Tensor, group: int
+    signed_effect: torch.Tensor, steadiness: torch.Tensor, importance: torch.Tensor, kept: torch.Tensor, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Say in which rows there is a swap, [rows], and which column grows and which is pruned there, each [rows, 1].
+    """Find the rows that have a swap, [rows], bool, and the columns that are grown and pruned there, [rows, 1], int64.
 
-    part_of_error: a weight's effect, positive if it has the error's sign.
+    signed_effect: a weight's effect, positive if it has the error's sign.
     """
-    prunable = kept & (part_of_error < 0)
-    partnered = prunable.unflatten(1, (-1, group)).any(dim=2).repeat_interleave(group, dim=1)
-    growable = ~kept & (part_of_error > 0) & partnered
+    prunable = kept & (signed_effect < 0)
+    group_has_prunable = prunable.unflatten(1, (-1, group)).any(dim=2).repeat_interleave(group, dim=1)
+    growable = ~kept & (signed_effect > 0) & group_has_prunable
     grown = steadiness.where(growable, -torch.inf).argmax(dim=1, keepdim=True)
-    together = torch.arange(kept.shape[1], device=kept.device) // group == grown // group
-    pruned = importance.where(prunable & together, torch.inf).argmin(dim=1, keepdim=True)
+    same_group = torch.arange(kept.shape[1], device=kept.device) // group == grown // group
+    pruned = importance.where(prunable & same_group, torch.inf).argmin(dim=1, keepdim=True)
     return growable.any(dim=1), grown, pruned
 
 
 def prune(weights: list[torch.Tensor], statistic: Moments, patterns: list[Pattern], method: "Method") -> list[Pruned]:
-    """The masks of the score, refined; see entries.Update."""
+    """Refine the masks of the score; see entries.Update."""
     statistic.require_finite()
     refine = partial(dsnot, mean=statistic.mean, variance=statistic.variance, squared_norm=statistic.squared_norm)
     refine = partial(refine, cycles=method.update.cycles, threshold=method.update.threshold)

@@ -1,8 +1,8 @@
-"""Least squares on a fixed mask: the kept weights take the values of the least output error.
+"""Least squares on a fixed mask: set the kept weights to the values with the least output error.
 
-    min ||(W - W') X||_F²  over W' that are zero where the mask is:   W'_S = argmin (w - w')ᵀ H (w - w'),  H = X Xᵀ
+    min ||(W - W') X||_F²  over W' that are zero where the mask is False:   W'_S = argmin (w - w')ᵀ H (w - w'),  H = X Xᵀ
 
-row by row; all rows at once by conjugate gradients, preconditioned by the diagonal of H, each row's residual and direction
+for each row; all rows at once by conjugate gradients, preconditioned by the diagonal of H, each row's residual and direction
 masked by its own mask (Meng et al. 2024, ALPS, arXiv:2406.07831, section 3.3).
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class LeastSquaresParameters:
-    """steps: of conjugate gradients."""
+    """steps: number of steps of conjugate gradients."""
 
     name: str
     steps: int = number(minimum=1)
@@ -35,11 +35,11 @@ def least_squares(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, 
     The error falls with every step, up to rounding, so that the result is never worse than `start`.
 
     Args:
-        target: [rows, columns], float32, the weights whose products with the inputs are to be met.
+        target: [rows, columns], float32, the dense weights, whose products with the inputs are approximated.
         gram: [columns, columns], float32, symmetric, with a positive diagonal.
         mask: [rows, columns], bool, True = kept.
-        start: [rows, columns], float32; what it holds outside the mask is ignored.
-        steps: of conjugate gradients; as many as a row keeps weights solve it exactly, but for rounding.
+        start: [rows, columns], float32, initial weights; values outside the mask are ignored.
+        steps: number of steps of conjugate gradients; as many as a row's kept weights solve the row exactly, up to rounding.
 
     Returns:
         [rows, columns], float32, zero where the mask is False.
@@ -50,19 +50,19 @@ def least_squares(target: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, 
     direction = residual / diagonal
     slope = (residual * direction).sum(dim=1, keepdim=True)
     for _ in range(steps):
-        curved = direction @ gram * mask
-        curvature = (direction * curved).sum(dim=1, keepdim=True)
+        gram_direction = direction @ gram * mask
+        curvature = (direction * gram_direction).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, slope / curvature, 0)  # 0 where a row is solved
         values += step * direction
-        residual -= step * curved
-        scaled = residual / diagonal
-        before, slope = slope, (residual * scaled).sum(dim=1, keepdim=True)
-        direction = scaled + torch.where(before > 0, slope / before, 0) * direction
+        residual -= step * gram_direction
+        preconditioned = residual / diagonal
+        previous_slope, slope = slope, (residual * preconditioned).sum(dim=1, keepdim=True)
+        direction = preconditioned + torch.where(previous_slope > 0, slope / previous_slope, 0) * direction
     return values
 
 
 def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
-    """The masks of the score, the kept weights refitted; see entries.Update."""
+    """Take the masks of the score and refit the kept weights; see entries.Update."""
     damped = statistic.damped(method.damping.share)
     masks = select(weights, statistic, patterns, method)
     return [

@@ -1,4 +1,4 @@
-"""No update: the mask of the score, the kept weights as they are."""
+"""No update: the mask is that of the score, and kept weights do not change."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prune(weights: list[torch.Tensor], statistic: Any, patterns: list[Pattern], method: "Method") -> list[Pruned]:
-    """See entries.Update."""
+    """Take the masks of the score; see entries.Update."""
     masks = select(weights, statistic, patterns, method)  # may factor the statistic
     damping = statistic.damping if isinstance(statistic, Gram) else None
     return [Pruned(mask=mask, damping=damping) for mask in masks]

@@ -2,8 +2,8 @@
 
     E_j = (W_j - W'_j) / U_jj,   W_k -= E_j U_jk  for all k > j     # Frantar & Alistarh 2023, arXiv:2301.00774, alg. 1
 
-with U the upper Cholesky factor of the inverse Gram matrix. With the score `obs` the mask is chosen during the sweep, by the weights
-as it has changed them; with any other score before it.
+with U the upper Cholesky factor of the inverse Gram matrix. With the score `obs` the mask is chosen during the sweep, from the weights
+as updated so far; with any other score it is chosen before the sweep.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,14 +39,14 @@ ChooseMask = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 def sparsegpt(
     weight: torch.Tensor, factor: torch.Tensor, choose: ChooseMask, decision_columns: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune and compensate.
+    """Prune the columns from left to right; the columns to the right compensate.
 
     Args:
         weight: [rows, columns], float32; not changed.
         factor: [columns, columns], float32, U.
-        choose: called with the current weights of some columns, U's diagonal there and the first column's number; gives
-            their mask.
-        decision_columns: how many columns are chosen together; divides block_size, or is it.
+        choose: called with the current weights of some columns, [rows, some columns], U's diagonal there and the index of the
+            first of them; returns their mask.
+        decision_columns: number of columns whose mask is chosen together; divides block_size or equals it.
         block_size: columns swept before the rest of the matrix is updated.
 
     Returns:
@@ -74,9 +74,9 @@ def sparsegpt(
 
 
 def _strips(start: int, end: int, decision_columns: int) -> Iterator[tuple[int, int]]:
-    """Cut a block into strips within which each column's error goes on at once, and after which it goes on in one product.
+    """Cut a block into strips. Within a strip each column's error is propagated at once; to the rest of the block, in one product.
 
-    A strip ends where a decision does, so that a decision always sees weights that are up to date.
+    A strip ends where a decision ends, so that every decision uses weights that are up to date.
     """
     width = max(decision_columns, STRIP // decision_columns * decision_columns) if decision_columns < end - start else STRIP
     for first in range(start, end, width):
@@ -84,7 +84,7 @@ def _strips(start: int, end: int, decision_columns: int) -> Iterator[tuple[int, 
 
 
 def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
-    """All matrices in one sweep, see entries.Update. A kept weight of a dead input stays."""
+    """Prune all matrices in one sweep; see entries.Update. Kept weights of dead inputs do not change."""
     factor, dead = statistic.inverse_factor(method.damping.share, method.damping.limit), statistic.dead
     rows = [len(weight) for weight in weights]
     weight = torch.cat(weights)
@@ -106,7 +106,7 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
 
 
 def check(method: Any, pattern: Any) -> None:
-    """Blocks of columns that groups fill; raises ConfigError."""
+    """Raise ConfigError if the block size is not a multiple of the pattern's group."""
     group, block_size = pattern.group if pattern.grouped else 1, method.update.block_size
     require(block_size % group == 0, "method.update.block_size", block_size, f"a multiple of pattern.group = {group}")
 

@@ -1,9 +1,9 @@
-"""Swaps: exchange a kept weight p for a dropped weight q of the same row as long as that lowers the row's output error.
+"""Swaps: exchange a kept weight p for a pruned weight q of the same row while that lowers the row's output error.
 
     error = e^T G e,   e = w * (1 - m),   c = G e                                    # Zimmer et al. 2025 (SparseSwaps), arXiv:2512.10922
-    change = (2 w_p c_p + w_p^2 G_pp) + (w_q^2 G_qq - 2 w_q c_q) - 2 w_p w_q G_pq    # of the error, when p goes and q comes back
+    change = (2 w_p c_p + w_p^2 G_pp) + (w_q^2 G_qq - 2 w_q c_q) - 2 w_p w_q G_pq    # of the error, when p is pruned and q kept
 
-with G the Gram matrix of the inputs. The weights do not change, and each row (or group) keeps as many as before.
+with G the Gram matrix of the inputs. The weights do not change, and the number of kept weights of each row (or group) stays the same.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ LEAST_GAIN = 1e-5  # of the row's error; below it a gain may be rounding
 
 @dataclass(kw_only=True, slots=True)
 class SwapsParameters:
-    """cycles, candidates: see swaps. refit_steps: of least squares on the mask found; 0: kept weights stay as they are."""
+    """cycles, candidates: see swaps. refit_steps: steps of least squares on the refined mask; 0: kept weights do not change."""
 
     name: str
     cycles: int = number(minimum=1)
@@ -39,44 +39,44 @@ Swap = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # change of the error, p
 
 
 def swaps(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, *, cycles: int, candidates: int, group: int | None) -> torch.Tensor:
-    """Refine a mask, in each row by the best swap of each cycle.
+    """Refine a mask by the best swap of each row and cycle.
 
-    Every swap taken is evaluated exactly. In groups all pairs are; in whole rows, those among the `candidates` kept weights
-    that are cheapest to drop and as many dropped weights that are most worth bringing back, each taken alone.
+    The change of the error is computed exactly. In groups all pairs are tried; in whole rows, the pairs of the `candidates` kept
+    weights and the `candidates` pruned weights whose single moves change the error most favourably.
 
     Args:
         weight: [rows, columns], float32; not changed.
         gram: [columns, columns], float32, symmetric.
         mask: [rows, columns], bool, True = kept; not changed.
-        cycles: swaps in a row at most; a row without one that helps is done before. 0: the mask stays.
-        candidates: kept weights, and dropped weights, whose pairs are tried; from the number of columns on, all are.
-        group: columns, consecutive and dividing the matrix's, within which p and q must lie; None for the whole row.
+        cycles: upper bound of swaps per row; a row stops earlier when no swap lowers its error. 0: the mask does not change.
+        candidates: number of kept and of pruned weights whose pairs are tried; all pairs if it is the number of columns or more.
+        group: number of consecutive columns within which p and q must lie, a divisor of columns; None for the whole row.
 
     Returns:
-        [rows, columns], bool, True = kept, with the counts of `mask` in every row and group.
+        [rows, columns], bool, True = kept, with as many kept weights as `mask` in every row and group.
     """
     columns = weight.shape[1]
     pairs = columns * group if group else max(columns, min(candidates, columns) ** 2)
-    slab = max(1, PAIRS_AT_ONCE // pairs)
+    slab_rows = max(1, PAIRS_AT_ONCE // pairs)
     mask = mask.clone()
     if not cycles:
         return mask
-    for part, kept in zip(weight.split(slab), mask.split(slab), strict=True):
-        _refine(part, gram, kept, cycles, candidates, group)
+    for slab_weight, slab_mask in zip(weight.split(slab_rows), mask.split(slab_rows), strict=True):
+        _refine(slab_weight, gram, slab_mask, cycles, candidates, group)
     return mask
 
 
 def _refine(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, cycles: int, candidates: int, group: int | None) -> None:
-    """Swap in `mask` itself; the other tensors shrink to the rows that still improve."""
+    """Refine `mask` in place; the other tensors shrink to the rows that still improve."""
     rows = torch.arange(len(weight), device=weight.device)
-    dropped = weight * ~mask
-    c = dropped @ gram
-    error = (dropped * c).sum(dim=1)
+    pruned = weight * ~mask
+    c = pruned @ gram
+    error = (pruned * c).sum(dim=1)
     for _ in range(cycles):
         leave, enter = _costs(weight, gram, mask[rows], c)
         change, p, q = _best_in_groups(weight, gram, leave, enter, group) if group else _best(weight, gram, leave, enter, candidates)
-        helps = change < -LEAST_GAIN * error.clamp(min=0)
-        rows, weight, c, error, change, p, q = (each[helps] for each in (rows, weight, c, error, change, p, q))
+        improves = change < -LEAST_GAIN * error.clamp(min=0)
+        rows, weight, c, error, change, p, q = (per_row[improves] for per_row in (rows, weight, c, error, change, p, q))
         if not len(rows):
             return
         mask[rows, p], mask[rows, q] = False, True
@@ -85,9 +85,9 @@ def _refine(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, cycles
 
 
 def _costs(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the error gains when a kept weight leaves alone, and when a dropped one enters alone; infinite for the others."""
-    own, cross = weight.square() * gram.diagonal(), 2 * weight * c
-    return (own + cross).where(mask, torch.inf), (own - cross).where(~mask, torch.inf)
+    """Change of the error when one kept weight is pruned, and when one pruned weight returns; infinite for the other weights."""
+    quadratic, linear = weight.square() * gram.diagonal(), 2 * weight * c
+    return (quadratic + linear).where(mask, torch.inf), (quadratic - linear).where(~mask, torch.inf)
 
 
 def _best(weight: torch.Tensor, gram: torch.Tensor, leave: torch.Tensor, enter: torch.Tensor, candidates: int) -> Swap:
@@ -101,23 +101,24 @@ def _best(weight: torch.Tensor, gram: torch.Tensor, leave: torch.Tensor, enter: 
 
 
 def _best_in_groups(weight: torch.Tensor, gram: torch.Tensor, leave: torch.Tensor, enter: torch.Tensor, group: int) -> Swap:
-    leave, enter, w = (each.unflatten(1, (-1, group)) for each in (leave, enter, weight))
+    leave, enter, grouped_weight = (per_column.unflatten(1, (-1, group)) for per_column in (leave, enter, weight))
     blocks = gram.unflatten(0, (-1, group)).unflatten(2, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    change = leave[..., :, None] + enter[..., None, :] - 2 * w[..., :, None] * w[..., None, :] * blocks
+    w_p, w_q = grouped_weight[..., :, None], grouped_weight[..., None, :]
+    change = leave[..., :, None] + enter[..., None, :] - 2 * w_p * w_q * blocks
     lowest, pair = change.flatten(1).min(dim=1)
     first = pair // group**2 * group  # column of the group
     return lowest, first + pair % group**2 // group, first + pair % group
 
 
 def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
-    """The masks of the score, refined by swaps, and where asked the kept weights refitted; see entries.Update."""
-    how, gram = method.update, statistic.finite()
-    damped = statistic.damped(method.damping.share) if how.refit_steps else None
+    """Refine the masks of the score by swaps, and refit the kept weights if refit_steps is above 0; see entries.Update."""
+    parameters, gram = method.update, statistic.finite()
+    damped = statistic.damped(method.damping.share) if parameters.refit_steps else None
     masks = select(weights, statistic, patterns, method)
     outcomes = []
     for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
-        refined = swaps(weight, gram, mask, cycles=how.cycles, candidates=how.candidates, group=pattern.group)
-        values = None if damped is None else least_squares(weight, damped, refined, weight, how.refit_steps)
+        refined = swaps(weight, gram, mask, cycles=parameters.cycles, candidates=parameters.candidates, group=pattern.group)
+        values = None if damped is None else least_squares(weight, damped, refined, weight, parameters.refit_steps)
         outcomes.append(Pruned(mask=refined, values=values, damping=statistic.damping))
     return outcomes
 
