@@ -183,28 +183,28 @@ def require_free_disk_for(decoder: Decoder, plan: Plan, journal: Journal) -> Non
 
 
 def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | None, tokens: int) -> int:
-    """Bytes of host memory for the hidden states of this process: its part of the budget less what pruning takes beside them.
+    """Bytes of host memory for the hidden states of this process: its part of the budget less all that pruning needs otherwise.
 
     Args:
         asked: `prune.memory_budget`, GiB; None: what is free. tokens: of a pass.
     """
     budgeted = ALLOCATIONS.of(allocation).budgeted
-    taken = host_bytes(
+    needed = host_bytes(
         decoder,
         plan,
         tokens,
         scores_blocks=budgeted is not None and budgeted.holds_scores,
         takes_gradients=budgeted is not None and budgeted.takes_gradients,
     )
-    return max(0, memory_budget(asked) // distributed.local_world_size() - taken)
+    return max(0, memory_budget(asked) // distributed.local_world_size() - needed)
 
 
 def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int, gpu_share: float) -> Stream:
     """This process's share of some windows, before the first block."""
-    own, first = share_of(windows)
+    local_windows, first = local_share(windows)
     memory = HostMemory(budget, PRUNE_JOURNAL.parent)
     with decoder.before_blocks():
-        return Stream(decoder, own, batch=batch, memory=memory, gpu_share=gpu_share, first_window=first, all_windows=len(windows))
+        return Stream(decoder, local_windows, batch=batch, memory=memory, gpu_share=gpu_share, first_window=first, all_windows=len(windows))
 
 
 def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
@@ -246,7 +246,7 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
 
-def share_of(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
+def local_share(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """This process's windows, [its windows, tokens], and the number of its first.
 
     Raises:

@@ -1,7 +1,7 @@
 """The recipe of a pruned model: what was asked of the prune stage, and what it was applied to.
 
-It lies in the delta's manifest, so that evaluation, release and benchmarks speak of the delta that is there, whatever params.yaml
-says by then. Sections are plain data, as params.yaml has them: reading a recipe needs none of the code that made it.
+The delta's manifest holds it, so that evaluation, release and benchmarks describe the delta that exists, even if params.yaml has
+changed since. Sections are plain data, as params.yaml has them: reading a recipe needs none of the code that made it.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -49,8 +49,8 @@ class Recipe:
         """
         wanted = {field.name: dict if field.name in SECTIONS else str for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != set(wanted):
-            found = sorted(data) if isinstance(data, dict) else data
-            raise CheckpointError(f"{where}: found a recipe of {found}, wanted {sorted(wanted)}; run the prune stage again")
+            actual = sorted(data) if isinstance(data, dict) else data
+            raise CheckpointError(f"{where}: found a recipe of {actual}, wanted {sorted(wanted)}; run the prune stage again")
         for key, kind in wanted.items():
             if not isinstance(data[key], kind):
                 raise CheckpointError(f"{where}: recipe.{key}: found {data[key]!r}, wanted a {kind.__name__}; run the prune stage again")

@@ -24,7 +24,7 @@ def check_together(sections: dict[str, Any]) -> None:
 def _check_text(sections: dict[str, Any]) -> None:
     """Every corpus and task that is named is fetched, and has the columns that it is read for."""
     text = sections["text"]
-    columns = {part: {name: READERS.of(source).columns for name, source in sources.items()} for part, sources in text.parts.items()}
+    columns = {split: {name: READERS.of(source).columns for name, source in sources.items()} for split, sources in text.parts.items()}
     calibration.check_text(sections["calibration"], columns["calibration"])
     evaluation.check_text(sections["evaluation"], columns["evaluation"])
 
@@ -40,5 +40,6 @@ def _check_pruning(sections: dict[str, Any]) -> None:
     windows, wanted = getattr(allocation, "windows", 0), f"at most calibration.windows = {sections['calibration'].windows}"
     require(windows <= sections["calibration"].windows, "allocation.windows", windows, wanted)
     reconstruction = sections["reconstruction"]
-    good, wanted = prune.propagate == Propagation.PRUNED, f"none with prune.propagate = {prune.propagate}: no block is run pruned"
-    require(good or not RECONSTRUCTIONS.of(reconstruction).trains, "reconstruction.name", reconstruction.name, wanted)
+    propagates_pruned = prune.propagate == Propagation.PRUNED
+    wanted = f"none with prune.propagate = {prune.propagate}: no block is run pruned"
+    require(propagates_pruned or not RECONSTRUCTIONS.of(reconstruction).trains, "reconstruction.name", reconstruction.name, wanted)

@@ -85,12 +85,12 @@ def prepare(arguments: list[str]) -> None:
     """
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigError("command line: found --multirun, wanted one run: every run writes the same files; use `dvc exp run --queue`")
-    given = [argument for argument in arguments if not argument.startswith("-") and ("=" in argument or argument.startswith("~"))]
+    texts = [text for text in arguments if not text.startswith("-") and ("=" in text or text.startswith("~"))]
     try:
-        overrides = OverridesParser.create().parse_overrides(given)
+        overrides = OverridesParser.create().parse_overrides(texts)
     except OverrideParseException as error:
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from None
-    refuse_interpolations(given, "command line")
+    refuse_interpolations(texts, "command line")
     ConfigStore.instance().store(name="params", node=_with_choices(read_params(PARAMS), overrides))
 
 

@@ -1,4 +1,4 @@
-"""Which sections params.yaml has, and where the shape of each lies: beside the code that reads it.
+"""The sections of params.yaml, and the module that defines the shape of each, in the package that reads it.
 
 Every stage checks every section, so that a bad value stops the first stage that runs; but the code of a section that only is
 checked shapes no result. It is therefore imported here by name, and is no dependency of the other stages.

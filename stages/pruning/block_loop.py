@@ -72,7 +72,7 @@ class PrunedBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherStreams:
-    """The hidden states that training needs beside those of the pruned model.
+    """The hidden states that training needs in addition to those of the pruned model.
 
     teacher: of the dense model, from block to block. student_inputs: of the pruned model before the first block that a distillation
     trains, once the loop has reached that block; None without a distillation.
@@ -238,13 +238,13 @@ class _BlockPruner:
         for number in range(len(inputs)):
             self._prune_group(inputs.pop(0), solved.pop(number, None), parallel.source_of(number))
 
-    def _prune_group(self, inputs: Inputs, own: list[Pruned] | None, source: int) -> None:
-        """Solve, write back and measure the matrices that read the same inputs; see parallel for own and source."""
+    def _prune_group(self, inputs: Inputs, outcomes: list[Pruned] | None, source: int) -> None:
+        """Solve, write back and measure the matrices that read the same inputs; see parallel.broadcast_group."""
         weights = self._weights(inputs)
         if distributed.world_size() == 1:
             solved = self.solve(inputs, weights)
         else:
-            solved = parallel.broadcast_group(own, weights, source, changes_weights=self.plan.method.changes_weights)
+            solved = parallel.broadcast_group(outcomes, weights, source, changes_weights=self.plan.method.changes_weights)
         sample = inputs.sampled()
         for matrix, weight, pruned in zip(self._matrices(inputs), weights, solved, strict=True):
             order, dtype = self.orders.get(matrix.name, UNCHANGED), self.decoder.checkpoint.dtype(matrix.tensor)
@@ -294,7 +294,7 @@ class _BlockPruner:
         Raises:
             PruningError: a trained weight is not finite in the checkpoint's dtype; names the layer.
         """
-        reconstruct(stream, self.index, self.block, training.masks, training.values, training.targets, training.how)
+        reconstruct(stream, self.index, self.block, training.masks, training.values, training.targets, training.settings)
         for matrix in self.decoder.matrices[self.index]:
             dtype = self.decoder.checkpoint.dtype(matrix.tensor)
             mask = matrix.part_of(training.masks[matrix.parameter_slice.name])

@@ -70,9 +70,9 @@ class Method:
             wanted = f"torch.bool of {list(weight.shape)}"
             raise ValueError(f"update {name}: found a mask of {mask.dtype} and shape {list(mask.shape)}, wanted {wanted}")
         if (values is not None) != self.changes_weights or (values is not None and values.shape != weight.shape):
-            found = "no values" if values is None else f"values of shape {list(values.shape)}"
+            actual = "no values" if values is None else f"values of shape {list(values.shape)}"
             wanted = f"values of {list(weight.shape)}" if self.changes_weights else "none: it says that it changes no weights"
-            raise ValueError(f"update {name}: found {found}, wanted {wanted}")
+            raise ValueError(f"update {name}: found {actual}, wanted {wanted}")
 
     def label(self, *, grouped: bool) -> str:
         """The preset's name and, where the name does not say it all, score, update and comparison group.
@@ -96,11 +96,15 @@ class Method:
             ConfigError: naming the key, the value found and the value wanted.
         """
         score, update = SCORES.of(self.score), UPDATES.of(self.update)
-        key, given = "method.score.name", f"with method.update.name = {update.name}"
+        key, condition = "method.score.name", f"with method.update.name = {update.name}"
         if update.scores is not None:
-            require(score.name in update.scores, key, score.name, f"{' or '.join(update.scores)} {given}, which works from no other score")
+            require(
+                score.name in update.scores, key, score.name, f"{' or '.join(update.scores)} {condition}, which works from no other score"
+            )
         if {score.statistic, update.statistic} == {Gram, Moments}:
-            wanted = f"a score that needs no {score.statistic.__name__} statistic {given}, which has {update.statistic.__name__} alone"
+            wanted = (
+                f"a score that needs no {score.statistic.__name__} statistic {condition}, which has {update.statistic.__name__} alone"
+            )
             require(False, key, score.name, wanted)
         if score.only_across_rows and not pattern.grouped:
             group, wanted = self.comparison_group, f"matrix with method.score.name = {score.name}"

@@ -220,7 +220,7 @@ Pattern = Unstructured | Nm
 
 
 class PatternSection(Protocol):
-    """What every section `pattern` gives, whatever its keys.
+    """What every section `pattern` provides.
 
     label: in plots and on the card. sparsity: fraction of zeros. exact_sparsity: the same, of the numbers that the user wrote.
     grouped: whether weights compete within groups of columns, and every matrix gets the same sparsity.
@@ -323,7 +323,7 @@ class NmSection:
         return True
 
     def pattern(self, comparison_group: ComparisonGroup) -> Nm:
-        """The same whatever the comparison group: groups compete."""
+        """Groups compete, for every comparison group."""
         return Nm(kept=self.kept, group=self.group)
 
     def group_size(self, comparison_group: ComparisonGroup, rows: int, columns: int) -> int:

@@ -91,8 +91,8 @@ class BlockTraining:
         masks, values: see reconstruct.
     """
 
-    def __init__(self, how: Reconstruction, targets: torch.Tensor) -> None:
-        self.how, self.targets = how, targets
+    def __init__(self, settings: Reconstruction, targets: torch.Tensor) -> None:
+        self.settings, self.targets = settings, targets
         self.masks: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of each matrix: sampled inputs and the dense outputs for them

@@ -94,13 +94,13 @@ def origin(base: dict[str, Any]) -> str:
     return f"converted from the GGUF file {source}, not the publisher's own checkpoint (dequantised where that file is quantised)"
 
 
-def corpora(text: dict[str, Any], part: str, names: Iterable[str]) -> str:
+def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
     """Corpora with their licences, as they were fetched.
 
     Args:
-        text: provenance of the text. part: "calibration" or "evaluation".
+        text: provenance of the text. split: "calibration" or "evaluation".
     """
-    return ", ".join(f"{name} ({text['files'][f'{part}/{name}.jsonl']['license']})" for name in names)
+    return ", ".join(f"{name} ({text['files'][f'{split}/{name}.jsonl']['license']})" for name in names)
 
 
 def exceptions(matrices: list[dict[str, Any]], method: Section) -> str:
@@ -113,8 +113,8 @@ def exceptions(matrices: list[dict[str, Any]], method: Section) -> str:
         )
     raised = [row for row in matrices if row["damping"] not in (None, method["damping"]["share"])]
     if raised:
-        most, least = max(row["damping"] for row in raised), method["damping"]["share"]
-        lines.append(f"- {len(raised)} matrices needed more damping than {least:g}, up to {most:g}.")
+        largest, asked = max(row["damping"] for row in raised), method["damping"]["share"]
+        lines.append(f"- {len(raised)} matrices needed more damping than {asked:g}, up to {largest:g}.")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -14,17 +14,17 @@ def is_legal(name: object) -> bool:
     """Whether the hub takes it as a repository's name, with or without ORG/ before it."""
     if not isinstance(name, str) or name.count("/") > 1:
         return False
-    return all(_is_legal_part(part) for part in name.split("/")) and not name.endswith(".git")
+    return all(_is_legal_segment(segment) for segment in name.split("/")) and not name.endswith(".git")
 
 
-def _is_legal_part(part: str) -> bool:
-    return re.fullmatch(r"(?![-.])(?!.*(--|\.\.))[A-Za-z0-9_.-]{1,96}(?<![-.])", part) is not None
+def _is_legal_segment(segment: str) -> bool:
+    return re.fullmatch(r"(?![-.])(?!.*(--|\.\.))[A-Za-z0-9_.-]{1,96}(?<![-.])", segment) is not None
 
 
 def default_name(base: str, recipe: Recipe) -> str:
     """BASE-METHOD-AMOUNT, such as big-7b-wanda-sparse50 or big-7b-sparsegpt-obs-2of4.
 
-    METHOD is the recipe's label: the method and whatever differs from what its name promises. AMOUNT is the pattern with its numbers,
+    METHOD is the recipe's label: the method and all that differs from its preset. AMOUNT is the pattern with its numbers,
     and says where all weights of a matrix compete. So recipes whose names are equal differ in numbers alone, which the name does not
     state. What is too long is cut and ends with a hash of the whole.
 

@@ -28,9 +28,9 @@ def pack(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:
         if name in base.headers:
             continue
         source, copy = base.directory / name, directory / name
-        found = sha256(source) if source.is_file() else "no file"
-        if found != wanted:
-            raise ReleaseError(f"{source}: found {found}, wanted SHA-256 {wanted}; run the fetch stage again")
+        actual = sha256(source) if source.is_file() else "no file"
+        if actual != wanted:
+            raise ReleaseError(f"{source}: found {actual}, wanted SHA-256 {wanted}; run the fetch stage again")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
 

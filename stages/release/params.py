@@ -46,6 +46,6 @@ def local_paths(sections: dict[str, dict[str, Any]]) -> list[str]:
 
 def _local_sources(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     sources = {"base": sections["base"]}
-    for part, corpora in sections["text"].items():
-        sources |= {f"text.{part}.{name}": source for name, source in corpora.items()}
+    for split, corpora in sections["text"].items():
+        sources |= {f"text.{split}.{name}": source for name, source in corpora.items()}
     return {key: source for key, source in sources.items() if "path" in source}

@@ -109,16 +109,16 @@ class Records:
         _require(SPARSE_RESULTS / "metrics.json", "dense_perplexity", compared, self.dense["perplexity"], EVALUATE_SPARSE)
 
     def _require_text(self) -> None:
-        """The text that lies there is what the windows were drawn from and what was evaluated on."""
+        """The windows were drawn from, and the models scored on, the text that the fetch stage left."""
         path, files = TEXT / PROVENANCE, self.text["files"]
         for name, source in self.calibration["sources"].items():
-            found = files.get(f"calibration/{name}.jsonl", {}).get("sha256")
-            _require(path, f"calibration/{name}.jsonl with SHA-256", found, source["sha256"], "python -m stages.sample")
+            actual = files.get(f"calibration/{name}.jsonl", {}).get("sha256")
+            _require(path, f"calibration/{name}.jsonl with SHA-256", actual, source["sha256"], "python -m stages.sample")
         scored = {self.protocol["corpus"]: self.protocol["corpus_sha256"]}
         scored |= {name: task["sha256"] for name, task in self.protocol["tasks"].items()}
         for name, wanted in scored.items():
-            found = files.get(f"evaluation/{name}.jsonl", {}).get("sha256")
-            _require(path, f"evaluation/{name}.jsonl with SHA-256", found, wanted, f"{EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
+            actual = files.get(f"evaluation/{name}.jsonl", {}).get("sha256")
+            _require(path, f"evaluation/{name}.jsonl with SHA-256", actual, wanted, f"{EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
 
     def require_versions(self, environment: Environment) -> None:
         """Refuse results of other versions than the release's params.yaml will name.
@@ -161,9 +161,9 @@ class Records:
         return {key: self.prune[key] for key in RUN_FACTS if key in self.prune}
 
 
-def _require(path: Path, what: str, found: object, wanted: object, command: str) -> None:
-    if found != wanted:
-        raise ReleaseError(f"{path}: found {what} {_short(found)}, wanted {_short(wanted)}; run {command}")
+def _require(path: Path, name: str, value: object, wanted: object, command: str) -> None:
+    if value != wanted:
+        raise ReleaseError(f"{path}: found {name} {_short(value)}, wanted {_short(wanted)}; run {command}")
 
 
 def _short(value: object) -> str:

@@ -156,8 +156,8 @@ def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row
             raise ReleaseError(f"{delta.directory}: found matrices with {', '.join(row)} in the manifest, wanted {wanted}")
         rows[row["tensor"]].append(row)
     if not set(delta) == set(rows) <= set(base):
-        odd = sorted(set(delta) ^ set(rows)) or sorted(set(rows) - set(base))
-        raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {odd[:3]}")
+        unmatched = sorted(set(delta) ^ set(rows)) or sorted(set(rows) - set(base))
+        raise ReleaseError(f"{delta.directory}: its files, its manifest and the base do not have the same matrices: {unmatched[:3]}")
     for name, rows_of_tensor in rows.items():
         if delta.shape(name) != base.shape(name):
             raise ReleaseError(f"{name}: found a mask of shape {list(delta.shape(name))}, wanted {list(base.shape(name))} as in the base")
@@ -169,9 +169,9 @@ def _check_rows(name: str, rows: list[Row], shape: tuple[int, ...]) -> None:
     """The manifest's rows of a tensor cover it: each of its matrices once, in its shape."""
     *several, first, second = shape
     experts = set(range(several[0])) if several else {None}
-    found = [row["expert"] for row in rows]
-    if len(found) != len(experts) or set(found) != experts:
-        raise ReleaseError(f"{name}: found the experts {found} in the manifest, wanted each of {sorted(map(str, experts))} once")
+    listed = [row["expert"] for row in rows]
+    if len(listed) != len(experts) or set(listed) != experts:
+        raise ReleaseError(f"{name}: found the experts {listed} in the manifest, wanted each of {sorted(map(str, experts))} once")
     for row in rows:
         wanted = [second, first] if row["transposed"] else [first, second]
         if row["shape"] != wanted or row["weights"] != first * second:
@@ -187,14 +187,16 @@ def _matrix(tensor: torch.Tensor, row: Row) -> torch.Tensor:
 
 def _check_kept(name: str, change: Change, base: Checkpoint, after: torch.Tensor) -> None:
     """Kept weights have the values of the delta or else, bit for bit, those of the base."""
-    found, wanted = (after.dtype, tuple(after.shape)), (base.dtype(name), base.shape(name))
-    if found != wanted:
-        raise ReleaseError(f"{name}: found {found[0]} of shape {list(found[1])}, wanted {wanted[0]} of {list(wanted[1])} as in the base")
+    written, wanted = (after.dtype, tuple(after.shape)), (base.dtype(name), base.shape(name))
+    if written != wanted:
+        raise ReleaseError(
+            f"{name}: found {written[0]} of shape {list(written[1])}, wanted {wanted[0]} of {list(wanted[1])} as in the base"
+        )
     if change.values is not None:
-        good = _same_bits(after[change.mask], change.values)
+        same = _same_bits(after[change.mask], change.values)
     else:
-        good = bool(((_bits(after) == _bits(change.reorder(base.tensor(name)))) | ~change.mask).all())
-    if not good:
+        same = bool(((_bits(after) == _bits(change.reorder(base.tensor(name)))) | ~change.mask).all())
+    if not same:
         raise ReleaseError(f"{name}: its kept weights differ from the {'base' if change.values is None else 'delta'}'s")
 
 
@@ -223,12 +225,12 @@ def _check_groups(name: str, pruned: torch.Tensor, zero: torch.Tensor, asked: As
         raise ReleaseError(f"{name}: found {columns} columns, wanted a multiple of {group_size} by the recipe's pattern")
     wanted = asked.pruned_of(group_size)
     zeros, masked = (count_in_each_group(marked, group_size) for marked in (zero, pruned))
-    for counts, wrong, thing in ((zeros, zeros < wanted, "zeros"), (masked, masked != wanted, "pruned weights in the mask")):
+    for counts, wrong, counted in ((zeros, zeros < wanted, "zeros"), (masked, masked != wanted, "pruned weights in the mask")):
         if wrong.any():
             index = int(wrong.nonzero()[0])
             where, count = _group_name(rows, columns, group_size, index), int(counts[index])
             wanted_by = f"wanted {wanted}{' or more' if counts is zeros else ''} by the recipe"
-            raise ReleaseError(f"{name}{where}: found {count} {thing}, {wanted_by}")
+            raise ReleaseError(f"{name}{where}: found {count} {counted}, {wanted_by}")
 
 
 def _check_total(delta: SparseDelta, asked: Asked) -> None:

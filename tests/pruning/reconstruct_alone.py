@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.reader import Checkpoint
-from stages.prune import share_of
+from stages.prune import local_share
 from stages.pruning import distributed
 from stages.pruning.reconstruction import Reconstruction, reconstruct
 from stages.streaming.calls import run_block
@@ -26,7 +26,7 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
     with distributed.process_group(torch.device("cpu")):
         decoder = Decoder(Checkpoint(checkpoint), torch.float32, torch.device("cpu"))
         every = load_file(windows)["windows"]
-        share, first = share_of(every)
+        share, first = local_share(every)
         with decoder.before_blocks():
             stream = Stream(decoder, share, batch=1, first_window=first, all_windows=len(every))
         with decoder.loaded(0, decoder.read(0)) as block:
