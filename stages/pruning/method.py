@@ -102,9 +102,7 @@ class Method:
                 score.name in update.scores, key, score.name, f"{' or '.join(update.scores)} {condition}, which works from no other score"
             )
         if {score.statistic, update.statistic} == {Gram, Moments}:
-            wanted = (
-                f"a score that needs no {score.statistic.__name__} statistic {condition}, which has {update.statistic.__name__} alone"
-            )
+            wanted = f"a score that needs no {score.statistic.__name__} statistic {condition}, which has {update.statistic.__name__} alone"
             require(False, key, score.name, wanted)
         if score.only_across_rows and not pattern.grouped:
             group, wanted = self.comparison_group, f"matrix with method.score.name = {score.name}"
