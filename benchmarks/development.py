@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer
 
+from stages.bos import BosSetting, decide
 from stages.calibration.documents import Documents
 from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
@@ -41,7 +42,8 @@ class Others:
 
 def windows() -> torch.Tensor:
     """[24, 512], int64."""
-    pages = Documents(Rows(PAGES), AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True))
+    tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True)
+    pages, bos = Documents(Rows(PAGES), tokenizer), decide(BosSetting.AUTO, tokenizer, "bos")
     drawn = {
         number
         for seed in CALIBRATION_SEEDS
@@ -49,7 +51,7 @@ def windows() -> torch.Tensor:
         for number, _, _ in window.spans
     }
     others = Others(pages, [number for number in range(len(pages)) if number not in drawn])
-    return torch.tensor([window.tokens for window in packed(others, WINDOWS, LENGTH, ORDER, pages.end)])
+    return torch.tensor([window.begun_with(bos).tokens for window in packed(others, WINDOWS, LENGTH, ORDER, pages.end)])
 
 
 def main() -> None:

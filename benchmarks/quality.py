@@ -27,6 +27,7 @@ from benchmarks import behaviour
 from benchmarks.contenders import CONTENDERS, PATTERNS, PUBLISHED, SEEDS, Contender, Point, points
 from benchmarks.markers import write_between
 from benchmarks.table import MODEL, the_default_afterwards
+from stages.bos import words
 from stages.files import DENSE_RESULTS, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
 from stages.prune import code_sha256
 
@@ -192,7 +193,8 @@ def _notes(rows: Rows) -> str:
     old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
     return (
         f"{MODEL}, dense perplexity {row['dense_perplexity']:.2f}; calibration of 32 windows of 512 C4 tokens, the same for every method; "
-        f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}, on "
+        f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}"
+        f"{words(protocol.get('bos'))}, on "
         f"{' and '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of "
         "Wanda and SparseGPT on the same seeds; of the loss: the same of the logarithm of perplexity. Seconds: as a "
         "multiple of SparseGPT's. ± is the standard deviation over calibration seeds, not over text: "

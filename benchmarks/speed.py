@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.markers import write_between
 from benchmarks.measure import imports, measure
+from stages.bos import BosSetting, decide
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
@@ -178,7 +179,9 @@ def measurement(contender: Contender, method: str, project: Path, evaluation: Pe
 def perplexity(model: PreTrainedModel, evaluation: Perplexity) -> float:
     """Of a model whoever pruned it, by our own protocol."""
     texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")]
-    windows = cut_windows(texts, load_tokenizer(BASE), evaluation.window_length, evaluation.windows)
+    tokenizer = load_tokenizer(BASE)
+    bos = decide(BosSetting.AUTO, tokenizer, "bos")
+    windows = cut_windows(texts, tokenizer, evaluation.window_length, evaluation.windows, bos)
     return window_losses(model.eval(), windows).perplexity
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markers import write_between
+from stages.bos import words
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
 from stages.release.card import plus_minus
 
@@ -90,7 +91,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity on {protocol['tokens']} tokens of "
-        f"{protocol['corpus'].title()} in windows of {protocol['window_length']}; nine zero-shot tasks, {scored} rows "
+        f"{protocol['corpus'].title()} in windows of {protocol['window_length']}{words(protocol.get('bos'))}; nine zero-shot "
+        f"tasks, {scored} rows "
         "of each, so the accuracies tell little apart. ± is one standard error over windows or rows, not over calibration seeds. "
         f"Seconds and peak memory are those of pruning, on {prune['device']}, in {prune['dtype']}."
     )

@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 from transformers import PreTrainedTokenizerBase
 
 from stages import devices, record
+from stages.bos import Bos, decide
 from stages.checkpoint.model import Apply, load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.config.entry import stage
@@ -59,6 +60,7 @@ class Setup:
     evaluation: Evaluation
     base: Checkpoint
     tokenizer: PreTrainedTokenizerBase
+    bos: Bos
     windows: torch.Tensor
     rows: dict[str, list[Row]]
     device: torch.device
@@ -69,6 +71,7 @@ class Setup:
         return Protocol(
             base=self.base.fingerprint,
             tokenizer_sha256=self.base.tokenizer_sha256,
+            bos=self.bos.token,
             corpus=corpus,
             corpus_sha256=sha256(rows_file(corpus)),
             window_length=self.windows.shape[1],
@@ -101,11 +104,14 @@ def prepare(evaluation: Evaluation) -> Setup:
     device = devices.choose_device("evaluation.device", evaluation.device)
     base, tokenizer, perplexity = Checkpoint(BASE), load_tokenizer(BASE), evaluation.perplexity
     base.require_context(perplexity.window_length, "evaluation.perplexity.window_length")
+    bos = decide(evaluation.bos, tokenizer, "evaluation.bos")
+    log.info("windows and prompts %s with BOS: %s", "are not begun" if bos.token is None else "begin", bos.reason)
     return Setup(
         evaluation=evaluation,
         base=base,
         tokenizer=tokenizer,
-        windows=cut_windows(texts(rows_file(perplexity.corpus)), tokenizer, perplexity.window_length, perplexity.windows),
+        bos=bos,
+        windows=cut_windows(texts(rows_file(perplexity.corpus)), tokenizer, perplexity.window_length, perplexity.windows, bos),
         rows={task: read_task(TASKS[task], rows_file(task), evaluation.rows) for task in evaluation.tasks},
         device=device,
         dtype=devices.choose_dtype(evaluation.dtype, device),
@@ -155,7 +161,8 @@ def score(setup: Setup, apply: Apply | None) -> Results:
     with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
         results = (score_streamed if setup.evaluation.streamed else score_whole)(setup, apply, scratch)
     losses = results.losses
-    log.info("perplexity %.3f ± %.3f on %d windows of %d tokens", losses.perplexity, losses.stderr, *setup.windows.shape)
+    facts = (losses.perplexity, losses.stderr, *setup.windows.shape, setup.bos.words)
+    log.info("perplexity %.3f ± %.3f on %d windows of %d tokens%s", *facts)
     return results
 
 
@@ -165,9 +172,9 @@ def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
     model = load_model(setup.base, apply, dtype=setup.dtype, device=setup.device)
     with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
         losses = window_losses(model, setup.windows)
-    harness = WholeModel(pretrained=model, tokenizer=setup.tokenizer, batch_size=evaluation.batch_size)
+    harness = WholeModel(setup.bos, pretrained=model, tokenizer=setup.tokenizer, batch_size=evaluation.batch_size)
     scores, samples = score_tasks(harness, setup, scratch)
-    generations = generate(model, setup.tokenizer, evaluation.generations.prompts, evaluation.generations.new_tokens)
+    generations = generate(model, setup.tokenizer, setup.bos, evaluation.generations.prompts, evaluation.generations.new_tokens)
     return Results(losses=losses, scores=scores, samples=samples, generations=generations)
 
 
@@ -176,7 +183,7 @@ def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
     model = StreamedModel(decoder=Decoder(setup.base, setup.dtype, setup.device), apply=apply, scratch=scratch)
     with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
         losses = model.window_losses(setup.windows)
-    harness = StreamedHarness(model, setup.tokenizer, setup.evaluation.batch_size)
+    harness = StreamedHarness(model, setup.tokenizer, setup.bos, setup.evaluation.batch_size)
     scores, samples = score_tasks(harness, setup, scratch)
     return Results(losses=losses, scores=scores, samples=samples, generations=[])
 

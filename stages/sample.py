@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from stages.bos import Bos, decide
 from stages.calibration.documents import Documents
 from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Window, window_counts
@@ -32,14 +33,16 @@ def main(calibration: Calibration) -> None:
     base = Checkpoint(BASE)
     base.require_context(calibration.window_length, "calibration.window_length")
     tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True)
-    drawn = draw(calibration, tokenizer)
+    bos = decide(calibration.bos, tokenizer, "calibration.bos")
+    log.info("windows %s with BOS: %s", "do not begin" if bos.token is None else "begin", bos.reason)
+    drawn = draw(calibration, tokenizer, bos)
     refuse_overlap(calibration, drawn, tokenizer)
     with replacing(CALIBRATION) as directory:
-        write(directory, calibration, drawn, base)
+        write(directory, calibration, drawn, base, bos)
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
 
 
-def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Window]]:
+def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> dict[str, list[Window]]:
     """Draw the windows of each source.
 
     Raises:
@@ -53,9 +56,10 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[s
         log.info("read %s: %d documents", name, len(documents))
         sampler = SAMPLERS.of(source).function
         try:
-            drawn[name] = sampler(documents, counts[name], calibration.window_length, calibration.seed, documents.end)
+            windows = sampler(documents, counts[name], calibration.window_length, calibration.seed, documents.end)
         except CalibrationError as error:
             raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}") from None
+        drawn[name] = [window.begun_with(bos) for window in windows]
     return drawn
 
 
@@ -106,7 +110,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint) -> None:
+def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint, bos: Bos) -> None:
     """Write windows.safetensors, "windows": [windows, length], int64, one source after another; and provenance.json."""
     tokens = torch.tensor([window.tokens for windows in drawn.values() for window in windows])
     save_file({"windows": tokens}, directory / "windows.safetensors")
@@ -116,6 +120,7 @@ def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Windo
             "section": asdict(calibration),
             "base": base.fingerprint,
             "tokenizer_sha256": base.tokenizer_sha256,
+            "bos": bos.as_dict(),
             "windows_sha256": sha256(directory / "windows.safetensors"),
             "sources": {
                 name: {

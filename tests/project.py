@@ -108,13 +108,13 @@ def write_configuration(root: Path, data: Path) -> None:
     _yaml(
         conf / "calibration/tiny.yaml",
         "defaults: [calibration_schema, /text@_global_.text.calibration: [tiny_pages], _self_]\n"
-        "name: tiny\nwindows: 6\nwindow_length: 64\nseed: 0\noverlap_tokens: 13\nmax_overlap: 0\n"
+        "name: tiny\nwindows: 6\nwindow_length: 64\nbos: auto\nseed: 0\noverlap_tokens: 13\nmax_overlap: 0\n"
         "sources: {tiny_pages: {sampler: document, weight: 1.0}}\n",
     )
     _yaml(
         conf / "evaluation/tiny.yaml",
         "defaults: [evaluation_schema, /text@_global_.text.evaluation: [tiny_articles, tiny_boolq, tiny_piqa], _self_]\n"
-        "name: tiny\ndevice: auto\ndtype: auto\nperplexity: {corpus: tiny_articles, window_length: 64, windows: 4}\n"
+        "name: tiny\ndevice: auto\ndtype: auto\nbos: auto\nperplexity: {corpus: tiny_articles, window_length: 64, windows: 4}\n"
         "tasks: [boolq, piqa]\nrows: 4\nbatch_size: 4\nstreamed: false\ngenerations: {new_tokens: 3, prompts: [river stone]}\n",
     )
     _yaml(

@@ -21,6 +21,7 @@ EVALUATION = Evaluation(
     name="tiny",
     device="cpu",
     dtype="float32",
+    bos="auto",
     perplexity=PERPLEXITY,
     tasks=["boolq", "piqa"],
     rows=4,

@@ -56,6 +56,7 @@ DRAWN = {
     "name": "tiny",
     "windows": 4,
     "window_length": 32,
+    "bos": "auto",
     "seed": 0,
     "overlap_tokens": 13,
     "max_overlap": 0,
@@ -65,6 +66,7 @@ EVALUATION = {
     "name": "tiny",
     "device": "auto",
     "dtype": "auto",
+    "bos": "auto",
     "perplexity": {"corpus": "news", "window_length": 64, "windows": 4},
     "tasks": ["boolq"],
     "rows": 20,
@@ -115,8 +117,25 @@ def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATI
     directory, base = DENSE_RESULTS if part == "dense" else SPARSE_RESULTS, Checkpoint(BASE).fingerprint
     delta = SparseDelta(SPARSE, base).fingerprint if part == "sparse" else None
     corpus, length = evaluation["perplexity"]["corpus"], evaluation["perplexity"]["window_length"]
-    protocol = {"evaluation": evaluation, "delta": delta, "base": base, "tokenizer_sha256": "t", "corpus": corpus, "corpus_sha256": corpus}
-    protocol |= {"window_length": length, "windows": 4, "tokens": 256, "windows_sha256": "w", "dtype": "float32", "versions": versions()}
+    protocol = {
+        "evaluation": evaluation,
+        "delta": delta,
+        "base": base,
+        "tokenizer_sha256": "t",
+        "bos": None,
+        "corpus": corpus,
+        "corpus_sha256": corpus,
+    }
+    protocol |= {
+        "bos": None,
+        "corpus_sha256": corpus,
+        "window_length": length,
+        "windows": 4,
+        "tokens": 256,
+        "windows_sha256": "w",
+        "dtype": "float32",
+        "versions": versions(),
+    }
     protocol |= {
         "tasks": {"boolq": {"rows": 20, "sha256": "boolq", "few_shot": 0, "metric": "acc"}},
         "prompts": ["river stone"],

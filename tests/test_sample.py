@@ -24,7 +24,7 @@ def workspace(canonical, tmp_path, monkeypatch):
 
 
 def calibration(**changes) -> Calibration:
-    facts = {"name": "t", "windows": 6, "window_length": 32, "seed": 0, "overlap_tokens": 13, "max_overlap": 0}
+    facts = {"name": "t", "windows": 6, "window_length": 32, "bos": "auto", "seed": 0, "overlap_tokens": 13, "max_overlap": 0}
     sources = {"pages": CalibrationSource(sampler="document", weight=1.0)}
     return Calibration(**{**facts, "sources": sources, **changes})
 
@@ -35,10 +35,10 @@ def test_a_mixture_takes_windows_by_weight_and_names_every_document(workspace, b
         "chat": CalibrationSource(sampler="packed", weight=0.5),
     }
     settings = calibration(sources=sources)
-    drawn = sample.draw(settings, tiny.tokenizer())
+    drawn = sample.draw(settings, tiny.tokenizer(), tiny.NO_BOS)
     assert {name: len(windows) for name, windows in drawn.items()} == {"pages": 3, "chat": 3}
     (workspace / "out").mkdir()
-    sample.write(workspace / "out", settings, drawn, base)
+    sample.write(workspace / "out", settings, drawn, base, tiny.NO_BOS)
     provenance = json.loads((workspace / "out/provenance.json").read_text())
     assert [len(provenance["sources"][name]["windows"]) for name in sources] == [3, 3]
     assert provenance["section"] == asdict(settings)
@@ -47,7 +47,7 @@ def test_a_mixture_takes_windows_by_weight_and_names_every_document(workspace, b
 
 def test_a_source_that_is_too_small_is_named(workspace):
     with pytest.raises(CalibrationError, match=r"calibration.sources.pages \(document sampler\): no document has more than 500 tokens"):
-        sample.draw(calibration(window_length=500), tiny.tokenizer())
+        sample.draw(calibration(window_length=500), tiny.tokenizer(), tiny.NO_BOS)
 
 
 @pytest.mark.parametrize("where", ["articles.jsonl", "task.jsonl"])
@@ -56,13 +56,13 @@ def test_text_that_is_evaluated_must_not_be_calibrated_on(workspace, where):
     row = {"text": leaked} if where == "articles.jsonl" else {"goal": "x", "choices": {"text": [leaked], "label": ["A"]}}
     tiny.write_lines(workspace / "evaluation" / where, [row])
     settings = calibration(windows=40)
-    drawn = sample.draw(settings, tiny.tokenizer())
+    drawn = sample.draw(settings, tiny.tokenizer(), tiny.NO_BOS)
     with pytest.raises(CalibrationError, match=rf"13-grams of pages are in {where}, wanted at most .* in document 3: "):
         sample.refuse_overlap(settings, drawn, tiny.tokenizer())
 
 
 def test_text_apart_passes(workspace):
-    drawn = sample.draw(calibration(), tiny.tokenizer())
+    drawn = sample.draw(calibration(), tiny.tokenizer(), tiny.NO_BOS)
     sample.refuse_overlap(calibration(), drawn, tiny.tokenizer())
 
 
@@ -105,18 +105,19 @@ def test_a_corpus_that_is_none_is_named_with_its_file_and_line(workspace, sample
     (workspace / "calibration/pages.jsonl").write_bytes(content)
     sources = {"pages": CalibrationSource(sampler=sampler, weight=1.0)}
     with pytest.raises(TextError, match=rf"calibration/pages\.jsonl(, |: ){message}"):
-        sample.draw(calibration(sources=sources), tiny.tokenizer())
+        sample.draw(calibration(sources=sources), tiny.tokenizer(), tiny.NO_BOS)
 
 
 @pytest.mark.parametrize("sampler", ["document", "packed"])
 def test_a_corpus_of_empty_texts_is_too_small(workspace, sampler):
     tiny.write_lines(workspace / "calibration/pages.jsonl", [{"text": ""}, {"text": ""}])
     with pytest.raises(CalibrationError, match=rf"calibration.sources.pages \({sampler} sampler\)"):
-        sample.draw(calibration(sources={"pages": CalibrationSource(sampler=sampler, weight=1.0)}), tiny.tokenizer())
+        sample.draw(calibration(sources={"pages": CalibrationSource(sampler=sampler, weight=1.0)}), tiny.tokenizer(), tiny.NO_BOS)
 
 
 def test_the_stage_writes_windows_and_their_provenance(workspace, base):
     sample.main.function(calibration())
     written = json.loads((workspace / "calibration_out/provenance.json").read_text())
     assert written["base"] == base.fingerprint
-    assert set(written) == {"section", "base", "tokenizer_sha256", "windows_sha256", "sources"}
+    assert set(written) == {"section", "base", "tokenizer_sha256", "bos", "windows_sha256", "sources"}
+    assert written["bos"]["token"] is None

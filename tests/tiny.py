@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from stages.bos import Bos
+
+NO_BOS = Bos(token=None, reason="of the tests")
 WORDS = [
     "river",
     "stone",

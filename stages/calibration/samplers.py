@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from stages.bos import Bos
 from stages.errors import CalibrationError
 from stages.schema import Citation, Entry, Table
 
@@ -34,6 +35,17 @@ class Window:
     tokens: list[int]
     spans: list[Span]
     starts: list[int]
+
+    def begun_with(self, bos: Bos) -> "Window":
+        """The window begun with BOS if it is decided for: its last tokens make room for it."""
+        tokens = bos.begin(self.tokens)[: len(self.tokens)]
+        shift = 0 if tokens == self.tokens else 1
+        placed = [
+            ((document, offset, min(count, len(tokens) - start - shift)), start + shift)
+            for (document, offset, count), start in zip(self.spans, self.starts, strict=True)
+            if start + shift < len(tokens)
+        ]
+        return Window(tokens=tokens, spans=[span for span, _ in placed], starts=[start for _, start in placed])
 
     def documents(self, start: int, length: int) -> list[int]:
         """Indices of the documents that contain the tokens [start, start + length) of the window, in order."""
@@ -93,7 +105,7 @@ def packed(documents: TokenSequences, windows: int, length: int, seed: int, end:
     window = Window(tokens=[], spans=[], starts=[])
     for index in order:
         page, offset = documents[index], 0
-        text = page if end is None else [*page, end]
+        text = page if end is None or page[-1:] == [end] else [*page, end]
         while offset < len(text):
             piece = text[offset : offset + length - len(window.tokens)]
             page_tokens = min(len(piece), len(page) - offset)

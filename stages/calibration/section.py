@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from stages.bos import bos_field
 from stages.calibration.samplers import SAMPLERS
 from stages.schema import number, one_of, require, require_one_of
 
@@ -23,6 +24,7 @@ class Calibration:
     """The number of windows and their sources.
 
     window_length: tokens per window.
+    bos: whether every window begins with the BOS token, see stages/bos.py.
     overlap_tokens: tokens in the n-grams by which the windows are compared with the evaluation text.
     max_overlap: number of these n-grams that may occur in it.
     sources: name of a corpus -> its source.
@@ -31,6 +33,7 @@ class Calibration:
     name: str
     windows: int = number(minimum=1)
     window_length: int = number(minimum=2, unit="tokens")
+    bos: str = bos_field()
     seed: int
     overlap_tokens: int = number(minimum=1)
     max_overlap: int = number(minimum=0)

@@ -3,11 +3,16 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.bos import Bos
 
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int) -> list[dict[str, str]]:
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[str], new_tokens: int
+) -> list[dict[str, str]]:
     """Continue each prompt greedily.
 
     Args:
+        bos: whether a raw prompt begins with BOS; the chat template says so itself.
         new_tokens: upper bound of generated tokens per prompt.
 
     Returns:
@@ -15,19 +20,18 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     """
     rows = []
     for prompt in prompts:
-        row = {"prompt": prompt, "raw": _continue(model, tokenizer, tokenizer(prompt, return_tensors="pt"), new_tokens)}
+        row = {"prompt": prompt, "raw": _continue(model, tokenizer, bos.begin(tokenizer(prompt)["input_ids"]), new_tokens)}
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}]
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            encoded = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
-            row["chat"] = _continue(model, tokenizer, encoded, new_tokens)
+            row["chat"] = _continue(model, tokenizer, tokenizer(rendered, add_special_tokens=False)["input_ids"], new_tokens)
         rows.append(row)
     return rows
 
 
 @torch.no_grad()
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: dict[str, torch.Tensor], new_tokens: int) -> str:
-    ids = encoded["input_ids"].to(model.device)
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_tokens: int) -> str:
+    ids = torch.tensor([prompt], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad

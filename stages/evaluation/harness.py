@@ -16,6 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from stages.bos import Bos
 from stages.errors import ConfigError
 from stages.evaluation.perplexity import standard_error
 from stages.evaluation.tasks import TASKS, Task
@@ -30,7 +31,25 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about t
 
 
 class WholeModel(HFLM):
-    """lm-eval's model, whose progress bars obey TQDM_DISABLE as all others do, see stages/__init__.py."""
+    """lm-eval's model, whose texts begin with BOS as decided, and whose progress bars obey TQDM_DISABLE, see stages/__init__.py."""
+
+    def __init__(self, bos: Bos, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.bos, self._rolling = bos, False
+        self.add_bos_token: bool | None = None  # the tokenizer's own way; tok_encode sees to the rest
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **arguments: Any) -> list[int]:
+        ids = super().tok_encode(string, add_special_tokens=add_special_tokens, **arguments)
+        return ids if add_special_tokens is False or self._rolling else self.bos.begin(ids)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts; lm-eval puts its prefix token, BOS, before each, so that the texts themselves must not begin with it."""
+        added, self._rolling = self.add_bos_token, True
+        self.add_bos_token = added if self.bos.token is None else False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.add_bos_token, self._rolling = added, False
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))

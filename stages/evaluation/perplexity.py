@@ -2,7 +2,7 @@
 
     perplexity = exp(mean over windows of the mean negative log-likelihood of all tokens of a window but the first)
 
-as in the evaluations of SparseGPT and Wanda; logits in float32.
+as in the evaluations of SparseGPT and Wanda; logits in float32. Windows may begin with BOS, see stages/bos.py; published ones do not.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.bos import Bos
 from stages.errors import CheckpointError, ConfigError
 
 TOKENS_AT_ONCE = 256  # whose float32 logits are in memory together
@@ -50,13 +51,16 @@ def standard_error(values: list[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None) -> torch.Tensor:
+def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, bos: Bos) -> torch.Tensor:
     """Join the documents and cut them into windows.
+
+    Windows that begin with BOS hold one token of the text less, and all of these are scored.
 
     Args:
         texts: documents in order; joined by an empty line, as WikiText's rows are.
         length: tokens in a window.
         limit: number of windows, from the first on; None for all.
+        bos: whether every window begins with BOS.
 
     Returns:
         [windows, length], int64.
@@ -65,11 +69,14 @@ def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: in
         ConfigError: the corpus gives fewer windows than `limit`, or fewer than two; says how many tokens there are.
     """
     tokens = tokenizer("\n\n".join(texts))["input_ids"]
-    available = len(tokens) // length
+    begin = [] if bos.token is None else [bos.token]
+    tokens, length_of_text = bos.begin(tokens)[len(begin) :], length - len(begin)
+    available = len(tokens) // length_of_text
     if available < (limit or 2):
         raise ConfigError(f"evaluation.perplexity: the corpus has {len(tokens)} tokens, wanted {limit or 2} windows of {length}")
     count = available if limit is None else limit
-    return torch.tensor(tokens[: count * length]).view(count, length)
+    pieces = torch.tensor(tokens[: count * length_of_text]).view(count, length_of_text)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
 
 
 @torch.no_grad()

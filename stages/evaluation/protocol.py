@@ -32,6 +32,7 @@ class Protocol:
     """The text that a model was scored on, and the software that scored it.
 
     base: fingerprint of the base checkpoint. tokenizer_sha256: hash of its tokenizer.json; None if its tokenizer is of another kind.
+    bos: id of the token that every window and prompt begins with; None: text is as the tokenizer makes it.
     corpus: name of the corpus of the perplexity. corpus_sha256: hash of the file of its rows.
     window_length: tokens per window. windows: number of windows. tokens: number of tokens in all windows.
     windows_sha256: hash of the windows' token ids, start tokens included.
@@ -42,6 +43,7 @@ class Protocol:
 
     base: str
     tokenizer_sha256: str | None
+    bos: int | None
     corpus: str
     corpus_sha256: str
     window_length: int

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from stages.bos import bos_field
 from stages.devices import device_field, dtype_field
 from stages.evaluation.tasks import TASKS
 from stages.schema import number, require, require_one_of
@@ -36,6 +37,7 @@ class Evaluation:
     """The settings of an evaluation.
 
     dtype: that of weights and arithmetic; auto: float32 on a CPU, the best half precision on a GPU.
+    bos: whether every window, every row of a task and every prompt begins with the BOS token, see stages/bos.py.
     rows: number of rows of each task, from the first on; null: all.
     batch_size: sequences per forward pass of the tasks.
     streamed: whether one block is in memory at a time, for models larger than memory.
@@ -44,6 +46,7 @@ class Evaluation:
     name: str
     device: str = device_field()
     dtype: str = dtype_field()
+    bos: str = bos_field()
     perplexity: Perplexity
     tasks: list[str]
     rows: int | None = number(minimum=2, unit="rows, for a standard error")

@@ -12,6 +12,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerBase
 
+from stages.bos import Bos
 from stages.checkpoint.model import Apply
 from stages.errors import SparsesweepError
 from stages.evaluation.perplexity import WindowLosses, window_loss
@@ -117,9 +118,9 @@ class StreamedModel:
 class StreamedHarness(TemplateLM):
     """lm-eval's interface to a streamed model, which scores continuations and generates no text."""
 
-    def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, bos: Bos, batch_size: int) -> None:
         super().__init__()
-        self.streamed, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.streamed, self.tokenizer, self.bos, self.batch_size = model, tokenizer, bos, batch_size
         self.max_length = model.decoder.checkpoint.context_length or CONTEXT_LENGTH
 
     @property
@@ -131,7 +132,9 @@ class StreamedHarness(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
+        if add_special_tokens is False:
+            return self.tokenizer.encode(string, add_special_tokens=False)
+        return self.bos.begin(self.tokenizer.encode(string))
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         sequences = [((context + continuation)[-(self.max_length + 1) :], len(continuation)) for _, context, continuation in requests]

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
@@ -27,7 +28,7 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
     perplexity = EvalResult(
         task_type="text-generation",
         dataset_type=protocol["corpus"],
-        dataset_name=f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}",
+        dataset_name=scored_text(protocol),
         metric_type="perplexity",
         metric_value=round(records.sparse["perplexity"], 4),
     )
@@ -121,6 +122,11 @@ def exceptions(matrices: list[dict[str, Any]], method: Section) -> str:
 # What came of it.
 
 
+def scored_text(protocol: dict[str, Any]) -> str:
+    """The text of the perplexity: corpus, tokens, windows, and whether each begins with BOS."""
+    return f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}{words(protocol['bos'])}"
+
+
 def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
     """A value and its standard error."""
     return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
@@ -135,8 +141,7 @@ def results_table(records: Records) -> str:
         cells = [plus_minus(model, key, digits) for model in (dense, sparse)]
         return f"| {label} | {cells[0]} | {cells[1]} |"
 
-    corpus = f"perplexity, {protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}"
-    lines.append(row(corpus, "perplexity", 2))
+    lines.append(row(f"perplexity, {scored_text(protocol)}", "perplexity", 2))
     lines.append(f"| perplexity over the dense model's | 1 | {sparse['perplexity_ratio']:.3f} ± {sparse['perplexity_ratio_stderr']:.3f} |")
     for task in records.accuracy:
         lines.append(row(f"{task['task']}, {task['rows']} rows, accuracy", task["task"], 3))

@@ -7,7 +7,7 @@ from stages.errors import ConfigError
 
 
 def calibration(**changes) -> Calibration:
-    facts = {"name": "t", "windows": 6, "window_length": 32, "seed": 0, "overlap_tokens": 13, "max_overlap": 0}
+    facts = {"name": "t", "windows": 6, "window_length": 32, "bos": "auto", "seed": 0, "overlap_tokens": 13, "max_overlap": 0}
     return Calibration(**{**facts, "sources": {"pages": CalibrationSource(sampler="document", weight=1.0)}, **changes})
 
 

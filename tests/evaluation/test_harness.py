@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from stages.checkpoint.model import load_model
+from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, SparsesweepError
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
@@ -18,6 +20,10 @@ from tests.evaluation.rows import GOOD
 CPU = torch.device("cpu")
 
 
+def dense(base: Checkpoint) -> PreTrainedModel:
+    return load_model(base, None, dtype=torch.float32, device=CPU)
+
+
 @pytest.fixture(scope="module")
 def rows():
     words = tiny.sentences(6, seed=3, length=8)
@@ -30,7 +36,7 @@ def rows():
 
 def test_stock_tasks_run_on_our_rows(base, rows, tmp_path):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
-    whole = WholeModel(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=2)
+    whole = WholeModel(tiny.NO_BOS, pretrained=model, tokenizer=tiny.tokenizer(), batch_size=2)
     scores, samples = zero_shot(whole, rows, tmp_path)
     assert list(scores) == list(samples) == ["boolq", "piqa", "lambada"]
     for task, score in scores.items():
@@ -40,7 +46,7 @@ def test_stock_tasks_run_on_our_rows(base, rows, tmp_path):
 
 
 def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
-    whole = WholeModel(pretrained=load_model(base, None, dtype=torch.float32, device=CPU), tokenizer=tiny.tokenizer(), batch_size=2)
+    whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2)
     scores, _ = zero_shot(whole, {name: [GOOD[name]] * 2 for name in TASKS}, tmp_path)
     assert list(scores) == list(TASKS)
     assert all(score["rows"] == 2 for score in scores.values())
@@ -49,7 +55,7 @@ def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
 @pytest.mark.parametrize(("disabled", "shown"), [("1", False), ("", True)])
 def test_the_switch_for_progress_bars_holds_for_lm_evals(base, rows, tmp_path, monkeypatch, capfd, disabled, shown):
     monkeypatch.setenv("TQDM_DISABLE", disabled)
-    whole = WholeModel(pretrained=load_model(base, None, dtype=torch.float32, device=CPU), tokenizer=tiny.tokenizer(), batch_size=2)
+    whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2)
     zero_shot(whole, {"lambada": rows["lambada"]}, tmp_path)
     assert ("Running loglikelihood requests" in capfd.readouterr().err) == shown
 
@@ -69,7 +75,7 @@ def test_a_streamed_model_scores_as_the_whole_model_does(base, rows, tmp_path, p
 
     samples = []
     for name, model in (
-        ("whole", WholeModel(pretrained=whole, tokenizer=tiny.tokenizer(), batch_size=2)),
+        ("whole", WholeModel(tiny.NO_BOS, pretrained=whole, tokenizer=tiny.tokenizer(), batch_size=2)),
         ("streamed", harness_of(streamed)),
     ):
         (tmp_path / name).mkdir()
@@ -84,7 +90,7 @@ def test_a_streamed_model_scores_as_the_whole_model_does(base, rows, tmp_path, p
 
 
 def harness_of(streamed: StreamedModel) -> StreamedHarness:
-    return StreamedHarness(streamed, tiny.tokenizer(), batch_size=2)
+    return StreamedHarness(streamed, tiny.tokenizer(), tiny.NO_BOS, batch_size=2)
 
 
 def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
@@ -101,7 +107,7 @@ def test_no_tasks_are_no_scores(tmp_path):
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
-    (row,) = generate(model, tiny.tokenizer(), ["river stone"], new_tokens=3)
+    (row,) = generate(model, tiny.tokenizer(), tiny.NO_BOS, ["river stone"], new_tokens=3)
     assert set(row) == {"prompt", "raw", "chat"}
     ids = tiny.tokenizer()("river stone", return_tensors="pt")["input_ids"]
     for _ in range(3):

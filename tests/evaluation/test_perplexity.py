@@ -29,16 +29,16 @@ def test_standard_error_by_hand():
 def test_windows_are_the_joined_text_cut_and_the_remainder_dropped():
     tokenizer, texts = tiny.tokenizer(), tiny.sentences(4, seed=0)
     tokens = tokenizer("\n\n".join(texts))["input_ids"]
-    windows = cut_windows(texts, tokenizer, 16, None)
+    windows = cut_windows(texts, tokenizer, 16, None, tiny.NO_BOS)
     assert windows.flatten().tolist() == tokens[: len(tokens) // 16 * 16]
-    assert torch.equal(cut_windows(texts, tokenizer, 16, 3), windows[:3])
+    assert torch.equal(cut_windows(texts, tokenizer, 16, 3, tiny.NO_BOS), windows[:3])
 
 
 def test_a_corpus_that_is_too_small_says_how_many_tokens_it_has():
     tokenizer, texts = tiny.tokenizer(), tiny.sentences(1, seed=0)
     count = len(tokenizer(texts[0])["input_ids"])
     with pytest.raises(ConfigError, match=f"the corpus has {count} tokens, wanted 2 windows of 512"):
-        cut_windows(texts, tokenizer, 512, None)
+        cut_windows(texts, tokenizer, 512, None, tiny.NO_BOS)
 
 
 def test_a_loss_that_is_not_finite_is_refused(base):
@@ -50,6 +50,6 @@ def test_a_loss_that_is_not_finite_is_refused(base):
 
 def test_losses_are_those_that_transformers_computes(base):
     model = load_model(base, None, dtype=torch.float32, device=torch.device("cpu"))
-    windows = cut_windows(tiny.sentences(4, seed=0), tiny.tokenizer(), 32, 3)
+    windows = cut_windows(tiny.sentences(4, seed=0), tiny.tokenizer(), 32, 3, tiny.NO_BOS)
     expected = [model(window[None], labels=window[None]).loss.item() for window in windows]
     assert window_losses(model, windows).losses == pytest.approx(expected, rel=1e-5)

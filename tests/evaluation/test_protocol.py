@@ -9,6 +9,7 @@ from stages.evaluation.protocol import Protocol, TaskProtocol, differences, read
 PROTOCOL = Protocol(
     base="b" * 64,
     tokenizer_sha256="e" * 64,
+    bos=None,
     corpus="articles",
     corpus_sha256="c" * 64,
     window_length=64,
@@ -72,8 +73,8 @@ def test_a_protocol_is_read_as_it_was_written(tmp_path):
     [
         (None, "protocol.json: not found; has the stage that writes it run?"),
         ("{", "protocol.json: not JSON"),
-        ("[]", r"protocol.json: found a protocol of \[\], wanted base, corpus, corpus_sha256"),
-        ('{"corpus": "a", "tokens": 8}', "protocol.json: found a protocol of corpus, tokens, wanted base, corpus"),
+        ("[]", r"protocol.json: found a protocol of \[\], wanted base, bos, corpus"),
+        ('{"corpus": "a", "tokens": 8}', "protocol.json: found a protocol of corpus, tokens, wanted base, bos, corpus"),
         (
             json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": {"boolq": {"rows": 4}}}),
             r"protocol.json: tasks: found {'boolq': {'rows': 4}}, wanted tasks by name \(.*missing",

@@ -9,7 +9,16 @@ from stages.evaluation.tasks import TASKS
 
 
 def evaluation(**changes) -> Evaluation:
-    facts = {"name": "t", "device": "cpu", "dtype": "auto", "tasks": ["boolq"], "rows": 4, "batch_size": 2, "streamed": False}
+    facts = {
+        "name": "t",
+        "device": "cpu",
+        "dtype": "auto",
+        "bos": "auto",
+        "tasks": ["boolq"],
+        "rows": 4,
+        "batch_size": 2,
+        "streamed": False,
+    }
     perplexity = Perplexity(corpus="articles", window_length=64, windows=4)
     return Evaluation(**{**facts, "perplexity": perplexity, "generations": Generations(new_tokens=3, prompts=["a"]), **changes})
 

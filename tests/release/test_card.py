@@ -24,6 +24,7 @@ PROTOCOL = {
     "corpus": "news",
     "window_length": 1024,
     "tokens": 18432,
+    "bos": None,
     "tasks": {},
     "evaluation": {"perplexity": {"corpus": "news"}, "tasks": ["boolq"], "rows": 20},
 }
