@@ -14,12 +14,14 @@ much of their attention; others never saw it there.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from stages.schema import one_of, require
+
+if TYPE_CHECKING:  # the sections import this file, and transformers takes a second to import
+    from transformers import PreTrainedTokenizerBase
 
 CONVERSATION = [
     {"role": "user", "content": "a"},
@@ -75,7 +77,7 @@ def words(token: int | None) -> str:
     return "" if token is None else ", each begun with BOS"
 
 
-def decide(setting: str, tokenizer: PreTrainedTokenizerBase, key: str) -> Bos:
+def decide(setting: str, tokenizer: "PreTrainedTokenizerBase", key: str) -> Bos:
     """Decide for a tokenizer.
 
     Args:
@@ -101,7 +103,7 @@ def decide(setting: str, tokenizer: PreTrainedTokenizerBase, key: str) -> Bos:
     return Bos(token=None, reason="neither the tokenizer nor its chat template begins a text with it")
 
 
-def _begins_conversations(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+def _begins_conversations(tokenizer: "PreTrainedTokenizerBase", token: int) -> bool:
     """Whether the chat template puts BOS before a conversation, and nowhere else in it."""
     if not tokenizer.chat_template:
         return False
