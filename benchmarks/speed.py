@@ -32,7 +32,8 @@ from stages.config.compose import composed, read
 from stages.devices import cpu_name
 from stages.evaluation.perplexity import cut_windows, window_losses
 from stages.evaluation.section import Perplexity
-from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, read_lines, remove, sha256, write_json
+from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, remove, sha256, write_json
+from stages.rows import texts as texts_of
 
 ROOT = Path(__file__).parents[1]
 README = Path("README.md")
@@ -177,7 +178,7 @@ def measurement(contender: Contender, method: str, project: Path, evaluation: Pe
 
 def perplexity(model: PreTrainedModel, evaluation: Perplexity) -> float:
     """Of a model whoever pruned it, by our own protocol."""
-    texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")]
+    texts = texts_of(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")
     windows = cut_windows(texts, load_tokenizer(BASE), evaluation.window_length, evaluation.windows)
     return window_losses(model.eval(), windows).perplexity
 
