@@ -33,7 +33,8 @@ from stages.config.compose import composed, read
 from stages.devices import cpu_name
 from stages.evaluation.perplexity import cut_windows, window_losses
 from stages.evaluation.section import Perplexity
-from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, read_lines, remove, sha256, write_json
+from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, remove, sha256, write_json
+from stages.rows import texts as texts_of
 
 ROOT = Path(__file__).parents[1]
 README = Path("README.md")
@@ -178,7 +179,7 @@ def measurement(contender: Contender, method: str, project: Path, evaluation: Pe
 
 def perplexity(model: PreTrainedModel, evaluation: Perplexity) -> float:
     """Of a model whoever pruned it, by our own protocol."""
-    texts = [row["text"] for row in read_lines(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")]
+    texts = texts_of(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")
     tokenizer = load_tokenizer(BASE)
     bos = decide(BosSetting.AUTO, tokenizer, "bos")
     windows = cut_windows(texts, tokenizer, evaluation.window_length, evaluation.windows, bos)

@@ -211,9 +211,3 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines."""
-    with path.open(encoding="utf8") as file:
-        return [json.loads(line) for line in file]

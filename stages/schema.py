@@ -190,11 +190,15 @@ class Table(Mapping[str, E], Generic[E]):
 
     @classmethod
     def collected(cls, package: ModuleType, kind: type[E], key: str = "name") -> "Table[E]":
-        """Make a table of all entries of a class that the modules of a package define at their top level, modules sorted by name."""
+        """Make a table of all entries of a class that the modules of a package have at their top level, modules sorted by name.
+
+        Raises:
+            ValueError: two entries have the same name.
+        """
         table = cls([], key)
         for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")):
             for value in vars(importlib.import_module(module)).values():
-                if isinstance(value, kind) and value.name not in table:
+                if isinstance(value, kind) and table.get(value.name) is not value:  # a module may import another's entry
                     table.add(value)
         return table
 

@@ -115,3 +115,6 @@ def test_the_entries_of_a_packages_modules_are_collected_by_name(tmp_path, monke
     import collected_here
 
     assert list(Table.collected(collected_here, Entry)) == ["first", "second"]
+    (package / "third.py").write_text("from stages.schema import Entry\nTHIRD = Entry(name='first', parameters=dict, summary='another')\n")
+    with pytest.raises(ValueError, match="found two entries named 'first', wanted one"):
+        Table.collected(collected_here, Entry)

@@ -37,8 +37,7 @@ class Pruned:
 
     mask: [rows, columns], bool, True = kept.
     values: [rows, columns], float32, or None where kept weights did not change.
-    damping: what it took to factor the Gram matrix, where it was factored: a share of the mean of its diagonal added to each entry of
-        the diagonal (obs, sparsegpt), or of each entry (admm).
+    damping: with which the Gram matrix factored, see method.Damping; None if it was not factored.
     """
 
     mask: torch.Tensor
@@ -55,15 +54,16 @@ class Score(Entry):
     """What a weight is worth.
 
     of: from a matrix, [rows, columns], float32, the statistic of its input, and the method, whose `score` section holds the
-        parameters, to scores of the same shape. Raises ArithmeticError where the statistic has NaN or does not factor.
+        parameters, to scores of the same shape, finite and 0 or more, 0 for a weight of 0. With an allocation that gives rows a cost,
+        the rows of the matrix are multiplied by its root. Raises ArithmeticError where the statistic has NaN or does not factor.
     statistic: what it needs to know of the input, at least.
-    only_across_rows: whether it ranks the weights of one row as the score that it is made from does, so that it changes a mask only
-        where the weights of a matrix compete.
+    needs_matrix_comparison: whether it keeps the order of its base score within a row, so that it changes a mask only with
+        method.comparison_group = matrix.
     """
 
     of: ScoreFunction
     statistic: type[Statistic]
-    only_across_rows: bool = False
+    needs_matrix_comparison: bool = False
 
 
 def _nothing(*_: Any) -> None:

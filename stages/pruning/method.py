@@ -23,8 +23,9 @@ STATISTICS: tuple[type[Statistic], ...] = (NoStatistic, SquaredNorm, Moments, Gr
 class Damping:
     """Of the Gram matrix, where it is factored or solved.
 
-    share: of its diagonal, added to it: of the mean (obs, sparsegpt), or of each entry (admm, least squares, swaps).
-    limit: up to which it is raised, tenfold a step, while the matrix does not factor.
+    share: fraction of the diagonal that is added to the diagonal: of its mean (obs, sparsegpt), or of each entry (admm, least squares,
+        the refit after swaps).
+    limit: upper bound of the share, which is raised tenfold a step while the matrix does not factor.
     """
 
     share: float = number(above=0)
@@ -104,7 +105,7 @@ class Method:
         if {score.statistic, update.statistic} == {Gram, Moments}:
             wanted = f"a score that needs no {score.statistic.__name__} statistic {condition}, which has {update.statistic.__name__} alone"
             require(False, key, score.name, wanted)
-        if score.only_across_rows and not pattern.grouped:
+        if score.needs_matrix_comparison and not pattern.grouped:
             group, wanted = self.comparison_group, f"matrix with method.score.name = {score.name}"
             require(group == "matrix", "method.comparison_group", group, wanted)
         update.check(self, pattern)

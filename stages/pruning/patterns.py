@@ -30,15 +30,15 @@ def pruned_count(total: int, sparsity: float | Fraction) -> int:
     return int(total * Fraction(str(sparsity)))
 
 
-def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Prune the `count` lowest of each row; of equals the leftmost first, as a stable sort would.
+def keep_highest(scores: torch.Tensor, pruned: int) -> torch.Tensor:
+    """Prune the lowest scores of each row; of equals the leftmost first, as a stable sort would.
 
     Args:
         scores: [rows, columns], finite.
-        count: 0..columns.
+        pruned: how many of each row, 0 to columns.
 
     Returns:
-        [rows, columns], bool, exactly `count` False in each row.
+        [rows, columns], bool, exactly `pruned` False in each row.
 
     Raises:
         ValueError: a score is NaN or infinite.
@@ -48,22 +48,22 @@ def keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     mask = torch.ones_like(scores, dtype=torch.bool)
     rows = max(1, WEIGHTS_AT_ONCE // scores.shape[1])
     for chunk, mask_chunk in zip(scores.split(rows), mask.split(rows), strict=True):
-        if count:
-            mask_chunk.copy_(_keep_highest(chunk, count))
+        if pruned:
+            mask_chunk.copy_(_keep_highest(chunk, pruned))
     return mask
 
 
-def _keep_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    highest_dropped = _nth_lowest(scores, count)
-    below = scores < highest_dropped
-    equal = scores == highest_dropped
-    still_to_drop = count - below.sum(dim=1, keepdim=True)
-    if torch.equal(equal.sum(dim=1, keepdim=True), still_to_drop):
+def _keep_highest(scores: torch.Tensor, pruned: int) -> torch.Tensor:
+    highest_pruned = _nth_lowest(scores, pruned)
+    below = scores < highest_pruned
+    equal = scores == highest_pruned
+    ties_to_prune = pruned - below.sum(dim=1, keepdim=True)
+    if torch.equal(equal.sum(dim=1, keepdim=True), ties_to_prune):
         return ~(below | equal)
-    return ~(below | (equal & (equal.cumsum(dim=1) <= still_to_drop)))
+    return ~(below | (equal & (equal.cumsum(dim=1) <= ties_to_prune)))
 
 
-def keep_highest_of_few(scores: torch.Tensor, count: int) -> torch.Tensor:
+def keep_highest_of_few(scores: torch.Tensor, pruned: int) -> torch.Tensor:
     """As keep_highest, quicker for short rows: every score is compared with every other of its row."""
     if not torch.isfinite(scores).all():
         raise ValueError("found a score that is NaN or infinite, wanted finite scores")
@@ -74,7 +74,7 @@ def keep_highest_of_few(scores: torch.Tensor, count: int) -> torch.Tensor:
             right_first = columns[right] >= columns[left]
             above[left] += right_first
             above[right] += ~right_first
-    return (above < len(columns) - count).T.contiguous()
+    return (above < len(columns) - pruned).T.contiguous()
 
 
 def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
@@ -147,7 +147,7 @@ class Unstructured:
             return _keep_highest_evenly(scores, pruned_count(rows * end, self.sparsity) - pruned_count(rows * first_column, self.sparsity))
         return keep_highest(scores, pruned_count(end, self.sparsity) - pruned_count(first_column, self.sparsity))
 
-    def roughly(self, scores: torch.Tensor) -> torch.Tensor:
+    def approximate_mask(self, scores: torch.Tensor) -> torch.Tensor:
         """About the mask of a whole matrix, [rows, columns], at less cost: one threshold, from a sample of the scores."""
         if self.comparison_group == "row":
             return self.mask(scores)
@@ -158,9 +158,9 @@ class Unstructured:
         return scores > _nth_lowest(sample[None], max(1, pruned_count(len(sample), self.sparsity)))
 
 
-def _keep_highest_evenly(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Drop `count` of all, as many in every row, or one more in the rows whose next weight carries least."""
-    per_row, remainder = divmod(count, len(scores))
+def _keep_highest_evenly(scores: torch.Tensor, pruned: int) -> torch.Tensor:
+    """Prune `pruned` of all: equally many in every row, and one more in the rows with the lowest next score."""
+    per_row, remainder = divmod(pruned, len(scores))
     mask = keep_highest(scores, per_row)
     if remainder:
         rows = ~keep_highest(_nth_lowest(scores, per_row + 1).view(1, -1), remainder)[0]
@@ -209,7 +209,7 @@ class Nm:
         keep = keep_highest_of_few if self.group <= FEW_COLUMNS else keep_highest
         return keep(groups, self.group - self.kept).view(scores.shape)
 
-    def roughly(self, scores: torch.Tensor) -> torch.Tensor:
+    def approximate_mask(self, scores: torch.Tensor) -> torch.Tensor:
         return self.mask(scores)
 
 

@@ -50,7 +50,13 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
         license_name=None if known else base["license"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", recipe.method["name"], recipe.pattern_label.replace(" ", "-"), "sparsesweep"],
+        tags=[
+            "pruned",
+            "sparse",
+            *dict.fromkeys([recipe.method["name"], recipe.method["score"]["name"]]),
+            recipe.pattern_label.replace(" ", "-"),
+            "sparsesweep",
+        ],
         model_name=name,
         eval_results=[perplexity, *tasks],
     )

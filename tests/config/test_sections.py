@@ -14,6 +14,10 @@ from stages.config import sections
 from stages.config.compose import composed, read
 from stages.config.params import CONF
 from stages.errors import ConfigError
+from stages.pruning.allocations import ALLOCATIONS
+from stages.pruning.patterns import PATTERNS
+from stages.pruning.scores import SCORES
+from stages.pruning.updates import UPDATES
 
 ROOT = CONF.parent
 GROUPS = [path for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "text"]
@@ -63,11 +67,11 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["pattern.sparsity=1.0"], r"pattern.sparsity: found 1.0, wanted a fraction of zeros in \[0, 1\)"),
         (["pattern.sparsity=-0.1"], r"pattern.sparsity: found -0.1"),
         (["pattern=nm_2_4", "pattern.kept=4"], r"pattern.kept: found 4, wanted N in 1..3, below pattern.group"),
-        (["method.score.name=guess"], "method.score.name: found 'guess', wanted one of magnitude, obs, ria, wanda"),
+        (["method.score.name=guess"], "method.score.name: found 'guess', wanted one of " + ", ".join(SCORES)),
         (["method.comparison_group=column"], "method.comparison_group: found 'column', wanted one of row, matrix"),
-        (["method.update.name=guess"], "method.update.name: found 'guess', wanted one of admm, dsnot, least_squares"),
-        (["pattern.name=guess"], "pattern.name: found 'guess', wanted one of unstructured, nm"),
-        (["allocation.name=guess"], "allocation.name: found 'guess', wanted one of alphapruning, loss, owl"),
+        (["method.update.name=guess"], "method.update.name: found 'guess', wanted one of " + ", ".join(UPDATES)),
+        (["pattern.name=guess"], "pattern.name: found 'guess', wanted one of " + ", ".join(PATTERNS)),
+        (["allocation.name=guess"], "allocation.name: found 'guess', wanted one of " + ", ".join(ALLOCATIONS)),
         (["base.source=guess"], "base.source: found 'guess', wanted one of wheel, hub, local, gguf"),
         (["base.sha256=abc"], "base.sha256: found 'abc', wanted the SHA-256"),
         (["base=hub"], "base.repo: found None, wanted ORG/NAME"),

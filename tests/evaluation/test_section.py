@@ -29,7 +29,7 @@ def evaluation(**changes) -> Evaluation:
         ({"device": "tpu"}, "evaluation.device: found 'tpu', wanted auto, cpu or cuda[:N]"),
         ({"device": "cuda:x"}, "evaluation.device: found 'cuda:x', wanted auto, cpu or cuda[:N]"),
         ({"dtype": "int8"}, "evaluation.dtype: found 'int8', wanted one of auto, bfloat16, float16, float32"),
-        ({"tasks": ["guess"]}, "evaluation.tasks: found 'guess', wanted one of boolq, rte"),
+        ({"tasks": ["guess"]}, "evaluation.tasks: found 'guess', wanted one of " + ", ".join(TASKS)),
         ({"tasks": ["boolq", "boolq"]}, "evaluation.tasks: found ['boolq', 'boolq'], wanted each task once"),
         ({"rows": 1}, "evaluation.rows: found 1, wanted null or at least 2 rows, for a standard error"),
         ({"batch_size": 0}, "evaluation.batch_size: found 0, wanted at least 1"),

@@ -156,7 +156,7 @@ def test_the_counts_of_column_ranges_add_up_to_a_fractions(comparison_group, cou
 def rough_share(sparsity: float | Fraction, scale: torch.Tensor) -> float:
     """Of zeros in the rough mask of a 512 x 512 matrix whose columns differ by a scale."""
     scores = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) * scale
-    return float((~Unstructured(sparsity=sparsity, comparison_group="matrix").roughly(scores)).float().mean())
+    return float((~Unstructured(sparsity=sparsity, comparison_group="matrix").approximate_mask(scores)).float().mean())
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, Fraction(123457, 512 * 512)])
@@ -181,7 +181,7 @@ def test_a_sample_sees_all_columns_alike(sparsity):
 )
 def test_where_few_weights_compete_the_rough_mask_is_the_exact_one(pattern):
     scores = torch.rand(10, 24, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(pattern.roughly(scores), pattern.mask(scores))
+    assert torch.equal(pattern.approximate_mask(scores), pattern.mask(scores))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_wanda_by_hand():
 
 
 def test_obs_by_hand():
-    scores = obs(torch.tensor([[-3.0, 2.0]]), factor_diagonal=torch.tensor([0.5, 2.0]))
+    scores = obs(torch.tensor([[-3.0, 2.0]]), root_inverse_diagonal=torch.tensor([0.5, 2.0]))
     assert scores.tolist() == [[36.0, 1.0]]
 
 

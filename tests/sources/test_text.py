@@ -8,7 +8,8 @@ import pytest
 
 from stages import schema
 from stages.errors import ConfigError, SourceError
-from stages.files import read_json, read_lines, sha256
+from stages.files import read_json, sha256
+from stages.rows import Rows
 from stages.sources import readers, text
 from stages.sources.readers import READERS
 from stages.sources.text import TEXTS, HubText, LocalText, Text, WheelText
@@ -25,7 +26,7 @@ def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path
     content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     hub_repository("datasets/org/pages", {"en/first.json.gz": content})
     provenance = text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path, tmp_path / "downloads")
-    assert read_lines(tmp_path / "calibration/pages.jsonl") == rows
+    assert list(Rows(tmp_path / "calibration/pages.jsonl")) == rows
     facts = provenance["files"]["calibration/pages.jsonl"]
     assert (facts["revision"], facts["rows"], facts["license"]) == (COMMIT, 30, "cc0-1.0")
     assert facts["sha256"] == sha256(tmp_path / "calibration/pages.jsonl")
@@ -37,7 +38,7 @@ def test_parquet_of_the_hub_keeps_dialogues(hub_repository, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     hub_repository("datasets/org/pages", {"data/x.parquet": (tmp_path / "x.parquet").read_bytes()})
     text.fetch(Text(calibration={}, evaluation={"chat": from_hub("data/x.parquet")}), tmp_path, tmp_path / "downloads")
-    assert read_lines(tmp_path / "evaluation/chat.jsonl") == rows
+    assert list(Rows(tmp_path / "evaluation/chat.jsonl")) == rows
 
 
 def test_a_file_that_the_repository_lacks_is_named(hub_repository, tmp_path):

@@ -13,17 +13,17 @@ from stages.pruning.statistics import Gram
 from stages.schema import Citation
 
 
-def obs(weight: torch.Tensor, factor_diagonal: torch.Tensor) -> torch.Tensor:
+def obs(weight: torch.Tensor, root_inverse_diagonal: torch.Tensor) -> torch.Tensor:
     """Score by the output error after the removal of a weight.
 
     Args:
         weight: [rows, columns], float32.
-        factor_diagonal: [columns], float32, U_jj, above 0.
+        root_inverse_diagonal: [columns], float32, the root of [H⁻¹]_jj, above 0; in a sweep U_jj.
 
     Returns:
         [rows, columns], float32, 0 or more.
     """
-    return weight.square() / factor_diagonal.square()
+    return weight.square() / root_inverse_diagonal.square()
 
 
 def _of_gram(weight: torch.Tensor, gram: Gram, damping: float, limit: float) -> torch.Tensor:

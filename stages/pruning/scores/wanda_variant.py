@@ -37,7 +37,7 @@ WANDA_VARIANT = Score(
     of=lambda weight, inputs, _: cumulative_share(wanda(weight, inputs.squared_norm)),
     statistic=SquaredNorm,
     parameters=NoParameters,
-    only_across_rows=True,
+    needs_matrix_comparison=True,
     summary="Wanda's scores, each as the cumulative share of its row's total: one alpha for the matrix",
     citation=Citation(text="Sun et al. 2024", url="https://github.com/locuslab/wanda"),
 )

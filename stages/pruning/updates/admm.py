@@ -97,7 +97,7 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
 
     def keep(scores: torch.Tensor, exactly: bool) -> torch.Tensor:
         matrices = zip(patterns, scores.split(rows), strict=True)
-        return torch.cat([pattern.mask(matrix) if exactly else pattern.roughly(matrix) for pattern, matrix in matrices])
+        return torch.cat([pattern.mask(matrix) if exactly else pattern.approximate_mask(matrix) for pattern, matrix in matrices])
 
     def solve(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
         gram = statistic.damped(damping)
