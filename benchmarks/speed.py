@@ -205,7 +205,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
 def note(rows: list[dict[str, Any]], evaluation: Perplexity) -> str:
     """What the numbers are, in a line."""
     base = Checkpoint(BASE).provenance
-    name = Path(base["wheel"]["file"] if "wheel" in base else base["name"]).name
+    name = Path(base.get("file", base["name"])).name
     windows, length = load_file(WINDOWS)["windows"].shape
     runs = max(row["asked"]["repeat"] for row in rows) + 1
     return (

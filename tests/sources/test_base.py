@@ -15,6 +15,7 @@ from stages.files import sha256
 from stages.sources import base as checkpoints
 from stages.sources import hub as hubs
 from stages.sources.base import BASES, GgufBase, HubBase, LocalBase, WheelBase
+from stages.sources.wheel import WheelFile
 from tests import tiny
 from tests.hub_server import COMMIT
 
@@ -40,14 +41,36 @@ def changed_config(directory, **changes) -> None:
 
 
 DEQUANTISED = {"name": "a/b", "dtype": "float16", "dequantised_by": "x", "license": "mit", "sha256": "0" * 64}
-WHEEL = WheelBase(source="wheel", package="p", version="1", file="x.gguf", **DEQUANTISED)
+FILE = WheelFile(package="p", version="1", sha256="0" * 64, file="p/x.gguf")
+TERMS = dataclasses.replace(FILE, file="p/TERMS.html")
+WHEEL = WheelBase(source="wheel", file="x.gguf", size=1, parts=[FILE, FILE], notice="See the terms.", documents=[TERMS], **DEQUANTISED)
 GGUF = GgufBase(source="gguf", path="x.gguf", **DEQUANTISED)
+
+
+def in_part(**changes) -> dict:
+    return {"parts": [FILE, dataclasses.replace(FILE, **changes)]}
+
+
+def in_documents(*files: str) -> dict:
+    return {"documents": [dataclasses.replace(FILE, file=file) for file in files]}
 
 
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        (WHEEL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the wheel, 64 hexadecimal digits"),
+        (WHEEL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the GGUF file, 64 hexadecimal digits"),
+        (WHEEL, {"file": "p/x.gguf"}, "file: found 'p/x.gguf', wanted the name of the GGUF file"),
+        (WHEEL, {"size": 0}, "size: found 0, wanted at least 1 bytes"),
+        (WHEEL, {"notice": " "}, "notice: found ' ', wanted null or the notice that the licence wants beside every copy"),
+        (WHEEL, {"parts": []}, r"parts: found \[\], wanted at least one file inside a wheel, each with package, version, sha256 and file"),
+        (WHEEL, in_part(sha256="abc"), r"parts\[1\].sha256: found 'abc', wanted the SHA-256 of the wheel"),
+        (WHEEL, in_part(package="-r x"), r"parts\[1\].package: found '-r x', wanted the name of a package"),
+        (WHEEL, in_part(version="new"), r"parts\[1\].version: found 'new', wanted one version of a package"),
+        (WHEEL, in_part(file="../x"), r"parts\[1\].file: found '../x', wanted the path of a file inside the wheel"),
+        (WHEEL, in_documents("../TERMS"), r"documents\[0\].file: found '../TERMS', wanted the path of a file inside the wheel"),
+        (WHEEL, in_documents("p/config.json"), r"documents: found \['config.json', 'NOTICE'\], wanted names like LICENSE\*, NOTICE\*"),
+        (WHEEL, in_documents("p/TERMS", "q/TERMS"), r"documents: found \['TERMS', 'TERMS', 'NOTICE'\], wanted names .*, each once"),
+        (WHEEL, in_documents("p/NOTICE"), r"documents: found \['NOTICE', 'NOTICE'\], wanted .*; NOTICE is that of base.notice"),
         (WHEEL, {"dtype": "int8"}, "dtype: found 'int8', wanted one of bfloat16, float16, float32"),
         (WHEEL, {"name": ""}, "name: found '', wanted the ORG/NAME to put on the model card"),
         (WHEEL, {"license": ""}, "license: found '', wanted the checkpoint's licence"),
@@ -311,6 +334,15 @@ def test_licences_in_a_folder_of_a_repository_are_left_out(source, hub_repositor
     assert (out / "LICENSE.md").read_bytes() == b"MIT"
     assert not {name for _, name, _ in repository.requests} & set(inner)
     assert all(path.is_file() for path in out.iterdir())
+
+
+def test_licence_documents_are_taken_and_recorded(copy, out, tmp_path):
+    for name in ("LICENSE", "NOTICE.md", "USE_POLICY.md", "GEMMA_TERMS.html", "notes.txt"):
+        (copy / name).write_text(name)
+    provenance = checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+    assert provenance["documents"] == ["GEMMA_TERMS.html", "LICENSE", "NOTICE.md", "USE_POLICY.md"]
+    assert set(provenance["documents"]) < set(provenance["files"])
+    assert not (out / "notes.txt").exists()
 
 
 def test_a_folder_named_like_a_file_of_a_checkpoint_is_left_out(copy, out, tmp_path):

