@@ -63,7 +63,8 @@ def write_windows(project: Path, windows: torch.Tensor) -> None:
     """Windows, [windows, tokens], int64, as the sample stage leaves those that it draws for the project's base."""
     directory, tokenizer = project / CALIBRATION, project / BASE / "tokenizer.json"
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({"windows": windows}, directory / "windows.safetensors")
+    held_out = windows[:2].roll(7, dims=1)  # other tokens in every position
+    save_file({"windows": windows, "held_out": held_out}, directory / "windows.safetensors")
     facts = {"windows_sha256": sha256(directory / "windows.safetensors")}
     write_json(directory / "provenance.json", {**facts, "tokenizer_sha256": sha256(tokenizer) if tokenizer.is_file() else None})
 

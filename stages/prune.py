@@ -54,6 +54,7 @@ from stages.streaming.stream import GPU_SHARE, Stream
 log = logging.getLogger(__name__)
 
 CODE = Path(__file__).parent
+TOKENS_PER_COLUMN = 20  # below which new weights fit the calibration tokens
 
 
 @stage(
@@ -64,12 +65,13 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
     device = distributed.local_device(devices.choose_device("prune.device", prune.device))
     dtype = devices.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
-    windows, windows_sha256 = calibration_windows(base)
+    windows, held_out, windows_sha256 = calibration_windows(base)
     decoder = Decoder(base, dtype, device)
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
     plan = plan_of(decoder, method, pattern, reconstruction, prune)
     recipe = recipe_of(method, pattern, allocation, reconstruction, prune, base=base.fingerprint, calibration=windows_sha256)
-    log.info("read %s (%s) and %d windows of %d tokens", BASE, decoder.name, *windows.shape)
+    log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
+    warn_of_few_tokens(plan, decoder, windows)
     with (
         distributed.process_group(device),
         devices.gpu_memory("prune.micro_batch", batch),
@@ -80,7 +82,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         budget = host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1])
         make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / plan.streams)
         plan = allocate(plan, decoder, allocation, pattern, windows, make_stream, journal)
-        stream = make_stream(windows)
+        stream = make_stream(windows, held_out)
         teachers = TeacherStreams.of(stream, plan)
         locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
         log.info("%d windows a pass; hidden states are in %s", batch, locations)
@@ -139,8 +141,8 @@ def label(method: Method, pattern: PatternSection, allocation: Any, reconstructi
     return ", ".join(words)
 
 
-def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
-    """What the sample stage drew, [windows, tokens], int64, and its SHA-256.
+def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """What the sample stage drew: windows to calibrate on and windows held out, [windows, tokens] each, int64, and the file's SHA-256.
 
     Raises:
         CalibrationError: the windows are not there, not those that were drawn, or drawn with another tokenizer.json than this base's.
@@ -158,7 +160,8 @@ def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, str]:
             f"{CALIBRATION}: found windows of the tokenizer with SHA-256 {tokenizer}, wanted that of {BASE}, {base.tokenizer_sha256}; "
             "run the sample stage again"
         )
-    return load_file(path)["windows"], actual
+    tensors = load_file(path)
+    return tensors["windows"], tensors["held_out"], actual
 
 
 def fingerprint(recipe: Recipe, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -199,12 +202,36 @@ def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | No
     return max(0, memory_budget(asked) // distributed.local_world_size() - needed)
 
 
-def stream_of(decoder: Decoder, windows: torch.Tensor, *, batch: int, budget: int, gpu_share: float) -> Stream:
-    """This process's share of some windows, before the first block."""
+def warn_of_few_tokens(plan: Plan, decoder: Decoder, windows: torch.Tensor) -> None:
+    """Warn where new weights are fitted to few tokens for the inputs of a layer: they then fit these tokens rather than the model."""
+    columns = max(matrix.shape[1] for block in decoder.matrices for matrix in block)
+    wanted = -(-TOKENS_PER_COLUMN * columns // windows.shape[1])
+    if plan.changes_weights and len(windows) < wanted:
+        log.warning(
+            "calibration.windows: found %d windows of %d tokens for layers of up to %d inputs, wanted %d tokens an input: "
+            "kept weights may fit these tokens rather than the model; calibration.windows=%d gives as many",
+            *(len(windows), windows.shape[1], columns, TOKENS_PER_COLUMN, wanted),
+        )
+
+
+def stream_of(
+    decoder: Decoder, windows: torch.Tensor, held_out: torch.Tensor | None = None, *, batch: int, budget: int, gpu_share: float
+) -> Stream:
+    """This process's share of some windows, and of windows held out, before the first block."""
     local_windows, first = local_share(windows)
+    local_held_out = windows[:0] if held_out is None else held_out.tensor_split(distributed.world_size())[distributed.rank()]
     memory = HostMemory(budget, PRUNE_JOURNAL.parent)
     with decoder.before_blocks():
-        return Stream(decoder, local_windows, batch=batch, memory=memory, gpu_share=gpu_share, first_window=first, all_windows=len(windows))
+        return Stream(
+            decoder,
+            torch.cat([local_windows, local_held_out]),
+            held_out=len(local_held_out),
+            batch=batch,
+            memory=memory,
+            gpu_share=gpu_share,
+            first_window=first,
+            all_windows=len(windows),
+        )
 
 
 def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
@@ -214,7 +241,10 @@ def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStr
         for block in prune_blocks(stream, plan, journal.changes, teachers):
             if distributed.rank() == 0:
                 rows = [matrix_row(block, result, plan.patterns) for result in block.matrices]
-                behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows})
+                training = None if block.training is None else block.training.as_dict()
+                behind(journal.write, block.index, block.changes, {"seconds": stopwatch.lap(), "rows": rows, "training": training})
+            if block.training is not None and block.training.rate is None:
+                log.warning("block %d: no learning rate lowered its error on the windows held out; it is not reconstructed", block.index)
             bar.update()
 
 
@@ -224,14 +254,22 @@ def train_last_blocks(plan: Plan, journal: Journal, teachers: TeacherStreams | N
         return None
     distributed.barrier()  # the first process has written the last block
     show = partial(tqdm, desc="distilling", unit="step")
-    return distill(teachers.student_inputs, teachers.teacher.hidden, plan.distillation, journal.written, show)
+    distilled = distill(teachers.student_inputs, teachers.teacher.hidden, plan.distillation, journal.written, show)
+    outcome = distilled.outcome
+    if outcome.rate is None:
+        log.warning("no learning rate lowered the divergence on the windows held out; the last blocks are not distilled")
+    log.info("divergence on the windows held out: %.4f nats a token before, %.4f after", outcome.before, outcome.after)
+    return distilled
 
 
 def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[str, Any], distilled: DistilledBlocks | None) -> None:
     """The delta and what is known of it, from the whole journal and what a distillation made of its last blocks."""
     count = len(decoder.blocks)
-    rows = [row for block in journal.records(count) for row in block["rows"]]
+    records = journal.records(count)
+    rows = [row for block in records for row in block["rows"]]
     summary = summarise(rows)
+    trainings = [{"block": index, **block["training"]} for index, block in enumerate(records) if block["training"]]
+    run = {**run, "reconstructions": trainings}
     with replacing(SPARSE) as sparse, replacing(PRUNE_RESULTS) as results:
         journal.export(distilled.first if distilled else count, sparse)
         for index, changes in distilled.changes() if distilled else []:
@@ -240,8 +278,8 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
         write_json(results / "metrics.json", {**summary, "seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]})
-        divergences = {"divergences": distilled.divergences} if distilled else {}
-        write_json(results / "provenance.json", {**recipe.as_dict(), **run, **divergences})
+        learned = {"distillation": distilled.outcome.as_dict(), "divergences": distilled.divergences} if distilled else {}
+        write_json(results / "provenance.json", {**recipe.as_dict(), **run, **learned})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
@@ -290,6 +328,8 @@ def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, P
         "asked": float(patterns[matrix.name].sparsity),
         "sparsity": (weights - kept) / weights,
         "relative_error": finished.relative_error,
+        "relative_error_held_out": finished.held_out_error,
+        "trained": None if block.training is None else block.training.rate is not None,
         "tokens": finished.tokens,
         "calibrated_on": finished.calibrated_on,
         "damping": finished.damping,
@@ -297,9 +337,12 @@ def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, P
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The sparsity of all matrices together, and the means of their relative errors, on calibration tokens and on those held out."""
+    held_out = [row["relative_error_held_out"] for row in rows if row["relative_error_held_out"] is not None]
     return {
         "sparsity": sum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows),
         "relative_error": sum(row["relative_error"] for row in rows) / len(rows),
+        **({"relative_error_held_out": sum(held_out) / len(held_out)} if held_out else {}),
     }
 
 

@@ -42,25 +42,35 @@ def main(calibration: Calibration) -> None:
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
 
 
-def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> dict[str, list[Window]]:
-    """Draw the windows of each source.
+def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> dict[str, "Drawn"]:
+    """Draw the windows of each source; those held out come after the others, which are the same without them.
 
     Raises:
         CalibrationError: a source is too small; names it and states how many tokens it has.
         TextError: a row is neither prose nor a dialogue; names file and line.
     """
     drawn = {}
-    counts = window_counts({name: source.weight for name, source in calibration.sources.items()}, calibration.windows)
+    weights = {name: source.weight for name, source in calibration.sources.items()}
+    counts, held_out = window_counts(weights, calibration.windows), window_counts(weights, calibration.held_out)
     for name, source in calibration.sources.items():
         documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer)
         log.info("read %s: %d documents", name, len(documents))
         sampler = SAMPLERS.of(source).function
         try:
-            windows = sampler(documents, counts[name], calibration.window_length, calibration.seed, documents.end)
+            total = counts[name] + held_out[name]
+            windows = sampler(documents, total, calibration.window_length, calibration.seed, documents.end)
         except CalibrationError as error:
             raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}") from None
-        drawn[name] = [window.begun_with(bos) for window in windows]
+        windows = [window.begun_with(bos) for window in windows]
+        drawn[name] = Drawn(windows=windows[: counts[name]], held_out=windows[counts[name] :])
     return drawn
+
+
+class Drawn(NamedTuple):
+    """The windows of one source."""
+
+    windows: list[Window]
+    held_out: list[Window]
 
 
 class Overlap(NamedTuple):
@@ -71,7 +81,7 @@ class Overlap(NamedTuple):
     start: int
 
 
-def refuse_overlap(calibration: Calibration, drawn: dict[str, list[Window]], tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_overlap(calibration: Calibration, drawn: dict[str, Drawn], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse windows with more than max_overlap n-grams that occur in an evaluation corpus or benchmark.
 
     Raises:
@@ -85,7 +95,7 @@ def refuse_overlap(calibration: Calibration, drawn: dict[str, list[Window]], tok
         overlaps = [
             Overlap(source, window, start)
             for source, windows in drawn.items()
-            for window in windows
+            for window in [*windows.windows, *windows.held_out]
             for start in index.shared(window.tokens)
         ]
         if len(overlaps) > calibration.max_overlap:
@@ -110,10 +120,14 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint, bos: Bos) -> None:
-    """Write windows.safetensors, "windows": [windows, length], int64, one source after another; and provenance.json."""
-    tokens = torch.tensor([window.tokens for windows in drawn.values() for window in windows])
-    save_file({"windows": tokens}, directory / "windows.safetensors")
+def write(directory: Path, calibration: Calibration, drawn: dict[str, Drawn], base: Checkpoint, bos: Bos) -> None:
+    """Write windows.safetensors, "windows" and "held_out": [windows, length], int64, one source after another; and provenance.json."""
+    tensors = {
+        key: torch.tensor([window.tokens for source in drawn.values() for window in getattr(source, key)], dtype=torch.int64)
+        for key in Drawn._fields
+    }
+    shaped = {key: tokens.view(-1, calibration.window_length) for key, tokens in tensors.items()}
+    save_file(shaped, directory / "windows.safetensors")
     write_json(
         directory / "provenance.json",
         {
@@ -125,9 +139,10 @@ def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Windo
             "sources": {
                 name: {
                     "sha256": sha256(TEXT / "calibration" / f"{name}.jsonl"),
-                    "windows": [window.spans for window in windows],
+                    "windows": [window.spans for window in source.windows],
+                    "held_out": [window.spans for window in source.held_out],
                 }
-                for name, windows in drawn.items()
+                for name, source in drawn.items()
             },
         },
     )

@@ -23,6 +23,8 @@ class CalibrationSource:
 class Calibration:
     """The number of windows and their sources.
 
+    held_out: windows more, drawn likewise after the others, to which nothing is fitted: errors are measured on them, and they judge
+        what is learned.
     window_length: tokens per window.
     bos: whether every window begins with the BOS token, see stages/bos.py.
     overlap_tokens: tokens in the n-grams by which the windows are compared with the evaluation text.
@@ -32,6 +34,7 @@ class Calibration:
 
     name: str
     windows: int = number(minimum=1)
+    held_out: int = number(minimum=0, unit="windows")
     window_length: int = number(minimum=2, unit="tokens")
     bos: str = bos_field()
     seed: int

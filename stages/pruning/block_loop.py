@@ -13,9 +13,10 @@ two, but every block is then pruned for inputs that the pruned model does not gi
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +26,9 @@ from stages.errors import PruningError
 from stages.pruning import distributed, parallel
 from stages.pruning.entries import Pruned
 from stages.pruning.inputs import CalibratedOn, Inputs
+from stages.pruning.learning import Outcome
 from stages.pruning.method import prune_matrices
-from stages.pruning.observer import observe
+from stages.pruning.observer import Observer, observe, observe_held_out
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import BlockTraining, reconstruct
@@ -46,12 +48,14 @@ class MatrixResult:
     """How pruning one matrix went.
 
     relative_error: ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens, before any distillation; 0 or more.
+    held_out_error: the same on tokens of the windows held out; None if none of them reached the layer.
     damping: see entries.Pruned.
     tokens: how many the layer read, in all processes.
     """
 
     matrix: Matrix
     relative_error: float
+    held_out_error: float | None
     damping: float | None
     tokens: int
     calibrated_on: CalibratedOn
@@ -63,11 +67,13 @@ class PrunedBlock:
 
     changes: tensor name -> what changed in it, on the CPU, in the shape of the checkpoint.
     matrices: in the order of the decoder's.
+    training: how its reconstruction went; None without one.
     """
 
     index: int
     changes: dict[str, Change]
     matrices: list[MatrixResult]
+    training: Outcome | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +116,10 @@ def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
 
 @torch.no_grad()
 def prune_blocks(
-    stream: Stream, plan: Plan, done: Callable[[int], dict[str, Change] | None] = lambda _: None, teachers: TeacherStreams | None = None
+    stream: Stream,
+    plan: Plan,
+    done: Callable[[int], dict[str, Change] | None] = lambda _: None,
+    teachers: TeacherStreams | None = None,
 ) -> Iterator[PrunedBlock]:
     """Prune block after block.
 
@@ -164,29 +173,43 @@ def _repeat_block(
 def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, teachers: TeacherStreams | None) -> PrunedBlock:
     """Prune a loaded dense block; the teacher's hidden states are those after it."""
     permutation_groups = _permutation_groups(stream, plan, index, block)
-    inputs = _collect(stream, plan, index, block)
+    inputs, held_out = _collect(stream, plan, index, block)
     orders = _find_orders(stream.decoder, plan, block, permutation_groups, inputs)
     reconstruction = plan.reconstruction_of(index)
-    training = BlockTraining(reconstruction, teachers.teacher.hidden) if teachers and reconstruction else None
-    pruner = _BlockPruner(stream.decoder, plan, index, block, orders, training)
+    training = BlockTraining(reconstruction, block, teachers.teacher.hidden) if teachers and reconstruction else None
+    pruner = _BlockPruner(stream.decoder, plan, index, block, orders, held_out, training)
     pruner.prune(inputs)
     if training is not None:
         pruner.reconstruct(stream, training)
     return pruner.pruned_block()
 
 
-def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[Inputs]:
-    """Every distinct input of a block's layers; with dense propagation the stream goes on to the block's outputs in the same pass."""
-    observer = observe(stream, block, stream.decoder.layers(index), plan.method.statistic, plan.error_tokens)
+def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> tuple[list[Inputs], dict[Layer, torch.Tensor]]:
+    """Run all windows through a block; with dense propagation the stream goes on to the block's outputs in the same pass.
+
+    Returns:
+        Every distinct input of the block's layers; and of each layer some inputs in the windows held out, [tokens, columns], compute
+        dtype.
+    """
+    layers = stream.decoder.layers(index)
+    observer = observe(stream, block, layers, plan.method.statistic, plan.error_tokens)
+    _run_through(stream, plan, index, block, observer, stream.fitted)
+    inputs = observer.finish(plan.expert_tokens)
+    held_out = observe_held_out(stream, block, layers, plan.error_tokens)
+    _run_through(stream, plan, index, block, held_out, stream.held_out)
+    stream.require_finite(index)
+    samples = {layer: torch.cat(distinct.sample) for distinct in held_out.finish(None) for layer in distinct.layers if distinct.sample}
+    return inputs, samples
+
+
+def _run_through(stream: Stream, plan: Plan, index: int, block: nn.Module, observer: Observer[Any], windows: range) -> None:
     propagates = plan.propagate == Propagation.DENSE and index < len(stream.decoder.blocks) - 1
-    for windows, hidden, call in stream.parts(index):
+    for members, hidden, call in stream.parts(index, windows):
         forward = partial(run_block, block, call=call)
         if propagates:
-            stream.put(windows, observer.run(hidden, forward))
+            stream.put(members, observer.run(hidden, forward))
         else:
             observer.run_to_last_input(hidden, forward)
-    stream.require_finite(index)
-    return observer.finish(plan.expert_tokens)
 
 
 def _permutation_groups(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[PermutationGroup]:
@@ -214,14 +237,23 @@ class _BlockPruner:
 
     Args:
         orders: matrix name -> the order of its rows and columns.
+        held_out: layer -> some of its inputs in the windows held out, in the order of the checkpoint; see _collect.
         training: gathers what a reconstruction starts from, or None where none follows.
     """
 
     def __init__(
-        self, decoder: Decoder, plan: Plan, index: int, block: nn.Module, orders: dict[str, Order], training: BlockTraining | None
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        index: int,
+        block: nn.Module,
+        orders: dict[str, Order],
+        held_out: dict[Layer, torch.Tensor],
+        training: BlockTraining | None,
     ) -> None:
         self.decoder, self.plan, self.index, self.block = decoder, plan, index, block
-        self.orders, self.training = orders, training
+        self.orders, self.held_out, self.training = orders, held_out, training
+        self.outcome: Outcome | None = None
         self.results: dict[str, MatrixResult] = {}
         self.changes: dict[str, Change] = {}
         self.matrices_of: dict[Layer, list[Matrix]] = {}
@@ -245,21 +277,31 @@ class _BlockPruner:
             solved = self.solve(inputs, weights)
         else:
             solved = parallel.broadcast_group(outcomes, weights, source, changes_weights=self.plan.method.changes_weights)
-        sample = inputs.sampled()
+        samples = [inputs.sampled(), self._held_out(inputs)]
         for matrix, weight, pruned in zip(self._matrices(inputs), weights, solved, strict=True):
             order, dtype = self.orders.get(matrix.name, UNCHANGED), self.decoder.checkpoint.dtype(matrix.tensor)
             if self.training is not None:
-                self.training.add(self.block, matrix, weight, pruned, sample)
+                self.training.add(matrix, weight, pruned, samples)
             target = matrix.of(self.block) if self.plan.propagate == Propagation.PRUNED else None
-            squared_errors = write_back(weight, pruned, dtype, target, sample)
+            squared_errors = write_back(weight, pruned, dtype, target, samples)
             self.changes[matrix.name] = _change(matrix, pruned, order, dtype)
+            relative_error, held_out_error = measure(matrix, squared_errors)
             self.results[matrix.name] = MatrixResult(
                 matrix=matrix,
-                relative_error=measure(matrix, squared_errors),
+                relative_error=relative_error or 0.0,
+                held_out_error=held_out_error,
                 damping=pruned.damping,
                 tokens=inputs.tokens,
                 calibrated_on=inputs.calibrated_on,
             )
+
+    def _held_out(self, inputs: Inputs) -> torch.Tensor:
+        """Some of these inputs in the windows held out, reordered likewise, [tokens, columns], float32; perhaps none of an expert's."""
+        found = self.held_out.get(inputs.layers[0])
+        if found is None:
+            return inputs.sampled()[:0]
+        order = self.orders.get(self._matrices(inputs)[0].name, UNCHANGED)
+        return (found if order.columns is None else found[:, order.columns]).float()
 
     def _matrices(self, inputs: Inputs) -> list[Matrix]:
         return [matrix for layer in inputs.layers for matrix in self.matrices_of[layer]]
@@ -289,12 +331,12 @@ class _BlockPruner:
         ]
 
     def reconstruct(self, stream: Stream, training: BlockTraining) -> None:
-        """Train the kept weights, write them back and measure them again.
+        """Train the kept weights and, if that lowered the error on the windows held out, write them back and measure them again.
 
         Raises:
             PruningError: a trained weight is not finite in the checkpoint's dtype; names the layer.
         """
-        reconstruct(stream, self.index, self.block, training.masks, training.values, training.targets, training.settings)
+        self.outcome = reconstruct(stream, self.index, training)
         for matrix in self.decoder.matrices[self.index]:
             dtype = self.decoder.checkpoint.dtype(matrix.tensor)
             mask = matrix.part_of(training.masks[matrix.parameter_slice.name])
@@ -302,9 +344,12 @@ class _BlockPruner:
             if not torch.isfinite(values).all():
                 raise PruningError(f"layer {matrix.name}: found NaN or infinity after its reconstruction in {dtype}, wanted finite weights")
             matrix.of(self.block).copy_(values)
+            if self.outcome.rate is None:  # as the method left it
+                continue
             order = self.orders.get(matrix.name, UNCHANGED)
             self.changes[matrix.name] = _change(matrix, Pruned(mask=mask, values=values), order, dtype)
-            self.results[matrix.name].relative_error = measure(matrix, training.squared_errors(matrix, values))
+            relative_error, self.results[matrix.name].held_out_error = measure(matrix, training.squared_errors(matrix, values))
+            self.results[matrix.name].relative_error = relative_error or 0.0
 
     def pruned_block(self) -> PrunedBlock:
         """The outcome, the matrices of one tensor of the checkpoint joined."""
@@ -313,7 +358,8 @@ class _BlockPruner:
         for matrix in matrices:
             of_tensor.setdefault(matrix.tensor, []).append(matrix)
         changes = {tensor: self._joined(stored) for tensor, stored in of_tensor.items()}
-        return PrunedBlock(index=self.index, changes=changes, matrices=[self.results[matrix.name] for matrix in matrices])
+        results = [self.results[matrix.name] for matrix in matrices]
+        return PrunedBlock(index=self.index, changes=changes, matrices=results, training=self.outcome)
 
     def _joined(self, matrices: list[Matrix]) -> Change:
         """The change of a tensor: that of its one matrix, or those of the experts that it holds."""
@@ -324,7 +370,9 @@ class _BlockPruner:
         return Change(mask=torch.stack([change.mask for change in changes]), values=torch.cat(values) if values else None)
 
 
-def write_back(weight: torch.Tensor, pruned: Pruned, dtype: torch.dtype, target: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+def write_back(
+    weight: torch.Tensor, pruned: Pruned, dtype: torch.dtype, target: torch.Tensor | None, samples: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Put a pruned matrix into its block as base + delta will have it, rounded to the checkpoint's dtype.
 
     Some rows at a time, so that a large matrix is not copied as a whole. The weight may be the target itself: the errors of its rows
@@ -334,17 +382,17 @@ def write_back(weight: torch.Tensor, pruned: Pruned, dtype: torch.dtype, target:
         weight: the dense matrix, [rows, columns], float32.
         dtype: of the checkpoint.
         target: the block's parameter, [rows, columns], or None where the dense matrix stays in the block.
-        sample: [tokens, columns], float32.
+        samples: of the matrix's inputs, [tokens, columns], float32 each.
 
     Returns:
-        See squared_errors.
+        The squared errors on each sample, [samples, 2], see squared_errors.
     """
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(len(samples), 2, dtype=torch.float64)
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         values = weight[rows] if pruned.values is None else pruned.values[rows].to(dtype).to(weight.dtype)
         values = values.masked_fill(~pruned.mask[rows], 0)
-        total += squared_errors(weight[rows], values, sample)
+        total += torch.stack([squared_errors(weight[rows], values, sample) for sample in samples])
         if target is not None:
             target[rows] = values
     return total
@@ -361,19 +409,19 @@ def squared_errors(weight: torch.Tensor, pruned: torch.Tensor, inputs: torch.Ten
     return torch.stack(norms).double().square().cpu()
 
 
-def measure(matrix: Matrix, squared_errors: torch.Tensor) -> float:
-    """The relative error of a matrix over the samples of all processes.
+def measure(matrix: Matrix, squared_errors: torch.Tensor) -> list[float | None]:
+    """The relative errors of a matrix on the samples of all processes; None for a sample on which all outputs and errors are 0.
 
     Args:
-        squared_errors: of this process, see the function squared_errors; changed in place.
+        squared_errors: of this process, [samples, 2], see write_back; changed in place.
 
     Raises:
-        PruningError: it is not finite; names the layer.
+        PruningError: one is not finite; names the layer.
     """
-    squared_error, squared_norm = distributed.all_reduce(squared_errors).tolist()
-    if not math.isfinite(squared_error + squared_norm):
+    pairs = distributed.all_reduce(squared_errors).tolist()
+    if not all(math.isfinite(number) for pair in pairs for number in pair):
         raise PruningError(f"layer {matrix.name}: found NaN or infinity in its outputs, wanted finite activations")
-    return relative_error(squared_error, squared_norm)
+    return [relative_error(*pair) if any(pair) else None for pair in pairs]
 
 
 def relative_error(squared_error: float, squared_norm: float) -> float:

@@ -6,8 +6,10 @@ For token t, p is the dense model's distribution of the next token and p' is the
 states in directions that do not change the predictions; a distillation does not.
 
 One block at a time is loaded. Each step runs one window forward block by block and stores the input of each block, then goes backward
-block by block and runs each block again for its gradients. Kept weights, their indices and Adam's moments are in host memory, or in
-files once the memory budget is used up.
+block by block and runs each block again for its gradients. Kept weights, the best of them so far, their indices and Adam's moments
+are in host memory, or in files once the memory budget is used up.
+
+Weights are learned in balanced coordinates, and the windows held out judge, see learning.
 """
 
 import math
@@ -23,7 +25,9 @@ from torch.nn.functional import log_softmax
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed
-from stages.pruning.reconstruction import BETAS, schedule
+from stages.pruning.learning import Balance, Outcome, checks, rates
+from stages.pruning.reconstruction import BETAS, mean_over_processes, schedule
+from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
@@ -35,7 +39,8 @@ class Distillation:
 
     first: index of the first trained block; all later blocks are trained, too.
     epochs: passes over the calibration windows, one window a step, above 0; at least one step is made.
-    learning_rate: that of the first step, above 0; it falls linearly to 0.
+    learning_rate: that of the first step, above 0, as a fraction of the size of the balanced weights, see learning; it falls linearly
+        to 0.
     """
 
     first: int
@@ -46,21 +51,31 @@ class Distillation:
 class DistilledBlocks:
     """The outcome of a distillation.
 
-    first: index of the first trained block. divergences: the divergence before each step, nats per token.
+    first: index of the first trained block. outcome: how it went on the windows held out, nats per token.
+    divergences: the divergence before each step of the last rate that was tried, on that step's window, nats per token.
     """
 
-    def __init__(self, trained: list["_TrainedBlock"], changes_of: Callable[[int], dict[str, Change]], divergences: list[float]) -> None:
-        self._trained, self._changes_of, self.divergences = trained, changes_of, divergences
+    def __init__(
+        self,
+        trained: list["_TrainedBlock"],
+        changes_of: Callable[[int], dict[str, Change]],
+        outcome: Outcome,
+        divergences: list[float],
+    ) -> None:
+        self._trained, self._changes_of, self.outcome, self.divergences = trained, changes_of, outcome, divergences
         self.first = trained[0].index
 
     def changes(self) -> Iterator[tuple[int, dict[str, Change]]]:
-        """Yield the index and the changes of each trained block, in order, values in the checkpoint's dtype; only these values are new.
+        """Yield the index and the changes of each trained block, in order; only the values of kept weights are new.
+
+        Where no rate lowered the divergence on the windows held out, they are the changes that the distillation started from.
 
         Raises:
             PruningError: a weight is not finite; names the block.
         """
         for block in self._trained:
-            yield block.index, block.changes(self._changes_of(block.index))
+            initial = self._changes_of(block.index)
+            yield block.index, initial if self.outcome.rate is None else block.changes(initial)
 
 
 def distill(
@@ -72,6 +87,8 @@ def distill(
 ) -> DistilledBlocks:
     """Train the kept weights of all blocks from `settings.first` on; pruned weights stay exactly zero.
 
+    After every quarter of the steps the windows held out judge, as in reconstruction.reconstruct.
+
     With N processes, each process takes another window in every step and the gradients are averaged; there are N times fewer steps.
 
     Args:
@@ -81,16 +98,34 @@ def distill(
         progress: wraps the iteration over the steps, for a progress bar.
 
     Raises:
-        PruningError: the divergence is not finite; names the step.
+        PruningError: the divergence of the pruned model is not finite before anything is learned.
     """
     trained = _trained_blocks(stream, settings, changes_of)
-    divergences: list[float] = []
     with torch.no_grad(), stream.decoder.after_blocks():
-        for step, (window, rate) in enumerate(progress(schedule(stream, settings.epochs, settings.learning_rate))):
-            divergences.append(_step(stream, window, targets[window], trained, rate))
-            if not math.isfinite(divergences[-1]):
-                raise PruningError(f"distillation, step {step}: found NaN or infinity as the loss, wanted finite logits")
-    return DistilledBlocks(trained, changes_of, divergences)
+        before = held_out_divergence(stream, targets, trained)
+        if not math.isfinite(before):
+            raise PruningError("distillation: found NaN or infinity as the loss of the pruned model, wanted finite logits")
+        best, tried, divergences = before, dict[float, float](), list[float]()
+        for attempt, rate in enumerate(rates(settings.learning_rate)):
+            if attempt:
+                for block in trained:
+                    block.restart(changes_of(block.index))
+            tried[rate], divergences, steps = math.inf, [], schedule(stream, settings.epochs, rate)
+            for step, (window, step_rate) in enumerate(progress(steps), start=1):
+                divergences.append(_step(stream, window, targets[window], trained, step_rate))
+                if step not in checks(len(steps)) and math.isfinite(divergences[-1]):
+                    continue
+                loss = held_out_divergence(stream, targets, trained)
+                tried[rate] = min(tried[rate], loss if math.isfinite(loss) else math.inf)
+                if loss < best:
+                    best = loss
+                    for block in trained:
+                        block.keep()
+                if not loss < before:
+                    break
+            if best < before:
+                break
+    return DistilledBlocks(trained, changes_of, Outcome(before=before, tried=tried), divergences)
 
 
 class _TrainedBlock:
@@ -108,13 +143,41 @@ class _TrainedBlock:
         self.untrained = {name: tensor for name, tensor in tensors.items() if name not in changes}
         kept, weights = sum(self.counts), sum(self.sizes)
         self.indices = stream.host_buffer((kept,), torch.int32 if weights < 2**31 else torch.int64)
-        self.kept_weights, first_moment, second_moment = stream.host_buffer((3, kept), torch.float32).zero_()
-        pieces = zip(self.indices.split(self.counts), self.kept_weights.split(self.counts), self._starts(), changes.items(), strict=True)
-        for indices, kept_weights, start, (name, change) in pieces:
+        self.kept_weights, self.best, *self.moments = stream.host_buffer((4, kept), torch.float32)
+        for indices, start, change in zip(self.indices.split(self.counts), self._starts(), changes.values(), strict=True):
             indices.copy_(change.mask.flatten().nonzero()[:, 0] + start)
-            kept_weights.copy_(change.apply(tensors[name])[change.mask])
+        self.balance = Balance()
+        for matrix in self.matrices:
+            dense = changes[matrix.tensor].reorder(tensors[matrix.tensor])
+            self.balance.add(matrix, matrix.stored_in(dense).float())
+        self._start(changes, tensors)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return self.decoder.matrices[self.index]
+
+    def restart(self, changes: dict[str, Change]) -> None:
+        """Begin again with the weights that pruning left, as if no step had been made."""
+        self._start(changes, self.decoder.read(self.index))
+
+    def _start(self, changes: dict[str, Change], tensors: dict[str, torch.Tensor]) -> None:
+        weights = {name: change.apply(tensors[name]).float() for name, change in changes.items()}
+        self.balance.divide(self._views(weights))
+        for kept_weights, (name, change) in zip(self.kept_weights.split(self.counts), changes.items(), strict=True):
+            kept_weights.copy_(weights[name][change.mask])
+        for moment in self.moments:
+            moment.zero_()
+        first_moment, second_moment = self.moments
         self.optimiser = torch.optim.Adam([self.kept_weights], betas=BETAS, fused=True)
         self.optimiser.state[self.kept_weights] = {"step": torch.zeros(()), "exp_avg": first_moment, "exp_avg_sq": second_moment}
+
+    def keep(self) -> None:
+        """Remember the current weights: they are the best so far."""
+        self.best.copy_(self.kept_weights)
+
+    def _views(self, tensors: dict[str, torch.Tensor]) -> list[tuple[Matrix, torch.Tensor]]:
+        """Every matrix with its view, [rows, columns], of tensors that are laid out like the checkpoint's, by their names."""
+        return [(matrix, matrix.stored_in(tensors[matrix.tensor])) for matrix in self.matrices]
 
     def _starts(self) -> list[int]:
         """Index of each tensor's first weight in the concatenation of all weights."""
@@ -127,8 +190,13 @@ class _TrainedBlock:
 
     def loaded(self) -> AbstractContextManager[nn.Module]:
         """Load the block with the current kept weights, pruned weights exactly zero, and untrained tensors as stored."""
-        weights = torch.zeros(sum(self.sizes)).index_copy_(0, self.indices.long(), self.kept_weights)
-        return self.decoder.loaded(self.index, self.untrained | self._by_tensor(weights))
+        return self.decoder.loaded(self.index, self.untrained | self._by_tensor(self._weights(self.kept_weights)))
+
+    def _weights(self, balanced: torch.Tensor) -> torch.Tensor:
+        """All weights of the block's pruned tensors, flat, from balanced kept weights."""
+        weights = torch.zeros(sum(self.sizes)).index_copy_(0, self.indices.long(), balanced)
+        self.balance.multiply(self._views(self._by_tensor(weights)))
+        return weights
 
     def step(self, gradients: dict[str, torch.Tensor], rate: float) -> None:
         """Make a step of Adam.
@@ -139,20 +207,22 @@ class _TrainedBlock:
         """
         flat = torch.empty(sum(self.sizes))
         by_tensor = self._by_tensor(flat)
-        for matrix in self.decoder.matrices[self.index]:
+        for matrix in self.matrices:
             matrix.stored_in(by_tensor[matrix.tensor]).copy_(matrix.part_of(gradients[matrix.parameter_slice.name]))
+        self.balance.multiply(self._views(by_tensor))
         self.kept_weights.grad = distributed.all_reduce_mean(flat.index_select(0, self.indices))
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
         self.kept_weights.grad = None
 
     def changes(self, initial: dict[str, Change]) -> dict[str, Change]:
-        """The block's changes with the current kept weights, in the checkpoint's dtype.
+        """The block's changes with the best kept weights, in the checkpoint's dtype.
 
         Raises:
             PruningError: a weight is not finite; names the block.
         """
-        pieces = zip(self.shapes, self.kept_weights.split(self.counts), strict=True)
+        kept_weights = self._weights(self.best).index_select(0, self.indices.long())
+        pieces = zip(self.shapes, kept_weights.split(self.counts), strict=True)
         values = {name: piece.to(self.decoder.checkpoint.dtype(name)) for name, piece in pieces}
         if not all(torch.isfinite(kept).all() for kept in values.values()):
             raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
@@ -185,6 +255,34 @@ def _step(stream: Stream, window: int, target: torch.Tensor, trained: list[_Trai
             gradient, *by_parameter = torch.autograd.grad(output, [hidden, *parameters], gradient, materialize_grads=True)
             current.step(dict(zip(names, by_parameter, strict=True)), rate)
     return float(distributed.all_reduce_mean(divergence))
+
+
+@torch.no_grad()
+def held_out_divergence(stream: Stream, targets: torch.Tensor, trained: list[_TrainedBlock]) -> float:
+    """The divergence on the windows held out of all processes, with the current weights, nats per token.
+
+    Raises:
+        ValueError: no window is held out.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for window in stream.held_out:
+        hidden, _ = stream.window(trained[0].index, window)
+        for current in trained:
+            with current.loaded() as block:
+                hidden = run_block(block, hidden, stream.calls[1][current.index])
+        total += torch.tensor([divergence(stream.decoder, hidden, targets[window]), 1], dtype=torch.float64)
+    return mean_over_processes(total)
+
+
+def divergence(decoder: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> float:
+    """KL(p || p'), its mean over tokens, nats. Args: see divergence_and_gradient."""
+    total = 0.0
+    for start in range(0, hidden.shape[1], TOKENS_AT_ONCE):
+        tokens = slice(start, start + TOKENS_AT_ONCE)
+        dense_logs = log_softmax(decoder.logits(target[None, tokens].to(hidden.device)).float(), dim=-1)
+        pruned_logs = log_softmax(decoder.logits(hidden[:, tokens]).float(), dim=-1)
+        total += pruned_logs.neg_().add_(dense_logs).mul_(dense_logs.exp_()).sum().item()
+    return total / hidden.shape[1]
 
 
 def divergence_and_gradient(decoder: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

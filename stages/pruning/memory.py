@@ -10,7 +10,7 @@ from stages.streaming.architecture import Matrix
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 
 LIBRARIES = 5 * 2**27  # bytes of torch and transformers, with what the allocator keeps
-COPIES_TRAINED = 7  # of a block's weights in float32: values, gradients as computed and in float32, Adam's moments, masks, activations
+COPIES_TRAINED = 10  # of a block's weights in float32: initial, current, best, as written, gradients twice, Adam's moments, activations
 COPIES_DISTILLED = 10  # likewise: weights and gradients of a block and of the one before it, gradients and indices of kept weights
 COPIES_OF_ACTIVATIONS = 3  # in float32: inputs and outputs of a block's matrices for the tokens of a pass, where gradients are taken
 EXPERTS_CHOSEN = 8  # for a token; few mixtures choose more

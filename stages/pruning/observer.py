@@ -9,9 +9,10 @@ from typing import Any, Generic
 import torch
 from torch import nn
 
-from stages.pruning.distributed import all_reduce
+from stages.pruning.distributed import all_reduce, world_size
 from stages.pruning.experts import Experts, FewTokenExperts
 from stages.pruning.inputs import EvenSample, Inputs, Recorder, S
+from stages.pruning.statistics import NoStatistic
 from stages.streaming.architecture import Layer
 from stages.streaming.stream import Stream
 
@@ -125,6 +126,12 @@ class Observer(Generic[S]):
         for inputs in distinct:
             inputs.layers.sort(key=self.layers.index)
         return distinct
+
+
+def observe_held_out(stream: Stream, block: nn.Module, layers: list[Layer], sampled: int) -> Observer[NoStatistic]:
+    """Make an observer that keeps about `sampled` tokens of each layer's inputs in the windows held out."""
+    tokens = len(stream.held_out) * stream.shape[1] * world_size()
+    return Observer(block, layers, NoStatistic, tokens, sampled)
 
 
 def observe(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[S], sampled: int = 1) -> Observer[S]:

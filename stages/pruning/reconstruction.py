@@ -8,14 +8,16 @@ blocks. Each token's error is divided by the size of its hidden state; otherwise
 the loss.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
+from stages.pruning.learning import Balance, Outcome, checks, rates
 from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.stream import Stream
@@ -28,99 +30,184 @@ class Reconstruction:
     """Settings of a reconstruction.
 
     epochs: passes over the calibration windows, one window a step, 1 or more.
-    learning_rate: that of the first step, above 0; it falls linearly to 0.
+    learning_rate: that of the first step, above 0, as a fraction of the size of the balanced weights, see learning; it falls linearly
+        to 0.
     """
 
     epochs: int
     learning_rate: float
 
 
-def reconstruct(
-    stream: Stream,
-    index: int,
-    block: nn.Module,
-    masks: dict[str, torch.Tensor],
-    values: dict[str, torch.Tensor],
-    targets: torch.Tensor,
-    settings: Reconstruction,
-) -> None:
+class BlockTraining:
+    """The masks, weights and samples for the reconstruction of a block, collected while its matrices are pruned.
+
+    Args:
+        settings: of the reconstruction. block: loaded.
+        targets: [windows, tokens, width], the dense model's hidden states after the block.
+
+    Attributes:
+        masks: name of the parameter in the block -> bool, in the parameter's shape, True = kept.
+        values: name of the parameter in the block -> weights, float32, in the parameter's shape.
+        balance: the scales of the matrices.
+    """
+
+    def __init__(self, settings: Reconstruction, block: nn.Module, targets: torch.Tensor) -> None:
+        self.settings, self.block, self.targets = settings, block, targets
+        self.masks: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        self.balance = Balance()
+        self._matrices: list[Matrix] = []
+        self._samples: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of each matrix: sampled inputs, the dense outputs
+
+    def add(self, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, samples: Sequence[torch.Tensor]) -> None:
+        """Add a matrix before its pruned weights are written into the block.
+
+        Args:
+            weight: the dense matrix, [rows, columns], float32. samples: inputs for measuring its error, [tokens, columns], float32 each.
+        """
+        name = matrix.parameter_slice.name
+        if name not in self.masks:
+            parameter = self.block.get_parameter(name)
+            self.masks[name] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+            self.values[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        matrix.part_of(self.masks[name]).copy_(pruned.mask)
+        matrix.part_of(self.values[name]).copy_(weight.masked_fill(~pruned.mask, 0) if pruned.values is None else pruned.values)
+        self._samples[matrix.name] = [(sample, sample @ weight.T) for sample in samples]
+        self._matrices.append(matrix)
+        self.balance.add(matrix, weight)
+
+    def views(self, tensors: dict[str, torch.Tensor]) -> list[tuple[Matrix, torch.Tensor]]:
+        """Every matrix with its view, [rows, columns], of tensors in the shapes of the block's parameters, by their names."""
+        return [(matrix, matrix.part_of(tensors[matrix.parameter_slice.name])) for matrix in self._matrices]
+
+    def write(self, values: dict[str, torch.Tensor]) -> None:
+        """Set the block's parameters to weights, in the compute dtype; pruned weights are zero in them."""
+        for name, weights in values.items():
+            self.block.get_parameter(name).data.copy_(weights)
+
+    def squared_errors(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
+        """||(W - W') X||_F² and ||W X||_F² of a matrix on each of its samples, [samples, 2], float64, on the CPU.
+
+        Args:
+            values: W' after the training, [rows, columns], float32.
+        """
+        return (
+            torch.stack(
+                [
+                    torch.stack([torch.linalg.vector_norm(difference) for difference in (inputs @ values.T - outputs, outputs)])
+                    for inputs, outputs in self._samples[matrix.name]
+                ]
+            )
+            .double()
+            .square()
+            .cpu()
+        )
+
+
+def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:
     """Train the kept weights of a block; pruned weights stay exactly zero.
+
+    After every quarter of the steps the windows held out judge: the weights that left the least error on them are taken. A rate that
+    has not lowered it at such a time is given up, and if it never did, a quarter of it starts again. If no rate lowers the error, the
+    weights stay what they were, to the last bit.
 
     With N processes, each process takes another window in every step and the gradients are averaged; there are N times fewer steps.
 
     Args:
         stream: hidden states of the pruned model before the block.
-        block: loaded. Its pruned parameters are set to the trained values, in the compute dtype; its other parameters do not change.
-        masks: name of the parameter in the block -> bool, in the parameter's shape, True = kept.
-        values: name of the parameter in the block -> initial weights, float32, in the parameter's shape; trained in place.
-        targets: [windows, tokens, width], the dense model's hidden states after the block.
+        training: `values` are the initial weights, and the trained ones afterwards; the block's pruned parameters are set to them, in
+            the compute dtype. Its other parameters do not change.
+    """
+    before = held_out_error(stream, index, training)
+    tried: dict[float, float] = {}
+    best, least = None, before
+    for rate in rates(training.settings.learning_rate):
+        tried[rate] = math.inf
+        for loss, masters in _trained(stream, index, training, rate):
+            tried[rate] = min(tried[rate], loss if math.isfinite(loss) else math.inf)
+            if loss < least:
+                least, best = loss, {name: master.clone() for name, master in masters.items()}
+            if not loss < before:
+                break
+        if best is not None:
+            break
+    if best is not None:
+        training.balance.multiply(training.views(best))
+        for name, weights in best.items():
+            training.values[name].copy_(weights)
+    training.write(training.values)
+    return Outcome(before=before, tried=tried)
+
+
+def _trained(stream: Stream, index: int, training: BlockTraining, rate: float) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+    """Train by one rate; yields, as often as `checks` says, the error on the windows held out and the balanced weights so far."""
+    masters = {name: weights.clone() for name, weights in training.values.items()}
+    training.balance.divide(training.views(masters))
+    training.write(training.values)
+    parameters = {name: training.block.get_parameter(name).requires_grad_() for name in masters}
+    optimiser = torch.optim.Adam(masters.values(), betas=BETAS, fused=True)
+    steps = schedule(stream, training.settings.epochs, rate)
+    try:
+        for step, (window, step_rate) in enumerate(steps, start=1):
+            gradients = _gradients(stream, index, training, parameters, window)
+            for name, master in masters.items():
+                master.grad = gradients[name]
+            optimiser.param_groups[0]["lr"] = step_rate
+            optimiser.step()
+            weights = {name: master.clone() for name, master in masters.items()}
+            training.balance.multiply(training.views(weights))
+            training.write(weights)
+            if step in checks(len(steps)):
+                yield held_out_error(stream, index, training), masters
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+
+
+def _gradients(
+    stream: Stream, index: int, training: BlockTraining, parameters: dict[str, torch.Tensor], window: int
+) -> dict[str, torch.Tensor]:
+    """Gradients of one window's error by the balanced kept weights, float32, the mean over all processes; 0 for pruned weights."""
+    hidden, call = stream.window(index, window)
+    with torch.enable_grad():
+        output = run_block(training.block, hidden, call)
+        target = training.targets[window : window + 1].to(hidden.device)
+        error = relative_errors(output.view_as(hidden), target, hidden).mean()
+        computed = torch.autograd.grad(error, list(parameters.values()))
+    gradients = {name: gradient.float() for name, gradient in zip(parameters, computed, strict=True)}
+    training.balance.multiply(training.views(gradients))
+    return {name: distributed.all_reduce_mean(gradient.mul_(training.masks[name])) for name, gradient in gradients.items()}
+
+
+@torch.no_grad()
+def held_out_error(stream: Stream, index: int, training: BlockTraining) -> float:
+    """The mean of relative_errors over the windows held out of all processes, with the block's current weights.
 
     Raises:
-        PruningError: a trained weight is not finite; names the block and the parameter.
+        ValueError: no window is held out.
     """
-    parameters = [block.get_parameter(name).requires_grad_() for name in masks]
-    masters = [values[name] for name in masks]
-    optimiser = torch.optim.Adam(masters, lr=settings.learning_rate, betas=BETAS, fused=True)
-    for window, rate in schedule(stream, settings.epochs, settings.learning_rate):
+    total = torch.zeros(2, dtype=torch.float64)
+    for window in stream.held_out:
         hidden, call = stream.window(index, window)
-        with torch.enable_grad():
-            output = run_block(block, hidden, call)
-            target = targets[window : window + 1].to(hidden.device)
-            gradients = torch.autograd.grad(relative_errors(output.view_as(hidden), target, hidden).mean(), parameters)
-        for master, gradient, mask in zip(masters, gradients, masks.values(), strict=True):
-            master.grad = distributed.all_reduce_mean(gradient.float().mul_(mask))
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.step()
-        for parameter, master in zip(parameters, masters, strict=True):
-            parameter.data.copy_(master)
-    for parameter, master in zip(parameters, masters, strict=True):
-        parameter.requires_grad_(False)
-        master.grad = None
-    for name, master in zip(masks, masters, strict=True):
-        if not torch.isfinite(master).all():
-            raise PruningError(f"block {index}: found NaN or infinity in the reconstruction of {name}, wanted finite weights")
+        target = training.targets[window : window + 1].to(hidden.device)
+        errors = relative_errors(run_block(training.block, hidden, call).view_as(hidden), target, hidden)
+        total += torch.tensor([errors.sum().item(), errors.numel()], dtype=torch.float64)
+    return mean_over_processes(total)
 
 
-class BlockTraining:
-    """The masks, weights and samples for the reconstruction of a block, collected while its matrices are pruned.
+def mean_over_processes(total: torch.Tensor) -> float:
+    """The mean over the windows held out of all processes.
 
     Args:
-        how: the settings. targets: see reconstruct.
+        total: of this process, the sum and the count, [2], float64; changed in place.
 
-    Attributes:
-        masks, values: see reconstruct.
+    Raises:
+        ValueError: no window is held out.
     """
-
-    def __init__(self, settings: Reconstruction, targets: torch.Tensor) -> None:
-        self.settings, self.targets = settings, targets
-        self.masks: dict[str, torch.Tensor] = {}
-        self.values: dict[str, torch.Tensor] = {}
-        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of each matrix: sampled inputs and the dense outputs for them
-
-    def add(self, block: nn.Module, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, sample: torch.Tensor) -> None:
-        """Add a matrix before its pruned weights are written into the block.
-
-        Args:
-            weight: the dense matrix, [rows, columns], float32. sample: inputs for measuring its error, [tokens, columns], float32.
-        """
-        name = matrix.parameter_slice.name
-        if name not in self.masks:
-            parameter = block.get_parameter(name)
-            self.masks[name] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-            self.values[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        matrix.part_of(self.masks[name]).copy_(pruned.mask)
-        matrix.part_of(self.values[name]).copy_(weight.masked_fill(~pruned.mask, 0) if pruned.values is None else pruned.values)
-        self._samples[matrix.name] = sample, sample @ weight.T
-
-    def squared_errors(self, matrix: Matrix, values: torch.Tensor) -> torch.Tensor:
-        """||(W - W') X||_F² and ||W X||_F² of a matrix on its sample, [2], float64, on the CPU.
-
-        Args:
-            values: W' after the training, [rows, columns], float32.
-        """
-        inputs, outputs = self._samples[matrix.name]
-        norms = [torch.linalg.vector_norm(difference) for difference in (inputs @ values.T - outputs, outputs)]
-        return torch.stack(norms).double().square().cpu()
+    amount, count = distributed.all_reduce(total).tolist()
+    if not count:
+        raise ValueError("found no windows held out, wanted at least one: they judge what is learned")
+    return amount / count
 
 
 def relative_errors(output: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -148,5 +235,5 @@ def schedule(stream: Stream, epochs: float, learning_rate: float) -> list[tuple[
     steps = max(1, round(epochs * (stream.all_windows // distributed.world_size())))
     order: list[int] = []
     while len(order) < steps:
-        order += torch.randperm(len(stream.hidden), generator=generator).tolist()
+        order += torch.randperm(len(stream.fitted), generator=generator).tolist()
     return [(window, learning_rate * (1 - step / steps)) for step, window in enumerate(order[:steps])]

@@ -23,10 +23,15 @@ class Stream:
 
     Args:
         windows: [windows, tokens], int64.
+        held_out: the last so many of them are held out: nothing is fitted to them, and they are never in a micro-batch with others.
         batch: windows per forward pass.
         memory: allocates hidden states and other buffers; without a bound by default.
-        first_window: index of the first of these windows among those of all processes. all_windows: number of windows of all processes.
+        first_window: index of the first of these windows among those of all processes. all_windows: number of windows of all processes,
+            both without those held out.
         gpu_share: fraction of the GPU's memory; hidden states up to this size stay there.
+
+    Attributes:
+        fitted, held_out: indices of the windows that are fitted to, and of those that are held out.
 
     Raises:
         ArchitectureError: an argument of a block differs from window to window; names the block and the argument.
@@ -39,23 +44,24 @@ class Stream:
         windows: torch.Tensor,
         *,
         batch: int,
+        held_out: int = 0,
         memory: HostMemory | None = None,
         first_window: int = 0,
         all_windows: int | None = None,
         gpu_share: float = GPU_SHARE,
     ) -> None:
-        self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(windows), gpu_share
+        self.fitted, self.held_out = range(len(windows) - held_out), range(len(windows) - held_out, len(windows))
+        self.first_window, self.all_windows, self.gpu_share = first_window, all_windows or len(self.fitted), gpu_share
         self.memory = memory or HostMemory.unbounded()
         self.decoder, self.batch, self.windows, self.shape = decoder, batch, windows, windows.shape
-        self.starts = range(0, len(windows), batch)
         self._check = torch.zeros((), device=decoder.device)
         single = decoder.calls(_other_tokens(decoder, windows[:1]))
         self.hidden, self.location = self._hidden_buffer(single[0].hidden)
         self.calls = {1: [_without_hidden(call) for call in single]}  # by the number of windows, one a block
-        for start in self.starts:
-            micro_batch = windows[start : start + batch]
+        for members in self._micro_batches(self.fitted, self.held_out):
+            micro_batch = windows[members]
             calls = decoder.calls(micro_batch)
-            self.hidden[start : start + batch] = calls[0].hidden
+            self.hidden[members] = calls[0].hidden
             require_same(decoder.model, decoder.blocks, calls, self.calls[1], len(micro_batch))
             self.calls.setdefault(len(micro_batch), [_without_hidden(call) for call in calls])
 
@@ -87,15 +93,24 @@ class Stream:
             return torch.empty(shape, dtype=like.dtype, device=like.device), "GPU memory"
         return self.memory.buffer(shape, like.dtype)
 
-    def parts(self, index: int) -> Iterator[tuple[slice, torch.Tensor, Call]]:
+    def _micro_batches(self, *ranges: range) -> Iterator[slice]:
+        """Yield the windows of each micro-batch; the windows of a micro-batch are all of one range."""
+        for windows in ranges:
+            for start in windows[:: self.batch]:
+                yield slice(start, min(start + self.batch, windows.stop))
+
+    def parts(self, index: int, *ranges: range) -> Iterator[tuple[slice, torch.Tensor, Call]]:
         """Yield each micro-batch: its windows, its hidden states on the device, [windows, tokens, width], and the call of block `index`.
+
+        Args:
+            ranges: `fitted`, `held_out`, or both, which is the default.
 
         Raises:
             ArchitectureError: after the last micro-batch, if the block wrote into an argument; names the block and the argument.
         """
-        for start in self.starts:
-            hidden = self.hidden[start : start + self.batch].to(self.decoder.device, non_blocking=True)
-            yield slice(start, start + len(hidden)), hidden, self.calls[len(hidden)][index]
+        for windows in self._micro_batches(*(ranges or (self.fitted, self.held_out))):
+            hidden = self.hidden[windows].to(self.decoder.device, non_blocking=True)
+            yield windows, hidden, self.calls[len(hidden)][index]
         require_unchanged(self.decoder.model, index, self.decoder.blocks[index], [calls[index] for calls in self.calls.values()])
 
     def window(self, index: int, window: int) -> tuple[torch.Tensor, Call]:

@@ -1,0 +1,120 @@
+"""Learning that does no harm: coordinates without a scale, and windows held out that judge.
+
+The same function can be written with other weights: a norm's gain folded into the next matrix, the rows of a value matrix divided and
+the columns of its output matrix multiplied by the same number. Adam moves every weight by about its learning rate in every step,
+whatever the weight's size, so that a rate that suits one such checkpoint destroys another. Kept weights are therefore learned as
+
+    V = D_r^-1 W D_c^-1,  mean_j V_ij^2 = 1 in every row and mean_i V_ij^2 = 1 in every column      # Sinkhorn & Knopp 1967, of W^2
+
+with W the dense matrix. V is the same for every matrix D_1 W D_2 with diagonal D_1, D_2, and a learning rate is a fraction of the size
+of V's entries, which is 1.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stages.streaming.architecture import Matrix
+
+BALANCED = 1e-4  # relative: rows and columns whose mean square is this near to 1 are balanced
+ITERATIONS = 100  # at most; a matrix without zeros takes about ten
+ATTEMPTS = 3  # rates that are tried
+SLOWER = 0.25  # times a rate that did not lower the loss
+CHECKED_AT = (0.25, 0.5, 0.75, 1.0)  # fractions of a training after which the windows held out judge it
+
+Scales = tuple[torch.Tensor, torch.Tensor]
+
+
+def balance(weight: torch.Tensor) -> Scales:
+    """Find the scales of rows and columns that leave V.
+
+    Args:
+        weight: [rows, columns], float32, finite.
+
+    Returns:
+        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. A row or a column of zeros has the scale 1.
+    """
+    squares = weight.square()
+    rows, columns = squares.new_ones(len(weight), 1), squares.new_ones(1, weight.shape[1])
+    for _ in range(ITERATIONS):
+        rows = _or_one(squares @ columns.reciprocal().T / weight.shape[1])
+        means = rows.reciprocal().T @ squares / len(weight)
+        done = ((means / columns - 1).abs() <= BALANCED) | (means == 0)
+        columns = _or_one(means)
+        if done.all():
+            break
+    return rows.sqrt(), columns.sqrt()
+
+
+def _or_one(means: torch.Tensor) -> torch.Tensor:
+    return torch.where(means > 0, means, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """The scales of some matrices.
+
+    scales: name of the matrix -> its scales, see balance.
+    """
+
+    scales: dict[str, Scales] = field(default_factory=dict)
+
+    def add(self, matrix: Matrix, dense: torch.Tensor) -> None:
+        """Add a matrix, given its dense weights, [rows, columns], float32."""
+        self.scales[matrix.name] = balance(dense)
+
+    def multiply(self, views: Iterable[tuple[Matrix, torch.Tensor]]) -> None:
+        """From V to W, in place; from gradients by W to gradients by V.
+
+        Args:
+            views: matrices with views, [rows, columns], of the tensors that are changed.
+        """
+        for matrix, view in views:
+            rows, columns = self.scales[matrix.name]
+            view.mul_(rows).mul_(columns)
+
+    def divide(self, views: Iterable[tuple[Matrix, torch.Tensor]]) -> None:
+        """From W to V, in place. Args: see multiply."""
+        for matrix, view in views:
+            rows, columns = self.scales[matrix.name]
+            view.div_(rows).div_(columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training went, on the windows held out.
+
+    before: the loss before it. tried: learning rate -> the lowest loss on the way, infinity if none was finite.
+    """
+
+    before: float
+    tried: dict[float, float]
+
+    @property
+    def rate(self) -> float | None:
+        """The rate whose weights are taken; None: none lowered the loss, and the weights stay what they were."""
+        best = min(self.tried, key=self.tried.__getitem__)
+        return best if self.tried[best] < self.before else None
+
+    @property
+    def after(self) -> float:
+        """The loss with the weights taken."""
+        return min(self.before, *self.tried.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        tried = [[rate, loss if math.isfinite(loss) else None] for rate, loss in self.tried.items()]
+        return {"before": self.before, "tried": tried, "rate": self.rate, "after": self.after}
+
+
+def rates(rate: float) -> list[float]:
+    """The learning rates to try, one after another, until one lowers the loss on the windows held out."""
+    return [rate * SLOWER**attempt for attempt in range(ATTEMPTS)]
+
+
+def checks(steps: int) -> set[int]:
+    """After how many steps the windows held out judge a training."""
+    return {max(1, round(steps * fraction)) for fraction in CHECKED_AT}
