@@ -3,6 +3,7 @@
 python -m stages.sample
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,12 +20,16 @@ from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Window, window_counts
 from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.config.entry import stage
 from stages.errors import CalibrationError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json
 from stages.rows import Rows
 
 log = logging.getLogger(__name__)
+
+SHOWN = 3  # windows of each source that are written as text
+LOGGED = 400  # characters of each that are logged
 
 
 @stage("calibration", "environment.transformers", "environment.tokenizers")
@@ -33,9 +38,13 @@ def main(calibration: Calibration) -> None:
     base.require_context(calibration.window_length, "calibration.window_length")
     tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True)
     drawn = draw(calibration, tokenizer)
+    rows = embedding_rows(base)
+    for name, windows in drawn.items():
+        for window in windows:
+            require_embedded(window.tokens, rows, tokenizer, f"calibration.sources.{name}, document {window.spans[0][0]}")
     refuse_overlap(calibration, drawn, tokenizer)
     with replacing(CALIBRATION) as directory:
-        write(directory, calibration, drawn, base)
+        write(directory, calibration, drawn, base, tokenizer)
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
 
 
@@ -44,18 +53,22 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
     Raises:
         CalibrationError: a source is too small; names it and states how many tokens it has.
-        TextError: a row is neither prose nor a dialogue; names file and line.
+        TextError: a row is neither prose nor a dialogue; names file and line. Or the chat template refuses too many dialogues.
     """
     drawn = {}
     counts = window_counts({name: source.weight for name, source in calibration.sources.items()}, calibration.windows)
     for name, source in calibration.sources.items():
-        documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer)
+        documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer, calibration.max_refused)
         log.info("read %s: %d documents", name, len(documents))
         sampler = SAMPLERS.of(source).function
         try:
             drawn[name] = sampler(documents, counts[name], calibration.window_length, calibration.seed, documents.end)
         except CalibrationError as error:
+            documents.require_few_refused()
             raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}") from None
+        documents.require_few_refused()
+        if documents.refused:
+            log.warning("%s: left out %d dialogues; the first: %s", name, len(documents.refused), next(iter(documents.refused.values())))
     return drawn
 
 
@@ -106,10 +119,22 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint) -> None:
+def first_windows(windows: list[Window], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first windows as text, with special tokens."""
+    return [tokenizer.decode(window.tokens, skip_special_tokens=False) for window in windows[:SHOWN]]
+
+
+def write(
+    directory: Path, calibration: Calibration, drawn: dict[str, list[Window]], base: Checkpoint, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write windows.safetensors, "windows": [windows, length], int64, one source after another; and provenance.json."""
     tokens = torch.tensor([window.tokens for windows in drawn.values() for window in windows])
     save_file({"windows": tokens}, directory / "windows.safetensors")
+    shown = {name: first_windows(windows, tokenizer) for name, windows in drawn.items()}
+    for name, texts in shown.items():
+        for number, text in enumerate(texts, start=1):
+            cut = text if len(text) <= LOGGED else f"{text[:LOGGED]}…"
+            log.info("%s, window %d of %d: %s", name, number, len(drawn[name]), json.dumps(cut, ensure_ascii=False))
     write_json(
         directory / "provenance.json",
         {
@@ -121,6 +146,7 @@ def write(directory: Path, calibration: Calibration, drawn: dict[str, list[Windo
                 name: {
                     "sha256": sha256(TEXT / "calibration" / f"{name}.jsonl"),
                     "windows": [window.spans for window in windows],
+                    "first_windows": shown[name],
                 }
                 for name, windows in drawn.items()
             },

@@ -46,7 +46,9 @@ def test_a_stage_depends_on_the_code_that_it_runs_and_on_no_other(stage):
 def project(tmp_path_factory) -> Project:
     """A project whose default point has been run once."""
     made = projects.make(tmp_path_factory.mktemp("project"))
-    assert set(made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")) == ALL
+    ran = made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")
+    assert set(ran) == ALL
+    assert ran[0] == "fetch_text"  # what is wrong with a text is said before a base is downloaded
     return made
 
 
@@ -145,6 +147,16 @@ def test_a_bad_value_is_refused_before_anything_is_queued(project, override, mes
     output = project.run("dvc", "exp", "run", "--queue", "-S", "experiment=tiny", "-S", override, fails=True)
     assert message in output
     assert "No experiment tasks in the queue" in project.run("dvc", "queue", "status")
+
+
+def test_a_text_that_is_none_is_refused_by_the_first_stage(project):
+    override = "text.calibration.tiny_pages.text=body"
+    output = project.run("dvc", "exp", "run", "-S", "experiment=tiny", "-S", override, fails=True)
+    message = (
+        'TextError: text.calibration.tiny_pages: tiny_pages.jsonl, line 1: found text, wanted "body" for prose or "messages" for a dialogue'
+    )
+    assert f"{message}; set text.calibration.tiny_pages.text=text if it holds the prose" in output
+    assert re.findall(r"Running stage '([^']+)'", output) == ["fetch_text"]
 
 
 # What comes out.

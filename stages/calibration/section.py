@@ -25,6 +25,7 @@ class Calibration:
     window_length: tokens per window.
     overlap_tokens: tokens in the n-grams by which the windows are compared with the evaluation text.
     max_overlap: number of these n-grams that may occur in it.
+    max_refused: share of the dialogues read that the base's chat template may refuse; these are left out.
     sources: name of a corpus -> its source.
     """
 
@@ -34,6 +35,7 @@ class Calibration:
     seed: int
     overlap_tokens: int = number(minimum=1)
     max_overlap: int = number(minimum=0)
+    max_refused: float = number(minimum=0, below=1)
     sources: dict[str, CalibrationSource]
 
     def check(self, key: str) -> None:

@@ -1,7 +1,13 @@
 """Greedy continuations of prompts, raw and rendered by the chat template."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.checkpoint.tokens import rendered, require_embedded
+from stages.errors import TextError
+from stages.rows import shown
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int) -> list[dict[str, str]]:
@@ -15,14 +21,38 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     """
     rows = []
     for prompt in prompts:
-        row = {"prompt": prompt, "raw": _continue(model, tokenizer, tokenizer(prompt, return_tensors="pt"), new_tokens)}
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            encoded = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
-            row["chat"] = _continue(model, tokenizer, encoded, new_tokens)
-        rows.append(row)
+        continuations = {kind: _continue(model, tokenizer, ids, new_tokens) for kind, ids in encodings(tokenizer, prompt).items()}
+        rows.append({"prompt": prompt, **continuations})
     return rows
+
+
+def encodings(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Any]:
+    """The tokens of a prompt: "raw" and, where the tokenizer has a chat template, "chat".
+
+    Raises:
+        TextError: the chat template refuses the prompt.
+    """
+    encoded = {"raw": tokenizer(prompt, return_tensors="pt")}
+    if tokenizer.chat_template:
+        try:
+            text = rendered(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        except TextError as error:
+            advice = "choose others, or none with evaluation.generations.prompts=[]"
+            raise TextError(f"evaluation.generations.prompts, {shown(prompt)}: {error}; {advice}") from error
+        encoded["chat"] = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    return encoded
+
+
+def require_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str], embedding_rows: int | None) -> None:
+    """Refuse prompts that the model cannot continue, before any weight is read.
+
+    Raises:
+        TextError: see encodings. CheckpointError: a token is beyond the embedding.
+    """
+    for prompt in prompts:
+        for encoded in encodings(tokenizer, prompt).values():
+            ids = encoded["input_ids"].flatten().tolist()
+            require_embedded(ids, embedding_rows, tokenizer, f"evaluation.generations.prompts, {shown(prompt)}")
 
 
 @torch.no_grad()

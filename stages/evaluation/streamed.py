@@ -13,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerBase
 
 from stages.checkpoint.model import Apply
+from stages.checkpoint.tokens import embedding_rows, require_requests
 from stages.errors import SparsesweepError
 from stages.evaluation.perplexity import WindowLosses, window_loss
 from stages.streaming.decoder import Decoder
@@ -134,6 +135,7 @@ class StreamedHarness(TemplateLM):
         return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        require_requests(requests, embedding_rows(self.streamed.decoder.checkpoint), self.tokenizer)
         sequences = [((context + continuation)[-(self.max_length + 1) :], len(continuation)) for _, context, continuation in requests]
         return self.streamed.continuation_scores(sequences, self.batch_size)
 

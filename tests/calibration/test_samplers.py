@@ -27,6 +27,20 @@ def test_document_draws_what_the_published_code_draws(seed):
     assert [window.tokens for window in document(PAGES, 20, 10, seed, None)] == published(PAGES, 20, 10, seed)
 
 
+def test_no_page_is_tokenised_twice():
+    class Pages(list):
+        read: list[int] = []
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    pages = Pages(PAGES)
+    drawn = document(pages, 50, 10, 0, None)
+    assert [window.tokens for window in drawn] == published(PAGES, 50, 10, 0)
+    assert sorted(set(pages.read)) == sorted(pages.read)
+
+
 def test_document_says_where_each_window_comes_from():
     for window in document(PAGES, 20, 10, 0, None):
         ((page, offset, count),) = window.spans
