@@ -120,11 +120,7 @@ def _lines(stream: io.BufferedReader, path: Path) -> Iterator[str]:
         raise SourceError(f"{path.name}: found the bytes of {magic}, wanted text; give the file the ending of its format")
     encoding = next((encoding for mark, encoding in ENCODINGS.items() if head.startswith(mark)), None)
     if encoding is not None:
-        text = io.TextIOWrapper(stream, encoding=encoding, newline="\n")
-        try:
-            yield from text
-        finally:
-            text.detach()  # whoever opened the stream closes it
+        yield from io.StringIO(stream.read().decode(encoding), newline="\n")
         return
     for number, data in enumerate(stream, start=1):
         try:
