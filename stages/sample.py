@@ -40,8 +40,9 @@ def main(calibration: Calibration) -> None:
     drawn = draw(calibration, tokenizer)
     rows = embedding_rows(base)
     for name, windows in drawn.items():
-        for window in windows:
-            require_embedded(window.tokens, rows, tokenizer, f"calibration.sources.{name}, document {window.spans[0][0]}")
+        for number, window in enumerate(windows, start=1):
+            documents = " and ".join(map(str, window.documents(0, len(window.tokens))))
+            require_embedded(window.tokens, rows, tokenizer, f"calibration.sources.{name}, window {number} (of document {documents})")
     refuse_overlap(calibration, drawn, tokenizer)
     with replacing(CALIBRATION) as directory:
         write(directory, calibration, drawn, base, tokenizer)

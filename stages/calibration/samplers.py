@@ -87,6 +87,8 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
 def packed(documents: TokenSequences, windows: int, length: int, seed: int, end: int | None) -> list[Window]:
     """Concatenate all pages in an order drawn from `seed`, each followed by the end token, and cut; the rest is dropped.
 
+    A page without tokens adds no end token: windows are of text, not of the marks between texts.
+
     Args:
         end: id of the end token; None for a tokenizer without one.
 
@@ -101,7 +103,7 @@ def packed(documents: TokenSequences, windows: int, length: int, seed: int, end:
     window = Window(tokens=[], spans=[], starts=[])
     for index in order:
         page, offset = documents[index], 0
-        text = page if end is None else [*page, end]
+        text = page if end is None or not page else [*page, end]
         while offset < len(text):
             piece = text[offset : offset + length - len(window.tokens)]
             page_tokens = min(len(piece), len(page) - offset)

@@ -61,6 +61,14 @@ def test_packed_wastes_no_token():
     assert joined == [token for i in order for token in [*PAGES[i], -1]][: len(joined)]
 
 
+def test_pages_without_tokens_leave_no_mark():
+    pages = [[], PAGES[1], [], []]
+    (window,) = packed(pages, 1, 41, 0, end=-1)
+    assert window.tokens == [*PAGES[1], -1]
+    with pytest.raises(CalibrationError, match="the corpus has 0 tokens in 3 documents, wanted 1 windows of 2 = 2"):
+        packed([[], [], []], 1, 2, 0, end=-1)
+
+
 def test_packed_says_where_each_token_comes_from():
     for window in packed(PAGES, 15, 10, 3, end=-1):
         text = [token for page, offset, count in window.spans for token in PAGES[page][offset : offset + count]]
