@@ -20,8 +20,9 @@ from stages import devices, record
 from stages.bos import Bos, decide
 from stages.checkpoint.model import Apply, load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.config.entry import stage
-from stages.evaluation.generation import generate
+from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import FEW_SHOT, WholeModel, zero_shot
 from stages.evaluation.perplexity import cut_windows, window_losses
 from stages.evaluation.protocol import Protocol, TaskProtocol, versions, write_protocol
@@ -99,19 +100,23 @@ def prepare(evaluation: Evaluation) -> Setup:
 
     Raises:
         ConfigError: the device does not exist, or the model or the corpus does not allow the windows.
-        TextError: a row of the corpus or of a task has the wrong form; names file and line.
+        TextError: a row of the corpus or of a task has the wrong form; names file and line. Or the chat template refuses a prompt.
+        CheckpointError: a token of the corpus or of a prompt is beyond the base's embedding.
     """
     device = devices.choose_device("evaluation.device", evaluation.device)
     base, tokenizer, perplexity = Checkpoint(BASE), load_tokenizer(BASE), evaluation.perplexity
     base.require_context(perplexity.window_length, "evaluation.perplexity.window_length")
     bos = decide(evaluation.bos, tokenizer, "evaluation.bos")
     log.info("windows and prompts %s with BOS: %s", "are not begun" if bos.token is None else "begin", bos.reason)
+    windows = cut_windows(texts(rows_file(perplexity.corpus)), tokenizer, perplexity.window_length, perplexity.windows, bos)
+    require_embedded(windows.unique().tolist(), embedding_rows(base), tokenizer, f"evaluation.perplexity.corpus {perplexity.corpus}")
+    require_prompts(tokenizer, bos, evaluation.generations.prompts, embedding_rows(base))
     return Setup(
         evaluation=evaluation,
         base=base,
         tokenizer=tokenizer,
         bos=bos,
-        windows=cut_windows(texts(rows_file(perplexity.corpus)), tokenizer, perplexity.window_length, perplexity.windows, bos),
+        windows=windows,
         rows={task: read_task(TASKS[task], rows_file(task), evaluation.rows) for task in evaluation.tasks},
         device=device,
         dtype=devices.choose_dtype(evaluation.dtype, device),

@@ -14,7 +14,7 @@ from stages.files import BASE, TEXT, replacing
 log = logging.getLogger(__name__)
 
 
-@stage(parts={"base": ("base",), "text": ("text", "environment.datasets")})
+@stage(parts={"base": ("base",), "text": ("text",)})
 def main(part: str, base: Any = None, text: Any = None) -> None:
     if part == "base":
         fetch_base(base)

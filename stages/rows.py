@@ -131,6 +131,9 @@ def _string(value: Any, location: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut at LONGEST characters."""
-    text = json.dumps(value)
+    """A value as JSON, or as text where JSON has no such value, cut at LONGEST characters."""
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__} that JSON cannot hold"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

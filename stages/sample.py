@@ -3,6 +3,7 @@
 python -m stages.sample
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,12 +21,16 @@ from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Window, window_counts
 from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.config.entry import stage
 from stages.errors import CalibrationError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json
 from stages.rows import Rows
 
 log = logging.getLogger(__name__)
+
+SHOWN = 3  # windows of each source that are written as text
+LOGGED = 400  # characters of each that are logged
 
 
 @stage("calibration", "environment.transformers", "environment.tokenizers")
@@ -36,9 +41,14 @@ def main(calibration: Calibration) -> None:
     bos = decide(calibration.bos, tokenizer, "calibration.bos")
     log.info("windows %s with BOS: %s", "do not begin" if bos.token is None else "begin", bos.reason)
     drawn = draw(calibration, tokenizer, bos)
+    rows = embedding_rows(base)
+    for name, windows in drawn.items():
+        for number, window in enumerate(windows.all, start=1):
+            documents = " and ".join(map(str, window.documents(0, len(window.tokens))))
+            require_embedded(window.tokens, rows, tokenizer, f"calibration.sources.{name}, window {number} (of document {documents})")
     refuse_overlap(calibration, drawn, tokenizer)
     with replacing(CALIBRATION) as directory:
-        write(directory, calibration, drawn, base, bos)
+        write(directory, calibration, drawn, base, tokenizer, bos)
     log.info("wrote %s: %d windows of %d tokens", CALIBRATION, calibration.windows, calibration.window_length)
 
 
@@ -47,22 +57,28 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos)
 
     Raises:
         CalibrationError: a source is too small; names it and states how many tokens it has.
-        TextError: a row is neither prose nor a dialogue; names file and line.
+        TextError: a row is neither prose nor a dialogue; names file and line. Or the chat template refuses too many dialogues.
     """
     drawn = {}
     weights = {name: source.weight for name, source in calibration.sources.items()}
     counts, held_out = window_counts(weights, calibration.windows), window_counts(weights, calibration.held_out)
     for name, source in calibration.sources.items():
-        documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer)
+        documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer, calibration.max_refused)
         log.info("read %s: %d documents", name, len(documents))
         sampler = SAMPLERS.of(source).function
         try:
             total = counts[name] + held_out[name]
             windows = sampler(documents, total, calibration.window_length, calibration.seed, documents.end)
         except CalibrationError as error:
+            documents.require_few_refused()
             raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}") from None
-        windows = [window.begun_with(bos) for window in windows]
-        drawn[name] = Drawn(windows=windows[: counts[name]], held_out=windows[counts[name] :])
+        documents.require_few_refused()
+        if documents.refused:
+            log.warning("%s: left out %d dialogues; the first: %s", name, len(documents.refused), next(iter(documents.refused.values())))
+        drawn[name] = Drawn(
+            windows=[window.begun_with(bos) for window in windows[: counts[name]]],
+            held_out=[window.begun_with(bos) for window in windows[counts[name] :]],
+        )
     return drawn
 
 
@@ -71,6 +87,10 @@ class Drawn(NamedTuple):
 
     windows: list[Window]
     held_out: list[Window]
+
+    @property
+    def all(self) -> list[Window]:
+        return [*self.windows, *self.held_out]
 
 
 class Overlap(NamedTuple):
@@ -95,7 +115,7 @@ def refuse_overlap(calibration: Calibration, drawn: dict[str, Drawn], tokenizer:
         overlaps = [
             Overlap(source, window, start)
             for source, windows in drawn.items()
-            for window in [*windows.windows, *windows.held_out]
+            for window in windows.all
             for start in index.shared(window.tokens)
         ]
         if len(overlaps) > calibration.max_overlap:
@@ -120,7 +140,14 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def write(directory: Path, calibration: Calibration, drawn: dict[str, Drawn], base: Checkpoint, bos: Bos) -> None:
+def first_windows(windows: list[Window], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first windows as text, with special tokens."""
+    return [tokenizer.decode(window.tokens, skip_special_tokens=False) for window in windows[:SHOWN]]
+
+
+def write(
+    directory: Path, calibration: Calibration, drawn: dict[str, Drawn], base: Checkpoint, tokenizer: PreTrainedTokenizerBase, bos: Bos
+) -> None:
     """Write windows.safetensors, "windows" and "held_out": [windows, length], int64, one source after another; and provenance.json."""
     tensors = {
         key: torch.tensor([window.tokens for source in drawn.values() for window in getattr(source, key)], dtype=torch.int64)
@@ -128,6 +155,11 @@ def write(directory: Path, calibration: Calibration, drawn: dict[str, Drawn], ba
     }
     shaped = {key: tokens.view(-1, calibration.window_length) for key, tokens in tensors.items()}
     save_file(shaped, directory / "windows.safetensors")
+    shown = {name: first_windows(source.windows, tokenizer) for name, source in drawn.items()}
+    for name, texts in shown.items():
+        for number, text in enumerate(texts, start=1):
+            cut = text if len(text) <= LOGGED else f"{text[:LOGGED]}…"
+            log.info("%s, window %d of %d: %s", name, number, len(drawn[name].windows), json.dumps(cut, ensure_ascii=False))
     write_json(
         directory / "provenance.json",
         {
@@ -141,6 +173,7 @@ def write(directory: Path, calibration: Calibration, drawn: dict[str, Drawn], ba
                     "sha256": sha256(TEXT / "calibration" / f"{name}.jsonl"),
                     "windows": [window.spans for window in source.windows],
                     "held_out": [window.spans for window in source.held_out],
+                    "first_windows": shown[name],
                 }
                 for name, source in drawn.items()
             },

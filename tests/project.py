@@ -93,9 +93,9 @@ def _corpora(directory: Path, conf: Path) -> None:
     }
     for name, lines in rows.items():
         path = tiny.write_lines(directory / f"{name}.jsonl", lines)
-        facts = f"source: local, path: {path}, sha256: {sha256(path)}, reader: datasets, license: cc0-1.0"
+        facts = f"source: local, path: {path}, sha256: {sha256(path)}, license: cc0-1.0"
         file = name if name.startswith("tiny") else f"tiny_{name}"
-        _yaml(conf / "text" / f"{file}.yaml", f"{name}: {{{facts}}}\n")
+        _yaml(conf / "text" / f"{file}.yaml", f"defaults: [data_file@{name}, _self_]\n{name}: {{{facts}}}\n")
 
 
 def write_configuration(root: Path, data: Path) -> None:
@@ -108,7 +108,7 @@ def write_configuration(root: Path, data: Path) -> None:
     _yaml(
         conf / "calibration/tiny.yaml",
         "defaults: [calibration_schema, /text@_global_.text.calibration: [tiny_pages], _self_]\n"
-        "name: tiny\nwindows: 6\nwindow_length: 64\nbos: auto\nseed: 0\noverlap_tokens: 13\nmax_overlap: 0\n"
+        "name: tiny\nwindows: 6\nheld_out: 2\nwindow_length: 64\nbos: auto\nseed: 0\noverlap_tokens: 13\nmax_overlap: 0\nmax_refused: 0.0\n"
         "sources: {tiny_pages: {sampler: document, weight: 1.0}}\n",
     )
     _yaml(

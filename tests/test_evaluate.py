@@ -235,6 +235,13 @@ def test_text_that_cannot_be_scored_is_named_before_a_weight_is_read(root, part,
         run(part)
 
 
+def test_a_token_of_the_corpus_beyond_the_embedding_is_named_before_a_weight_is_read(root, monkeypatch):
+    forbid_weights(root)
+    monkeypatch.setattr(evaluate, "embedding_rows", lambda base: 7)
+    with pytest.raises(CheckpointError, match="evaluation.perplexity.corpus articles: found the token .* with id .*, wanted ids below 7"):
+        run("dense")
+
+
 def test_a_corpus_of_empty_texts_is_too_small(root):
     tiny.write_lines(root / "artifacts/text/evaluation/articles.jsonl", [{"text": ""}])
     with pytest.raises(ConfigError, match="evaluation.perplexity: the corpus has 0 tokens, wanted 4 windows of 64"):

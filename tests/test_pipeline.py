@@ -10,7 +10,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.reader import Checkpoint
+from stages.files import sha256
 from tests import project as projects
+from tests import tiny
 from tests.dependencies import code_of
 from tests.project import ROOT, Project
 
@@ -46,7 +48,9 @@ def test_a_stage_depends_on_the_code_that_it_runs_and_on_no_other(stage):
 def project(tmp_path_factory) -> Project:
     """A project whose default point has been run once."""
     made = projects.make(tmp_path_factory.mktemp("project"))
-    assert set(made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")) == ALL
+    ran = made.stages_run("exp", "run", "-n", "first", "-S", "experiment=tiny")
+    assert set(ran) == ALL
+    assert ran[0] == "fetch_text"  # what is wrong with a text is said before a base is downloaded
     return made
 
 
@@ -145,6 +149,39 @@ def test_a_bad_value_is_refused_before_anything_is_queued(project, override, mes
     output = project.run("dvc", "exp", "run", "--queue", "-S", "experiment=tiny", "-S", override, fails=True)
     assert message in output
     assert "No experiment tasks in the queue" in project.run("dvc", "queue", "status")
+
+
+def test_a_text_that_is_none_is_refused_by_the_first_stage(project):
+    override = "text.calibration.tiny_pages.text=body"
+    output = project.run("dvc", "exp", "run", "-S", "experiment=tiny", "-S", override, fails=True)
+    message = (
+        'TextError: text.calibration.tiny_pages: tiny_pages.jsonl, line 1: found text, wanted "body" for prose or "messages" for a dialogue'
+    )
+    assert f"{message}; set text.calibration.tiny_pages.text=text if it holds the prose" in output
+    assert re.findall(r"Running stage '([^']+)'", output) == ["fetch_text"]
+
+
+def test_text_of_ones_own_is_the_two_files_of_the_docs(project, tmp_path):
+    """ShareGPT dialogues, as people have them, through the template of the tiny base."""
+    source, preset = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/text.md").read_text(), re.S)
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(tiny.sentences(40, seed=12, length=90))]
+    path = tiny.write_lines(tmp_path / "chat.jsonl", [{"conversations": turns[i : i + 2]} for i in range(0, 40, 2)])
+    named = source.replace("/data/pages.jsonl", str(path)).replace("SHA256-OF-THE-FILE", sha256(path))
+    written = {
+        project.root / "conf/text/mine.yaml": named,
+        project.root / "conf/calibration/mine.yaml": preset,
+    }
+    for file, content in written.items():
+        file.write_text(content)
+    try:
+        point = ["-S", "experiment=tiny", "-S", "calibration=mine", "-S", "calibration.window_length=64"]
+        assert project.stages_run("exp", "run", *point, "sample") == ["fetch_text", "sample"]
+    finally:
+        for file in written:
+            file.unlink()
+    recorded = json.loads((project.root / "artifacts/calibration/provenance.json").read_text())["sources"]["mine"]
+    assert len(recorded["first_windows"]) == 3
+    assert "</s>\n<|assistant|>\n" in recorded["first_windows"][0] + recorded["first_windows"][1]
 
 
 # What comes out.

@@ -45,11 +45,11 @@ from stages.release.section import Publish
 from stages.schema import check
 
 ROOT = CONF.parent
+DATA_FILE = {"reader": "rows", "text": "text", "messages": "messages", "role": "role", "content": "content"}
 TEXTS = {
-    "calibration": {"pages": {"source": "local", "path": None, "sha256": "1" * 64, "reader": "datasets", "license": "cc0-1.0"}},
+    "calibration": {"pages": {**DATA_FILE, "source": "local", "path": None, "sha256": "1" * 64, "license": "cc0-1.0"}},
     "evaluation": {
-        name: {"source": "local", "path": None, "sha256": "1" * 64, "reader": "datasets", "license": "CC-BY-SA"}
-        for name in ("news", "boolq")
+        name: {**DATA_FILE, "source": "local", "path": None, "sha256": "1" * 64, "license": "CC-BY-SA"} for name in ("news", "boolq")
     },
 }
 DRAWN = {
@@ -60,6 +60,7 @@ DRAWN = {
     "seed": 0,
     "overlap_tokens": 13,
     "max_overlap": 0,
+    "max_refused": 0.0,
     "sources": {"pages": {"sampler": "document", "weight": 1.0}},
 }
 EVALUATION = {

@@ -6,7 +6,7 @@ import pytest
 from stages import sample
 from stages.calibration.samplers import Window
 from stages.calibration.section import Calibration, CalibrationSource
-from stages.errors import CalibrationError, TextError
+from stages.errors import CalibrationError, CheckpointError, TextError
 from tests import tiny
 
 
@@ -24,7 +24,8 @@ def workspace(canonical, tmp_path, monkeypatch):
 
 
 def calibration(**changes) -> Calibration:
-    facts = {"name": "t", "windows": 6, "window_length": 32, "bos": "auto", "seed": 0, "overlap_tokens": 13, "max_overlap": 0}
+    facts = {"name": "t", "windows": 6, "held_out": 0, "window_length": 32, "bos": "auto", "seed": 0, "overlap_tokens": 13}
+    facts |= {"max_overlap": 0, "max_refused": 0.0}
     sources = {"pages": CalibrationSource(sampler="document", weight=1.0)}
     return Calibration(**{**facts, "sources": sources, **changes})
 
@@ -36,9 +37,9 @@ def test_a_mixture_takes_windows_by_weight_and_names_every_document(workspace, b
     }
     settings = calibration(sources=sources)
     drawn = sample.draw(settings, tiny.tokenizer(), tiny.NO_BOS)
-    assert {name: len(windows) for name, windows in drawn.items()} == {"pages": 3, "chat": 3}
+    assert {name: len(source.windows) for name, source in drawn.items()} == {"pages": 3, "chat": 3}
     (workspace / "out").mkdir()
-    sample.write(workspace / "out", settings, drawn, base, tiny.NO_BOS)
+    sample.write(workspace / "out", settings, drawn, base, tiny.tokenizer(), tiny.NO_BOS)
     provenance = json.loads((workspace / "out/provenance.json").read_text())
     assert [len(provenance["sources"][name]["windows"]) for name in sources] == [3, 3]
     assert provenance["section"] == asdict(settings)
@@ -121,3 +122,48 @@ def test_the_stage_writes_windows_and_their_provenance(workspace, base):
     assert written["base"] == base.fingerprint
     assert set(written) == {"section", "base", "tokenizer_sha256", "bos", "windows_sha256", "sources"}
     assert written["bos"]["token"] is None
+
+
+def test_the_first_windows_of_each_source_are_shown_as_text(workspace, caplog):
+    sources = {"pages": CalibrationSource(sampler="document", weight=0.5), "chat": CalibrationSource(sampler="packed", weight=0.5)}
+    with caplog.at_level("INFO"):
+        sample.main.function(calibration(windows=8, sources=sources))
+    written = json.loads((workspace / "calibration_out/provenance.json").read_text())["sources"]
+    assert [len(written[name]["first_windows"]) for name in sources] == [3, 3]
+    assert "<|user|>\n" in written["chat"]["first_windows"][0]
+    assert any("</s>" in text for text in written["chat"]["first_windows"])
+    shown = [message for message in caplog.messages if message.startswith("chat, window 1 of 4: ")]
+    assert json.loads(shown[0].partition(": ")[2]).removesuffix("…") == written["chat"]["first_windows"][0][: sample.LOGGED]
+
+
+def test_dialogues_that_were_left_out_are_counted(workspace, caplog):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% if messages | length < 2 %}{{ raise_exception('no answer') }}{% endif %}" + tiny.CHAT_TEMPLATE
+    turns = [{"role": "user", "content": text} for text in tiny.sentences(2, seed=9, length=90)]
+    rows = [{"messages": turns}, {"messages": turns[:1]}, {"messages": turns}, {"messages": turns}]
+    tiny.write_lines(workspace / "calibration/chat.jsonl", rows)
+    sources = {"chat": CalibrationSource(sampler="packed", weight=1.0)}
+    drawn = sample.draw(calibration(windows=15, sources=sources, max_refused=0.5), tokenizer, tiny.NO_BOS)
+    assert {span[0] for window in drawn["chat"].windows for span in window.spans} <= {0, 2, 3}
+    with pytest.raises(TextError, match=r"chat\.jsonl, line 2: .*refuses this dialogue \(no answer\); found 1 such rows in"):
+        sample.draw(calibration(windows=15, sources=sources), tokenizer, tiny.NO_BOS)
+
+
+def test_too_few_tokens_for_what_was_left_out_says_so(workspace):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    sources = {"chat": CalibrationSource(sampler="packed", weight=1.0)}
+    with pytest.raises(TextError, match=r"refuses this dialogue \(no\); found 19 such rows in 20"):
+        sample.draw(calibration(sources=sources, max_refused=0.9), tokenizer, tiny.NO_BOS)
+
+
+def test_a_token_beyond_the_embedding_is_named(workspace, monkeypatch):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    highest = len(tokenizer) - 1
+    monkeypatch.setattr(sample, "embedding_rows", lambda base: highest)
+    monkeypatch.setattr(sample.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    tiny.write_lines(workspace / "calibration/pages.jsonl", [{"text": f"<new> {text}"} for text in tiny.sentences(20, seed=4, length=90)])
+    message = rf"calibration.sources.pages, window 1 \(of document .*\): found the token '<new>' with id {highest}, wanted ids below"
+    with pytest.raises(CheckpointError, match=message):
+        sample.main.function(calibration(windows=40, sources={"pages": CalibrationSource(sampler="packed", weight=1.0)}))

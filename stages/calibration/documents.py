@@ -2,9 +2,9 @@
 
 from functools import cached_property
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from stages.checkpoint.tokens import rendered
 from stages.errors import CalibrationError, TextError
 from stages.rows import Row, Rows, messages_of, text_of
 
@@ -15,11 +15,18 @@ class Documents:
     Args:
         rows: each with "text", or with "messages" of "role" and "content".
         tokenizer: adds its start token to prose, if it does so by default; for dialogues the chat template adds special tokens.
+        max_refused: the share of the dialogues read that the chat template may refuse; these are documents without tokens.
+
+    Attributes:
+        refused: index of a dialogue that the chat template refused -> why.
     """
 
-    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_refused: float = 0.0) -> None:
         self.rows = rows
         self.tokenizer = tokenizer
+        self.max_refused = max_refused
+        self.refused: dict[int, str] = {}
+        self._read: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,19 +53,37 @@ class Documents:
         """The tokens of a row.
 
         Raises:
-            TextError: the row is not of the kind of the first row; names file and line.
+            TextError: the row is not of the kind of the first row; names file and line. Or too many dialogues were refused.
             CalibrationError: the row is a dialogue, and the base's tokenizer has no chat template.
         """
         row, location = self.rows[index], self.rows.location(index)
         if self.dialogues:
-            return self._dialogue(row, location)
+            return self._dialogue(index, row, location)
         return self.tokenizer(text_of(row, location))["input_ids"]
 
-    def _dialogue(self, row: Row, location: str) -> list[int]:
+    def require_few_refused(self) -> None:
+        """Refuse a corpus of which the chat template refused more than max_refused of the dialogues that were read.
+
+        Raises:
+            TextError: names the first of them, the template's words, and how many there are.
+        """
+        self._require_few_refused(len(self._read))
+
+    def _require_few_refused(self, read: int) -> None:
+        if len(self.refused) > self.max_refused * read:
+            first = next(iter(self.refused.values()))
+            wanted = f"wanted at most calibration.max_refused = {self.max_refused:g} of the rows read"
+            raise TextError(f"{first}; found {len(self.refused)} such rows in {read}, {wanted}; leave them out, or allow more")
+
+    def _dialogue(self, index: int, row: Row, location: str) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise CalibrationError("its rows are dialogues, and the base's tokenizer has no chat template to render them with")
+        messages = messages_of(row, location)
+        self._read.add(index)
         try:
-            rendered = self.tokenizer.apply_chat_template(messages_of(row, location), tokenize=False)
-        except TemplateError as error:
-            raise TextError(f"{location}: the base's chat template does not take this dialogue ({error})") from None
-        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            text = rendered(self.tokenizer, messages)
+        except TextError as error:
+            self.refused[index] = f"{location}: {error}"
+            self._require_few_refused(len(self))  # however many are still read
+            return []
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

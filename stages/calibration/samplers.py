@@ -6,6 +6,8 @@ from random import Random
 from types import NoneType
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from stages.bos import Bos
@@ -57,6 +59,7 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
     """Draw a page at random, keep it if it is longer than the window, and cut a window at a random offset.
 
     Makes the same random draws as the published code (get_c4 of GPTQ, SparseGPT and Wanda): two of Python's generator per window.
+    No page is tokenised twice: of those that are too short the length is kept, of the others, at most one a window, the tokens.
 
     Args:
         documents: token ids of each page, including the start token if the tokenizer adds one.
@@ -69,16 +72,21 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
     random = Random(seed)
     drawn: list[Window] = []
     lengths: dict[int, int] = {}
+    kept: dict[int, npt.NDArray[np.uint32]] = {}
     with tqdm(total=windows, desc="drawing windows", unit="window") as progress:
         while len(drawn) < windows:
             index = random.randint(0, len(documents) - 1)
             if lengths.get(index, length + 1) <= length:
                 continue
-            tokens = documents[index]
-            lengths[index] = len(tokens)
-            if len(tokens) > length:
-                offset = random.randint(0, len(tokens) - length - 1)
-                drawn.append(Window(tokens=tokens[offset : offset + length], spans=[(index, offset, length)], starts=[0]))
+            if index not in kept:
+                tokens = np.asarray(documents[index], dtype=np.uint32)
+                lengths[index] = len(tokens)
+                if len(tokens) > length:
+                    kept[index] = tokens
+            if index in kept:
+                offset = random.randint(0, lengths[index] - length - 1)
+                tokens = kept[index][offset : offset + length].tolist()
+                drawn.append(Window(tokens=tokens, spans=[(index, offset, length)], starts=[0]))
                 progress.update()
             elif len(lengths) == len(documents) and max(lengths.values()) <= length:
                 raise CalibrationError(
@@ -90,6 +98,8 @@ def document(documents: TokenSequences, windows: int, length: int, seed: int, en
 
 def packed(documents: TokenSequences, windows: int, length: int, seed: int, end: int | None) -> list[Window]:
     """Concatenate all pages in an order drawn from `seed`, each followed by the end token, and cut; the rest is dropped.
+
+    A page without tokens adds no end token: windows are of text, not of the marks between texts.
 
     Args:
         end: id of the end token; None for a tokenizer without one.
@@ -105,7 +115,7 @@ def packed(documents: TokenSequences, windows: int, length: int, seed: int, end:
     window = Window(tokens=[], spans=[], starts=[])
     for index in order:
         page, offset = documents[index], 0
-        text = page if end is None or page[-1:] == [end] else [*page, end]
+        text = page if end is None or not page or page[-1] == end else [*page, end]
         while offset < len(text):
             piece = text[offset : offset + length - len(window.tokens)]
             page_tokens = min(len(piece), len(page) - offset)

@@ -29,6 +29,7 @@ class Calibration:
     bos: whether every window begins with the BOS token, see stages/bos.py.
     overlap_tokens: tokens in the n-grams by which the windows are compared with the evaluation text.
     max_overlap: number of these n-grams that may occur in it.
+    max_refused: share of the dialogues read that the base's chat template may refuse; these are left out.
     sources: name of a corpus -> its source.
     """
 
@@ -40,6 +41,7 @@ class Calibration:
     seed: int
     overlap_tokens: int = number(minimum=1)
     max_overlap: int = number(minimum=0)
+    max_refused: float = number(minimum=0, below=1)
     sources: dict[str, CalibrationSource]
 
     def check(self, key: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stages.config.environment import installed
 from stages.config.params import refuse_interpolations
@@ -60,7 +60,9 @@ def typed(key: str, node: Any, shape: Shape) -> Any:
     try:
         section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(dataclass), node))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
+        keys, group = ", ".join(field.name for field in fields(dataclass)), key.split(".")[0]
+        advice = f"; wanted {keys}, as the files of conf/{group} have them" if isinstance(error, MissingMandatoryValue) else ""
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]} (key {error.full_key or '?'}){advice}") from None
     for field in fields(dataclass):
         if TABLE in field.metadata:
             setattr(section, field.name, typed(f"{key}.{field.name}", node[field.name], field.metadata[TABLE]))

@@ -4,6 +4,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.bos import Bos
+from stages.checkpoint.tokens import rendered, require_embedded
+from stages.errors import TextError
+from stages.rows import shown
 
 
 def generate(
@@ -20,13 +23,37 @@ def generate(
     """
     rows = []
     for prompt in prompts:
-        row = {"prompt": prompt, "raw": _continue(model, tokenizer, bos.begin(tokenizer(prompt)["input_ids"]), new_tokens)}
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            row["chat"] = _continue(model, tokenizer, tokenizer(rendered, add_special_tokens=False)["input_ids"], new_tokens)
-        rows.append(row)
+        continuations = {kind: _continue(model, tokenizer, ids, new_tokens) for kind, ids in encodings(tokenizer, bos, prompt).items()}
+        rows.append({"prompt": prompt, **continuations})
     return rows
+
+
+def encodings(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompt: str) -> dict[str, list[int]]:
+    """The tokens of a prompt: "raw" and, where the tokenizer has a chat template, "chat".
+
+    Raises:
+        TextError: the chat template refuses the prompt.
+    """
+    encoded = {"raw": bos.begin(tokenizer(prompt)["input_ids"])}
+    if tokenizer.chat_template:
+        try:
+            text = rendered(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        except TextError as error:
+            advice = "choose others, or none with evaluation.generations.prompts=[]"
+            raise TextError(f"evaluation.generations.prompts, {shown(prompt)}: {error}; {advice}") from error
+        encoded["chat"] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encoded
+
+
+def require_prompts(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[str], embedding_rows: int | None) -> None:
+    """Refuse prompts that the model cannot continue, before any weight is read.
+
+    Raises:
+        TextError: see encodings. CheckpointError: a token is beyond the embedding.
+    """
+    for prompt in prompts:
+        for ids in encodings(tokenizer, bos, prompt).values():
+            require_embedded(ids, embedding_rows, tokenizer, f"evaluation.generations.prompts, {shown(prompt)}")
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from stages.bos import Bos
+from stages.checkpoint.tokens import require_requests
 from stages.errors import ConfigError
 from stages.evaluation.perplexity import standard_error
 from stages.evaluation.tasks import TASKS, Task
@@ -53,6 +54,10 @@ class WholeModel(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
+
+    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+        require_requests(requests, self.model.get_input_embeddings().num_embeddings, self.tokenizer)
+        return super()._loglikelihood_tokens(requests, *arguments, **options)
 
 
 def stock_definition(task: Task) -> Path:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.bos import Bos
 from stages.checkpoint.model import Apply
+from stages.checkpoint.tokens import embedding_rows, require_requests
 from stages.errors import SparsesweepError
 from stages.evaluation.perplexity import WindowLosses, window_loss
 from stages.streaming.decoder import Decoder
@@ -137,6 +138,7 @@ class StreamedHarness(TemplateLM):
         return self.bos.begin(self.tokenizer.encode(string))
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        require_requests(requests, embedding_rows(self.streamed.decoder.checkpoint), self.tokenizer)
         sequences = [((context + continuation)[-(self.max_length + 1) :], len(continuation)) for _, context, continuation in requests]
         return self.streamed.continuation_scores(sequences, self.batch_size)
 

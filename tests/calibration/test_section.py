@@ -7,7 +7,8 @@ from stages.errors import ConfigError
 
 
 def calibration(**changes) -> Calibration:
-    facts = {"name": "t", "windows": 6, "window_length": 32, "bos": "auto", "seed": 0, "overlap_tokens": 13, "max_overlap": 0}
+    facts = {"name": "t", "windows": 6, "held_out": 0, "window_length": 32, "bos": "auto", "seed": 0, "overlap_tokens": 13}
+    facts |= {"max_overlap": 0, "max_refused": 0.0}
     return Calibration(**{**facts, "sources": {"pages": CalibrationSource(sampler="document", weight=1.0)}, **changes})
 
 
@@ -18,6 +19,7 @@ def calibration(**changes) -> Calibration:
         ({"window_length": 1}, "calibration.window_length: found 1, wanted at least 2 tokens"),
         ({"overlap_tokens": 0}, "calibration.overlap_tokens: found 0, wanted at least 1"),
         ({"max_overlap": -1}, "calibration.max_overlap: found -1, wanted 0 or more"),
+        ({"max_refused": 1.0}, r"calibration.max_refused: found 1.0, wanted a number in \[0, 1\)"),
         ({"sources": {}}, "calibration.sources: found 'weights summing to 0', wanted weights summing to 1"),
         (
             {"sources": {"a": CalibrationSource(sampler="guess", weight=1.0)}},

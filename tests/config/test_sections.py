@@ -85,6 +85,10 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["calibration.sources.c4_pages.sampler=guess"], "sampler: found 'guess', wanted one of document, packed"),
         (["text.calibration.c4_pages.sha256=abc"], "text.calibration.c4_pages.sha256: found 'abc', wanted the SHA-256"),
         (["~text.evaluation"], "text: Structured config of type `Text` has missing mandatory value: evaluation"),
+        (
+            ["+text.calibration.mine={source: local, path: a.jsonl, sha256: abc, reader: rows, license: mit}"],
+            "text.calibration.mine: .* missing mandatory value: text .*; wanted text, .*role, .* conf/text have them",
+        ),
         (["prune.device=cudafoo"], "prune.device: found 'cudafoo', wanted auto, cpu or cuda"),
         (["evaluation.rows=1"], "evaluation.rows: found 1, wanted null or at least 2"),
         (["prune.device=tpu"], "prune.device: found 'tpu', wanted auto, cpu or cuda"),

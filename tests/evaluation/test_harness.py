@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import ConfigError, SparsesweepError
-from stages.evaluation.generation import generate
+from stages.errors import CheckpointError, ConfigError, SparsesweepError, TextError
+from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
 from stages.evaluation.perplexity import window_losses
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
@@ -113,3 +113,28 @@ def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
     for _ in range(3):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert row["raw"] == tiny.tokenizer().decode(ids[0, -3:], skip_special_tokens=True)
+
+
+def test_a_token_beyond_the_embedding_is_named_before_a_task_is_scored(base, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"<new{number}>" for number in range(400)])
+    token = tokenizer.convert_ids_to_tokens(400)
+    rows = {"piqa": [{"goal": token, "sol1": "lamp", "sol2": "river", "label": 0}] * 2}
+    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path)
+    for name, model in (
+        ("whole", WholeModel(pretrained=load_model(base, None, dtype=torch.float32, device=CPU), tokenizer=tokenizer, batch_size=2)),
+        ("streamed", StreamedHarness(streamed, tokenizer, batch_size=2)),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(CheckpointError, match=f"evaluation.tasks: found the token '{token}' with id 400, wanted ids below 400"):
+            zero_shot(model, rows, tmp_path / name)
+
+
+def test_prompts_that_the_model_cannot_continue_are_refused():
+    tokenizer = tiny.tokenizer()
+    require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400)
+    with pytest.raises(CheckpointError, match='evaluation.generations.prompts, "river stone": found the token .*, wanted ids below 5'):
+        require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 5)
+    tokenizer.chat_template = "{{ raise_exception('no user') }}"
+    with pytest.raises(TextError, match=r'prompts, "river": the base.s chat template refuses this dialogue \(no user\); choose others, or'):
+        require_prompts(tokenizer, tiny.NO_BOS, ["river"], 400)

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import schema
-from stages.errors import ConfigError, SourceError
+from stages.errors import ConfigError, SourceError, TextError
 from stages.files import read_json, sha256
 from stages.rows import Rows
 from stages.sources import readers, text
@@ -16,9 +16,11 @@ from stages.sources.text import TEXTS, HubText, LocalText, Text, WheelText
 from tests import tiny
 from tests.hub_server import COMMIT
 
+COLUMNS = {"text": "text", "messages": "messages", "role": "role", "content": "content"}
+
 
 def from_hub(file: str) -> HubText:
-    return HubText(source="hub", repo="org/pages", revision="main", file=file, reader="datasets", license="cc0-1.0")
+    return HubText(source="hub", repo="org/pages", revision="main", file=file, reader="rows", license="cc0-1.0", **COLUMNS)
 
 
 def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path):
@@ -26,7 +28,7 @@ def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path
     content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     hub_repository("datasets/org/pages", {"en/first.json.gz": content})
     provenance = text.fetch(Text(calibration={"pages": from_hub("en/first.json.gz")}, evaluation={}), tmp_path, tmp_path / "downloads")
-    assert list(Rows(tmp_path / "calibration/pages.jsonl")) == rows
+    assert list(Rows(tmp_path / "calibration/pages.jsonl")) == [{"text": row["text"]} for row in rows]
     facts = provenance["files"]["calibration/pages.jsonl"]
     assert (facts["revision"], facts["rows"], facts["license"]) == (COMMIT, 30, "cc0-1.0")
     assert facts["sha256"] == sha256(tmp_path / "calibration/pages.jsonl")
@@ -37,8 +39,8 @@ def test_parquet_of_the_hub_keeps_dialogues(hub_repository, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     hub_repository("datasets/org/pages", {"data/x.parquet": (tmp_path / "x.parquet").read_bytes()})
-    text.fetch(Text(calibration={}, evaluation={"chat": from_hub("data/x.parquet")}), tmp_path, tmp_path / "downloads")
-    assert list(Rows(tmp_path / "evaluation/chat.jsonl")) == rows
+    text.fetch(Text(calibration={"chat": from_hub("data/x.parquet")}, evaluation={}), tmp_path, tmp_path / "downloads")
+    assert list(Rows(tmp_path / "calibration/chat.jsonl")) == rows
 
 
 def test_a_file_that_the_repository_lacks_is_named(hub_repository, tmp_path):
@@ -49,27 +51,27 @@ def test_a_file_that_the_repository_lacks_is_named(hub_repository, tmp_path):
 
 def test_a_local_file_with_another_hash_is_refused(tmp_path):
     path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    source = LocalText(source="local", path=str(path), sha256="0" * 64, reader="datasets", license="cc0-1.0")
+    source = local(path, "0" * 64)
     with pytest.raises(SourceError, match="found hash .* wanted 0000"):
         text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path, tmp_path / "downloads")
 
 
 WHEEL = WheelText(source="wheel", package="p", version="1", sha256="0" * 64, file="f", reader="arrow", license="mit")
 HUB = from_hub("data/x.parquet")
-LOCAL = LocalText(source="local", path="a.jsonl", sha256="0" * 64, reader="datasets", license="mit")
+LOCAL = LocalText(source="local", path="a.jsonl", sha256="0" * 64, reader="rows", license="mit", **COLUMNS)
 
 
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
         (WHEEL, {"reader": "guess"}, "reader: found 'guess', wanted one of c4_lines, wikiextractor, arrow"),
-        (WHEEL, {"reader": "datasets"}, "reader: found 'datasets', wanted one of c4_lines"),
-        (HUB, {"reader": "c4_lines"}, "reader: found 'c4_lines', wanted one of datasets, wikitext_articles$"),
-        (LOCAL, {"reader": "arrow"}, "reader: found 'arrow', wanted one of datasets, wikitext_articles$"),
+        (WHEEL, {"reader": "rows"}, "reader: found 'rows', wanted one of c4_lines"),
+        (HUB, {"reader": "c4_lines"}, "reader: found 'c4_lines', wanted one of rows, wikitext_articles$"),
+        (LOCAL, {"reader": "arrow"}, "reader: found 'arrow', wanted one of rows, wikitext_articles$"),
         (WHEEL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the wheel, 64 hexadecimal digits"),
         (LOCAL, {"sha256": "abc"}, "sha256: found 'abc', wanted the SHA-256 of the file, 64 hexadecimal digits"),
-        (LOCAL, {"path": "a.csv"}, "path: found 'a.csv', wanted a file that ends in .parquet, .json"),
-        (HUB, {"file": "a.csv"}, "file: found 'a.csv', wanted the path of a file inside the repository that ends in .parquet, .json"),
+        (LOCAL, {"path": "a.doc"}, "path: found 'a.doc', wanted a file that ends in .parquet, .json"),
+        (HUB, {"file": "a.doc"}, "file: found 'a.doc', wanted the path of a file inside the repository that ends in .parquet, .json"),
         (HUB, {"file": "../a.json"}, "file: found '../a.json', wanted the path of a file inside the repository"),
         (HUB, {"repo": ""}, "repo: found '', wanted ORG/NAME of a repository"),
         (HUB, {"revision": None}, "revision: found None, wanted a commit, tag or branch to pin"),
@@ -96,15 +98,16 @@ def test_a_section_names_its_entry_in_the_tables():
 
 
 def local(path, file_sha256=None) -> LocalText:
-    return LocalText(source="local", path=str(path), sha256=file_sha256 or sha256(path), reader="datasets", license="cc0-1.0")
+    digest = file_sha256 or sha256(path)
+    return LocalText(source="local", path=str(path), sha256=digest, reader="rows", license="cc0-1.0", **COLUMNS)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "text.evaluation.a: a.jsonl cannot be read as json"),
-        ("a.jsonl", b"not json\n", "text.evaluation.a: a.jsonl cannot be read as json"),
-        ("a.parquet", b"PAR1 not", "text.evaluation.a: a.parquet cannot be read as parquet"),
+        ("a.jsonl", b"", "text.evaluation.a: found no rows in rows"),
+        ("a.jsonl", b"not json\n", r"text.evaluation.a: a.jsonl, line 1: not JSON \("),
+        ("a.parquet", b"PAR1 not", "text.evaluation.a: a.parquet: cannot be read as .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -115,7 +118,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
 
 
 def test_a_local_file_that_is_not_there_is_named(tmp_path):
-    source = LocalText(source="local", path=str(tmp_path / "a.json"), sha256="0" * 64, reader="datasets", license="mit")
+    source = local(tmp_path / "a.json", "0" * 64)
     with pytest.raises(SourceError, match="text.calibration.a: found no file .*a.json"):
         text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
 
@@ -137,17 +140,17 @@ def test_provenance_has_the_section_without_private_paths(tmp_path):
     assert "private" not in (tmp_path / "out/provenance.json").read_text()
 
 
-def test_a_source_that_gives_no_rows_is_named(tmp_path):
+def test_wikitext_without_a_line_is_named(tmp_path):
     path = tiny.write_lines(tmp_path / "a.jsonl", [{"text": ""}])
     source = dataclasses.replace(local(path), reader="wikitext_articles")
-    with pytest.raises(SourceError, match="text.calibration.a: found no rows in wikitext_articles"):
+    with pytest.raises(TextError, match="text.calibration.a: found blank text in every row of 1, wanted words"):
         text.fetch(Text(calibration={"a": source}, evaluation={}), tmp_path / "out", tmp_path / "downloads")
 
 
 def test_rows_without_the_columns_of_their_reader_are_named(tmp_path):
     path = tiny.write_lines(tmp_path / "a.jsonl", [{"line": "a"}])
-    source = LocalText(source="local", path=str(path), sha256=sha256(path), reader="wikitext_articles", license="cc0-1.0")
-    with pytest.raises(SourceError, match=r"text.evaluation.a: cannot be read by wikitext_articles \(KeyError\('text'\)\)"):
+    source = dataclasses.replace(local(path), reader="wikitext_articles")
+    with pytest.raises(TextError, match='text.evaluation.a: a.jsonl, line 1: found line, wanted "text"'):
         text.fetch(Text(calibration={}, evaluation={"a": source}), tmp_path / "out", tmp_path / "downloads")
 
 
