@@ -19,7 +19,7 @@ from tests import architectures, deltas, tiny
 
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
 BY_MATRIX = {**deltas.WANDA, "comparison_group": "matrix"}
-OWL = {"name": "owl", "lowest": 0.25, "highest": 0.75}
+OWL = {"name": "owl", "lowest": 0.25, "highest": 0.75, "multiple": 5.0, "strength": 0.08}
 Q = "model.layers.1.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -144,7 +144,7 @@ def test_a_group_that_does_not_divide_the_columns_is_found(base, tmp_path):
     release, delta = written(
         tmp_path, deltas.recipe(base=base.fingerprint, pattern={**NM, "kept": 3, "group": 6}), every_second_column(base), base
     )
-    with pytest.raises(ReleaseError, match=r"weight: found \d+ columns, wanted a multiple of pattern.group = 6"):
+    with pytest.raises(ReleaseError, match=r"weight: found \d+ columns, wanted a multiple of 6 by the recipe's pattern"):
         verify(release, base, delta)
 
 
