@@ -5,8 +5,10 @@ python -m stages.sample
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages.bos import Bos, decide
 from stages.calibration.documents import Documents
 from stages.calibration.overlap import NgramIndex
-from stages.calibration.samplers import SAMPLERS, Window, window_counts
+from stages.calibration.samplers import SAMPLERS, Sampler, Window, window_counts
 from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
 from stages.checkpoint.tokens import embedding_rows, require_embedded
@@ -29,6 +31,7 @@ from stages.rows import Rows
 
 log = logging.getLogger(__name__)
 
+SPARE = 8  # times as many candidates for the windows held out
 SHOWN = 3  # windows of each source that are written as text
 LOGGED = 400  # characters of each that are logged
 
@@ -65,10 +68,8 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos)
     for name, source in calibration.sources.items():
         documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer, calibration.max_refused)
         log.info("read %s: %d documents", name, len(documents))
-        sampler = SAMPLERS.of(source).function
         try:
-            total = counts[name] + held_out[name]
-            windows = sampler(documents, total, calibration.window_length, calibration.seed, documents.end)
+            windows, others = split(partial(sample, SAMPLERS.of(source), documents, calibration), counts[name], held_out[name])
         except CalibrationError as error:
             documents.require_few_refused()
             raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}") from None
@@ -76,10 +77,35 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos)
         if documents.refused:
             log.warning("%s: left out %d dialogues; the first: %s", name, len(documents.refused), next(iter(documents.refused.values())))
         drawn[name] = Drawn(
-            windows=[window.begun_with(bos) for window in windows[: counts[name]]],
-            held_out=[window.begun_with(bos) for window in windows[counts[name] :]],
+            windows=[window.begun_with(bos) for window in windows],
+            held_out=[window.begun_with(bos) for window in others],
         )
     return drawn
+
+
+def sample(sampler: Sampler, documents: Documents, calibration: Calibration, number: int) -> list[Window]:
+    """Draw a number of windows of one source."""
+    return sampler.function(documents, number, calibration.window_length, calibration.seed, documents.end)
+
+
+def split(draw_windows: Callable[[int], list[Window]], count: int, held_out: int) -> tuple[list[Window], list[Window]]:
+    """Draw windows, and windows held out, these from other documents as far as the corpus has them.
+
+    Args:
+        draw_windows: draws as many windows as it is asked for; the first are the same for every number.
+
+    Raises:
+        CalibrationError: the corpus is too small for both together.
+    """
+    if not held_out:
+        return draw_windows(count), []
+    windows = draw_windows(count + held_out)
+    with suppress(CalibrationError):  # a corpus that has no more
+        windows = draw_windows(count + SPARE * held_out)
+    fitted, candidates = windows[:count], windows[count:]
+    known = {document for window in fitted for document, _, _ in window.spans}
+    candidates.sort(key=lambda window: any(document in known for document, _, _ in window.spans))  # stable: the first that share none
+    return fitted, candidates[:held_out]
 
 
 class Drawn(NamedTuple):

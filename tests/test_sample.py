@@ -167,3 +167,24 @@ def test_a_token_beyond_the_embedding_is_named(workspace, monkeypatch):
     message = rf"calibration.sources.pages, window 1 \(of document .*\): found the token '<new>' with id {highest}, wanted ids below"
     with pytest.raises(CheckpointError, match=message):
         sample.main.function(calibration(windows=40, sources={"pages": CalibrationSource(sampler="packed", weight=1.0)}))
+
+
+def test_windows_held_out_change_no_other_window_and_lie_in_other_documents(workspace):
+    sources = {name: CalibrationSource(sampler=sampler, weight=0.5) for name, sampler in (("pages", "document"), ("chat", "packed"))}
+    alone, both = (
+        sample.draw(calibration(sources=sources, windows=4, held_out=held_out), tiny.tokenizer(), tiny.NO_BOS) for held_out in (0, 4)
+    )
+    for name in sources:
+        assert both[name].windows == alone[name].windows
+        assert (len(alone[name].held_out), len(both[name].held_out)) == (0, 2)
+        fitted, held_out = (
+            {span[0] for window in windows for span in window.spans} for windows in (both[name].windows, both[name].held_out)
+        )
+        assert not fitted & held_out
+
+
+def test_where_no_other_documents_are_left_windows_held_out_are_others_of_the_same(workspace):
+    tiny.write_lines(workspace / "calibration/pages.jsonl", [{"text": tiny.sentences(1, seed=4, length=300)[0]}])
+    drawn = sample.draw(calibration(windows=3, held_out=2), tiny.tokenizer(), tiny.NO_BOS)["pages"]
+    assert len(drawn.held_out) == 2
+    assert not any(window in drawn.windows for window in drawn.held_out)

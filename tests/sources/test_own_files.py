@@ -13,7 +13,8 @@ import pytest
 
 from stages import schema
 from stages.errors import ConfigError, SourceError, SparsesweepError, TextError
-from stages.files import read_lines, sha256
+from stages.files import sha256
+from stages.rows import Rows
 from stages.sources import text
 from stages.sources.text import LocalText, Text
 
@@ -295,7 +296,7 @@ def fetched(one: LocalText, directory: Path) -> list[dict]:
     section = Text(calibration={"mine": one}, evaluation={})
     schema.check(section, "text")
     text.fetch(section, directory / "out", directory / "downloads")
-    return read_lines(directory / "out/calibration/mine.jsonl")
+    return list(Rows(directory / "out/calibration/mine.jsonl"))
 
 
 @pytest.mark.parametrize("file", FILES.values(), ids=FILES)
@@ -346,4 +347,4 @@ def test_the_rows_of_a_task_keep_their_columns(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(jsonl(row))
     text.fetch(Text(calibration={}, evaluation={"piqa": source(path, sha256(path))}), tmp_path / "out", tmp_path / "downloads")
-    assert read_lines(tmp_path / "out/evaluation/piqa.jsonl") == [row]
+    assert list(Rows(tmp_path / "out/evaluation/piqa.jsonl")) == [row]
