@@ -4,11 +4,12 @@
     spectral_exponents   mean Hill exponent of the spectra of a block's matrices            # AlphaPruning: Lu et al. 2024, arXiv:2410.10912
     sensitivities        expected rise of the loss when a matrix is pruned:
 
-        L(W') - L(W) ~ 1/2 sum_i F_i sum_j (W_ij - W'_ij)² ||X_j||²,  F_i = E[g_i²]         # after Martens & Grosse 2015, arXiv:1503.05671
+        L(W') - L(W) ~ 1/2 sum_i F_i sum_j (W_ij - W'_ij)² N_j,   F_i = E_t[g_ti²],  N_j = sum_t w_t X_tj²,  w_t ∝ ||g_t||²
 
-with g the gradient of the next-token loss with respect to the matrix's outputs: F is the diagonal of the Fisher information of the
-outputs, and the sum over j is the expected squared error of an output. As in K-FAC, inputs and gradients are taken as independent;
-as in Wanda, inputs are taken as uncorrelated.
+with g_t the gradient of the next-token loss with respect to the matrix's outputs at token t: F is the diagonal of the Fisher information
+of the outputs, and N the squared norm of the inputs, in which each token has the weight w_t, 1 on average. K-FAC (Martens & Grosse 2015,
+arXiv:1503.05671) takes inputs and gradients as independent; then w_t is 1 and N_j = ||X_j||². They are not: the first token of a window
+has enormous activations in many models and hardly a gradient. As in Wanda, inputs are taken as uncorrelated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -186,32 +187,59 @@ def _backward(
         stream: before the block. gradient: with respect to the block's output; changed in place to that with respect to its input.
 
     Returns:
-        For each layer the squared norm of its inputs, see _squared_norms, and the Fisher estimate of its outputs.
+        For each layer that has gradients, the weighted squared norm of its inputs, [columns], see the head of this file, and the Fisher
+        estimate of its outputs, [outputs].
     """
-    layers = stream.decoder.layers(index)
-    observer = observe(stream, block, layers, SquaredNorm)
-    matrices, device = stream.decoder.matrices[index], stream.decoder.device
-    squared_gradients = {matrix.layer: torch.zeros(_layer_outputs(matrix, block), device=device) for matrix in matrices}
-
-    def watch_gradient(layer: Layer, output: torch.Tensor) -> None:
-        def add(by_output: torch.Tensor) -> None:
-            squared_gradients[layer] += by_output.flatten(0, -2).float().square().sum(dim=0)
-
-        output.register_hook(add)
-
-    with _outputs(block, layers, watch_gradient):
+    layers, products = stream.decoder.layers(index), dict[Layer, _Products]()
+    for matrix in stream.decoder.matrices[index]:
+        if matrix.layer not in products:
+            products[matrix.layer] = _Products(_layer_outputs(matrix, block), matrix.shape[1], stream.decoder.device)
+    with _products(block, layers, lambda layer, inputs, output: products[layer].watch(inputs, output)):
         for windows, windows_hidden, call in stream.parts(index):
             with torch.enable_grad():
                 hidden = windows_hidden.detach().requires_grad_()
-                output = observer.run(hidden, partial(run_block, block, call=call))
+                output = run_block(block, hidden, call)
                 (by_input,) = torch.autograd.grad(output, hidden, gradient[windows].to(output))
             gradient[windows] = by_input
     if not torch.isfinite(gradient).all():
         raise PruningError(f"block {index}: found NaN or infinity in the gradients, wanted finite ones")
-    inputs = observer.finish(None)
-    counts = {layer: distinct.tokens for distinct in inputs for layer in distinct.layers}
-    norms = _squared_norms(inputs, stream.all_windows)
-    return norms, {layer: distributed.all_reduce(squared_gradients[layer]) / counts[layer] for layer in norms}
+    for layer in layers:
+        products[layer].all_reduce()
+    known = {layer: layer_products for layer, layer_products in products.items() if layer_products.squared_gradients.any()}
+    norms = {layer: layer_products.weighted_norm() / stream.all_windows for layer, layer_products in known.items()}
+    return norms, {layer: layer_products.squared_gradients / layer_products.tokens for layer, layer_products in known.items()}
+
+
+class _Products:
+    """Sums over the tokens that one layer reads.
+
+    squared_gradients: of each output, [outputs], float32. squared_inputs: of each input, [columns], float32, each token weighted by the
+    squared norm of its gradient. tokens: number of tokens, float32.
+    """
+
+    def __init__(self, outputs: int, columns: int, device: torch.device) -> None:
+        self.squared_gradients, self.squared_inputs = torch.zeros(outputs, device=device), torch.zeros(columns, device=device)
+        self.tokens = torch.zeros((), device=device)
+
+    def watch(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        """Add the tokens of a product, [..., columns] and [..., outputs], once the gradient has come back."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+
+        def add(by_output: torch.Tensor) -> None:
+            squared = by_output.reshape(-1, by_output.shape[-1]).float().square()
+            self.squared_gradients += squared.sum(dim=0)
+            self.squared_inputs += squared.sum(dim=1) @ rows.float().square()
+            self.tokens += len(rows)
+
+        output.register_hook(add)
+
+    def all_reduce(self) -> None:
+        for total in (self.squared_gradients, self.squared_inputs, self.tokens):
+            distributed.all_reduce(total)
+
+    def weighted_norm(self) -> torch.Tensor:
+        """The weighted sum of squared inputs, [columns], with weights whose mean over the tokens is 1."""
+        return self.squared_inputs * (self.tokens / self.squared_gradients.sum())
 
 
 def _layer_outputs(matrix: Matrix, block: nn.Module) -> int:
@@ -221,15 +249,15 @@ def _layer_outputs(matrix: Matrix, block: nn.Module) -> int:
 
 
 @contextmanager
-def _outputs(block: nn.Module, layers: list[Layer], receive: Callable[[Layer, torch.Tensor], None]) -> Iterator[None]:
-    """Call `receive` with the output of every layer's product while the block runs."""
+def _products(block: nn.Module, layers: list[Layer], receive: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Call `receive` with the input and the output of every layer's product while the block runs."""
     experts = [layer for layer in layers if layer.expert is not None]
     with ExitStack() as stack:
         for layer in layers:
             if layer.expert is None:
                 module = block.get_submodule(layer.module)
-                hook = module.register_forward_hook(lambda _, __, output, layer=layer: receive(layer, output))
+                hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: receive(layer, inputs[0], output))
                 stack.callback(hook.remove)
         if experts:
-            stack.enter_context(ExpertProducts(block, experts, lambda layer, _, output: receive(layer, output)))
+            stack.enter_context(ExpertProducts(block, experts, receive))
         yield

@@ -98,15 +98,18 @@ def own_experts(module, names, receive):
     return forward
 
 
-def literally(base: Checkpoint, windows: torch.Tensor) -> tuple[dict, dict]:
-    """Of each layer: mean over its tokens of the squared gradient by its outputs; mean over windows of its inputs' squared norm."""
+def literally(base: Checkpoint, windows: torch.Tensor, *, weighted: bool = True) -> tuple[dict, dict]:
+    """Of each layer: mean over its tokens of the squared gradient by its outputs; mean over windows of its inputs' squared norm, with
+    weights each token by its own squared gradient."""
     rows, norms, tokens = {}, {}, {}
 
     def take(layer, inputs, output):
         tokens[layer] = tokens.get(layer, 0) + inputs.numel() // inputs.shape[-1]
-        norms[layer] = norms.get(layer, 0) + inputs.detach().square().sum(dim=0) / len(windows)
+        inputs = inputs.detach()
 
         def add(gradient):
+            for token, by_output in zip(inputs, gradient.flatten(0, -2), strict=True):
+                norms[layer] = norms.get(layer, 0) + token.square() * (by_output.square().sum() if weighted else 1)
             rows[layer] = rows.get(layer, 0) + gradient.flatten(0, -2).square().sum(dim=0)
 
         output.register_hook(add)
@@ -115,6 +118,8 @@ def literally(base: Checkpoint, windows: torch.Tensor) -> tuple[dict, dict]:
     with products(model, take):
         logits = model(windows, use_cache=False).logits[:, :-1]
         cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
+    scales = {layer: tokens[layer] / rows[layer].sum() if weighted else 1 for layer in norms}
+    norms = {layer: norm * scales[layer] / len(windows) for layer, norm in norms.items()}
     return {layer: total / tokens[layer] for layer, total in rows.items()}, norms
 
 
@@ -284,7 +289,7 @@ def test_activations_that_are_not_finite_name_the_block(base):
 @pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
 def test_outlier_shares_are_those_of_the_whole_model(kind, batch, tmp_path):
     base = fetched(kind, tmp_path)
-    _, norms = literally(base, SMALL_WINDOWS)
+    _, norms = literally(base, SMALL_WINDOWS, weighted=False)
     decoder, expected = Decoder(base, torch.float32, CPU), []
     for index, matrices in enumerate(decoder.matrices):
         layers = [(f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert) for matrix in matrices]
