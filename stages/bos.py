@@ -73,7 +73,7 @@ class Bos:
 
 
 def words(token: int | None) -> str:
-    """See Bos.words."""
+    """See Bos.words; token: see Bos."""
     return "" if token is None else ", each begun with BOS"
 
 

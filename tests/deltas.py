@@ -55,6 +55,8 @@ def row(tensor: str, mask: torch.Tensor, *, expert: int | None = None, transpose
         "asked": 0.5,
         "sparsity": zeros / part.numel(),
         "relative_error": 0.2,
+        "relative_error_held_out": 0.3,
+        "trained": None,
         "tokens": 64,
         "calibrated_on": "its tokens",
         "damping": None,

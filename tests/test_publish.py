@@ -55,6 +55,7 @@ TEXTS = {
 DRAWN = {
     "name": "tiny",
     "windows": 4,
+    "held_out": 2,
     "window_length": 32,
     "bos": "auto",
     "seed": 0,
@@ -95,11 +96,12 @@ def sample(seed: int = 0) -> None:
     """What the sample stage leaves."""
     CALIBRATION.mkdir(exist_ok=True)
     windows = torch.randint(3, 400, (4, 32), generator=torch.Generator().manual_seed(seed))
-    save_file({"windows": windows}, CALIBRATION / "windows.safetensors")
+    save_file({"windows": windows, "held_out": windows.roll(7, dims=1)[:2].clone()}, CALIBRATION / "windows.safetensors")
     facts = {
         "section": {**DRAWN, "seed": seed},
         "base": Checkpoint(BASE).fingerprint,
         "tokenizer_sha256": Checkpoint(BASE).tokenizer_sha256,
+        "bos": {"token": None, "reason": "of the test"},
         "windows_sha256": sha256(CALIBRATION / "windows.safetensors"),
         "sources": {"pages": {"sampler": "document", "sha256": "pages", "windows": []}},
     }

@@ -87,7 +87,7 @@ def test_the_document_that_overlaps_is_named_by_where_in_the_window_it_lies(work
     text = tokenizer.decode(tokens[between + start : between + end])
     tiny.write_lines(workspace / "evaluation/articles.jsonl", [{"text": text}])
     with pytest.raises(CalibrationError, match=rf"4-grams of pages are in articles.jsonl, .* the first, in {named}: "):
-        sample.refuse_overlap(calibration(overlap_tokens=4), {"pages": [window]}, tokenizer)
+        sample.refuse_overlap(calibration(overlap_tokens=4), {"pages": sample.Drawn(windows=[window], held_out=[])}, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,12 @@ def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({text['files'][f'{split}/{name}.jsonl']['license']})" for name in names)
 
 
-def exceptions(matrices: list[dict[str, Any]], method: Section) -> str:
-    """Markdown: where pruning had to do something else than was asked; nothing where it had not."""
+def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, Any]) -> str:
+    """Markdown: where pruning had to do something else than was asked; nothing where it had not.
+
+    Args:
+        matrices: rows of the manifest. run: what the prune stage recorded of its run.
+    """
     lines = []
     borrowed = [row for row in matrices if row["calibrated_on"] != "its tokens"]
     if borrowed:
@@ -128,7 +132,18 @@ def exceptions(matrices: list[dict[str, Any]], method: Section) -> str:
     if raised:
         largest, asked = max(row["damping"] for row in raised), method["damping"]["share"]
         lines.append(f"- {len(raised)} matrices needed more damping than {asked:g}, up to {largest:g}.")
+    untrained = len({row["block"] for row in matrices if row["trained"] is False})
+    if untrained:
+        lines.append(f"- {untrained} blocks are as the method left them: no learning rate lowered their error on the windows held out.")
+    if run.get("distillation", {}).get("rate", 0) is None:
+        lines.append("- The last blocks are not distilled: no learning rate lowered the divergence on the windows held out.")
     return "".join(f"{line}\n" for line in lines)
+
+
+def errors(summary: dict[str, float]) -> str:
+    """The relative errors, on calibration tokens and on windows held out."""
+    fitted = f"{summary['relative_error']:.4f} on calibration tokens"
+    return f"{fitted}, {summary['relative_error_held_out']:.4f} on windows held out" if "relative_error_held_out" in summary else fitted
 
 
 # What came of it.
@@ -194,7 +209,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
         to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
     recipe, base, run = delta.recipe, records.base, records.run
-    notes = exceptions(delta.matrices, recipe.method)
+    notes = exceptions(delta.matrices, recipe.method, run)
     rows = records.protocol["evaluation"]["rows"]
     says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
     some = f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
@@ -227,9 +242,9 @@ client loads them. Zeros alone make no file smaller and no client faster.
   each of {verified.matrices} matrices.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
 - Order: block after block, each for the inputs that its {recipe.prune["propagate"]} predecessors give it.
-- Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}; windows with SHA-256 `{recipe.calibration}`.
+- Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}{words(records.calibration["bos"]["token"])}; windows with SHA-256 `{recipe.calibration}`.
   provenance.json has every document and offset.
-- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {delta.summary["relative_error"]:.4f}.
+- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary)}.
 {notes}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
 
 ## Results

@@ -122,8 +122,8 @@ def test_a_token_beyond_the_embedding_is_named_before_a_task_is_scored(base, tmp
     rows = {"piqa": [{"goal": token, "sol1": "lamp", "sol2": "river", "label": 0}] * 2}
     streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path)
     for name, model in (
-        ("whole", WholeModel(pretrained=load_model(base, None, dtype=torch.float32, device=CPU), tokenizer=tokenizer, batch_size=2)),
-        ("streamed", StreamedHarness(streamed, tokenizer, batch_size=2)),
+        ("whole", WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tokenizer, batch_size=2)),
+        ("streamed", StreamedHarness(streamed, tokenizer, tiny.NO_BOS, batch_size=2)),
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(CheckpointError, match=f"evaluation.tasks: found the token '{token}' with id 400, wanted ids below 400"):

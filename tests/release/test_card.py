@@ -38,7 +38,7 @@ RECORDS = Records(
             "evaluation/piqa.jsonl": {"license": "AFL-3.0"},
         }
     },
-    calibration={"sources": {"pages": {}}},
+    calibration={"sources": {"pages": {}}, "bos": {"token": None}},
     prune={
         "seconds": 7200.0,
         "peak_memory_gib": 1.5,
@@ -55,10 +55,11 @@ RECORDS = Records(
     accuracy=[{"task": "boolq", "accuracy": 0.5, "rows": 20}],
     generations=[{"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""}],
 )
+SUMMARY = {"sparsity": 0.5, "relative_error": 0.2, "relative_error_held_out": 0.3}
 MATRICES = [
-    {"calibrated_on": "its tokens", "damping": None},
-    {"calibrated_on": "all tokens", "damping": 0.01},
-    {"calibrated_on": "its tokens", "damping": 1.0},
+    {"block": 0, "calibrated_on": "its tokens", "damping": None, "trained": None},
+    {"block": 0, "calibrated_on": "all tokens", "damping": 0.01, "trained": True},
+    {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True},
 ]
 VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501)
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
@@ -68,7 +69,7 @@ class Delta:
     """What a card reads of a delta."""
 
     def __init__(self, **changes: object) -> None:
-        self.recipe, self.matrices, self.summary = deltas.recipe(**changes), MATRICES, {"sparsity": 0.5, "relative_error": 0.2}
+        self.recipe, self.matrices, self.summary = deltas.recipe(**changes), MATRICES, SUMMARY
 
 
 @pytest.fixture()
@@ -173,7 +174,19 @@ def test_the_card_says_nothing_of_the_machines_disks(written):
 
 
 def test_a_pruning_without_exceptions_mentions_none():
-    assert exceptions(MATRICES[:1], deltas.WANDA) == ""
+    assert exceptions(MATRICES[:1], deltas.WANDA, {}) == ""
+    assert exceptions(MATRICES[:1], deltas.WANDA, {"distillation": {"rate": 0.0025}}) == ""
+
+
+def test_the_card_says_what_could_not_be_learned_without_harm():
+    matrices = [{**row, "trained": False, "damping": None, "calibrated_on": "its tokens"} for row in MATRICES]
+    said = exceptions(matrices, deltas.WANDA, {"distillation": {"rate": None}})
+    assert "- 2 blocks are as the method left them: no learning rate lowered their error on the windows held out.\n" in said
+    assert "- The last blocks are not distilled: no learning rate lowered the divergence on the windows held out.\n" in said
+
+
+def test_the_card_has_the_errors_on_calibration_tokens_and_on_windows_held_out(written):
+    assert "||: 0.2000 on calibration tokens, 0.3000 on windows held out.\n" in written().content
 
 
 @pytest.mark.parametrize(
