@@ -209,6 +209,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
         to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
     recipe, base, run = delta.recipe, records.base, records.run
+    begun = words(records.calibration["bos"]["token"])
     notes = exceptions(delta.matrices, recipe.method, run)
     rows = records.protocol["evaluation"]["rows"]
     says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
@@ -242,7 +243,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
   each of {verified.matrices} matrices.
 - Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
 - Order: block after block, each for the inputs that its {recipe.prune["propagate"]} predecessors give it.
-- Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}{words(records.calibration["bos"]["token"])}; windows with SHA-256 `{recipe.calibration}`.
+- Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}; windows with SHA-256 `{recipe.calibration}`{begun}.
   provenance.json has every document and offset.
 - Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary)}.
 {notes}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).

@@ -22,8 +22,20 @@ from stages.recipe import Recipe
 PROTOCOL = "details/protocol.json"
 EVALUATE_DENSE = "python -m stages.evaluate part=dense"
 EVALUATE_SPARSE = "python -m stages.evaluate part=sparse"
-RUN_FACTS = ("seconds", "peak_memory_gib", "device", "dtype", "batch", "processes", "resumed_after", "reconstructions")
-RUN_FACTS += ("distillation", "divergences", "code", "versions")
+RUN_FACTS = (
+    "seconds",
+    "peak_memory_gib",
+    "device",
+    "dtype",
+    "batch",
+    "processes",
+    "resumed_after",
+    "reconstructions",
+    "distillation",
+    "divergences",
+    "code",
+    "versions",
+)
 
 Data = dict[str, Any]
 
