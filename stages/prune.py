@@ -43,7 +43,7 @@ from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, PatternSection
 from stages.pruning.plan import Plan
-from stages.pruning.planning import allocate, plan_patterns
+from stages.pruning.planning import Judgement, allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import ANY_MACHINE, Propagation, Prune
 from stages.recipe import Recipe
@@ -81,17 +81,25 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), recipe.label, device, dtype)
         budget = host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1])
         make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / plan.streams)
-        plan = allocate(plan, decoder, allocation, pattern, windows, make_stream, journal)
+        plan, judgement = allocate(plan, decoder, allocation, pattern, windows, held_out, make_stream, journal)
+        if judgement is not None:
+            log_judgement(allocation.name, judgement)
         stream = make_stream(windows, held_out)
         teachers = TeacherStreams.of(stream, plan)
         locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
         log.info("%d windows a pass; hidden states are in %s", batch, locations)
-        run = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished, "hidden_states": locations}
+        run: dict[str, Any] = {
+            "batch": batch,
+            "processes": distributed.world_size(),
+            "resumed_after": journal.finished,
+            "hidden_states": locations,
+        }
         prune_all(stream, plan, journal, teachers)
         del stream  # its hidden states are of no more use
         distilled = train_last_blocks(plan, journal, teachers)
         distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
+            run |= {"allocation_judged": judgement.as_dict()} if judgement else {}
             run |= record.of_run(device, dtype, stopwatch, journal.seconds_before)
             write_results(journal, decoder, recipe, run, distilled)
 
@@ -232,6 +240,14 @@ def stream_of(
             first_window=first,
             all_windows=len(windows),
         )
+
+
+def log_judgement(name: str, judgement: Judgement) -> None:
+    """Say how an allocation was judged."""
+    losses = judgement.allocated, judgement.uniform
+    log.info("allocation %s: loss %.4f on the windows held out, %.4f with equal sparsities", name, *losses)
+    if not judgement.taken:
+        log.warning("allocation %s is not taken: it is no better than equal sparsities on the windows held out", name)
 
 
 def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:

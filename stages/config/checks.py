@@ -41,8 +41,10 @@ def _check_pruning(sections: dict[str, Any]) -> None:
     require(windows <= sections["calibration"].windows, "allocation.windows", windows, wanted)
     reconstruction = sections["reconstruction"]
     held_out, trains = sections["calibration"].held_out, RECONSTRUCTIONS.of(reconstruction).trains
-    wanted = f"at least 1 with reconstruction.name = {reconstruction.name}: windows held out judge what is learned"
-    require(not trains or held_out > 0, "calibration.held_out", held_out, wanted)
+    judged = {"reconstruction": trains, "allocation": ALLOCATIONS.of(allocation).budgeted is not None}
+    for name in (name for name, is_judged in judged.items() if is_judged):
+        wanted = f"at least 1 with {name}.name = {sections[name].name}: windows held out judge it"
+        require(held_out > 0, "calibration.held_out", held_out, wanted)
     propagates_pruned = prune.propagate == Propagation.PRUNED
     wanted = f"none with prune.propagate = {prune.propagate}: no block is run pruned"
     require(propagates_pruned or not trains, "reconstruction.name", reconstruction.name, wanted)

@@ -1,22 +1,27 @@
 """From sections of the configuration to a plan for the block loop, whole before any weight is read."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 
 from stages.errors import ConfigError, PruningError
-from stages.pruning.allocation import bounds_of_counts
+from stages.pruning import distributed
+from stages.pruning.allocation import bounds_of_counts, meet_budget
 from stages.pruning.allocations import ALLOCATIONS
-from stages.pruning.entries import DenseModel
+from stages.pruning.entries import DenseModel, Evidence
 from stages.pruning.journal import Journal
 from stages.pruning.patterns import ComparisonGroup, Pattern, PatternSection, Unstructured, pruned_count
 from stages.pruning.plan import Plan
 from stages.pruning.reordering import require_candidates
+from stages.pruning.sensitivity import Candidate, pruned_losses
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
+
+JUDGED_BY = 8  # calibration windows whose inputs Wanda sees where an allocation is judged
+UNIFORM_LOSS, ALLOCATED_LOSS = "held_out.uniform", "held_out.allocated"  # keys of the evidence
 
 
 def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: PatternSection) -> dict[str, Pattern]:
@@ -42,21 +47,44 @@ def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: 
     return patterns
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Losses on the windows held out after pruning by Wanda, nats per token: with equal sparsities, and with the allocation's."""
+
+    uniform: float
+    allocated: float
+
+    @property
+    def taken(self) -> bool:
+        """Whether the allocation is better."""
+        return self.allocated < self.uniform
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "taken": self.taken}
+
+
 def allocate(
     plan: Plan,
     decoder: Decoder,
     section: Any,
     pattern: PatternSection,
     windows: torch.Tensor,
+    held_out: torch.Tensor,
     stream: Callable[[torch.Tensor], Stream],
     journal: Journal,
-) -> Plan:
+) -> tuple[Plan, Judgement | None]:
     """Give every matrix a sparsity of its own, so that all together have the pattern's, to the weight.
+
+    Where the windows held out show no less loss than with equal sparsities, the matrices get equal ones, to the weight likewise.
 
     Args:
         section: `allocation`.
         pattern: the section; its sparsity is what all matrices together must have. windows, stream: see entries.DenseModel.
+        held_out: [windows, tokens], int64; without any nothing is judged, and the allocation is taken.
         journal: keeps what is measured.
+
+    Returns:
+        The plan, and how the allocation was judged; None where there is none.
 
     Raises:
         ConfigError: the bounds of the allocation do not allow the sparsity; before a weight is read.
@@ -64,19 +92,40 @@ def allocate(
     """
     budgeted = ALLOCATIONS.of(section).budgeted
     if budgeted is None:
-        return plan
+        return plan, None
     target = Unstructured(sparsity=pattern.sparsity, comparison_group=plan.method.compared_within)
     matrices = [matrix for block in decoder.matrices for matrix in block]
     sizes = [matrix.size for matrix in matrices]
+    budget = pruned_count(sum(sizes), target.sparsity)
     try:
-        bounds_of_counts(sizes, pruned_count(sum(sizes), target.sparsity), section.lowest, section.highest)
+        bounds_of_counts(sizes, budget, section.lowest, section.highest)
     except ValueError as error:
         raise ConfigError(f"allocation: {error}") from None
     dense = DenseModel(decoder=decoder, windows=windows, stream=stream, comparison_group=target.comparison_group)
-    evidence = journal.allocation_evidence(lambda: budgeted.evidence(dense, section))
-    with PruningError.naming(f"allocation {section.name}"):
-        counts = budgeted.counts(evidence, decoder.matrices, target, section)
-    patterns: dict[str, Pattern] = {
-        matrix.name: replace(target, sparsity=Fraction(count, matrix.size)) for matrix, count in zip(matrices, counts, strict=True)
-    }
-    return replace(plan, patterns=patterns, row_costs=budgeted.row_costs(evidence, decoder.matrices, target, section))
+
+    def candidate(counts: list[int], row_costs: Evidence) -> Candidate:
+        shares = {matrix.name: Fraction(count, matrix.size) for matrix, count in zip(matrices, counts, strict=True)}
+        return Candidate(patterns={name: replace(target, sparsity=share) for name, share in shares.items()}, row_costs=row_costs)
+
+    def allocated(evidence: Evidence) -> Candidate:
+        with PruningError.naming(f"allocation {section.name}"):
+            counts = budgeted.counts(evidence, decoder.matrices, target, section)
+        return candidate(counts, budgeted.row_costs(evidence, decoder.matrices, target, section))
+
+    equal = meet_budget([float(target.sparsity)] * len(sizes), sizes=sizes, budget=budget, lowest=section.lowest, highest=section.highest)
+    uniform = candidate(equal, {})
+
+    def measured() -> Evidence:
+        evidence = budgeted.evidence(dense, section)
+        if not len(held_out):
+            return evidence
+        few = windows[: max(JUDGED_BY, distributed.world_size())]
+        losses = pruned_losses(stream(few), [stream(held_out), stream(held_out)], [uniform, allocated(evidence)])
+        return evidence | {UNIFORM_LOSS: torch.tensor(losses[0]), ALLOCATED_LOSS: torch.tensor(losses[1])}
+
+    evidence = journal.allocation_evidence(measured)
+    judgement = None
+    if len(held_out):
+        judgement = Judgement(uniform=evidence[UNIFORM_LOSS].item(), allocated=evidence[ALLOCATED_LOSS].item())
+    chosen = uniform if judgement and not judgement.taken else allocated(evidence)
+    return replace(plan, patterns=dict[str, Pattern](chosen.patterns), row_costs=chosen.row_costs), judgement

@@ -27,7 +27,7 @@ from stages.pruning.allocation import hill_exponent, outlier_share, removal_curv
 from stages.pruning.experts import ExpertProducts
 from stages.pruning.inputs import Inputs
 from stages.pruning.observer import observe
-from stages.pruning.patterns import ComparisonGroup
+from stages.pruning.patterns import ComparisonGroup, Unstructured
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Layer, Matrix
@@ -130,6 +130,66 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
                     curve = removal_curve(squared.mul_(estimate[:, None]), grid=grid, comparison_group=comparison_group)
                 results[matrix.name] = Sensitivity(curve=curve, fisher=estimate.cpu())
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A way to allocate zeros.
+
+    patterns: matrix name -> the pattern of its mask. row_costs: see plan.Plan.
+    """
+
+    patterns: dict[str, Unstructured]
+    row_costs: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def pruned_losses(stream: Stream, held_out: list[Stream], candidates: list[Candidate]) -> list[float]:
+    """Measure on windows held out what the loss is after pruning by each candidate, by Wanda on the inputs of the dense model.
+
+    Wanda stands for every method: it takes one pass, and tells allocations apart as they do. Every block is read once.
+
+    Args:
+        stream: windows to calibrate on, before the first block; advanced through all blocks.
+        held_out: for each candidate a stream of the windows held out, likewise.
+
+    Returns:
+        For each candidate the mean next-token loss, nats per token.
+
+    Raises:
+        PruningError: activations or scores are not finite; names the block or the layer.
+    """
+    for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
+        norms = _squared_norms(_observed_pass(stream, index, block), stream.all_windows)
+        matrices = [matrix for matrix in stream.decoder.matrices[index] if matrix.layer in norms]
+        dense = [matrix.of(block).clone() for matrix in matrices]
+        for states, candidate in zip(held_out, candidates, strict=True):
+            for matrix, weights in zip(matrices, dense, strict=True):
+                scores = wanda(stream.decoder.stored(matrix, block), norms[matrix.layer])
+                costs = candidate.row_costs.get(matrix.name)
+                with PruningError.naming(f"layer {matrix.name}"):
+                    mask = candidate.patterns[matrix.name].mask(
+                        scores if costs is None else scores * costs.to(scores.device).sqrt()[:, None]
+                    )
+                matrix.of(block).copy_(weights.masked_fill(~mask, 0))
+            states.advance(index, block)
+            for matrix, weights in zip(matrices, dense, strict=True):
+                matrix.of(block).copy_(weights)
+    return [next_token_loss(states) for states in held_out]
+
+
+def next_token_loss(stream: Stream) -> float:
+    """The mean loss of the next token over the windows of all processes, nats, from the last block's outputs."""
+    total = torch.zeros(2, dtype=torch.float64)
+    with stream.decoder.after_blocks():
+        for hidden, tokens in zip(stream.hidden, stream.windows, strict=True):
+            for start in range(0, len(tokens) - 1, TOKENS_AT_ONCE):
+                positions = slice(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
+                logits = stream.decoder.logits(hidden[None, positions].to(stream.decoder.device))[0].float()
+                loss = cross_entropy(logits, tokens[1:][positions].to(logits.device), reduction="sum")
+                total += torch.tensor([loss.item(), len(logits)], dtype=torch.float64)
+    loss_sum, count = distributed.all_reduce(total).tolist()
+    return loss_sum / count
 
 
 def _dense_blocks(decoder: Decoder, order: range) -> Iterator[tuple[int, nn.Module]]:

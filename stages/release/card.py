@@ -135,6 +135,9 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     untrained = len({row["block"] for row in matrices if row["trained"] is False})
     if untrained:
         lines.append(f"- {untrained} blocks are as the method left them: no learning rate lowered their error on the windows held out.")
+    judged = run.get("allocation_judged")
+    if judged and not judged["taken"]:
+        lines.append("- All matrices have equal sparsities: the allocation was no better than these on the windows held out.")
     if run.get("distillation", {}).get("rate", 0) is None:
         lines.append("- The last blocks are not distilled: no learning rate lowered the divergence on the windows held out.")
     return "".join(f"{line}\n" for line in lines)

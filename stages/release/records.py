@@ -30,6 +30,7 @@ RUN_FACTS = (
     "batch",
     "processes",
     "resumed_after",
+    "allocation_judged",
     "reconstructions",
     "distillation",
     "divergences",
