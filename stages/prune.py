@@ -88,18 +88,13 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         teachers = TeacherStreams.of(stream, plan)
         locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
         log.info("%d windows a pass; hidden states are in %s", batch, locations)
-        run: dict[str, Any] = {
-            "batch": batch,
-            "processes": distributed.world_size(),
-            "resumed_after": journal.finished,
-            "hidden_states": locations,
-        }
+        run: dict[str, Any] = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished}
+        run |= {"hidden_states": locations, "allocation_judged": judgement and judgement.as_dict()}
         prune_all(stream, plan, journal, teachers)
         del stream  # its hidden states are of no more use
         distilled = train_last_blocks(plan, journal, teachers)
         distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
-            run |= {"allocation_judged": judgement.as_dict()} if judgement else {}
             run |= record.of_run(device, dtype, stopwatch, journal.seconds_before)
             write_results(journal, decoder, recipe, run, distilled)
 

@@ -120,7 +120,8 @@ def allocate(
         if not len(held_out):
             return evidence
         few = windows[: max(JUDGED_BY, distributed.world_size())]
-        losses = pruned_losses(stream(few), [stream(held_out), stream(held_out)], [uniform, allocated(evidence)])
+        judging = held_out.repeat(-(-distributed.world_size() // len(held_out)), 1)  # at least one for each process
+        losses = pruned_losses(stream(few), [stream(judging), stream(judging)], [uniform, allocated(evidence)])
         return evidence | {UNIFORM_LOSS: torch.tensor(losses[0]), ALLOCATED_LOSS: torch.tensor(losses[1])}
 
     evidence = journal.allocation_evidence(measured)

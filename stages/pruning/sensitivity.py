@@ -166,11 +166,10 @@ def pruned_losses(stream: Stream, held_out: list[Stream], candidates: list[Candi
         for states, candidate in zip(held_out, candidates, strict=True):
             for matrix, weights in zip(matrices, dense, strict=True):
                 scores = wanda(stream.decoder.stored(matrix, block), norms[matrix.layer])
-                costs = candidate.row_costs.get(matrix.name)
+                if matrix.name in candidate.row_costs:
+                    scores *= candidate.row_costs[matrix.name].to(scores.device).sqrt()[:, None]
                 with PruningError.naming(f"layer {matrix.name}"):
-                    mask = candidate.patterns[matrix.name].mask(
-                        scores if costs is None else scores * costs.to(scores.device).sqrt()[:, None]
-                    )
+                    mask = candidate.patterns[matrix.name].mask(scores)
                 matrix.of(block).copy_(weights.masked_fill(~mask, 0))
             states.advance(index, block)
             for matrix, weights in zip(matrices, dense, strict=True):
