@@ -340,6 +340,7 @@ def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, P
         "sparsity": (weights - kept) / weights,
         "relative_error": finished.relative_error,
         "relative_error_held_out": finished.held_out_error,
+        "refined": finished.refined,
         "trained": None if block.training is None else block.training.rate is not None,
         "tokens": finished.tokens,
         "calibrated_on": finished.calibrated_on,

@@ -56,6 +56,7 @@ def row(tensor: str, mask: torch.Tensor, *, expert: int | None = None, transpose
         "sparsity": zeros / part.numel(),
         "relative_error": 0.2,
         "relative_error_held_out": 0.3,
+        "refined": True,
         "trained": None,
         "tokens": 64,
         "calibrated_on": "its tokens",

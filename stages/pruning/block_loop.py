@@ -25,15 +25,19 @@ from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed, parallel
 from stages.pruning.entries import Pruned
+from stages.pruning.guard import without_harm
 from stages.pruning.inputs import CalibratedOn, Inputs
 from stages.pruning.learning import Outcome
 from stages.pruning.method import prune_matrices
 from stages.pruning.observer import Observer, observe, observe_held_out
+from stages.pruning.patterns import Pattern
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
 from stages.pruning.section import Propagation
+from stages.pruning.selection import select
+from stages.pruning.updates import UPDATES
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
@@ -49,7 +53,7 @@ class MatrixResult:
 
     relative_error: ||(W - W') X||_F / ||W X||_F on a sample of the calibration tokens, before any distillation; 0 or more.
     held_out_error: the same on tokens of the windows held out; None if none of them reached the layer.
-    damping: see entries.Pruned.
+    damping, refined: see entries.Pruned.
     tokens: how many the layer read, in all processes.
     """
 
@@ -57,6 +61,7 @@ class MatrixResult:
     relative_error: float
     held_out_error: float | None
     damping: float | None
+    refined: bool
     tokens: int
     calibrated_on: CalibratedOn
 
@@ -278,6 +283,8 @@ class _BlockPruner:
         else:
             solved = parallel.broadcast_group(outcomes, weights, source, changes_weights=self.plan.method.changes_weights)
         samples = [inputs.sampled(), self._held_out(inputs)]
+        if UPDATES.of(self.plan.method.update).refines:
+            solved = without_harm(weights, solved, self._masks_of_scores(inputs, weights), samples[1])
         for matrix, weight, pruned in zip(self._matrices(inputs), weights, solved, strict=True):
             order, dtype = self.orders.get(matrix.name, UNCHANGED), self.decoder.checkpoint.dtype(matrix.tensor)
             if self.training is not None:
@@ -291,6 +298,7 @@ class _BlockPruner:
                 relative_error=relative_error or 0.0,
                 held_out_error=held_out_error,
                 damping=pruned.damping,
+                refined=pruned.refined,
                 tokens=inputs.tokens,
                 calibrated_on=inputs.calibrated_on,
             )
@@ -321,14 +329,27 @@ class _BlockPruner:
         if not all(torch.isfinite(tokens).all() for tokens in inputs.sample):
             reason = "; float16 overflows above 65504, bfloat16 does not" if inputs.sample[0].dtype == torch.float16 else ""
             raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations{reason}")
-        scales = [_row_scale(plan.row_costs.get(matrix.name), weight) for matrix, weight in zip(matrices, weights, strict=True)]
+        scales = self._row_scales(inputs, weights)
         scaled = [weight if scale is None else weight * scale for weight, scale in zip(weights, scales, strict=True)]
         with PruningError.naming(f"layer {names}"):
-            solved = prune_matrices(scaled, inputs.statistic, plan.method, [plan.patterns[matrix.name] for matrix in matrices])
+            solved = prune_matrices(scaled, inputs.statistic, plan.method, self._patterns(inputs))
         return [
             pruned if scale is None or pruned.values is None else replace(pruned, values=pruned.values / scale)
             for pruned, scale in zip(solved, scales, strict=True)
         ]
+
+    def _row_scales(self, inputs: Inputs, weights: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        matrices = zip(self._matrices(inputs), weights, strict=True)
+        return [_row_scale(self.plan.row_costs.get(matrix.name), weight) for matrix, weight in matrices]
+
+    def _patterns(self, inputs: Inputs) -> list[Pattern]:
+        return [self.plan.patterns[matrix.name] for matrix in self._matrices(inputs)]
+
+    def _masks_of_scores(self, inputs: Inputs, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The masks by the method's score alone."""
+        scales = zip(weights, self._row_scales(inputs, weights), strict=True)
+        scaled = [weight if scale is None else weight * scale for weight, scale in scales]
+        return select(scaled, inputs.statistic, self._patterns(inputs), self.plan.method)
 
     def reconstruct(self, stream: Stream, training: BlockTraining) -> None:
         """Train the kept weights and, if that lowered the error on the windows held out, write them back and measure them again.

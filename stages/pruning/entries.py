@@ -38,11 +38,13 @@ class Pruned:
     mask: [rows, columns], bool, True = kept.
     values: [rows, columns], float32, or None where kept weights did not change.
     damping: with which the Gram matrix factored, see method.Damping; None if it was not factored.
+    refined: whether it is what the update gave; False: the mask of the score, since the update did harm, see guard.
     """
 
     mask: torch.Tensor
     values: torch.Tensor | None = None
     damping: float | None = None
+    refined: bool = True
 
 
 ScoreFunction: TypeAlias = Callable[[torch.Tensor, Any, "Method"], torch.Tensor]
@@ -79,6 +81,7 @@ class Update(Entry):
         does not factor, ValueError where a score is not finite.
     statistic: what it needs to know of the input, at least.
     changes_weights: whether kept weights get new values, by its section.
+    refines: whether it improves on the mask of the score, and is given up for a matrix where it does harm, see guard.
     scores: the names of the scores that it can work from; None for all.
     check: what it asks of the method's and the pattern's sections together; raises ConfigError.
     """
@@ -86,6 +89,7 @@ class Update(Entry):
     prune: UpdateFunction
     statistic: type[Statistic]
     changes_weights: Callable[[Any], bool]
+    refines: bool = False
     scores: tuple[str, ...] | None = None
     check: Callable[[Any, Any], None] = _nothing
 

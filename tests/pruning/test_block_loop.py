@@ -25,10 +25,10 @@ SPARSEGPT = sparsegpt()
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
-def run(decoder: Decoder, method, pattern, batch: int = 2, propagate: str = "pruned", windows: torch.Tensor = WINDOWS):
+def run(decoder: Decoder, method, pattern, batch: int = 2, propagate: str = "pruned", windows: torch.Tensor = WINDOWS, held_out: int = 0):
     names = [matrix.name for block in decoder.matrices for matrix in block]
     plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=propagate, error_tokens=60, expert_tokens=0)
-    return list(prune_blocks(stream_of(decoder, windows, batch=batch), plan))
+    return list(prune_blocks(stream_of(decoder, windows, batch=batch, held_out=held_out), plan))
 
 
 def stream_of(decoder: Decoder, windows: torch.Tensor = WINDOWS, **how) -> Stream:
@@ -36,8 +36,8 @@ def stream_of(decoder: Decoder, windows: torch.Tensor = WINDOWS, **how) -> Strea
         return Stream(decoder, windows, **how)
 
 
-def pruned(base: Checkpoint, method, pattern, batch: int = 2, propagate: str = "pruned"):
-    blocks = run(Decoder(base, torch.float32, CPU), method, pattern, batch, propagate)
+def pruned(base: Checkpoint, method, pattern, batch: int = 2, propagate: str = "pruned", held_out: int = 0):
+    blocks = run(Decoder(base, torch.float32, CPU), method, pattern, batch, propagate, held_out=held_out)
     return {name: change for block in blocks for name, change in block.changes.items()}, blocks
 
 

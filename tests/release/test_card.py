@@ -57,9 +57,9 @@ RECORDS = Records(
 )
 SUMMARY = {"sparsity": 0.5, "relative_error": 0.2, "relative_error_held_out": 0.3}
 MATRICES = [
-    {"block": 0, "calibrated_on": "its tokens", "damping": None, "trained": None},
-    {"block": 0, "calibrated_on": "all tokens", "damping": 0.01, "trained": True},
-    {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True},
+    {"block": 0, "calibrated_on": "its tokens", "damping": None, "trained": None, "refined": True},
+    {"block": 0, "calibrated_on": "all tokens", "damping": 0.01, "trained": True, "refined": True},
+    {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True, "refined": True},
 ]
 VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501)
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
@@ -179,8 +179,9 @@ def test_a_pruning_without_exceptions_mentions_none():
 
 
 def test_the_card_says_what_could_not_be_learned_without_harm():
-    matrices = [{**row, "trained": False, "damping": None, "calibrated_on": "its tokens"} for row in MATRICES]
+    matrices = [{**row, "trained": False, "refined": False, "damping": None, "calibrated_on": "its tokens"} for row in MATRICES]
     said = exceptions(matrices, deltas.WANDA, {"distillation": {"rate": None}})
+    assert "- 3 matrices have the mask of their score: the update left more error on the windows held out.\n" in said
     assert "- 2 blocks are as the method left them: no learning rate lowered their error on the windows held out.\n" in said
     assert "- The last blocks are not distilled: no learning rate lowered the divergence on the windows held out.\n" in said
 

@@ -75,6 +75,7 @@ LEAST_SQUARES = Update(
     name="least_squares",
     prune=prune,
     statistic=Gram,
+    refines=True,
     changes_weights=lambda _: True,
     parameters=LeastSquaresParameters,
     summary="kept weights refitted by conjugate gradients on the Gram matrix",

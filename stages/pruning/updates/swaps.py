@@ -127,6 +127,7 @@ SWAPS = Update(
     name="swaps",
     prune=prune,
     statistic=Gram,
+    refines=True,
     changes_weights=lambda section: section.refit_steps > 0,
     parameters=SwapsParameters,
     summary="the mask refined by exact one-for-one swaps on the Gram matrix",
