@@ -5,10 +5,11 @@ checked shapes no result. It is therefore imported here by name, and is no depen
 """
 
 import importlib
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -125,8 +126,14 @@ def _checked_version(library: str, *, _root_: DictConfig) -> str:
     if isinstance(plain, dict) and set(SECTIONS) <= set(plain):
         sections = _with_versions({name: plain[name] for name in SECTIONS})
         refuse_interpolations(sections, "conf")
-        read(OmegaConf.create(sections))
+        _check_composition(json.dumps(sections))
     return installed(library)
+
+
+@lru_cache(maxsize=1)
+def _check_composition(sections: str) -> None:
+    """Check a composition, as JSON, once for all the versions that it asks for; see read."""
+    read(OmegaConf.create(json.loads(sections)))
 
 
 def _with_versions(value: Any) -> Any:
