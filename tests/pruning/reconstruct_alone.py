@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from stages.checkpoint.reader import Checkpoint
 from stages.prune import local_share
 from stages.pruning import distributed
-from stages.pruning.reconstruction import Reconstruction, reconstruct
+from stages.pruning.entries import Pruned
+from stages.pruning.reconstruction import BlockTraining, Reconstruction, reconstruct
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 NAME = "mlp.up_proj.weight"
-HOW = Reconstruction(epochs=2, learning_rate=1e-3)
+HOW = Reconstruction(epochs=2, learning_rate=0.02)
+HELD_OUT = 3
 
 
 @torch.no_grad()
@@ -26,17 +28,22 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
     with distributed.process_group(torch.device("cpu")):
         decoder = Decoder(Checkpoint(checkpoint), torch.float32, torch.device("cpu"))
         every = load_file(windows)["windows"]
-        share, first = local_share(every)
+        fitted, held_out = every[:-HELD_OUT], every[-HELD_OUT:]
+        share, first = local_share(fitted)
+        own = held_out.tensor_split(distributed.world_size())[distributed.rank()]
         with decoder.before_blocks():
-            stream = Stream(decoder, share, batch=1, first_window=first, all_windows=len(every))
+            windows_of_process = torch.cat([share, own])
+            stream = Stream(decoder, windows_of_process, held_out=len(own), batch=1, first_window=first, all_windows=len(fitted))
         with decoder.loaded(0, decoder.read(0)) as block:
             targets = torch.cat([run_block(block, hidden, call) for _, hidden, call in stream.parts(0)])
-            weight = block.get_parameter(NAME)
+            (matrix,) = (matrix for matrix in decoder.matrices[0] if matrix.parameter_slice.name == NAME)
+            weight, training = matrix.of(block).clone(), BlockTraining(HOW, block, targets)
             mask = torch.arange(weight.numel()).view(weight.shape) % 3 > 0
-            weight.mul_(mask)
-            values = weight.clone()
-            reconstruct(stream, 0, block, {NAME: mask}, {NAME: values}, targets, HOW)
-            save_file({"values": values}, out / f"{distributed.rank()}.safetensors")
+            matrix.of(block).mul_(mask)
+            training.add(matrix, weight, Pruned(mask=mask), [])
+            outcome = reconstruct(stream, 0, training)
+            losses = torch.tensor([outcome.before, outcome.after], dtype=torch.float64)
+            save_file({"values": training.values[NAME], "losses": losses}, out / f"{distributed.rank()}.safetensors")
 
 
 if __name__ == "__main__":
