@@ -19,10 +19,11 @@ from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.streamed import StreamedModel
 from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json
 from stages.rows import Rows
+from stages.sample import SPARE
 from stages.streaming.decoder import Decoder
 
 PAGES = TEXT / "calibration/c4_pages.jsonl"
-CALIBRATION_SEEDS, CALIBRATION_WINDOWS = range(10), 32
+CALIBRATION_SEEDS, CALIBRATION_WINDOWS, HELD_OUT = range(10), 32, 4
 WINDOWS, LENGTH, ORDER = 24, 512, 123
 
 
@@ -47,7 +48,7 @@ def windows() -> torch.Tensor:
     drawn = {
         number
         for seed in CALIBRATION_SEEDS
-        for window in document(pages, CALIBRATION_WINDOWS, LENGTH, seed, None)
+        for window in document(pages, CALIBRATION_WINDOWS + SPARE * HELD_OUT, LENGTH, seed, None)
         for number, _, _ in window.spans
     }
     others = Others(pages, [number for number in range(len(pages)) if number not in drawn])

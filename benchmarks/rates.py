@@ -67,7 +67,7 @@ def tried(stream: Stream, index: int, training: BlockTraining, rows: list[dict[s
     """Train a block by every setting; take the best."""
     balanced = dict(training.balance.scales)
     start = {name: values.clone() for name, values in training.values.items()}
-    best: tuple[float, dict[str, torch.Tensor], Outcome] | None = None
+    best = math.inf, start, Outcome(before=math.inf, tried={})
     row = {}
     for coordinates, rate in SETTINGS:
         for name, values in start.items():
@@ -78,11 +78,10 @@ def tried(stream: Stream, index: int, training: BlockTraining, rows: list[dict[s
         training.settings = Reconstruction(epochs=1, learning_rate=rate)
         outcome = reconstruction.reconstruct(stream, index, training)
         row[f"{coordinates} {rate:g}"] = round(min(outcome.tried.values()) / outcome.before, 4)
-        if best is None or outcome.after < best[0]:
+        if outcome.after < best[0]:
             best = outcome.after, {name: values.clone() for name, values in training.values.items()}, outcome
     print(index, row, flush=True)
     rows.append(row)
-    assert best is not None
     for name, values in best[1].items():
         training.values[name].copy_(values)
     training.write(training.values)

@@ -71,6 +71,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
     plan = plan_of(decoder, method, pattern, reconstruction, prune)
     recipe = recipe_of(method, pattern, allocation, reconstruction, prune, base=base.fingerprint, calibration=windows_sha256)
     log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
+    require_held_out(plan, allocation, held_out)
     warn_of_few_tokens(plan, decoder, windows)
     with (
         distributed.process_group(device),
@@ -164,6 +165,8 @@ def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, s
             "run the sample stage again"
         )
     tensors = load_file(path)
+    if "held_out" not in tensors:
+        raise CalibrationError(f"{path}: found no tensor held_out; run the sample stage again")
     return tensors["windows"], tensors["held_out"], actual
 
 
@@ -201,8 +204,21 @@ def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | No
         tokens,
         scores_blocks=budgeted is not None and budgeted.holds_scores,
         takes_gradients=budgeted is not None and budgeted.takes_gradients,
+        judges=budgeted is not None,
     )
     return max(0, memory_budget(asked) // distributed.local_world_size() - needed)
+
+
+def require_held_out(plan: Plan, allocation: Any, held_out: torch.Tensor) -> None:
+    """Refuse to begin where something is to be judged and no windows are held out.
+
+    Raises:
+        CalibrationError: the windows were drawn without any held out.
+    """
+    judged = plan.trains or plan.method.refines or ALLOCATIONS.of(allocation).budgeted is not None
+    if judged and not len(held_out):
+        wanted = "wanted at least one: they judge allocations, refinements and trainings"
+        raise CalibrationError(f"{CALIBRATION}: found no windows held out, {wanted}; run the sample stage with calibration.held_out=4")
 
 
 def warn_of_few_tokens(plan: Plan, decoder: Decoder, windows: torch.Tensor) -> None:
@@ -218,12 +234,23 @@ def warn_of_few_tokens(plan: Plan, decoder: Decoder, windows: torch.Tensor) -> N
 
 
 def stream_of(
-    decoder: Decoder, windows: torch.Tensor, held_out: torch.Tensor | None = None, *, batch: int, budget: int, gpu_share: float
+    decoder: Decoder,
+    windows: torch.Tensor,
+    held_out: torch.Tensor | None = None,
+    *,
+    batch: int,
+    budget: int,
+    gpu_share: float,
+    streams: int = 1,
 ) -> Stream:
-    """This process's share of some windows, and of windows held out, before the first block."""
+    """This process's share of some windows, and of windows held out, before the first block.
+
+    Args:
+        streams: of so many at the same time each has its part of the budget and of the GPU's memory.
+    """
     local_windows, first = local_share(windows)
     local_held_out = windows[:0] if held_out is None else held_out.tensor_split(distributed.world_size())[distributed.rank()]
-    memory = HostMemory(budget, PRUNE_JOURNAL.parent)
+    memory = HostMemory(budget // streams, PRUNE_JOURNAL.parent)
     with decoder.before_blocks():
         return Stream(
             decoder,
@@ -231,7 +258,7 @@ def stream_of(
             held_out=len(local_held_out),
             batch=batch,
             memory=memory,
-            gpu_share=gpu_share,
+            gpu_share=gpu_share / streams,
             first_window=first,
             all_windows=len(windows),
         )

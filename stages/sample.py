@@ -6,7 +6,6 @@ python -m stages.sample
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from stages.calibration.section import Calibration
 from stages.checkpoint.reader import Checkpoint
 from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.config.entry import stage
-from stages.errors import CalibrationError
+from stages.errors import CalibrationError, TextError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json
 from stages.rows import Rows
 
@@ -72,7 +71,8 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos)
             windows, others = split(partial(sample, SAMPLERS.of(source), documents, calibration), counts[name], held_out[name])
         except CalibrationError as error:
             documents.require_few_refused()
-            raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}") from None
+            some = f"; {held_out[name]} of them are held out (calibration.held_out)" if held_out[name] else ""
+            raise CalibrationError(f"calibration.sources.{name} ({source.sampler} sampler): {error}{some}") from None
         documents.require_few_refused()
         if documents.refused:
             log.warning("%s: left out %d dialogues; the first: %s", name, len(documents.refused), next(iter(documents.refused.values())))
@@ -99,9 +99,10 @@ def split(draw_windows: Callable[[int], list[Window]], count: int, held_out: int
     """
     if not held_out:
         return draw_windows(count), []
-    windows = draw_windows(count + held_out)
-    with suppress(CalibrationError):  # a corpus that has no more
+    try:
         windows = draw_windows(count + SPARE * held_out)
+    except (CalibrationError, TextError):  # a corpus that has no more
+        windows = draw_windows(count + held_out)
     fitted, candidates = windows[:count], windows[count:]
     known = {document for window in fitted for document, _, _ in window.spans}
     candidates.sort(key=lambda window: any(document in known for document, _, _ in window.spans))  # stable: the first that share none

@@ -40,8 +40,9 @@ class Window:
 
     def begun_with(self, bos: Bos) -> "Window":
         """The window begun with BOS if it is decided for: its last tokens make room for it."""
-        tokens = bos.begin(self.tokens)[: len(self.tokens)]
-        shift = 0 if tokens == self.tokens else 1
+        if bos.token is None or self.tokens[0] == bos.token:
+            return self
+        tokens, shift = [bos.token, *self.tokens[:-1]], 1
         placed = [
             ((document, offset, min(count, len(tokens) - start - shift)), start + shift)
             for (document, offset, count), start in zip(self.spans, self.starts, strict=True)

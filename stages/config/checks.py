@@ -41,10 +41,14 @@ def _check_pruning(sections: dict[str, Any]) -> None:
     require(windows <= sections["calibration"].windows, "allocation.windows", windows, wanted)
     reconstruction = sections["reconstruction"]
     held_out, trains = sections["calibration"].held_out, RECONSTRUCTIONS.of(reconstruction).trains
-    judged = {"reconstruction": trains, "allocation": ALLOCATIONS.of(allocation).budgeted is not None}
-    for name in (name for name, is_judged in judged.items() if is_judged):
-        wanted = f"at least 1 with {name}.name = {sections[name].name}: windows held out judge it"
-        require(held_out > 0, "calibration.held_out", held_out, wanted)
+    method = sections["method"]
+    judged = {
+        f"reconstruction.name = {reconstruction.name}": trains,
+        f"allocation.name = {allocation.name}": ALLOCATIONS.of(allocation).budgeted is not None,
+        f"method.update.name = {method.update.name}": method.refines,
+    }
+    for choice in (choice for choice, is_judged in judged.items() if is_judged):
+        require(held_out > 0, "calibration.held_out", held_out, f"at least 1 with {choice}: windows held out judge it")
     propagates_pruned = prune.propagate == Propagation.PRUNED
     wanted = f"none with prune.propagate = {prune.propagate}: no block is run pruned"
     require(propagates_pruned or not trains, "reconstruction.name", reconstruction.name, wanted)

@@ -37,7 +37,6 @@ from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
 from stages.pruning.section import Propagation
 from stages.pruning.selection import select
-from stages.pruning.updates import UPDATES
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
@@ -61,7 +60,7 @@ class MatrixResult:
     relative_error: float
     held_out_error: float | None
     damping: float | None
-    refined: bool
+    refined: bool | None
     tokens: int
     calibrated_on: CalibratedOn
 
@@ -203,7 +202,10 @@ def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> tuple[
     held_out = observe_held_out(stream, block, layers, plan.error_tokens)
     _run_through(stream, plan, index, block, held_out, stream.held_out)
     stream.require_finite(index)
-    samples = {layer: torch.cat(distinct.sample) for distinct in held_out.finish(None) for layer in distinct.layers if distinct.sample}
+    samples: dict[Layer, torch.Tensor] = {}
+    for distinct in held_out.finish(None):
+        if distinct.sample:
+            samples.update(dict.fromkeys(distinct.layers, torch.cat(distinct.sample)))
     return inputs, samples
 
 
@@ -283,12 +285,13 @@ class _BlockPruner:
         else:
             solved = parallel.broadcast_group(outcomes, weights, source, changes_weights=self.plan.method.changes_weights)
         samples = [inputs.sampled(), self._held_out(inputs)]
-        if UPDATES.of(self.plan.method.update).refines:
-            solved = without_harm(weights, solved, self._masks_of_scores(inputs, weights), samples[1])
+        if self.plan.method.refines:
+            masks, scales = self._masks_of_scores(inputs, weights), self._row_scales(inputs, weights)
+            solved = without_harm(weights, solved, masks, scales, samples[1])
         for matrix, weight, pruned in zip(self._matrices(inputs), weights, solved, strict=True):
             order, dtype = self.orders.get(matrix.name, UNCHANGED), self.decoder.checkpoint.dtype(matrix.tensor)
             if self.training is not None:
-                self.training.add(matrix, weight, pruned, samples)
+                self.training.add(matrix, weight, pruned, samples, dtype)
             target = matrix.of(self.block) if self.plan.propagate == Propagation.PRUNED else None
             squared_errors = write_back(weight, pruned, dtype, target, samples)
             self.changes[matrix.name] = _change(matrix, pruned, order, dtype)
@@ -305,11 +308,11 @@ class _BlockPruner:
 
     def _held_out(self, inputs: Inputs) -> torch.Tensor:
         """Some of these inputs in the windows held out, reordered likewise, [tokens, columns], float32; perhaps none of an expert's."""
-        found = self.held_out.get(inputs.layers[0])
-        if found is None:
+        sample = self.held_out.get(inputs.layers[0])
+        if sample is None:
             return inputs.sampled()[:0]
         order = self.orders.get(self._matrices(inputs)[0].name, UNCHANGED)
-        return (found if order.columns is None else found[:, order.columns]).float()
+        return (sample if order.columns is None else sample[:, order.columns]).float()
 
     def _matrices(self, inputs: Inputs) -> list[Matrix]:
         return [matrix for layer in inputs.layers for matrix in self.matrices_of[layer]]

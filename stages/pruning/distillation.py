@@ -188,9 +188,16 @@ class _TrainedBlock:
         pieces = zip(weights.split(self.sizes), self.shapes.items(), strict=True)
         return {name: piece.view(shape) for piece, (name, shape) in pieces}
 
-    def loaded(self) -> AbstractContextManager[nn.Module]:
-        """Load the block with the current kept weights, pruned weights exactly zero, and untrained tensors as stored."""
-        return self.decoder.loaded(self.index, self.untrained | self._by_tensor(self._weights(self.kept_weights)))
+    def loaded(self, *, rounded: bool = False) -> AbstractContextManager[nn.Module]:
+        """Load the block with the current kept weights, pruned weights exactly zero, and untrained tensors as stored.
+
+        Args:
+            rounded: to the checkpoint's dtype, as the delta will have them.
+        """
+        tensors = self._by_tensor(self._weights(self.kept_weights))
+        if rounded:
+            tensors = {name: tensor.to(self.decoder.checkpoint.dtype(name)) for name, tensor in tensors.items()}
+        return self.decoder.loaded(self.index, self.untrained | tensors)
 
     def _weights(self, balanced: torch.Tensor) -> torch.Tensor:
         """All weights of the block's pruned tensors, flat, from balanced kept weights."""
@@ -268,7 +275,7 @@ def held_out_divergence(stream: Stream, targets: torch.Tensor, trained: list[_Tr
     for window in stream.held_out:
         hidden, _ = stream.window(trained[0].index, window)
         for current in trained:
-            with current.loaded() as block:
+            with current.loaded(rounded=True) as block:
                 hidden = run_block(block, hidden, stream.calls[1][current.index])
         total += torch.tensor([divergence(stream.decoder, hidden, targets[window]), 1], dtype=torch.float64)
     return mean_over_processes(total)

@@ -38,13 +38,13 @@ class Pruned:
     mask: [rows, columns], bool, True = kept.
     values: [rows, columns], float32, or None where kept weights did not change.
     damping: with which the Gram matrix factored, see method.Damping; None if it was not factored.
-    refined: whether it is what the update gave; False: the mask of the score, since the update did harm, see guard.
+    refined: whether it is what the update gave; False: the mask of the score, since the update did harm; None: not judged; see guard.
     """
 
     mask: torch.Tensor
     values: torch.Tensor | None = None
     damping: float | None = None
-    refined: bool = True
+    refined: bool | None = None
 
 
 ScoreFunction: TypeAlias = Callable[[torch.Tensor, Any, "Method"], torch.Tensor]

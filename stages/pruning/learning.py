@@ -35,7 +35,8 @@ def balance(weight: torch.Tensor) -> Scales:
         weight: [rows, columns], float32, finite.
 
     Returns:
-        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. A row or a column of zeros has the scale 1.
+        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. A row or a column of zeros has the geometric mean of
+        the other scales.
     """
     squares = weight.square()
     rows, columns = squares.new_ones(len(weight), 1), squares.new_ones(1, weight.shape[1])
@@ -46,7 +47,12 @@ def balance(weight: torch.Tensor) -> Scales:
         columns = _or_one(means)
         if done.all():
             break
-    return rows.sqrt(), columns.sqrt()
+    return _filled(rows, squares.any(dim=1, keepdim=True)).sqrt(), _filled(columns, squares.any(dim=0, keepdim=True)).sqrt()
+
+
+def _filled(scales: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """Scales with the geometric mean of those alive in place of the others."""
+    return scales.where(alive, scales[alive].log().mean().exp()) if alive.any() else scales
 
 
 def _or_one(means: torch.Tensor) -> torch.Tensor:

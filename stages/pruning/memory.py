@@ -20,7 +20,7 @@ COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 the matrix, its f
 COPIES_MASKED, COPIES_UPDATED = 8, 12  # of a layer's weights in float32: while it is scored, and while a method updates it
 
 
-def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, takes_gradients: bool) -> int:
+def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, takes_gradients: bool, judges: bool = False) -> int:
     """An upper bound on host memory in bytes, without hidden states.
 
     It counts the libraries and two copies of the largest block as stored, for the current block and the one read ahead; on a CPU also
@@ -30,7 +30,7 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
     Args:
         tokens: number of tokens in a forward pass.
         scores_blocks: whether an allocation holds the scores of all matrices of a block.
-        takes_gradients: whether an allocation takes gradients of the loss.
+        takes_gradients: whether an allocation takes gradients of the loss. judges: whether an allocation is judged.
     """
     blocks = range(len(decoder.blocks))
     largest = max(_block_weights(decoder, index) for index in blocks)
@@ -42,6 +42,9 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
     computed = max(_loop_bytes(decoder, plan, index) for index in blocks)
     if scores_blocks:
         computed = max(computed, largest * (decoder.dtype.itemsize + COPIES_SCORED * 4))
+    if judges:
+        scored = COPIES_MASKED * 4 * max(matrix.size for block in decoder.matrices for matrix in block)
+        computed = max(computed, 2 * largest * decoder.dtype.itemsize + scored, _head_bytes(decoder))
     if plan.distillation or takes_gradients:
         computed = max(computed, _gradient_bytes(decoder, tokens))
     return host + computed
@@ -73,11 +76,17 @@ def _loop_bytes(decoder: Decoder, plan: Plan, index: int) -> int:
 
 def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
     """A block's weights, gradients and activations, the parameters outside the blocks, and the logits of some tokens."""
-    counts = [_block_weights(decoder, index) for index in range(len(decoder.blocks))]
-    outside = sum(_weights(decoder, name) for name in decoder.layout) - sum(counts)
+    largest = max(_block_weights(decoder, index) for index in range(len(decoder.blocks)))
     activations = COPIES_OF_ACTIVATIONS * 4 * tokens * max(map(_channels, decoder.matrices))
+    return 2 * largest * decoder.dtype.itemsize + activations + _head_bytes(decoder)
+
+
+def _head_bytes(decoder: Decoder) -> int:
+    """The parameters outside the blocks, and the logits of some tokens."""
+    outside = sum(_weights(decoder, name) for name in decoder.layout)
+    outside -= sum(_block_weights(decoder, index) for index in range(len(decoder.blocks)))
     logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
-    return (2 * max(counts) + outside) * decoder.dtype.itemsize + activations + logits
+    return outside * decoder.dtype.itemsize + logits
 
 
 def _channels(matrices: list[Matrix]) -> int:

@@ -60,6 +60,11 @@ class Method:
         return UPDATES.of(self.update).changes_weights(self.update)
 
     @property
+    def refines(self) -> bool:
+        """Whether the update improves on the mask of the score, and is judged by windows held out."""
+        return UPDATES.of(self.update).refines
+
+    @property
     def statistic(self) -> type[Statistic]:
         """What is collected of every layer's input: the least that both score and update can work from."""
         return max(SCORES.of(self.score).statistic, UPDATES.of(self.update).statistic, key=STATISTICS.index)

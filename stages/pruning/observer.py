@@ -4,6 +4,7 @@ Linear layers are observed by hooks, experts as in experts.py; both pass their i
 """
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any, Generic
 
 import torch
@@ -129,9 +130,12 @@ class Observer(Generic[S]):
 
 
 def observe_held_out(stream: Stream, block: nn.Module, layers: list[Layer], sampled: int) -> Observer[NoStatistic]:
-    """Make an observer that keeps about `sampled` tokens of each layer's inputs in the windows held out."""
-    tokens = len(stream.held_out) * stream.shape[1] * world_size()
-    return Observer(block, layers, NoStatistic, tokens, sampled)
+    """Make an observer that keeps about `sampled` tokens of each layer's inputs in the windows held out, at all places in a window."""
+    length = stream.shape[1]
+    stride = max(1, len(stream.held_out) * length * world_size() // sampled)
+    while gcd(stride, length) > 1:  # else the first token of every window, which has enormous activations, is one of them
+        stride += 1
+    return Observer(block, layers, NoStatistic, stride * sampled, sampled)
 
 
 def observe(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[S], sampled: int = 1) -> Observer[S]:

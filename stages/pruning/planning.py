@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def allocate(
     pattern: PatternSection,
     windows: torch.Tensor,
     held_out: torch.Tensor,
-    stream: Callable[[torch.Tensor], Stream],
+    stream: Callable[..., Stream],
     journal: Journal,
 ) -> tuple[Plan, Judgement | None]:
     """Give every matrix a sparsity of its own, so that all together have the pattern's, to the weight.
@@ -80,7 +81,7 @@ def allocate(
     Args:
         section: `allocation`.
         pattern: the section; its sparsity is what all matrices together must have. windows, stream: see entries.DenseModel.
-        held_out: [windows, tokens], int64; without any nothing is judged, and the allocation is taken.
+        held_out: [windows, tokens], int64, at least one.
         journal: keeps what is measured.
 
     Returns:
@@ -117,16 +118,14 @@ def allocate(
 
     def measured() -> Evidence:
         evidence = budgeted.evidence(dense, section)
-        if not len(held_out):
-            return evidence
-        few = windows[: max(JUDGED_BY, distributed.world_size())]
+        number = min(len(windows), max(JUDGED_BY, distributed.world_size()))
+        few = windows[:: len(windows) // number][:number]  # of all sources
+        open_stream = partial(stream, streams=3)
         judging = held_out.repeat(-(-distributed.world_size() // len(held_out)), 1)  # at least one for each process
-        losses = pruned_losses(stream(few), [stream(judging), stream(judging)], [uniform, allocated(evidence)])
+        losses = pruned_losses(open_stream(few), [open_stream(judging), open_stream(judging)], [uniform, allocated(evidence)])
         return evidence | {UNIFORM_LOSS: torch.tensor(losses[0]), ALLOCATED_LOSS: torch.tensor(losses[1])}
 
     evidence = journal.allocation_evidence(measured)
-    judgement = None
-    if len(held_out):
-        judgement = Judgement(uniform=evidence[UNIFORM_LOSS].item(), allocated=evidence[ALLOCATED_LOSS].item())
-    chosen = uniform if judgement and not judgement.taken else allocated(evidence)
+    judgement = Judgement(uniform=evidence[UNIFORM_LOSS].item(), allocated=evidence[ALLOCATED_LOSS].item())
+    chosen = allocated(evidence) if judgement.taken else uniform
     return replace(plan, patterns=dict[str, Pattern](chosen.patterns), row_costs=chosen.row_costs), judgement

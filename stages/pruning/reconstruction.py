@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
 from stages.pruning.learning import Balance, Outcome, checks, rates
@@ -57,14 +58,17 @@ class BlockTraining:
         self.values: dict[str, torch.Tensor] = {}
         self.balance = Balance()
         self._matrices: list[Matrix] = []
+        self._dtypes: dict[str, torch.dtype] = {}  # of the checkpoint, by the parameter's name
         self._samples: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of each matrix: sampled inputs, the dense outputs
 
-    def add(self, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, samples: Sequence[torch.Tensor]) -> None:
+    def add(self, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, samples: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         """Add a matrix before its pruned weights are written into the block.
 
         Args:
             weight: the dense matrix, [rows, columns], float32. samples: inputs for measuring its error, [tokens, columns], float32 each.
+            dtype: of the checkpoint.
         """
+        self._dtypes[matrix.parameter_slice.name] = dtype
         name = matrix.parameter_slice.name
         if name not in self.masks:
             parameter = self.block.get_parameter(name)
@@ -79,6 +83,10 @@ class BlockTraining:
     def views(self, tensors: dict[str, torch.Tensor]) -> list[tuple[Matrix, torch.Tensor]]:
         """Every matrix with its view, [rows, columns], of tensors in the shapes of the block's parameters, by their names."""
         return [(matrix, matrix.part_of(tensors[matrix.parameter_slice.name])) for matrix in self._matrices]
+
+    def rounded(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights as the delta will have them, rounded to the checkpoint's dtype, float32."""
+        return {name: weights.to(self._dtypes[name]).float() for name, weights in values.items()}
 
     def write(self, values: dict[str, torch.Tensor]) -> None:
         """Set the block's parameters to weights, in the compute dtype; pruned weights are zero in them."""
@@ -117,8 +125,13 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:
         stream: hidden states of the pruned model before the block.
         training: `values` are the initial weights, and the trained ones afterwards; the block's pruned parameters are set to them, in
             the compute dtype. Its other parameters do not change.
+
+    Raises:
+        PruningError: the error before it is not finite; names the block.
     """
     before = held_out_error(stream, index, training)
+    if not math.isfinite(before):
+        raise PruningError(f"block {index}: found NaN or infinity in its outputs on the windows held out, wanted finite activations")
     tried: dict[float, float] = {}
     best, least = None, before
     for rate in rates(training.settings.learning_rate):
@@ -158,6 +171,7 @@ def _trained(stream: Stream, index: int, training: BlockTraining, rate: float) -
             training.balance.multiply(training.views(weights))
             training.write(weights)
             if step in checks(len(steps)):
+                training.write(training.rounded(weights))
                 yield held_out_error(stream, index, training), masters
     finally:
         for parameter in parameters.values():

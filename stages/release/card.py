@@ -132,7 +132,7 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     if raised:
         largest, asked = max(row["damping"] for row in raised), method["damping"]["share"]
         lines.append(f"- {len(raised)} matrices needed more damping than {asked:g}, up to {largest:g}.")
-    harmed = sum(not row["refined"] for row in matrices)
+    harmed = sum(row["refined"] is False for row in matrices)
     if harmed:
         lines.append(f"- {harmed} matrices have the mask of their score: the update left more error on the windows held out.")
     untrained = len({row["block"] for row in matrices if row["trained"] is False})

@@ -40,7 +40,7 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
             weight, training = matrix.of(block).clone(), BlockTraining(HOW, block, targets)
             mask = torch.arange(weight.numel()).view(weight.shape) % 3 > 0
             matrix.of(block).mul_(mask)
-            training.add(matrix, weight, Pruned(mask=mask), [])
+            training.add(matrix, weight, Pruned(mask=mask), [], torch.float32)
             outcome = reconstruct(stream, 0, training)
             losses = torch.tensor([outcome.before, outcome.after], dtype=torch.float64)
             save_file({"values": training.values[NAME], "losses": losses}, out / f"{distributed.rank()}.safetensors")

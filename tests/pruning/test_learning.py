@@ -46,11 +46,13 @@ def test_the_same_matrix_at_other_scales_has_the_same_balanced_weights():
     torch.testing.assert_close(left * weight() * right / other_rows / other_columns, weight() / rows / columns, rtol=1e-3, atol=1e-5)
 
 
-def test_rows_and_columns_of_zeros_have_the_scale_one_and_harm_no_other():
+def test_rows_and_columns_of_zeros_have_the_mean_scale_and_harm_no_other():
     holed = weight()
     holed[1], holed[:, 2] = 0, 0
     rows, columns = balance(holed)
-    assert (rows[1], columns[0, 2]) == (1, 1)
+    assert rows[1].item() == pytest.approx(torch.cat([rows[:1], rows[2:]]).log().mean().exp().item(), rel=1e-5)
+    assert columns[0, 2].item() == pytest.approx(torch.cat([columns[0, :2], columns[0, 3:]]).log().mean().exp().item(), rel=1e-5)
+    assert all((scale == 1).all() for scale in balance(torch.zeros(2, 3)))
     kept = torch.ones(5, 8, dtype=torch.bool)
     kept[1], kept[:, 2] = False, False
     alone_rows, alone_columns = balance(holed[kept].view(4, 7))

@@ -58,7 +58,7 @@ def prepared(decoder: Decoder, block, targets: torch.Tensor, how: Reconstruction
             weight = matrix.of(block).detach().clone()
             mask = torch.rand_like(weight) > 0.5
             matrix.of(block).mul_(mask)
-            training.add(matrix, weight, Pruned(mask=mask), [torch.zeros(1, weight.shape[1])])
+            training.add(matrix, weight, Pruned(mask=mask), [torch.zeros(1, weight.shape[1])], torch.float32)
     return training
 
 

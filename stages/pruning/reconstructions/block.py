@@ -9,7 +9,10 @@ from stages.schema import Citation, number
 
 @dataclass(kw_only=True, slots=True)
 class BlockSection:
-    """epochs: passes over the calibration windows, one window a step. learning_rate: of Adam's first step; falls to 0."""
+    """epochs: passes over the calibration windows, one window a step.
+
+    learning_rate: of the first step, a fraction of the size of the balanced weights, see pruning.learning; falls to 0.
+    """
 
     name: str
     epochs: int = number(minimum=1)

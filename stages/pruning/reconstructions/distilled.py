@@ -15,7 +15,8 @@ class DistilledSection:
     """share: of the blocks, counted from the last, that are trained together; rounded to whole blocks, at least one.
 
     epochs: passes over the calibration windows in which they are, one window a step; the last may be a part of one.
-    learning_rate: of Adam's first step; falls to 0. block_epochs: passes in which each block before them is trained alone; 0: none.
+    learning_rate: of the first step, a fraction of the size of the balanced weights, see pruning.learning; falls to 0.
+    block_epochs: passes in which each block before them is trained alone; 0: none.
     block_learning_rate: likewise.
     """
 
