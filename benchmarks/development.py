@@ -3,21 +3,24 @@
 python -m benchmarks.development
 
 Prints the perplexity of the dense model and of what the prune stage made last, on windows of C4 pages from which no calibration
-window of the embedded default, with a seed from 0 to 9, is drawn. Takes a minute.
+window of the embedded default, with a seed from 0 to 9, is drawn nor held out; and writes both into benchmarks/development.json, with
+the code that made them. Takes a minute.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from stages import record
 from stages.bos import BosSetting, decide
 from stages.calibration.documents import Documents
 from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.streamed import StreamedModel
-from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json
+from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json, write_json
 from stages.rows import Rows
 from stages.sample import SPARE
 from stages.streaming.decoder import Decoder
@@ -25,6 +28,7 @@ from stages.streaming.decoder import Decoder
 PAGES = TEXT / "calibration/c4_pages.jsonl"
 CALIBRATION_SEEDS, CALIBRATION_WINDOWS, HELD_OUT = range(10), 32, 4
 WINDOWS, LENGTH, ORDER = 24, 512, 123
+FILE = Path("benchmarks/development.json")
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,17 @@ def windows() -> torch.Tensor:
 
 
 def main() -> None:
-    base, text, recipe = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
+    base, text, prune = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
     decoder = Decoder(base, torch.float32, torch.device("cpu"))
     delta = SparseDelta(SPARSE, base.fingerprint)
-    for label, apply in (("dense", None), (f"{recipe['label']}, {recipe['pattern_label']}", delta.apply)):
+    known = read_json(FILE) if FILE.is_file() else {}
+    of_model = known.setdefault(base.provenance["name"], {})
+    pruned = f"{prune['label']}, {prune['pattern_label']}, sparsity {delta.summary['sparsity']:.3g}"
+    for label, apply in (("dense", None), (pruned, delta.apply)):
         losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
+        of_model[label] = {"perplexity": round(losses.perplexity, 2), "code": record.code_revision() if apply is None else prune["code"]}
         print(f"{label}: perplexity {losses.perplexity:.2f}")
+    write_json(FILE, known)
 
 
 if __name__ == "__main__":
