@@ -209,7 +209,7 @@ def test_metrics_are_flat_and_finite(project):
     assert all(isinstance(value, float) for value in metrics.values())
     assert {"perplexity", "perplexity_stderr", "perplexity_ratio", "accuracy_mean", "boolq", "boolq_stderr"} <= set(metrics)
     prune = json.loads((project.root / "results/prune/metrics.json").read_text())
-    assert set(prune) == {"sparsity", "relative_error", "seconds", "peak_memory_gib"}
+    assert set(prune) == {"sparsity", "relative_error", "relative_error_held_out", "seconds", "peak_memory_gib"}
 
 
 def test_the_windows_name_their_documents(project):
