@@ -424,7 +424,7 @@ def test_host_memory_is_counted_for_what_an_allocation_holds(project, monkeypatc
     asked = {}
     monkeypatch.setattr(prune, "host_bytes", lambda *_, **how: asked.update(how) or 0)
     stage.run(pattern=PATTERN, allocation=ALLOCATIONS[name])
-    assert asked == {"scores_blocks": scores, "takes_gradients": gradients}
+    assert asked == {"scores_blocks": scores, "takes_gradients": gradients, "judges": True}
 
 
 def test_a_matrix_may_lose_all_where_the_bounds_allow_it(project):
