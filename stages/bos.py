@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from stages.errors import TextError
 from stages.schema import one_of, require
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes a second to import
@@ -105,11 +106,11 @@ def _begins_conversations(tokenizer: "PreTrainedTokenizerBase", token: int) -> b
     """Whether the chat template puts BOS before a conversation, and nowhere else in it."""
     if not tokenizer.chat_template:
         return False
-    from stages.checkpoint.tokens import REFUSALS  # here: see above
+    from stages.checkpoint.tokens import rendered  # here: see above
 
     try:
-        rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
-    except REFUSALS:  # it asks for other roles, or the tokenizer has several templates
+        text = rendered(tokenizer, CONVERSATION)
+    except TextError:  # it asks for other roles, or the tokenizer has several templates
         return False
-    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[:1] == [token] and ids.count(token) == 1

