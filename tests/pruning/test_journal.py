@@ -1,12 +1,15 @@
 """Kill -9 at any moment, run again: the bytes are those of a run that nobody interrupted."""
 
+import multiprocessing
 import os
+import pkgutil
 import random
 import shutil
 import signal
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -57,49 +60,82 @@ def resumed_after() -> int:
     return read_json(PRUNE_RESULTS / "provenance.json")["resumed_after"]
 
 
-def killed_while(prepare, **changes: object) -> bool:
+# A fork of this process would inherit the locks of its threads, some of them held; the server has neither threads nor locks.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["stages.prune", "transformers.models.mistral.modeling_mistral"])
+LONGEST = 300  # seconds that a run of a second may take
+
+
+def killed_while(prepare: Callable[[], object], **changes: object) -> bool:
     """Run the stage in a child process that `prepare` arranges to be killed; whether it was, or had finished before."""
-    child = os.fork()
-    if not child:
-        try:
-            prepare()
-            run(**changes)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    child = PROCESSES.Process(target=prepared_run, args=(Path.cwd(), prepare, changes))
+    child.start()
+    child.join(LONGEST)
+    if child.exitcode is None:
+        child.kill()
+        pytest.fail(f"the run was neither killed nor done after {LONGEST} s")
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def prepared_run(directory: Path, prepare: Callable[[], object], changes: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(directory)
+    prepare()
+    run(**changes)
 
 
 def kill(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(owner: object, name: str, number: int, before: bool):
-    """Kill before or after the nth call of a function."""
-    original, calls = getattr(owner, name), []
+@dataclass(frozen=True)
+class AtCall:
+    """Kill before or after the nth call of a function, which is named as pkgutil.resolve_name does."""
 
-    def counted(*arguments, **keywords):
-        calls.append(1)
-        if before and len(calls) == number:
-            kill()
-        result = original(*arguments, **keywords)
-        if len(calls) == number:
-            kill()
-        return result
+    owner: str
+    name: str
+    number: int
+    before: bool
 
-    return lambda: setattr(owner, name, counted)
+    def __call__(self) -> None:
+        owner, calls = pkgutil.resolve_name(self.owner), []
+        original = getattr(owner, self.name)
+
+        def counted(*arguments, **keywords):
+            calls.append(1)
+            if self.before and len(calls) == self.number:
+                kill()
+            result = original(*arguments, **keywords)
+            if len(calls) == self.number:
+                kill()
+            return result
+
+        setattr(owner, self.name, counted)
 
 
+@dataclass(frozen=True)
+class After:
+    """Kill after some seconds."""
+
+    seconds: float
+
+    def __call__(self) -> None:
+        threading.Timer(self.seconds, kill).start()
+
+
+PRUNE_STAGE, JOURNAL = "stages.prune", "stages.pruning.journal"
 # where, and how many blocks must have been finished by then (None: an earlier moment may already count the next)
 MOMENTS = {
-    "before the first block": (at_call(prune, "prune_blocks", 1, True), 0),
-    "while the first delta file is written": (at_call(journals, "write_block", 1, False), 0),
-    "before the first record is in place": (at_call(journals, "sha256", 1, False), 0),
-    "after the second block": (at_call(journals.Journal, "write", 2, False), 2),
-    "while the third delta file is written": (at_call(journals, "write_block", 3, False), 2),
-    "before the results are written": (at_call(prune, "write_results", 1, True), 3),
-    "while the delta files are exported": (at_call(journals.os, "link", 2, False), 3),
-    "while the results are written": (at_call(prune, "write_manifest", 1, False), 3),
-    "before the journal is removed": (at_call(prune, "write_results", 1, False), 3),
+    "before the first block": (AtCall(PRUNE_STAGE, "prune_blocks", 1, True), 0),
+    "while the first delta file is written": (AtCall(JOURNAL, "write_block", 1, False), 0),
+    "before the first record is in place": (AtCall(JOURNAL, "sha256", 1, False), 0),
+    "after the second block": (AtCall(f"{JOURNAL}:Journal", "write", 2, False), 2),
+    "while the third delta file is written": (AtCall(JOURNAL, "write_block", 3, False), 2),
+    "before the results are written": (AtCall(PRUNE_STAGE, "write_results", 1, True), 3),
+    "while the delta files are exported": (AtCall(f"{JOURNAL}:os", "link", 2, False), 3),
+    "while the results are written": (AtCall(PRUNE_STAGE, "write_manifest", 1, False), 3),
+    "before the journal is removed": (AtCall(PRUNE_STAGE, "write_results", 1, False), 3),
 }
 
 
@@ -123,7 +159,7 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
     seconds, draw, kills = time.perf_counter() - started, random.Random(seed), 0
     while kills < 3:
         delay = seconds * draw.random()
-        killed = killed_while(lambda delay=delay: threading.Timer(delay, kill).start())
+        killed = killed_while(After(delay))
         kills += killed
         seconds *= 1 if killed else 0.7  # a warm run is faster, and a resumed one is shorter
     assert run() == expected
@@ -147,7 +183,7 @@ def test_a_run_resumes_whatever_the_blocks_are_pruned_for(project, how):
 
 @pytest.mark.parametrize(
     "moment",
-    [at_call(prune, "distill", 1, True), at_call(prune, "distill", 1, False), at_call(prune, "write_block", 2, False)],
+    [AtCall(PRUNE_STAGE, "distill", 1, True), AtCall(PRUNE_STAGE, "distill", 1, False), AtCall(PRUNE_STAGE, "write_block", 2, False)],
     ids=["before it", "after it", "while its outcome is written"],
 )
 def test_a_run_that_is_killed_around_a_distillation_makes_it_again_with_the_same_bytes(project, moment):
@@ -161,7 +197,7 @@ def test_a_run_that_is_killed_around_a_distillation_makes_it_again_with_the_same
 
 
 def interrupted(**changes: object) -> None:
-    assert killed_while(at_call(journals.Journal, "write", 2, False), **changes)
+    assert killed_while(AtCall(f"{JOURNAL}:Journal", "write", 2, False), **changes)
     assert PRUNE_JOURNAL.exists()
 
 
