@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from stages.rows import Row
 from stages.schema import Entry, Table
+from stages.sources.wikitext import mediawiki_dump
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,7 @@ READERS = Table(
     [
         _of_bytes(c4_lines, TEXT, "C4 pages, one a line, without repeats"),
         _of_bytes(wikiextractor, TEXT, "Wikipedia articles in WikiExtractor's format"),
+        _of_bytes(mediawiki_dump, TEXT, "long Wikipedia articles from a MediaWiki dump, XML in bzip2"),
         _of_bytes(arrow, None, "an Arrow stream, with its own columns"),
         _of_bytes(lambada_requests, TEXT, "LAMBADA passages with their last word"),
         _of_bytes(boolq_requests, ("question", "passage", "idx", "label"), "BoolQ with the columns of SuperGLUE"),

@@ -1,5 +1,7 @@
+import bz2
 import dataclasses
 import gzip
+import html
 import json
 
 import pyarrow as pa
@@ -64,7 +66,7 @@ LOCAL = LocalText(source="local", path="a.jsonl", sha256="0" * 64, reader="rows"
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        (WHEEL, {"reader": "guess"}, "reader: found 'guess', wanted one of c4_lines, wikiextractor, arrow"),
+        (WHEEL, {"reader": "guess"}, "reader: found 'guess', wanted one of c4_lines, wikiextractor, mediawiki_dump, arrow"),
         (WHEEL, {"reader": "rows"}, "reader: found 'rows', wanted one of c4_lines"),
         (HUB, {"reader": "c4_lines"}, "reader: found 'c4_lines', wanted one of rows, wikitext_articles$"),
         (LOCAL, {"reader": "arrow"}, "reader: found 'arrow', wanted one of rows, wikitext_articles$"),
@@ -176,6 +178,21 @@ def test_an_article_is_its_title_and_its_paragraphs():
     title, body = row["text"].split("\n\n")
     assert title == "Old & new"
     assert body.startswith("The harbour of the town, which was built by hand, has two piers. The")
+
+
+def test_the_prose_of_a_long_article_stays_and_its_markup_goes():
+    sentence = "The [[harbour|port]], {{convert|2|km}} from {{lang|fr|la ville}}<ref>A note.</ref> ({{IPA|x}}), is '''old'''. "
+    body = "\n".join(["{{Infobox|name=Town}}", "[[File:a.png|thumb|A picture of the harbour that is long enough to be taken for prose.]]"])
+    body += "\n" + "\n\n".join([sentence * 30] * 3) + "\n* a list\n== See also ==\n" + sentence * 20
+    pages = [("Town", "0", body), ("List of towns", "0", body), ("Talk", "1", body), ("Stub", "0", sentence)]
+    xml = "".join(
+        f"<page><title>{title}</title><ns>{namespace}</ns><revision><text>{html.escape(text)}</text></revision></page>"
+        for title, namespace, text in pages
+    )
+    dump = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{xml}</mediawiki>'
+    (row,) = readers.mediawiki_dump(bz2.compress(dump.encode()))
+    paragraph = " ".join(["The port, 2 km from la ville (x), is old."] * 30)
+    assert row["text"] == "Town\n\n" + "\n".join([paragraph] * 3)
 
 
 def test_an_arrow_stream_keeps_its_columns():
