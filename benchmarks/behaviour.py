@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from benchmarks.contenders import CONTENDERS, Point
+from benchmarks.contenders import SMOLLM2, Point, points
 from benchmarks.memory import write_windows
 from stages import prune
 from stages.checkpoint.delta import SparseDelta
@@ -53,11 +53,7 @@ def load() -> dict[str, Figures]:
 
 def cells() -> list[Point]:
     """A point of every cell."""
-    return [
-        Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=0)
-        for contender in CONTENDERS
-        for pattern in contender.patterns
-    ]
+    return [point for point in points(SMOLLM2) if point.seed == 0]
 
 
 def same(figures: Figures, others: Figures | None) -> bool:

@@ -1,8 +1,8 @@
-"""The rows and columns of the leaderboard: sets of choices, and the sparsities and patterns that they compete at."""
+"""The rows and columns of the leaderboard: models, sets of choices, and the sparsities and patterns that they compete at."""
 
 from dataclasses import dataclass
 
-from benchmarks.table import command
+from benchmarks.table import MODEL, command
 
 PATTERNS = {
     "50%": "pattern.sparsity=0.5",
@@ -12,6 +12,7 @@ PATTERNS = {
     "4:8": "pattern=nm_4_8",
 }
 UNSTRUCTURED = ("50%", "60%", "70%")
+TEXTS = {"wikipedia": "evaluation=perplexity", "wikipedia_long": "evaluation=perplexity_long"}  # the first decides the order of rows
 SEEDS = (0, 1, 2)  # of the calibration
 PUBLISHED = ("Wanda", "SparseGPT")  # what the others are compared with
 
@@ -90,9 +91,45 @@ CONTENDERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model of the leaderboard, with a table of its own.
+
+    base: the option of conf/base. label: what it is, for notes. names: the contenders that compete on it.
+    best: so many contenders of a pattern, by their first seeds, are measured with every seed, beside those that lead.
+    """
+
+    base: str
+    label: str
+    names: tuple[str, ...]
+    best: int
+
+    @property
+    def contenders(self) -> list[Contender]:
+        return [contender for contender in CONTENDERS if contender.name in self.names]
+
+
+SMOLLM2 = Model(base="smollm2_135m", label=MODEL, names=tuple(contender.name for contender in CONTENDERS), best=4)
+GEMMA3 = Model(
+    base="gemma3_270m",
+    label="gemma-3-270m (a 4-bit GGUF file, Q4_K_M, dequantised to bfloat16)",
+    names=(
+        *PUBLISHED,
+        "short ADMM, loss allocation, distilled",
+        "short ADMM, permuted, distilled",
+        "ADMM",
+        "SparseGPT, loss allocation",
+        "swaps + least squares",
+    ),
+    best=0,
+)
+MODELS = (SMOLLM2, GEMMA3)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One measurement."""
 
+    base: str
     contender: str
     overrides: str
     pattern: str
@@ -100,30 +137,33 @@ class Point:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the experiment, without defaults."""
+        """Of the experiment, without defaults and evaluation."""
+        base = [f"base={self.base}"] if self.base != SMOLLM2.base else []
         seed = [f"calibration.seed={self.seed}"] if self.seed else []
-        return [PATTERNS[self.pattern], *self.overrides.split(), *seed, "evaluation=perplexity"]
+        return [*base, PATTERNS[self.pattern], *self.overrides.split(), *seed]
 
     @property
     def cell(self) -> str:
-        """What it shares with other seeds."""
+        """What it shares with other seeds and models."""
         return f"{self.pattern} {self.overrides}"
 
-    @property
-    def command(self) -> str:
-        return " ".join([*command(" ".join(self.arguments)), "evaluate_sparse"])
+    def command(self, text: str) -> str:
+        return " ".join([*command(" ".join([*self.arguments, TEXTS[text]])), "evaluate_sparse"])
 
 
-def points() -> list[Point]:
+def points(model: Model) -> list[Point]:
     """Every contender at every pattern that it is for, with every seed.
 
-    Those that lead before others, first seeds before others, 4:8 last, the contenders in their order.
+    First seeds before others, those that lead before others, 4:8 last, the contenders in their order.
     """
     found = [
-        (pattern not in contender.leads, Point(contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed))
-        for contender in CONTENDERS
+        (
+            pattern not in contender.leads,
+            Point(base=model.base, contender=contender.name, overrides=contender.overrides, pattern=pattern, seed=seed),
+        )
+        for contender in model.contenders
         for pattern in contender.patterns
         for seed in SEEDS
     ]
-    found.sort(key=lambda one: (one[0], one[1].seed, one[1].pattern == "4:8"))
+    found.sort(key=lambda one: (one[1].seed != SEEDS[0], one[0], one[1].seed, one[1].pattern == "4:8"))
     return [point for _, point in found]

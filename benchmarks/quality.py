@@ -1,11 +1,12 @@
-"""The leaderboard: every method at every sparsity and pattern, under one protocol, through the pipeline itself.
+"""The leaderboard: every method at every sparsity and pattern, on each embedded model, under one protocol, through the pipeline itself.
 
-python -m benchmarks.quality                 measure what is missing, most telling points first
-python -m benchmarks.quality --minutes 60    stop before a point that is begun later than that
-python -m benchmarks.quality --pattern 2:4   measure what is missing at one pattern
-python -m benchmarks.quality --tables        measure nothing, write the tables
+python -m benchmarks.quality                      measure what is missing, most telling points first, one model after the other
+python -m benchmarks.quality --base gemma3_270m   measure what is missing on one model
+python -m benchmarks.quality --pattern 2:4        measure what is missing at one pattern
+python -m benchmarks.quality --minutes 60         stop before a point that is begun later than that
+python -m benchmarks.quality --tables             measure nothing, write the tables
 
-Each point is one `dvc exp run` on the embedded model. What was measured is kept in benchmarks/quality.json, which is
+Each point is one `dvc exp run` for each text. What was measured is kept in benchmarks/quality.json, which is
 committed, so that a later run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see
 benchmarks.behaviour) is measured again with --stale. That sees the pruning code and its settings alone: after a change of the base,
 the calibration or the evaluation, remove the file. Writes the table between the markers in README.md and every number to
@@ -24,9 +25,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import behaviour
-from benchmarks.contenders import CONTENDERS, PATTERNS, PUBLISHED, SEEDS, Contender, Point, points
+from benchmarks.contenders import MODELS, PATTERNS, PUBLISHED, SEEDS, TEXTS, Contender, Model, Point, points
 from benchmarks.markers import write_between
-from benchmarks.table import MODEL, the_default_afterwards
+from benchmarks.table import the_default_afterwards
 from stages.bos import words
 from stages.files import DENSE_RESULTS, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
 from stages.prune import code_sha256
@@ -34,7 +35,7 @@ from stages.prune import code_sha256
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
-BEST = 4  # so many contenders of a pattern are measured with every seed, beside the published ones
+FIRST = next(iter(TEXTS))  # by which rows are ordered
 
 Rows = dict[Point, dict[str, Any]]
 
@@ -45,17 +46,16 @@ def measured(point: Point) -> dict[str, Any]:
     Raises:
         SystemExit: the pruning code is not that of benchmarks.behaviour; before the run.
     """
-    print("$", point.command, flush=True)
     remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     with behaviour.project():
         figures = behaviour.measured(point)
     if not behaviour.same(figures, behaviour.load().get(point.cell)):
         raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
-    subprocess.run(point.command.split() + ["--quiet"], check=True, stdout=sys.stderr)
+    texts = {text: measured_on(point, text) for text in TEXTS}
     pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
     return {
         **asdict(point),
-        "perplexity": read_json(SPARSE_RESULTS / "metrics.json")["perplexity"],
+        "texts": texts,
         "relative_error": pruned["relative_error"],
         "sparsity": pruned["sparsity"],
         "seconds": prune["seconds"],
@@ -63,9 +63,20 @@ def measured(point: Point) -> dict[str, Any]:
         "device": prune["device"],
         "code": prune["code"],
         "calibration": prune["calibration"],
+        "behaviour": figures,
+    }
+
+
+def measured_on(point: Point, text: str) -> dict[str, Any]:
+    """Perplexity of the pruned model and of the dense one, and their protocol; what was pruned before is not pruned again."""
+    print("$", point.command(text), flush=True)
+    subprocess.run(point.command(text).split() + ["--quiet"], check=True, stdout=sys.stderr)
+    metrics = read_json(SPARSE_RESULTS / "metrics.json")
+    return {
+        "perplexity": metrics["perplexity"],
+        "perplexity_stderr": metrics["perplexity_stderr"],
         "dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"],
         "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
-        "behaviour": figures,
     }
 
 
@@ -83,70 +94,82 @@ def load() -> Rows:
     return {of_row(row): row for row in rows}
 
 
+def of_model(rows: Rows, model: Model) -> Rows:
+    return {point: row for point, row in rows.items() if point.base == model.base}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than that")
+    parser.add_argument("--base", choices=[model.base for model in MODELS], help="measure points on this model alone")
     parser.add_argument("--pattern", choices=PATTERNS, help="measure points at this one alone")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     parser.add_argument("--stale", action="store_true", help="measure again what the code prunes otherwise now")
     arguments = parser.parse_args()
     rows = load()
+    models = [model for model in MODELS if arguments.base in (None, model.base)]
     patterns = [arguments.pattern] if arguments.pattern else list(PATTERNS)
-    if not arguments.tables and wanted(rows, patterns, arguments.stale):
+    if not arguments.tables and wanted(rows, models, patterns, arguments.stale):
         with the_default_afterwards():
-            measure(rows, patterns, arguments.stale, arguments.minutes)
+            measure(rows, models, patterns, arguments.stale, arguments.minutes)
     FULL.write_text(full_table(rows), encoding="utf8")
-    text = table(rows)
+    text = tables(rows)
     print(text)
     write_between(README, START, END, text)
 
 
-def due(rows: Rows) -> list[Point]:
-    """The points that the leaderboard asks for, most telling first.
+def due(rows: Rows, model: Model) -> list[Point]:
+    """The points that a model's table asks for, most telling first.
 
     The first seed of every contender; all seeds of the published ones, of those that lead, and, once the first seed of every
     contender at a pattern is measured, of the best there.
     """
-    repeated = {(contender.name, pattern) for contender in CONTENDERS for pattern in contender.leads}
-    repeated |= {(name, pattern) for pattern in PATTERNS for name in (*PUBLISHED, *best_at(rows, pattern))}
-    return [point for point in points() if point.seed == SEEDS[0] or (point.contender, point.pattern) in repeated]
+    repeated = {(contender.name, pattern) for contender in model.contenders for pattern in contender.leads}
+    repeated |= {(name, pattern) for pattern in PATTERNS for name in (*PUBLISHED, *best_at(rows, model, pattern))}
+    return [point for point in points(model) if point.seed == SEEDS[0] or (point.contender, point.pattern) in repeated]
 
 
-def best_at(rows: Rows, pattern: str) -> list[str]:
+def best_at(rows: Rows, model: Model, pattern: str) -> list[str]:
     """The names of the best contenders at a pattern, by their first seeds; none as long as one of these is missing."""
-    first = [point for point in points() if point.pattern == pattern and point.seed == SEEDS[0]]
+    first = [point for point in points(model) if point.pattern == pattern and point.seed == SEEDS[0]]
     if any(point not in rows for point in first):
         return []
-    return [point.contender for point in sorted(first, key=lambda point: rows[point]["perplexity"])[:BEST]]
+    return [point.contender for point in sorted(first, key=lambda point: rows[point]["texts"][FIRST]["perplexity"])[: model.best]]
 
 
-def missing(rows: Rows) -> list[Point]:
+def missing(rows: Rows, model: Model) -> list[Point]:
     """What is due and not measured."""
-    return [point for point in due(rows) if point not in rows]
+    return [point for point in due(rows, model) if point not in rows]
 
 
-def wanted(rows: Rows, patterns: Collection[str], again: bool) -> list[Point]:
+def wanted(rows: Rows, models: Collection[Model], patterns: Collection[str], again: bool) -> list[Point]:
     """What is due at these patterns and not measured, or, if it is to be measured again, stale."""
     now = behaviour.load()
-    return [point for point in due(rows) if point.pattern in patterns and (point not in rows or (again and stale(rows[point], now)))]
+    every = [point for model in models for point in due(rows, model) if point.pattern in patterns]
+    return [point for point in every if point not in rows or (again and stale(rows[point], now))]
 
 
-def measure(rows: Rows, patterns: Collection[str], again: bool, minutes: float) -> None:
+def measure(rows: Rows, models: Collection[Model], patterns: Collection[str], again: bool, minutes: float) -> None:
     """Measure what is wanted into the rows and the file, one point after another.
 
     Raises:
         SystemExit: the pruning code is no longer that which was imported, so that its behaviour is not known; and see `measured`.
     """
     started, code = time.monotonic(), code_sha256()
-    while (left := wanted(rows, patterns, again)) and time.monotonic() - started <= 60 * minutes:
+    while (left := wanted(rows, models, patterns, again)) and time.monotonic() - started <= 60 * minutes:
         point = left[0]
         found = measured(point)
         if code_sha256() != code:
             raise SystemExit("stages/ has changed since the measurement began; start it again")
         rows[point] = found
-        scratch = RESULTS.with_suffix(".new")
-        write_json(scratch, [rows[known] for known in points() if known in rows])
-        scratch.replace(RESULTS)
+        write(rows)
+
+
+def write(rows: Rows) -> None:
+    """Into the file, in the order of the tables."""
+    scratch = RESULTS.with_suffix(".new")
+    write_json(scratch, [rows[known] for model in MODELS for known in points(model) if known in rows])
+    scratch.replace(RESULTS)
 
 
 def of(rows: Rows, contender: Contender, pattern: str) -> list[dict[str, Any]]:
@@ -158,19 +181,33 @@ def of(rows: Rows, contender: Contender, pattern: str) -> list[dict[str, Any]]:
     ]
 
 
+def on(cells: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """What a cell's points have on a text, as far as it was measured."""
+    return [row["texts"][text] for row in cells if text in row["texts"]]
+
+
 def perplexity(cells: list[dict[str, Any]]) -> str:
-    """The mean and, of several, the sample standard deviation; with a sign if one is stale."""
-    values, now = [row["perplexity"] for row in cells], behaviour.load()
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}{STALE if any(stale(row, now) for row in cells) else ''}"
+    """On each text the mean and, of several, the sample standard deviation; with a sign if one is stale."""
+    means = []
+    for text in TEXTS:
+        if values := [figures["perplexity"] for figures in on(cells, text)]:
+            means.append(f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
+    now = behaviour.load()
+    return " / ".join(means) + (STALE if any(stale(row, now) for row in cells) else "")
 
 
-def table(rows: Rows) -> str:
-    """Markdown: how much damage the best leaves, perplexity of every contender at every pattern, and what the numbers are."""
+def tables(rows: Rows) -> str:
+    """Markdown: the table of every model."""
+    parts = [f"**{model.label}**\n\n{table(of_model(rows, model), model)}" for model in MODELS]
+    return "\n\n".join(parts)
+
+
+def table(rows: Rows, model: Model) -> str:
+    """Markdown: how much of the rise the best leaves, perplexity of every contender at every pattern, and what the numbers are."""
     if not rows:
         return "Nothing is measured yet."
     lines = ["| method | " + " | ".join(PATTERNS) + " | composed by |", "|---" * (len(PATTERNS) + 2) + "|"]
-    best = {pattern: found[0][0] for pattern in PATTERNS if (found := ranked(rows, pattern))}
+    best = {pattern: found[0][0] for pattern in PATTERNS if (found := ranked(rows, model, pattern))}
 
     def cell(contender: Contender, pattern: str) -> str:
         found = of(rows, contender, pattern)
@@ -178,28 +215,37 @@ def table(rows: Rows) -> str:
             return "" if pattern in contender.patterns else "–"
         return f"**{perplexity(found)}**" if contender == best[pattern] else perplexity(found)
 
-    for contender in dict.fromkeys(contender for pattern in PATTERNS for contender, _ in ranked(rows, pattern)):
+    for contender in dict.fromkeys(contender for pattern in PATTERNS for contender, _ in ranked(rows, model, pattern)):
         cells = " | ".join(cell(contender, pattern) for pattern in PATTERNS)
         lines.append(f"| {contender.name} | {cells} | `{contender.overrides}` |")
-    return "\n".join([*summary(rows), "", *lines, "", _notes(rows)])
+    return "\n".join([*summary(rows, model), "", *lines, "", _notes(rows, model)])
 
 
-def _notes(rows: Rows) -> str:
-    row = next(iter(rows.values()))
-    protocol, devices = row["protocol"], sorted({found["device"] for found in rows.values()})
-    left = f" {len(absent)} of {len(due(rows))} points are not measured yet." if (absent := missing(rows)) else ""
+def _on_texts(rows: Rows) -> str:
+    """On what text perplexity is measured, and the dense model's there."""
+    parts = []
+    for text in TEXTS:
+        if found := on(list(rows.values()), text):
+            protocol, dense = found[-1]["protocol"], found[-1]["dense_perplexity"]
+            corpus = f"{protocol['tokens']} tokens of {protocol['corpus']} in windows of {protocol['window_length']}"
+            parts.append(f"{corpus}{words(protocol.get('bos'))} (dense {dense:.2f})")
+    return " / ".join(parts)
+
+
+def _notes(rows: Rows, model: Model) -> str:
+    devices = sorted({found["device"] for found in rows.values()})
+    left = f" {len(absent)} of {len(due(rows, model))} points are not measured yet." if (absent := missing(rows, model)) else ""
     now, have = behaviour.load(), "are to have" if absent else "have"
     count = sum(stale(found, now) for found in rows.values())
     old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
+    more = f" and, by their first seeds, the {model.best} best at a pattern" if model.best else " and the leading ones"
     return (
-        f"{MODEL}, dense perplexity {row['dense_perplexity']:.2f}; calibration of 32 windows of 512 C4 tokens, the same for every method; "
-        f"perplexity on {protocol['tokens']} tokens of {protocol['corpus'].title()} in windows of {protocol['window_length']}"
-        f"{words(protocol.get('bos'))}, on "
-        f"{' and '.join(devices)}. Damage left: the rise of perplexity over the dense model's, as a share of the rise by the better of "
-        "Wanda and SparseGPT on the same seeds; of the loss: the same of the logarithm of perplexity. Seconds: as a "
+        f"{model.label}; calibration of 32 windows of 512 C4 tokens, the same for every method; perplexity on {_on_texts(rows)}; on "
+        f"{' and '.join(devices)}. Share of the rise: what is left of the rise of perplexity over the dense model's by the better of "
+        "Wanda and SparseGPT on the same seeds; in nats: the same of the logarithm of perplexity. Seconds: as a "
         "multiple of SparseGPT's. ± is the standard deviation over calibration seeds, not over text: "
-        f"{', '.join(PUBLISHED)} and, by their first seeds, the {BEST} best at a pattern {have} {len(SEEDS)}, others the first alone. Rows "
-        "stand in the order of the damage left, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
+        f"{', '.join(PUBLISHED)}{more} {have} {len(SEEDS)}, others the first alone. Rows "
+        "stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
         "–: does not apply."
         f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
@@ -210,14 +256,14 @@ def averaged(cells: list[dict[str, Any]], key: str) -> float:
     return mean(row[key] for row in cells)
 
 
-def rise(cells: list[dict[str, Any]]) -> float:
+def rise(cells: list[dict[str, Any]], text: str) -> float:
     """Perplexity over the dense model's, the difference."""
-    return averaged(cells, "perplexity") - averaged(cells, "dense_perplexity")
+    return averaged(on(cells, text), "perplexity") - averaged(on(cells, text), "dense_perplexity")
 
 
-def rise_in_nats(cells: list[dict[str, Any]]) -> float:
+def rise_in_nats(cells: list[dict[str, Any]], text: str) -> float:
     """The same of the loss, nats per token."""
-    return mean(math.log(row["perplexity"] / row["dense_perplexity"]) for row in cells)
+    return mean(math.log(figures["perplexity"] / figures["dense_perplexity"]) for figures in on(cells, text))
 
 
 def peak(cells: list[dict[str, Any]]) -> float:
@@ -225,41 +271,50 @@ def peak(cells: list[dict[str, Any]]) -> float:
     return max(row["peak_memory_gib"] for row in cells)
 
 
-def ranked(rows: Rows, pattern: str) -> list[tuple[Contender, list[dict[str, Any]]]]:
-    """The contenders measured at a pattern, the best first, with their cells: by damage, since seeds may differ."""
-    found = [(contender, cells) for contender in CONTENDERS if (cells := of(rows, contender, pattern))]
-    known = published(rows, pattern)
-    return sorted(found, key=lambda one: damage(one[1], known)[0] if known else averaged(one[1], "perplexity"))
+def ranked(rows: Rows, model: Model, pattern: str) -> list[tuple[Contender, list[dict[str, Any]]]]:
+    """The contenders measured at a pattern, the best first, with their cells: by their share of the rise, since seeds may differ."""
+    found = [(contender, cells) for contender in model.contenders if (cells := of(rows, contender, pattern))]
+    known = published(rows, model, pattern)
+    return sorted(found, key=lambda one: share(one[1], known, FIRST)[0] if known else averaged(on(one[1], FIRST), "perplexity"))
 
 
-def published(rows: Rows, pattern: str) -> dict[str, list[dict[str, Any]]]:
+def published(rows: Rows, model: Model, pattern: str) -> dict[str, list[dict[str, Any]]]:
     """What was measured of Wanda and SparseGPT at a pattern, by their names."""
-    return {one.name: cells for one in CONTENDERS if one.name in PUBLISHED and (cells := of(rows, one, pattern))}
+    return {one.name: cells for one in model.contenders if one.name in PUBLISHED and (cells := of(rows, one, pattern))}
 
 
 def named_seeds(cells: list[dict[str, Any]]) -> str:
     return ", ".join(str(row["seed"]) for row in cells)
 
 
-def against(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The better of the published methods and the cells, with the seeds that both have; the better on the seeds that all have."""
+def against(
+    cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]], text: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The better of the published methods and the cells, with the seeds that both have on a text; the better on the seeds that all have."""
 
     def common(*measured: list[dict[str, Any]]) -> set[int]:
-        return set.intersection(*({row["seed"] for row in one} for one in measured))
+        return set.intersection(*({row["seed"] for row in one if text in row["texts"]} for one in measured))
 
     def of_seeds(measured: list[dict[str, Any]], seeds: set[int]) -> list[dict[str, Any]]:
         return [row for row in measured if row["seed"] in seeds]
 
     all_have = common(cells, *known.values())
-    better = min(known.values(), key=lambda others: rise(of_seeds(others, all_have) or others))
+    better = min(known.values(), key=lambda others: rise(of_seeds(others, all_have) or others, text))
     both_have = common(cells, better)
     return of_seeds(better, both_have), of_seeds(cells, both_have)
 
 
-def damage(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> tuple[float, float]:
+def share(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]], text: str) -> tuple[float, float]:
     """The rise of perplexity, and of its logarithm, as a share of that by the better of the published methods, on the same seeds."""
-    better, own = against(cells, known)
-    return rise(own) / rise(better), rise_in_nats(own) / rise_in_nats(better)
+    better, own = against(cells, known, text)
+    return rise(own, text) / rise(better, text), rise_in_nats(own, text) / rise_in_nats(better, text)
+
+
+def shares(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Both shares, each on every text on which the cells and a published method are measured."""
+    texts = [text for text in TEXTS if on(cells, text) and all(on(others, text) for others in known.values())]
+    found = [share(cells, known, text) for text in texts] if known else []
+    return [" / ".join(f"{value:.2f}" for value in values) for values in zip(*found, strict=True)] or ["", ""]
 
 
 def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> float:
@@ -267,29 +322,40 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
     return averaged(cells, "seconds") / averaged(known["SparseGPT"], "seconds")
 
 
-def summary(rows: Rows) -> list[str]:
+def summary(rows: Rows, model: Model) -> list[str]:
     """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
-    titles = ("", "seeds", "better of Wanda and SparseGPT", "best", "damage left", "of the loss", "seconds", "peak memory", "which is best")
+    titles = (
+        "",
+        "seeds",
+        "better of Wanda and SparseGPT",
+        "best",
+        "share of the rise",
+        "in nats",
+        "seconds",
+        "peak memory",
+        "which is best",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
-        known = published(rows, pattern)
+        known = published(rows, model, pattern)
         if "SparseGPT" not in known:
             continue
-        winner, best = ranked(rows, pattern)[0]
-        both = against(best, known)
+        winner, best = ranked(rows, model, pattern)[0]
+        both = against(best, known, FIRST)
         numbers = " | ".join(map(perplexity, both))
-        shares = " | ".join(f"{share:.2f}" for share in damage(best, known))
         cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
-        lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {shares} | {cost} | {winner.name} |")
+        lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {' | '.join(shares(best, known))} | {cost} | {winner.name} |")
     return lines
 
 
 EXPLAINED = (
-    "Damage: the rise of perplexity over the dense model's, as a share of the rise by the better of Wanda and SparseGPT at the same "
-    "pattern; of the loss: the same of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds "
-    "as a multiple of SparseGPT's mean. Perplexities are compared on the seeds that both have, so where one has fewer damage is not "
-    "that of the means shown, and rows stand in the order of the damage, not of the means. The relative layer error is measured before "
-    "the last blocks learn together. The command is that of the first seed shown; another adds `-S calibration.seed=N`."
+    "Where two numbers stand, the first is on the text `wikipedia`, the second on `wikipedia_long`. Share of the rise: the rise of "
+    "perplexity over the dense model's, as a share of that by the better of Wanda and SparseGPT at the same pattern; in nats: the same of "
+    "the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a multiple of SparseGPT's mean. "
+    "Perplexities are compared on the seeds that both have, so where one has fewer the share is not that of the means shown, and rows "
+    "stand in the order of the share, not of the means. The relative layer error is measured before the last blocks learn together. The "
+    "command is that of the first seed shown on the first text; another seed adds `-S calibration.seed=N`, and the second text is "
+    f"`-S {TEXTS['wikipedia_long']}`."
 )
 COLUMNS = (
     "method",
@@ -297,8 +363,8 @@ COLUMNS = (
     "perplexity",
     "seed by seed",
     "over dense",
-    "damage",
-    "of the loss",
+    "share of the rise",
+    "in nats",
     "relative layer error",
     "seconds",
     "peak memory",
@@ -310,13 +376,18 @@ def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
     explained = f"{EXPLAINED} {unsteadiness(rows)}".strip()
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
-    for pattern in PATTERNS:
-        lines += [f"## {pattern}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        known = published(rows, pattern)
-        lines += [full_row(contender, pattern, cells, known) for contender, cells in ranked(rows, pattern)]
-        lines.append("")
-    if absent := missing(rows):
-        lines += ["## Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
+    for model in MODELS:
+        known_rows = of_model(rows, model)
+        lines += [f"## {model.label}", ""]
+        for pattern in PATTERNS:
+            found = ranked(known_rows, model, pattern)
+            if found:
+                known = published(known_rows, model, pattern)
+                lines += [f"### {pattern}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+                lines += [full_row(contender, pattern, cells, known) for contender, cells in found]
+                lines.append("")
+        if absent := missing(known_rows, model):
+            lines += ["### Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
     return "\n".join(lines)
 
 
@@ -324,7 +395,7 @@ def unsteadiness(rows: Rows) -> str:
     """How far seconds are to be trusted, by cells that were measured more than once; nothing where none was."""
     by_cell: dict[str, list[float]] = {}
     for point, row in rows.items():
-        by_cell.setdefault(point.cell, []).append(row["seconds"])
+        by_cell.setdefault(f"{point.base} {point.cell}", []).append(row["seconds"])
     most = max((max(seconds) / min(seconds) for seconds in by_cell.values() if len(seconds) > 1), default=None)
     if most is None:
         return ""
@@ -337,18 +408,17 @@ def unsteadiness(rows: Rows) -> str:
 def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> str:
     """Markdown: a cell's numbers, beside those of the published methods at its pattern as far as they are measured."""
     point = of_row(cells[0])
-    shares = [f"{share:.2f}" for share in damage(cells, known)] if known else ["", ""]
     numbers = [
         named_seeds(cells),
         perplexity(cells),
-        ", ".join(f"{row['perplexity']:.2f}" for row in cells),
-        f"{mean(row['perplexity'] / row['dense_perplexity'] for row in cells):.2f}",
-        *shares,
+        " / ".join(", ".join(f"{figures['perplexity']:.2f}" for figures in on(cells, text)) for text in TEXTS if on(cells, text)),
+        " / ".join(f"{mean(f['perplexity'] / f['dense_perplexity'] for f in on(cells, text)):.2f}" for text in TEXTS if on(cells, text)),
+        *shares(cells, known),
         f"{averaged(cells, 'relative_error'):.4f}",
         f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else ""),
         f"{peak(cells):.2f} GiB",
     ]
-    return f"| {contender.name} | {' | '.join(numbers)} | `{point.command}` |"
+    return f"| {contender.name} | {' | '.join(numbers)} | `{point.command(FIRST)}` |"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from tests.dependencies import closure
 from tests.project import ROOT
 
 KNOWN = behaviour.load()
+SMOLLM2, GEMMA3 = contenders.MODELS
+POINTS = contenders.points(SMOLLM2)
 
 
 def test_text_goes_between_its_markers_and_nowhere_else(tmp_path):
@@ -95,23 +97,37 @@ def test_without_a_gpu_the_benchmark_says_so():
 
 
 def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the_same():
-    points = contenders.points()
-    assert len({point.command for point in points}) == len(points)
-    for point in points:
-        sections = read(*point.arguments)
-        assert sections["calibration"].seed == point.seed
+    points = [point for model in contenders.MODELS for point in contenders.points(model)]
+    assert len({point.command(text) for point in points for text in contenders.TEXTS}) == len(contenders.TEXTS) * len(points)
+    for point in {(point.base, point.cell): point for point in points if not point.seed}.values():
+        assert read(*point.arguments)
+    for base in {point.base for point in points}:
+        sections = read(*next(point for point in points if point.base == base and point.seed).arguments)
+        assert sections["calibration"].seed == 1
+        assert sections["base"] == read(f"base={base}")["base"]
+    for text, evaluation in contenders.TEXTS.items():
+        assert read(evaluation)["evaluation"].perplexity.corpus == text
 
 
-def test_what_the_comparison_stands_on_is_measured_before_the_rest_seed_after_seed():
-    points = quality.due({})
-    leads = [point for c in contenders.CONTENDERS for point in points if point.contender == c.name and point.pattern in c.leads]
+@pytest.mark.parametrize("model", contenders.MODELS, ids=lambda model: model.base)
+def test_first_seeds_are_measured_before_others_and_what_the_comparison_stands_on_before_the_rest(model):
+    points = quality.due({}, model)
+    leads = {point for c in model.contenders for point in points if point.contender == c.name and point.pattern in c.leads}
     assert {point.contender for point in leads} == {
         "SparseGPT",
         "short ADMM, loss allocation, distilled",
         "short ADMM, permuted, distilled",
     }
-    assert set(points[: len(leads)]) == set(leads)
-    assert [point.seed for point in points[: len(leads)]] == sorted(point.seed for point in leads)
+    first = [point for point in points if not point.seed]
+    assert points[: len(first)] == first
+    for of_seed in (first, [point for point in points if point.seed]):
+        count = len(leads & set(of_seed))
+        assert set(of_seed[:count]) == leads & set(of_seed)
+
+
+def test_a_model_competes_under_names_that_exist_and_its_table_holds_no_other():
+    for model in contenders.MODELS:
+        assert sorted(contender.name for contender in model.contenders) == sorted(model.names)
 
 
 @pytest.mark.parametrize("pattern", list(contenders.PATTERNS))
@@ -125,22 +141,26 @@ def test_the_best_preset_is_the_row_that_the_comparison_stands_on(pattern):
 
 
 def row(point: contenders.Point, perplexity: float) -> dict:
-    measured = {"perplexity": perplexity, "dense_perplexity": 10.0, "relative_error": 0.1, "seconds": 5, "peak_memory_gib": 0.5}
-    protocol = {"tokens": 100, "corpus": "wikipedia", "window_length": 10}
-    return {**vars(point), **measured, "device": "a CPU", "protocol": protocol, "behaviour": KNOWN[point.cell]}
+    measured = {"relative_error": 0.1, "seconds": 5, "peak_memory_gib": 0.5, "device": "a CPU", "behaviour": KNOWN[point.cell]}
+    return {**vars(point), **measured, "texts": {"wikipedia": on_text("wikipedia", perplexity)}}
+
+
+def on_text(corpus: str, perplexity: float, dense: float = 10.0) -> dict:
+    protocol = {"tokens": 100, "corpus": corpus, "window_length": 10}
+    return {"perplexity": perplexity, "dense_perplexity": dense, "protocol": protocol}
 
 
 def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_missing():
-    points = [point for point in contenders.points() if point.contender in ("Wanda", "SparseGPT") and point.pattern == "50%"]
+    points = [point for point in POINTS if point.contender in ("Wanda", "SparseGPT") and point.pattern == "50%"]
     rows = {point: row(point, 40.0 + point.seed if point.contender == "Wanda" else 30.0) for point in points}
     for point in points:
         if point.contender == "Wanda" and point.seed:
             rows[point]["behaviour"] = {"error": 1.0}
-    text = quality.table(rows)
+    text = quality.table(rows, SMOLLM2)
     wanda, sparsegpt = (next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("Wanda", "SparseGPT"))
     assert "| 41.00 ± 1.00 † |" in wanda
     assert "| **30.00 ± 0.00** |" in sparsegpt
-    assert f" {len(quality.due({})) - len(rows)} of {len(quality.due({}))} points are not measured yet" in text
+    assert f" {len(quality.due({}, SMOLLM2)) - len(rows)} of {len(quality.due({}, SMOLLM2))} points are not measured yet" in text
     assert "†: includes points (2 in all) measured before a change of the code" in text
     full = quality.full_table(rows)
     assert (
@@ -149,43 +169,43 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
 
 
 def test_the_best_four_at_a_pattern_are_due_with_every_seed_once_every_first_seed_is_measured():
-    first = [point for point in quality.due({}) if point.pattern == "2:4" and point.seed == 0]
+    first = [point for point in quality.due({}, SMOLLM2) if point.pattern == "2:4" and point.seed == 0]
     rows = {point: row(point, 100.0 - place) for place, point in enumerate(first)}
-    assert quality.due(dict(list(rows.items())[1:])) == quality.due({})
-    more = set(quality.due(rows)) - set(quality.due({}))
+    assert quality.due(dict(list(rows.items())[1:]), SMOLLM2) == quality.due({}, SMOLLM2)
+    more = set(quality.due(rows, SMOLLM2)) - set(quality.due({}, SMOLLM2))
     best = {point.contender for point in first[-4:]}
     assert best.isdisjoint({"Wanda", "SparseGPT", "short ADMM, permuted, distilled"})
     assert {(point.contender, point.pattern, point.seed) for point in more} == {(name, "2:4", seed) for name in best for seed in (1, 2)}
 
 
 def test_a_point_is_wanted_where_it_is_missing_and_again_where_it_is_stale():
-    known, other = (point for point in contenders.points() if point.cell == contenders.points()[0].cell and point.seed < 2)
+    known, other = (point for point in POINTS if point.cell == POINTS[0].cell and point.seed < 2)
     fresh, old = row(known, 30.0), row(other, 30.0) | {"behaviour": {"error": 1.0}}
-    wanted = quality.wanted({known: fresh, other: old}, ["50%"], True)
+    wanted = quality.wanted({known: fresh, other: old}, [SMOLLM2], ["50%"], True)
     assert known not in wanted and other in wanted
-    assert other not in quality.wanted({known: fresh, other: old}, ["50%"], False)
+    assert other not in quality.wanted({known: fresh, other: old}, [SMOLLM2], ["50%"], False)
     assert {point.pattern for point in wanted} == {"50%"}
-    assert not [point for point in quality.wanted({}, ["50%"], True) if point not in quality.due({})]
+    assert not [point for point in quality.wanted({}, [SMOLLM2], ["50%"], True) if point not in quality.due({}, SMOLLM2)]
 
 
 def test_a_point_that_the_code_prunes_otherwise_than_is_written_down_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality.behaviour, "load", dict)
     monkeypatch.setattr(quality, "subprocess", None)
-    point = next(point for point in contenders.points() if point.contender == "magnitude")
+    point = next(point for point in POINTS if point.contender == "magnitude")
     with pytest.raises(SystemExit, match="method=magnitude is pruned otherwise than benchmarks/behaviour.json says"):
         quality.measured(point)
 
 
 def test_the_summary_sets_the_best_against_the_better_published_method_where_sparsegpt_is_measured():
-    points = [point for point in contenders.points() if point.contender in ("Wanda", "SparseGPT", "ADMM") and point.seed == 0]
+    points = [point for point in POINTS if point.contender in ("Wanda", "SparseGPT", "ADMM") and point.seed == 0]
     found = {"Wanda": 40.0, "SparseGPT": 30.0, "ADMM": 22.0}
     rows = {
         point: row(point, found[point.contender]) | {"seconds": 20 if point.contender == "ADMM" else 5}
         for point in points
         if point.pattern == "50%" or (point.pattern == "60%" and point.contender != "SparseGPT")
     }
-    lines = quality.summary(rows)
+    lines = quality.summary(rows, SMOLLM2)
     assert lines[2:] == [
         "| 50% | 0 | 30.00 | 22.00 | 0.60 | 0.72 | 4.0 × | 0.5 GiB (SparseGPT 0.5) | ADMM |"
     ]  # (22 - 10) / (30 - 10), ln 2.2 / ln 3
@@ -193,20 +213,20 @@ def test_the_summary_sets_the_best_against_the_better_published_method_where_spa
 
 def measured_rows(found: dict[tuple[str, int], float]) -> dict:
     """By contender and seed, at 50%."""
-    points = {(point.contender, point.seed): point for point in contenders.points() if point.pattern == "50%"}
+    points = {(point.contender, point.seed): point for point in POINTS if point.pattern == "50%"}
     return {points[key]: row(points[key], perplexity) for key, perplexity in found.items()}
 
 
 def test_the_summary_compares_on_the_seeds_that_both_have():
     rows = measured_rows({("SparseGPT", 0): 30.0, ("SparseGPT", 1): 90.0, ("short ADMM, distilled", 0): 20.0})
-    assert quality.summary(rows)[2:] == [
+    assert quality.summary(rows, SMOLLM2)[2:] == [
         "| 50% | 0 | 30.00 | 20.00 | 0.50 | 0.63 | 1.0 × | 0.5 GiB (SparseGPT 0.5) | short ADMM, distilled |"
     ]
 
 
 def test_rows_stand_by_damage_on_the_seeds_that_both_have_not_by_their_means():
     rows = measured_rows({("SparseGPT", 0): 45.0, ("SparseGPT", 1): 40.0, ("SparseGPT, OWL", 0): 44.0, ("RIA", 0): 46.0})
-    first, second, third = (line.split("|")[1:3] for line in quality.table(rows).split("composed by |")[1].splitlines()[2:5])
+    first, second, third = (line.split("|")[1:3] for line in quality.table(rows, SMOLLM2).split("composed by |")[1].splitlines()[2:5])
     assert first == [" SparseGPT, OWL ", " **44.00** "]
     assert second == [" SparseGPT ", " 42.50 ± 3.54 "]
     assert third == [" RIA ", " 46.00 "]
@@ -215,14 +235,33 @@ def test_rows_stand_by_damage_on_the_seeds_that_both_have_not_by_their_means():
 def test_the_better_published_method_is_that_on_the_seeds_that_all_have():
     """Wanda's one seed is worse than SparseGPT's mean, and better than its same seed."""
     rows = measured_rows({("SparseGPT", 0): 60.0, ("SparseGPT", 1): 30.0, ("Wanda", 0): 50.0, ("ADMM", 0): 20.0})
-    assert quality.summary(rows)[2:] == ["| 50% | 0 | 50.00 | 20.00 | 0.25 | 0.43 | 1.0 × | 0.5 GiB (SparseGPT 0.5) | ADMM |"]
+    assert quality.summary(rows, SMOLLM2)[2:] == ["| 50% | 0 | 50.00 | 20.00 | 0.25 | 0.43 | 1.0 × | 0.5 GiB (SparseGPT 0.5) | ADMM |"]
+
+
+def test_a_second_text_stands_beside_the_first_with_its_own_share():
+    rows = measured_rows({("SparseGPT", 0): 30.0, ("ADMM", 0): 20.0, ("RIA", 0): 40.0})
+    for found, perplexity in zip(rows.values(), (25.0, 10.0), strict=False):
+        found["texts"]["wikipedia_long"] = on_text("wikipedia_long", perplexity, dense=5.0)
+    assert quality.summary(rows, SMOLLM2)[2].startswith("| 50% | 0 | 30.00 / 25.00 | 20.00 / 10.00 | 0.50 / 0.25 | 0.63 / 0.43 |")
+    text = quality.table(rows, SMOLLM2)
+    assert "\n| RIA | 40.00 |" in text
+    assert "100 tokens of wikipedia in windows of 10 (dense 10.00) / 100 tokens of wikipedia_long in windows of 10 (dense 5.00)" in text
+    assert "| 0 | 20.00 / 10.00 | 20.00 / 10.00 | 2.00 / 2.00 | 0.50 / 0.25 | 0.63 / 0.43 |" in quality.full_table(rows)
+
+
+def test_each_model_has_a_table_of_its_own_points():
+    point = next(point for point in contenders.points(GEMMA3) if point.contender == "ADMM")
+    smollm2, gemma3 = quality.tables({point: row(point, 30.0)}).split(f"**{GEMMA3.label}**")
+    assert "Nothing is measured yet." in smollm2 and SMOLLM2.label in smollm2
+    assert "\n| ADMM | **30.00** |" in gemma3
+    assert f"## {GEMMA3.label}\n\n### 50%\n\n| method" in quality.full_table({point: row(point, 30.0)})
 
 
 def test_seconds_are_compared_with_the_mean_of_all_that_sparsegpt_took():
     rows = measured_rows({("SparseGPT", 0): 30.0, ("SparseGPT", 1): 30.0, ("ADMM", 0): 20.0})
     for seconds, found in zip((4, 6, 10), rows.values(), strict=True):
         found["seconds"] = seconds
-    assert "| 2.0 × |" in quality.summary(rows)[2]
+    assert "| 2.0 × |" in quality.summary(rows, SMOLLM2)[2]
 
 
 def test_how_far_seconds_are_to_be_trusted_is_told_where_a_cell_has_several_seeds():
@@ -234,7 +273,7 @@ def test_how_far_seconds_are_to_be_trusted_is_told_where_a_cell_has_several_seed
 
 
 def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
-    point = next(point for point in contenders.points() if point.contender == "ADMM")
+    point = next(point for point in POINTS if point.contender == "ADMM")
     assert "| 0 | 40.00 | 40.00 | 4.00 |  |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)})
 
 
@@ -252,8 +291,8 @@ def test_what_is_pruned_is_what_the_leaderboard_was_measured_with(point, small_p
 
 
 def test_a_point_is_stale_when_its_cell_has_other_figures_since():
-    found = row(contenders.points()[0], 30.0) | {"behaviour": {"error": 0.1, "output": 0.5}}
-    cell = contenders.points()[0].cell
+    found = row(POINTS[0], 30.0) | {"behaviour": {"error": 0.1, "output": 0.5}}
+    cell = POINTS[0].cell
     assert not quality.stale(found, {cell: {"error": 0.1, "output": 0.5 + 1e-4}})
     assert quality.stale(found, {cell: {"error": 0.1, "output": 0.52}})
     assert quality.stale(found, {})
