@@ -36,7 +36,7 @@ README = Path("README.md")
 START, END = "<!-- gpu: python -m benchmarks.gpu -->", "<!-- end of gpu -->"
 WINDOWS, LENGTH, BLOCKS = 128, 2048, 32
 CAP = 15 * 2**30  # bytes of device memory
-PUBLISHED = Damping(share=0.01, limit=1.0)
+PUBLISHED = Damping(share=0.01, limit=1.0, shrinkage=False)
 NONE = NoParameters(name="none")
 WANDA = Method(name="wanda", score=NoParameters(name="wanda"), comparison_group="row", update=NONE, damping=PUBLISHED)
 SWEEP = SparseGptParameters(name="sparsegpt", block_size=128)

@@ -39,6 +39,7 @@ from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.block_loop import MatrixResult, PrunedBlock, TeacherStreams, micro_batch, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
+from stages.pruning.judged import judged_choices
 from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, PatternSection
@@ -71,7 +72,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
     plan = plan_of(decoder, method, pattern, reconstruction, prune)
     recipe = recipe_of(method, pattern, allocation, reconstruction, prune, base=base.fingerprint, calibration=windows_sha256)
     log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
-    require_held_out(plan, allocation, held_out)
+    require_held_out(judged_choices(method, allocation, reconstruction), held_out)
     warn_of_few_tokens(plan, decoder, windows)
     with (
         distributed.process_group(device),
@@ -209,15 +210,14 @@ def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | No
     return max(0, memory_budget(asked) // distributed.local_world_size() - needed)
 
 
-def require_held_out(plan: Plan, allocation: Any, held_out: torch.Tensor) -> None:
+def require_held_out(judged: list[str], held_out: torch.Tensor) -> None:
     """Refuse to begin where something is to be judged and no windows are held out.
 
     Raises:
         CalibrationError: the windows were drawn without any held out.
     """
-    judged = plan.trains or plan.method.refines or ALLOCATIONS.of(allocation).budgeted is not None
     if judged and not len(held_out):
-        wanted = "wanted at least one: they judge allocations, refinements and trainings"
+        wanted = f"wanted at least one: they judge {', '.join(judged)}"
         raise CalibrationError(f"{CALIBRATION}: found no windows held out, {wanted}; run the sample stage with calibration.held_out=4")
 
 

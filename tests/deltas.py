@@ -14,7 +14,7 @@ WANDA = {
     "score": {"name": "wanda"},
     "comparison_group": "row",
     "update": {"name": "none"},
-    "damping": {"share": 0.01, "limit": 1.0},
+    "damping": {"share": 0.01, "limit": 1.0, "shrinkage": False},
 }
 
 

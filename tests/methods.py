@@ -12,7 +12,7 @@ def made(score: str, update: str = "none", *, comparison_group: str = "row", lim
         score=SCORES[score].parameters(name=score),
         comparison_group=comparison_group,
         update=UPDATES[update].parameters(name=update, **parameters),
-        damping=Damping(share=0.01, limit=limit),
+        damping=Damping(share=0.01, limit=limit, shrinkage=False),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from stages.calibration import section as calibration
 from stages.evaluation import section as evaluation
 from stages.pruning.allocations import ALLOCATIONS
+from stages.pruning.judged import judged_choices
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import Propagation
 from stages.schema import require
@@ -39,16 +40,10 @@ def _check_pruning(sections: dict[str, Any]) -> None:
         allocation.check_sparsity(pattern.sparsity, "allocation")
     windows, wanted = getattr(allocation, "windows", 0), f"at most calibration.windows = {sections['calibration'].windows}"
     require(windows <= sections["calibration"].windows, "allocation.windows", windows, wanted)
-    reconstruction = sections["reconstruction"]
-    held_out, trains = sections["calibration"].held_out, RECONSTRUCTIONS.of(reconstruction).trains
-    method = sections["method"]
-    judged = {
-        f"reconstruction.name = {reconstruction.name}": trains,
-        f"allocation.name = {allocation.name}": ALLOCATIONS.of(allocation).budgeted is not None,
-        f"method.update.name = {method.update.name}": method.refines,
-    }
-    for choice in (choice for choice, is_judged in judged.items() if is_judged):
+    reconstruction, held_out = sections["reconstruction"], sections["calibration"].held_out
+    for choice in judged_choices(sections["method"], allocation, reconstruction):
         require(held_out > 0, "calibration.held_out", held_out, f"at least 1 with {choice}: windows held out judge it")
+    trains = RECONSTRUCTIONS.of(reconstruction).trains
     propagates_pruned = prune.propagate == Propagation.PRUNED
     wanted = f"none with prune.propagate = {prune.propagate}: no block is run pruned"
     require(propagates_pruned or not trains, "reconstruction.name", reconstruction.name, wanted)

@@ -37,6 +37,7 @@ from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
 from stages.pruning.section import Propagation
 from stages.pruning.selection import select
+from stages.pruning.shrinkage import with_shrinkage
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
@@ -334,8 +335,11 @@ class _BlockPruner:
             raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations{reason}")
         scales = self._row_scales(inputs, weights)
         scaled = [weight if scale is None else weight * scale for weight, scale in zip(weights, scales, strict=True)]
+        method, patterns = plan.method, self._patterns(inputs)
         with PruningError.naming(f"layer {names}"):
-            solved = prune_matrices(scaled, inputs.statistic, plan.method, self._patterns(inputs))
+            if method.shrinks:
+                method = with_shrinkage(scaled, inputs.statistic, method, patterns, self._held_out(inputs))
+            solved = prune_matrices(scaled, inputs.statistic, method, patterns)
         return [
             pruned if scale is None or pruned.values is None else replace(pruned, values=pruned.values / scale)
             for pruned, scale in zip(solved, scales, strict=True)

@@ -37,7 +37,7 @@ class Pruned:
 
     mask: [rows, columns], bool, True = kept.
     values: [rows, columns], float32, or None where kept weights did not change.
-    damping: with which the Gram matrix factored, see method.Damping; None if it was not factored.
+    damping: with which the Gram matrix was factored or solved, see method.Damping; None if neither.
     refined: whether it is what the update gave; False: the mask of the score, since the update did harm; None: not judged; see guard.
     """
 

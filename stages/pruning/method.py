@@ -26,10 +26,12 @@ class Damping:
     share: fraction of the diagonal that is added to the diagonal: of its mean (obs, sparsegpt), or of each entry (admm, least squares,
         the refit after swaps).
     limit: upper bound of the share, which is raised tenfold a step while the matrix does not factor.
+    shrinkage: whether the share is that of each entry for all, and grows where tokens are few for the inputs; see shrinkage.
     """
 
     share: float = number(above=0)
     limit: float = number(above=0)
+    shrinkage: bool
 
     def check(self, key: str) -> None:
         require(self.limit >= self.share, f"{key}.limit", self.limit, f"at least {key}.share = {self.share:g}")
@@ -63,6 +65,11 @@ class Method:
     def refines(self) -> bool:
         """Whether the update improves on the mask of the score, and is judged by windows held out."""
         return UPDATES.of(self.update).refines
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the damping is chosen by windows held out."""
+        return self.damping.shrinkage and self.statistic is Gram
 
     @property
     def statistic(self) -> type[Statistic]:

@@ -98,8 +98,9 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
     Args:
         stream: a few windows, before the first block; changed.
         grid: fractions of zeros, ascending, 0 to 1. comparison_group: see patterns.ComparisonGroup.
-        fisher_floor: lower bound of each output's Fisher estimate, as a fraction of its matrix's mean, 0 to 1. Gradients are small
-            behind a saturated softmax; the estimate alone would rate the weights that keep it saturated as free to prune.
+        fisher_floor: lower bound of what the loss of a whole output would cost, see _floored, as a fraction of its matrix's mean, 0 to 1.
+            Gradients are small behind a saturated softmax; the estimate alone would rate the weights that keep it saturated as free to
+            prune.
 
     Returns:
         Matrix name -> its sensitivity. Experts without routed tokens and matrices whose gradients are all zero are missing.
@@ -124,12 +125,24 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
                 estimate = matrix.rows_of(fisher[matrix.layer])
                 if not estimate.any():
                     continue
-                estimate = estimate.clamp_min(fisher_floor * estimate.mean())
                 squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
+                estimate = _floored(estimate, squared.sum(dim=1), fisher_floor)
                 with PruningError.naming(f"layer {matrix.name}"):
                     curve = removal_curve(squared.mul_(estimate[:, None]), grid=grid, comparison_group=comparison_group)
                 results[matrix.name] = Sensitivity(curve=curve, fisher=estimate.cpu())
     return results
+
+
+def _floored(fisher: torch.Tensor, energy: torch.Tensor, floor: float) -> torch.Tensor:
+    """Raise the Fisher estimates so that F_i * energy_i, what the loss of a whole output costs, is at least `floor` of its mean.
+
+    The product, unlike the estimate, is the same whatever the scale at which an output is written.
+
+    Args:
+        fisher: [rows], 0 or more. energy: [rows], the sum of an output's squared scores, 0 or more.
+    """
+    least = floor * (fisher * energy).mean() / energy
+    return torch.where(energy > 0, torch.maximum(fisher, least), fisher)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,18 +125,22 @@ class Moments:
 class Gram:
     """SparseGPT's statistic: H = X Xᵀ, summed over tokens (arXiv:2301.00774, section 3.1).
 
-    value: [columns, columns], float32; complete after `finish`. damping: that of the factor, None before it is computed.
+    value: [columns, columns], float32; complete after `finish`. tokens: their number, likewise.
+    damping: that of the factor, None before it is computed.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.value = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.tokens = 0
         self.damping: float | None = None
         self._factor: torch.Tensor | None = None
+        self._factored_with: tuple[float, bool] | None = None
         self._tile = -(-columns // TILES)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add to the tiles on and below the diagonal: the matrix is symmetric, and 3/8 of its 4 by 4 tiles need no product."""
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += len(tokens)
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
             self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
@@ -146,10 +150,11 @@ class Gram:
             last = first + self._tile
             self.value[:first, first:last] = self.value[first:last, :first].T
         all_reduce(self.value)
+        self.tokens = int(all_reduce(torch.tensor(self.tokens)))
 
     def reorder(self, order: torch.Tensor) -> None:
         self.value = self.value[order][:, order]
-        self._factor = self.damping = None
+        self._factor = self.damping = self._factored_with = None
 
     @property
     def squared_norm(self) -> torch.Tensor:
@@ -161,14 +166,15 @@ class Gram:
         """[columns], bool: inputs that are zero in every token."""
         return self.value.diagonal() == 0
 
-    def inverse_factor(self, damping: float, limit: float) -> torch.Tensor:
-        """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹; computed once for all matrices that share H.
+    def inverse_factor(self, damping: float, limit: float, each: bool = False) -> torch.Tensor:
+        """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹, or (H + d * diag H)⁻¹; computed once for all that share H.
 
         d is `damping`; if H does not factor with it in float32 or in float64, d is multiplied by ten, repeatedly, up to the
         limit. Dead inputs count as unit inputs.
 
         Args:
             damping, limit: fractions of the mean diagonal that are added to the diagonal, first and last.
+            each: they are fractions of each entry of the diagonal instead, so that the scale of an input does not matter.
 
         Returns:
             [columns, columns], float32.
@@ -176,21 +182,22 @@ class Gram:
         Raises:
             ArithmeticError: H has NaN or infinity, or is not positive definite even with the limit.
         """
-        if self._factor is None:
+        if self._factor is None or self._factored_with != (damping, each):
             self.finite()
-            factor, self.damping = first_to_factor(self._factored, damping, limit)
-            self._factor = factor
+            self._factor = None  # its memory is free before the next one is made
+            factor, self.damping = first_to_factor(lambda share: self._factored(share, each), damping, limit)
+            self._factor, self._factored_with = factor, (damping, each)
         return self._factor
 
-    def _factored(self, damping: float) -> torch.Tensor:
+    def _factored(self, damping: float, each: bool) -> torch.Tensor:
         try:
-            return _inverse_factor(self.value, self.dead, damping, torch.float32)
+            return _inverse_factor(self.value, self.dead, damping, each, torch.float32)
         except torch.linalg.LinAlgError:
-            return _inverse_factor(self.value, self.dead, damping, torch.float64)
+            return _inverse_factor(self.value, self.dead, damping, each, torch.float64)
 
-    def inverse_diagonal(self, damping: float, limit: float) -> torch.Tensor:
+    def inverse_diagonal(self, damping: float, limit: float, each: bool = False) -> torch.Tensor:
         """The diagonal of the damped matrix's inverse, [columns], float32; see inverse_factor."""
-        return self.inverse_factor(damping, limit).square().sum(dim=0)
+        return self.inverse_factor(damping, limit, each).square().sum(dim=0)
 
     def finite(self) -> torch.Tensor:
         """The matrix, [columns, columns], float32, checked.
@@ -236,8 +243,8 @@ def first_to_factor(attempt: Callable[[float], Result], damping: float, limit: f
         tried = min(DAMPING_STEP * tried, limit)
 
 
-def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, dtype: torch.dtype) -> torch.Tensor:
-    """U in float32, computed in `dtype`.
+def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, each: bool, dtype: torch.dtype) -> torch.Tensor:
+    """U in float32, computed in `dtype`; see Gram.inverse_factor.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H with rows and columns reversed; then U = R⁻¹.
 
@@ -245,7 +252,8 @@ def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, dtyp
         torch.linalg.LinAlgError: rounded to `dtype`, the damped matrix is not positive definite.
     """
     damped = gram.flip(0, 1).to(dtype)
-    damped.diagonal().add_(dead.flip(0).to(dtype)).add_(damping * gram.diagonal().to(dtype).mean())
+    diagonal = damped.diagonal()
+    diagonal.add_(dead.flip(0).to(dtype)).add_(damping * (gram.diagonal().flip(0).to(dtype) if each else gram.diagonal().to(dtype).mean()))
     factor = torch.linalg.cholesky(damped).flip(0, 1)
     factor = torch.linalg.solve_triangular(factor, torch.eye(len(gram), out=damped), upper=True).float()
     if not torch.isfinite(factor).all():

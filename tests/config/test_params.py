@@ -96,7 +96,7 @@ def test_a_group_replaces_its_section_whole_and_the_others_stay(directory):
         "score": {"name": "obs"},
         "comparison_group": "matrix",
         "update": {"name": "sparsegpt", "block_size": 64},
-        "damping": {"share": 0.01, "limit": 1.0},
+        "damping": {"share": 0.01, "limit": 1.0, "shrinkage": False},
     }
     assert sections["pattern"] == {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
     assert sections["evaluation"]["rows"] == 7

@@ -111,6 +111,18 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         ),
         (["prune.expert_tokens=-1"], "prune.expert_tokens: found -1, wanted 0 or more tokens"),
         (["prune.memory_budget=0"], "prune.memory_budget: found 0.0, wanted null or more than 0 GiB"),
+        *(
+            (
+                [*choice, "calibration.held_out=0"],
+                f"calibration.held_out: found 0, wanted at least 1 with {judged}: windows held out judge it",
+            )
+            for choice, judged in (
+                (["reconstruction=block"], "reconstruction.name = block"),
+                (["allocation=loss"], "allocation.name = loss"),
+                (["method=swaps"], "method.update.name = swaps"),
+                (["method=sparsegpt", "method.damping.shrinkage=true"], "method.damping.shrinkage = true"),
+            )
+        ),
         (["method.damping.limit=0.001"], "method.damping.limit: found 0.001, wanted at least method.damping.share = 0.01"),
     ],
 )

@@ -6,11 +6,16 @@ In a column sweep H is the Gram matrix of the remaining columns, and [H⁻¹]_jj
 of the whole inverse (section 3.2 there).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from stages.pruning.entries import NoParameters, Score
 from stages.pruning.statistics import Gram
 from stages.schema import Citation
+
+if TYPE_CHECKING:
+    from stages.pruning.method import Method
 
 
 def obs(weight: torch.Tensor, root_inverse_diagonal: torch.Tensor) -> torch.Tensor:
@@ -26,14 +31,15 @@ def obs(weight: torch.Tensor, root_inverse_diagonal: torch.Tensor) -> torch.Tens
     return weight.square() / root_inverse_diagonal.square()
 
 
-def _of_gram(weight: torch.Tensor, gram: Gram, damping: float, limit: float) -> torch.Tensor:
+def _of_gram(weight: torch.Tensor, gram: Gram, method: "Method") -> torch.Tensor:
     """Score with the factor of the damped inverse, see Gram.inverse_factor; weights of dead inputs score 0."""
-    return obs(weight.masked_fill(gram.dead, 0), gram.inverse_diagonal(damping, limit).sqrt())
+    damping = method.damping
+    return obs(weight.masked_fill(gram.dead, 0), gram.inverse_diagonal(damping.share, damping.limit, damping.shrinkage).sqrt())
 
 
 OBS = Score(
     name="obs",
-    of=lambda weight, gram, method: _of_gram(weight, gram, method.damping.share, method.damping.limit),
+    of=_of_gram,
     statistic=Gram,
     parameters=NoParameters,
     summary="W^2 / diag(H^-1), the score of Optimal Brain Surgeon",

@@ -66,7 +66,7 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
     damped = statistic.damped(method.damping.share)
     masks = select(weights, statistic, patterns, method)
     return [
-        Pruned(mask=mask, values=least_squares(weight, damped, mask, weight, method.update.steps), damping=statistic.damping)
+        Pruned(mask=mask, values=least_squares(weight, damped, mask, weight, method.update.steps), damping=method.damping.share)
         for weight, mask in zip(weights, masks, strict=True)
     ]
 

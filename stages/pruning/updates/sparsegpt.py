@@ -85,7 +85,8 @@ def _strips(start: int, end: int, decision_columns: int) -> Iterator[tuple[int, 
 
 def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:
     """Prune all matrices in one sweep; see entries.Update. Kept weights of dead inputs do not change."""
-    factor, dead = statistic.inverse_factor(method.damping.share, method.damping.limit), statistic.dead
+    damping = method.damping
+    factor, dead = statistic.inverse_factor(damping.share, damping.limit, damping.shrinkage), statistic.dead
     rows = [len(weight) for weight in weights]
     weight = torch.cat(weights)
     live = weight.masked_fill(dead, 0)

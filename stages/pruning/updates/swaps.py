@@ -119,7 +119,7 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
     for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
         refined = swaps(weight, gram, mask, cycles=parameters.cycles, candidates=parameters.candidates, group=pattern.group)
         values = None if damped is None else least_squares(weight, damped, refined, weight, parameters.refit_steps)
-        outcomes.append(Pruned(mask=refined, values=values, damping=statistic.damping))
+        outcomes.append(Pruned(mask=refined, values=values, damping=statistic.damping if damped is None else method.damping.share))
     return outcomes
 
 
