@@ -20,7 +20,7 @@ from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.streamed import StreamedModel
-from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json, write_json
+from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json, write_json
 from stages.rows import Rows
 from stages.sample import SPARE
 from stages.streaming.decoder import Decoder
@@ -65,7 +65,9 @@ def main() -> None:
     delta = SparseDelta(SPARSE, base.fingerprint)
     known = read_json(FILE) if FILE.is_file() else {}
     of_model = known.setdefault(base.provenance["name"], {})
+    number, shrinks = read_json(CALIBRATION / "provenance.json")["section"]["windows"], prune["method"]["damping"].get("shrinkage")
     pruned = f"{prune['label']}, {prune['pattern_label']}, sparsity {delta.summary['sparsity']:.3g}"
+    pruned += (f", {number} calibration windows" if number != CALIBRATION_WINDOWS else "") + (", damping by shrinkage" if shrinks else "")
     for label, apply in (("dense", None), (pruned, delta.apply)):
         losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
         of_model[label] = {"perplexity": round(losses.perplexity, 2), "code": record.code_revision() if apply is None else prune["code"]}

