@@ -26,6 +26,13 @@ from tests import tiny
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch) -> None:
+    """No test loses power, and on a busy machine each fsync of a journal may take seconds."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """A small checkpoint as it would lie in someone's directory."""

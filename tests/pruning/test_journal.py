@@ -80,6 +80,7 @@ def killed_while(prepare: Callable[[], object], **changes: object) -> bool:
 
 def prepared_run(directory: Path, prepare: Callable[[], object], changes: dict[str, object]) -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # see conftest
     os.chdir(directory)
     prepare()
     run(**changes)
@@ -199,6 +200,20 @@ def test_a_run_that_is_killed_around_a_distillation_makes_it_again_with_the_same
 def interrupted(**changes: object) -> None:
     assert killed_while(AtCall(f"{JOURNAL}:Journal", "write", 2, False), **changes)
     assert PRUNE_JOURNAL.exists()
+
+
+def test_a_files_bytes_are_on_the_disk_before_it_gets_its_name(project, monkeypatch):
+    synced, replace_file = [], Path.replace
+
+    def replaced(path: Path, target: Path) -> Path:
+        if path.parent == PRUNE_JOURNAL and target.name.startswith("block-"):
+            assert path.stat().st_ino in synced
+        return replace_file(path, target)
+
+    monkeypatch.setattr(journals.os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(Path, "replace", replaced)
+    run()
+    assert len(set(synced)) >= 6  # a delta file and a record of each of three blocks
 
 
 def test_another_base_starts_afresh(project, caplog):
