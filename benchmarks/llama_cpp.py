@@ -53,7 +53,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True)
     texts = [row["text"] for row in Rows(TEXT / f"evaluation/{settings.perplexity.corpus}.jsonl")]
     bos = decide(settings.bos, tokenizer, "evaluation.bos")
-    windows = cut_windows(texts, tokenizer, settings.perplexity.window_length, WINDOWS, bos)
+    windows = cut_windows(texts, tokenizer, settings.perplexity.window_length, WINDOWS, bos, settings.perplexity.evenly)
     with tempfile.TemporaryDirectory() as directory:
         gguf = Path(directory) / section.file
         join_parts(section, gguf, Path(directory))

@@ -138,15 +138,24 @@ def best_at(rows: Rows, model: Model, pattern: str) -> list[str]:
 
 
 def missing(rows: Rows, model: Model) -> list[Point]:
-    """What is due and not measured."""
-    return [point for point in due(rows, model) if point not in rows]
+    """What is due and not measured, on some text; a point of one seed that was measured before a text was added stays without it."""
+    points_due = due(rows, model)
+    repeated = {(point.contender, point.pattern) for point in points_due if point.seed != SEEDS[0]}
+
+    def is_measured(point: Point) -> bool:
+        of_all_texts = set(TEXTS) <= set(rows[point]["texts"]) if point in rows else False
+        return of_all_texts or (point in rows and (point.contender, point.pattern) not in repeated)
+
+    return [point for point in points_due if not is_measured(point)]
 
 
 def wanted(rows: Rows, models: Collection[Model], patterns: Collection[str], again: bool) -> list[Point]:
-    """What is due at these patterns and not measured, or, if it is to be measured again, stale."""
-    now = behaviour.load()
-    every = [point for model in models for point in due(rows, model) if point.pattern in patterns]
-    return [point for point in every if point not in rows or (again and stale(rows[point], now))]
+    """What is missing at these patterns and, if it is to be measured again, what is stale."""
+    now, found = behaviour.load(), []
+    for model in models:
+        absent = set(missing(rows, model))
+        found += [point for point in due(rows, model) if point in absent or (again and stale(rows[point], now))]
+    return [point for point in found if point.pattern in patterns]
 
 
 def measure(rows: Rows, models: Collection[Model], patterns: Collection[str], again: bool, minutes: float) -> None:
@@ -186,14 +195,20 @@ def on(cells: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     return [row["texts"][text] for row in cells if text in row["texts"]]
 
 
+def perplexity_on(cells: list[dict[str, Any]], text: str) -> str:
+    """The mean and, of several, the sample standard deviation."""
+    values = [figures["perplexity"] for figures in on(cells, text)]
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
 def perplexity(cells: list[dict[str, Any]]) -> str:
-    """On each text the mean and, of several, the sample standard deviation; with a sign if one is stale."""
-    means = []
-    for text in TEXTS:
-        if values := [figures["perplexity"] for figures in on(cells, text)]:
-            means.append(f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
-    now = behaviour.load()
-    return " / ".join(means) + (STALE if any(stale(row, now) for row in cells) else "")
+    """On each text, with a sign if a point is stale."""
+    means = " / ".join(perplexity_on(cells, text) for text in TEXTS if on(cells, text))
+    return means + (STALE if any(map(is_stale, cells)) else "")
+
+
+def is_stale(row: dict[str, Any]) -> bool:
+    return stale(row, behaviour.load())
 
 
 def tables(rows: Rows) -> str:
@@ -241,8 +256,8 @@ def _notes(rows: Rows, model: Model) -> str:
     more = f" and, by their first seeds, the {model.best} best at a pattern" if model.best else " and the leading ones"
     return (
         f"{model.label}; calibration of 32 windows of 512 C4 tokens, the same for every method; perplexity on {_on_texts(rows)}; on "
-        f"{' and '.join(devices)}. Share of the rise: what is left of the rise of perplexity over the dense model's by the better of "
-        "Wanda and SparseGPT on the same seeds; in nats: the same of the logarithm of perplexity. Seconds: as a "
+        f"{' and '.join(devices)}. Share of the rise: the rise of perplexity over the dense model's, as a share of that by the "
+        "better of Wanda and SparseGPT on the same seeds; share of ln: the same of the logarithm of perplexity. Seconds: as a "
         "multiple of SparseGPT's. ± is the standard deviation over calibration seeds, not over text: "
         f"{', '.join(PUBLISHED)}{more} {have} {len(SEEDS)}, others the first alone. Rows "
         "stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
@@ -293,7 +308,7 @@ def against(
     """The better of the published methods and the cells, with the seeds that both have on a text; the better on the seeds that all have."""
 
     def common(*measured: list[dict[str, Any]]) -> set[int]:
-        return set.intersection(*({row["seed"] for row in one if text in row["texts"]} for one in measured))
+        return set.intersection(*(seeds_on(one, text) for one in measured))
 
     def of_seeds(measured: list[dict[str, Any]], seeds: set[int]) -> list[dict[str, Any]]:
         return [row for row in measured if row["seed"] in seeds]
@@ -304,6 +319,16 @@ def against(
     return of_seeds(better, both_have), of_seeds(cells, both_have)
 
 
+def comparable(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """The texts on which the cells and the published methods have a seed in common."""
+    return [text for text in TEXTS if known and set.intersection(*(seeds_on(one, text) for one in (cells, *known.values())))]
+
+
+def seeds_on(cells: list[dict[str, Any]], text: str) -> set[int]:
+    """The seeds measured on a text."""
+    return {row["seed"] for row in cells if text in row["texts"]}
+
+
 def share(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]], text: str) -> tuple[float, float]:
     """The rise of perplexity, and of its logarithm, as a share of that by the better of the published methods, on the same seeds."""
     better, own = against(cells, known, text)
@@ -311,9 +336,8 @@ def share(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]
 
 
 def shares(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    """Both shares, each on every text on which the cells and a published method are measured."""
-    texts = [text for text in TEXTS if on(cells, text) and all(on(others, text) for others in known.values())]
-    found = [share(cells, known, text) for text in texts] if known else []
+    """Both shares, each on every text on which they can be compared."""
+    found = [share(cells, known, text) for text in comparable(cells, known)]
     return [" / ".join(f"{value:.2f}" for value in values) for values in zip(*found, strict=True)] or ["", ""]
 
 
@@ -341,17 +365,20 @@ def summary(rows: Rows, model: Model) -> list[str]:
         if "SparseGPT" not in known:
             continue
         winner, best = ranked(rows, model, pattern)[0]
-        both = against(best, known, FIRST)
-        numbers = " | ".join(map(perplexity, both))
+        pairs = {text: against(best, known, text) for text in comparable(best, known)}
+        numbers = [" / ".join(perplexity_on(pair[side], text) for text, pair in pairs.items()) for side in (0, 1)]
+        old = [STALE if any(is_stale(row) for pair in pairs.values() for row in pair[side]) else "" for side in (0, 1)]
+        seeds = " / ".join(dict.fromkeys(named_seeds(pair[0]) for pair in pairs.values()))
         cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
-        lines.append(f"| {pattern} | {named_seeds(both[0])} | {numbers} | {' | '.join(shares(best, known))} | {cost} | {winner.name} |")
+        cells = [pattern, seeds, numbers[0] + old[0], numbers[1] + old[1], *shares(best, known), cost, winner.name]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 EXPLAINED = (
     "Where two numbers stand, the first is on the text `wikipedia`, the second on `wikipedia_long`. Share of the rise: the rise of "
-    "perplexity over the dense model's, as a share of that by the better of Wanda and SparseGPT at the same pattern; in nats: the same of "
-    "the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a multiple of SparseGPT's mean. "
+    "perplexity over the dense model's, as a share of that by the better of Wanda and SparseGPT at the same pattern; share of ln: the same "
+    "of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a multiple of SparseGPT's mean. "
     "Perplexities are compared on the seeds that both have, so where one has fewer the share is not that of the means shown, and rows "
     "stand in the order of the share, not of the means. The relative layer error is measured before the last blocks learn together. The "
     "command is that of the first seed shown on the first text; another seed adds `-S calibration.seed=N`, and the second text is "
@@ -364,7 +391,7 @@ COLUMNS = (
     "seed by seed",
     "over dense",
     "share of the rise",
-    "in nats",
+    "share of ln",
     "relative layer error",
     "seconds",
     "peak memory",

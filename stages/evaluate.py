@@ -108,7 +108,8 @@ def prepare(evaluation: Evaluation) -> Setup:
     base.require_context(perplexity.window_length, "evaluation.perplexity.window_length")
     bos = decide(evaluation.bos, tokenizer, "evaluation.bos")
     log.info("windows and prompts %s with BOS: %s", "are not begun" if bos.token is None else "begin", bos.reason)
-    windows = cut_windows(texts(rows_file(perplexity.corpus)), tokenizer, perplexity.window_length, perplexity.windows, bos)
+    corpus, length = texts(rows_file(perplexity.corpus)), perplexity.window_length
+    windows = cut_windows(corpus, tokenizer, length, perplexity.windows, bos, perplexity.evenly)
     require_embedded(windows.unique().tolist(), embedding_rows(base), tokenizer, f"evaluation.perplexity.corpus {perplexity.corpus}")
     require_prompts(tokenizer, bos, evaluation.generations.prompts, embedding_rows(base))
     return Setup(

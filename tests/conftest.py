@@ -32,7 +32,6 @@ def no_waiting_for_the_disk(monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """A small checkpoint as it would lie in someone's directory."""

@@ -160,7 +160,7 @@ def test_the_leaderboard_gives_means_and_spreads_over_seeds_and_says_what_is_mis
     wanda, sparsegpt = (next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("Wanda", "SparseGPT"))
     assert "| 41.00 ± 1.00 † |" in wanda
     assert "| **30.00 ± 0.00** |" in sparsegpt
-    assert f" {len(quality.due({}, SMOLLM2)) - len(rows)} of {len(quality.due({}, SMOLLM2))} points are not measured yet" in text
+    assert f" {len(quality.missing(rows, SMOLLM2))} of {len(quality.due({}, SMOLLM2))} points are not measured yet" in text
     assert "†: includes points (2 in all) measured before a change of the code" in text
     full = quality.full_table(rows)
     assert (
@@ -181,11 +181,30 @@ def test_the_best_four_at_a_pattern_are_due_with_every_seed_once_every_first_see
 def test_a_point_is_wanted_where_it_is_missing_and_again_where_it_is_stale():
     known, other = (point for point in POINTS if point.cell == POINTS[0].cell and point.seed < 2)
     fresh, old = row(known, 30.0), row(other, 30.0) | {"behaviour": {"error": 1.0}}
+    for measured in (fresh, old):
+        measured["texts"]["wikipedia_long"] = on_text("wikipedia_long", 20.0)
     wanted = quality.wanted({known: fresh, other: old}, [SMOLLM2], ["50%"], True)
     assert known not in wanted and other in wanted
     assert other not in quality.wanted({known: fresh, other: old}, [SMOLLM2], ["50%"], False)
     assert {point.pattern for point in wanted} == {"50%"}
     assert not [point for point in quality.wanted({}, [SMOLLM2], ["50%"], True) if point not in quality.due({}, SMOLLM2)]
+
+
+def test_points_with_every_seed_are_missing_until_every_text_is_measured_and_others_stay_as_they_are():
+    repeated, single = (next(point for point in POINTS if point.contender == name) for name in ("SparseGPT", "RIA"))
+    rows = {repeated: row(repeated, 30.0), single: row(single, 30.0)}
+    assert repeated in quality.missing(rows, SMOLLM2) and single not in quality.missing(rows, SMOLLM2)
+    rows[repeated]["texts"]["wikipedia_long"] = on_text("wikipedia_long", 20.0)
+    assert repeated not in quality.missing(rows, SMOLLM2)
+
+
+def test_where_no_seed_is_common_on_a_text_nothing_is_compared_there():
+    rows = measured_rows({("SparseGPT", 0): 30.0, ("SparseGPT", 1): 30.0, ("ADMM", 0): 20.0})
+    by_key = {(point.contender, point.seed): found for point, found in rows.items()}
+    by_key["SparseGPT", 1]["texts"]["wikipedia_long"] = on_text("wikipedia_long", 25.0)
+    by_key["ADMM", 0]["texts"]["wikipedia_long"] = on_text("wikipedia_long", 15.0)
+    assert quality.summary(rows, SMOLLM2)[2].startswith("| 50% | 0 | 30.00 | 20.00 | 0.50 | 0.63 |")
+    assert "| 20.00 / 15.00 | 20.00 / 15.00 |" in quality.full_table(rows)
 
 
 def test_a_point_that_the_code_prunes_otherwise_than_is_written_down_is_not_run(tmp_path, monkeypatch):
@@ -224,7 +243,7 @@ def test_the_summary_compares_on_the_seeds_that_both_have():
     ]
 
 
-def test_rows_stand_by_damage_on_the_seeds_that_both_have_not_by_their_means():
+def test_rows_stand_by_their_share_on_the_seeds_that_both_have_not_by_their_means():
     rows = measured_rows({("SparseGPT", 0): 45.0, ("SparseGPT", 1): 40.0, ("SparseGPT, OWL", 0): 44.0, ("RIA", 0): 46.0})
     first, second, third = (line.split("|")[1:3] for line in quality.table(rows, SMOLLM2).split("composed by |")[1].splitlines()[2:5])
     assert first == [" SparseGPT, OWL ", " **44.00** "]
@@ -272,7 +291,7 @@ def test_how_far_seconds_are_to_be_trusted_is_told_where_a_cell_has_several_seed
     assert "the fastest" not in quality.full_table(measured_rows({("RIA", 0): 46.0}))
 
 
-def test_the_leaderboard_says_nothing_of_damage_or_pace_where_no_published_method_is_measured():
+def test_the_leaderboard_says_nothing_of_shares_or_pace_where_no_published_method_is_measured():
     point = next(point for point in POINTS if point.contender == "ADMM")
     assert "| 0 | 40.00 | 40.00 | 4.00 |  |  | 0.1000 | 5 | 0.50 GiB |" in quality.full_table({point: row(point, 40.0)})
 

@@ -16,7 +16,7 @@ from stages.sources.base import LocalBase
 from tests import tiny
 from tests.evaluation import delta as deltas
 
-PERPLEXITY = Perplexity(corpus="articles", window_length=64, windows=4)
+PERPLEXITY = Perplexity(corpus="articles", window_length=64, windows=4, evenly=False)
 EVALUATION = Evaluation(
     name="tiny",
     device="cpu",

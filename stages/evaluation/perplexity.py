@@ -51,7 +51,9 @@ def standard_error(values: list[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, bos: Bos) -> torch.Tensor:
+def cut_windows(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, bos: Bos, evenly: bool = False
+) -> torch.Tensor:
     """Join the documents and cut them into windows.
 
     Windows that begin with BOS hold one token of the text less, and all of these are scored.
@@ -61,6 +63,7 @@ def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: in
         length: tokens in a window.
         limit: number of windows, from the first on; None for all.
         bos: whether every window begins with BOS.
+        evenly: whether they are spread evenly over all windows instead, the first among them.
 
     Returns:
         [windows, length], int64.
@@ -75,7 +78,8 @@ def cut_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: in
     if available < (limit or 2):
         raise ConfigError(f"evaluation.perplexity: the corpus has {len(tokens)} tokens, wanted {limit or 2} windows of {length}")
     count = available if limit is None else limit
-    pieces = torch.tensor(tokens[: count * length_of_text]).view(count, length_of_text)
+    pieces = torch.tensor(tokens[: available * length_of_text]).view(available, length_of_text)
+    pieces = pieces[torch.arange(count) * available // count] if evenly else pieces[:count]
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
 
 

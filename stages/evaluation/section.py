@@ -13,12 +13,14 @@ from stages.schema import number, require, require_one_of
 class Perplexity:
     """The windows of a corpus of text.evaluation.
 
-    window_length: tokens per window. windows: number of windows, from the first on; null: all windows of the corpus.
+    window_length: tokens per window. windows: number of windows; null: all windows of the corpus.
+    evenly: whether these windows are spread evenly over the corpus, so that few of them see many documents; else they are the first.
     """
 
     corpus: str
     window_length: int = number(minimum=2, unit="tokens")
     windows: int | None = number(minimum=2, unit="windows, for a standard error")
+    evenly: bool
 
 
 @dataclass(kw_only=True, slots=True)

@@ -68,8 +68,9 @@ class Method:
 
     @property
     def shrinks(self) -> bool:
-        """Whether the damping is chosen by windows held out."""
-        return self.damping.shrinkage and self.statistic is Gram
+        """Whether something is damped, and how much is chosen by windows held out."""
+        solves = UPDATES.of(self.update).statistic is Gram and self.changes_weights
+        return self.damping.shrinkage and (solves or SCORES.of(self.score).statistic is Gram)
 
     @property
     def statistic(self) -> type[Statistic]:

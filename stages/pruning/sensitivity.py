@@ -41,7 +41,7 @@ class Sensitivity:
     """How much the loss depends on one matrix.
 
     curve: expected rise of the loss at each sparsity of a grid, up to a factor that all matrices share, 0 or more.
-    fisher: [rows], float32, 0 or more, the Fisher estimate of each output: its mean squared gradient over tokens.
+    fisher: [rows], float32, 0 or more, the Fisher estimate of each output: its mean squared gradient over tokens, at least the floor.
     """
 
     curve: list[float]
@@ -98,7 +98,7 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
     Args:
         stream: a few windows, before the first block; changed.
         grid: fractions of zeros, ascending, 0 to 1. comparison_group: see patterns.ComparisonGroup.
-        fisher_floor: lower bound of what the loss of a whole output would cost, see _floored, as a fraction of its matrix's mean, 0 to 1.
+        fisher_floor: lower bound of what the loss of a whole output would cost, see floored, as a fraction of its matrix's mean, 0 to 1.
             Gradients are small behind a saturated softmax; the estimate alone would rate the weights that keep it saturated as free to
             prune.
 
@@ -126,14 +126,14 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
                 if not estimate.any():
                     continue
                 squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
-                estimate = _floored(estimate, squared.sum(dim=1), fisher_floor)
+                estimate = floored(estimate, squared.sum(dim=1), fisher_floor)
                 with PruningError.naming(f"layer {matrix.name}"):
                     curve = removal_curve(squared.mul_(estimate[:, None]), grid=grid, comparison_group=comparison_group)
                 results[matrix.name] = Sensitivity(curve=curve, fisher=estimate.cpu())
     return results
 
 
-def _floored(fisher: torch.Tensor, energy: torch.Tensor, floor: float) -> torch.Tensor:
+def floored(fisher: torch.Tensor, energy: torch.Tensor, floor: float) -> torch.Tensor:
     """Raise the Fisher estimates so that F_i * energy_i, what the loss of a whole output costs, is at least `floor` of its mean.
 
     The product, unlike the estimate, is the same whatever the scale at which an output is written.

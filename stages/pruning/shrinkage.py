@@ -38,11 +38,15 @@ def oas_share(gram: torch.Tensor, tokens: int) -> float:
 
 def shares(statistic: Gram, method: Method) -> list[float]:
     """The shares that come into question, ascending: the method's own, and larger ones by the estimate, up to its limit."""
+    estimate, damping = estimated_share(statistic, method), method.damping
+    larger = {min(multiple * estimate, damping.limit) for multiple in MULTIPLES} if statistic.value.any() else set()
+    return sorted({damping.share, *larger})
+
+
+def estimated_share(statistic: Gram, method: Method) -> float:
+    """The share by the estimate, within the bounds that the method sets; its own where all inputs are zero."""
     share, limit = method.damping.share, method.damping.limit
-    if not statistic.finite().any():
-        return [share]
-    estimate = max(share, oas_share(statistic.value, statistic.tokens))
-    return sorted({share, *(min(multiple * estimate, limit) for multiple in MULTIPLES)})
+    return min(max(share, oas_share(statistic.value, statistic.tokens)), limit) if statistic.finite().any() else share
 
 
 def with_shrinkage(weights: list[torch.Tensor], statistic: Gram, method: Method, patterns: list[Pattern], held_out: torch.Tensor) -> Method:
@@ -50,14 +54,18 @@ def with_shrinkage(weights: list[torch.Tensor], statistic: Gram, method: Method,
 
     Args:
         weights, statistic, patterns: see prune_matrices.
-        held_out: inputs in this process's windows held out, [tokens, columns], float32; without any the estimate is taken as it is.
+        held_out: inputs in the windows held out, of several processes in those of the one that solves, [tokens, columns], float32; without
+            any the estimate is taken as it is.
 
     Raises:
         ArithmeticError: the statistic has NaN or infinity, or does not factor.
     """
-    tried = [replace(method, damping=replace(method.damping, share=share)) for share in shares(statistic, method)]
+
+    def damped_by(share: float) -> Method:
+        return replace(method, damping=replace(method.damping, share=share))
+
     if not len(held_out):
-        return tried[min(1, len(tried) - 1)]
+        return damped_by(estimated_share(statistic, method))
     rows = [weight[:: -(-len(weight) // ROWS)] for weight in weights]
 
     def error(candidate: Method) -> float:
@@ -65,4 +73,4 @@ def with_shrinkage(weights: list[torch.Tensor], statistic: Gram, method: Method,
         kept = ((weight, weight * pruned.mask if pruned.values is None else pruned.values) for weight, pruned in outcomes)
         return sum((held_out @ (weight - values).T).double().square().sum().item() for weight, values in kept)
 
-    return min(tried, key=error)
+    return min(map(damped_by, shares(statistic, method)), key=error)

@@ -166,7 +166,7 @@ class Gram:
         """[columns], bool: inputs that are zero in every token."""
         return self.value.diagonal() == 0
 
-    def inverse_factor(self, damping: float, limit: float, each: bool = False) -> torch.Tensor:
+    def inverse_factor(self, damping: float, limit: float, per_entry: bool = False) -> torch.Tensor:
         """U, upper triangular with Uᵀ U = (H + d * mean(diag H) * I)⁻¹, or (H + d * diag H)⁻¹; computed once for all that share H.
 
         d is `damping`; if H does not factor with it in float32 or in float64, d is multiplied by ten, repeatedly, up to the
@@ -174,7 +174,7 @@ class Gram:
 
         Args:
             damping, limit: fractions of the mean diagonal that are added to the diagonal, first and last.
-            each: they are fractions of each entry of the diagonal instead, so that the scale of an input does not matter.
+            per_entry: they are fractions of each entry of the diagonal instead, so that the scale of an input does not matter.
 
         Returns:
             [columns, columns], float32.
@@ -182,22 +182,22 @@ class Gram:
         Raises:
             ArithmeticError: H has NaN or infinity, or is not positive definite even with the limit.
         """
-        if self._factor is None or self._factored_with != (damping, each):
+        if self._factor is None or self._factored_with != (damping, per_entry):
             self.finite()
             self._factor = None  # its memory is free before the next one is made
-            factor, self.damping = first_to_factor(lambda share: self._factored(share, each), damping, limit)
-            self._factor, self._factored_with = factor, (damping, each)
+            factor, self.damping = first_to_factor(lambda share: self._factored(share, per_entry), damping, limit)
+            self._factor, self._factored_with = factor, (damping, per_entry)
         return self._factor
 
-    def _factored(self, damping: float, each: bool) -> torch.Tensor:
+    def _factored(self, damping: float, per_entry: bool) -> torch.Tensor:
         try:
-            return _inverse_factor(self.value, self.dead, damping, each, torch.float32)
+            return _inverse_factor(self.value, self.dead, damping, per_entry, torch.float32)
         except torch.linalg.LinAlgError:
-            return _inverse_factor(self.value, self.dead, damping, each, torch.float64)
+            return _inverse_factor(self.value, self.dead, damping, per_entry, torch.float64)
 
-    def inverse_diagonal(self, damping: float, limit: float, each: bool = False) -> torch.Tensor:
+    def inverse_diagonal(self, damping: float, limit: float, per_entry: bool = False) -> torch.Tensor:
         """The diagonal of the damped matrix's inverse, [columns], float32; see inverse_factor."""
-        return self.inverse_factor(damping, limit, each).square().sum(dim=0)
+        return self.inverse_factor(damping, limit, per_entry).square().sum(dim=0)
 
     def finite(self) -> torch.Tensor:
         """The matrix, [columns, columns], float32, checked.
@@ -243,7 +243,7 @@ def first_to_factor(attempt: Callable[[float], Result], damping: float, limit: f
         tried = min(DAMPING_STEP * tried, limit)
 
 
-def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, each: bool, dtype: torch.dtype) -> torch.Tensor:
+def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, per_entry: bool, dtype: torch.dtype) -> torch.Tensor:
     """U in float32, computed in `dtype`; see Gram.inverse_factor.
 
     H = R Rᵀ with R upper triangular is the Cholesky factorisation of H with rows and columns reversed; then U = R⁻¹.
@@ -253,7 +253,8 @@ def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, each
     """
     damped = gram.flip(0, 1).to(dtype)
     diagonal = damped.diagonal()
-    diagonal.add_(dead.flip(0).to(dtype)).add_(damping * (gram.diagonal().flip(0).to(dtype) if each else gram.diagonal().to(dtype).mean()))
+    share_of = diagonal.clone() if per_entry else diagonal.mean()
+    diagonal.add_(dead.flip(0).to(dtype)).add_(damping * share_of)
     factor = torch.linalg.cholesky(damped).flip(0, 1)
     factor = torch.linalg.solve_triangular(factor, torch.eye(len(gram), out=damped), upper=True).float()
     if not torch.isfinite(factor).all():

@@ -131,7 +131,7 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     raised = [row for row in matrices if row["damping"] not in (None, method["damping"]["share"])]
     if raised:
         largest, asked = max(row["damping"] for row in raised), method["damping"]["share"]
-        reason = "have, by the windows held out," if method["damping"]["shrinkage"] else "needed"
+        reason = "have" if method["damping"]["shrinkage"] else "needed"
         lines.append(f"- {len(raised)} matrices {reason} more damping than {asked:g}, up to {largest:g}.")
     harmed = sum(row["refined"] is False for row in matrices)
     if harmed:

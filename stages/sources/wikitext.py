@@ -17,7 +17,7 @@ SHORTEST_PARAGRAPH = 60  # characters; what is shorter is a caption or an item o
 NOT_PROSE = {"gallery", "imagemap", "math", "pre", "ref", "score", "source", "syntaxhighlight", "table", "timeline"}  # tags
 APPENDICES = re.compile(
     r"\s*(bibliography|citations|discography|external links|filmography|footnotes|further reading|gallery|notes|publications|references|"
-    r"see also|selected works|sources|works cited)\b",
+    r"see also|selected works|sources|works cited)(\s+and\s+\w+)*\s*$",
     re.I,
 )
 # Templates whose text stands in the sentence, by the number of the argument that holds it, the last if negative; others leave nothing.
@@ -34,6 +34,7 @@ PRINTED = {
     "transl": -1,
     "unicode": 0,
 }
+RANGES = ("-", "–", "and", "by", "or", "to", "x")  # between two amounts of a conversion
 DASHES = {"mdash": "—", "emdash": "—", "ndash": "–", "endash": "–", "snd": " – ", "spaced ndash": " – ", "nbsp": " "}
 RESIDUE = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{\||\|\}|</?\w|__\w+__|thumb\||https?://")
 SENTENCE_END = re.compile(r"""[.!?]["”’')\]]*$""")
@@ -70,6 +71,8 @@ def _article(title: str, source: str) -> str:
         _remove(code, section)
     for tag in code.filter_tags(matches=lambda tag: str(tag.tag).lower() in NOT_PROSE):
         _remove(code, tag)
+    for tag in code.filter_tags(matches=lambda tag: str(tag.tag).lower() == "br"):
+        code.replace(tag, " ")
     _print_templates(code)
     for link in code.filter_wikilinks(matches=_is_no_text):
         _remove(code, link)
@@ -86,7 +89,7 @@ def _remove(code: Wikicode, node: Wikicode | Tag | Wikilink) -> None:
 
 def _is_no_text(link: Wikilink) -> bool:
     """Whether a link shows an image, or stands for a category or another language."""
-    return re.match(r"\s*(file|image|category|media|[a-z]{2,3}):", str(link.title), re.I) is not None
+    return re.match(r"\s*:?((?i:file|image|category|media)|[a-z]{2,3}):", str(link.title)) is not None
 
 
 def _print_templates(code: Wikicode) -> None:
@@ -102,7 +105,8 @@ def _printed(template: Template) -> str:
     if name in DASHES:
         return DASHES[name]
     if name in ("convert", "cvt") and len(arguments) > 1:
-        return " ".join(arguments[:2])
+        amount = 3 if arguments[1] in RANGES else 1
+        return " ".join([*arguments[:amount], *arguments[amount : amount + 1]])
     if name in PRINTED and arguments:
         return arguments[PRINTED[name]]
     return ""

@@ -32,6 +32,9 @@ def test_windows_are_the_joined_text_cut_and_the_remainder_dropped():
     windows = cut_windows(texts, tokenizer, 16, None, tiny.NO_BOS)
     assert windows.flatten().tolist() == tokens[: len(tokens) // 16 * 16]
     assert torch.equal(cut_windows(texts, tokenizer, 16, 3, tiny.NO_BOS), windows[:3])
+    spread = [0, len(windows) // 3, 2 * len(windows) // 3]
+    assert torch.equal(cut_windows(texts, tokenizer, 16, 3, tiny.NO_BOS, evenly=True), windows[spread])
+    assert torch.equal(cut_windows(texts, tokenizer, 16, None, tiny.NO_BOS, evenly=True), windows)
 
 
 def test_a_corpus_that_is_too_small_says_how_many_tokens_it_has():

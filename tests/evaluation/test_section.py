@@ -19,7 +19,7 @@ def evaluation(**changes) -> Evaluation:
         "batch_size": 2,
         "streamed": False,
     }
-    perplexity = Perplexity(corpus="articles", window_length=64, windows=4)
+    perplexity = Perplexity(corpus="articles", window_length=64, windows=4, evenly=False)
     return Evaluation(**{**facts, "perplexity": perplexity, "generations": Generations(new_tokens=3, prompts=["a"]), **changes})
 
 
@@ -35,11 +35,11 @@ def evaluation(**changes) -> Evaluation:
         ({"batch_size": 0}, "evaluation.batch_size: found 0, wanted at least 1"),
         ({"streamed": True}, "evaluation.generations.prompts: found ['a'], wanted none with evaluation.streamed"),
         (
-            {"perplexity": Perplexity(corpus="a", window_length=1, windows=4)},
+            {"perplexity": Perplexity(corpus="a", window_length=1, windows=4, evenly=False)},
             "evaluation.perplexity.window_length: found 1, wanted at least 2 tokens",
         ),
         (
-            {"perplexity": Perplexity(corpus="a", window_length=2, windows=1)},
+            {"perplexity": Perplexity(corpus="a", window_length=2, windows=1, evenly=False)},
             "evaluation.perplexity.windows: found 1, wanted null or at least 2 windows, for a standard error",
         ),
         ({"generations": Generations(new_tokens=0, prompts=[])}, "evaluation.generations.new_tokens: found 0, wanted at least 1"),
@@ -73,7 +73,7 @@ def test_what_is_in_range_is_taken(changes):
     ],
 )
 def test_a_corpus_of_texts_is_taken(corpus, columns):
-    check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4)), columns)
+    check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4, evenly=False)), columns)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_corpus_of_texts_is_taken(corpus, columns):
 def test_a_corpus_without_texts_is_refused(corpus, columns, message):
     wanted = f"evaluation.perplexity.corpus: found {corpus!r}, wanted {message}"
     with pytest.raises(ConfigError, match=re.escape(wanted)):
-        check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4)), columns)
+        check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4, evenly=False)), columns)
 
 
 @pytest.mark.parametrize(

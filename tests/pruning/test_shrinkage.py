@@ -106,10 +106,11 @@ def test_few_tokens_are_pruned_better_and_many_no_worse():
         assert errors[1] <= at_most * errors[0]
 
 
-def test_without_windows_held_out_the_estimate_is_taken():
-    gram = gram_of(tokens(100, 0))
+@pytest.mark.parametrize(("count", "expected"), [(1, 1.0), (100, None), (100_000, 0.01)])
+def test_without_windows_held_out_the_estimate_is_taken_within_the_methods_bounds(count, expected):
+    gram = gram_of(tokens(count, 0))
     chosen = with_shrinkage([weight()], gram, shrunk("admm"), [PATTERN], tokens(0, 0))
-    assert chosen.damping.share == max(0.01, oas_share(gram.value, gram.tokens))
+    assert chosen.damping.share == (oas_share(gram.value, gram.tokens) if expected is None else expected)
 
 
 def test_with_shrinkage_the_scale_of_an_input_does_not_matter():
@@ -126,7 +127,9 @@ def test_with_shrinkage_the_scale_of_an_input_does_not_matter():
 
 
 def test_a_method_that_factors_nothing_has_nothing_to_shrink():
-    assert not replace(made("wanda"), damping=shrunk("admm").damping).shrinks
+    swaps = made("wanda", "swaps", cycles=10, candidates=4, refit_steps=0)
+    for method in (made("wanda"), swaps):
+        assert not replace(method, damping=shrunk("admm").damping).shrinks
     assert shrunk("sparsegpt").shrinks
 
 

@@ -181,18 +181,25 @@ def test_an_article_is_its_title_and_its_paragraphs():
 
 
 def test_the_prose_of_a_long_article_stays_and_its_markup_goes():
-    sentence = "The [[harbour|port]], {{convert|2|km}} from {{lang|fr|la ville}}<ref>A note.</ref> ({{IPA|x}}), is '''old'''. "
+    sentence = "The [[harbour|port]],<br>{{convert|2|to|3|km}} from {{lang|fr|la ville}}<ref>A note.</ref> ({{IPA|x}}), is '''old'''. "
     body = "\n".join(["{{Infobox|name=Town}}", "[[File:a.png|thumb|A picture of the harbour that is long enough to be taken for prose.]]"])
     body += "\n" + "\n\n".join([sentence * 30] * 3) + "\n* a list\n== See also ==\n" + sentence * 20
-    pages = [("Town", "0", body), ("List of towns", "0", body), ("Talk", "1", body), ("Stub", "0", sentence)]
+    pages = [("Town", "0", body), ("List of towns", "0", body), ("Town (disambiguation)", "0", body), ("Talk", "1", body)]
+    pages += [("Stub", "0", sentence), ("Old town", '0</ns><redirect title="Town"/><ns>0', body)]
     xml = "".join(
         f"<page><title>{title}</title><ns>{namespace}</ns><revision><text>{html.escape(text)}</text></revision></page>"
         for title, namespace, text in pages
     )
     dump = f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{xml}</mediawiki>'
     (row,) = readers.mediawiki_dump(bz2.compress(dump.encode()))
-    paragraph = " ".join(["The port, 2 km from la ville (x), is old."] * 30)
+    paragraph = " ".join(["The port, 2 to 3 km from la ville (x), is old."] * 30)
     assert row["text"] == "Town\n\n" + "\n".join([paragraph] * 3)
+
+
+def test_what_is_no_dump_is_said_to_be_none():
+    for data in (b"text", bz2.compress(b"no <xml>")):
+        with pytest.raises(ValueError, match="not a MediaWiki dump compressed by bzip2"):
+            readers.mediawiki_dump(data)
 
 
 def test_an_arrow_stream_keeps_its_columns():

@@ -25,7 +25,7 @@ class LossSection(BoundedSection):
     """windows: number of calibration windows, from the first on, whose gradients are taken.
 
     row_strength: exponent of the cost of a row's errors, with which the rows of a matrix compete if method.comparison_group is
-        matrix; 0: all rows cost the same. row_floor: lower bound of a row's cost, as a fraction of the mean of its matrix.
+        matrix; 0: all rows cost the same. row_floor: lower bound of what losing a whole row costs, as a fraction of the mean of its matrix.
     """
 
     windows: int = number(minimum=1)

@@ -65,8 +65,9 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
     """Take the masks of the score and refit the kept weights; see entries.Update."""
     damped = statistic.damped(method.damping.share)
     masks = select(weights, statistic, patterns, method)
+    damping = max(method.damping.share, statistic.damping or 0)  # of the refit, or of a score that needed more
     return [
-        Pruned(mask=mask, values=least_squares(weight, damped, mask, weight, method.update.steps), damping=method.damping.share)
+        Pruned(mask=mask, values=least_squares(weight, damped, mask, weight, method.update.steps), damping=damping)
         for weight, mask in zip(weights, masks, strict=True)
     ]
 

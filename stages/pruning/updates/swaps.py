@@ -115,11 +115,12 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
     parameters, gram = method.update, statistic.finite()
     damped = statistic.damped(method.damping.share) if parameters.refit_steps else None
     masks = select(weights, statistic, patterns, method)
+    damping = statistic.damping if damped is None else max(method.damping.share, statistic.damping or 0)
     outcomes = []
     for weight, mask, pattern in zip(weights, masks, patterns, strict=True):
         refined = swaps(weight, gram, mask, cycles=parameters.cycles, candidates=parameters.candidates, group=pattern.group)
         values = None if damped is None else least_squares(weight, damped, refined, weight, parameters.refit_steps)
-        outcomes.append(Pruned(mask=refined, values=values, damping=statistic.damping if damped is None else method.damping.share))
+        outcomes.append(Pruned(mask=refined, values=values, damping=damping))
     return outcomes
 
 
