@@ -7,7 +7,7 @@ torchrun --nproc-per-node N -m stages.prune     on N GPUs, each with its share o
 import hashlib
 import logging
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +86,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         plan, judgement = allocate(plan, decoder, allocation, pattern, windows, held_out, make_stream, journal)
         if judgement is not None:
             log_judgement(allocation.name, judgement)
+            recipe = replace(recipe, label=label(method, pattern, allocation, reconstruction, prune, taken=judgement.taken))
         stream = make_stream(windows, held_out)
         teachers = TeacherStreams.of(stream, plan)
         locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
@@ -137,10 +138,14 @@ def recipe_of(
     )
 
 
-def label(method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune) -> str:
-    """What tells one pruned model from another in a plot, apart from its pattern and from numbers."""
+def label(method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune, *, taken: bool = True) -> str:
+    """What tells one pruned model from another in a plot, apart from its pattern and from numbers.
+
+    Args:
+        taken: whether the allocation was better than equal sparsities, and not given up for these.
+    """
     words = [method.label(grouped=pattern.grouped)]
-    words += [f"{allocation.name} allocation"] if ALLOCATIONS.of(allocation).budgeted else []
+    words += [f"{allocation.name} allocation{'' if taken else ' not taken'}"] if ALLOCATIONS.of(allocation).budgeted else []
     words += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
     words += ["one pass"] if prune.propagate == Propagation.DENSE else []
     return ", ".join(words)

@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from stages.files import PRUNE_RESULTS, read_json
+from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.reader import Checkpoint
+from stages.files import BASE, PRUNE_RESULTS, SPARSE, read_json
 from stages.pruning import planning
 from stages.pruning.allocations import owl
 from stages.pruning.patterns import Unstructured, UnstructuredSection
@@ -92,6 +94,8 @@ def test_what_is_no_better_than_equal_sparsities_is_not_taken_and_both_meet_the_
     assert judged == {"uniform": pytest.approx(losses[0]), "allocated": pytest.approx(losses[1]), "taken": taken}
     refused = "allocation owl is not taken: it is no better than equal sparsities on the windows held out"
     assert (refused in caplog.messages) != taken
+    labels = {read_json(PRUNE_RESULTS / "provenance.json")["label"], SparseDelta(SPARSE, Checkpoint(BASE).fingerprint).recipe.label}
+    assert labels == {"obs (obs + sparsegpt, per matrix), owl allocation" + ("" if taken else " not taken")}
 
 
 def test_a_judgement_takes_what_is_better():
