@@ -253,7 +253,7 @@ def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, damping: float, per_
     """
     damped = gram.flip(0, 1).to(dtype)
     diagonal = damped.diagonal()
-    share_of = diagonal.clone() if per_entry else diagonal.mean()
+    share_of = diagonal.clone() if per_entry else gram.diagonal().to(dtype).mean()
     diagonal.add_(dead.flip(0).to(dtype)).add_(damping * share_of)
     factor = torch.linalg.cholesky(damped).flip(0, 1)
     factor = torch.linalg.solve_triangular(factor, torch.eye(len(gram), out=damped), upper=True).float()
