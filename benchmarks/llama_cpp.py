@@ -1,6 +1,9 @@
 """Our perplexity of an embedded model beside llama.cpp's, of the same GGUF file on the same tokens.
 
-python -m benchmarks.llama_cpp   (needs llama-cpp-python, which pip compiles: pip install llama-cpp-python)
+python -m benchmarks.llama_cpp
+
+Needs llama-cpp-python, which pip compiles: CMAKE_ARGS=-DGGML_NATIVE=OFF pip install llama-cpp-python. Built for the machine's own
+processor it crashed in a virtual machine whose processor has AMX.
 
 llama.cpp multiplies the 4-bit weights as they are, by inputs that it rounds to 8 bits; we dequantise them to the base's dtype and multiply
 in float32. The windows are those of `evaluation=perplexity`, BOS by auto. Reads artifacts/base and artifacts/text as the fetch stages left
