@@ -7,8 +7,9 @@ window of the embedded default, with a seed from 0 to 9, is drawn nor held out; 
 the code that made them. Takes a minute.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -19,6 +20,7 @@ from stages.calibration.documents import Documents
 from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
+from stages.config.compose import read
 from stages.evaluation.streamed import StreamedModel
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json, write_json
 from stages.rows import Rows
@@ -59,15 +61,22 @@ def windows() -> torch.Tensor:
     return torch.tensor([window.begun_with(bos).tokens for window in packed(others, WINDOWS, LENGTH, ORDER, pages.end)])
 
 
+def differences(prune: dict[str, Any]) -> list[str]:
+    """What the label does not tell: other windows, damping and allocation than the presets have."""
+    number, preset = read_json(CALIBRATION / "provenance.json")["section"]["windows"], read(f"allocation={prune['allocation']['name']}")
+    defaults = asdict(preset["allocation"])
+    words = [f", {number} calibration windows"] if number != CALIBRATION_WINDOWS else []
+    words += [", damping by shrinkage"] if prune["method"]["damping"]["shrinkage"] else []
+    return words + [f", {key} {value}" for key, value in prune["allocation"].items() if value != defaults[key]]
+
+
 def main() -> None:
     base, text, prune = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
     decoder = Decoder(base, torch.float32, torch.device("cpu"))
     delta = SparseDelta(SPARSE, base.fingerprint)
     known = read_json(FILE) if FILE.is_file() else {}
     of_model = known.setdefault(base.provenance["name"], {})
-    number, shrinks = read_json(CALIBRATION / "provenance.json")["section"]["windows"], prune["method"]["damping"].get("shrinkage")
-    pruned = f"{prune['label']}, {prune['pattern_label']}, sparsity {delta.summary['sparsity']:.3g}"
-    pruned += (f", {number} calibration windows" if number != CALIBRATION_WINDOWS else "") + (", damping by shrinkage" if shrinks else "")
+    pruned = f"{prune['label']}, {prune['pattern_label']}, sparsity {delta.summary['sparsity']:.3g}{''.join(differences(prune))}"
     for label, apply in (("dense", None), (pruned, delta.apply)):
         losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
         of_model[label] = {"perplexity": round(losses.perplexity, 2), "code": record.code_revision() if apply is None else prune["code"]}
