@@ -69,7 +69,7 @@ EVALUATION = {
     "device": "auto",
     "dtype": "auto",
     "bos": "auto",
-    "perplexity": {"corpus": "news", "window_length": 64, "windows": 4},
+    "perplexity": {"corpus": "news", "window_length": 64, "windows": 4, "evenly": False},
     "tasks": ["boolq"],
     "rows": 20,
     "batch_size": 4,
@@ -295,7 +295,9 @@ def test_results_of_the_delta_before_are_refused_and_after_another_evaluation_th
             "results/dense/details/protocol.json: found results of delta f{12}, wanted None; run python -m stages.evaluate part=dense",
         ),
         (
-            lambda: evaluate("dense", 20.0, {**EVALUATION, "perplexity": {"corpus": "news", "window_length": 32, "windows": 4}}),
+            lambda: evaluate(
+                "dense", 20.0, {**EVALUATION, "perplexity": {"corpus": "news", "window_length": 32, "windows": 4, "evenly": False}}
+            ),
             rf"{DENSE_RESULTS}/details/protocol.json and {SPARSE_RESULTS}/details/protocol.json are not of the same protocol, "
             "wanted equal values of window_length: 32 against 64; run python -m stages.evaluate part=dense",
         ),
