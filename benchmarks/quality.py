@@ -6,11 +6,11 @@ python -m benchmarks.quality --pattern 2:4        measure what is missing at one
 python -m benchmarks.quality --minutes 60         stop before a point that is begun later than that
 python -m benchmarks.quality --tables             measure nothing, write the tables
 
-Each point is one `dvc exp run` for each text. What was measured is kept in benchmarks/quality.json, which is
-committed, so that a later run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see
-benchmarks.behaviour) is measured again with --stale. That sees the pruning code and its settings alone: after a change of the base,
-the calibration or the evaluation, remove the file. Writes the table between the markers in README.md and every number to
-benchmarks/QUALITY.md, and leaves the default in the workspace.
+Each point is one `dvc exp run` for each text. What was measured is kept in benchmarks/quality.json, which is committed, so that a later
+run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see benchmarks.behaviour) is measured again
+with --stale. That sees the pruning code and its settings alone, and of these what shows on a small random model; the floor of the loss
+allocation does not: remove such points from the file, and the file itself after a change of the base, the calibration or the evaluation.
+Writes the tables between the markers in README.md and every number to benchmarks/QUALITY.md, and leaves the default in the workspace.
 """
 
 import argparse
@@ -354,10 +354,10 @@ def summary(rows: Rows, model: Model) -> list[str]:
         "better of Wanda and SparseGPT",
         "best",
         "share of the rise",
-        "in nats",
+        "share of ln",
         "seconds",
         "peak memory",
-        "which is best",
+        "method",
     )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for pattern in PATTERNS:
