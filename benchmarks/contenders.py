@@ -95,7 +95,7 @@ class Model:
     """A model of the leaderboard, with a table of its own.
 
     base: the option of conf/base. label: what it is, for notes. names: the contenders that compete on it.
-    best: so many contenders of a pattern, by their first seeds, are measured with every seed, beside those that lead.
+    best: number of contenders of a pattern, the best by their first seeds, that are measured with every seed as those that lead are.
     """
 
     base: str

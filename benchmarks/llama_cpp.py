@@ -1,4 +1,4 @@
-"""Our perplexity of an embedded model beside llama.cpp's, of the same GGUF file on the same tokens.
+"""The perplexity of an embedded model, ours and llama.cpp's, of the same GGUF file on the same tokens.
 
 python -m benchmarks.llama_cpp
 

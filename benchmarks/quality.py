@@ -143,18 +143,18 @@ def missing(rows: Rows, model: Model) -> list[Point]:
     repeated = {(point.contender, point.pattern) for point in points_due if point.seed != SEEDS[0]}
 
     def is_measured(point: Point) -> bool:
-        of_all_texts = set(TEXTS) <= set(rows[point]["texts"]) if point in rows else False
-        return of_all_texts or (point in rows and (point.contender, point.pattern) not in repeated)
+        needed = set(TEXTS) if (point.contender, point.pattern) in repeated else {FIRST}
+        return point in rows and needed <= set(rows[point]["texts"])
 
     return [point for point in points_due if not is_measured(point)]
 
 
 def wanted(rows: Rows, models: Collection[Model], patterns: Collection[str], again: bool) -> list[Point]:
     """What is missing at these patterns and, if it is to be measured again, what is stale."""
-    now, found = behaviour.load(), []
+    found = []
     for model in models:
         absent = set(missing(rows, model))
-        found += [point for point in due(rows, model) if point in absent or (again and stale(rows[point], now))]
+        found += [point for point in due(rows, model) if point in absent or (again and is_stale(rows[point]))]
     return [point for point in found if point.pattern in patterns]
 
 
@@ -250,8 +250,8 @@ def _on_texts(rows: Rows) -> str:
 def _notes(rows: Rows, model: Model) -> str:
     devices = sorted({found["device"] for found in rows.values()})
     left = f" {len(absent)} of {len(due(rows, model))} points are not measured yet." if (absent := missing(rows, model)) else ""
-    now, have = behaviour.load(), "are to have" if absent else "have"
-    count = sum(stale(found, now) for found in rows.values())
+    have = "are to have" if absent else "have"
+    count = sum(map(is_stale, rows.values()))
     old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
     more = f" and, by their first seeds, the {model.best} best at a pattern" if model.best else " and the leading ones"
     return (

@@ -18,6 +18,7 @@ from stages.pruning.statistics import Gram
 
 MULTIPLES = (1, 4)  # of the estimated share, which are tried
 ROWS = 64  # of each matrix, by which shares are judged
+COLUMNS_AT_ONCE = 256  # of the Gram matrix, in float64
 
 
 def oas_share(gram: torch.Tensor, tokens: int) -> float:
@@ -27,10 +28,11 @@ def oas_share(gram: torch.Tensor, tokens: int) -> float:
         gram: [columns, columns], float32, finite, with some entry of the diagonal above 0; inputs that are zero throughout do not count.
         tokens: whose products it sums, at least 1.
     """
-    live = gram.diagonal() > 0
-    scale = gram.diagonal()[live].double().sqrt()
-    columns = len(scale)
-    squared = (gram[live][:, live].double() / scale / scale[:, None]).square().sum().item()
+    diagonal = gram.diagonal().double()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
+    columns = int((diagonal > 0).sum())
+    pieces = zip(gram.split(COLUMNS_AT_ONCE), inverse.split(COLUMNS_AT_ONCE), strict=True)
+    squared = sum((of_piece @ (piece.double().square() @ inverse)).item() for piece, of_piece in pieces)  # tr(C²)
     spread = (tokens + 1 - 2 / columns) * (squared - columns)
     rho = ((1 - 2 / columns) * squared + columns**2) / spread if spread > 0 else 1.0
     return rho / (1 - rho) if rho < 1 else float("inf")
