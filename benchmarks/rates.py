@@ -4,7 +4,7 @@ python -m benchmarks.rates
 
 Takes a project's base and calibration windows (`dvc repro sample`). Wanda prunes each block to 50%; every setting trains it from the same
 start; the best goes on to the next block. Writes what each left of the error on the windows held out, as a fraction of the error before
-the training, into benchmarks/rates.json. The default of conf/reconstruction was chosen on it: no evaluation text is read.
+the training, into benchmarks/rates.json. Where the search of conf/reconstruction begins was chosen on it: no evaluation text is read.
 """
 
 import math
@@ -54,7 +54,7 @@ def main() -> None:
         stream = Stream(decoder, torch.cat([windows, held_out]), batch=2, held_out=len(held_out))
     rows: list[dict[str, float]] = []
     learning.ATTEMPTS = 1  # every rate as it is
-    block_loop.reconstruct = lambda stream, index, training: tried(stream, index, training, rows)
+    block_loop.reconstruct = lambda stream, index, training, _: tried(stream, index, training, rows)
     for block in prune_blocks(stream, plan):
         if block.index == BLOCKS - 1:
             break

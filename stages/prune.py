@@ -40,6 +40,7 @@ from stages.pruning.block_loop import MatrixResult, PrunedBlock, TeacherStreams,
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.judged import judged_choices
+from stages.pruning.learning import Outcome
 from stages.pruning.memory import delta_bytes, host_bytes
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, PatternSection
@@ -271,8 +272,9 @@ def stream_of(
 
 def log_judgement(name: str, judgement: Judgement) -> None:
     """Say how an allocation was judged."""
-    losses = judgement.allocated, judgement.uniform
-    log.info("allocation %s: loss %.4f on the windows held out, %.4f with equal sparsities", name, *losses)
+    for version, loss in zip(judgement.versions, judgement.allocated, strict=True):
+        words = "".join(f", {key} {value}" for key, value in version.items())
+        log.info("allocation %s%s: loss %.4f on the windows held out, %.4f with equal sparsities", name, words, loss, judgement.uniform)
     if not judgement.taken:
         log.warning("allocation %s is not taken: it is no better than equal sparsities on the windows held out", name)
 
@@ -281,7 +283,8 @@ def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStr
     """Prune the blocks that the journal does not have; the first process writes them into it."""
     count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
     with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block") as bar:
-        for block in prune_blocks(stream, plan, journal.changes, teachers):
+        earlier = [Outcome.of_dict(block["training"]) for block in journal.records(journal.finished) if block["training"]]
+        for block in prune_blocks(stream, plan, journal.changes, teachers, earlier):
             if distributed.rank() == 0:
                 rows = [matrix_row(block, result, plan.patterns) for result in block.matrices]
                 training = None if block.training is None else block.training.as_dict()

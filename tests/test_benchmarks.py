@@ -315,3 +315,4 @@ def test_a_point_is_stale_when_its_cell_has_other_figures_since():
     assert not quality.stale(found, {cell: {"error": 0.1, "output": 0.5 + 1e-4}})
     assert quality.stale(found, {cell: {"error": 0.1, "output": 0.52}})
     assert quality.stale(found, {})
+    assert quality.stale(found, {cell: {"error": 0.1, "output": 0.5, "revision": 1}})

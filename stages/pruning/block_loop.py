@@ -125,6 +125,7 @@ def prune_blocks(
     plan: Plan,
     done: Callable[[int], dict[str, Change] | None] = lambda _: None,
     teachers: TeacherStreams | None = None,
+    trained: Sequence[Outcome] = (),
 ) -> Iterator[PrunedBlock]:
     """Prune block after block.
 
@@ -133,6 +134,7 @@ def prune_blocks(
         done: gives the changes of a block that an earlier run finished, or None. The windows run through such a block again, and it
             is not yielded.
         teachers: by default those that the plan needs.
+        trained: how the reconstructions of the blocks went that an earlier run finished, in order.
 
     Yields:
         Each block as soon as it is pruned.
@@ -141,7 +143,7 @@ def prune_blocks(
         PruningError: scores that are not finite, a Gram matrix that does not factor, a layer that no token reached; names the layer.
     """
     decoder, last = stream.decoder, len(stream.decoder.blocks) - 1
-    teachers = teachers or TeacherStreams.of(stream, plan)
+    teachers, outcomes = teachers or TeacherStreams.of(stream, plan), list(trained)
     with read_ahead(decoder, range(last + 1)) as blocks:
         for index, tensors in enumerate(blocks):
             if teachers and teachers.student_inputs and plan.distillation and index == plan.distillation.first:
@@ -153,7 +155,9 @@ def prune_blocks(
             with decoder.loaded(index, tensors) as block:
                 if teachers:
                     teachers.teacher.advance(index, block)
-                yield _prune_block(stream, plan, index, block, teachers)
+                pruned = _prune_block(stream, plan, index, block, teachers, outcomes)
+                outcomes += [pruned.training] if pruned.training else []
+                yield pruned
                 if index < last and plan.propagate == Propagation.PRUNED:
                     stream.advance(index, block)
 
@@ -175,8 +179,10 @@ def _repeat_block(
         stream.advance(index, block)
 
 
-def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, teachers: TeacherStreams | None) -> PrunedBlock:
-    """Prune a loaded dense block; the teacher's hidden states are those after it."""
+def _prune_block(
+    stream: Stream, plan: Plan, index: int, block: nn.Module, teachers: TeacherStreams | None, trained: list[Outcome]
+) -> PrunedBlock:
+    """Prune a loaded dense block; the teacher's hidden states are those after it. trained: how reconstructions before it went."""
     permutation_groups = _permutation_groups(stream, plan, index, block)
     inputs, held_out = _collect(stream, plan, index, block)
     orders = _find_orders(stream.decoder, plan, block, permutation_groups, inputs)
@@ -185,7 +191,7 @@ def _prune_block(stream: Stream, plan: Plan, index: int, block: nn.Module, teach
     pruner = _BlockPruner(stream.decoder, plan, index, block, orders, held_out, training)
     pruner.prune(inputs)
     if training is not None:
-        pruner.reconstruct(stream, training)
+        pruner.reconstruct(stream, training, trained)
     return pruner.pruned_block()
 
 
@@ -358,13 +364,13 @@ class _BlockPruner:
         scaled = [weight if scale is None else weight * scale for weight, scale in scales]
         return select(scaled, inputs.statistic, self._patterns(inputs), self.plan.method)
 
-    def reconstruct(self, stream: Stream, training: BlockTraining) -> None:
+    def reconstruct(self, stream: Stream, training: BlockTraining, trained: list[Outcome]) -> None:
         """Train the kept weights and, if that lowered the error on the windows held out, write them back and measure them again.
 
         Raises:
             PruningError: a trained weight is not finite in the checkpoint's dtype; names the layer.
         """
-        self.outcome = reconstruct(stream, self.index, training)
+        self.outcome = reconstruct(stream, self.index, training, trained)
         for matrix in self.decoder.matrices[self.index]:
             dtype = self.decoder.checkpoint.dtype(matrix.tensor)
             mask = matrix.part_of(training.masks[matrix.parameter_slice.name])

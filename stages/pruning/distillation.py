@@ -25,7 +25,7 @@ from torch.nn.functional import log_softmax
 from stages.checkpoint.delta import Change
 from stages.errors import PruningError
 from stages.pruning import distributed
-from stages.pruning.learning import Balance, Outcome, checks, rates
+from stages.pruning.learning import Balance, Outcome, checks, next_rate
 from stages.pruning.reconstruction import BETAS, mean_over_processes, schedule
 from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
@@ -106,8 +106,8 @@ def distill(
         if not math.isfinite(before):
             raise PruningError("distillation: found NaN or infinity as the loss of the pruned model, wanted finite logits")
         best, tried, divergences = before, dict[float, float](), list[float]()
-        for attempt, rate in enumerate(rates(settings.learning_rate)):
-            if attempt:
+        while rate := next_rate(settings.learning_rate, before, tried):
+            if tried:
                 for block in trained:
                     block.restart(changes_of(block.index))
             tried[rate], divergences, steps = math.inf, [], schedule(stream, settings.epochs, rate)
@@ -123,8 +123,6 @@ def distill(
                         block.keep()
                 if not loss < before:
                     break
-            if best < before:
-                break
     return DistilledBlocks(trained, changes_of, Outcome(before=before, tried=tried), divergences)
 
 

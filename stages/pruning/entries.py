@@ -119,12 +119,15 @@ class Budgeted:
         each matrix, in order, which add up to the budget. Raises ValueError where the evidence is not finite.
     row_costs: likewise, to what a squared error of each output of a matrix costs, [rows], float32, above 0, by the matrix's name;
         matrices that are not named have rows of equal cost.
+    versions: from the section, to those with which `counts` and `row_costs` are tried, by default it alone; what leaves the least loss on
+        the windows held out is taken.
     holds_scores: whether the scores of a whole block are in memory at once. takes_gradients: whether the loss is differentiated.
     """
 
     evidence: Callable[[DenseModel, Any], Evidence]
     counts: Callable[[Evidence, list[list["Matrix"]], "Unstructured", Any], list[int]]
     row_costs: Callable[[Evidence, list[list["Matrix"]], "Unstructured", Any], Evidence] = lambda *_: {}
+    versions: Callable[[Any], list[Any]] = lambda section: [section]
     holds_scores: bool = False
     takes_gradients: bool = False
 

@@ -11,7 +11,7 @@ of V's entries, which is 1.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from stages.streaming.architecture import Matrix
 
 BALANCED = 1e-4  # relative: rows and columns whose mean square is this near to 1 are balanced
 ITERATIONS = 100  # at most; a matrix without zeros takes about ten
-ATTEMPTS = 3  # rates that are tried
+ATTEMPTS = 3  # rates that are tried until one lowers the loss
 SLOWER = 0.25  # times a rate that did not lower the loss
+SEARCHED = 6  # rates that a search tries at most
 CHECKED_AT = (0.25, 0.5, 0.75, 1.0)  # fractions of a training after which the windows held out judge it
 
 Scales = tuple[torch.Tensor, torch.Tensor]
@@ -115,10 +116,35 @@ class Outcome:
         tried = [[rate, loss if math.isfinite(loss) else None] for rate, loss in self.tried.items()]
         return {"before": self.before, "tried": tried, "rate": self.rate, "after": self.after}
 
+    @classmethod
+    def of_dict(cls, record: dict[str, Any]) -> "Outcome":
+        """What `as_dict` gave."""
+        return cls(before=record["before"], tried={rate: math.inf if loss is None else loss for rate, loss in record["tried"]})
 
-def rates(rate: float) -> list[float]:
-    """The learning rates to try, one after another, until one lowers the loss on the windows held out."""
-    return [rate * SLOWER**attempt for attempt in range(ATTEMPTS)]
+
+def next_rate(rate: float, before: float, tried: dict[float, float], *, search: bool = False) -> float | None:
+    """The learning rate to try next, or None: no other is to be tried.
+
+    A rate that did not lower the loss is followed by a quarter of it, three rates at most. A search goes on from the best rate to half
+    and twice that until the best has both its neighbours tried, six rates at most.
+
+    Args:
+        rate: the first. before, tried: see Outcome.
+    """
+    if not tried:
+        return rate
+    best = min(tried, key=tried.__getitem__)
+    if not tried[best] < before:
+        return min(tried) * SLOWER if len(tried) < ATTEMPTS else None
+    if not search or len(tried) == SEARCHED:
+        return None
+    return next((neighbour for neighbour in (best / 2, best * 2) if neighbour not in tried), None)
+
+
+def found_rate(rate: float, earlier: Sequence[Outcome]) -> float:
+    """The geometric mean of the rates that earlier trainings took; without any, the one given."""
+    found = [outcome.rate for outcome in earlier if outcome.rate is not None]
+    return math.prod(found) ** (1 / len(found)) if found else rate
 
 
 def checks(steps: int) -> set[int]:

@@ -22,7 +22,7 @@ from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 JUDGED_BY = 8  # calibration windows whose inputs Wanda sees where an allocation is judged
-UNIFORM_LOSS, ALLOCATED_LOSS = "held_out.uniform", "held_out.allocated"  # keys of the evidence
+UNIFORM_LOSS, ALLOCATED_LOSSES = "held_out.uniform", "held_out.allocated"  # keys of the evidence
 
 
 def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: PatternSection) -> dict[str, Pattern]:
@@ -50,18 +50,28 @@ def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Losses on the windows held out after pruning by Wanda, nats per token: with equal sparsities, and with the allocation's."""
+    """Losses on the windows held out after pruning by Wanda, nats per token: with equal sparsities, and with the allocation's.
+
+    versions: what tells each of the allocation's versions from the section, see entries.Budgeted. allocated: of each, at least one.
+    """
 
     uniform: float
-    allocated: float
+    versions: list[dict[str, Any]]
+    allocated: list[float]
+
+    @property
+    def best(self) -> int:
+        """Index of the allocation's best version."""
+        return self.allocated.index(min(self.allocated))
 
     @property
     def taken(self) -> bool:
-        """Whether the allocation is better."""
-        return self.allocated < self.uniform
+        """Whether the best version is better than equal sparsities."""
+        return self.allocated[self.best] < self.uniform
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "taken": self.taken}
+        tried = [{**version, "loss": loss} for version, loss in zip(self.versions, self.allocated, strict=True)]
+        return {"uniform": self.uniform, "allocated": self.allocated[self.best], "taken": self.taken, "tried": tried}
 
 
 def allocate(
@@ -108,24 +118,27 @@ def allocate(
         shares = {matrix.name: Fraction(count, matrix.size) for matrix, count in zip(matrices, counts, strict=True)}
         return Candidate(patterns={name: replace(target, sparsity=share) for name, share in shares.items()}, row_costs=row_costs)
 
-    def allocated(evidence: Evidence) -> Candidate:
+    def allocated(evidence: Evidence, version: Any) -> Candidate:
         with PruningError.naming(f"allocation {section.name}"):
-            counts = budgeted.counts(evidence, decoder.matrices, target, section)
-        return candidate(counts, budgeted.row_costs(evidence, decoder.matrices, target, section))
+            counts = budgeted.counts(evidence, decoder.matrices, target, version)
+        return candidate(counts, budgeted.row_costs(evidence, decoder.matrices, target, version))
 
     equal = meet_budget([float(target.sparsity)] * len(sizes), sizes=sizes, budget=budget, lowest=section.lowest, highest=section.highest)
-    uniform = candidate(equal, {})
+    uniform, versions = candidate(equal, {}), budgeted.versions(section)
 
     def measured() -> Evidence:
         evidence = budgeted.evidence(dense, section)
         number = min(len(windows), max(JUDGED_BY, distributed.world_size()))
         few = windows[:: len(windows) // number][:number]  # of all sources
-        open_stream = partial(stream, streams=3)
+        candidates = [uniform, *(allocated(evidence, version) for version in versions)]
+        open_stream = partial(stream, streams=1 + len(candidates))
         judging = held_out.repeat(-(-distributed.world_size() // len(held_out)), 1)  # at least one for each process
-        losses = pruned_losses(open_stream(few), [open_stream(judging), open_stream(judging)], [uniform, allocated(evidence)])
-        return evidence | {UNIFORM_LOSS: torch.tensor(losses[0]), ALLOCATED_LOSS: torch.tensor(losses[1])}
+        losses = pruned_losses(open_stream(few), [open_stream(judging) for _ in candidates], candidates)
+        return evidence | {UNIFORM_LOSS: torch.tensor(losses[0]), ALLOCATED_LOSSES: torch.tensor(losses[1:])}
 
     evidence = journal.allocation_evidence(measured)
-    judgement = Judgement(uniform=evidence[UNIFORM_LOSS].item(), allocated=evidence[ALLOCATED_LOSS].item())
-    chosen = allocated(evidence) if judgement.taken else uniform
+    changes = [{key: value for key, value in asdict(version).items() if value != getattr(section, key)} for version in versions]
+    losses = evidence[ALLOCATED_LOSSES].tolist()
+    judgement = Judgement(uniform=evidence[UNIFORM_LOSS].item(), versions=changes, allocated=losses)
+    chosen = allocated(evidence, versions[judgement.best]) if judgement.taken else uniform
     return replace(plan, patterns=dict[str, Pattern](chosen.patterns), row_costs=chosen.row_costs), judgement

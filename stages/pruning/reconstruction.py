@@ -18,7 +18,7 @@ from torch import nn
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
-from stages.pruning.learning import Balance, Outcome, checks, rates
+from stages.pruning.learning import Balance, Outcome, checks, found_rate, next_rate
 from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.stream import Stream
@@ -33,10 +33,13 @@ class Reconstruction:
     epochs: passes over the calibration windows, one window a step, 1 or more.
     learning_rate: that of the first step, above 0, as a fraction of the size of the balanced weights, see learning; it falls linearly
         to 0.
+    searched_blocks: how many blocks, the first that are trained, search for a better rate from there; the others begin with the
+        geometric mean of the rates that these took.
     """
 
     epochs: int
     learning_rate: float
+    searched_blocks: int = 0
 
 
 class BlockTraining:
@@ -104,12 +107,12 @@ class BlockTraining:
         return torch.stack(norms).double().square().cpu()
 
 
-def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:
+def reconstruct(stream: Stream, index: int, training: BlockTraining, earlier: Sequence[Outcome] = ()) -> Outcome:
     """Train the kept weights of a block; pruned weights stay exactly zero.
 
     After every quarter of the steps the windows held out judge: the weights that left the least error on them are taken. A rate that
-    has not lowered it at such a time is given up, and if it never did, a quarter of it starts again. If no rate lowers the error, the
-    weights stay what they were, to the last bit.
+    has not lowered it at such a time is given up; which rate starts again is said by learning.next_rate. If no rate lowers the error,
+    the weights stay what they were, to the last bit.
 
     With N processes, each process takes another window in every step and the gradients are averaged; there are N times fewer steps.
 
@@ -117,6 +120,7 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:
         stream: hidden states of the pruned model before the block.
         training: `values` are the initial weights, and the trained ones afterwards; the block's pruned parameters are set to them, in
             the compute dtype. Its other parameters do not change.
+        earlier: how the blocks went that were trained before, from the first on.
 
     Raises:
         PruningError: the error before it is not finite; names the block.
@@ -124,9 +128,10 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:
     before = held_out_error(stream, index, training)
     if not math.isfinite(before):
         raise PruningError(f"block {index}: found NaN or infinity in its outputs on the windows held out, wanted finite activations")
-    tried: dict[float, float] = {}
+    settings, tried = training.settings, dict[float, float]()
     best, least = None, before
-    for rate in rates(training.settings.learning_rate):
+    first = found_rate(settings.learning_rate, earlier[: settings.searched_blocks])
+    while rate := next_rate(first, before, tried, search=len(earlier) < settings.searched_blocks):
         tried[rate] = math.inf
         for loss, masters in _trained(stream, index, training, rate):
             tried[rate] = min(tried[rate], loss if math.isfinite(loss) else math.inf)
@@ -134,8 +139,6 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining) -> Outcome:
                 least, best = loss, {name: master.clone() for name, master in masters.items()}
             if not loss < before:
                 break
-        if best is not None:
-            break
     if best is not None:
         training.balance.multiply(training.views(best))
         for name, weights in best.items():

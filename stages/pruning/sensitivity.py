@@ -4,12 +4,15 @@
     spectral_exponents   mean Hill exponent of the spectra of a block's matrices            # AlphaPruning: Lu et al. 2024, arXiv:2410.10912
     sensitivities        expected rise of the loss when a matrix is pruned:
 
-        L(W') - L(W) ~ 1/2 sum_i F_i sum_j (W_ij - W'_ij)² N_j,   F_i = E_t[g_ti²],  N_j = sum_t w_t X_tj²,  w_t ∝ ||g_t||²
+        L(W') - L(W) ~ 1/2 sum_i F_i sum_j (W_ij - W'_ij)² N_j,   F_i = E_t[g_ti²],  N_j = sum_t w_t X_tj²
+        w_t = 1 - c + c ||g_t||² / E_s||g_s||²
 
 with g_t the gradient of the next-token loss with respect to the matrix's outputs at token t: F is the diagonal of the Fisher information
 of the outputs, and N the squared norm of the inputs, in which each token has the weight w_t, 1 on average. K-FAC (Martens & Grosse 2015,
 arXiv:1503.05671) takes inputs and gradients as independent; then w_t is 1 and N_j = ||X_j||². They are not: the first token of a window
-has enormous activations in many models and hardly a gradient. As in Wanda, inputs are taken as uncorrelated.
+has enormous activations in many models and hardly a gradient. But gradients are those of the dense model: they miss what happens once
+a token that holds up the attention of all others is gone. c, the gradient weight, lies between. As in Wanda, inputs are taken as
+uncorrelated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -90,7 +93,9 @@ def spectral_exponents(decoder: Decoder) -> list[float]:
     return means
 
 
-def sensitivities(stream: Stream, grid: list[float], comparison_group: ComparisonGroup, fisher_floor: float) -> dict[str, Sensitivity]:
+def sensitivities(
+    stream: Stream, grid: list[float], comparison_group: ComparisonGroup, *, gradient_weights: list[float], fisher_floor: float
+) -> dict[float, dict[str, Sensitivity]]:
     """Estimate the rise of the loss when each matrix alone is pruned to each sparsity of a grid.
 
     The windows run forward block by block, then backward block by block; each block runs again for its gradients.
@@ -98,12 +103,14 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
     Args:
         stream: a few windows, before the first block; changed.
         grid: fractions of zeros, ascending, 0 to 1. comparison_group: see patterns.ComparisonGroup.
+        gradient_weights: values of c, see the head of this file, 0 to 1.
         fisher_floor: lower bound of what the loss of a whole output would cost, see floored, as a fraction of its matrix's mean, 0 to 1.
             Gradients are small behind a saturated softmax; the estimate alone would rate the weights that keep it saturated as free to
             prune.
 
     Returns:
-        Matrix name -> its sensitivity. Experts without routed tokens and matrices whose gradients are all zero are missing.
+        Gradient weight -> matrix name -> its sensitivity.
+        Experts without routed tokens and matrices whose gradients are all zero are missing.
 
     Raises:
         PruningError: activations, gradients or scores are not finite; names the block or the layer.
@@ -115,21 +122,21 @@ def sensitivities(stream: Stream, grid: list[float], comparison_group: Compariso
             block_inputs[index] = stream.hidden
             stream.advance(index, block)
         gradient = _loss_gradient(stream)
-        results: dict[str, Sensitivity] = {}
+        results: dict[float, dict[str, Sensitivity]] = {weight: {} for weight in gradient_weights}
         for index, block in _dense_blocks(decoder, range(count - 1, -1, -1)):
             stream.hidden = block_inputs[index]
-            norms, fisher = _backward(stream, index, block, gradient)
-            for matrix in decoder.matrices[index]:
-                if matrix.layer not in norms:
+            products = _backward(stream, index, block, gradient)
+            known = [matrix for matrix in decoder.matrices[index] if matrix.layer in products]
+            for weight, matrix in ((weight, matrix) for matrix in known for weight in gradient_weights):
+                of_layer = products[matrix.layer]
+                fisher = matrix.rows_of(of_layer.fisher)
+                if not fisher.any():
                     continue
-                estimate = matrix.rows_of(fisher[matrix.layer])
-                if not estimate.any():
-                    continue
-                squared = wanda(decoder.stored(matrix, block), norms[matrix.layer]).square_()
-                estimate = floored(estimate, squared.sum(dim=1), fisher_floor)
+                squared = wanda(decoder.stored(matrix, block), of_layer.weighted_norm(weight) / stream.all_windows).square_()
+                fisher = floored(fisher, squared.sum(dim=1), fisher_floor)
                 with PruningError.naming(f"layer {matrix.name}"):
-                    curve = removal_curve(squared.mul_(estimate[:, None]), grid=grid, comparison_group=comparison_group)
-                results[matrix.name] = Sensitivity(curve=curve, fisher=estimate.cpu())
+                    curve = removal_curve(squared.mul_(fisher[:, None]), grid=grid, comparison_group=comparison_group)
+                results[weight][matrix.name] = Sensitivity(curve=curve, fisher=fisher.cpu())
     return results
 
 
@@ -250,17 +257,14 @@ def _loss_gradient(stream: Stream) -> torch.Tensor:
     return gradient
 
 
-def _backward(
-    stream: Stream, index: int, block: nn.Module, gradient: torch.Tensor
-) -> tuple[dict[Layer, torch.Tensor], dict[Layer, torch.Tensor]]:
+def _backward(stream: Stream, index: int, block: nn.Module, gradient: torch.Tensor) -> dict[Layer, "_Products"]:
     """Run a block again and propagate the gradient through it.
 
     Args:
         stream: before the block. gradient: with respect to the block's output; changed in place to that with respect to its input.
 
     Returns:
-        For each layer that has gradients, the weighted squared norm of its inputs, [columns], see the head of this file, and the Fisher
-        estimate of its outputs, [outputs].
+        For each layer that has gradients, what its tokens add up to.
     """
     layers, products = stream.decoder.layers(index), dict[Layer, _Products]()
     for matrix in stream.decoder.matrices[index]:
@@ -277,20 +281,19 @@ def _backward(
         raise PruningError(f"block {index}: found NaN or infinity in the gradients, wanted finite ones")
     for layer in layers:
         products[layer].all_reduce()
-    known = {layer: layer_products for layer, layer_products in products.items() if layer_products.squared_gradients.any()}
-    norms = {layer: layer_products.weighted_norm() / stream.all_windows for layer, layer_products in known.items()}
-    return norms, {layer: layer_products.squared_gradients / layer_products.tokens for layer, layer_products in known.items()}
+    return {layer: layer_products for layer, layer_products in products.items() if layer_products.squared_gradients.any()}
 
 
 class _Products:
     """Sums over the tokens that one layer reads.
 
-    squared_gradients: of each output, [outputs], float32. squared_inputs: of each input, [columns], float32, each token weighted by the
-    squared norm of its gradient. tokens: number of tokens, float32.
+    squared_gradients: of each output, [outputs], float32. squared_inputs: of each input, [columns], float32; by_gradients: the same, each
+    token weighted by the squared norm of its gradient. tokens: number of tokens, float32.
     """
 
     def __init__(self, outputs: int, columns: int, device: torch.device) -> None:
-        self.squared_gradients, self.squared_inputs = torch.zeros(outputs, device=device), torch.zeros(columns, device=device)
+        self.squared_gradients = torch.zeros(outputs, device=device)
+        self.squared_inputs, self.by_gradients = torch.zeros(2, columns, device=device)
         self.tokens = torch.zeros((), device=device)
 
     def watch(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
@@ -298,20 +301,27 @@ class _Products:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
 
         def add(by_output: torch.Tensor) -> None:
-            squared = by_output.reshape(-1, by_output.shape[-1]).float().square()
-            self.squared_gradients += squared.sum(dim=0)
-            self.squared_inputs += squared.sum(dim=1) @ rows.float().square()
+            gradients, squares = by_output.reshape(-1, by_output.shape[-1]).float().square(), rows.float().square()
+            self.squared_gradients += gradients.sum(dim=0)
+            self.squared_inputs += squares.sum(dim=0)
+            self.by_gradients += gradients.sum(dim=1) @ squares
             self.tokens += len(rows)
 
         output.register_hook(add)
 
     def all_reduce(self) -> None:
-        for total in (self.squared_gradients, self.squared_inputs, self.tokens):
+        for total in (self.squared_gradients, self.squared_inputs, self.by_gradients, self.tokens):
             distributed.all_reduce(total)
 
-    def weighted_norm(self) -> torch.Tensor:
-        """The weighted sum of squared inputs, [columns], with weights whose mean over the tokens is 1."""
-        return self.squared_inputs * (self.tokens / self.squared_gradients.sum())
+    @property
+    def fisher(self) -> torch.Tensor:
+        """The Fisher estimate of the outputs, [outputs]."""
+        return self.squared_gradients / self.tokens
+
+    def weighted_norm(self, gradient_weight: float) -> torch.Tensor:
+        """The weighted sum of squared inputs, [columns], see the head of this file; the mean of the weights over the tokens is 1."""
+        by_gradients = self.by_gradients * (self.tokens / self.squared_gradients.sum())
+        return torch.lerp(self.squared_inputs, by_gradients, gradient_weight)
 
 
 def _layer_outputs(matrix: Matrix, block: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """An allocation is judged on windows held out, and not taken where equal sparsities are as good."""
 
 import copy
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -12,7 +13,7 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.files import BASE, PRUNE_RESULTS, SPARSE, read_json
 from stages.pruning import planning
-from stages.pruning.allocations import owl
+from stages.pruning.allocations import loss, owl
 from stages.pruning.patterns import Unstructured, UnstructuredSection
 from stages.pruning.planning import Judgement
 from stages.pruning.sensitivity import Candidate, next_token_loss, pruned_losses
@@ -25,6 +26,7 @@ WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed
 HELD_OUT = torch.randint(3, 400, (3, 24), generator=torch.Generator().manual_seed(1))
 PATTERN = UnstructuredSection(name="unstructured", sparsity=0.37)
 OWL = owl.OwlSection(name="owl", multiple=3.0, strength=0.08, lowest=0.2, highest=0.7)
+LOSS = loss.LossSection(name="loss", windows=3, gradient_weights=[1.0], row_strength=0.0, row_floor=1e-6, lowest=0.2, highest=0.7)
 project = stage.project
 
 
@@ -91,7 +93,8 @@ def test_what_is_no_better_than_equal_sparsities_is_not_taken_and_both_meet_the_
     assert sum(row["zeros"] for row in rows()) == int(total * Fraction("0.37"))
     assert (max(row["sparsity"] for row in rows()) - min(row["sparsity"] for row in rows()) > 0.01) == taken
     judged = read_json(PRUNE_RESULTS / "provenance.json")["allocation_judged"]
-    assert judged == {"uniform": pytest.approx(losses[0]), "allocated": pytest.approx(losses[1]), "taken": taken}
+    uniform, allocated = map(pytest.approx, losses)
+    assert judged == {"uniform": uniform, "allocated": allocated, "taken": taken, "tried": [{"loss": allocated}]}
     refused = "allocation owl is not taken: it is no better than equal sparsities on the windows held out"
     assert (refused in caplog.messages) != taken
     labels = {read_json(PRUNE_RESULTS / "provenance.json")["label"], SparseDelta(SPARSE, Checkpoint(BASE).fingerprint).recipe.label}
@@ -99,5 +102,25 @@ def test_what_is_no_better_than_equal_sparsities_is_not_taken_and_both_meet_the_
 
 
 def test_a_judgement_takes_what_is_better():
-    assert Judgement(uniform=2.0, allocated=1.9).as_dict() == {"uniform": 2.0, "allocated": 1.9, "taken": True}
-    assert not Judgement(uniform=2.0, allocated=2.0).taken
+    judgement = Judgement(uniform=2.0, versions=[{"gradient_weights": [0.5]}, {}], allocated=[1.9, 1.8])
+    tried = [{"gradient_weights": [0.5], "loss": 1.9}, {"loss": 1.8}]
+    assert judgement.as_dict() == {"uniform": 2.0, "allocated": 1.8, "taken": True, "tried": tried}
+    assert judgement.best == 1
+    assert not Judgement(uniform=2.0, versions=[{}], allocated=[2.0]).taken
+
+
+def test_of_an_allocations_versions_the_best_on_the_windows_held_out_is_taken(project, monkeypatch, caplog):
+    def sparsities(weights: list[float], losses: list[float]) -> list[float]:
+        monkeypatch.setattr(planning, "pruned_losses", lambda *_: losses)
+        with caplog.at_level("INFO"):
+            stage.run(pattern=PATTERN, allocation=replace(LOSS, gradient_weights=weights))
+        return [row["sparsity"] for row in rows()]
+
+    first, second = sparsities([0.0], [2.0, 1.0]), sparsities([1.0], [2.0, 1.0])
+    assert first != second
+    assert sparsities([0.0, 1.0], [2.0, 1.8, 1.9]) == first
+    assert sparsities([0.0, 1.0], [2.0, 1.9, 1.8]) == second
+    said = "allocation loss, gradient_weights [1.0]: loss 1.8000 on the windows held out, 2.0000 with equal sparsities"
+    assert said in caplog.messages
+    tried = read_json(PRUNE_RESULTS / "provenance.json")["allocation_judged"]["tried"]
+    assert [(version["gradient_weights"], pytest.approx(version["loss"])) for version in tried] == [([0.0], 1.9), ([1.0], 1.8)]

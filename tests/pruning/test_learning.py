@@ -11,7 +11,7 @@ from benchmarks.rescale import rescaled
 from stages.checkpoint.reader import Checkpoint
 from stages.pruning.block_loop import Plan, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, distill
-from stages.pruning.learning import Outcome, balance, checks, rates
+from stages.pruning.learning import Outcome, balance, checks, found_rate, next_rate
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
@@ -60,8 +60,48 @@ def test_rows_and_columns_of_zeros_have_the_mean_scale_and_harm_no_other():
     torch.testing.assert_close(products, products[0, 0].expand(4, 7), rtol=1e-3, atol=0)
 
 
+def tried_rates(rate: float, loss, *, search: bool) -> list[float]:
+    """The rates that are tried, one after another, where a rate leaves a loss; 1 before."""
+    tried: dict[float, float] = {}
+    while following := next_rate(rate, 1.0, tried, search=search):
+        tried[following] = loss(following)
+    return list(tried)
+
+
+def distance_from(best: float):
+    """A loss that is least at a rate, and above 1 from eight times that on."""
+    return lambda rate: abs(math.log2(rate / best)) / 3
+
+
 def test_a_rate_that_does_not_help_is_followed_by_a_quarter_of_it():
-    assert rates(0.8) == [0.8, pytest.approx(0.2), pytest.approx(0.05)]
+    assert tried_rates(0.8, lambda rate: math.inf, search=False) == [0.8, 0.2, 0.05]
+    assert tried_rates(0.8, lambda rate: math.inf, search=True) == [0.8, 0.2, 0.05]
+    assert tried_rates(0.8, distance_from(0.0625), search=False) == [0.8, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("best", "wanted"),
+    [
+        (0.01, [0.01, 0.005, 0.02]),
+        (0.02, [0.01, 0.005, 0.02, 0.04]),
+        (0.005, [0.01, 0.005, 0.0025]),
+        (0.001, [0.01, 0.0025, 0.00125, 0.000625]),
+        (1.0, [0.01, 0.0025, 0.000625]),
+        (0.05, [0.01, 0.005, 0.02, 0.04, 0.08]),
+    ],
+)
+def test_a_search_goes_on_until_the_best_rate_has_its_neighbours_tried(best, wanted):
+    assert tried_rates(0.01, distance_from(best), search=True) == wanted
+
+
+def test_a_search_tries_six_rates_at_most():
+    assert len(tried_rates(0.01, lambda rate: 0.5 / (1 + rate), search=True)) == 6
+
+
+def test_the_other_blocks_begin_with_the_geometric_mean_of_what_was_found():
+    took = [Outcome(before=1.0, tried={rate: 0.5}) for rate in (0.01, 0.04)] + [Outcome(before=1.0, tried={0.3: 2.0})]
+    assert found_rate(0.5, took) == pytest.approx(0.02)
+    assert found_rate(0.5, took[2:]) == found_rate(0.5, []) == 0.5
 
 
 def test_windows_held_out_judge_after_every_quarter():
@@ -73,6 +113,7 @@ def test_an_outcome_takes_the_rate_with_the_least_loss_if_that_is_less_than_befo
     outcome = Outcome(before=2.0, tried={0.8: math.inf, 0.2: 1.5})
     assert (outcome.rate, outcome.after) == (0.2, 1.5)
     assert outcome.as_dict() == {"before": 2.0, "tried": [[0.8, None], [0.2, 1.5]], "rate": 0.2, "after": 1.5}
+    assert Outcome.of_dict(outcome.as_dict()) == outcome
     assert (Outcome(before=2.0, tried={0.8: 2.0}).rate, Outcome(before=2.0, tried={0.8: 3.0}).after) == (None, 2.0)
 
 

@@ -166,6 +166,32 @@ def test_where_no_rate_helps_the_weights_stay_to_the_last_bit(halved):
     assert all(torch.equal(parameter, weights[name]) for name, parameter in training.block.named_parameters())
 
 
+def test_the_first_blocks_search_for_a_rate_and_the_others_begin_with_what_they_found(base):
+    decoder, how = decoder_of(base), replace(HOW, learning_rate=0.01, searched_blocks=2)
+    blocks = list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=how)))
+    first, second, third = (block.training for block in blocks)
+    for searched, begins in ((first, 0.01), (second, first.rate)):
+        assert next(iter(searched.tried)) == begins
+        assert {searched.rate / 2, searched.rate * 2} <= set(searched.tried)
+        assert searched.after == min(searched.tried.values()) < searched.before
+    assert first.rate != 0.01
+    assert first.rate != second.rate
+    assert next(iter(third.tried)) == pytest.approx((first.rate * second.rate) ** 0.5)
+
+
+@pytest.mark.parametrize("finished", [1, 2])
+def test_a_resumed_run_begins_with_the_rates_that_were_found_before(base, finished):
+    decoder, how = decoder_of(base), replace(HOW, learning_rate=0.01, searched_blocks=2)
+    blocks = list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=how)))
+    before = dict(enumerate(block.changes for block in blocks[:finished]))
+    trained = [block.training for block in blocks[:finished]]
+    resumed = list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=how), before.get, trained=trained))
+    for block, wanted in zip(resumed, blocks[finished:], strict=True):
+        assert block.training == wanted.training
+        for name, change in wanted.changes.items():
+            assert torch.equal(block.changes[name].apply(base.tensor(name)), change.apply(base.tensor(name)))
+
+
 def test_without_windows_held_out_nothing_is_learned(base):
     decoder = decoder_of(base)
     with pytest.raises(ValueError, match="found no windows held out, wanted at least one: they judge what is learned"):
@@ -187,7 +213,7 @@ def test_a_block_that_cannot_be_improved_is_what_the_method_made_of_it(base):
 
 
 def test_weights_that_the_checkpoints_dtype_cannot_hold_are_refused_naming_the_layer(base, monkeypatch):
-    def explode(stream, index, training):
+    def explode(stream, index, training, earlier):
         name = "mlp.up_proj.weight"
         training.values[name].masked_fill_(training.masks[name], 3.4e38)  # infinity in bfloat16
         return Outcome(before=1.0, tried={0.01: 0.5})
@@ -224,7 +250,7 @@ UNCHANGED = Outcome(before=1.0, tried={0.01: 2.0})
 
 def test_a_block_is_trained_toward_the_dense_models_hidden_states(base, monkeypatch):
     targets, decoder = [], decoder_of(base)
-    monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, training: targets.append(training.targets.clone()) or UNCHANGED)
+    monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, training, _: targets.append(training.targets.clone()) or UNCHANGED)
     list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=HOW)))
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32).eval()
     expected = []

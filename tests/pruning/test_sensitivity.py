@@ -40,6 +40,8 @@ from tests.pruning.test_architectures import fetched
 
 CPU = torch.device("cpu")
 GRID = [0.0, 0.25, 0.5, 0.9]
+WEIGHT = 0.3
+HOW = {"gradient_weights": [WEIGHT], "fisher_floor": 1e-6}
 WINDOWS = torch.randint(3, 400, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -50,7 +52,7 @@ def stream_of(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2)
 
 
 def streamed(base: Checkpoint, windows: torch.Tensor = WINDOWS, batch: int = 2, comparison_group: str = "row") -> dict[str, Sensitivity]:
-    return sensitivities(stream_of(base, windows, batch), GRID, comparison_group, 1e-6)
+    return sensitivities(stream_of(base, windows, batch), GRID, comparison_group, **HOW)[WEIGHT]
 
 
 def whole(base: Checkpoint):
@@ -98,10 +100,10 @@ def own_experts(module, names, receive):
     return forward
 
 
-def literally(base: Checkpoint, windows: torch.Tensor, *, weighted: bool = True) -> tuple[dict, dict]:
-    """Of each layer: mean over its tokens of the squared gradient by its outputs; mean over windows of its inputs' squared norm, with
-    weights each token by its own squared gradient."""
-    rows, norms, tokens = {}, {}, {}
+def literally(base: Checkpoint, windows: torch.Tensor, *, gradient_weight: float = WEIGHT) -> tuple[dict, dict]:
+    """Of each layer: mean over its tokens of the squared gradient by its outputs; mean over windows of its inputs' squared norm, to a
+    part with each token's own squared gradient as its weight."""
+    rows, norms, by_gradients, tokens = {}, {}, {}, {}
 
     def take(layer, inputs, output):
         tokens[layer] = tokens.get(layer, 0) + inputs.numel() // inputs.shape[-1]
@@ -109,7 +111,8 @@ def literally(base: Checkpoint, windows: torch.Tensor, *, weighted: bool = True)
 
         def add(gradient):
             for token, by_output in zip(inputs, gradient.flatten(0, -2), strict=True):
-                norms[layer] = norms.get(layer, 0) + token.square() * (by_output.square().sum() if weighted else 1)
+                norms[layer] = norms.get(layer, 0) + token.square()
+                by_gradients[layer] = by_gradients.get(layer, 0) + token.square() * by_output.square().sum()
             rows[layer] = rows.get(layer, 0) + gradient.flatten(0, -2).square().sum(dim=0)
 
         output.register_hook(add)
@@ -118,8 +121,9 @@ def literally(base: Checkpoint, windows: torch.Tensor, *, weighted: bool = True)
     with products(model, take):
         logits = model(windows, use_cache=False).logits[:, :-1]
         cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
-    scales = {layer: tokens[layer] / rows[layer].sum() if weighted else 1 for layer in norms}
-    norms = {layer: norm * scales[layer] / len(windows) for layer, norm in norms.items()}
+    for layer, norm in norms.items():
+        weighted = by_gradients[layer] * tokens[layer] / rows[layer].sum()
+        norms[layer] = ((1 - gradient_weight) * norm + gradient_weight * weighted) / len(windows)
     return {layer: total / tokens[layer] for layer, total in rows.items()}, norms
 
 
@@ -163,12 +167,15 @@ def test_fisher_estimates_are_the_squared_gradients_of_the_whole_model_whatever_
 @pytest.mark.parametrize("comparison_group", ["row", "matrix"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_curve_adds_up_the_lowest_scores_times_the_fisher_estimate_of_their_rows(base, comparison_group, batch):
-    found, (rows, norms) = streamed(base, batch=batch, comparison_group=comparison_group), literally(base, WINDOWS)
+    stream, weights = stream_of(base, batch=batch), [0.0, 0.3, 1.0]
+    found = sensitivities(stream, GRID, comparison_group, gradient_weights=weights, fisher_floor=1e-6)
     decoder = Decoder(base, torch.float32, CPU)
-    for index, matrix in every_matrix(decoder):
-        layer = f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", None
-        squared = stored(decoder, matrix).square() * norms[layer] * rows[layer][:, None]
-        assert found[matrix.name].curve == pytest.approx(literal_curve(squared, comparison_group), rel=1e-3)
+    for weight in weights:
+        rows, norms = literally(base, WINDOWS, gradient_weight=weight)
+        for index, matrix in every_matrix(decoder):
+            layer = f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", None
+            squared = stored(decoder, matrix).square() * norms[layer] * rows[layer][:, None]
+            assert found[weight][matrix.name].curve == pytest.approx(literal_curve(squared, comparison_group), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi3", "mixtral", "qwen3_moe"])
@@ -193,10 +200,10 @@ def test_an_expert_that_no_token_chose_has_no_sensitivity(tmp_path):
     assert all(matrix.parameter_slice.expert is not None for matrix in unseen)
     dense = DenseModel(decoder=decoder, windows=one, stream=lambda windows: stream_of(base, windows, 1), comparison_group="row")
     kept = loss.evidence(dense, replace(ALLOCATIONS["loss"], windows=1))
-    assert {name.rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
+    assert {name.removesuffix(".0.3").rpartition(".")[0] for name in kept} == {matrix.name for _, matrix in every_matrix(decoder)}
     for matrix in unseen:
-        assert len(kept[f"{matrix.name}.curve"]) == 0
-        assert kept[f"{matrix.name}.rows"].tolist() == [1.0] * matrix.shape[0]
+        assert len(kept[f"{matrix.name}.curve.0.3"]) == 0
+        assert kept[f"{matrix.name}.rows.0.3"].tolist() == [1.0] * matrix.shape[0]
 
 
 def test_a_matrix_without_a_curve_is_as_sparse_as_the_pattern(tmp_path):
@@ -218,7 +225,7 @@ def test_the_buffers_for_gradients_are_taken_from_one_budget(base, monkeypatch, 
     stream.memory = HostMemory(block_inputs + gradient - 1, tmp_path)
     original = stream.memory.buffer
     monkeypatch.setattr(stream.memory, "buffer", lambda *how: buffers.append(original(*how)) or buffers[-1])
-    sensitivities(stream, GRID, "row", 1e-6)
+    sensitivities(stream, GRID, "row", **HOW)
     assert [tensor.nbytes for tensor, _ in buffers] == [block_inputs, gradient]
     assert [location.split()[0] for _, location in buffers] == ["memory", "a"]
 
@@ -255,7 +262,7 @@ def loaded_blocks(decoder: Decoder) -> list[int]:
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda stream: sensitivities(stream, GRID, "row", 1e-6),
+        lambda stream: sensitivities(stream, GRID, "row", **HOW),
         lambda stream: outlier_shares(stream, 3.0),
     ],
     ids=["sensitivities", "outlier_shares"],
@@ -290,7 +297,7 @@ def test_activations_that_are_not_finite_name_the_block(base):
 @pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral"])
 def test_outlier_shares_are_those_of_the_whole_model(kind, batch, tmp_path):
     base = fetched(kind, tmp_path)
-    _, norms = literally(base, SMALL_WINDOWS, weighted=False)
+    _, norms = literally(base, SMALL_WINDOWS, gradient_weight=0.0)
     decoder, expected = Decoder(base, torch.float32, CPU), []
     for index, matrices in enumerate(decoder.matrices):
         layers = [(f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert) for matrix in matrices]
@@ -340,8 +347,8 @@ PATTERN = UnstructuredSection(name="unstructured", sparsity=0.37)
 ALLOCATIONS = {
     "owl": owl.OwlSection(name="owl", multiple=3.0, strength=0.08, **BOUNDS),
     "alphapruning": alphapruning.AlphaPruningSection(name="alphapruning", strength=0.3, **BOUNDS),
-    "loss": loss.LossSection(name="loss", windows=3, row_strength=0.0, row_floor=1e-6, **BOUNDS),
-    "loss with rows": loss.LossSection(name="loss", windows=3, row_strength=1.0, row_floor=1e-6, **BOUNDS),
+    "loss": loss.LossSection(name="loss", windows=3, gradient_weights=[0.3], row_strength=0.0, row_floor=1e-6, **BOUNDS),
+    "loss with rows": loss.LossSection(name="loss", windows=3, gradient_weights=[0.3], row_strength=1.0, row_floor=1e-6, **BOUNDS),
 }
 MEASUREMENTS = {"sensitivities": loss, "outlier_shares": owl, "spectral_exponents": alphapruning}
 

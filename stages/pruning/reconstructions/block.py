@@ -12,16 +12,21 @@ class BlockSection:
     """epochs: passes over the calibration windows, one window a step.
 
     learning_rate: of the first step, a fraction of the size of the balanced weights, see pruning.learning; falls to 0.
+    searched_blocks: how many blocks, from the first on, search for a better rate from there, on the windows held out; the others begin
+        with the geometric mean of what these took. 0: none.
     """
 
     name: str
     epochs: int = number(minimum=1)
     learning_rate: float = number(above=0)
+    searched_blocks: int = number(minimum=0)
 
 
 BLOCK = Training(
     name="block",
-    each_block=lambda section: Reconstruction(epochs=section.epochs, learning_rate=section.learning_rate),
+    each_block=lambda section: Reconstruction(
+        epochs=section.epochs, learning_rate=section.learning_rate, searched_blocks=section.searched_blocks
+    ),
     label="reconstructed",
     parameters=BlockSection,
     summary="Adam on the kept weights of each block, toward the dense model's hidden states",
