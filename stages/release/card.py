@@ -77,6 +77,8 @@ def described(table: Table[Any], section: Section) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(_plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -117,7 +119,7 @@ def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
 
 
 def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, Any]) -> str:
-    """Markdown: where pruning had to do something else than was asked; nothing where it had not.
+    """Markdown: what pruning had to do otherwise than was asked, or decided on the windows held out; nothing where it had not.
 
     Args:
         matrices: rows of the manifest. run: what the prune stage recorded of its run.
@@ -142,6 +144,10 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     judged = run.get("allocation_judged")
     if judged and not judged["taken"]:
         lines.append("- All matrices have equal sparsities: the allocation was no better than these on the windows held out.")
+    elif judged and len(judged["tried"]) > 1:
+        best = min(judged["tried"], key=lambda version: version["loss"])
+        choice = ", ".join(f"{key} {_plain(value)}" for key, value in best.items() if key != "loss")
+        lines.append(f"- Of {len(judged['tried'])} allocations the one with {choice} left the least loss on the windows held out.")
     if run.get("distillation", {}).get("rate", 0) is None:
         lines.append("- The last blocks are not distilled: no learning rate lowered the divergence on the windows held out.")
     return "".join(f"{line}\n" for line in lines)

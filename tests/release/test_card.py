@@ -186,6 +186,16 @@ def test_the_card_says_what_could_not_be_learned_without_harm():
     assert "- The last blocks are not distilled: no learning rate lowered the divergence on the windows held out.\n" in said
 
 
+def test_the_card_says_which_allocation_was_taken():
+    tried = [{"gradient_weights": [0.5], "loss": 4.1}, {"gradient_weights": [1.0], "loss": 4.0}]
+    taken = {"allocation_judged": {"taken": True, "tried": tried}}
+    said = "- Of 2 allocations the one with gradient_weights 1 left the least loss on the windows held out.\n"
+    assert exceptions(MATRICES[:1], deltas.WANDA, taken) == said
+    assert exceptions(MATRICES[:1], deltas.WANDA, {"allocation_judged": {"taken": True, "tried": tried[:1]}}) == ""
+    refused = "- All matrices have equal sparsities: the allocation was no better than these on the windows held out.\n"
+    assert exceptions(MATRICES[:1], deltas.WANDA, {"allocation_judged": {"taken": False, "tried": tried}}) == refused
+
+
 def test_the_card_has_the_errors_on_calibration_tokens_and_on_windows_held_out(written):
     assert "||: 0.2000 on calibration tokens, 0.3000 on windows held out.\n" in written().content
 
@@ -229,7 +239,8 @@ def test_the_card_and_the_name_know_every_choice_and_say_its_numbers(written, ov
         assert f" {section['name']}: " in content
         for key, value in section.items():
             if key != "name":
-                assert f"{key} {value:g}" in content, key
+                numbers = " and ".join(f"{number:g}" for number in (value if isinstance(value, list) else [value]))
+                assert f"{key} {numbers}" in content, key
     assert default_name("org/a", deltas.recipe(**sections))
 
 
