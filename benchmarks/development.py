@@ -62,12 +62,14 @@ def windows() -> torch.Tensor:
 
 
 def differences(prune: dict[str, Any]) -> list[str]:
-    """What the label does not tell: other windows, damping and allocation than the presets have."""
-    number, preset = read_json(CALIBRATION / "provenance.json")["section"]["windows"], read(f"allocation={prune['allocation']['name']}")
-    defaults = asdict(preset["allocation"])
+    """What the label does not tell: other windows, damping, allocation and training than the presets have."""
+    number = read_json(CALIBRATION / "provenance.json")["section"]["windows"]
     words = [f", {number} calibration windows"] if number != CALIBRATION_WINDOWS else []
     words += [", damping by shrinkage"] if prune["method"]["damping"]["shrinkage"] else []
-    return words + [f", {key} {value}" for key, value in prune["allocation"].items() if value != defaults[key]]
+    for group in ("allocation", "reconstruction"):
+        defaults = asdict(read(f"{group}={prune[group]['name']}")[group])
+        words += [f", {key} {value}" for key, value in prune[group].items() if value != defaults[key]]
+    return words
 
 
 def main() -> None:
