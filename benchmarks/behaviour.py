@@ -123,7 +123,7 @@ def measured(point: Point) -> Figures:
         "left": norm([pruned.get_parameter(name) for name in delta]) / norm([dense.get_parameter(name) for name in delta]),
         "output": float((found - expected).norm() / expected.norm()),
     }
-    revision = sum(number for part, number in REVISIONS.items() if part in point.overrides)
+    revision = sum(number for override, number in REVISIONS.items() if override in point.overrides)
     return {name: float(f"{value:.6g}") for name, value in figures.items()} | ({"revision": revision} if revision else {})
 
 

@@ -68,6 +68,8 @@ def differences(prune: dict[str, Any]) -> list[str]:
     words += [", damping by shrinkage"] if prune["method"]["damping"]["shrinkage"] else []
     for group in ("allocation", "reconstruction"):
         defaults = asdict(read(f"{group}={prune[group]['name']}")[group])
+        if prune[group].keys() != defaults.keys():
+            raise SystemExit(f"{PRUNE_RESULTS}: {group} has other keys than this version's; prune anew")
         words += [f", {key} {value}" for key, value in prune[group].items() if value != defaults[key]]
     return words
 
@@ -82,6 +84,8 @@ def main() -> None:
     for label, apply in (("dense", None), (pruned, delta.apply)):
         losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
         of_model[label] = {"perplexity": round(losses.perplexity, 2), "code": record.code_revision() if apply is None else prune["code"]}
+        if apply and prune["allocation_judged"]:
+            of_model[label]["allocation_judged"] = prune["allocation_judged"]
         print(f"{label}: perplexity {losses.perplexity:.2f}")
     write_json(FILE, known)
 

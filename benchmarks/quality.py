@@ -8,8 +8,8 @@ python -m benchmarks.quality --tables             measure nothing, write the tab
 
 Each point is one `dvc exp run` for each text. What was measured is kept in benchmarks/quality.json, which is committed, so that a later
 run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see benchmarks.behaviour) is measured again
-with --stale. That sees the pruning code and its settings alone, and of these what shows on a small random model; the floor of the loss
-allocation does not: remove such points from the file, and the file itself after a change of the base, the calibration or the evaluation.
+with --stale. That sees the pruning code and its settings alone, and of these what shows on a small random model; for what does not,
+raise behaviour.REVISIONS. Remove the file after a change of the base, the calibration or the evaluation.
 Writes the tables between the markers in README.md and every number to benchmarks/QUALITY.md, and leaves the default in the workspace.
 """
 

@@ -106,7 +106,7 @@ def distill(
         if not math.isfinite(before):
             raise PruningError("distillation: found NaN or infinity as the loss of the pruned model, wanted finite logits")
         best, tried, divergences = before, dict[float, float](), list[float]()
-        while rate := next_rate(settings.learning_rate, before, tried):
+        while (rate := next_rate(settings.learning_rate, before, tried)) is not None:
             if tried:
                 for block in trained:
                     block.restart(changes_of(block.index))

@@ -141,10 +141,13 @@ def next_rate(rate: float, before: float, tried: dict[float, float], *, search: 
     return next((neighbour for neighbour in (best / 2, best * 2) if neighbour not in tried), None)
 
 
-def found_rate(rate: float, earlier: Sequence[Outcome]) -> float:
+def mean_rate(rate: float, earlier: Sequence[Outcome]) -> float:
     """The geometric mean of the rates that earlier trainings took; without any, the one given."""
-    found = [outcome.rate for outcome in earlier if outcome.rate is not None]
-    return math.prod(found) ** (1 / len(found)) if found else rate
+    taken = [outcome.rate for outcome in earlier if outcome.rate is not None]
+    if not taken:
+        return rate
+    first = taken[0]  # its ratio to itself is exact: a rate alone comes back to the last bit
+    return first * math.exp(math.fsum(math.log(other / first) for other in taken) / len(taken))
 
 
 def checks(steps: int) -> set[int]:

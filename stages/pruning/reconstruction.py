@@ -18,7 +18,7 @@ from torch import nn
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
-from stages.pruning.learning import Balance, Outcome, checks, found_rate, next_rate
+from stages.pruning.learning import Balance, Outcome, checks, mean_rate, next_rate
 from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.stream import Stream
@@ -33,13 +33,13 @@ class Reconstruction:
     epochs: passes over the calibration windows, one window a step, 1 or more.
     learning_rate: that of the first step, above 0, as a fraction of the size of the balanced weights, see learning; it falls linearly
         to 0.
-    searched_blocks: how many blocks, the first that are trained, search for a better rate from there; the others begin with the
-        geometric mean of the rates that these took.
+    searched_blocks: how many blocks, the first that are trained, search for a better rate; the first of them begins with
+        `learning_rate`, every other block with the geometric mean of the rates that the searches before it took.
     """
 
     epochs: int
     learning_rate: float
-    searched_blocks: int = 0
+    searched_blocks: int
 
 
 class BlockTraining:
@@ -130,8 +130,8 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining, earlier: Se
         raise PruningError(f"block {index}: found NaN or infinity in its outputs on the windows held out, wanted finite activations")
     settings, tried = training.settings, dict[float, float]()
     best, least = None, before
-    first = found_rate(settings.learning_rate, earlier[: settings.searched_blocks])
-    while rate := next_rate(first, before, tried, search=len(earlier) < settings.searched_blocks):
+    first = mean_rate(settings.learning_rate, earlier[: settings.searched_blocks])
+    while (rate := next_rate(first, before, tried, search=len(earlier) < settings.searched_blocks)) is not None:
         tried[rate] = math.inf
         for loss, masters in _trained(stream, index, training, rate):
             tried[rate] = min(tried[rate], loss if math.isfinite(loss) else math.inf)
@@ -139,6 +139,7 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining, earlier: Se
                 least, best = loss, {name: master.clone() for name, master in masters.items()}
             if not loss < before:
                 break
+        del masters  # and their gradients, before the next rate has its own
     if best is not None:
         training.balance.multiply(training.views(best))
         for name, weights in best.items():

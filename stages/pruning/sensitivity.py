@@ -10,11 +10,12 @@
 with g_t the gradient of the next-token loss with respect to the matrix's outputs at token t: F is the diagonal of the Fisher information
 of the outputs, and N the squared norm of the inputs, in which each token has the weight w_t, 1 on average. K-FAC (Martens & Grosse 2015,
 arXiv:1503.05671) takes inputs and gradients as independent; then w_t is 1 and N_j = ||X_j||². They are not: the first token of a window
-has enormous activations in many models and hardly a gradient. But gradients are those of the dense model: they miss what happens once
-a token that holds up the attention of all others is gone. c, the gradient weight, lies between. As in Wanda, inputs are taken as
-uncorrelated.
+has enormous activations in many models and hardly a gradient. But gradients are those of the dense model, and miss what happens where
+pruning changes a token on which the attention of all others depends. c, the gradient weight, interpolates. As in Wanda, inputs are
+taken as uncorrelated.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def pruned_losses(stream: Stream, held_out: list[Stream], candidates: list[Candi
         For each candidate the mean next-token loss, nats per token.
 
     Raises:
-        PruningError: activations or scores are not finite; names the block or the layer.
+        PruningError: activations, scores or a loss are not finite; names the block or the layer.
     """
     for index, block in _dense_blocks(stream.decoder, range(len(stream.decoder.blocks))):
         norms = _squared_norms(_observed_pass(stream, index, block), stream.all_windows)
@@ -194,7 +195,10 @@ def pruned_losses(stream: Stream, held_out: list[Stream], candidates: list[Candi
             states.advance(index, block)
             for matrix, weights in zip(matrices, dense, strict=True):
                 matrix.of(block).copy_(weights)
-    return [next_token_loss(states) for states in held_out]
+    losses = [next_token_loss(states) for states in held_out]
+    if not all(math.isfinite(loss) for loss in losses):
+        raise PruningError("found NaN or infinity as the loss of the pruned model on the windows held out, wanted finite logits")
+    return losses
 
 
 def next_token_loss(stream: Stream) -> float:

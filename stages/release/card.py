@@ -144,7 +144,7 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     judged = run.get("allocation_judged")
     if judged and not judged["taken"]:
         lines.append("- All matrices have equal sparsities: the allocation was no better than these on the windows held out.")
-    elif judged and len(judged["tried"]) > 1:
+    elif judged and len(judged.get("tried", [])) > 1:  # earlier versions tried one
         best = min(judged["tried"], key=lambda version: version["loss"])
         choice = ", ".join(f"{key} {_plain(value)}" for key, value in best.items() if key != "loss")
         lines.append(f"- Of {len(judged['tried'])} allocations the one with {choice} left the least loss on the windows held out.")

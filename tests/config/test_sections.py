@@ -195,6 +195,7 @@ def test_the_bounds_of_every_allocation_are_fractions_in_order(allocation, lowes
         (["method=admm", "method/score=ria"], "method.score.name: found 'ria', wanted wanda with method.update.name = admm"),
         (["allocation=loss", "allocation.row_strength=2"], r"allocation.row_strength: found 2.0, wanted a number in \[0, 1\]"),
         (["allocation=loss", "allocation.gradient_weights=[0.5,2]"], r"allocation.gradient_weights: found \[0.5, 2.0\], wanted at"),
+        (["allocation=loss", "allocation.gradient_weights=[0.5,0.5]"], r"allocation.gradient_weights: found \[0.5, 0.5\], wanted at"),
         (["allocation=loss", "allocation.gradient_weights=[]"], r"allocation.gradient_weights: found \[\], wanted at least one"),
         (["allocation=loss", "allocation.row_floor=0"], r"allocation.row_floor: found 0.0, wanted a number in \(0, 1\]"),
     ],

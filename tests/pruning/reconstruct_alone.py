@@ -4,6 +4,7 @@ python -m tests.pruning.reconstruct_alone CHECKPOINT WINDOWS OUT
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 NAME = "mlp.up_proj.weight"
-HOW = Reconstruction(epochs=2, learning_rate=0.02)
+HOW = Reconstruction(epochs=2, learning_rate=0.02, searched_blocks=0)
 HELD_OUT = 3
 
 
@@ -42,8 +43,12 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
             matrix.of(block).mul_(mask)
             training.add(matrix, weight, Pruned(mask=mask), [], torch.float32)
             outcome = reconstruct(stream, 0, training)
+            values = training.values[NAME].clone()
             losses = torch.tensor([outcome.before, outcome.after], dtype=torch.float64)
-            save_file({"values": training.values[NAME], "losses": losses}, out / f"{distributed.rank()}.safetensors")
+            training.settings = replace(HOW, searched_blocks=1)
+            tried = torch.tensor(list(reconstruct(stream, 0, training).tried.items()))
+            found = {"values": values, "losses": losses, "tried": tried}
+            save_file(found, out / f"{distributed.rank()}.safetensors")
 
 
 if __name__ == "__main__":

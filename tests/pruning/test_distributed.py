@@ -114,6 +114,8 @@ def test_two_processes_train_on_a_window_of_each_a_step(base, tmp_path):
     found = [file["values"] for file in files]
     assert torch.equal(*found)
     assert torch.equal(*[file["losses"] for file in files])
+    assert torch.equal(*[file["tried"] for file in files])  # a search decides alike everywhere
+    assert len(files[0]["tried"]) > 1
 
     decoder, how = Decoder(base, torch.float32, torch.device("cpu")), reconstruct_alone.HOW
     with decoder.before_blocks():

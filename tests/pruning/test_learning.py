@@ -11,7 +11,7 @@ from benchmarks.rescale import rescaled
 from stages.checkpoint.reader import Checkpoint
 from stages.pruning.block_loop import Plan, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, distill
-from stages.pruning.learning import Outcome, balance, checks, found_rate, next_rate
+from stages.pruning.learning import Outcome, balance, checks, mean_rate, next_rate
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
@@ -98,10 +98,12 @@ def test_a_search_tries_six_rates_at_most():
     assert len(tried_rates(0.01, lambda rate: 0.5 / (1 + rate), search=True)) == 6
 
 
-def test_the_other_blocks_begin_with_the_geometric_mean_of_what_was_found():
-    took = [Outcome(before=1.0, tried={rate: 0.5}) for rate in (0.01, 0.04)] + [Outcome(before=1.0, tried={0.3: 2.0})]
-    assert found_rate(0.5, took) == pytest.approx(0.02)
-    assert found_rate(0.5, took[2:]) == found_rate(0.5, []) == 0.5
+def test_the_other_blocks_begin_with_the_geometric_mean_of_the_rates_that_were_taken():
+    outcomes = [Outcome(before=1.0, tried={rate: 0.5}) for rate in (0.01, 0.04)] + [Outcome(before=1.0, tried={0.3: 2.0})]
+    assert mean_rate(0.5, outcomes) == pytest.approx(0.02)
+    assert mean_rate(0.5, outcomes[2:]) == mean_rate(0.5, []) == 0.5
+    assert mean_rate(0.5, outcomes[:1]) == 0.01
+    assert mean_rate(0.5, [Outcome(before=1.0, tried={1e-200: 0.5})] * 130) == pytest.approx(1e-200)
 
 
 def test_windows_held_out_judge_after_every_quarter():
@@ -173,7 +175,7 @@ def test_the_rescaled_checkpoint_is_the_same_function_with_other_weights(written
 @pytest.mark.parametrize(
     "how",
     [
-        {"reconstruction": Reconstruction(epochs=6, learning_rate=0.02)},
+        {"reconstruction": Reconstruction(epochs=6, learning_rate=0.02, searched_blocks=0)},
         {"distillation": Distillation(first=1, epochs=6, learning_rate=0.005)},
     ],
     ids=["reconstruction", "distillation"],

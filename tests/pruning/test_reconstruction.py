@@ -21,7 +21,7 @@ from tests.methods import WANDA
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 400, (7, 24), generator=torch.Generator().manual_seed(0))
 HELD_OUT = 2
-HOW = Reconstruction(epochs=4, learning_rate=0.01)
+HOW = Reconstruction(epochs=4, learning_rate=0.01, searched_blocks=0)
 NAMES = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 

@@ -192,6 +192,7 @@ def test_the_card_says_which_allocation_was_taken():
     said = "- Of 2 allocations the one with gradient_weights 1 left the least loss on the windows held out.\n"
     assert exceptions(MATRICES[:1], deltas.WANDA, taken) == said
     assert exceptions(MATRICES[:1], deltas.WANDA, {"allocation_judged": {"taken": True, "tried": tried[:1]}}) == ""
+    assert exceptions(MATRICES[:1], deltas.WANDA, {"allocation_judged": {"taken": True}}) == ""
     refused = "- All matrices have equal sparsities: the allocation was no better than these on the windows held out.\n"
     assert exceptions(MATRICES[:1], deltas.WANDA, {"allocation_judged": {"taken": False, "tried": tried}}) == refused
 

@@ -81,9 +81,9 @@ def row_costs(evidence: Evidence, matrices: list[list[Matrix]], pattern: Unstruc
     return {matrix.name: evidence[_key(matrix, "rows", weight)] ** section.row_strength for matrix in flat}
 
 
-def _key(matrix: Matrix, what: str, weight: float) -> str:
+def _key(matrix: Matrix, kind: str, weight: float) -> str:
     """The name of a tensor of the evidence."""
-    return f"{matrix.name}.{what}.{weight:g}"
+    return f"{matrix.name}.{kind}.{weight!r}"
 
 
 LOSS = Allocation(

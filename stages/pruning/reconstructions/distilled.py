@@ -18,8 +18,8 @@ class DistilledSection:
     learning_rate: of the first step, a fraction of the size of the balanced weights, see pruning.learning; falls to 0.
     block_epochs: passes in which each block before them is trained alone; 0: none.
     block_learning_rate: likewise.
-    searched_blocks: how many of them, from the first on, search for a better rate from there, on the windows held out; the others begin
-        with the geometric mean of what these took. 0: none.
+    searched_blocks: how many of them, from the first on, search for a better rate, on the windows held out; the first begins with the
+        learning rate, every other block with the geometric mean of the rates that searches before it took. 0: none.
     """
 
     name: str
