@@ -100,7 +100,7 @@ def prepare(evaluation: Evaluation) -> Setup:
 
     Raises:
         ConfigError: the device does not exist, or the model or the corpus does not allow the windows.
-        TextError: a row of the corpus or of a task has the wrong form; names file and line. Or the chat template refuses a prompt.
+        TextError: a row of the corpus or of a task has the wrong form; names file and line. Or a prompt has no token.
         CheckpointError: a token of the corpus or of a prompt is beyond the base's embedding.
     """
     device = devices.choose_device("evaluation.device", evaluation.device)
@@ -112,13 +112,17 @@ def prepare(evaluation: Evaluation) -> Setup:
     windows = cut_windows(corpus, tokenizer, length, perplexity.windows, bos, perplexity.evenly)
     require_embedded(windows.unique().tolist(), embedding_rows(base), tokenizer, f"evaluation.perplexity.corpus {perplexity.corpus}")
     require_prompts(tokenizer, bos, evaluation.generations.prompts, embedding_rows(base))
+    rows = {task: read_task(TASKS[task], rows_file(task), evaluation.rows) for task in evaluation.tasks}
+    for task, scored in rows.items():
+        if evaluation.rows and len(scored) < evaluation.rows:
+            log.warning("evaluation.rows: found %d rows of %s, wanted %d; all of them are scored", len(scored), task, evaluation.rows)
     return Setup(
         evaluation=evaluation,
         base=base,
         tokenizer=tokenizer,
         bos=bos,
         windows=windows,
-        rows={task: read_task(TASKS[task], rows_file(task), evaluation.rows) for task in evaluation.tasks},
+        rows=rows,
         device=device,
         dtype=devices.choose_dtype(evaluation.dtype, device),
     )
@@ -135,18 +139,20 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score base + delta and write its results with the dense model's."""
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
-    from stages.evaluation.comparison import compared_metrics, frontier_row, paired_generations, read_dense
+    from stages.evaluation.comparison import compared_metrics, frontier_row, paired_accuracies, paired_generations, read_dense
 
     dense = read_dense(DENSE_RESULTS, setup.protocol())
     delta = SparseDelta(SPARSE, setup.base.fingerprint)
     log.info("reading %s and %s; evaluating the sparse model on %s in %s", BASE, SPARSE, setup.device, setup.dtype)
     sparse = score(setup, delta.apply)
-    metrics = compared_metrics(dense, sparse)
+    tasks = paired_accuracies(dense, sparse, {task: TASKS[task].documents(rows) for task, rows in setup.rows.items()})
+    metrics = compared_metrics(dense, sparse, tasks)
     with replacing(SPARSE_RESULTS) as directory:
         paired = replace(sparse, generations=paired_generations(dense, sparse))
         write(directory, setup, paired, metrics, delta=delta.fingerprint, stopwatch=stopwatch)
         write_json(directory / "frontier.json", [frontier_row(delta, metrics)])
         write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))
+        write_json(directory / "details/paired.json", tasks)
 
 
 def write(

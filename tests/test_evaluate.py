@@ -1,6 +1,7 @@
 """The evaluate stage on a small base: dense, then sparse, in a directory of its own."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -107,6 +108,16 @@ def test_the_pruned_model_is_scored_beside_the_dense_one(root):
         ("sparse", "boolq"),
         ("sparse", "piqa"),
     ]
+    boolq, piqa = read_json(root / "results/sparse/details/paired.json")
+    assert (boolq["task"], boolq["rows"], boolq["clusters"], boolq["stderr"], boolq["low"]) == ("boolq", 4, 1, None, None)  # one passage
+    assert (piqa["task"], piqa["rows"], piqa["clusters"]) == ("piqa", 4, 4)
+    for task in (boolq, piqa):
+        assert (task["dense"], task["sparse"]) == (dense[task["task"]], sparse[task["task"]])
+        assert task["difference"] == pytest.approx(task["sparse"] - task["dense"])
+        assert task["gained"] - task["lost"] == round(4 * task["difference"])
+    assert sparse["accuracy_mean_difference"] == pytest.approx(sparse["accuracy_mean"] - dense["accuracy_mean"])
+    assert "accuracy_mean_difference_stderr" not in sparse
+    assert sparse["perplexity_ln_ratio"] == pytest.approx(math.log(sparse["perplexity"] / dense["perplexity"]))
     (generated,) = read_json(root / "results/sparse/details/generations.json")
     assert set(generated) == {"prompt", "raw_dense", "raw_sparse", "chat_dense", "chat_sparse"}
     (point,) = read_json(root / "results/sparse/frontier.json")
@@ -199,6 +210,27 @@ def test_missing_dense_results_are_named_with_what_to_do(root):
 def test_damaged_dense_results_are_named_with_what_to_do(root, name, content, message):
     (root / f"results/dense/details/{name}.json").write_text(content)
     with pytest.raises(ComparisonError, match=rf"results/dense/details/{name}\.json: {message}.*python -m stages.evaluate part=dense"):
+        run("sparse")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "found no rows"),
+        ([{"row": number, "correct": 1.0} for number in range(3)], "wanted 4 rows in order, each with 0 or 1 as correct"),
+        ([{"row": number, "correct": None} for number in range(4)], "wanted 4 rows in order"),
+        ([{"row": 0, "correct": 1.0}] * 4, "wanted 4 rows in order"),
+    ],
+)
+def test_damaged_samples_of_the_dense_model_are_named(root, rows, message):
+    tiny.write_lines(root / "results/dense/details/samples-piqa.jsonl", rows)
+    with pytest.raises(ComparisonError, match=f"samples-piqa.jsonl: {message}.*evaluate the dense model again"):
+        run("sparse")
+
+
+def test_missing_samples_of_the_dense_model_are_named(root):
+    (root / "results/dense/details/samples-piqa.jsonl").unlink()
+    with pytest.raises(ComparisonError, match=r"details/samples-piqa.jsonl: not found; evaluate the dense model again"):
         run("sparse")
 
 

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import math
 import os
 import platform
 import re
@@ -149,12 +150,13 @@ def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATI
     if part == "sparse":
         ratio = perplexity / read_json(DENSE_RESULTS / "metrics.json")["perplexity"]
         metrics |= {"perplexity_ratio": ratio, "perplexity_ratio_stderr": 0.05}
+        metrics |= {"perplexity_ln_ratio": math.log(ratio), "perplexity_ln_ratio_stderr": 0.05 / ratio, "accuracy_mean_difference": 0.0}
         metrics |= {"dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"]}
     (directory / "details").mkdir(parents=True, exist_ok=True)
     write_json(directory / "metrics.json", metrics)
-    write_json(
-        directory / "accuracy.json", [{"model": model, "task": "boolq", "accuracy": 0.5, "rows": 20} for model in ("dense", "sparse")]
-    )
+    counts = {"rows": 20, "clusters": 1, "lost": 2, "gained": 2, "p_value": 1.0}
+    apart = {"dense": 0.5, "sparse": 0.5, "difference": 0.0, "stderr": None, "low": None, "high": None}
+    write_json(directory / "details/paired.json", [{"task": "boolq", **counts, **apart}])
     write_json(directory / "details/protocol.json", protocol)
     write_json(directory / "details/generations.json", [{"prompt": "river stone", "raw_dense": "lamp", "raw_sparse": "lamp lamp"}])
 

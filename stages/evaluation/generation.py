@@ -1,5 +1,7 @@
 """Greedy continuations of prompts, raw and rendered by the chat template."""
 
+import logging
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -7,6 +9,8 @@ from stages.bos import Bos
 from stages.checkpoint.tokens import rendered, require_embedded
 from stages.errors import TextError
 from stages.rows import shown
+
+log = logging.getLogger(__name__)
 
 
 def generate(
@@ -19,41 +23,44 @@ def generate(
         new_tokens: upper bound of generated tokens per prompt.
 
     Returns:
-        A row for each prompt: "prompt", "raw" and, where the tokenizer has a chat template, "chat".
+        A row for each prompt: "prompt", "raw" and, where the tokenizer has a chat template, "chat", or "chat_refused", why the template
+        refuses the prompt.
     """
     rows = []
     for prompt in prompts:
-        continuations = {kind: _continue(model, tokenizer, ids, new_tokens) for kind, ids in encodings(tokenizer, bos, prompt).items()}
-        rows.append({"prompt": prompt, **continuations})
+        encoded, refused = encodings(tokenizer, bos, prompt)
+        row = {"prompt": prompt} | {form: _continue(model, tokenizer, ids, new_tokens) for form, ids in encoded.items()}
+        rows.append(row if refused is None else row | {"chat_refused": refused})
     return rows
 
 
-def encodings(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompt: str) -> dict[str, list[int]]:
-    """The tokens of a prompt: "raw" and, where the tokenizer has a chat template, "chat".
-
-    Raises:
-        TextError: the chat template refuses the prompt.
-    """
+def encodings(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompt: str) -> tuple[dict[str, list[int]], str | None]:
+    """The tokens of a prompt: "raw" and, where the tokenizer has a chat template, "chat"; and why the template refuses it, or None."""
     encoded = {"raw": bos.begin(tokenizer(prompt)["input_ids"])}
-    if tokenizer.chat_template:
-        try:
-            text = rendered(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-        except TextError as error:
-            advice = "choose others, or none with evaluation.generations.prompts=[]"
-            raise TextError(f"evaluation.generations.prompts, {shown(prompt)}: {error}; {advice}") from error
-        encoded["chat"] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return encoded
+    if not tokenizer.chat_template:
+        return encoded, None
+    try:
+        text = rendered(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    except TextError as error:
+        return encoded, str(error)
+    return encoded | {"chat": tokenizer(text, add_special_tokens=False)["input_ids"]}, None
 
 
 def require_prompts(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[str], embedding_rows: int | None) -> None:
-    """Refuse prompts that the model cannot continue, before any weight is read.
+    """Refuse prompts that the model cannot continue, before any weight is read; warn of those that the chat template refuses.
 
     Raises:
-        TextError: see encodings. CheckpointError: a token is beyond the embedding.
+        TextError: a prompt has no token. CheckpointError: a token is beyond the embedding.
     """
     for prompt in prompts:
-        for ids in encodings(tokenizer, bos, prompt).values():
-            require_embedded(ids, embedding_rows, tokenizer, f"evaluation.generations.prompts, {shown(prompt)}")
+        name = f"evaluation.generations.prompts, {shown(prompt)}"
+        encoded, refused = encodings(tokenizer, bos, prompt)
+        for form, ids in encoded.items():
+            if not ids:
+                raise TextError(f"{name}: found no token ({form}), wanted at least one to continue")
+            require_embedded(ids, embedding_rows, tokenizer, name)
+        if refused is not None:
+            log.warning("%s: %s; it is continued raw alone", name, refused)
 
 
 @torch.no_grad()

@@ -134,6 +134,6 @@ def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dic
             scores[task]["accuracy_norm"] = results[f"{metric}_norm,none"]
         samples[task] = [
             {"row": answer["doc_id"], "target": str(answer["target"]), "correct": answer[metric], "scores": answer["filtered_resps"]}
-            for answer in answers
+            for answer in sorted(answers, key=lambda answer: answer["doc_id"])
         ]
     return scores, samples

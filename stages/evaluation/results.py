@@ -9,6 +9,7 @@ from stages.errors import ComparisonError, SparsesweepError
 from stages.evaluation.perplexity import WindowLosses
 from stages.evaluation.protocol import Protocol
 from stages.files import read_json, write_json, write_lines
+from stages.rows import Rows
 
 Scores = dict[str, dict[str, float]]
 Samples = dict[str, list[dict[str, Any]]]
@@ -47,11 +48,11 @@ class Results:
         write_json(details / "windows.json", self.losses.losses)
         write_json(details / "generations.json", self.generations)
         for task, rows in self.samples.items():
-            write_lines(details / f"samples-{task}.jsonl", rows)
+            write_lines(samples_file(details, task), rows)
 
 
 def read_results(details: Path, protocol: Protocol) -> Results:
-    """Read the results that `Results.write` wrote, without samples.
+    """Read the results that `Results.write` wrote; of the samples, those columns that are compared.
 
     Raises:
         ComparisonError: a file is missing or does not fit the protocol; names it.
@@ -60,7 +61,27 @@ def read_results(details: Path, protocol: Protocol) -> Results:
     _require(_are_losses(losses, protocol.windows), details / "windows.json", f"{protocol.windows} finite losses")
     _require(_are_scores(scores, list(protocol.tasks)), details / "scores.json", f"the scores of {', '.join(protocol.tasks) or 'no task'}")
     _require(_are_generations(generations, protocol.prompts), details / "generations.json", f"a row for each of {protocol.prompts}")
-    return Results(losses=WindowLosses(losses=losses), scores=scores, samples={}, generations=generations)
+    samples = {}
+    for name, task in protocol.tasks.items():
+        path = samples_file(details, name)
+        samples[name] = _read_lines(path)
+        _require(_are_samples(samples[name], task.rows), path, f"{task.rows} rows in order, each with 0 or 1 as correct")
+    return Results(losses=WindowLosses(losses=losses), scores=scores, samples=samples, generations=generations)
+
+
+def samples_file(details: Path, task: str) -> Path:
+    """The path of the samples of a task."""
+    return details / f"samples-{task}.jsonl"
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ComparisonError(f"{path}: not found")
+    try:
+        rows = Rows(path)
+        return [{"row": row.get("row"), "correct": row.get("correct")} for row in rows]
+    except SparsesweepError as error:
+        raise ComparisonError(str(error)) from None
 
 
 def _read(path: Path) -> Any:
@@ -82,6 +103,10 @@ def _are_losses(data: Any, count: int) -> bool:
 def _are_scores(data: Any, tasks: list[str]) -> bool:
     keys = {"accuracy", "stderr", "rows"}
     return isinstance(data, dict) and list(data) == tasks and all(isinstance(score, dict) and keys <= set(score) for score in data.values())
+
+
+def _are_samples(rows: list[dict[str, Any]], count: int) -> bool:
+    return [row["row"] for row in rows] == list(range(count)) and all(row["correct"] in (0, 1) for row in rows)
 
 
 def _are_generations(data: Any, prompts: list[str]) -> bool:

@@ -1,6 +1,6 @@
 """The zero-shot tasks: lm-eval's own definitions, and the rows that they are scored on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ class Task(Entry):
     name: our name, also that of its rows in text.evaluation.
     stock: its name in lm-eval. folder: the folder under lm_eval/tasks that defines it.
     split: the split that is scored. columns: the columns of every row, named as in the hub's data set.
+    document: the column by whose value rows are clustered, for they ask about the same text; None: each row has a text of its own.
     metric: lm-eval's name of the metric that we report as accuracy: the fraction of rows whose likeliest choice is right, without
         length normalisation.
     """
@@ -38,8 +39,13 @@ class Task(Entry):
     folder: str
     split: str
     columns: dict[str, Column]
+    document: str | None = None
     metric: str = "acc"
     parameters: type = NoneType
+
+    def documents(self, rows: list[Row]) -> list[Hashable]:
+        """Of each row what it shares with others: the value of the document's column; without one, the row's own number."""
+        return [number if self.document is None else row[self.document] for number, row in enumerate(rows)]
 
 
 def _strings(value: Any) -> bool:
@@ -73,6 +79,7 @@ TASKS = Table(
             folder="super_glue/boolq",
             split="validation",
             columns={"passage": TEXT, "question": TEXT, "label": BINARY},
+            document="passage",
             summary="yes-no questions on a passage",
             citation=Citation(text="Clark et al. 2019", url="https://arxiv.org/abs/1905.10044"),
         ),
@@ -82,6 +89,7 @@ TASKS = Table(
             folder="glue/rte",
             split="validation",
             columns={"sentence1": TEXT, "sentence2": TEXT, "label": BINARY},
+            document="sentence1",
             summary="whether one sentence entails another",
             citation=Citation(text="Wang et al. 2019", url="https://arxiv.org/abs/1804.07461"),
         ),

@@ -38,9 +38,9 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
             dataset_type=row["task"],
             dataset_name=f"{row['task']}, {row['rows']} rows, zero-shot",
             metric_type="accuracy",
-            metric_value=round(row["accuracy"], 4),
+            metric_value=round(row["sparse"], 4),
         )
-        for row in records.accuracy
+        for row in records.tasks
     ]
     known = base["license"] in HUB_LICENSES
     return ModelCardData(
@@ -167,27 +167,35 @@ def scored_text(protocol: dict[str, Any]) -> str:
     return f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}{words(protocol['bos'])}"
 
 
-def plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
-    """A value and its standard error."""
-    return f"{metrics[key]:.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
+def plus_minus(metrics: dict[str, float], key: str, digits: int, sign: str = "-") -> str:
+    """A value and its standard error. sign: "+" writes that of values above 0, too."""
+    return f"{metrics[key]:{sign}.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
 
 
 def results_table(records: Records) -> str:
     """Markdown: dense and sparse side by side, with standard errors."""
     dense, sparse, protocol = records.dense, records.sparse, records.protocol
-    lines = ["| | dense | sparse |", "|---|---|---|"]
+    lines = ["| | dense | sparse | sparse against dense |", "|---|---|---|---|"]
 
-    def row(label: str, key: str, digits: int) -> str:
+    def row(label: str, key: str, digits: int, against: str) -> str:
         cells = [plus_minus(model, key, digits) for model in (dense, sparse)]
-        return f"| {label} | {cells[0]} | {cells[1]} |"
+        return f"| {label} | {cells[0]} | {cells[1]} | {against} |"
 
-    lines.append(row(f"perplexity, {scored_text(protocol)}", "perplexity", 2))
-    lines.append(f"| perplexity over the dense model's | 1 | {sparse['perplexity_ratio']:.3f} ± {sparse['perplexity_ratio_stderr']:.3f} |")
-    for task in records.accuracy:
-        lines.append(row(f"{task['task']}, {task['rows']} rows, accuracy", task["task"], 3))
+    times = f"× {plus_minus(sparse, 'perplexity_ratio', 3)}, ln {plus_minus(sparse, 'perplexity_ln_ratio', 3)}"
+    lines.append(row(f"perplexity, {scored_text(protocol)}", "perplexity", 2, times))
+    for task in records.tasks:
+        lines.append(row(f"{task['task']}, {task['rows']} rows, accuracy", task["task"], 3, apart(task)))
     if "accuracy_mean" in dense:
-        lines.append(row("mean accuracy", "accuracy_mean", 3))
+        known = "accuracy_mean_difference_stderr" in sparse
+        mean = plus_minus(sparse, "accuracy_mean_difference", 3, sign="+") if known else f"{sparse['accuracy_mean_difference']:+.3f}"
+        lines.append(row("mean accuracy, every task alike", "accuracy_mean", 3, mean))
     return "\n".join(lines)
+
+
+def apart(task: dict[str, Any]) -> str:
+    """How far both models are apart on the rows of a task, see evaluation.comparison.paired_accuracies."""
+    interval = "" if task["low"] is None else f" [{task['low']:+.3f}, {task['high']:+.3f}]"
+    return f"{task['difference']:+.3f}{interval}; {task['lost']} lost, {task['gained']} gained"
 
 
 def generations_table(generations: list[dict[str, str]]) -> str:
@@ -201,6 +209,8 @@ def generations_table(generations: list[dict[str, str]]) -> str:
         for form in ("raw", "chat"):
             if f"{form}_sparse" in row:
                 lines.append(f"| {cell(row['prompt'])} | {form} | {cell(row[f'{form}_dense'])} | {cell(row[f'{form}_sparse'])} |")
+        if "chat_refused" in row:
+            lines.append(f"| {cell(row['prompt'])} | chat | not generated: {cell(row['chat_refused'])} | |")
     return "\n".join(lines)
 
 
@@ -227,7 +237,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
     rows = records.protocol["evaluation"]["rows"]
     says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
     some = f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
-    limited = some if rows is not None and records.accuracy else ""
+    limited = some if rows is not None and records.tasks else ""
     competing = PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"])
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
     measured = ", before the last blocks were trained together" if together else ""
@@ -265,7 +275,9 @@ client loads them. Zeros alone make no file smaller and no client faster.
 
 {results_table(records)}
 
-± is one standard error: over windows for perplexity, over rows for tasks. Zero-shot, accuracy without length
+± is one standard error: over windows for perplexity, over rows for tasks. Sparse against dense is measured on the same windows and rows;
+in brackets stands an interval of 95%, in which rows that share a document count as one draw. Where it holds 0, these rows do not tell the
+models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly. Zero-shot, accuracy without length
 normalisation, lm-eval {run["versions"]["lm-eval"]}.
 {limited}
 ## Generations

@@ -46,7 +46,8 @@ class Records:
     """What the stages wrote about what they did.
 
     base, text, calibration, prune: the provenance of each. dense, sparse: metrics. dense_protocol, protocol: what the metrics of
-    the dense and of the pruned model mean. accuracy: the pruned model's, a row a task. generations: a row a prompt, both models'.
+    the dense and of the pruned model mean. tasks: both models on the same rows, a
+    row a task, see evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'.
     """
 
     base: Data
@@ -57,7 +58,7 @@ class Records:
     sparse: Data
     dense_protocol: Data
     protocol: Data
-    accuracy: list[Data]
+    tasks: list[Data]
     generations: list[Data]
 
     @classmethod
@@ -75,7 +76,7 @@ class Records:
             sparse=read_json(SPARSE_RESULTS / "metrics.json"),
             dense_protocol=read_json(DENSE_RESULTS / PROTOCOL),
             protocol=read_json(SPARSE_RESULTS / PROTOCOL),
-            accuracy=[row for row in read_json(SPARSE_RESULTS / "accuracy.json") if row["model"] == "sparse"],
+            tasks=read_json(SPARSE_RESULTS / "details/paired.json"),
             generations=read_json(SPARSE_RESULTS / "details/generations.json"),
         )
 

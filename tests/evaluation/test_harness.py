@@ -7,9 +7,11 @@ from transformers import PreTrainedModel
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, SparsesweepError, TextError
+from stages.evaluation.comparison import paired_generations
 from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
-from stages.evaluation.perplexity import window_losses
+from stages.evaluation.perplexity import WindowLosses, window_losses
+from stages.evaluation.results import Results
 from stages.evaluation.streamed import StreamedHarness, StreamedModel
 from stages.evaluation.tasks import TASKS
 from stages.streaming.decoder import Decoder
@@ -135,6 +137,19 @@ def test_prompts_that_the_model_cannot_continue_are_refused():
     require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400)
     with pytest.raises(CheckpointError, match='evaluation.generations.prompts, "river stone": found the token .*, wanted ids below 5'):
         require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 5)
+    with pytest.raises(TextError, match=r'evaluation.generations.prompts, "": found no token \(raw\), wanted at least one to continue'):
+        require_prompts(tokenizer, tiny.NO_BOS, ["river", ""], 400)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_continued_raw_and_says_why_not_the_other(base, caplog):
+    tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no user') }}"
-    with pytest.raises(TextError, match=r'prompts, "river": the base.s chat template refuses this dialogue \(no user\); choose others, or'):
-        require_prompts(tokenizer, tiny.NO_BOS, ["river"], 400)
+    require_prompts(tokenizer, tiny.NO_BOS, ["river"], 400)
+    why = "the base's chat template refuses this dialogue (no user)"
+    assert f'evaluation.generations.prompts, "river": {why}; it is continued raw alone' in caplog.messages
+    (row,) = generate(load_model(base, None, dtype=torch.float32, device=CPU), tokenizer, tiny.NO_BOS, ["river"], new_tokens=3)
+    assert (set(row), row["chat_refused"]) == ({"prompt", "raw", "chat_refused"}, why)
+    losses = WindowLosses(losses=[1.0, 2.0])
+    results = Results(losses=losses, scores={}, samples={}, generations=[row])
+    (paired,) = paired_generations(results, results)
+    assert paired == {"prompt": "river", "raw_dense": row["raw"], "raw_sparse": row["raw"], "chat_refused": why}

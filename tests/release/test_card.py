@@ -20,6 +20,8 @@ SCORES = {
     "accuracy_mean_stderr": 0.1,
 }
 SPARSE = {**SCORES, "perplexity": 45.0, "perplexity_ratio": 2.25, "perplexity_ratio_stderr": 0.05, "dense_perplexity": 20.0}
+SPARSE |= {"perplexity_ln_ratio": 0.811, "perplexity_ln_ratio_stderr": 0.022}
+SPARSE |= {"accuracy_mean_difference": 0.05, "accuracy_mean_difference_stderr": 0.06}
 PROTOCOL = {
     "corpus": "news",
     "window_length": 1024,
@@ -52,8 +54,11 @@ RECORDS = Records(
     sparse=SPARSE,
     dense_protocol=PROTOCOL,
     protocol=PROTOCOL,
-    accuracy=[{"task": "boolq", "accuracy": 0.5, "rows": 20}],
-    generations=[{"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""}],
+    tasks=[{"task": "boolq", "rows": 20, "sparse": 0.5, "difference": -0.05, "low": -0.2, "high": 0.1, "lost": 3, "gained": 2}],
+    generations=[
+        {"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""},
+        {"prompt": "Go", "raw_dense": "on", "raw_sparse": "on", "chat_refused": "no user"},
+    ],
 )
 SUMMARY = {"sparsity": 0.5, "relative_error": 0.2, "relative_error_held_out": 0.3}
 MATRICES = [
@@ -93,7 +98,9 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
     for fact in (
         "45.00 ± 1.00",
         "20.00 ± 1.00",
-        "2.250 ± 0.050",
+        "× 2.250 ± 0.050, ln 0.811 ± 0.022",
+        "-0.050 [-0.200, +0.100]; 3 lost, 2 gained",
+        "| +0.050 ± 0.060 |",
         "7200 s on a CPU",
         "git checkout abc123\n",
         "a\\|b",
@@ -107,6 +114,7 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
         "1 matrices of experts that too few calibration tokens chose",
         "1 matrices needed more damping than 0.01, up to 1.",
         "each of 21 matrices",
+        "| Go | chat | not generated: no user | |",
         "0.501000",
     ):
         assert fact in card.content, fact

@@ -1,0 +1,74 @@
+"""Means of scores with their errors, alone and paired.
+
+Rows that share a document or a passage are not independent: their errors are clustered (Miller 2024, arXiv:2411.00640, eq. 4), with the
+correction for few clusters that makes the error that of independent rows where every row is a cluster of its own. Intervals are those
+of Student's t with one degree of freedom less than there are clusters.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import binomtest, t
+
+LEVEL = 0.95  # of an interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean.
+
+    stderr: its standard error; None with fewer than two clusters. count: number of values. clusters: how many of them are independent.
+    """
+
+    value: float
+    stderr: float | None
+    count: int
+    clusters: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval that holds the mean with a probability of 95%; None without a standard error."""
+        if self.stderr is None:
+            return None
+        reach = float(t.ppf((1 + LEVEL) / 2, self.clusters - 1)) * self.stderr
+        return self.value - reach, self.value + reach
+
+
+def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Estimate the mean of values.
+
+    Args:
+        values: at least one. clusters: of each value, what it shares with others; None: all are independent.
+
+    Raises:
+        ValueError: there are no values, or other numbers of values and clusters.
+    """
+    if not values:
+        raise ValueError("found no values, wanted at least one")
+    value = math.fsum(values) / len(values)
+    sums: dict[Hashable, float] = {}
+    for number, cluster in zip(values, range(len(values)) if clusters is None else clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + number - value
+    count = len(sums)
+    if count < 2:
+        return Estimate(value=value, stderr=None, count=len(values), clusters=count)
+    spread = math.fsum(total**2 for total in sums.values()) * count / (count - 1)
+    return Estimate(value=value, stderr=math.sqrt(spread) / len(values), count=len(values), clusters=count)
+
+
+def difference(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Estimate the mean of values less that of a reference on the same rows. Args, errors: see mean."""
+    return mean([value - other for value, other in zip(values, reference, strict=True)], clusters)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """The exact test of McNemar (1947): how likely flips so one-sided are if both directions are equally likely.
+
+    Args:
+        lost, gained: numbers of rows that only the one and only the other model answers rightly.
+
+    Returns:
+        Two-sided p-value, in (0, 1].
+    """
+    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0

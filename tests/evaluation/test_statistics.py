@@ -1,0 +1,74 @@
+"""Means with their errors, against scipy, against formulas written out, and by simulation."""
+
+import math
+import random
+
+import pytest
+from scipy.stats import sem, ttest_1samp, ttest_rel
+
+from stages.evaluation.statistics import difference, mcnemar, mean
+
+VALUES = [0.2, 1.0, 0.0, 0.7, 0.7, 0.1]
+OTHERS = [0.1, 1.0, 0.3, 0.2, 0.9, 0.4]
+
+
+def test_independent_values_have_scipys_error_and_interval():
+    found = mean(VALUES)
+    assert (found.value, found.stderr, found.count, found.clusters) == (pytest.approx(0.45), pytest.approx(sem(VALUES)), 6, 6)
+    assert found.interval == pytest.approx(tuple(ttest_1samp(VALUES, 0).confidence_interval(0.95)))
+
+
+def test_a_paired_difference_has_scipys_interval():
+    assert difference(VALUES, OTHERS).interval == pytest.approx(tuple(ttest_rel(VALUES, OTHERS).confidence_interval(0.95)))
+
+
+def test_clusters_by_hand():
+    found = mean(VALUES, ["a", "a", "b", "b", "b", "c"])
+    sums = [0.2 + 1.0 - 2 * 0.45, 0.0 + 0.7 + 0.7 - 3 * 0.45, 0.1 - 0.45]
+    assert found.stderr == pytest.approx(math.sqrt(3 / 2 * sum(total**2 for total in sums)) / 6)
+    assert (found.count, found.clusters) == (6, 3)
+
+
+def test_clusters_of_one_size_have_the_error_of_their_means():
+    clusters = [0, 0, 1, 1, 2, 2]
+    means = [(VALUES[i] + VALUES[i + 1]) / 2 for i in (0, 2, 4)]
+    assert mean(VALUES, clusters).stderr == pytest.approx(sem(means))
+
+
+@pytest.mark.parametrize(("values", "clusters"), [([0.3], None), ([0.3, 0.5], ["a", "a"])])
+def test_fewer_than_two_clusters_have_no_error(values, clusters):
+    found = mean(values, clusters)
+    assert (found.value, found.stderr, found.interval, found.clusters) == (pytest.approx(sum(values) / len(values)), None, None, 1)
+
+
+def test_no_values_and_wrong_numbers_are_refused():
+    with pytest.raises(ValueError, match="found no values, wanted at least one"):
+        mean([])
+    with pytest.raises(ValueError, match="zip"):
+        mean(VALUES, [1, 2])
+    with pytest.raises(ValueError, match="zip"):
+        difference(VALUES, VALUES[1:])
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says():
+    """Rows share the error of their document: without clusters the interval would hold it in two cases of three."""
+    generator, held, alone = random.Random(0), 0, 0
+    for _ in range(400):
+        clusters = [number // 5 for number in range(60)]
+        shared = [generator.gauss(0, 1) for _ in range(12)]
+        values = [shared[cluster] + generator.gauss(0, 1) for cluster in clusters]
+        low, high = mean(values, clusters).interval
+        held += low < 0 < high
+        low, high = mean(values).interval
+        alone += low < 0 < high
+    assert 0.92 < held / 400 < 0.98
+    assert alone / 400 < 0.85
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "wanted"),
+    [(0, 0, 1.0), (3, 3, 1.0), (0, 5, 2 / 2**5), (1, 5, 2 * (1 + 6) / 2**6), (8, 1, 2 * (1 + 9) / 2**9)],
+)
+def test_mcnemars_test_by_hand(lost, gained, wanted):
+    assert mcnemar(lost, gained) == pytest.approx(wanted)
+    assert mcnemar(gained, lost) == pytest.approx(wanted)
