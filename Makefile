@@ -1,4 +1,4 @@
-# make repro: the whole pipeline on the embedded default. make test: the tests. Twice does no work twice.
+# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make test: the tests. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -8,6 +8,9 @@ repro: .venv/ready
 	@if git rev-parse --quiet --verify HEAD >/dev/null 2>&1 && ! git grep -q '^stages:' HEAD -- dvc.lock; then \
 	    git update-index --skip-worktree dvc.lock; fi
 	dvc repro
+
+show: .venv/ready
+	@python -m stages.show
 
 test: .venv/ready
 	python -m pytest
@@ -24,4 +27,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro test check
+.PHONY: repro show test check

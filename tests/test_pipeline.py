@@ -3,6 +3,9 @@
 import importlib
 import json
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,6 +75,29 @@ def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
     arguments = [argument for override in ["experiment=tiny", *overrides] for argument in ("-S", override)]
     assert sorted(project.stages_run("exp", "run", *arguments)) == sorted(rerun)
     assert project.stages_run("exp", "run", *arguments) == []
+
+
+def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
+    project.stages_run("exp", "run", "-n", "sparser", "-S", "experiment=tiny", "-S", "pattern.sparsity=0.75")
+    shown = project.run(sys.executable, "-m", "stages.show", "--commands")
+    header, _, *rows = shown[shown.index("experiment ") :].strip().split("\n")
+    assert header.split()[:4] == ["experiment", "method", "pattern", "sparsity"]
+    sparser = next(row for row in rows if "0.75" in row)
+    metrics = json.loads((project.root / "results/sparse/metrics.json").read_text())
+    assert f"{metrics['perplexity']:.2f} ± {metrics['perplexity_stderr']:.2f}" in sparser
+    line = sparser[sparser.index("dvc exp run") :]
+    assert "pattern.sparsity=0.75" in line
+    assert project.stages_run(*shlex.split(line)[1:]) == []
+    elsewhere = project.root.parent / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.show"],
+        cwd=elsewhere,
+        env={**projects.ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.split()[0]) == (1, "error:")
 
 
 @pytest.mark.parametrize(

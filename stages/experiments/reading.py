@@ -1,0 +1,118 @@
+"""Read every experiment that DVC keeps in this clone, of all commits, and the workspace."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+import dvc.api
+from dvc.exceptions import DvcException
+
+from stages.errors import SparsesweepError
+from stages.files import PRUNE_RESULTS, SPARSE_RESULTS
+
+PARAMS = "params.yaml"
+METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
+PROTOCOL, POINT = str(SPARSE_RESULTS / "details/protocol.json"), str(SPARSE_RESULTS / "frontier.json")
+EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
+DIGITS = 40  # of a commit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A pruned model that was evaluated.
+
+    name: of the experiment; "workspace" for what lies in the workspace. revision: what git knows it by; None for the workspace.
+    params: the sections of params.yaml. metrics, prune_metrics: as the evaluate and the prune stage wrote them.
+    protocol: of its scores, with the keys that are not compared. method, pattern: what they are called in plots.
+    """
+
+    name: str
+    revision: str | None
+    params: dict[str, Any]
+    metrics: dict[str, float]
+    prune_metrics: dict[str, float]
+    protocol: dict[str, Any]
+    method: str
+    pattern: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """An experiment that cannot be compared. reason: why, and what to do."""
+
+    name: str
+    reason: str
+
+
+def read_experiments() -> tuple[list[Experiment], list[Missing]]:
+    """Read the experiments of the project in the current directory, newest commit first, the workspace last.
+
+    Results that are nowhere but on a remote are read from there.
+
+    Raises:
+        SparsesweepError: this is no DVC project, or git or dvc fails; with their words.
+    """
+    commits = list(dict.fromkeys(ref.removeprefix(EXPERIMENTS).rpartition("/")[0].replace("/", "") for ref in _references()))
+    revisions = [argument for commit in commits if len(commit) == DIGITS for argument in ("--rev", commit)]
+    shown = json.loads(_output("dvc", "exp", "show", "--json", *revisions))
+    found, missing = [], []
+    entries = [(state["name"] or state["rev"], state) for commit in shown for state in _experiments(commit)]
+    entries += [("workspace", commit) for commit in shown if commit["rev"] == "workspace"]
+    for name, state in entries:
+        try:
+            found.append(_experiment(name, state))
+        except _Unreadable as error:
+            missing.append(Missing(name=name, reason=str(error)))
+    return found, missing
+
+
+class _Unreadable(Exception):
+    """A state of the project that is not an evaluated experiment; says why."""
+
+
+def _experiments(commit: dict[str, Any]) -> list[dict[str, Any]]:
+    """The last states of the experiments that started from a commit, each with its experiment's name."""
+    return [{**experiment["revs"][0], "name": experiment["name"]} for experiment in commit["experiments"] or []]
+
+
+def _experiment(name: str, state: dict[str, Any]) -> Experiment:
+    data, revision = state["data"], None if state["rev"] == "workspace" else state["rev"]
+    if data is None:
+        raise _Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
+    try:
+        params, metrics, prune_metrics = (
+            data[kind][path]["data"] for kind, path in (("params", PARAMS), ("metrics", METRICS), ("metrics", PRUNE_METRICS))
+        )
+    except KeyError:
+        raise _Unreadable("it has no results of prune and evaluate: it has not come that far, or they are on no remote") from None
+    (point,) = _read(POINT, revision)
+    return Experiment(
+        name=name,
+        revision=revision,
+        params=params,
+        metrics=metrics,
+        prune_metrics=prune_metrics,
+        protocol=_read(PROTOCOL, revision),
+        method=point["method"],
+        pattern=point["pattern"],
+    )
+
+
+def _read(path: str, revision: str | None) -> Any:
+    """A JSON file of a revision, from the workspace, the cache or a remote."""
+    try:
+        return json.loads(dvc.api.read(path, rev=revision))
+    except (DvcException, OSError, ValueError) as error:
+        raise _Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `dvc exp pull` brings it") from None
+
+
+def _references() -> list[str]:
+    return _output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SparsesweepError(f"{' '.join(command[:3])} failed: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,86 @@
+"""The table of experiments: what may be compared, in order."""
+
+from stages.experiments.reading import Experiment, Missing
+from stages.experiments.table import by_protocol, text
+
+PROTOCOL = {
+    "base": "f" * 64,
+    "bos": None,
+    "corpus": "news",
+    "window_length": 128,
+    "tokens": 512,
+    "tasks": {"boolq": {"rows": 20}},
+    "evaluation": {},
+    "delta": "d",
+}
+
+
+def experiment(name: str, perplexity: float, **protocol: object) -> Experiment:
+    return Experiment(
+        name=name,
+        revision="abc",
+        params={"base": {"source": "hub", "repo": "org/model"}, "seed": perplexity},
+        metrics={
+            "perplexity": perplexity,
+            "perplexity_stderr": 1.0,
+            "perplexity_ratio": perplexity / 10,
+            "dense_perplexity": 10.0,
+            "accuracy_mean": 0.4,
+            "accuracy_mean_stderr": 0.03,
+            "accuracy_mean_difference": -0.02,
+        },
+        prune_metrics={"sparsity": 0.5, "seconds": 61.2},
+        protocol={**PROTOCOL, "delta": name, **protocol},
+        method="wanda",
+        pattern="2:4",
+    )
+
+
+def test_experiments_of_one_protocol_stand_in_one_table_best_first():
+    shown = text([experiment("worse", 30.0), experiment("better", 20.0)], [], commands=False)
+    title, _, header, _, *rows = shown.rstrip().split("\n")
+    wanted = "org/model; perplexity on news, 512 tokens in windows of 128; tasks, with their rows: boolq (20); the dense model has 10.00"
+    assert title == wanted
+    assert header.split() == [
+        "experiment",
+        "method",
+        "pattern",
+        "sparsity",
+        "perplexity",
+        "over",
+        "dense",
+        "accuracy",
+        "against",
+        "dense",
+        "seconds",
+    ]
+    assert [row.split()[0] for row in rows] == ["better", "worse"]
+    assert rows[0].split()[1:] == ["wanda", "2:4", "0.5", "20.00", "±", "1.00", "2.000", "0.400", "±", "0.030", "-0.020", "61"]
+
+
+def test_experiments_of_another_protocol_stand_apart_with_the_reason():
+    shown = text([experiment("a", 20.0, bos=1), experiment("b", 30.0), experiment("c", 40.0)], [], commands=False)
+    assert (
+        shown.index("\nb ")
+        < shown.index("\nc ")
+        < shown.index("not comparable with the first table: bos 1, there None")
+        < shown.index("\na ")
+    )
+
+
+def test_a_result_that_several_experiments_have_stands_once():
+    twice = [experiment("new", 20.0), experiment("old", 20.0)]
+    assert [[one.name for one in group] for group in by_protocol(twice)] == [["new"]]
+
+
+def test_what_is_left_out_is_named_with_the_reason():
+    assert text([], [Missing(name="gone", reason="why")], commands=True).split("\n") == [
+        "no experiment was evaluated yet; `dvc exp run` runs one",
+        "",
+        "left out gone: why",
+        "",
+    ]
+
+
+def test_a_row_says_how_to_get_it_where_no_line_composes_it():
+    assert "(conf/ composes it no more; dvc exp apply a)" in text([experiment("a", 20.0)], [], commands=True)
