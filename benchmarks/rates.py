@@ -48,7 +48,7 @@ def main() -> None:
         propagate=Propagation.PRUNED,
         error_tokens=256,
         expert_tokens=256,
-        reconstruction=Reconstruction(epochs=1, learning_rate=1.0, searched_blocks=0),
+        reconstruction=Reconstruction(epochs=1, learning_rate=1.0, search=False),
     )
     with decoder.before_blocks():
         stream = Stream(decoder, torch.cat([windows, held_out]), batch=2, held_out=len(held_out))
@@ -75,7 +75,7 @@ def tried(stream: Stream, index: int, training: BlockTraining, rows: list[dict[s
         training.write(start)
         absolute = {matrix.name: unscaled(view) for matrix, view in training.views(start)}
         training.balance.scales.update(balanced if coordinates == "balanced" else absolute)
-        training.settings = Reconstruction(epochs=1, learning_rate=rate, searched_blocks=0)
+        training.settings = Reconstruction(epochs=1, learning_rate=rate, search=False)
         outcome = reconstruction.reconstruct(stream, index, training)
         row[f"{coordinates} {rate:g}"] = round(min(outcome.tried.values()) / outcome.before, 4)
         if outcome.after < best[0]:

@@ -24,6 +24,8 @@ ITERATIONS = 100  # at most; a matrix without zeros takes about ten
 ATTEMPTS = 3  # rates that are tried until one lowers the loss
 SLOWER = 0.25  # times a rate that did not lower the loss
 SEARCHED = 6  # rates that a search tries at most
+SLOWDOWN, SPEEDUP = 0.5, 2.0  # by which a search goes on
+REMEMBERED = 3  # trainings that say where the next begins
 CHECKED_AT = (0.25, 0.5, 0.75, 1.0)  # fractions of a training after which the windows held out judge it
 
 Scales = tuple[torch.Tensor, torch.Tensor]
@@ -122,32 +124,57 @@ class Outcome:
         return cls(before=record["before"], tried={rate: math.inf if loss is None else loss for rate, loss in record["tried"]})
 
 
-def next_rate(rate: float, before: float, tried: dict[float, float], *, search: bool = False) -> float | None:
+def next_rate(rate: float, before: float, tried: dict[float, float], factors: Sequence[float] = ()) -> float | None:
     """The learning rate to try next, or None: no other is to be tried.
 
-    A rate that did not lower the loss is followed by a quarter of it, three rates at most. A search goes on from the best rate to half
-    and twice that until the best has both its neighbours tried, six rates at most.
+    A rate that did not lower the loss is followed by a quarter of it, three rates at most. From the best rate that did, a search goes on
+    by its factors as long as that is better, six rates at most.
 
     Args:
         rate: the first. before, tried: see Outcome.
+        factors: of the rates next to the best that are tried, in order; none: there is no search.
     """
     if not tried:
         return rate
     best = min(tried, key=tried.__getitem__)
     if not tried[best] < before:
         return min(tried) * SLOWER if len(tried) < ATTEMPTS else None
-    if not search or len(tried) == SEARCHED:
+    if len(tried) >= SEARCHED:
         return None
-    return next((neighbour for neighbour in (best / 2, best * 2) if neighbour not in tried), None)
+    return next((best * factor for factor in factors if best * factor not in tried), None)
 
 
-def mean_rate(rate: float, earlier: Sequence[Outcome]) -> float:
-    """The geometric mean of the rates that earlier trainings took; without any, the one given."""
-    taken = [outcome.rate for outcome in earlier if outcome.rate is not None]
+def first_rate(rate: float, earlier: Sequence[Outcome]) -> float:
+    """The rate to begin with: the geometric mean of those that the last three trainings took, weighted by how much the loss fell.
+
+    The first blocks of a model may want rates that are wrong for all others; little is won on them, and they weigh little.
+
+    Args:
+        rate: without earlier trainings that took one. earlier: in order.
+    """
+    taken = [(outcome.rate, math.log(outcome.before / outcome.after)) for outcome in earlier if outcome.rate is not None][-REMEMBERED:]
     if not taken:
         return rate
-    first = taken[0]  # its ratio to itself is exact: a rate alone comes back to the last bit
-    return first * math.exp(math.fsum(math.log(other / first) for other in taken) / len(taken))
+    first, gains = taken[0][0], math.fsum(gain for _, gain in taken)
+    # the ratio of a rate to itself is exact: a rate alone comes back to the last bit
+    return first * math.exp(math.fsum(gain / gains * math.log(other / first) for other, gain in taken))
+
+
+def factors(earlier: Sequence[Outcome]) -> tuple[float, ...]:
+    """Which rates a search tries: both half and twice the first time; then the way that helped last, or the other if it did not help.
+
+    Args:
+        earlier: the trainings before it, in order.
+    """
+    if not earlier:
+        return SLOWDOWN, SPEEDUP
+    last = earlier[-1]
+    begun, *others = last.tried
+    if last.rate is None or not last.tried[begun] < last.before:  # it went down by quarters: too far for the others, perhaps
+        return (SPEEDUP,)
+    if last.rate != begun:
+        return (SPEEDUP if last.rate > begun else SLOWDOWN,)
+    return (SLOWDOWN if others and others[-1] > begun else SPEEDUP,)
 
 
 def checks(steps: int) -> set[int]:

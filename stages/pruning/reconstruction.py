@@ -18,7 +18,7 @@ from torch import nn
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
-from stages.pruning.learning import Balance, Outcome, checks, mean_rate, next_rate
+from stages.pruning.learning import Balance, Outcome, checks, factors, first_rate, next_rate
 from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.stream import Stream
@@ -33,13 +33,13 @@ class Reconstruction:
     epochs: passes over the calibration windows, one window a step, 1 or more.
     learning_rate: that of the first step, above 0, as a fraction of the size of the balanced weights, see learning; it falls linearly
         to 0.
-    searched_blocks: how many blocks, the first that are trained, search for a better rate; the first of them begins with
-        `learning_rate`, every other block with the geometric mean of the rates that the searches before it took.
+    search: whether each block searches for a better rate, see learning.factors, and begins with what blocks before it took, see
+        learning.first_rate; the first begins with `learning_rate`.
     """
 
     epochs: int
     learning_rate: float
-    searched_blocks: int
+    search: bool
 
 
 class BlockTraining:
@@ -130,8 +130,10 @@ def reconstruct(stream: Stream, index: int, training: BlockTraining, earlier: Se
         raise PruningError(f"block {index}: found NaN or infinity in its outputs on the windows held out, wanted finite activations")
     settings, tried = training.settings, dict[float, float]()
     best, least = None, before
-    first = mean_rate(settings.learning_rate, earlier[: settings.searched_blocks])
-    while (rate := next_rate(first, before, tried, search=len(earlier) < settings.searched_blocks)) is not None:
+    first, ways = settings.learning_rate, tuple[float, ...]()
+    if settings.search:
+        first, ways = first_rate(first, earlier), factors(earlier)
+    while (rate := next_rate(first, before, tried, ways)) is not None:
         tried[rate] = math.inf
         for loss, masters in _trained(stream, index, training, rate):
             tried[rate] = min(tried[rate], loss if math.isfinite(loss) else math.inf)

@@ -20,7 +20,7 @@ from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 
 NAME = "mlp.up_proj.weight"
-HOW = Reconstruction(epochs=2, learning_rate=0.02, searched_blocks=0)
+HOW = Reconstruction(epochs=2, learning_rate=0.02, search=False)
 HELD_OUT = 3
 
 
@@ -45,7 +45,7 @@ def main(checkpoint: Path, windows: Path, out: Path) -> None:
             outcome = reconstruct(stream, 0, training)
             values = training.values[NAME].clone()
             losses = torch.tensor([outcome.before, outcome.after], dtype=torch.float64)
-            training.settings = replace(HOW, searched_blocks=1)
+            training.settings = replace(HOW, search=True)
             tried = torch.tensor(list(reconstruct(stream, 0, training).tried.items()))
             found = {"values": values, "losses": losses, "tried": tried}
             save_file(found, out / f"{distributed.rank()}.safetensors")

@@ -276,5 +276,5 @@ def test_a_weight_that_the_checkpoints_dtype_cannot_hold_is_refused_naming_the_b
 def test_blocks_that_are_distilled_are_not_reconstructed(base, monkeypatch):
     alone = []
     monkeypatch.setattr(block_loop, "reconstruct", lambda stream, index, *_: alone.append(index) or Outcome(before=1.0, tried={0.01: 2.0}))
-    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3, searched_blocks=0))
+    prepared(base, reconstruction=Reconstruction(epochs=1, learning_rate=1e-3, search=False))
     assert alone == [0]

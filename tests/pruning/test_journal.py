@@ -31,7 +31,7 @@ PATTERN = UnstructuredSection(name="unstructured", sparsity=0.5)
 DEFAULTS = read()
 PRUNE = replace(DEFAULTS["prune"], device="cpu", dtype="float32", micro_batch=2, error_tokens=60, expert_tokens=0)
 DISTILLED = DistilledSection(
-    name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3, searched_blocks=1
+    name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3, search=True
 )
 
 
@@ -174,7 +174,7 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
     "how",
     [
         {"prune": replace(PRUNE, propagate="dense")},
-        {"reconstruction": BlockSection(name="block", epochs=1, learning_rate=1e-3, searched_blocks=2)},
+        {"reconstruction": BlockSection(name="block", epochs=1, learning_rate=1e-3, search=True)},
         {"reconstruction": DISTILLED},
     ],
     ids=["dense propagation", "reconstructed", "distilled"],

@@ -11,7 +11,7 @@ from benchmarks.rescale import rescaled
 from stages.checkpoint.reader import Checkpoint
 from stages.pruning.block_loop import Plan, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, distill
-from stages.pruning.learning import Outcome, balance, checks, mean_rate, next_rate
+from stages.pruning.learning import Outcome, balance, checks, factors, first_rate, next_rate
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
@@ -60,10 +60,13 @@ def test_rows_and_columns_of_zeros_have_the_mean_scale_and_harm_no_other():
     torch.testing.assert_close(products, products[0, 0].expand(4, 7), rtol=1e-3, atol=0)
 
 
-def tried_rates(rate: float, loss, *, search: bool) -> list[float]:
+BOTH = (0.5, 2.0)
+
+
+def tried_rates(rate: float, loss, ways: tuple[float, ...] = ()) -> list[float]:
     """The rates that are tried, one after another, where a rate leaves a loss; 1 before."""
     tried: dict[float, float] = {}
-    while following := next_rate(rate, 1.0, tried, search=search):
+    while (following := next_rate(rate, 1.0, tried, ways)) is not None:
         tried[following] = loss(following)
     return list(tried)
 
@@ -74,36 +77,65 @@ def distance_from(best: float):
 
 
 def test_a_rate_that_does_not_help_is_followed_by_a_quarter_of_it():
-    assert tried_rates(0.8, lambda rate: math.inf, search=False) == [0.8, 0.2, 0.05]
-    assert tried_rates(0.8, lambda rate: math.inf, search=True) == [0.8, 0.2, 0.05]
-    assert tried_rates(0.8, distance_from(0.0625), search=False) == [0.8, 0.2]
+    assert tried_rates(0.8, lambda rate: math.inf) == [0.8, 0.2, 0.05]
+    assert tried_rates(0.8, lambda rate: math.inf, BOTH) == [0.8, 0.2, 0.05]
+    assert tried_rates(0.8, distance_from(0.0625)) == [0.8, 0.2]
 
 
 @pytest.mark.parametrize(
-    ("best", "wanted"),
+    ("best", "ways", "wanted"),
     [
-        (0.01, [0.01, 0.005, 0.02]),
-        (0.02, [0.01, 0.005, 0.02, 0.04]),
-        (0.005, [0.01, 0.005, 0.0025]),
-        (0.001, [0.01, 0.0025, 0.00125, 0.000625]),
-        (1.0, [0.01, 0.0025, 0.000625]),
-        (0.05, [0.01, 0.005, 0.02, 0.04, 0.08]),
+        (0.01, BOTH, [0.01, 0.005, 0.02]),
+        (0.02, BOTH, [0.01, 0.005, 0.02, 0.04]),
+        (0.005, BOTH, [0.01, 0.005, 0.0025]),
+        (0.001, BOTH, [0.01, 0.0025, 0.00125, 0.000625]),
+        (1.0, BOTH, [0.01, 0.0025, 0.000625]),
+        (0.05, BOTH, [0.01, 0.005, 0.02, 0.04, 0.08]),
+        (0.01, (2.0,), [0.01, 0.02]),
+        (0.04, (2.0,), [0.01, 0.02, 0.04, 0.08]),
+        (0.04, (0.5,), [0.01, 0.005]),
+        (0.001, (2.0,), [0.01, 0.0025, 0.005]),
     ],
 )
-def test_a_search_goes_on_until_the_best_rate_has_its_neighbours_tried(best, wanted):
-    assert tried_rates(0.01, distance_from(best), search=True) == wanted
+def test_a_search_goes_on_as_long_as_it_helps(best, ways, wanted):
+    assert tried_rates(0.01, distance_from(best), ways) == wanted
 
 
 def test_a_search_tries_six_rates_at_most():
-    assert len(tried_rates(0.01, lambda rate: 0.5 / (1 + rate), search=True)) == 6
+    assert len(tried_rates(0.01, lambda rate: 0.5 / (1 + rate), BOTH)) == 6
 
 
-def test_the_other_blocks_begin_with_the_geometric_mean_of_the_rates_that_were_taken():
-    outcomes = [Outcome(before=1.0, tried={rate: 0.5}) for rate in (0.01, 0.04)] + [Outcome(before=1.0, tried={0.3: 2.0})]
-    assert mean_rate(0.5, outcomes) == pytest.approx(0.02)
-    assert mean_rate(0.5, outcomes[2:]) == mean_rate(0.5, []) == 0.5
-    assert mean_rate(0.5, outcomes[:1]) == 0.01
-    assert mean_rate(0.5, [Outcome(before=1.0, tried={1e-200: 0.5})] * 130) == pytest.approx(1e-200)
+def outcome_of(tried: dict[float, float], before: float = 1.0) -> Outcome:
+    return Outcome(before=before, tried=tried)
+
+
+@pytest.mark.parametrize(
+    ("tried", "wanted"),
+    [
+        ({0.01: 0.5, 0.02: 0.4, 0.04: 0.6}, (2.0,)),  # it went up, and on it goes
+        ({0.01: 0.5, 0.005: 0.4, 0.0025: 0.6}, (0.5,)),
+        ({0.01: 0.5, 0.02: 0.6}, (0.5,)),  # it stayed: now the other way
+        ({0.01: 0.5, 0.005: 0.6}, (2.0,)),
+        ({0.01: 0.5, 0.005: 0.6, 0.02: 0.7}, (0.5,)),
+        ({0.01: 1.5, 0.0025: 0.5}, (2.0,)),
+        ({0.01: 1.5, 0.0025: 1.5, 0.000625: 1.5}, (2.0,)),
+        ({0.01: 0.5}, (2.0,)),
+    ],
+)
+def test_a_search_tries_the_way_that_helped_last(tried, wanted):
+    assert factors([outcome_of({0.3: 0.5}), outcome_of(tried)]) == wanted
+    assert factors([]) == BOTH
+
+
+def test_a_training_begins_with_the_mean_rate_of_the_last_three_by_how_much_the_loss_fell():
+    halved, quartered, failed = outcome_of({0.01: 0.5}), outcome_of({0.04: 0.25}), outcome_of({0.3: 2.0})
+    assert first_rate(0.7, []) == first_rate(0.7, [failed]) == 0.7
+    assert first_rate(0.7, [halved, failed]) == 0.01
+    assert first_rate(0.7, [halved, quartered]) == pytest.approx(0.01 ** (1 / 3) * 0.04 ** (2 / 3))
+    assert first_rate(0.7, [quartered, halved, failed, halved, halved]) == pytest.approx(0.01)
+    small = outcome_of({1e-5: 0.999})
+    assert first_rate(0.7, [halved, small]) == pytest.approx(0.01, rel=0.02)
+    assert first_rate(0.7, [outcome_of({1e-200: 0.5})] * 130) == pytest.approx(1e-200)
 
 
 def test_windows_held_out_judge_after_every_quarter():
@@ -175,7 +207,7 @@ def test_the_rescaled_checkpoint_is_the_same_function_with_other_weights(written
 @pytest.mark.parametrize(
     "how",
     [
-        {"reconstruction": Reconstruction(epochs=6, learning_rate=0.02, searched_blocks=0)},
+        {"reconstruction": Reconstruction(epochs=6, learning_rate=0.02, search=False)},
         {"distillation": Distillation(first=1, epochs=6, learning_rate=0.005)},
     ],
     ids=["reconstruction", "distillation"],

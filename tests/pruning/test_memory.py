@@ -40,7 +40,7 @@ def test_a_block_is_there_twice_as_stored_and_once_as_computed_with_copies_of_it
     assert wanda == LIBRARIES + 2 * 2 * block + 4 * block + 8 * 4 * LARGEST  # stored in bfloat16, computed in float32
     sweep = host_bytes(decoder, plan(decoder, sparsegpt()), 100, **UNIFORM)
     assert sweep == wanda + 4 * 4 * LARGEST + 4 * (6 * 32**2 + 112**2) + 7 * 4 * 112**2  # seven layers' Gram matrices
-    how = Reconstruction(epochs=1, learning_rate=1e-3, searched_blocks=0)
+    how = Reconstruction(epochs=1, learning_rate=1e-3, search=False)
     assert host_bytes(decoder, replace(plan(decoder, WANDA), reconstruction=how), 100, **UNIFORM) == wanda + 10 * 4 * block
 
 

@@ -6,7 +6,7 @@ from stages.pruning.reconstruction import Reconstruction
 from stages.pruning.section import Propagation
 from tests.methods import MAGNITUDE, sparsegpt
 
-RECONSTRUCTION = Reconstruction(epochs=1, learning_rate=1e-3, searched_blocks=0)
+RECONSTRUCTION = Reconstruction(epochs=1, learning_rate=1e-3, search=False)
 DISTILLATION = Distillation(first=2, epochs=1, learning_rate=1e-3)
 
 

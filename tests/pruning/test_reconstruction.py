@@ -10,7 +10,7 @@ from stages.errors import PruningError
 from stages.pruning import block_loop
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.entries import Pruned
-from stages.pruning.learning import Outcome, balance
+from stages.pruning.learning import Outcome, balance, first_rate
 from stages.pruning.patterns import Unstructured
 from stages.pruning.reconstruction import BlockTraining, Reconstruction, reconstruct
 from stages.streaming.calls import run_block
@@ -21,7 +21,7 @@ from tests.methods import WANDA
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 400, (7, 24), generator=torch.Generator().manual_seed(0))
 HELD_OUT = 2
-HOW = Reconstruction(epochs=4, learning_rate=0.01, searched_blocks=0)
+HOW = Reconstruction(epochs=4, learning_rate=0.01, search=False)
 NAMES = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 
@@ -166,22 +166,27 @@ def test_where_no_rate_helps_the_weights_stay_to_the_last_bit(halved):
     assert all(torch.equal(parameter, weights[name]) for name, parameter in training.block.named_parameters())
 
 
-def test_the_first_blocks_search_for_a_rate_and_the_others_begin_with_what_they_found(base):
-    decoder, how = decoder_of(base), replace(HOW, learning_rate=0.01, searched_blocks=2)
-    blocks = list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=how)))
-    first, second, third = (block.training for block in blocks)
-    for searched, begins in ((first, 0.01), (second, first.rate)):
-        assert next(iter(searched.tried)) == begins
-        assert {searched.rate / 2, searched.rate * 2} <= set(searched.tried)
-        assert searched.after == min(searched.tried.values()) < searched.before
-    assert first.rate != 0.01
-    assert first.rate != second.rate
-    assert next(iter(third.tried)) == pytest.approx((first.rate * second.rate) ** 0.5)
+def test_every_block_searches_from_the_rates_that_blocks_before_it_took(base):
+    decoder, how = decoder_of(base), replace(HOW, learning_rate=0.01, search=True)
+    outcomes = [block.training for block in prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=how))]
+    for number, outcome in enumerate(outcomes):
+        assert next(iter(outcome.tried)) == first_rate(0.01, outcomes[:number])
+        assert outcome.after == min(outcome.before, *outcome.tried.values())
+    first, second, _ = outcomes
+    assert {first.rate / 2, first.rate * 2} <= set(first.tried)
+    assert first.rate == 0.02
+    assert list(second.tried)[:2] == [0.02, 0.04]  # up, as it helped before
+
+
+def test_without_a_search_every_block_begins_with_the_rate_of_the_settings(base):
+    decoder = decoder_of(base)
+    outcomes = [block.training for block in prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=HOW))]
+    assert [next(iter(outcome.tried)) for outcome in outcomes] == [HOW.learning_rate] * 3
 
 
 @pytest.mark.parametrize("finished", [1, 2])
 def test_a_resumed_run_begins_with_the_rates_that_were_found_before(base, finished):
-    decoder, how = decoder_of(base), replace(HOW, learning_rate=0.01, searched_blocks=2)
+    decoder, how = decoder_of(base), replace(HOW, learning_rate=0.01, search=True)
     blocks = list(prune_blocks(stream_of(decoder), plan_of(decoder, reconstruction=how)))
     before = dict(enumerate(block.changes for block in blocks[:finished]))
     trained = [block.training for block in blocks[:finished]]

@@ -64,7 +64,7 @@ def test_exactly_the_mlps_are_permuted(base):
         assert (change.rows is not None) == name.endswith(("gate_proj.weight", "up_proj.weight"))
 
 
-LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=0.01, searched_blocks=0)}
+LEARNING = {"reconstruction": Reconstruction(epochs=1, learning_rate=0.01, search=False)}
 ADMM = compose.method("admm_short")
 
 

@@ -18,8 +18,8 @@ class DistilledSection:
     learning_rate: of the first step, a fraction of the size of the balanced weights, see pruning.learning; falls to 0.
     block_epochs: passes in which each block before them is trained alone; 0: none.
     block_learning_rate: likewise.
-    searched_blocks: how many of them, from the first on, search for a better rate, on the windows held out; the first begins with the
-        learning rate, every other block with the geometric mean of the rates that searches before it took. 0: none.
+    search: whether each of these blocks tries half or twice its rate as well, on the windows held out, and begins with what blocks before
+        it took; the first begins with the learning rate.
     """
 
     name: str
@@ -28,14 +28,14 @@ class DistilledSection:
     learning_rate: float = number(above=0)
     block_epochs: int = number(minimum=0)
     block_learning_rate: float = number(above=0)
-    searched_blocks: int = number(minimum=0)
+    search: bool
 
 
 def each_block(section: DistilledSection) -> Reconstruction | None:
     """Of the blocks before the last ones."""
     if not section.block_epochs:
         return None
-    return Reconstruction(epochs=section.block_epochs, learning_rate=section.block_learning_rate, searched_blocks=section.searched_blocks)
+    return Reconstruction(epochs=section.block_epochs, learning_rate=section.block_learning_rate, search=section.search)
 
 
 def last_blocks(section: DistilledSection, blocks: int) -> Distillation:
