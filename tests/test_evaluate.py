@@ -115,6 +115,7 @@ def test_the_pruned_model_is_scored_beside_the_dense_one(root):
         assert (task["dense"], task["sparse"]) == (dense[task["task"]], sparse[task["task"]])
         assert task["difference"] == pytest.approx(task["sparse"] - task["dense"])
         assert task["gained"] - task["lost"] == round(4 * task["difference"])
+        assert task["low"] is None or -1 <= task["low"] <= task["difference"] <= task["high"] <= 1
     assert sparse["accuracy_mean_difference"] == pytest.approx(sparse["accuracy_mean"] - dense["accuracy_mean"])
     assert "accuracy_mean_difference_stderr" not in sparse
     assert sparse["perplexity_ln_ratio"] == pytest.approx(math.log(sparse["perplexity"] / dense["perplexity"]))

@@ -62,7 +62,8 @@ def paired_accuracies(dense: Results, sparse: Results, documents: dict[str, list
 
     Returns:
         For each task "task", "rows", "clusters"; "dense" and "sparse", the accuracies; "difference", sparse less dense, with "stderr",
-        "low" and "high", clustered, the ends of a 95% interval, see statistics.Estimate, None where all rows share a document; "lost" and
+        "low" and "high", clustered, the ends of a 95% interval within -1 and 1, see statistics.Estimate, None where all rows share a
+        document; "lost" and
         "gained", the numbers of rows that only the dense and only the sparse model answers rightly; "p_value" of McNemar's exact test of
         these, in which rows are independent.
     """
@@ -70,7 +71,7 @@ def paired_accuracies(dense: Results, sparse: Results, documents: dict[str, list
     for task, rows in sparse.samples.items():
         ours, theirs = ([row["correct"] for row in samples] for samples in (rows, dense.samples[task]))
         apart = difference(ours, theirs, documents[task])
-        low, high = apart.interval or (None, None)
+        low, high = (None, None) if apart.interval is None else (max(-1.0, apart.interval[0]), min(1.0, apart.interval[1]))
         lost = sum(there > here for here, there in zip(ours, theirs, strict=True))
         gained = sum(here > there for here, there in zip(ours, theirs, strict=True))
         compared.append(
