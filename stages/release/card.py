@@ -79,7 +79,7 @@ def described(table: Table[Any], section: Section) -> str:
 def _plain(value: object) -> str:
     if isinstance(value, list):
         return " and ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, (bool, float)) else str(value)
 
 
 def kept_weights(verified: Verified) -> str:
