@@ -63,9 +63,8 @@ def paired_accuracies(dense: Results, sparse: Results, documents: dict[str, list
     Returns:
         For each task "task", "rows", "clusters"; "dense" and "sparse", the accuracies; "difference", sparse less dense, with "stderr",
         "low" and "high", clustered, the ends of a 95% interval within -1 and 1, see statistics.Estimate, None where all rows share a
-        document; "lost" and
-        "gained", the numbers of rows that only the dense and only the sparse model answers rightly; "p_value" of McNemar's exact test of
-        these, in which rows are independent.
+        document; "lost" and "gained", the numbers of rows that only the dense and only the sparse model answers rightly; "p_value" of
+        McNemar's exact test of these, in which rows are independent.
     """
     compared = []
     for task, rows in sparse.samples.items():

@@ -5,10 +5,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from stages.bos import words
 from stages.evaluation.protocol import NOT_COMPARED, differences
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
+from stages.release.card import plus_minus, scored_text
 
 COLUMNS = ("experiment", "method", "pattern", "sparsity", "perplexity", "over dense", "accuracy", "against dense", "seconds", "command")
 SHORT = 12  # characters of a hash that are shown
@@ -52,9 +52,8 @@ def title(experiment: Experiment) -> str:
     """What was pruned, and what it was scored on."""
     protocol, base = experiment.protocol, experiment.params["base"]
     name = next((base[key] for key in ("name", "repo", "path") if base.get(key)), "an unnamed base")
-    scored = f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}{words(protocol['bos'])}"
     tasks = [f"{task} ({facts['rows']})" for task, facts in protocol["tasks"].items()]
-    return f"{name}; perplexity on {scored}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+    return f"{name}; perplexity on {scored_text(protocol)}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
 
 
 def row(experiment: Experiment, *, commands: bool) -> list[str]:
@@ -95,5 +94,4 @@ def _plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
     """A value with its standard error, as far as they are known."""
     if key not in metrics:
         return ""
-    error = metrics.get(f"{key}_stderr")
-    return f"{metrics[key]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return plus_minus(metrics, key, digits) if f"{key}_stderr" in metrics else f"{metrics[key]:.{digits}f}"

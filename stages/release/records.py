@@ -46,8 +46,8 @@ class Records:
     """What the stages wrote about what they did.
 
     base, text, calibration, prune: the provenance of each. dense, sparse: metrics. dense_protocol, protocol: what the metrics of
-    the dense and of the pruned model mean. tasks: both models on the same rows, a
-    row a task, see evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'.
+    the dense and of the pruned model mean. tasks: both models on the same rows, a row a task, see
+    evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'.
     """
 
     base: Data
