@@ -22,16 +22,19 @@ from stages.checkpoint.model import Apply, load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.config.entry import stage
+from stages.evaluation.documents import read_corpus
 from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import FEW_SHOT, WholeModel, zero_shot
-from stages.evaluation.perplexity import cut_windows, window_losses
-from stages.evaluation.protocol import Protocol, TaskProtocol, versions, write_protocol
-from stages.evaluation.results import Results, Samples, Scores
+from stages.evaluation.metric import Corpus
+from stages.evaluation.metrics import METRICS
+from stages.evaluation.protocol import CorpusProtocol, Protocol, TaskProtocol, versions, write_protocol
+from stages.evaluation.results import Results, Samples, results_of
+from stages.evaluation.scoring import DENSE, StreamedModels
 from stages.evaluation.section import Evaluation
-from stages.evaluation.streamed import StreamedHarness, StreamedModel
+from stages.evaluation.streamed import StreamedHarness
 from stages.evaluation.tasks import TASKS, read_task
 from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, scratch_directory, sha256, write_json
-from stages.rows import Row, texts
+from stages.rows import Row
 from stages.streaming.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -55,32 +58,37 @@ def main(part: str, evaluation: Evaluation) -> None:
 class Setup:
     """The common setup of the evaluations of the dense and the pruned model; no weight is read yet.
 
-    windows: [windows, tokens], int64. rows: task -> its rows.
+    corpora: the windows of each. rows: task -> its rows.
     """
 
     evaluation: Evaluation
     base: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     bos: Bos
-    windows: torch.Tensor
+    corpora: list[Corpus]
     rows: dict[str, list[Row]]
     device: torch.device
     dtype: torch.dtype
 
     def protocol(self) -> Protocol:
-        corpus, prompts = self.evaluation.perplexity.corpus, self.evaluation.generations.prompts
+        prompts = self.evaluation.generations.prompts
         return Protocol(
             base=self.base.fingerprint,
             tokenizer_sha256=self.base.tokenizer_sha256,
             bos=self.bos.token,
-            corpus=corpus,
-            corpus_sha256=sha256(rows_file(corpus)),
-            window_length=self.windows.shape[1],
-            windows=len(self.windows),
-            tokens=self.windows.numel(),
-            windows_sha256=hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+            corpora={
+                corpus.name: CorpusProtocol(
+                    sha256=sha256(rows_file(corpus.name)),
+                    window_length=corpus.windows.shape[1],
+                    windows=len(corpus.windows),
+                    tokens=corpus.windows.numel(),
+                    windows_sha256=hashlib.sha256(corpus.windows.numpy().tobytes()).hexdigest(),
+                )
+                for corpus in self.corpora
+            },
+            metrics=self.evaluation.metrics,
             tasks={
-                task: TaskProtocol(rows=len(rows), sha256=sha256(rows_file(task)), few_shot=FEW_SHOT, metric=TASKS[task].metric)
+                task: TaskProtocol(rows=len(rows), sha256=sha256(rows_file(task)), few_shot=FEW_SHOT, metrics=list(TASKS[task].metrics))
                 for task, rows in self.rows.items()
             },
             prompts=prompts,
@@ -99,18 +107,20 @@ def prepare(evaluation: Evaluation) -> Setup:
     """Read the text and cut it into windows.
 
     Raises:
-        ConfigError: the device does not exist, or the model or the corpus does not allow the windows.
-        TextError: a row of the corpus or of a task has the wrong form; names file and line. Or a prompt has no token.
-        CheckpointError: a token of the corpus or of a prompt is beyond the base's embedding.
+        ConfigError: the device does not exist, or the model or a corpus does not allow the windows.
+        TextError: a row of a corpus or of a task has the wrong form; names file and line. Or a prompt has no token.
+        CheckpointError: a token of a corpus or of a prompt is beyond the base's embedding.
     """
     device = devices.choose_device("evaluation.device", evaluation.device)
-    base, tokenizer, perplexity = Checkpoint(BASE), load_tokenizer(BASE), evaluation.perplexity
-    base.require_context(perplexity.window_length, "evaluation.perplexity.window_length")
+    base, tokenizer = Checkpoint(BASE), load_tokenizer(BASE)
     bos = decide(evaluation.bos, tokenizer, "evaluation.bos")
     log.info("windows and prompts %s with BOS: %s", "are not begun" if bos.token is None else "begin", bos.reason)
-    corpus, length = texts(rows_file(perplexity.corpus)), perplexity.window_length
-    windows = cut_windows(corpus, tokenizer, length, perplexity.windows, bos, perplexity.evenly)
-    require_embedded(windows.unique().tolist(), embedding_rows(base), tokenizer, f"evaluation.perplexity.corpus {perplexity.corpus}")
+    corpora = []
+    for name, windows in evaluation.corpora.items():
+        key = f"evaluation.corpora.{name}"
+        base.require_context(windows.window_length, f"{key}.window_length")
+        corpora.append(read_corpus(name, rows_file(name), windows, tokenizer, bos))
+        require_embedded(corpora[-1].windows.unique().tolist(), embedding_rows(base), tokenizer, key)
     require_prompts(tokenizer, bos, evaluation.generations.prompts, embedding_rows(base))
     rows = {task: read_task(TASKS[task], rows_file(task), evaluation.rows) for task in evaluation.tasks}
     for task, scored in rows.items():
@@ -121,7 +131,7 @@ def prepare(evaluation: Evaluation) -> Setup:
         base=base,
         tokenizer=tokenizer,
         bos=bos,
-        windows=windows,
+        corpora=corpora,
         rows=rows,
         device=device,
         dtype=devices.choose_dtype(evaluation.dtype, device),
@@ -131,77 +141,82 @@ def prepare(evaluation: Evaluation) -> Setup:
 def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score the base and write its results."""
     log.info("reading %s; evaluating the dense model on %s in %s", BASE, setup.device, setup.dtype)
-    dense = score(setup, None)
+    dense = score(setup, None, None)
     with replacing(DENSE_RESULTS) as directory:
-        write(directory, setup, dense, dense.metrics(), delta=None, stopwatch=stopwatch)
+        write(directory, setup, dense, delta=None, stopwatch=stopwatch)
 
 
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score base + delta and write its results with the dense model's."""
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
-    from stages.evaluation.comparison import compared_metrics, frontier_row, paired_accuracies, paired_generations, read_dense
+    from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations, read_dense
 
     dense = read_dense(DENSE_RESULTS, setup.protocol())
     delta = SparseDelta(SPARSE, setup.base.fingerprint)
     log.info("reading %s and %s; evaluating the sparse model on %s in %s", BASE, SPARSE, setup.device, setup.dtype)
-    sparse = score(setup, delta.apply)
-    tasks = paired_accuracies(dense, sparse, {task: TASKS[task].documents(rows) for task, rows in setup.rows.items()})
-    metrics = compared_metrics(dense, sparse, tasks)
+    sparse = score(setup, delta.apply, dense)
     with replacing(SPARSE_RESULTS) as directory:
         paired = replace(sparse, generations=paired_generations(dense, sparse))
-        write(directory, setup, paired, metrics, delta=delta.fingerprint, stopwatch=stopwatch)
-        write_json(directory / "frontier.json", [frontier_row(delta, metrics)])
+        write(directory, setup, paired, delta=delta.fingerprint, stopwatch=stopwatch)
+        write_json(directory / "frontier.json", frontier_rows(delta, sparse))
         write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))
-        write_json(directory / "details/paired.json", tasks)
+        write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
 
 
-def write(
-    directory: Path, setup: Setup, results: Results, metrics: dict[str, float], *, delta: str | None, stopwatch: record.Stopwatch
-) -> None:
+def write(directory: Path, setup: Setup, results: Results, *, delta: str | None, stopwatch: record.Stopwatch) -> None:
     """Write the files that both models' results have; `delta` is the delta's fingerprint, None for the dense model."""
     details = directory / "details"
     details.mkdir()
-    write_json(directory / "metrics.json", metrics)
+    write_json(directory / "metrics.json", results.metrics)
     write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
     write_protocol(details / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=delta)
     results.write(details)
 
 
-def score(setup: Setup, apply: Apply | None) -> Results:
-    """Score the base, or the base changed by `apply`."""
+def score(setup: Setup, apply: Apply | None, dense: Results | None) -> Results:
+    """Score the base, or the base changed by `apply`.
+
+    Args:
+        dense: the dense model's results; None for the dense model itself.
+    """
+    evaluation, name = setup.evaluation, DENSE if dense is None else "sparse"
+    metrics = [METRICS[metric] for metric in evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
+    variants = {DENSE: None} if any(metric.needs_dense for metric in metrics) else {}
     DENSE_RESULTS.parent.mkdir(exist_ok=True)
     with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
-        results = (score_streamed if setup.evaluation.streamed else score_whole)(setup, apply, scratch)
-    losses = results.losses
-    facts = (losses.perplexity, losses.stderr, *setup.windows.shape, setup.bos.words)
-    log.info("perplexity %.3f ± %.3f on %d windows of %d tokens%s", *facts)
+        models = StreamedModels(decoder=Decoder(setup.base, setup.dtype, setup.device), variants={**variants, name: apply}, scratch=scratch)
+        longest = max(corpus.windows.shape[1] for corpus in setup.corpora)
+        with devices.gpu_memory("evaluation.corpora", longest):
+            observed = models.observe(setup.corpora, metrics)[name]
+        samples, generations = (score_streamed if evaluation.streamed else score_whole)(setup, apply, scratch)
+    results = results_of(setup.corpora, observed, metrics, samples, generations, dense)
+    perplexities = {measured.name: measured.shown(3) for measured in results.measurements if measured.metric == "perplexity"}
+    for corpus in setup.corpora:
+        facts = (corpus.name, perplexities[corpus.name], *corpus.windows.shape, setup.bos.words)
+        log.info("perplexity on %s: %s on %d windows of %d tokens%s", *facts)
     return results
 
 
-def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
-    """Score a model in memory."""
+def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> tuple[Samples, list[dict[str, str]]]:
+    """Score the tasks with a model in memory, and continue the prompts."""
     evaluation = setup.evaluation
+    if not (setup.rows or evaluation.generations.prompts):
+        return {}, []
     model = load_model(setup.base, apply, dtype=setup.dtype, device=setup.device)
-    with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
-        losses = window_losses(model, setup.windows)
     harness = WholeModel(setup.bos, pretrained=model, tokenizer=setup.tokenizer, batch_size=evaluation.batch_size)
-    scores, samples = score_tasks(harness, setup, scratch)
-    generations = generate(model, setup.tokenizer, setup.bos, evaluation.generations.prompts, evaluation.generations.new_tokens)
-    return Results(losses=losses, scores=scores, samples=samples, generations=generations)
+    samples = score_tasks(harness, setup, scratch)
+    return samples, generate(model, setup.tokenizer, setup.bos, evaluation.generations.prompts, evaluation.generations.new_tokens)
 
 
-def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> Results:
-    """Score a model with one block in memory at a time; no text is generated."""
-    model = StreamedModel(decoder=Decoder(setup.base, setup.dtype, setup.device), apply=apply, scratch=scratch)
-    with devices.gpu_memory("evaluation.perplexity.window_length", setup.windows.shape[1]):
-        losses = model.window_losses(setup.windows)
-    harness = StreamedHarness(model, setup.tokenizer, setup.bos, setup.evaluation.batch_size)
-    scores, samples = score_tasks(harness, setup, scratch)
-    return Results(losses=losses, scores=scores, samples=samples, generations=[])
+def score_streamed(setup: Setup, apply: Apply | None, scratch: Path) -> tuple[Samples, list[dict[str, str]]]:
+    """Score the tasks with one block in memory at a time; no text is generated."""
+    decoder = Decoder(setup.base, setup.dtype, setup.device)
+    models = StreamedModels(decoder=decoder, variants={"scored": apply}, scratch=scratch)
+    return score_tasks(StreamedHarness(models, setup.tokenizer, setup.bos, setup.evaluation.batch_size), setup, scratch), []
 
 
-def score_tasks(model: LM, setup: Setup, scratch: Path) -> tuple[Scores, Samples]:
-    """Score each task; returns scores and samples."""
+def score_tasks(model: LM, setup: Setup, scratch: Path) -> Samples:
+    """Score each task."""
     with devices.gpu_memory("evaluation.batch_size", setup.evaluation.batch_size):
         return zero_shot(model, setup.rows, scratch)
 

@@ -10,26 +10,28 @@ import pytest
 from stages import evaluate
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
-from stages.evaluation.section import Evaluation, Generations, Perplexity
+from stages.evaluation.section import Evaluation, Generations, Windows
 from stages.files import read_json
 from stages.sources import base as checkpoints
 from stages.sources.base import LocalBase
 from tests import tiny
 from tests.evaluation import delta as deltas
 
-PERPLEXITY = Perplexity(corpus="articles", window_length=64, windows=4, evenly=False)
+WINDOWS = Windows(window_length=64, windows=4, evenly=False)
 EVALUATION = Evaluation(
     name="tiny",
     device="cpu",
     dtype="float32",
     bos="auto",
-    perplexity=PERPLEXITY,
+    corpora={"articles": WINDOWS},
+    metrics=["perplexity", "divergence"],
     tasks=["boolq", "piqa"],
     rows=4,
     batch_size=4,
     streamed=False,
     generations=Generations(new_tokens=3, prompts=["river stone"]),
 )
+VALUES = {"acc": 1.0, "acc_norm": 0.0}
 WORDS = tiny.sentences(12, seed=3, length=8)
 BOOLQ = [{"question": WORDS[i], "passage": WORDS[-1], "idx": i, "label": i % 2} for i in range(8)]
 PIQA = [{"goal": WORDS[i], "sol1": "lamp", "sol2": "river", "label": i % 2} for i in range(8)]
@@ -81,15 +83,18 @@ def test_the_dense_model_is_evaluated_without_a_delta(root):
     before = read_json(root / "results/dense/metrics.json")
     run("dense")
     assert read_json(root / "results/dense/metrics.json") == before
-    assert {"perplexity", "perplexity_stderr", "boolq", "boolq_stderr", "piqa", "accuracy_mean", "accuracy_mean_stderr"} <= set(before)
+    assert set(before["corpora"]["articles"]) == {"perplexity", "perplexity_stderr"}
+    assert set(before["tasks"]["piqa"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert set(before["mean"]["tasks"]) == {"accuracy"}  # all rows of boolq share a passage: no error is known
     written = {path.name for path in (root / "results/dense").rglob("*") if path.is_file()}
-    details = {"scores.json", "windows.json", "generations.json", "protocol.json", "samples-boolq.jsonl", "samples-piqa.jsonl"}
+    details = {"measurements.json", "windows.json", "generations.json", "protocol.json", "samples-boolq.jsonl", "samples-piqa.jsonl"}
     assert written == {"metrics.json", "run.json", *details}
 
 
 def test_the_protocol_says_what_was_scored(root):
     protocol = read_json(root / "results/dense/details/protocol.json")
-    assert (protocol["corpus"], protocol["window_length"], protocol["windows"], protocol["tokens"]) == ("articles", 64, 4, 256)
+    articles = protocol["corpora"]["articles"]
+    assert (articles["window_length"], articles["windows"], articles["tokens"]) == (64, 4, 256)
     assert {name: task["rows"] for name, task in protocol["tasks"].items()} == {"boolq": 4, "piqa": 4}
     assert (protocol["evaluation"]["name"], protocol["delta"]) == ("tiny", None)
     assert protocol["base"] == Checkpoint(root / "artifacts/base").fingerprint
@@ -98,9 +103,13 @@ def test_the_protocol_says_what_was_scored(root):
 def test_the_pruned_model_is_scored_beside_the_dense_one(root):
     run("sparse")
     dense, sparse = (read_json(root / f"results/{part}/metrics.json") for part in ("dense", "sparse"))
-    assert sparse["dense_perplexity"] == dense["perplexity"]
-    assert sparse["dense_accuracy_mean"] == dense["accuracy_mean"]
-    assert sparse["perplexity_ratio"] == pytest.approx(sparse["perplexity"] / dense["perplexity"])
+    scores, dense_scores = sparse["corpora"]["articles"], dense["corpora"]["articles"]
+    assert scores["dense_perplexity"] == pytest.approx(dense_scores["perplexity"])
+    assert scores["perplexity_ratio"] == pytest.approx(scores["perplexity"] / dense_scores["perplexity"])
+    assert scores["perplexity_ln_ratio"] == pytest.approx(math.log(scores["perplexity_ratio"]))
+    assert scores["perplexity_difference"] == pytest.approx(scores["perplexity"] - dense_scores["perplexity"])
+    assert 0 < scores["minimum_kld"] <= scores["median_kld"] <= scores["mean_kld"] <= scores["maximum_kld"]
+    assert sparse["mean"]["tasks"]["dense_accuracy"] == dense["mean"]["tasks"]["accuracy"]
     rows = read_json(root / "results/sparse/accuracy.json")
     assert [(row["model"], row["task"]) for row in rows] == [
         ("dense", "boolq"),
@@ -110,19 +119,19 @@ def test_the_pruned_model_is_scored_beside_the_dense_one(root):
     ]
     boolq, piqa = read_json(root / "results/sparse/details/paired.json")
     assert (boolq["task"], boolq["rows"], boolq["clusters"], boolq["stderr"], boolq["low"]) == ("boolq", 4, 1, None, None)  # one passage
-    assert (piqa["task"], piqa["rows"], piqa["clusters"]) == ("piqa", 4, 4)
+    assert (piqa["task"], piqa["metric"], piqa["rows"], piqa["clusters"]) == ("piqa", "acc", 4, 4)
     for task in (boolq, piqa):
-        assert (task["dense"], task["sparse"]) == (dense[task["task"]], sparse[task["task"]])
+        assert (task["dense"], task["sparse"]) == (dense["tasks"][task["task"]]["acc"], sparse["tasks"][task["task"]]["acc"])
         assert task["difference"] == pytest.approx(task["sparse"] - task["dense"])
         assert task["gained"] - task["lost"] == round(4 * task["difference"])
         assert task["low"] is None or -1 <= task["low"] <= task["difference"] <= task["high"] <= 1
-    assert sparse["accuracy_mean_difference"] == pytest.approx(sparse["accuracy_mean"] - dense["accuracy_mean"])
-    assert "accuracy_mean_difference_stderr" not in sparse
-    assert sparse["perplexity_ln_ratio"] == pytest.approx(math.log(sparse["perplexity"] / dense["perplexity"]))
+    accuracy = sparse["mean"]["tasks"]
+    assert accuracy["accuracy_difference"] == pytest.approx(accuracy["accuracy"] - accuracy["dense_accuracy"])
+    assert "accuracy_difference_stderr" not in accuracy
     (generated,) = read_json(root / "results/sparse/details/generations.json")
     assert set(generated) == {"prompt", "raw_dense", "raw_sparse", "chat_dense", "chat_sparse"}
     (point,) = read_json(root / "results/sparse/frontier.json")
-    assert (point["method"], point["perplexity"]) == ("random", sparse["perplexity"])
+    assert (point["method"], point["corpus"], point["perplexity"]) == ("random", "articles", scores["perplexity"])
     assert not list(root.glob("results/**/details/accuracy.json"))
     assert not [path for path in (root / "results").iterdir() if path.name.startswith(".")]
 
@@ -138,9 +147,13 @@ def test_the_two_protocols_differ_in_the_delta_alone(root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"perplexity": replace(PERPLEXITY, window_length=32)}, "window_length: 64 against 32; tokens: 256 against 128; windows_sha256: "),
-        ({"perplexity": replace(PERPLEXITY, windows=5)}, "windows: 4 against 5; tokens: 256 against 320"),
-        ({"perplexity": replace(PERPLEXITY, corpus="others")}, "corpus: 'articles' against 'others'; corpus_sha256: "),
+        (
+            {"corpora": {"articles": replace(WINDOWS, window_length=32)}},
+            "corpora.articles.window_length: 64 against 32; corpora.articles.tokens: 256 against 128; corpora.articles.windows_sha256: ",
+        ),
+        ({"corpora": {"articles": replace(WINDOWS, windows=5)}}, "corpora.articles.windows: 4 against 5; corpora.articles.tokens: 256 against"),
+        ({"corpora": {"others": WINDOWS}}, r"corpora.articles: {.*} against None; corpora.others: None against {"),
+        ({"metrics": ["perplexity"]}, r"metrics: \['perplexity', 'divergence'\] against \['perplexity'\]"),
         ({"rows": 3}, "tasks.boolq.rows: 4 against 3; tasks.piqa.rows: 4 against 3"),
         ({"tasks": ["boolq"]}, r"tasks.piqa: {'rows': 4, .*} against None"),
         ({"generations": Generations(new_tokens=3, prompts=["lamp"])}, r"prompts: \['river stone'\] against \['lamp'\]"),
@@ -162,7 +175,7 @@ def test_other_text_by_the_same_names_is_refused(root):
     directory = root / "artifacts/text/evaluation"
     tiny.write_lines(directory / "articles.jsonl", [{"text": text} for text in tiny.sentences(20, seed=7)])
     tiny.write_lines(directory / "piqa.jsonl", [*PIQA[1:], PIQA[0]])
-    with pytest.raises(ComparisonError, match=r"values of corpus_sha256: '\w+' against '\w+'; windows_sha256: .*; tasks.piqa.sha256: "):
+    with pytest.raises(ComparisonError, match=r"values of corpora.articles.sha256: '\w+' against '\w+'; .*; tasks.piqa.sha256: "):
         run("sparse")
 
 
@@ -198,11 +211,10 @@ def test_missing_dense_results_are_named_with_what_to_do(root):
     [
         ("protocol", "{", "not JSON"),
         ("protocol", '{"corpus": "articles"}', "found a protocol of corpus, wanted base"),
-        ("windows", "[1.0, 2.0]", "wanted 4 finite losses, as protocol.json says"),
-        ("windows", '{"losses": 4}', "wanted 4 finite losses"),
-        ("windows", "[1.0, 2.0, 3.0, NaN]", "wanted 4 finite losses"),
-        ("scores", '{"boolq": {"accuracy": 0.5, "stderr": 0.1, "rows": 4}}', "wanted the scores of boolq, piqa"),
-        ("scores", '{"boolq": 1, "piqa": 2}', "wanted the scores of boolq, piqa"),
+        ("windows", "[1.0, 2.0]", "wanted 4 finite losses of articles, as protocol.json says"),
+        ("windows", '{"articles": {"nll": [1.0, 2.0]}}', "wanted 4 finite losses of articles"),
+        ("windows", '{"articles": {"nll": [1.0, 2.0, 3.0, NaN]}}', "wanted 4 finite losses of articles"),
+        ("windows", '{"others": {"nll": [1.0, 2.0, 3.0, 4.0]}}', "wanted 4 finite losses of articles"),
         ("generations", "[]", r"wanted a row for each of \['river stone'\]"),
         ("generations", '[{"prompt": "river stone"}]', r"wanted a row for each of \['river stone'\]"),
         ("generations", "7", r"wanted a row for each of \['river stone'\]"),
@@ -218,9 +230,10 @@ def test_damaged_dense_results_are_named_with_what_to_do(root, name, content, me
     ("rows", "message"),
     [
         ([], "found no rows"),
-        ([{"row": number, "correct": 1.0} for number in range(3)], "wanted 4 rows in order, each with 0 or 1 as correct"),
-        ([{"row": number, "correct": None} for number in range(4)], "wanted 4 rows in order"),
-        ([{"row": 0, "correct": 1.0}] * 4, "wanted 4 rows in order"),
+        ([{"row": number, "values": VALUES} for number in range(3)], "wanted 4 rows in order, each with acc and acc_norm"),
+        ([{"row": number, "values": {"acc": 1.0}} for number in range(4)], "wanted 4 rows in order"),
+        ([{"row": number, "values": {**VALUES, "acc": None}} for number in range(4)], "wanted 4 rows in order"),
+        ([{"row": 0, "values": VALUES}] * 4, "wanted 4 rows in order"),
     ],
 )
 def test_damaged_samples_of_the_dense_model_are_named(root, rows, message):
@@ -271,13 +284,13 @@ def test_text_that_cannot_be_scored_is_named_before_a_weight_is_read(root, part,
 def test_a_token_of_the_corpus_beyond_the_embedding_is_named_before_a_weight_is_read(root, monkeypatch):
     forbid_weights(root)
     monkeypatch.setattr(evaluate, "embedding_rows", lambda base: 7)
-    with pytest.raises(CheckpointError, match="evaluation.perplexity.corpus articles: found the token .* with id .*, wanted ids below 7"):
+    with pytest.raises(CheckpointError, match="evaluation.corpora.articles: found the token .* with id .*, wanted ids below 7"):
         run("dense")
 
 
 def test_a_corpus_of_empty_texts_is_too_small(root):
     tiny.write_lines(root / "artifacts/text/evaluation/articles.jsonl", [{"text": ""}])
-    with pytest.raises(ConfigError, match="evaluation.perplexity: the corpus has 0 tokens, wanted 4 windows of 64"):
+    with pytest.raises(ConfigError, match="evaluation.corpora.articles: the corpus has 0 tokens, wanted 4 windows of 64"):
         run("dense")
 
 

@@ -1,15 +1,14 @@
 """Compare the pruned model's results with the dense model's."""
 
-import math
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from stages.checkpoint.delta import SparseDelta
 from stages.errors import ComparisonError
+from stages.evaluation.measurement import Kind, Measurement
 from stages.evaluation.protocol import Protocol, read_protocol, require_same
 from stages.evaluation.results import Results, read_results
-from stages.evaluation.statistics import difference, mcnemar
+from stages.evaluation.statistics import mcnemar
 
 REMEDY = (
     "evaluate the dense model again with the same parameters: `python -m stages.evaluate part=dense …`, "
@@ -33,63 +32,42 @@ def read_dense(directory: Path, protocol: Protocol) -> Results:
     return results
 
 
-def compared_metrics(dense: Results, sparse: Results, tasks: list[dict[str, Any]]) -> dict[str, float]:
-    """The pruned model's metrics with the dense model's perplexity and mean accuracy, and how far they lie apart, window by window and
-    row by row.
-
-    Args:
-        tasks: see paired_accuracies.
-    """
-    dense_metrics, sparse_metrics = dense.metrics(), sparse.metrics()
-    ratio, stderr = sparse.losses.ratio(dense.losses)
-    metrics = {"perplexity": sparse_metrics.pop("perplexity"), "perplexity_stderr": sparse_metrics.pop("perplexity_stderr")}
-    metrics |= {"perplexity_ratio": ratio, "perplexity_ratio_stderr": stderr, "dense_perplexity": dense_metrics["perplexity"]}
-    metrics |= {"perplexity_ln_ratio": math.log(ratio), "perplexity_ln_ratio_stderr": stderr / ratio}
-    if "accuracy_mean" in dense_metrics:
-        metrics |= {key: sparse_metrics.pop(key) for key in ("accuracy_mean", "accuracy_mean_stderr")}
-        metrics["dense_accuracy_mean"] = dense_metrics["accuracy_mean"]
-        metrics["accuracy_mean_difference"] = sum(task["difference"] for task in tasks) / len(tasks)
-        if all(task["stderr"] is not None for task in tasks):
-            metrics["accuracy_mean_difference_stderr"] = math.hypot(*(task["stderr"] for task in tasks)) / len(tasks)
-    return {**metrics, **sparse_metrics}
-
-
-def paired_accuracies(dense: Results, sparse: Results, documents: dict[str, list[Hashable]]) -> list[dict[str, Any]]:
-    """Both models on the same rows of each task.
-
-    Args:
-        documents: task -> see tasks.Task.documents.
+def paired_accuracies(dense: Results, sparse: Results) -> list[dict[str, Any]]:
+    """Both models on the same rows of each task, by the task's own metric.
 
     Returns:
-        For each task "task", "rows", "clusters"; "dense" and "sparse", the accuracies; "difference", sparse less dense, with "stderr",
-        "low" and "high", clustered, the ends of a 95% interval within -1 and 1, see statistics.Estimate, None where all rows share a
-        document; "lost" and "gained", the numbers of rows that only the dense and only the sparse model answers rightly; "p_value" of
-        McNemar's exact test of these, in which rows are independent.
+        For each task "task", "metric", "rows", "clusters"; "dense" and "sparse", the accuracies; "difference", sparse less dense, with
+        "stderr", "low" and "high", see measurement.Difference; "lost" and "gained", the numbers of rows that only the dense and only the
+        sparse model answers rightly (or better); "p_value" of McNemar's exact test of these, in which rows are independent.
     """
+    own = {measurement.name: measurement for measurement in reversed(sparse.measurements) if measurement.kind == Kind.TASK}
     compared = []
     for task, rows in sparse.samples.items():
-        ours, theirs = ([row["correct"] for row in samples] for samples in (rows, dense.samples[task]))
-        apart = difference(ours, theirs, documents[task])
-        low, high = (None, None) if apart.interval is None else (max(-1.0, apart.interval[0]), min(1.0, apart.interval[1]))
-        lost = sum(there > here for here, there in zip(ours, theirs, strict=True))
-        gained = sum(here > there for here, there in zip(ours, theirs, strict=True))
-        compared.append(
-            {
-                "task": task,
-                "rows": apart.count,
-                "clusters": apart.clusters,
-                "dense": sum(theirs) / len(theirs),
-                "sparse": sum(ours) / len(ours),
-                "difference": apart.value,
-                "stderr": apart.stderr,
-                "low": low,
-                "high": high,
-                "lost": lost,
-                "gained": gained,
-                "p_value": mcnemar(lost, gained),
-            }
-        )
+        measured = own[task]
+        pairs = [
+            (row["values"][measured.metric], other["values"][measured.metric]) for row, other in zip(rows, dense.samples[task], strict=True)
+        ]
+        lost, gained = sum(here < there for here, there in pairs), sum(here > there for here, there in pairs)
+        compared.append({**_paired(measured), "lost": lost, "gained": gained, "p_value": mcnemar(lost, gained)})
     return compared
+
+
+def _paired(measured: Measurement) -> dict[str, Any]:
+    apart = measured.difference
+    if apart is None:
+        raise ValueError(f"{measured.name}: found no difference, wanted a measurement of the pruned model")
+    return {
+        "task": measured.name,
+        "metric": measured.metric,
+        "rows": measured.count,
+        "clusters": measured.clusters,
+        "dense": measured.dense,
+        "sparse": measured.value,
+        "difference": apart.value,
+        "stderr": apart.stderr,
+        "low": apart.low,
+        "high": apart.high,
+    }
 
 
 def paired_generations(dense: Results, sparse: Results) -> list[dict[str, str]]:
@@ -106,12 +84,16 @@ def paired_generations(dense: Results, sparse: Results) -> list[dict[str, str]]:
     return rows
 
 
-def frontier_row(delta: SparseDelta, metrics: dict[str, float]) -> dict[str, Any]:
-    """One point of the plot of perplexity against sparsity."""
-    return {
-        "method": delta.recipe.label,
-        "pattern": delta.recipe.pattern_label,
-        "sparsity": delta.summary["sparsity"],
-        "perplexity": metrics["perplexity"],
-        "perplexity_ratio": metrics["perplexity_ratio"],
-    }
+def frontier_rows(delta: SparseDelta, sparse: Results) -> list[dict[str, Any]]:
+    """One point of the plot of perplexity against sparsity for each corpus."""
+    return [
+        {
+            "method": delta.recipe.label,
+            "pattern": delta.recipe.pattern_label,
+            "corpus": corpus,
+            "sparsity": delta.summary["sparsity"],
+            "perplexity": numbers["perplexity"],
+            "perplexity_ratio": numbers["perplexity_ratio"],
+        }
+        for corpus, numbers in sparse.metrics.get("corpora", {}).items()
+    ]

@@ -5,6 +5,7 @@ A task is a small YAML that includes the stock definition and replaces its data 
 
 import logging
 import os
+from collections.abc import Hashable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
 from stages.errors import ConfigError
-from stages.evaluation.perplexity import standard_error
+from stages.evaluation.results import Samples
 from stages.evaluation.tasks import TASKS, Task
 from stages.files import write_lines
 from stages.rows import Row
@@ -96,7 +97,7 @@ def write_task(task: Task, rows: list[Row], scratch: Path) -> str:
     return name
 
 
-def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> Samples:
     """Score each task without examples in the prompt.
 
     Args:
@@ -105,14 +106,13 @@ def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dic
         scratch: a directory for rows, definitions and the cache of `datasets`.
 
     Returns:
-        task -> {"accuracy", "stderr", "rows", and "accuracy_norm" where the task has it}, all finite;
-        task -> one entry per row: its number, the gold answer, whether the model was right, and its scores.
+        Task -> one entry per row, see results.Samples.
 
     Raises:
         ConfigError: lm-eval does not know the task.
     """
     if not rows:
-        return {}, {}
+        return {}
     names = {task: write_task(TASKS[task], rows[task], scratch) for task in rows}
     outcome = simple_evaluate(
         model=model,
@@ -125,15 +125,24 @@ def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> tuple[dic
         torch_random_seed=SEED,
         fewshot_random_seed=SEED,
     )
-    scores, samples = {}, {}
+    samples = {}
     for task, name in names.items():
-        metric, results, answers = TASKS[task].metric, outcome["results"][name], outcome["samples"][name]
-        correct = [answer[metric] for answer in answers]
-        scores[task] = {"accuracy": results[f"{metric},none"], "stderr": standard_error(correct), "rows": len(correct)}
-        if f"{metric}_norm,none" in results:
-            scores[task]["accuracy_norm"] = results[f"{metric}_norm,none"]
+        clusters = numbered(TASKS[task].documents(rows[task]))
+        answers = sorted(outcome["samples"][name], key=lambda answer: answer["doc_id"])
         samples[task] = [
-            {"row": answer["doc_id"], "target": str(answer["target"]), "correct": answer[metric], "scores": answer["filtered_resps"]}
-            for answer in sorted(answers, key=lambda answer: answer["doc_id"])
+            {
+                "row": answer["doc_id"],
+                "cluster": clusters[answer["doc_id"]],
+                "values": {metric: float(answer[metric]) for metric in TASKS[task].metrics},
+                "target": str(answer["target"]),
+                "scores": answer["filtered_resps"],
+            }
+            for answer in answers
         ]
-    return scores, samples
+    return samples
+
+
+def numbered(documents: list[Hashable]) -> list[int]:
+    """The number of each document among the different ones, by first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(document, len(numbers)) for document in documents]

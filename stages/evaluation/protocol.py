@@ -14,17 +14,32 @@ NOT_COMPARED = ("evaluation", "delta")  # keys of the file that are not compared
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusProtocol:
+    """The windows of a corpus.
+
+    sha256: hash of the file of its rows. window_length: tokens per window. windows: number of windows. tokens: number of tokens in all.
+    windows_sha256: hash of the windows' token ids, start tokens included.
+    """
+
+    sha256: str
+    window_length: int
+    windows: int
+    tokens: int
+    windows_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskProtocol:
     """How a task was scored.
 
     rows: number of rows, from the first on. sha256: hash of the file of rows. few_shot: examples in the prompt.
-    metric: its name in lm-eval.
+    metrics: their names in lm-eval, the task's own first.
     """
 
     rows: int
     sha256: str
     few_shot: int
-    metric: str
+    metrics: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +48,7 @@ class Protocol:
 
     base: fingerprint of the base checkpoint. tokenizer_sha256: hash of its tokenizer.json; None if its tokenizer is of another kind.
     bos: id of the token that every window and prompt begins with; None: text is as the tokenizer makes it.
-    corpus: name of the corpus of the perplexity. corpus_sha256: hash of the file of its rows.
-    window_length: tokens per window. windows: number of windows. tokens: number of tokens in all windows.
-    windows_sha256: hash of the windows' token ids, start tokens included.
-    tasks: task name -> how it was scored.
+    corpora: corpus -> its windows. metrics: what is measured on them. tasks: task -> how it was scored.
     prompts: texts that the model continues. new_tokens: upper bound of generated tokens per prompt; 0 without prompts.
     dtype: that of weights and arithmetic. versions: package -> version, for the packages that compute.
     """
@@ -44,12 +56,8 @@ class Protocol:
     base: str
     tokenizer_sha256: str | None
     bos: int | None
-    corpus: str
-    corpus_sha256: str
-    window_length: int
-    windows: int
-    tokens: int
-    windows_sha256: str
+    corpora: dict[str, CorpusProtocol]
+    metrics: list[str]
     tasks: dict[str, TaskProtocol]
     prompts: list[str]
     new_tokens: int
@@ -85,11 +93,13 @@ def read_protocol(path: Path) -> Protocol:
     if not isinstance(data, dict) or set(data) != {*field_names, *NOT_COMPARED}:
         keys = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
         raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*field_names, *NOT_COMPARED]))}")
-    try:
-        tasks = {name: TaskProtocol(**task) for name, task in data["tasks"].items()}
-    except (TypeError, AttributeError) as error:
-        raise ComparisonError(f"{path}: tasks: found {data['tasks']!r}, wanted tasks by name ({error})") from None
-    return Protocol(**{name: data[name] for name in field_names} | {"tasks": tasks})
+    parts = {}
+    for key, kind in (("corpora", CorpusProtocol), ("tasks", TaskProtocol)):
+        try:
+            parts[key] = {name: kind(**facts) for name, facts in data[key].items()}
+        except (TypeError, AttributeError) as error:
+            raise ComparisonError(f"{path}: {key}: found {data[key]!r}, wanted {key} by name ({error})") from None
+    return Protocol(**{name: data[name] for name in field_names} | parts)
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

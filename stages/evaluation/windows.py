@@ -1,0 +1,70 @@
+"""The windows of a corpus: the published way to cut a text for its perplexity, and the document that each window is of.
+
+The documents are joined by an empty line, as WikiText's rows are, tokenised once and cut; the remainder is dropped. Dialogues are
+rendered by the chat template, whose marks separate them. Windows may begin with BOS, see stages/bos.py; published ones do not.
+"""
+
+from bisect import bisect_right
+from collections import Counter
+from itertools import accumulate
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from stages.bos import Bos
+from stages.errors import ConfigError
+from stages.evaluation.metric import Corpus
+
+BETWEEN = "\n\n"  # documents
+
+
+def cut_corpus(
+    name: str,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limit: int | None,
+    bos: Bos,
+    *,
+    evenly: bool = False,
+    between: str = BETWEEN,
+    rendered: bool = False,
+) -> Corpus:
+    """Join the documents and cut them into windows.
+
+    Windows that begin with BOS hold one token of the text less, and all of these are scored.
+
+    Args:
+        name: of the corpus, for errors as well. texts: documents in order. between: what they are joined by.
+        length: tokens in a window.
+        limit: number of windows, from the first on; None for all.
+        bos: whether every window begins with BOS.
+        evenly: whether they are spread evenly over all windows instead, the first among them.
+        rendered: whether a chat template has put the special tokens into the texts, so that the tokenizer adds none.
+
+    Returns:
+        Its windows, and the number of the document that most characters of each are of; where the tokenizer does not say which
+        characters its tokens are of, every window counts as a document of its own.
+
+    Raises:
+        ConfigError: the corpus gives fewer windows than `limit`, or fewer than two; says how many tokens there are.
+    """
+    encoded = tokenizer(between.join(texts), add_special_tokens=not rendered, return_offsets_mapping=tokenizer.is_fast)
+    begin = [] if bos.token is None else [bos.token]
+    ids = encoded["input_ids"]
+    tokens, length_of_text = bos.begin(ids)[len(begin) :], length - len(begin)
+    available = len(tokens) // length_of_text
+    if available < (limit or 2):
+        key = f"evaluation.corpora.{name}"
+        raise ConfigError(f"{key}: the corpus has {len(tokens)} tokens, wanted {limit or 2} windows of {length}")
+    count = available if limit is None else limit
+    numbers = [index * available // count for index in range(count)] if evenly else list(range(count))
+    pieces = torch.tensor(tokens[: available * length_of_text]).view(available, length_of_text)[numbers]
+    windows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
+    if not tokenizer.is_fast:
+        return Corpus(name=name, windows=windows, clusters=list(range(count)))
+    starts = list(accumulate((len(text) + len(between) for text in texts), initial=0))[:-1]
+    first = encoded["offset_mapping"][len(ids) - len(tokens) :]  # BOS that the tokenizer added went
+    documents = [bisect_right(starts, start) - 1 for start, _ in first]
+    spans = [documents[number * length_of_text : (number + 1) * length_of_text] for number in numbers]
+    return Corpus(name=name, windows=windows, clusters=[Counter(span).most_common(1)[0][0] for span in spans])
