@@ -12,7 +12,7 @@ PATTERNS = {
     "4:8": "pattern=nm_4_8",
 }
 UNSTRUCTURED = ("50%", "60%", "70%")
-TEXTS = {"wikipedia": "evaluation=perplexity", "wikipedia_long": "evaluation=perplexity_long"}  # the first decides the order of rows
+TEXTS = ("wikipedia", "wikipedia_long")  # of evaluation=perplexity; the first decides the order of rows
 SEEDS = (0, 1, 2)  # of the calibration
 PUBLISHED = ("Wanda", "SparseGPT")  # what the others are compared with
 
@@ -147,8 +147,9 @@ class Point:
         """What it shares with other seeds and models."""
         return f"{self.pattern} {self.overrides}"
 
-    def command(self, text: str) -> str:
-        return " ".join([*command(" ".join([*self.arguments, TEXTS[text]])), "evaluate_sparse"])
+    @property
+    def command(self) -> str:
+        return " ".join([*command(" ".join([*self.arguments, "evaluation=perplexity"])), "evaluate_sparse"])
 
 
 def points(model: Model) -> list[Point]:

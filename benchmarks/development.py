@@ -21,7 +21,9 @@ from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
-from stages.evaluation.streamed import StreamedModel
+from stages.evaluation.metric import Corpus
+from stages.evaluation.metrics import METRICS
+from stages.evaluation.scoring import StreamedModels
 from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, TEXT, read_json, write_json
 from stages.rows import Rows
 from stages.sample import SPARE
@@ -81,12 +83,14 @@ def main() -> None:
     known = read_json(FILE) if FILE.is_file() else {}
     of_model = known.setdefault(base.provenance["name"], {})
     pruned = f"{prune['label']}, {prune['pattern_label']}, sparsity {delta.summary['sparsity']:.3g}{''.join(differences(prune))}"
-    for label, apply in (("dense", None), (pruned, delta.apply)):
-        losses = StreamedModel(decoder=decoder, apply=apply, scratch=PRUNE_JOURNAL.parent).window_losses(text)
-        of_model[label] = {"perplexity": round(losses.perplexity, 2), "code": record.code_revision() if apply is None else prune["code"]}
-        if apply and prune["allocation_judged"]:
+    metric, corpus = METRICS["perplexity"], Corpus(name="development", windows=text, clusters=list(range(len(text))))
+    models = StreamedModels(decoder=decoder, variants={"dense": None, pruned: delta.apply}, scratch=PRUNE_JOURNAL.parent)
+    for label, observed in models.observe([corpus], [metric]).items():
+        (perplexity,) = metric.measure(corpus, observed[corpus.name], None)
+        of_model[label] = {"perplexity": round(perplexity.value, 2), "code": record.code_revision() if label == "dense" else prune["code"]}
+        if label == pruned and prune["allocation_judged"]:
             of_model[label]["allocation_judged"] = prune["allocation_judged"]
-        print(f"{label}: perplexity {losses.perplexity:.2f}")
+        print(f"{label}: perplexity {perplexity.shown(2)}")
     write_json(FILE, known)
 
 

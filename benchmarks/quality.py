@@ -6,7 +6,7 @@ python -m benchmarks.quality --pattern 2:4        measure what is missing at one
 python -m benchmarks.quality --minutes 60         stop before a point that is begun later than that
 python -m benchmarks.quality --tables             measure nothing, write the tables
 
-Each point is one `dvc exp run` for each text. What was measured is kept in benchmarks/quality.json, which is committed, so that a later
+Each point is one `dvc exp run`. What was measured is kept in benchmarks/quality.json, which is committed, so that a later
 run goes on where an earlier one stopped; a point whose cell the code prunes otherwise since (see benchmarks.behaviour) is measured again
 with --stale. That sees the pruning code and its settings alone, and of these what shows on a small random model; for what does not,
 raise behaviour.REVISIONS. Remove the file after a change of the base, the calibration or the evaluation.
@@ -29,13 +29,13 @@ from benchmarks.contenders import MODELS, PATTERNS, PUBLISHED, SEEDS, TEXTS, Con
 from benchmarks.markers import write_between
 from benchmarks.table import the_default_afterwards
 from stages.bos import words
-from stages.files import DENSE_RESULTS, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
+from stages.files import PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
 from stages.prune import code_sha256
 
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
-FIRST = next(iter(TEXTS))  # by which rows are ordered
+FIRST = TEXTS[0]  # by which rows are ordered
 
 Rows = dict[Point, dict[str, Any]]
 
@@ -51,11 +51,12 @@ def measured(point: Point) -> dict[str, Any]:
         figures = behaviour.measured(point)
     if not behaviour.same(figures, behaviour.load().get(point.cell)):
         raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
-    texts = {text: measured_on(point, text) for text in TEXTS}
+    print("$", point.command, flush=True)
+    subprocess.run([*point.command.split(), "--quiet"], check=True, stdout=sys.stderr)
     pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
     return {
         **asdict(point),
-        "texts": texts,
+        "texts": {text: scores(text) for text in TEXTS},
         "relative_error": pruned["relative_error"],
         "sparsity": pruned["sparsity"],
         "seconds": prune["seconds"],
@@ -67,17 +68,12 @@ def measured(point: Point) -> dict[str, Any]:
     }
 
 
-def measured_on(point: Point, text: str) -> dict[str, Any]:
-    """Perplexity of the pruned model and of the dense one, and their protocol; what was pruned before is not pruned again."""
-    print("$", point.command(text), flush=True)
-    subprocess.run(point.command(text).split() + ["--quiet"], check=True, stdout=sys.stderr)
-    metrics = read_json(SPARSE_RESULTS / "metrics.json")
-    return {
-        "perplexity": metrics["perplexity"],
-        "perplexity_stderr": metrics["perplexity_stderr"],
-        "dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"],
-        "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
-    }
+def scores(text: str) -> dict[str, Any]:
+    """Perplexity of the pruned model in the workspace and of the dense one on a text, and their protocol."""
+    numbers, protocol = read_json(SPARSE_RESULTS / "metrics.json")["corpora"][text], read_json(SPARSE_RESULTS / "details/protocol.json")
+    windows = protocol.pop("corpora")[text]
+    keys = ("perplexity", "perplexity_stderr", "dense_perplexity")
+    return {**{key: numbers[key] for key in keys}, "protocol": {"corpus": text, **windows, **protocol}}
 
 
 def stale(row: dict[str, Any], now: Mapping[str, behaviour.Figures]) -> bool:
@@ -381,8 +377,7 @@ EXPLAINED = (
     "of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a multiple of SparseGPT's mean. "
     "Perplexities are compared on the seeds that both have, so where one has fewer the share is not that of the means shown, and rows "
     "stand in the order of the share, not of the means. The relative layer error is measured before the last blocks learn together. The "
-    "command is that of the first seed shown on the first text; another seed adds `-S calibration.seed=N`, and the second text is "
-    f"`-S {TEXTS['wikipedia_long']}`."
+    "command is that of the first seed shown; another seed adds `-S calibration.seed=N`."
 )
 COLUMNS = (
     "method",
@@ -445,7 +440,7 @@ def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], kn
         f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else ""),
         f"{peak(cells):.2f} GiB",
     ]
-    return f"| {contender.name} | {' | '.join(numbers)} | `{point.command(FIRST)}` |"
+    return f"| {contender.name} | {' | '.join(numbers)} | `{point.command}` |"
 
 
 if __name__ == "__main__":

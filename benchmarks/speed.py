@@ -9,13 +9,14 @@ scratch directory, so a second call goes on where the first one stopped; after a
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.markers import write_between
 from benchmarks.measure import imports, measure
+from benchmarks.whole_model import window_losses
 from stages.bos import BosSetting, decide
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import composed, read
 from stages.devices import cpu_name
-from stages.evaluation.perplexity import cut_windows, window_losses
-from stages.evaluation.section import Perplexity
+from stages.evaluation.documents import read_corpus
+from stages.evaluation.section import Evaluation
 from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, TEXT, read_json, remove, sha256, write_json
-from stages.rows import texts as texts_of
 
 ROOT = Path(__file__).parents[1]
 README = Path("README.md")
@@ -107,10 +108,10 @@ def main() -> None:
         "--venv", type=Path, default=Path(".cache/llmcompressor-venv"), help="environment of llm-compressor, made if need be"
     )
     parser.add_argument("--scratch", type=Path, default=Path(".cache/speed"), help="keeps finished measurements")
-    parser.add_argument("overrides", nargs="*", help="of the evaluation, such as evaluation.perplexity.windows=2")
+    parser.add_argument("overrides", nargs="*", help="of the evaluation, such as evaluation.corpora.wikipedia.windows=2")
     arguments = parser.parse_args()
 
-    evaluation = read(*arguments.overrides)["evaluation"].perplexity
+    evaluation = read(*arguments.overrides)["evaluation"]
     contenders: tuple[Contender, ...] = (
         Peer(name="plain", command=[sys.executable, "-m", "benchmarks.peers.plain"]),
         Peer(name="llm-compressor", command=[str(llm_compressor(arguments.venv)), str(PEERS / "llm_compressor.py")]),
@@ -149,7 +150,7 @@ def llm_compressor(venv: Path) -> Path:
     return python
 
 
-def measurement(contender: Contender, method: str, project: Path, evaluation: Perplexity | None) -> dict[str, Any]:
+def measurement(contender: Contender, method: str, project: Path, evaluation: Evaluation | None) -> dict[str, Any]:
     """Run a contender in an empty project directory; score its model where an evaluation is given.
 
     Raises:
@@ -177,13 +178,13 @@ def measurement(contender: Contender, method: str, project: Path, evaluation: Pe
     }
 
 
-def perplexity(model: PreTrainedModel, evaluation: Perplexity) -> float:
+def perplexity(model: PreTrainedModel, evaluation: Evaluation) -> float:
     """Of a model whoever pruned it, by our own protocol."""
-    texts = texts_of(TEXT / "evaluation" / f"{evaluation.corpus}.jsonl")
+    name, windows = next(iter(evaluation.corpora.items()))
     tokenizer = load_tokenizer(BASE)
     bos = decide(BosSetting.AUTO, tokenizer, "bos")
-    windows = cut_windows(texts, tokenizer, evaluation.window_length, evaluation.windows, bos)
-    return window_losses(model.eval(), windows).perplexity
+    corpus = read_corpus(name, TEXT / "evaluation" / f"{name}.jsonl", windows, tokenizer, bos)
+    return math.exp(mean(window_losses(model.eval(), corpus.windows)))
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> str:
@@ -202,15 +203,16 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def note(rows: list[dict[str, Any]], evaluation: Perplexity) -> str:
+def note(rows: list[dict[str, Any]], evaluation: Evaluation) -> str:
     """What the numbers are, in a line."""
     base = Checkpoint(BASE).provenance
     name = Path(base.get("file", base["name"])).name
     windows, length = load_file(WINDOWS)["windows"].shape
     runs = max(row["asked"]["repeat"] for row in rows) + 1
+    text, scored = next(iter(evaluation.corpora.items()))
     return (
-        f"{name}, 50% unstructured; calibration of {windows} windows of {length} tokens; perplexity on {evaluation.windows or 'all'} "
-        f"windows of {evaluation.window_length} tokens of {evaluation.corpus.title()}. Seconds are those of loading, pruning and "
+        f"{name}, 50% unstructured; calibration of {windows} windows of {length} tokens; perplexity on {scored.windows or 'all'} "
+        f"windows of {scored.window_length} tokens of {text.title()}. Seconds are those of loading, pruning and "
         "writing, without imports; peak memory is anonymous memory (not mapped files) above that of a process that only imports torch "
         f"and transformers. {'One run' if runs == 1 else f'Medians of {runs} runs'} on {cpu_name()}, {torch.get_num_threads()} threads, in "
         f"float32; {stacks(rows)}."

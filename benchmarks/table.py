@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks.markers import write_between
 from stages.bos import words
+from stages.evaluation.measurement import from_rows
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
-from stages.release.card import plus_minus
 
-README = Path("README.md")
+README, MEASUREMENTS = Path("README.md"), "details/measurements.json"
 MODEL = "SmolLM2-135M-Instruct (a 4-bit GGUF file, Q4_1, dequantised to bfloat16)"
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of results -->"
 POINTS = (
@@ -62,12 +62,12 @@ def the_default_afterwards() -> Iterator[None]:
 
 def row(point: str) -> dict[str, Any]:
     """What the workspace holds after a point was run."""
-    (frontier,) = read_json(SPARSE_RESULTS / "frontier.json")
+    frontier, *_ = read_json(SPARSE_RESULTS / "frontier.json")
     return {
         **frontier,
         "command": " ".join(command(point)),
-        "metrics": read_json(SPARSE_RESULTS / "metrics.json"),
-        "dense": read_json(DENSE_RESULTS / "metrics.json"),
+        "measured": [one for one in read_json(SPARSE_RESULTS / MEASUREMENTS) if one["name"] in (frontier["corpus"], "tasks")],
+        "dense": [one for one in read_json(DENSE_RESULTS / MEASUREMENTS) if one["name"] in (frontier["corpus"], "tasks")],
         "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
         "prune": read_json(PRUNE_RESULTS / "provenance.json"),
     }
@@ -75,25 +75,26 @@ def row(point: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a point, the dense model first, and what the numbers are."""
-    dense, protocol, prune = rows[0]["dense"], rows[0]["protocol"], rows[0]["prune"]
+    protocol, prune = rows[0]["protocol"], rows[0]["prune"]
+    dense = {measured.metric: measured for measured in from_rows(rows[0]["dense"])}
+    corpus, windows = next(iter(protocol["corpora"].items()))
     scored = protocol["evaluation"]["rows"]
     lines = [
-        "| method | pattern | sparsity | perplexity | over dense | mean accuracy | seconds | peak memory | command |",
-        "|---|---|---|---|---|---|---|---|---|",
-        f"| dense | | 0 | {plus_minus(dense, 'perplexity', 2)} | 1 | {plus_minus(dense, 'accuracy_mean', 3)} | | | |",
+        "| method | pattern | sparsity | perplexity | over dense | KLD | mean accuracy | over dense | seconds | peak memory | command |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| dense | | 0 | {dense['perplexity'].shown(2)} | 1 | 0 | {dense['accuracy'].shown(3)} | 0 | | | |",
     ]
     for point in rows:
-        metrics, run = point["metrics"], point["prune"]
-        lines.append(
-            f"| {point['method']} | {point['pattern']} | {point['sparsity']:.3g} | {plus_minus(metrics, 'perplexity', 2)} "
-            f"| {plus_minus(metrics, 'perplexity_ratio', 2)} | {plus_minus(metrics, 'accuracy_mean', 3)} | {run['seconds']:.0f} "
-            f"| {run['peak_memory_gib']:.2f} GiB | `{point['command']}` |"
-        )
+        measured, run = {one.metric: one for one in from_rows(point["measured"])}, point["prune"]
+        numbers = [measured[metric].shown(digits) for metric, digits in (("perplexity", 2), ("perplexity_ratio", 2), ("mean_kld", 3))]
+        accuracy = measured["accuracy"]
+        numbers += [accuracy.shown(3), accuracy.difference.shown(3), f"{run['seconds']:.0f}", f"{run['peak_memory_gib']:.2f} GiB"]
+        lines.append(f"| {point['method']} | {point['pattern']} | {point['sparsity']:.3g} | {' | '.join(numbers)} | `{point['command']}` |")
     return "\n".join(lines) + (
-        f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity on {protocol['tokens']} tokens of "
-        f"{protocol['corpus'].title()} in windows of {protocol['window_length']}{words(protocol.get('bos'))}; nine zero-shot "
-        f"tasks, {scored} rows "
-        "of each, so the accuracies tell little apart. ± is one standard error over windows or rows, not over calibration seeds. "
+        f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity and Kullback-Leibler divergence "
+        f"from the dense model (KLD) on {windows['tokens']} tokens of {corpus.title()} in windows of "
+        f"{windows['window_length']}{words(protocol['bos'])}; nine zero-shot tasks, {scored} rows of each; accuracy over dense is the "
+        "difference on the same rows. ± is one standard error over windows or rows, clustered by document, not over calibration seeds. "
         f"Seconds and peak memory are those of pruning, on {prune['device']}, in {prune['dtype']}."
     )
 

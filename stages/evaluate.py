@@ -1,11 +1,12 @@
-"""Evaluate the dense or the pruned model: perplexity, zero-shot tasks, generations.
+"""Evaluate the dense, the pruned or the quantised model: perplexity, divergence, zero-shot tasks, generations.
 
-python -m stages.evaluate part=dense|sparse
+python -m stages.evaluate part=dense|sparse|quantised
 """
 
 import hashlib
 import logging
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,15 +26,16 @@ from stages.config.entry import stage
 from stages.evaluation.documents import read_corpus
 from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import FEW_SHOT, WholeModel, zero_shot
-from stages.evaluation.metric import Corpus
+from stages.evaluation.measurement import as_rows
+from stages.evaluation.metric import Corpus, Metric, Observed
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.protocol import CorpusProtocol, Protocol, TaskProtocol, versions, write_protocol
 from stages.evaluation.results import Results, Samples, results_of
-from stages.evaluation.scoring import DENSE, StreamedModels
-from stages.evaluation.section import Evaluation
+from stages.evaluation.scoring import DENSE, StreamedModels, Variants
+from stages.evaluation.section import Evaluation, Ruler
 from stages.evaluation.streamed import StreamedHarness
 from stages.evaluation.tasks import TASKS, read_task
-from stages.files import BASE, DENSE_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, scratch_directory, sha256, write_json
+from stages.files import BASE, DENSE_RESULTS, RULER_RESULTS, SPARSE, SPARSE_RESULTS, TEXT, replacing, scratch_directory, sha256, write_json
 from stages.rows import Row
 from stages.streaming.decoder import Decoder
 
@@ -43,11 +45,13 @@ log = logging.getLogger(__name__)
 TRACKED = ("evaluation", *(f"environment.{library}" for library in ("torch", "transformers", "tokenizers", "datasets", "lm_eval")))
 
 
-@stage(parts={"dense": TRACKED, "sparse": TRACKED})
-def main(part: str, evaluation: Evaluation) -> None:
+@stage(parts={"dense": TRACKED, "sparse": TRACKED, "quantised": ("ruler", *TRACKED)})
+def main(part: str, evaluation: Evaluation, ruler: Ruler | None = None) -> None:
     stopwatch = record.Stopwatch()
     setup = prepare(evaluation)
-    if part == "dense":
+    if ruler is not None:
+        evaluate_quantised(setup, ruler.types, stopwatch)
+    elif part == "dense":
         evaluate_dense(setup, stopwatch)
     else:
         evaluate_sparse(setup, stopwatch)
@@ -163,6 +167,25 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
         write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
 
 
+def evaluate_quantised(setup: Setup, types: list[str], stopwatch: record.Stopwatch) -> None:
+    """Score the base quantised to each type on the corpora, side by side with the dense model; the tasks are left out."""
+    from stages.evaluation.comparison import read_dense
+    from stages.evaluation.quantisation import Quantiser
+
+    dense, rows = read_dense(DENSE_RESULTS, setup.protocol()), []
+    metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
+    decoder = Decoder(setup.base, setup.dtype, setup.device)
+    quantisers = {name: Quantiser.for_decoder(decoder, name) for name in types}
+    observed = observe(setup, decoder, {DENSE: None, **quantisers}, metrics) if types else {}
+    for name, quantiser in quantisers.items():
+        results, facts = results_of(setup.corpora, observed[name], metrics, {}, [], dense), {"type": name}
+        rows += [{**row, **facts, "bytes_per_weight": quantiser.bytes_per_weight} for row in as_rows(results.measurements)]
+        log.info("%s, %.3f bytes a weight: perplexity %s", name, quantiser.bytes_per_weight, results.measurements[0].shown(3))
+    with replacing(RULER_RESULTS) as directory:
+        write_json(directory / "measurements.json", rows)
+        write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
+
+
 def write(directory: Path, setup: Setup, results: Results, *, delta: str | None, stopwatch: record.Stopwatch) -> None:
     """Write the files that both models' results have; `delta` is the delta's fingerprint, None for the dense model."""
     details = directory / "details"
@@ -182,19 +205,28 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None) -> Results:
     evaluation, name = setup.evaluation, DENSE if dense is None else "sparse"
     metrics = [METRICS[metric] for metric in evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
     variants = {DENSE: None} if any(metric.needs_dense for metric in metrics) else {}
-    DENSE_RESULTS.parent.mkdir(exist_ok=True)
-    with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
-        models = StreamedModels(decoder=Decoder(setup.base, setup.dtype, setup.device), variants={**variants, name: apply}, scratch=scratch)
-        longest = max(corpus.windows.shape[1] for corpus in setup.corpora)
-        with devices.gpu_memory("evaluation.corpora", longest):
-            observed = models.observe(setup.corpora, metrics)[name]
-        samples, generations = (score_streamed if evaluation.streamed else score_whole)(setup, apply, scratch)
+    observed = observe(setup, Decoder(setup.base, setup.dtype, setup.device), {**variants, name: apply}, metrics)[name]
+    with scratch() as scratch_files:
+        samples, generations = (score_streamed if evaluation.streamed else score_whole)(setup, apply, scratch_files)
     results = results_of(setup.corpora, observed, metrics, samples, generations, dense)
     perplexities = {measured.name: measured.shown(3) for measured in results.measurements if measured.metric == "perplexity"}
     for corpus in setup.corpora:
         facts = (corpus.name, perplexities[corpus.name], *corpus.windows.shape, setup.bos.words)
         log.info("perplexity on %s: %s on %d windows of %d tokens%s", *facts)
     return results
+
+
+def observe(setup: Setup, decoder: Decoder, variants: Variants, metrics: list[Metric]) -> dict[str, dict[str, Observed]]:
+    """Run models over the corpora side by side; see StreamedModels.observe."""
+    longest = max(corpus.windows.shape[1] for corpus in setup.corpora)
+    with scratch() as scratch_files, devices.gpu_memory("evaluation.corpora", longest):
+        return StreamedModels(decoder=decoder, variants=variants, scratch=scratch_files).observe(setup.corpora, metrics)
+
+
+def scratch() -> AbstractContextManager[Path]:
+    """A directory for hidden states and the rows of tasks; /tmp may be memory."""
+    DENSE_RESULTS.parent.mkdir(exist_ok=True)
+    return scratch_directory(DENSE_RESULTS.with_name("evaluation"))
 
 
 def score_whole(setup: Setup, apply: Apply | None, scratch: Path) -> tuple[Samples, list[dict[str, str]]]:

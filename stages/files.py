@@ -27,6 +27,7 @@ PRUNE_JOURNAL = Path("artifacts/.prune")
 PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")
+RULER_RESULTS = Path("results/ruler")
 RELEASE = Path("release")
 
 

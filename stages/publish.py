@@ -12,6 +12,7 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
 from stages.config.entry import stage
 from stages.config.environment import Environment
+from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
 from stages.release.card import write_card
@@ -56,7 +57,7 @@ def provenance(recipe: Recipe, records: Records) -> dict[str, Any]:
         "calibration": records.calibration,
         "recipe": recipe.as_dict(),
         "prune": records.run,
-        "evaluation": {"protocol": records.protocol, "dense": records.dense, "sparse": records.sparse},
+        "evaluation": {"protocol": records.protocol, "dense": as_rows(records.dense), "sparse": as_rows(records.sparse)},
         "publish": {"code": record.code_revision(), "versions": record.versions()},
     }
 

@@ -4,13 +4,15 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from benchmarks.whole_model import window_losses
 from stages.bos import Bos, decide
 from stages.calibration.samplers import Window, packed
 from stages.errors import ConfigError
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import WholeModel
-from stages.evaluation.perplexity import cut_windows, window_losses
-from stages.evaluation.streamed import StreamedHarness, StreamedModel
+from stages.evaluation.scoring import StreamedModels
+from stages.evaluation.streamed import StreamedHarness
+from stages.evaluation.windows import cut_corpus
 from tests import tiny
 from tests.evaluation.test_harness import CPU, dense
 
@@ -90,10 +92,10 @@ def test_windows_of_perplexity_begin_with_bos_and_score_every_token_of_the_text(
     texts, length = tiny.sentences(4, seed=0), 16
     plain = tiny.tokenizer()("\n\n".join(texts))["input_ids"]
     for made in (tokenizer(), tokenizer(adds=True)):
-        windows = cut_windows(texts, made, length, None, BEGUN)
+        windows = cut_corpus("news", texts, made, length, None, BEGUN).windows
         assert windows[:, 0].tolist() == [BOS] * len(windows)
         assert windows[:, 1:].flatten().tolist() == plain[: len(windows) * (length - 1)]
-    as_published = cut_windows(texts, tokenizer(adds=True), length, None, tiny.NO_BOS)
+    as_published = cut_corpus("news", texts, tokenizer(adds=True), length, None, tiny.NO_BOS).windows
     assert as_published.flatten().tolist() == [BOS, *plain][: as_published.numel()]
 
 
@@ -106,7 +108,7 @@ def test_the_loss_with_bos_is_lm_evals_rolling_likelihood(base, adds):
     assert harness.prefix_token_id == BOS
     assert len(tokens) < harness.max_length
     (rolling,) = harness.loglikelihood_rolling([Request(text)], disable_tqdm=True)
-    (loss,) = window_losses(model, torch.tensor([BEGUN.begin(tokens)])).losses
+    (loss,) = window_losses(model, torch.tensor([BEGUN.begin(tokens)]))
     assert loss * len(tokens) == pytest.approx(-rolling, rel=1e-5)
 
 
@@ -123,7 +125,7 @@ def test_tasks_are_encoded_with_one_bos_whole_and_streamed(base, tmp_path, adds)
     from stages.streaming.decoder import Decoder
 
     whole = WholeModel(BEGUN, pretrained=dense(base), tokenizer=tokenizer(adds=adds), batch_size=1)
-    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path)
+    streamed = StreamedModels(decoder=Decoder(base, torch.float32, CPU), variants={"scored": None}, scratch=tmp_path)
     plain = tiny.tokenizer()("river stone")["input_ids"]
     for harness in (whole, StreamedHarness(streamed, tokenizer(adds=adds), BEGUN, batch_size=1)):
         assert harness.tok_encode("river stone") == [BOS, *plain]

@@ -151,7 +151,10 @@ def test_the_two_protocols_differ_in_the_delta_alone(root):
             {"corpora": {"articles": replace(WINDOWS, window_length=32)}},
             "corpora.articles.window_length: 64 against 32; corpora.articles.tokens: 256 against 128; corpora.articles.windows_sha256: ",
         ),
-        ({"corpora": {"articles": replace(WINDOWS, windows=5)}}, "corpora.articles.windows: 4 against 5; corpora.articles.tokens: 256 against"),
+        (
+            {"corpora": {"articles": replace(WINDOWS, windows=5)}},
+            "corpora.articles.windows: 4 against 5; corpora.articles.tokens: 256 against",
+        ),
         ({"corpora": {"others": WINDOWS}}, r"corpora.articles: {.*} against None; corpora.others: None against {"),
         ({"metrics": ["perplexity"]}, r"metrics: \['perplexity', 'divergence'\] against \['perplexity'\]"),
         ({"rows": 3}, "tasks.boolq.rows: 4 against 3; tasks.piqa.rows: 4 against 3"),

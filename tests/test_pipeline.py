@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -84,7 +85,9 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
     assert header.split()[:4] == ["experiment", "method", "pattern", "sparsity"]
     sparser = next(row for row in rows if "0.75" in row)
     metrics = json.loads((project.root / "results/sparse/metrics.json").read_text())
-    assert f"{metrics['perplexity']:.2f} ± {metrics['perplexity_stderr']:.2f}" in sparser
+    scores = metrics["corpora"]["tiny_articles"]
+    assert f"{scores['perplexity']:.2f} ± {scores['perplexity_stderr']:.2f}" in sparser
+    assert f"{scores['mean_kld']:.3f} ± {scores['mean_kld_stderr']:.3f}" in sparser
     line = sparser[sparser.index("dvc exp run") :]
     assert "pattern.sparsity=0.75" in line
     assert project.stages_run(*shlex.split(line)[1:]) == []
@@ -108,7 +111,7 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
         ("stages/calibration/samplers.py", {"sample"}),
         ("stages/pruning/scores/wanda.py", {"prune", "publish"}),
         ("stages/pruning/block_loop.py", {"prune"}),
-        ("stages/evaluation/perplexity.py", set(EVALUATIONS)),
+        ("stages/evaluation/metrics/perplexity.py", set(EVALUATIONS)),
         ("stages/evaluation/comparison.py", {"evaluate_sparse"}),
         ("stages/release/card.py", {"publish"}),
         ("stages/checkpoint/delta.py", {"prune", "evaluate_sparse", "publish"}),
@@ -167,7 +170,10 @@ def test_another_version_of_a_library_is_another_result_and_is_not_computed_by_t
     ("override", "message"),
     [
         ("pattern.sparsity=1.5", "pattern.sparsity: found 1.5, wanted a fraction of zeros"),
-        ("evaluation.perplexity.corpus=boolq", "evaluation.perplexity.corpus"),
+        (
+            "+evaluation.corpora.boolq={window_length:64,windows:4,evenly:false}",
+            "evaluation.corpora: found 'boolq', wanted a corpus of rows",
+        ),
         ("publish.name=${oc.env:HOME}", "publish.name: found '${oc.env:HOME}', wanted a plain value"),
     ],
 )
@@ -230,10 +236,18 @@ def test_the_release_is_a_plain_checkpoint_that_is_as_sparse_as_asked(project):
     assert set(sums) == {path.name for path in release.iterdir()} - {"SHA256SUMS"}
 
 
-def test_metrics_are_flat_and_finite(project):
+def test_metrics_are_finite_numbers_by_corpus_and_task(project):
     metrics = json.loads((project.root / "results/sparse/metrics.json").read_text())
-    assert all(isinstance(value, float) for value in metrics.values())
-    assert {"perplexity", "perplexity_stderr", "perplexity_ratio", "accuracy_mean", "boolq", "boolq_stderr"} <= set(metrics)
+    assert {section: list(names) for section, names in metrics.items()} == {
+        "corpora": ["tiny_articles"],
+        "tasks": ["boolq", "piqa"],
+        "mean": ["tasks"],
+    }
+    numbers = [number for names in metrics.values() for values in names.values() for number in values.values()]
+    assert all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+    assert {"perplexity", "perplexity_stderr", "perplexity_ratio", "dense_perplexity", "mean_kld"} <= set(
+        metrics["corpora"]["tiny_articles"]
+    )
     prune = json.loads((project.root / "results/prune/metrics.json").read_text())
     assert set(prune) == {"sparsity", "relative_error", "relative_error_held_out", "seconds", "peak_memory_gib"}
 

@@ -27,6 +27,7 @@ from stages.config.compose import composed, read
 from stages.config.environment import Environment, installed
 from stages.config.params import CONF
 from stages.errors import CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
+from stages.evaluation.measurement import Difference, Kind, Measurement, as_rows
 from stages.evaluation.protocol import versions
 from stages.files import (
     BASE,
@@ -70,7 +71,8 @@ EVALUATION = {
     "device": "auto",
     "dtype": "auto",
     "bos": "auto",
-    "perplexity": {"corpus": "news", "window_length": 64, "windows": 4, "evenly": False},
+    "corpora": {"news": {"window_length": 64, "windows": 4, "evenly": False}},
+    "metrics": ["perplexity"],
     "tasks": ["boolq"],
     "rows": 20,
     "batch_size": 4,
@@ -116,47 +118,49 @@ def prune_by_hand(*overrides: str) -> SparseDelta:
     return SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
 
 
+def measurements(part: str, perplexity: float) -> list[Measurement]:
+    """Of perplexity, a task, and the mean of tasks."""
+    corpus = {"kind": Kind.CORPUS, "name": "news", "count": 252, "counted": "tokens", "clusters": 4}
+    task = {"kind": Kind.TASK, "name": "boolq", "metric": "acc", "label": "accuracy", "count": 20, "counted": "rows", "clusters": 1}
+    mean = {**task, "kind": Kind.MEAN, "name": "tasks", "metric": "accuracy", "label": "mean accuracy, every task alike"}
+    if part == "dense":
+        first = Measurement(**corpus, metric="perplexity", label="perplexity", value=perplexity, stderr=1.0)
+        return [first, Measurement(**task, value=0.5, stderr=0.1), Measurement(**mean, value=0.5, stderr=0.1)]
+    there = read_json(DENSE_RESULTS / "details/measurements.json")[0]["value"]
+    ratio, equal = perplexity / there, Difference(value=0.0)
+    return [
+        Measurement(**corpus, metric="perplexity", label="perplexity", value=perplexity, stderr=1.0, dense=there),
+        Measurement(**corpus, metric="perplexity_ratio", label="perplexity over dense", value=ratio, stderr=0.05),
+        Measurement(**corpus, metric="perplexity_ln_ratio", label="ln", value=math.log(ratio), stderr=0.05 / ratio),
+        Measurement(**task, value=0.5, stderr=0.1, dense=0.5, difference=equal),
+        Measurement(**mean, value=0.5, stderr=0.1, dense=0.5, difference=equal),
+    ]
+
+
 def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATION) -> None:
     """What the evaluate stage leaves."""
     directory, base = DENSE_RESULTS if part == "dense" else SPARSE_RESULTS, Checkpoint(BASE).fingerprint
     delta = SparseDelta(SPARSE, base).fingerprint if part == "sparse" else None
-    corpus, length = evaluation["perplexity"]["corpus"], evaluation["perplexity"]["window_length"]
+    windows = {"window_length": evaluation["corpora"]["news"]["window_length"], "windows": 4, "tokens": 256, "windows_sha256": "w"}
     protocol = {
         "evaluation": evaluation,
         "delta": delta,
         "base": base,
         "tokenizer_sha256": "t",
         "bos": None,
-        "corpus": corpus,
-        "corpus_sha256": corpus,
-    }
-    protocol |= {
-        "bos": None,
-        "corpus_sha256": corpus,
-        "window_length": length,
-        "windows": 4,
-        "tokens": 256,
-        "windows_sha256": "w",
+        "corpora": {"news": {"sha256": "news", **windows}},
+        "metrics": ["perplexity"],
+        "tasks": {"boolq": {"rows": 20, "sha256": "boolq", "few_shot": 0, "metrics": ["acc"]}},
+        "prompts": ["river stone"],
+        "new_tokens": 3,
         "dtype": "float32",
         "versions": versions(),
     }
-    protocol |= {
-        "tasks": {"boolq": {"rows": 20, "sha256": "boolq", "few_shot": 0, "metric": "acc"}},
-        "prompts": ["river stone"],
-        "new_tokens": 3,
-    }
-    metrics = {"perplexity": perplexity, "perplexity_stderr": 1.0, "boolq": 0.5, "boolq_stderr": 0.1}
-    metrics |= {"accuracy_mean": 0.5, "accuracy_mean_stderr": 0.1}
-    if part == "sparse":
-        ratio = perplexity / read_json(DENSE_RESULTS / "metrics.json")["perplexity"]
-        metrics |= {"perplexity_ratio": ratio, "perplexity_ratio_stderr": 0.05}
-        metrics |= {"perplexity_ln_ratio": math.log(ratio), "perplexity_ln_ratio_stderr": 0.05 / ratio, "accuracy_mean_difference": 0.0}
-        metrics |= {"dense_perplexity": read_json(DENSE_RESULTS / "metrics.json")["perplexity"]}
-    (directory / "details").mkdir(parents=True, exist_ok=True)
-    write_json(directory / "metrics.json", metrics)
     counts = {"rows": 20, "clusters": 1, "lost": 2, "gained": 2, "p_value": 1.0}
     apart = {"dense": 0.5, "sparse": 0.5, "difference": 0.0, "stderr": None, "low": None, "high": None}
-    write_json(directory / "details/paired.json", [{"task": "boolq", **counts, **apart}])
+    (directory / "details").mkdir(parents=True, exist_ok=True)
+    write_json(directory / "details/measurements.json", as_rows(measurements(part, perplexity)))
+    write_json(directory / "details/paired.json", [{"task": "boolq", "metric": "acc", **counts, **apart}])
     write_json(directory / "details/protocol.json", protocol)
     write_json(directory / "details/generations.json", [{"prompt": "river stone", "raw_dense": "lamp", "raw_sparse": "lamp lamp"}])
 
@@ -297,19 +301,18 @@ def test_results_of_the_delta_before_are_refused_and_after_another_evaluation_th
             "results/dense/details/protocol.json: found results of delta f{12}, wanted None; run python -m stages.evaluate part=dense",
         ),
         (
-            lambda: evaluate(
-                "dense", 20.0, {**EVALUATION, "perplexity": {"corpus": "news", "window_length": 32, "windows": 4, "evenly": False}}
-            ),
+            lambda: evaluate("dense", 20.0, {**EVALUATION, "corpora": {"news": {"window_length": 32, "windows": 4, "evenly": False}}}),
             rf"{DENSE_RESULTS}/details/protocol.json and {SPARSE_RESULTS}/details/protocol.json are not of the same protocol, "
-            "wanted equal values of window_length: 32 against 64; run python -m stages.evaluate part=dense",
+            "wanted equal values of corpora.news.window_length: 32 against 64; run python -m stages.evaluate part=dense",
         ),
         (
-            lambda: edit(DENSE_RESULTS / "details/protocol.json", tokens=3),
-            "wanted equal values of tokens: 3 against 256; run python -m stages.evaluate part=dense",
+            lambda: edit(DENSE_RESULTS / "details/protocol.json", new_tokens=4),
+            "wanted equal values of new_tokens: 4 against 3; run python -m stages.evaluate part=dense",
         ),
         (
             lambda: evaluate("dense", 21.0),
-            rf"{SPARSE_RESULTS}/metrics.json: found dense_perplexity 20.0, wanted 21.0; run python -m stages.evaluate part=sparse",
+            rf"{SPARSE_RESULTS}/details/measurements.json: found news compared with a perplexity of 20.0, wanted 21.0; "
+            "run python -m stages.evaluate part=sparse",
         ),
         (
             lambda: edit(TEXT / "provenance.json", files={"calibration/pages.jsonl": {"sha256": "other"}}),

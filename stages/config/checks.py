@@ -4,11 +4,12 @@ from typing import Any
 
 from stages.calibration import section as calibration
 from stages.evaluation import section as evaluation
+from stages.evaluation.quantisation import TYPES
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.judged import judged_choices
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import Propagation
-from stages.schema import require
+from stages.schema import require, require_one_of
 from stages.sources.readers import READERS
 
 
@@ -20,6 +21,8 @@ def check_together(sections: dict[str, Any]) -> None:
     """
     _check_text(sections)
     _check_pruning(sections)
+    for name in sections["ruler"].types:
+        require_one_of("ruler.types", name, TYPES)
 
 
 def _check_text(sections: dict[str, Any]) -> None:

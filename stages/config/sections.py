@@ -32,6 +32,7 @@ SECTIONS = {
     "reconstruction": "stages.pruning.reconstructions:RECONSTRUCTIONS",
     "prune": "stages.pruning.section:Prune",
     "evaluation": "stages.evaluation.section:Evaluation",
+    "ruler": "stages.evaluation.section:Ruler",
     "publish": "stages.release.section:Publish",
 }
 

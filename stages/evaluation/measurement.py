@@ -36,6 +36,10 @@ class Difference:
     low: float | None = None
     high: float | None = None
 
+    def shown(self, digits: int) -> str:
+        """The value, signed, with its standard error where that is known: "+0.010 ± 0.020"."""
+        return f"{self.value:+.{digits}f}" + ("" if self.stderr is None else f" ± {self.stderr:.{digits}f}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -65,6 +69,11 @@ class Measurement:
     better: Better | None = None
     dense: float | None = None
     difference: Difference | None = None
+
+    @property
+    def key(self) -> tuple[Kind, str, str]:
+        """What it is of, and its metric."""
+        return self.kind, self.name, self.metric
 
     def shown(self, digits: int) -> str:
         """The value with its standard error, where that is known: "31.68 ± 0.42"."""
@@ -112,11 +121,6 @@ def from_rows(rows: list[dict[str, Any]]) -> list[Measurement]:
     """What as_rows gave.
 
     Raises:
-        TypeError: a row has other keys.
+        TypeError, KeyError: a row has other keys.
     """
-    return [
-        Measurement(**{**row, "difference": None if row["difference"] is None else Difference(**row["difference"])})
-        if "difference" in row
-        else Measurement(**row)
-        for row in rows
-    ]
+    return [Measurement(**{**row, "difference": row["difference"] and Difference(**row["difference"])}) for row in rows]

@@ -73,6 +73,19 @@ class Evaluation:
         require(not (self.streamed and prompts), f"{key}.generations.prompts", prompts, wanted)
 
 
+@dataclass(kw_only=True, slots=True)
+class Ruler:
+    """The base quantised, as a ruler for what pruning does to it.
+
+    types: of llama.cpp, see stages/evaluation/quantisation.py; none: nothing is scored.
+    """
+
+    types: list[str]
+
+    def check(self, key: str) -> None:
+        require(len(set(self.types)) == len(self.types), f"{key}.types", self.types, "each type once")
+
+
 def check_text(evaluation: Evaluation, columns: Mapping[str, Collection[str] | None]) -> None:
     """Refuse a corpus or a task that is not fetched, or whose rows lack a column that is read, before anything is downloaded.
 

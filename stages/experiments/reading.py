@@ -9,11 +9,13 @@ import dvc.api
 from dvc.exceptions import DvcException
 
 from stages.errors import SparsesweepError
+from stages.evaluation.measurement import Kind, Measurement, from_rows
 from stages.files import PRUNE_RESULTS, SPARSE_RESULTS
 
 PARAMS = "params.yaml"
 METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
-PROTOCOL, POINT = str(SPARSE_RESULTS / "details/protocol.json"), str(SPARSE_RESULTS / "frontier.json")
+PROTOCOL, MEASUREMENTS = (str(SPARSE_RESULTS / "details" / name) for name in ("protocol.json", "measurements.json"))
+POINT = str(SPARSE_RESULTS / "frontier.json")
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 DIGITS = 40  # of a commit
 
@@ -23,18 +25,24 @@ class Experiment:
     """A pruned model that was evaluated.
 
     name: of the experiment; "workspace" for what lies in the workspace. revision: what git knows it by; None for the workspace.
-    params: the sections of params.yaml. metrics, prune_metrics: as the evaluate and the prune stage wrote them.
+    params: the sections of params.yaml. measurements, prune_metrics: as the evaluate and the prune stage wrote them.
     protocol: of its scores, with the keys that are not compared. method, pattern: what they are called in plots.
     """
 
     name: str
     revision: str | None
     params: dict[str, Any]
-    metrics: dict[str, float]
+    measurements: list[Measurement]
     prune_metrics: dict[str, float]
     protocol: dict[str, Any]
     method: str
     pattern: str
+
+    def measured(self, metric: str) -> Measurement | None:
+        """The measurement of a metric on the first corpus, or of the mean of the tasks; None if it was not made."""
+        corpus = next(iter(self.protocol["corpora"]))
+        keys = ((Kind.CORPUS, corpus, metric), (Kind.MEAN, "tasks", metric))
+        return next((measured for measured in self.measurements if measured.key in keys), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +89,21 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     if data is None:
         raise _Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
     try:
-        params, metrics, prune_metrics = (
+        params, _, prune_metrics = (
             data[kind][path]["data"] for kind, path in (("params", PARAMS), ("metrics", METRICS), ("metrics", PRUNE_METRICS))
         )
     except KeyError:
         raise _Unreadable("it has no results of prune and evaluate: it has not come that far, or they are on no remote") from None
-    (point,) = _read(POINT, revision)
+    point, *_ = _read(POINT, revision)
+    try:
+        measurements = from_rows(_read(MEASUREMENTS, revision))
+    except (TypeError, KeyError) as error:
+        raise _Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     return Experiment(
         name=name,
         revision=revision,
         params=params,
-        metrics=metrics,
+        measurements=measurements,
         prune_metrics=prune_metrics,
         protocol=_read(PROTOCOL, revision),
         method=point["method"],

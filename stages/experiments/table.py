@@ -1,16 +1,31 @@
 """The table of experiments for the terminal: best first, and only what one protocol scored together."""
 
+import math
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from tabulate import tabulate
 
+from stages.evaluation.measurement import Measurement
 from stages.evaluation.protocol import NOT_COMPARED, differences
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
-from stages.release.card import plus_minus, scored_text
+from stages.release.card import scored_text
 
-COLUMNS = ("experiment", "method", "pattern", "sparsity", "perplexity", "over dense", "accuracy", "against dense", "seconds", "command")
+COLUMNS = (
+    "experiment",
+    "method",
+    "pattern",
+    "sparsity",
+    "perplexity",
+    "over dense",
+    "mean KLD",
+    "accuracy",
+    "against dense",
+    "seconds",
+    "command",
+)
 SHORT = 12  # characters of a hash that are shown
 
 
@@ -27,11 +42,12 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
         reason = (
             "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(_compared(first), _compared(own)))}"
         )
-        best_first = sorted(group, key=lambda experiment: experiment.metrics["perplexity"])
+        best_first = sorted(group, key=_perplexity)
         rows = [row(experiment, commands=commands) for experiment in best_first]
         headers = COLUMNS if commands else COLUMNS[:-1]
-        dense = f"the dense model has {group[0].metrics['dense_perplexity']:.2f}"
-        pieces.append(f"{title(group[0])}; {dense}{reason}\n\n{tabulate(rows, headers, disable_numparse=True)}\n")
+        perplexity = group[0].measured("perplexity")
+        dense = "" if perplexity is None or perplexity.dense is None else f"; the dense model has {perplexity.dense:.2f}"
+        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{tabulate(rows, headers, disable_numparse=True)}\n")
     if not experiments:
         pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
     pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
@@ -42,7 +58,7 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
     """The experiments that may be compared with each other, the largest group first; each result once, by its newest experiment."""
     newest: dict[str, Experiment] = {}
     for experiment in experiments:
-        newest.setdefault(repr((experiment.params, experiment.metrics, experiment.prune_metrics)), experiment)
+        newest.setdefault(repr((experiment.params, experiment.measurements, experiment.prune_metrics)), experiment)
     ordered = sorted(newest.values(), key=lambda one: repr(_compared(one.protocol)))
     groups = [list(group) for _, group in groupby(ordered, key=lambda one: _compared(one.protocol))]
     return sorted(groups, key=len, reverse=True)
@@ -53,27 +69,42 @@ def title(experiment: Experiment) -> str:
     protocol, base = experiment.protocol, experiment.params["base"]
     name = next((base[key] for key in ("name", "repo", "path") if base.get(key)), "an unnamed base")
     tasks = [f"{task} ({facts['rows']})" for task, facts in protocol["tasks"].items()]
-    return f"{name}; perplexity on {scored_text(protocol)}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+    corpora = " and ".join(scored_text(protocol, corpus) for corpus in protocol["corpora"])
+    return f"{name}; perplexity on {corpora}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
 
 
 def row(experiment: Experiment, *, commands: bool) -> list[str]:
     """The cells of an experiment."""
-    metrics, prune_metrics = experiment.metrics, experiment.prune_metrics
+    accuracy = experiment.measured("accuracy")
     cells = [
         experiment.name,
         experiment.method,
         experiment.pattern,
-        f"{prune_metrics['sparsity']:.3g}",
-        _plus_minus(metrics, "perplexity", 2),
-        _plus_minus(metrics, "perplexity_ratio", 3),
-        _plus_minus(metrics, "accuracy_mean", 3),
-        _plus_minus(metrics, "accuracy_mean_difference", 3),
-        f"{prune_metrics['seconds']:.0f}",
+        f"{experiment.prune_metrics['sparsity']:.3g}",
+        *(_cell(experiment.measured(metric), digits) for metric, digits in (("perplexity", 2), ("perplexity_ratio", 3), ("mean_kld", 3))),
+        _cell(accuracy, 3),
+        _difference(accuracy),
+        f"{experiment.prune_metrics['seconds']:.0f}",
     ]
     if not commands:
         return cells
     apply = "" if experiment.revision is None else f"; dvc exp apply {experiment.name}"
     return [*cells, command(experiment.params) or f"(conf/ composes it no more{apply})"]
+
+
+def _perplexity(experiment: Experiment) -> float:
+    measured = experiment.measured("perplexity")
+    return math.inf if measured is None else measured.value
+
+
+def _cell(measured: Measurement | None, digits: int) -> str:
+    """A value and its standard error, without its unit, or nothing."""
+    return "" if measured is None else replace(measured, unit="").shown(digits)
+
+
+def _difference(measured: Measurement | None) -> str:
+    """The paired difference to the dense model, with its standard error where that is known."""
+    return "" if measured is None or measured.difference is None else measured.difference.shown(3)
 
 
 def said(differing: dict[str, tuple[Any, Any]]) -> str:
@@ -88,10 +119,3 @@ def _compared(protocol: dict[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     """A value in few words; hashes are cut."""
     return value[:SHORT] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def _plus_minus(metrics: dict[str, float], key: str, digits: int) -> str:
-    """A value with its standard error, as far as they are known."""
-    if key not in metrics:
-        return ""
-    return plus_minus(metrics, key, digits) if f"{key}_stderr" in metrics else f"{metrics[key]:.{digits}f}"

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
+from stages.evaluation.measurement import Kind
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
 from stages.pruning.reconstructions import RECONSTRUCTIONS
@@ -25,13 +26,17 @@ HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0"
 def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
     """The card's YAML: licence and base model as the base states them, the measured results as a model index."""
     protocol, base = records.protocol, records.base
-    perplexity = EvalResult(
-        task_type="text-generation",
-        dataset_type=protocol["corpus"],
-        dataset_name=scored_text(protocol),
-        metric_type="perplexity",
-        metric_value=round(records.sparse["perplexity"], 4),
-    )
+    perplexities = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=measured.name,
+            dataset_name=scored_text(protocol, measured.name),
+            metric_type="perplexity",
+            metric_value=round(measured.value, 4),
+        )
+        for measured in records.sparse
+        if measured.metric == "perplexity"
+    ]
     tasks = [
         EvalResult(
             task_type="text-generation",
@@ -58,7 +63,7 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
             "sparsesweep",
         ],
         model_name=name,
-        eval_results=[perplexity, *tasks],
+        eval_results=[*perplexities, *tasks],
     )
 
 
@@ -162,33 +167,35 @@ def errors(summary: dict[str, float]) -> str:
 # What came of it.
 
 
-def scored_text(protocol: dict[str, Any]) -> str:
+def scored_text(protocol: dict[str, Any], corpus: str) -> str:
     """The text of the perplexity: corpus, tokens, windows, and whether each begins with BOS."""
-    return f"{protocol['corpus']}, {protocol['tokens']} tokens in windows of {protocol['window_length']}{words(protocol['bos'])}"
-
-
-def plus_minus(metrics: dict[str, float], key: str, digits: int, sign: str = "-") -> str:
-    """A value and its standard error. sign: "+" writes that of values above 0, too."""
-    return f"{metrics[key]:{sign}.{digits}f} ± {metrics[key + '_stderr']:.{digits}f}"
+    windows = protocol["corpora"][corpus]
+    return f"{corpus}, {windows['tokens']} tokens in windows of {windows['window_length']}{words(protocol['bos'])}"
 
 
 def results_table(records: Records) -> str:
     """Markdown: dense and sparse side by side, with standard errors."""
-    dense, sparse, protocol = records.dense, records.sparse, records.protocol
+    dense = {measured.key: measured for measured in records.dense}
+    sparse = {measured.key: measured for measured in records.sparse}
     lines = ["| | dense | sparse | sparse against dense |", "|---|---|---|---|"]
 
-    def row(label: str, key: str, digits: int, against: str) -> str:
-        cells = [plus_minus(model, key, digits) for model in (dense, sparse)]
-        return f"| {label} | {cells[0]} | {cells[1]} | {against} |"
+    def row(label: str, key: tuple[Kind, str, str], digits: int, against: str) -> None:
+        lines.append(f"| {label} | {dense[key].shown(digits)} | {sparse[key].shown(digits)} | {against} |")
 
-    times = f"× {plus_minus(sparse, 'perplexity_ratio', 3)}, ln {plus_minus(sparse, 'perplexity_ln_ratio', 3)}"
-    lines.append(row(f"perplexity, {scored_text(protocol)}", "perplexity", 2, times))
+    for corpus in records.protocol["corpora"]:
+        ratio, logarithm = (sparse[Kind.CORPUS, corpus, f"perplexity_{name}"] for name in ("ratio", "ln_ratio"))
+        label = f"perplexity, {scored_text(records.protocol, corpus)}"
+        row(label, (Kind.CORPUS, corpus, "perplexity"), 2, f"× {ratio.shown(3)}, ln {logarithm.shown(3)}")
+        for metric, label, digits in (("mean_kld", "mean KL divergence from dense", 4), ("same_top_p", "same likeliest token as dense", 1)):
+            measured = sparse.get((Kind.CORPUS, corpus, metric))
+            if measured is not None:
+                lines.append(f"| {label}, {corpus} | | {measured.shown(digits)} | |")
     for task in records.tasks:
-        lines.append(row(f"{task['task']}, {task['rows']} rows, accuracy", task["task"], 3, apart(task)))
-    if "accuracy_mean" in dense:
-        known = "accuracy_mean_difference_stderr" in sparse
-        mean = plus_minus(sparse, "accuracy_mean_difference", 3, sign="+") if known else f"{sparse['accuracy_mean_difference']:+.3f}"
-        lines.append(row("mean accuracy, every task alike", "accuracy_mean", 3, mean))
+        label = "accuracy" if task["metric"] == "acc" else task["metric"]
+        row(f"{task['task']}, {task['rows']} rows, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
+    mean = sparse.get((Kind.MEAN, "tasks", "accuracy"))
+    if mean is not None and mean.difference is not None:
+        row(mean.label, mean.key, 3, mean.difference.shown(3))
     return "\n".join(lines)
 
 
@@ -275,10 +282,10 @@ client loads them. Zeros alone make no file smaller and no client faster.
 
 {results_table(records)}
 
-± is one standard error: over windows for perplexity, over rows for tasks. Sparse against dense is measured on the same windows and rows;
-in brackets stands an interval of 95%, in which rows that share a document count as one draw. Where it holds 0, these rows do not tell the
-models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly. Zero-shot, accuracy without length
-normalisation, lm-eval {run["versions"]["lm-eval"]}.
+± is one standard error: over windows for perplexity and divergence, over rows for tasks; windows and rows that share a document count as
+one draw. Sparse against dense is measured on the same windows and rows; in brackets stands an interval of 95%. Where it holds 0, these
+rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly. Zero-shot,
+accuracy without length normalisation, lm-eval {run["versions"]["lm-eval"]}.
 {limited}
 ## Generations
 

@@ -14,12 +14,13 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import PROVENANCE
 from stages.config.environment import Environment
 from stages.errors import ReleaseError
+from stages.evaluation.measurement import Measurement, from_rows
 from stages.evaluation.protocol import read_protocol, require_same
 from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
 from stages.pruning.section import ANY_MACHINE
 from stages.recipe import Recipe
 
-PROTOCOL = "details/protocol.json"
+PROTOCOL, MEASUREMENTS = "details/protocol.json", "details/measurements.json"
 EVALUATE_DENSE = "python -m stages.evaluate part=dense"
 EVALUATE_SPARSE = "python -m stages.evaluate part=sparse"
 RUN_FACTS = (
@@ -45,8 +46,8 @@ Data = dict[str, Any]
 class Records:
     """What the stages wrote about what they did.
 
-    base, text, calibration, prune: the provenance of each. dense, sparse: metrics. dense_protocol, protocol: what the metrics of
-    the dense and of the pruned model mean. tasks: both models on the same rows, a row a task, see
+    base, text, calibration, prune: the provenance of each. dense, sparse: measurements. dense_protocol, protocol: what the measurements
+    of the dense and of the pruned model mean. tasks: both models on the same rows, a row a task, see
     evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'.
     """
 
@@ -54,8 +55,8 @@ class Records:
     text: Data
     calibration: Data
     prune: Data
-    dense: Data
-    sparse: Data
+    dense: list[Measurement]
+    sparse: list[Measurement]
     dense_protocol: Data
     protocol: Data
     tasks: list[Data]
@@ -72,8 +73,8 @@ class Records:
             text=read_json(TEXT / PROVENANCE),
             calibration=read_json(CALIBRATION / PROVENANCE),
             prune=read_json(PRUNE_RESULTS / PROVENANCE),
-            dense=read_json(DENSE_RESULTS / "metrics.json"),
-            sparse=read_json(SPARSE_RESULTS / "metrics.json"),
+            dense=_measurements(DENSE_RESULTS / MEASUREMENTS),
+            sparse=_measurements(SPARSE_RESULTS / MEASUREMENTS),
             dense_protocol=read_json(DENSE_RESULTS / PROTOCOL),
             protocol=read_json(SPARSE_RESULTS / PROTOCOL),
             tasks=read_json(SPARSE_RESULTS / "details/paired.json"),
@@ -120,8 +121,11 @@ class Records:
         _require(dense, "results of delta", self.dense_protocol.get("delta"), None, EVALUATE_DENSE)
         names = (str(dense), str(sparse))
         require_same(read_protocol(dense), read_protocol(sparse), names=names, remedy=f"run {EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
-        compared = self.sparse.get("dense_perplexity")
-        _require(SPARSE_RESULTS / "metrics.json", "dense_perplexity", compared, self.dense["perplexity"], EVALUATE_SPARSE)
+        theirs = {measured.key: measured.value for measured in self.dense}
+        for measured in self.sparse:
+            if measured.dense is not None:
+                subject = f"{measured.name} compared with a {measured.metric} of"
+                _require(SPARSE_RESULTS / MEASUREMENTS, subject, measured.dense, theirs.get(measured.key), EVALUATE_SPARSE)
 
     def _require_text(self) -> None:
         """The windows were drawn from, and the models scored on, the text that the fetch stage left."""
@@ -129,8 +133,7 @@ class Records:
         for name, source in self.calibration["sources"].items():
             actual = files.get(f"calibration/{name}.jsonl", {}).get("sha256")
             _require(path, f"calibration/{name}.jsonl with SHA-256", actual, source["sha256"], "python -m stages.sample")
-        scored = {self.protocol["corpus"]: self.protocol["corpus_sha256"]}
-        scored |= {name: task["sha256"] for name, task in self.protocol["tasks"].items()}
+        scored = {name: part["sha256"] for key in ("corpora", "tasks") for name, part in self.protocol[key].items()}
         for name, wanted in scored.items():
             actual = files.get(f"evaluation/{name}.jsonl", {}).get("sha256")
             _require(path, f"evaluation/{name}.jsonl with SHA-256", actual, wanted, f"{EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
@@ -153,9 +156,8 @@ class Records:
 
     @property
     def evaluated_on(self) -> list[str]:
-        """The corpus and the tasks."""
-        evaluation = self.protocol["evaluation"]
-        return [evaluation["perplexity"]["corpus"], *evaluation["tasks"]]
+        """The corpora and the tasks."""
+        return [*self.protocol["corpora"], *self.protocol["tasks"]]
 
     def sections(self, recipe: Recipe, *, publish: Data, environment: Data) -> dict[str, Data]:
         """params.yaml as it was when each stage ran, by section."""
@@ -174,6 +176,13 @@ class Records:
     def run(self) -> Data:
         """What the prune stage took, without the facts about the machine's disks."""
         return {key: self.prune[key] for key in RUN_FACTS if key in self.prune}
+
+
+def _measurements(path: Path) -> list[Measurement]:
+    try:
+        return from_rows(read_json(path))
+    except (TypeError, KeyError) as error:
+        raise ReleaseError(f"{path}: found no measurements ({error}), wanted those of {EVALUATE_DENSE}, then {EVALUATE_SPARSE}") from None
 
 
 def _require(path: Path, name: str, value: object, wanted: object, command: str) -> None:

@@ -80,7 +80,10 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["base=gguf", "base.path=f"], "base.sha256: found None"),
         (["text.calibration.c4_pages.source=guess"], "text.calibration.c4_pages.source: found 'guess', wanted one of wheel, hub, local"),
         (["evaluation.tasks=[boolq,guess]"], "evaluation.tasks: found 'guess', wanted one of boolq"),
-        (["evaluation.perplexity.corpus=guess"], "evaluation.perplexity.corpus: found 'guess', wanted one of wikipedia"),
+        (
+            ["+evaluation.corpora.guess={window_length:64,windows:4,evenly:false}"],
+            "evaluation.corpora: found 'guess', wanted one of wikipedia",
+        ),
         (["calibration.sources.c4_pages.weight=0.5"], "calibration.sources: found 'weights summing to 0.5'"),
         (["calibration.sources.c4_pages.sampler=guess"], "sampler: found 'guess', wanted one of document, packed"),
         (["text.calibration.c4_pages.sha256=abc"], "text.calibration.c4_pages.sha256: found 'abc', wanted the SHA-256"),

@@ -4,9 +4,9 @@ import math
 import random
 
 import pytest
-from scipy.stats import sem, ttest_1samp, ttest_rel
+from scipy.stats import sem, t, ttest_1samp, ttest_rel
 
-from stages.evaluation.statistics import difference, mcnemar, mean
+from stages.evaluation.statistics import accuracy_interval, difference, difference_interval, mcnemar, mean, normal_interval
 
 VALUES = [0.2, 1.0, 0.0, 0.7, 0.7, 0.1]
 OTHERS = [0.1, 1.0, 0.3, 0.2, 0.9, 0.4]
@@ -72,3 +72,38 @@ def test_the_interval_holds_the_true_mean_as_often_as_it_says():
 def test_mcnemars_test_by_hand(lost, gained, wanted):
     assert mcnemar(lost, gained) == pytest.approx(wanted)
     assert mcnemar(gained, lost) == pytest.approx(wanted)
+
+
+def test_an_interval_of_a_share_is_that_of_agresti_and_coull_for_independent_rows():
+    low, high = accuracy_interval([1.0] * 8 + [0.0] * 12, range(20))
+    share = 10 / 24
+    reach = t.ppf(0.975, 23) * math.sqrt(share * (1 - share) / 23)
+    assert (low, high) == (pytest.approx(share - reach), pytest.approx(share + reach))
+
+
+def test_an_interval_of_a_difference_is_that_of_bonett_and_price_for_independent_rows():
+    ours, theirs = [1.0] * 3 + [0.0] * 5 + [1.0] * 12, [0.0] * 3 + [1.0] * 5 + [1.0] * 12
+    low, high = difference_interval(ours, theirs, range(20))
+    gained, lost = 4 / 22, 6 / 22
+    reach = t.ppf(0.975, 21) * math.sqrt((gained + lost - (gained - lost) ** 2) / 21)
+    assert (low, high) == (pytest.approx(gained - lost - reach), pytest.approx(gained - lost + reach))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say_also_where_rows_seldom_flip():
+    rng = random.Random(0)
+    held = 0
+    for _ in range(1000):
+        theirs = [float(rng.random() < 0.5) for _ in range(40)]
+        ours = [1 - value if rng.random() < 0.03 else value for value in theirs]
+        low, high = difference_interval(ours, theirs, range(40))
+        held += low <= 0 <= high
+    assert held >= 940
+
+
+def test_a_single_document_gives_no_interval():
+    assert accuracy_interval([1.0, 0.0], [0, 0]) is None
+    assert difference_interval([1.0, 0.0], [1.0, 1.0], [0, 0]) is None
+
+
+def test_the_normal_interval():
+    assert normal_interval(1.0, 0.5) == (pytest.approx(1 - 0.97998), pytest.approx(1 + 0.97998))

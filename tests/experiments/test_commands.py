@@ -19,7 +19,7 @@ COMMIT = "0" * 40
             ["method=sparsegpt", "method/score=ria", "allocation=owl"],
             "dvc exp run -S method=sparsegpt -S method/score=ria -S allocation=owl",
         ),
-        (["evaluation=perplexity_long", "pattern=nm_4_8"], "dvc exp run -S evaluation=perplexity_long -S pattern=nm_4_8"),
+        (["evaluation=perplexity", "pattern=nm_4_8"], "dvc exp run -S evaluation=perplexity -S pattern=nm_4_8"),
         (
             ["base=hub", "base.repo=a/b", f"base.revision={COMMIT}"],
             f"dvc exp run -S base=hub -S base.repo=a/b -S 'base.revision='\"'\"'{COMMIT}'\"'\"''",

@@ -1,18 +1,22 @@
 """The table of experiments: what may be compared, in order."""
 
+from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.experiments.reading import Experiment, Missing
 from stages.experiments.table import by_protocol, text
 
 PROTOCOL = {
     "base": "f" * 64,
     "bos": None,
-    "corpus": "news",
-    "window_length": 128,
-    "tokens": 512,
+    "corpora": {"news": {"window_length": 128, "tokens": 512}},
     "tasks": {"boolq": {"rows": 20}},
     "evaluation": {},
     "delta": "d",
 }
+
+
+def measured(metric: str, value: float, **facts: object) -> Measurement:
+    of = {"kind": Kind.CORPUS, "name": "news", "label": metric, "count": 8, "counted": "tokens", "clusters": 2}
+    return Measurement(**{**of, "metric": metric, "value": value, **facts})
 
 
 def experiment(name: str, perplexity: float, **protocol: object) -> Experiment:
@@ -20,15 +24,12 @@ def experiment(name: str, perplexity: float, **protocol: object) -> Experiment:
         name=name,
         revision="abc",
         params={"base": {"source": "hub", "repo": "org/model"}, "seed": perplexity},
-        metrics={
-            "perplexity": perplexity,
-            "perplexity_stderr": 1.0,
-            "perplexity_ratio": perplexity / 10,
-            "dense_perplexity": 10.0,
-            "accuracy_mean": 0.4,
-            "accuracy_mean_stderr": 0.03,
-            "accuracy_mean_difference": -0.02,
-        },
+        measurements=[
+            measured("perplexity", perplexity, stderr=1.0, dense=10.0),
+            measured("perplexity_ratio", perplexity / 10),
+            measured("mean_kld", 0.5, stderr=0.125, unit="nats"),
+            measured("accuracy", 0.4, kind=Kind.MEAN, name="tasks", stderr=0.03, difference=Difference(value=-0.02)),
+        ],
         prune_metrics={"sparsity": 0.5, "seconds": 61.2},
         protocol={**PROTOCOL, "delta": name, **protocol},
         method="wanda",
@@ -49,13 +50,31 @@ def test_experiments_of_one_protocol_stand_in_one_table_best_first():
         "perplexity",
         "over",
         "dense",
+        "mean",
+        "KLD",
         "accuracy",
         "against",
         "dense",
         "seconds",
     ]
     assert [row.split()[0] for row in rows] == ["better", "worse"]
-    assert rows[0].split()[1:] == ["wanda", "2:4", "0.5", "20.00", "±", "1.00", "2.000", "0.400", "±", "0.030", "-0.020", "61"]
+    assert rows[0].split()[1:] == [
+        "wanda",
+        "2:4",
+        "0.5",
+        "20.00",
+        "±",
+        "1.00",
+        "2.000",
+        "0.500",
+        "±",
+        "0.125",
+        "0.400",
+        "±",
+        "0.030",
+        "-0.020",
+        "61",
+    ]
 
 
 def test_experiments_of_another_protocol_stand_apart_with_the_reason():

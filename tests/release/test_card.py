@@ -5,30 +5,39 @@ from huggingface_hub import ModelCard
 
 from stages.config.compose import read
 from stages.config.params import CONF
+from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.release.card import exceptions, origin, write_card
 from stages.release.naming import default_name
 from stages.release.records import Records
 from stages.release.verification import Verified
 from tests import deltas
 
-SCORES = {
-    "perplexity": 20.0,
-    "perplexity_stderr": 1.0,
-    "boolq": 0.5,
-    "boolq_stderr": 0.1,
-    "accuracy_mean": 0.5,
-    "accuracy_mean_stderr": 0.1,
-}
-SPARSE = {**SCORES, "perplexity": 45.0, "perplexity_ratio": 2.25, "perplexity_ratio_stderr": 0.05, "dense_perplexity": 20.0}
-SPARSE |= {"perplexity_ln_ratio": 0.811, "perplexity_ln_ratio_stderr": 0.022}
-SPARSE |= {"accuracy_mean_difference": 0.05, "accuracy_mean_difference_stderr": 0.06}
+
+def measured(kind: str, name: str, metric: str, value: float, stderr: float | None = None, **more: object) -> Measurement:
+    facts = {"label": metric, "count": 20, "counted": "rows", "clusters": 20, **more}
+    return Measurement(kind=Kind(kind), name=name, metric=metric, value=value, stderr=stderr, **facts)
+
+
+MEAN = {"label": "mean accuracy, every task alike"}
+DENSE = [
+    measured("corpus", "news", "perplexity", 20.0, 1.0),
+    measured("task", "boolq", "acc", 0.5, 0.1),
+    measured("mean", "tasks", "accuracy", 0.5, 0.1, **MEAN),
+]
+SPARSE = [
+    measured("corpus", "news", "perplexity", 45.0, 1.0, dense=20.0),
+    measured("corpus", "news", "perplexity_ratio", 2.25, 0.05),
+    measured("corpus", "news", "perplexity_ln_ratio", 0.811, 0.022, unit="nats"),
+    measured("corpus", "news", "mean_kld", 0.7, 0.03, unit="nats"),
+    measured("corpus", "news", "same_top_p", 61.2, 1.4, unit="%"),
+    measured("task", "boolq", "acc", 0.5, 0.1, dense=0.5),
+    measured("mean", "tasks", "accuracy", 0.5, 0.1, dense=0.5, difference=Difference(value=0.05, stderr=0.06), **MEAN),
+]
 PROTOCOL = {
-    "corpus": "news",
-    "window_length": 1024,
-    "tokens": 18432,
+    "corpora": {"news": {"window_length": 1024, "tokens": 18432}},
     "bos": None,
-    "tasks": {},
-    "evaluation": {"perplexity": {"corpus": "news"}, "tasks": ["boolq"], "rows": 20},
+    "tasks": {"boolq": {}},
+    "evaluation": {"tasks": ["boolq"], "rows": 20},
 }
 RECORDS = Records(
     base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x", "documents": []},
@@ -50,11 +59,13 @@ RECORDS = Records(
         "versions": {"lm-eval": "0.4.13"},
         "hidden_states": "a file of 2 GB in /home/me",
     },
-    dense=SCORES,
+    dense=DENSE,
     sparse=SPARSE,
     dense_protocol=PROTOCOL,
     protocol=PROTOCOL,
-    tasks=[{"task": "boolq", "rows": 20, "sparse": 0.5, "difference": -0.05, "low": -0.2, "high": 0.1, "lost": 3, "gained": 2}],
+    tasks=[
+        {"task": "boolq", "metric": "acc", "rows": 20, "sparse": 0.5, "difference": -0.05, "low": -0.2, "high": 0.1, "lost": 3, "gained": 2}
+    ],
     generations=[
         {"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""},
         {"prompt": "Go", "raw_dense": "on", "raw_sparse": "on", "chat_refused": "no user"},
@@ -98,7 +109,9 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
     for fact in (
         "45.00 ± 1.00",
         "20.00 ± 1.00",
-        "× 2.250 ± 0.050, ln 0.811 ± 0.022",
+        "× 2.250 ± 0.050, ln 0.811 ± 0.022 nats",
+        "| mean KL divergence from dense, news | | 0.7000 ± 0.0300 nats | |",
+        "| same likeliest token as dense, news | | 61.2 ± 1.4 % | |",
         "-0.050 [-0.200, +0.100]; 3 lost, 2 gained",
         "| +0.050 ± 0.060 |",
         "7200 s on a CPU",

@@ -335,11 +335,11 @@ def test_a_path_may_start_at_the_home_directory(tmp_path, monkeypatch):
     assert fetched(source("~/pages.jsonl", sha256(tmp_path / "pages.jsonl")), tmp_path) == prose("a")
 
 
-def test_a_dialogue_is_no_text_for_perplexity(tmp_path):
+def test_dialogues_are_a_corpus_of_evaluation_too(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_bytes(jsonl(HELLO))
-    with pytest.raises(TextError, match='text.evaluation.chat: chat.jsonl, line 1, "messages": found a dialogue, wanted prose'):
-        text.fetch(Text(calibration={}, evaluation={"chat": source(path, sha256(path))}), tmp_path / "out", tmp_path / "downloads")
+    text.fetch(Text(calibration={}, evaluation={"chat": source(path, sha256(path))}), tmp_path / "out", tmp_path / "downloads")
+    assert list(Rows(tmp_path / "out/evaluation/chat.jsonl")) == [HELLO]
 
 
 def test_the_rows_of_a_task_keep_their_columns(tmp_path):
