@@ -6,7 +6,7 @@ llama-quantize makes a model of lower quality of an embedded GGUF file, `--pure`
 stages/evaluation/quantisation.py does, from the same weights. llama-perplexity --kl-divergence compares the two files twice: with all
 weights dequantised to float32, as ours are, and as a user would run them, where it rounds the inputs of each product to 8 bits. It cuts
 the text into windows, and scores the second half of each; ours are the same tokens, which it writes into a file. That file has the dense
-model's log-probabilities in steps of up to 16/65535 nats, none more than 16 below the highest, so that small figures differ.
+model's log-probabilities in 16 bits, see as_stored; ours are computed without and with that rounding.
 
 Reads artifacts/base and artifacts/text as the fetch stages left them, prints the columns and writes benchmarks/llama_cpp_divergence.json.
 Takes minutes.
@@ -15,6 +15,7 @@ Takes minutes.
 import argparse
 import copy
 import math
+import os
 import re
 import struct
 import subprocess
@@ -44,6 +45,7 @@ TEXT_LENGTH = 60_000  # characters, of which the windows are the first
 TYPE = "Q3_K"
 MIXTURE = "Q3_K_S"  # llama-quantize's name for it, where it is pure
 FLOAT32 = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
+LOWEST = -16.0  # nats: what llama-perplexity stores and sums of the dense model's log-probabilities
 CPU = torch.device("cpu")
 PERCENTILES = {"kld_99_9": 0.999, "kld_99": 0.99, "kld_95": 0.95, "kld_90": 0.9, "kld_10": 0.1, "kld_5": 0.05, "kld_1": 0.01}
 PRINTED = {  # what llama-perplexity prints before the colon -> our name
@@ -129,15 +131,16 @@ def standard_error(values: torch.Tensor) -> torch.Tensor:
     return values.std() / math.sqrt(len(values))
 
 
-def of_tokens(log_probabilities: torch.Tensor, dense: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+def of_tokens(log_probabilities: torch.Tensor, dense: torch.Tensor, tokens: torch.Tensor, above: float = -math.inf) -> list[torch.Tensor]:
     """What `figures` takes, of each token.
 
     Args:
         log_probabilities, dense: [tokens, vocabulary], float64, nats. tokens: [tokens], int64.
+        above: a divergence is the sum over what is more likely by the dense model, nats.
     """
     nll, dense_nll = (-of.gather(1, tokens[:, None])[:, 0] for of in (log_probabilities, dense))
     return [
-        (dense.exp() * (dense - log_probabilities)).sum(dim=1),
+        (dense.exp() * (dense - log_probabilities)).where(dense > above, 0).sum(dim=1),
         (-nll).exp() - (-dense_nll).exp(),
         log_probabilities.argmax(dim=1) == dense.argmax(dim=1),
         nll,
@@ -145,15 +148,30 @@ def of_tokens(log_probabilities: torch.Tensor, dense: torch.Tensor, tokens: torc
     ]
 
 
+def as_stored(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Round as llama-perplexity stores the dense model's: to the nearest of 65536 values from the highest to the lowest, or to LOWEST
+    below the highest, where all that is lower goes.
+
+    Args:
+        log_probabilities: [tokens, vocabulary], float64, nats.
+    """
+    highest = log_probabilities.amax(dim=1, keepdim=True)
+    lowest = log_probabilities.amin(dim=1, keepdim=True).maximum(highest + LOWEST)
+    step = (highest - lowest) / 65535
+    return lowest + step * ((log_probabilities - lowest) / step).round().clamp(min=0)
+
+
 @torch.no_grad()
-def ours(model: PreTrainedModel, dense: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-    """Compare a model with the dense one on the second half of each window, [windows, tokens]."""
+def ours(model: PreTrainedModel, dense: PreTrainedModel, windows: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Compare a model with the dense one on the second half of each window, [windows, tokens]; exactly, and as llama-perplexity rounds."""
     first = windows.shape[1] // 2
-    rows = []
+    exact, rounded = [], []
     for window in windows:
         scored, dense_scored = (of(window[None]).logits[0, first:-1].double().log_softmax(dim=-1) for of in (model, dense))
-        rows.append(of_tokens(scored, dense_scored, window[first + 1 :]))
-    return figures(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
+        exact.append(of_tokens(scored, dense_scored, window[first + 1 :]))
+        rounded.append(of_tokens(scored, as_stored(dense_scored), window[first + 1 :], above=LOWEST))
+    columns, rounded_columns = (map(torch.cat, zip(*rows, strict=True)) for rows in (exact, rounded))
+    return figures(*columns), figures(*rounded_columns)
 
 
 def read_windows(path: Path, bos: int | None) -> torch.Tensor:
@@ -194,7 +212,7 @@ def compared(programs: Path, dense: Path, quantised: Path, text: Path, *options:
     return run(programs / "llama-perplexity", "--model", quantised, *sizes, "--kl-divergence-base", logits, "--kl-divergence", *options)
 
 
-def in_float32(programs: Path, file: Path) -> Path:
+def dequantised(programs: Path, file: Path) -> Path:
     """Dequantise a GGUF file into another beside it."""
     result = file.with_suffix(".float32.gguf")
     run(programs / "llama-quantize", "--allow-requantize", file, result, "F32")
@@ -205,40 +223,63 @@ def loaded(file: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
 
+def bos_of(file: Path) -> int | None:
+    """The token that llama.cpp puts in the place of a window's first, by a GGUF file, or None.
+
+    Raises:
+        ValueError: the file does not state whether it does.
+    """
+    add, token = (gguf.GGUFReader(file).get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "bos_token_id"))
+    if add is None or token is None:
+        raise ValueError(f"{file.name}: found no tokenizer.ggml.add_bos_token or no bos_token_id, wanted both")
+    return token.contents() if add.contents() else None
+
+
+def by_llama_quantize(programs: Path, dense: Path) -> Path:
+    """Quantise all matrices of a GGUF file but its embedding into another beside it."""
+    tensors = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(dense).tensors}
+    result, kept = dense.with_name(f"{TYPE}.gguf"), ("--token-embedding-type", tensors["token_embd.weight"].lower())
+    run(programs / "llama-quantize", "--allow-requantize", "--pure", *kept, dense, result, MIXTURE)
+    return result
+
+
+def by_quantiser(dense: PreTrainedModel, quantiser: Quantiser) -> PreTrainedModel:
+    """The same on our side."""
+    model = copy.deepcopy(dense)
+    model.load_state_dict({name: quantiser(name, tensor) for name, tensor in dense.state_dict().items()})
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare our divergence with llama.cpp's.")
     parser.add_argument("programs", type=Path, help="directory of llama-perplexity and llama-quantize")
-    parser.add_argument("version", help="llama.cpp's, for the record, such as b10359")
-    parser.add_argument("--output", type=Path, help="file that takes all that llama-perplexity prints")
+    parser.add_argument("version", help="llama.cpp's, for the record")
+    parser.add_argument("--output", type=Path, help="file for all that llama-perplexity prints", default=Path(os.devnull))
     arguments = parser.parse_args()
-    programs = arguments.programs.resolve()
-    base = Checkpoint(BASE)
+    base, programs = Checkpoint(BASE), arguments.programs.resolve()
     sections = [read(f"base={model.base}")["base"] for model in MODELS]
     section = next(section for section in sections if section.name == base.provenance["name"])
     quantiser = Quantiser.for_decoder(Decoder(base, torch.float32, CPU), TYPE)
     corpus = read("evaluation=perplexity")["evaluation"].perplexity.corpus
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        text, dense_file, file = directory / "text.txt", directory / section.file, directory / f"{TYPE}.gguf"
+        text, dense_file = directory / "text.txt", directory / section.file
         text.write_text("\n\n".join(row["text"] for row in Rows(TEXT / f"evaluation/{corpus}.jsonl"))[:TEXT_LENGTH], encoding="utf8")
         join_parts(section, dense_file, directory)
-        reader = gguf.GGUFReader(dense_file)
-        embedding = next(tensor.tensor_type.name for tensor in reader.tensors if tensor.name == "token_embd.weight")
-        pure = ("--allow-requantize", "--pure", "--token-embedding-type", embedding.lower())
-        run(programs / "llama-quantize", *pure, dense_file, file, MIXTURE)
-        exact = compared(programs, in_float32(programs, dense_file), in_float32(programs, file), text, *FLOAT32)
+        file = by_llama_quantize(programs, dense_file)
+        in_float32 = compared(programs, dequantised(programs, dense_file), dequantised(programs, file), text, *FLOAT32)
         as_run = compared(programs, dense_file, file, text)
-        bos = bos_of(reader)
+        arguments.output.write_text(f"{in_float32}\n{as_run}", encoding="utf8")
+        bos = bos_of(dense_file)
         windows = read_windows(dense_file.with_suffix(".logits"), bos)
         dense, theirs = loaded(dense_file), loaded(file).state_dict()
-    model = copy.deepcopy(dense)
-    model.load_state_dict({name: quantiser(name, tensor) for name, tensor in dense.state_dict().items()})
+    model = by_quantiser(dense, quantiser)
     differ = sum(int((tensor != theirs[name]).sum()) for name, tensor in model.state_dict().items())
-    columns = {"ours": ours(model, dense, windows), "llama_cpp": printed_figures(exact), "llama_cpp_8_bit_inputs": printed_figures(as_run)}
-    print(tabulate([[name, *(column.get(name) for column in columns.values())] for name in columns["ours"]], headers=["", *columns]))
+    exact, rounded = ours(model, dense, windows)
+    columns = {"ours": exact, "ours_rounded": rounded}
+    columns |= {"llama_cpp": printed_figures(in_float32), "llama_cpp_8_bit_inputs": printed_figures(as_run)}
+    print(tabulate([[name, *(column.get(name) for column in columns.values())] for name in exact], headers=["", *columns]))
     print(f"weights that differ from llama-quantize's: {differ}")
-    if arguments.output:
-        arguments.output.write_text(f"{exact}\n{as_run}", encoding="utf8")
     known = read_json(FILE) if FILE.is_file() else {}
     known[section.name] = {
         "file": section.file,
@@ -252,12 +293,6 @@ def main() -> None:
         "device": devices.device_name(CPU),
     }
     write_json(FILE, known)
-
-
-def bos_of(reader: gguf.GGUFReader) -> int | None:
-    """The token that llama.cpp puts before a text, or None."""
-    add, token = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "bos_token_id"))
-    return token.contents() if add is not None and add.contents() and token is not None else None
 
 
 if __name__ == "__main__":

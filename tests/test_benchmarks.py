@@ -16,6 +16,7 @@ from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
+from stages.files import read_json
 from stages.streaming.decoder import Decoder
 from tests.dependencies import closure
 from tests.project import ROOT
@@ -343,6 +344,20 @@ def test_what_is_compared_of_a_token_is_of_both_distributions():
     assert dense_nll.tolist() == pytest.approx([math.log(4), math.log(4)])
 
 
+def test_what_is_unlikely_by_the_dense_model_counts_for_llama_cpp_as_nothing():
+    model, dense = torch.tensor([[0.5, 0.25, 0.25]]).double().log(), torch.tensor([[0.5, 0.5, 1e-9]]).double().log()
+    kld, *_ = llama_cpp_divergence.of_tokens(model, dense, torch.tensor([0]), above=llama_cpp_divergence.LOWEST)
+    assert kld.item() == pytest.approx(0.5 * math.log(2), rel=1e-12)
+
+
+def test_log_probabilities_are_stored_in_even_steps_down_to_sixteen_below_the_highest():
+    step = 16 / 65535
+    stored = llama_cpp_divergence.as_stored(torch.tensor([[-1.0, -1 - 10.4 * step, -16.9, -30.0]]).double())
+    assert stored[0].tolist() == pytest.approx([-1, -1 - 10 * step, -17 + 410 * step, -17], abs=1e-9)
+    narrow = torch.tensor([[-1.0, -2.0]]).double()
+    assert llama_cpp_divergence.as_stored(narrow)[0].tolist() == pytest.approx([-1, -2])
+
+
 def test_figures_of_five_tokens_are_those_by_hand():
     values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).double()
     figures = llama_cpp_divergence.figures(values, values / 10, values > 0, values, 2 * values + 1)
@@ -375,3 +390,12 @@ def test_the_windows_are_the_tokens_of_llama_cpps_file(tmp_path, bos, first):
 def test_a_file_that_llama_cpp_did_not_write_is_refused(tmp_path):
     with pytest.raises(ValueError, match="x: found b'12345678' and 12 windows of 512 tokens, wanted b'_logits_' and 12 windows of 512$"):
         llama_cpp_divergence.read_windows(logits_file(tmp_path / "x", b"12345678"), None)
+
+
+@pytest.mark.parametrize("name", read_json(ROOT / llama_cpp_divergence.FILE))
+def test_our_figures_of_a_divergence_are_llama_cpps_where_both_round_alike(name):
+    known = read_json(ROOT / llama_cpp_divergence.FILE)[name]
+    assert known["weights_that_differ"] == 0
+    for figure, value in known["llama_cpp"].items():
+        assert known["ours_rounded"][figure] == pytest.approx(value, rel=2e-3, abs=1e-6), figure
+        assert known["ours"][figure] == pytest.approx(value, rel=2e-3, abs=1e-3), figure
