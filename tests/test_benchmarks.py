@@ -1,6 +1,8 @@
 """The benchmarks' own parts: what they measure with, what they write, and that the GPU script runs where little is installed."""
 
 import ast
+import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +11,12 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, gpu, quality, random_checkpoint
+from benchmarks import behaviour, contenders, gpu, llama_cpp_divergence, quality, random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
+from stages.files import read_json
 from stages.streaming.decoder import Decoder
 from tests.dependencies import closure
 from tests.project import ROOT
@@ -315,3 +318,83 @@ def test_a_point_is_stale_when_its_cell_has_other_figures_since():
     assert quality.stale(found, {cell: {"error": 0.1, "output": 0.52}})
     assert quality.stale(found, {})
     assert quality.stale(found, {cell: {"error": 0.1, "output": 0.5, "revision": 1}})
+
+
+def test_each_figure_that_llama_cpp_prints_is_read_with_its_error():
+    values = {label: f"{number}.5" for number, label in enumerate(llama_cpp_divergence.PRINTED)}
+    lines = [f"{label.replace(' ', '    ', 1)}: {value}%" for label, value in values.items()]
+    read = llama_cpp_divergence.printed_figures("\n".join([*lines, "Mean    KLD:   0.250000 ±   0.125000", "Median  Δp: -1.0%"]))
+    wanted = {name: float(values[label]) for label, name in llama_cpp_divergence.PRINTED.items()}
+    assert read == wanted | {"mean_kld": 0.25, "mean_kld_stderr": 0.125}
+
+
+def test_a_figure_that_llama_cpp_does_not_print_is_named():
+    with pytest.raises(ValueError, match="^llama-perplexity: found no Maximum KLD, no 99.9% KLD, .* in what it prints$"):
+        llama_cpp_divergence.printed_figures("Mean    KLD:   0.25 ±   0.125")
+
+
+def test_what_is_compared_of_a_token_is_of_both_distributions():
+    model, dense = torch.tensor([[0.375, 0.625], [0.25, 0.75]]).double(), torch.tensor([[0.75, 0.25], [0.25, 0.75]]).double()
+    kld, delta_p, same_top, nll, dense_nll = llama_cpp_divergence.of_tokens(model.log(), dense.log(), torch.tensor([1, 0]))
+    assert kld.tolist() == pytest.approx([0.75 * math.log(2) + 0.25 * math.log(0.4), 0])
+    assert delta_p.tolist() == pytest.approx([0.375, 0])
+    assert same_top.tolist() == [False, True]
+    assert nll.tolist() == pytest.approx([math.log(1.6), math.log(4)])
+    assert dense_nll.tolist() == pytest.approx([math.log(4), math.log(4)])
+
+
+def test_what_is_unlikely_by_the_dense_model_counts_for_llama_cpp_as_nothing():
+    model, dense = torch.tensor([[0.5, 0.25, 0.25]]).double().log(), torch.tensor([[0.5, 0.5, 1e-9]]).double().log()
+    kld, *_ = llama_cpp_divergence.of_tokens(model, dense, torch.tensor([0]), above=llama_cpp_divergence.LOWEST)
+    assert kld.item() == pytest.approx(0.5 * math.log(2), rel=1e-12)
+
+
+def test_log_probabilities_are_stored_in_even_steps_down_to_sixteen_below_the_highest():
+    step = 16 / 65535
+    stored = llama_cpp_divergence.as_stored(torch.tensor([[-1.0, -1 - 10.4 * step, -16.9, -30.0]]).double())
+    assert stored[0].tolist() == pytest.approx([-1, -1 - 10 * step, -17 + 410 * step, -17], abs=1e-9)
+    narrow = torch.tensor([[-1.0, -2.0]]).double()
+    assert llama_cpp_divergence.as_stored(narrow)[0].tolist() == pytest.approx([-1, -2])
+
+
+def test_figures_of_five_tokens_are_those_by_hand():
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).double()
+    figures = llama_cpp_divergence.figures(values, values / 10, values > 0, values, 2 * values + 1)
+    assert figures["mean_kld"] == figures["median_kld"] == 2
+    assert figures["mean_kld_stderr"] == pytest.approx(math.sqrt(2.5 / 5))
+    assert (figures["minimum_kld"], figures["maximum_kld"]) == (0, 4)
+    assert (figures["kld_90"], figures["kld_10"]) == pytest.approx((3.6, 0.4))
+    assert (figures["mean_delta_p"], figures["rms_delta_p"]) == pytest.approx((20, 100 * math.sqrt(0.06)))
+    assert figures["same_top_p"] == pytest.approx(80)
+    assert figures["same_top_p_stderr"] == pytest.approx(20)
+    assert figures["ln_ppl_correlation"] == pytest.approx(100)
+    assert figures["perplexity_ln_ratio"] == -3
+    assert figures["perplexity_ratio"] == pytest.approx(math.exp(-3))
+
+
+def logits_file(path: Path, magic: bytes = b"_logits_") -> Path:
+    count, length = llama_cpp_divergence.WINDOWS, llama_cpp_divergence.WINDOW_LENGTH
+    header = struct.pack("<8siii", magic, length, 3, count)
+    path.write_bytes(header + struct.pack(f"<{count * length}i", *range(count * length)) + b"probabilities")
+    return path
+
+
+@pytest.mark.parametrize(("bos", "first"), [(None, [0, 512]), (7, [7, 7])])
+def test_the_windows_are_the_tokens_of_llama_cpps_file(tmp_path, bos, first):
+    windows = llama_cpp_divergence.read_windows(logits_file(tmp_path / "x"), bos)
+    assert windows[:2, 0].tolist() == first
+    assert windows[1, 1].item() == 513
+
+
+def test_a_file_that_llama_cpp_did_not_write_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="x: found b'12345678' and 12 windows of 512 tokens, wanted b'_logits_' and 12 windows of 512$"):
+        llama_cpp_divergence.read_windows(logits_file(tmp_path / "x", b"12345678"), None)
+
+
+@pytest.mark.parametrize("name", read_json(ROOT / llama_cpp_divergence.FILE))
+def test_our_figures_of_a_divergence_are_llama_cpps_where_both_round_alike(name):
+    known = read_json(ROOT / llama_cpp_divergence.FILE)[name]
+    assert known["weights_that_differ"] == 0
+    for figure, value in known["llama_cpp"].items():
+        assert known["ours_rounded"][figure] == pytest.approx(value, rel=2e-3, abs=1e-6), figure
+        assert known["ours"][figure] == pytest.approx(value, rel=2e-3, abs=1e-3), figure

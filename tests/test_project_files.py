@@ -9,11 +9,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from stages.evaluation import quantisation
 from tests.project import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-NOT_IMPORTED = {"accelerate", "gguf", "datasets"}  # what libraries import, of which results depend on the versions
+NOT_IMPORTED = {"accelerate", "datasets"}  # what libraries import, of which results depend on the versions
 
 
 def imported() -> set[str]:
@@ -40,6 +41,13 @@ def test_a_dependency_is_pinned_within_its_bounds(name):
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     (version,) = [version for pinned, version in pins.items() if canonicalize_name(pinned) == name]
     assert Requirement(line).specifier.contains(version)
+
+
+def test_the_library_of_an_extra_is_pinned_within_its_bounds():
+    (line,) = PROJECT["optional-dependencies"]["ruler"]
+    pins = dict(pin.split("==") for pin in (ROOT / "constraints.txt").read_text().splitlines())
+    assert Requirement(line).name == quantisation.PACKAGE
+    assert Requirement(line).specifier.contains(pins[quantisation.PACKAGE])
 
 
 def test_transformers_whose_private_parts_are_used_has_an_upper_bound():
