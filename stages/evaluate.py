@@ -153,7 +153,8 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score base + delta and write its results with the dense model's."""
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
-    from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations, read_dense
+    from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations
+    from stages.evaluation.reference import read_dense
 
     dense = read_dense(DENSE_RESULTS, setup.protocol())
     delta = SparseDelta(SPARSE, setup.base.fingerprint)
@@ -169,8 +170,8 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
 
 def evaluate_quantised(setup: Setup, types: list[str], stopwatch: record.Stopwatch) -> None:
     """Score the base quantised to each type on the corpora, side by side with the dense model; the tasks are left out."""
-    from stages.evaluation.comparison import read_dense
     from stages.evaluation.quantisation import Quantiser
+    from stages.evaluation.reference import read_dense
 
     dense, rows = read_dense(DENSE_RESULTS, setup.protocol()), []
     metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
@@ -206,8 +207,8 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None) -> Results:
     metrics = [METRICS[metric] for metric in evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
     variants = {DENSE: None} if any(metric.needs_dense for metric in metrics) else {}
     observed = observe(setup, Decoder(setup.base, setup.dtype, setup.device), {**variants, name: apply}, metrics)[name]
-    with scratch() as scratch_files:
-        samples, generations = (score_streamed if evaluation.streamed else score_whole)(setup, apply, scratch_files)
+    with scratch_files() as scratch:
+        samples, generations = (score_streamed if evaluation.streamed else score_whole)(setup, apply, scratch)
     results = results_of(setup.corpora, observed, metrics, samples, generations, dense)
     perplexities = {measured.name: measured.shown(3) for measured in results.measurements if measured.metric == "perplexity"}
     for corpus in setup.corpora:
@@ -219,11 +220,11 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None) -> Results:
 def observe(setup: Setup, decoder: Decoder, variants: Variants, metrics: list[Metric]) -> dict[str, dict[str, Observed]]:
     """Run models over the corpora side by side; see StreamedModels.observe."""
     longest = max(corpus.windows.shape[1] for corpus in setup.corpora)
-    with scratch() as scratch_files, devices.gpu_memory("evaluation.corpora", longest):
-        return StreamedModels(decoder=decoder, variants=variants, scratch=scratch_files).observe(setup.corpora, metrics)
+    with scratch_files() as scratch, devices.gpu_memory("evaluation.corpora", longest):
+        return StreamedModels(decoder=decoder, variants=variants, scratch=scratch).observe(setup.corpora, metrics)
 
 
-def scratch() -> AbstractContextManager[Path]:
+def scratch_files() -> AbstractContextManager[Path]:
     """A directory for hidden states and the rows of tasks; /tmp may be memory."""
     DENSE_RESULTS.parent.mkdir(exist_ok=True)
     return scratch_directory(DENSE_RESULTS.with_name("evaluation"))

@@ -166,7 +166,7 @@ def test_the_two_protocols_differ_in_the_delta_alone(root):
 )
 def test_a_dense_model_that_was_scored_otherwise_is_refused_before_a_weight_is_read(root, changes, message):
     forbid_weights(root)
-    wanted = f"results/dense and this evaluation of the pruned model are not of the same protocol, wanted equal values of {message}"
+    wanted = f"results/dense and this evaluation are not of the same protocol, wanted equal values of {message}"
     with pytest.raises(ComparisonError, match=wanted) as caught:
         run("sparse", replace(EVALUATION, **changes))
     assert "python -m stages.evaluate part=dense" in str(caught.value)

@@ -23,7 +23,7 @@ from tests.project import ROOT, Project
 SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ALL = set(SPEC)
 RERUN_BY_PRUNING = ["prune", "evaluate_sparse", "publish"]
-EVALUATIONS = ["evaluate_dense", "evaluate_sparse"]
+EVALUATIONS = ["evaluate_dense", "evaluate_sparse", "evaluate_quantised"]
 
 
 # What dvc.yaml declares is what the code uses.
@@ -70,6 +70,7 @@ def test_when_nothing_changed_nothing_runs(project):
         (["method=sparsegpt"], RERUN_BY_PRUNING),
         (["evaluation.rows=3"], [*EVALUATIONS, "publish"]),
         (["publish.name=small"], ["publish"]),
+        (["ruler=gguf"], ["evaluate_quantised"]),
     ],
 )
 def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
@@ -113,6 +114,7 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
         ("stages/pruning/block_loop.py", {"prune"}),
         ("stages/evaluation/metrics/perplexity.py", set(EVALUATIONS)),
         ("stages/evaluation/comparison.py", {"evaluate_sparse"}),
+        ("stages/evaluation/quantisation.py", {"evaluate_quantised"}),
         ("stages/release/card.py", {"publish"}),
         ("stages/checkpoint/delta.py", {"prune", "evaluate_sparse", "publish"}),
         ("stages/config/entry.py", ALL),

@@ -229,6 +229,7 @@ def test_the_release_has_what_every_stage_recorded(project):
         "reconstruction",
         "prune",
         "evaluation",
+        "ruler",
         "publish",
     ]
     assert written["base"] == read_json(BASE / "provenance.json")["section"]

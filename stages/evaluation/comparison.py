@@ -1,35 +1,11 @@
 """Compare the pruned model's results with the dense model's."""
 
-from pathlib import Path
 from typing import Any
 
 from stages.checkpoint.delta import SparseDelta
-from stages.errors import ComparisonError
 from stages.evaluation.measurement import Kind, Measurement
-from stages.evaluation.protocol import Protocol, read_protocol, require_same
-from stages.evaluation.results import Results, read_results
+from stages.evaluation.results import Results
 from stages.evaluation.statistics import mcnemar
-
-REMEDY = (
-    "evaluate the dense model again with the same parameters: `python -m stages.evaluate part=dense …`, "
-    "or `dvc repro --force --single-item evaluate_dense`"
-)
-
-
-def read_dense(directory: Path, protocol: Protocol) -> Results:
-    """Read the dense model's results and check that they have the protocol by which the pruned model is to be scored.
-
-    Raises:
-        ComparisonError: there are none, they are damaged, or their protocol is another; names the keys that differ.
-    """
-    details = directory / "details"
-    try:
-        dense = read_protocol(details / "protocol.json")
-        results = read_results(details, dense)
-    except ComparisonError as error:
-        raise ComparisonError(f"{error}; {REMEDY}") from None
-    require_same(dense, protocol, names=(str(directory), "this evaluation of the pruned model"), remedy=REMEDY)
-    return results
 
 
 def paired_accuracies(dense: Results, sparse: Results) -> list[dict[str, Any]]:

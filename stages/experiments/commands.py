@@ -18,7 +18,18 @@ from stages.config.params import CONF
 
 PLAIN, QUOTED = re.compile(r"[A-Za-z_][\w./-]*"), "'{}'"  # strings that Hydra reads as such without quotes
 WORDS = ("null", "true", "false", "nan", "inf")  # of which it makes something else
-GROUPS = ("base", "calibration", "evaluation", "method", "pattern", "allocation", "reconstruction", "prune", "publish")  # as they stand
+GROUPS = (
+    "base",
+    "calibration",
+    "evaluation",
+    "method",
+    "pattern",
+    "allocation",
+    "reconstruction",
+    "prune",
+    "ruler",
+    "publish",
+)  # as they stand
 
 
 def command(params: dict[str, Any]) -> str | None:

@@ -169,6 +169,7 @@ class Records:
             **recipe.sections,
             "prune": {**ANY_MACHINE, **recipe.prune},
             "evaluation": self.protocol["evaluation"],
+            "ruler": {"types": []},  # a release is not compared with quantised models
             "publish": publish,
         }
 

@@ -32,7 +32,7 @@ def evaluation(**changes) -> Evaluation:
         ({"device": "cuda:x"}, "evaluation.device: found 'cuda:x', wanted auto, cpu or cuda[:N]"),
         ({"dtype": "int8"}, "evaluation.dtype: found 'int8', wanted one of auto, bfloat16, float16, float32"),
         ({"tasks": ["guess"]}, "evaluation.tasks: found 'guess', wanted one of " + ", ".join(TASKS)),
-        ({"tasks": ["boolq", "boolq"]}, "evaluation.tasks: found ['boolq', 'boolq'], wanted each task once"),
+        ({"tasks": ["boolq", "boolq"]}, "evaluation.tasks: found ['boolq', 'boolq'], wanted each of the tasks once"),
         ({"rows": 1}, "evaluation.rows: found 1, wanted null or at least 2 rows, for a standard error"),
         ({"batch_size": 0}, "evaluation.batch_size: found 0, wanted at least 1"),
         ({"streamed": True}, "evaluation.generations.prompts: found ['a'], wanted none with evaluation.streamed"),

@@ -29,14 +29,14 @@ def test_windows_are_the_joined_text_cut_and_the_remainder_dropped():
 
 
 def test_a_window_is_of_the_document_that_most_of_its_tokens_are_of():
-    texts = [" ".join(["river"] * count) for count in (40, 5, 40)]
+    texts = [" ".join(["river"] * count) for count in (40, 2, 40)]
     corpus = cut_corpus("articles", texts, tiny.tokenizer(), 10, None, tiny.NO_BOS)
     tokens = corpus.windows.flatten().tolist()
     ends = [len(tiny.tokenizer()("\n\n".join(texts[: number + 1]))["input_ids"]) for number in range(3)]
     of_token = [next(number for number, end in enumerate(ends) if index < end + 2) for index in range(len(tokens))]  # 2: of the empty line
     wanted = [max(set(span), key=span.count) for span in (of_token[start : start + 10] for start in range(0, len(tokens), 10))]
     assert corpus.clusters == wanted
-    assert set(wanted) == {0, 2}  # the short one is most of no window
+    assert {0, 2} <= set(wanted)
 
 
 def test_windows_of_short_documents_are_each_of_its_own():
