@@ -28,6 +28,7 @@ PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")
 RELEASE = Path("release")
+COMPARISON = Path("comparison")
 
 
 def is_plain_name(name: object) -> bool:
