@@ -85,17 +85,15 @@ def headline(results: Sequence[Details]) -> list[Metric]:
 def metric_of(row: dict[str, Any]) -> Metric:
     """The metric of a measurement."""
     label = row["label"] if row["kind"] == "mean" else f"{row['label']} on {row['name']}"
-    return Metric(
-        kind=row["kind"], name=row["name"], metric=row["metric"], label=label, unit=row["unit"], better=row["better"] or "higher"
-    )
+    return Metric(kind=row["kind"], name=row["name"], metric=row["metric"], label=label, unit=row["unit"], better=row["better"] or "higher")
 
 
 def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
     """The difference of two models in a metric, ours less theirs, of perplexity as ln of the ratio; None if either lacks it."""
     if metric.kind == "corpus":
         name = PIECES[metric.metric]
-        both = [scores.windows.get(metric.name, {}).get(name) for scores in (ours, theirs)]
-        return None if None in both else difference(*both, ours.window_clusters[metric.name])  # type: ignore[arg-type]
+        here, there = (scores.windows.get(metric.name, {}).get(name) for scores in (ours, theirs))
+        return None if here is None or there is None else difference(here, there, ours.window_clusters[metric.name])
     tasks = [metric.name] if metric.kind == "task" else [task for task, of in ours.rows.items() if metric.metric in of]
     estimates = [
         difference(ours.rows[task][metric.metric], theirs.rows[task][metric.metric], ours.row_clusters[task])

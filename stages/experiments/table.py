@@ -24,9 +24,7 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
     pieces = []
     for group in groups:
         first, own = groups[0][0].protocol, group[0].protocol
-        reason = (
-            "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
-        )
+        reason = "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
         best_first = sorted(group, key=lambda experiment: experiment.metrics["perplexity"])
         rows = [row(experiment, commands=commands) for experiment in best_first]
         headers = COLUMNS if commands else COLUMNS[:-1]
@@ -52,7 +50,9 @@ def title(experiment: Experiment) -> str:
     """What was pruned, and what it was scored on."""
     protocol = experiment.protocol
     tasks = [f"{task} ({facts['rows']})" for task, facts in protocol["tasks"].items()]
-    return f"{base_name(experiment)}; perplexity on {scored_text(protocol)}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+    return f"{base_name(experiment)}; perplexity on {scored_text(protocol)}" + (
+        f"; tasks, with their rows: {', '.join(tasks)}" if tasks else ""
+    )
 
 
 def base_name(experiment: Experiment) -> str:

@@ -176,11 +176,15 @@ def _params(method: str, pattern: str, sparsity: float, seed: int) -> dict[str, 
 def _texts(prompt: str, method: str) -> dict[str, str]:
     said = f" a place by the river, where people of the town meet and talk, as {method} <has> it & says again and again."
     row = {"prompt": prompt, "raw_dense": " Paris, which lies on the Seine.", "raw_sparse": said}
-    return {**row, "chat_refused": "the template wants a turn of the user"} if "hammer" in prompt else {
-        **row,
-        "chat_dense": "Here is what I think: it is Paris.",
-        "chat_sparse": f"Here is{said}",
-    }
+    return (
+        {**row, "chat_refused": "the template wants a turn of the user"}
+        if "hammer" in prompt
+        else {
+            **row,
+            "chat_dense": "Here is what I think: it is Paris.",
+            "chat_sparse": f"Here is{said}",
+        }
+    )
 
 
 def _matrix(block: int, kind: str, sparsity: float, numbers: random.Random) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The plots, as Vega-Lite specifications without data: the page and the files put the data in under its name.
 
-    points       one row for each experiment, see content.points
-    references   the dense model and quantised models, as lines
-    tasks        the difference of each chosen experiment in each task
-    matrices     one row for each block and kind of matrix
+points       one row for each experiment, see content.points
+references   the dense model and quantised models, as lines
+tasks        the difference of each chosen experiment in each task
+matrices     one row for each block and kind of matrix
 """
 
 from typing import Any
@@ -59,7 +59,11 @@ def frontier(metric: Metric, methods: list[str], patterns: list[str]) -> Spec:
     """A metric against sparsity by method, with 95% intervals, the Pareto front, and reference lines."""
     x = alt.X("sparsity:Q", title="sparsity (fraction of zeros)", axis=alt.Axis(format="%", tickCount=7), scale=_spread(padding=28))
     line = _points().transform_filter("datum.pattern == 'unstructured'").mark_line(strokeWidth=1.5, opacity=0.45)
-    front = _points().transform_filter("datum.front").mark_line(strokeWidth=9, opacity=0.28, color="#8a93a0", strokeJoin="round", strokeCap="round")
+    front = (
+        _points()
+        .transform_filter("datum.front")
+        .mark_line(strokeWidth=9, opacity=0.28, color="#8a93a0", strokeJoin="round", strokeCap="round")
+    )
     y, colour = _metric_y(metric), _colour(methods)
     layers = [
         front.encode(x=x, y=y, order="sparsity:Q"),
@@ -178,10 +182,10 @@ def _chosen(opacity: float) -> Any:
 def _reference_lines(metric: Metric) -> list[alt.Chart]:
     lines = alt.Chart(alt.NamedData(name=REFERENCES))
     y = alt.Y("value:Q", title=metric.axis, scale=_scale(metric))
-    told = [alt.Tooltip("label:N", title="reference"), alt.Tooltip("text:N", title=metric.label)]
+    told = [alt.Tooltip("label:N", title="reference"), alt.Tooltip("size:N"), alt.Tooltip("text:N", title=metric.label)]
     dashes = alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=["dense", "quantised"], range=[[1, 0], [2, 4]]))
-    shift = {"expr": "datum.shift"}
-    labels = lines.mark_text(align="right", baseline="bottom", dy=-4, dx=shift)  # type: ignore[arg-type]
+    shift, drop = alt.ExprRef(expr="datum.shift"), alt.ExprRef(expr="datum.below ? 13 : -5")
+    labels = lines.mark_text(align="right", baseline="alphabetic", dx=shift, dy=drop)
     return [
         lines.mark_rule(strokeWidth=1.2).encode(y=y, strokeDash=dashes, tooltip=told),
         labels.encode(y=y, x=alt.value("width"), text="label:N"),
@@ -204,7 +208,6 @@ def _tooltip(metric: Metric) -> list[alt.Tooltip]:
 
 
 def _finished(chart: Any, height: Any) -> Spec:
-    fixed = {} if isinstance(height, int) else {"autosize": alt.AutoSizeParams(type="fit-x", contains="padding")}
-    spec: Spec = chart.properties(width="container", height=height, **fixed).to_dict()
+    spec: Spec = chart.properties(width="container", height=height).to_dict()
     del spec["config"]  # Altair's own; the theme replaces it
     return spec

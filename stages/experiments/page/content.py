@@ -7,6 +7,7 @@ rounded to six decimals.
 import base64
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from stages.prune import kind_of, short_names
 DECIMALS = 6
 TABULATED = 300  # degrees of freedom up to which every quantile is embedded
 CLOSE = 0.05  # share of an axis within which labels overlap
-LETTER, GAP = 6, 6  # pixels of a letter of a label, and beside a label
+LETTER, GAP = 8, 8  # pixels of a letter of a label, and beside a label
 
 
 def content(groups: Sequence[Group]) -> dict[str, Any]:
@@ -133,26 +134,29 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
     if estimate is not None and metric.metric != "mean_kld":
         value, ends = natural(metric, estimate)
         low, high = ends or (None, None)
-        lines.append({"kind": "dense", "label": "dense", "value": value, "text": measured(metric, {"value": value, "low": low, "high": high})})
+        text = measured(metric, {"value": value, "low": low, "high": high})
+        lines.append({"kind": "dense", "label": "dense", "value": value, "text": text})
     ruler = {row["type"]: row for details in group.results for row in details.ruler if metric.matches(row)}
     for kind, row in ruler.items():
-        label = f"{kind}, {row['bytes_per_weight']:.3g} bytes a weight"
-        lines.append({"kind": "quantised", "label": label, "value": row["value"], "text": measured(metric, row)})
-    values = [row["value"] for details in group.results if (row := metric.of(details)) is not None]
+        size = f"{row['bytes_per_weight']:.3g} bytes a weight"
+        lines.append({"kind": "quantised", "label": kind, "size": size, "value": row["value"], "text": measured(metric, row)})
+    values = [found["value"] for details in group.results if (found := metric.of(details)) is not None]
     return _apart(lines, values, logarithmic=metric.kind == "corpus")
 
 
 def _apart(lines: list[dict[str, Any]], values: list[float], *, logarithmic: bool) -> list[dict[str, Any]]:
-    """Lines whose labels do not lie on each other: one that is close above another has its label farther left."""
+    """Lines whose labels do not lie on each other: of close lines the lowest has its label below, and others above, side by side."""
     height = math.log if logarithmic else float
     heights = [height(value) for value in (*values, *(line["value"] for line in lines))]
     close = CLOSE * (max(heights) - min(heights))
-    shifted: list[dict[str, Any]] = []
-    for line in sorted(lines, key=lambda line: line["value"]):
-        last = shifted[-1] if shifted else None
-        near = last is not None and height(line["value"]) - height(last["value"]) < close
-        shifted.append({**line, "shift": (last["shift"] - LETTER * len(last["label"]) - GAP) if last and near else -GAP})
-    return shifted
+    ordered = sorted(lines, key=lambda line: line["value"])
+    near = [height(upper["value"]) - height(lower["value"]) < close for lower, upper in pairwise(ordered)]
+    placed: list[dict[str, Any]] = []
+    for line, follows, followed in zip(ordered, [False, *near], [*near, False], strict=False):
+        beside = follows and not placed[-1]["below"]
+        shift = placed[-1]["shift"] - LETTER * len(placed[-1]["label"]) - GAP if beside else -GAP
+        placed.append({**line, "shift": shift, "below": followed and not follows})
+    return placed
 
 
 def experiment_content(details: Details) -> dict[str, Any]:
@@ -265,4 +269,3 @@ def protocol_rows(group: Group) -> list[tuple[str, str, str]]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, DECIMALS)
-

@@ -14,14 +14,15 @@ from stages.experiments.paired import Metric, Verdict, apart, natural, verdict
 class Best:
     """The best experiment of a pattern and sparsity.
 
-    value: with its interval. against_dense: how far it lies from the dense model. rest: how the others compare.
+    name: see name_of. value: with its interval. against_dense: how far it lies from the dense model. rest: how the others compare.
     """
 
     asked: str
-    details: Details
+    name: str
     value: str
     against_dense: str
     rest: str
+    details: Details
 
 
 def number(value: float, digits: int) -> str:
@@ -81,9 +82,10 @@ def best(group: Group, metric: Metric) -> list[Best]:
                 Best(
                     asked=asked,
                     details=winner,
+                    name=name_of(winner, members),
                     value=measured(metric, row),
                     against_dense=_against_dense(group, metric, winner),
-                    rest=_rest(metric, winner, [details for details, _ in order[1:]]),
+                    rest=_rest(metric, [details for details, _ in order]),
                 )
             )
     return found
@@ -97,19 +99,21 @@ def _against_dense(group: Group, metric: Metric, winner: Details) -> str:
     return f"{words.removeprefix('×')} times the dense model’s" if metric.is_ratio else f"{words} against the dense model"
 
 
-def _rest(metric: Metric, winner: Details, others: Sequence[Details]) -> str:
-    """How the others lie against the best."""
+def _rest(metric: Metric, order: Sequence[Details]) -> str:
+    """How the others lie against the best, the first in order."""
+    winner, *others = order
     if not others:
         return "Nothing else was measured here."
-    near = [name_of(other) for other, _, said in _against(metric, winner, others) if said == Verdict.NOISE]
-    if not near:
-        second, estimate, _ = _against(metric, winner, others)[0]
-        words = difference_words(metric, estimate)
-        apart_by = f"{words.removeprefix('×')} times as high" if metric.is_ratio else f"at {words} against it"
-        return f"The next, {name_of(second)}, is {apart_by}."
+    against = _against(metric, winner, others)
+    near = [name_of(other, order) for other, _, said in against if said == Verdict.NOISE]
     if len(near) > 3:
         return f"{len(near)} of {len(others)} others are within noise of it."
-    return f"Within noise of it: {', '.join(near)}."
+    if near or not against:
+        return f"Within noise of it: {', '.join(near)}." if near else "Others cannot be paired with it."
+    second, estimate, _ = against[0]
+    words = difference_words(metric, estimate)
+    apart_by = f"{words.removeprefix('×')} times as high" if metric.is_ratio else f"at {words} against it"
+    return f"The next, {name_of(second, order)}, is {apart_by}."
 
 
 def _against(metric: Metric, one: Details, others: Sequence[Details]) -> list[tuple[Details, Estimate, Verdict]]:
@@ -118,9 +122,11 @@ def _against(metric: Metric, one: Details, others: Sequence[Details]) -> list[tu
     return [(other, estimate, verdict(metric, estimate)) for other, estimate in pairs if estimate is not None]
 
 
-def name_of(details: Details) -> str:
-    """What an experiment is called among those of its pattern and sparsity."""
-    return f"{details.experiment.method} ({details.name})"
+def name_of(details: Details, among: Sequence[Details]) -> str:
+    """What an experiment is called among those of its pattern and sparsity: by its method, and by its name where others have it too."""
+    method = details.experiment.method
+    alone = sum(other.experiment.method == method for other in among) == 1
+    return method if alone else f"{method} ({details.name})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +145,7 @@ def noise(group: Group, metric: Metric) -> list[Noise]:
         order = [details for details, _ in ranked(metric, members)]
         compared = [(one, *rest) for position, one in enumerate(order) for rest in _against(metric, one, order[position + 1 :])]
         within = [
-            f"{name_of(other)} against {name_of(one)}: {difference_words(metric, estimate)}"
+            f"{name_of(other, members)} against {name_of(one, members)}: {difference_words(metric, estimate)}"
             for one, other, estimate, said in compared
             if said == Verdict.NOISE
         ]

@@ -10,6 +10,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from stages.errors import SparsesweepError
 from stages.experiments.details import Details
 from stages.experiments.page import charts, words
 from stages.experiments.page.content import content, matrices_content, points, protocol_rows, references
@@ -20,6 +21,7 @@ from stages.experiments.reading import Missing
 from stages.files import replacing
 
 PACKAGE = "stages.experiments.page"
+MARK = '<meta name="generator" content="sparsesweep">'
 INLINED = {"css": "page.css", "statistics_script": "statistics.js", "page_script": "page.js"}
 SCALE = 2  # pixels of a PNG for each of a plot
 SHOWN = 6  # experiments of a plot by task
@@ -31,12 +33,26 @@ def write(directory: Path, groups: Sequence[Group], missing: Sequence[Missing]) 
     Args:
         groups: at least one. missing: what is left out, and why.
     """
+    require_own(directory)
     with replacing(directory) as scratch:
         (scratch / "index.html").write_text(html(groups, missing), encoding="utf8")
         write_tables(scratch, groups)
         for name, spec in plots(groups):
             (scratch / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf8")
             (scratch / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
+
+
+def require_own(directory: Path) -> None:
+    """Refuse to take the place of files that are not an earlier page.
+
+    Raises:
+        SparsesweepError: the directory has files, and no index.html that was written here.
+    """
+    page = directory / "index.html"
+    if directory.is_dir() and any(directory.iterdir()) and not (page.is_file() and MARK in page.read_text(encoding="utf8")):
+        raise SparsesweepError(f"{directory}: found files that are no page of comparison, wanted a directory that is empty or not there")
+    if directory.exists() and not directory.is_dir():
+        raise SparsesweepError(f"{directory}: found a file, wanted a directory or nothing")
 
 
 def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
@@ -51,7 +67,7 @@ def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
 
 def bundle() -> str:
     """Vega-Lite and what it needs, as a script whose names stay its own."""
-    script = vl_convert.javascript_bundle().replace("</script", r"<\/script")
+    script = vl_convert.javascript_bundle(None).replace("</script", r"<\/script")
     return f"(function () {{ {script} }})();"
 
 
@@ -83,7 +99,14 @@ def file_name(number: int, name: str) -> str:
 
 def drawn(spec: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """A plot with data, for a file."""
-    return {**spec, "width": charts.WIDTH, "datasets": data, "config": {**charts.theme(dark=False), "background": "white"}, "padding": 16}
+    datasets = {**spec.get("datasets", {}), **data}
+    return {
+        **spec,
+        "width": charts.WIDTH,
+        "datasets": datasets,
+        "config": {**charts.theme(dark=False), "background": "white"},
+        "padding": 16,
+    }
 
 
 def stacked(panels: Sequence[dict[str, Any]], data: dict[str, Any]) -> dict[str, Any]:

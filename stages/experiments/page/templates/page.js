@@ -95,14 +95,14 @@ const nearby = new IntersectionObserver(
   { rootMargin: "1000px" },
 );
 
-function show(id, spec, datasets, description) {
+function show(id, spec, datasets, description, height = spec.height) {
   const figure = byId(id);
   if (!plots.has(id)) {
     plots.set(id, { figure, near: false });
     nearby.observe(figure);
   }
   const plot = plots.get(id);
-  Object.assign(plot, { spec, datasets, description, stale: true });
+  Object.assign(plot, { spec: { ...spec, height, datasets: { ...spec.datasets, ...datasets } }, description, stale: true });
   if (plot.near) drawn(plot);
 }
 
@@ -116,7 +116,7 @@ function drawn(plot) {
   const narrow = plot.figure.clientWidth < 560;
   theme.legend.labelLimit = plot.figure.clientWidth - 60;
   if (narrow) theme.axis.labelFontSize = theme.axis.titleFontSize = 11;
-  const spec = { ...structuredClone(plot.spec), datasets: plot.datasets };
+  const spec = structuredClone(plot.spec);
   if (narrow) JSON.stringify(spec, (key, value) => (key === "legend" && value && value.columns ? ((value.columns = 1), value) : value));
   const settings = { actions: false, renderer: "svg", config: { ...theme, aria: false }, tooltip: { disableDefaultStyle: false } };
   plot.ready = vegaEmbed(holder, spec, settings).then((result) => (plot.view = result.view));
@@ -285,6 +285,8 @@ function showFrontier() {
   const points = metric().points.map((row) => ({ ...row, shown: left.has(row.experiment) }));
   const words = `${metric().label} against sparsity for ${points.length} experiments, with 95% intervals; the table has every number`;
   show("frontier", metric().frontier, { points, references: metric().references }, words);
+  const lines = metric().references.map((line) => `${line.label}${line.size ? ` (${line.size})` : ""} ${line.text}`);
+  byId("references").textContent = lines.length ? `Lines: ${lines.join("; ")}.` : "";
 }
 
 function showCost() {
@@ -315,6 +317,7 @@ function taskRow(task, one, baseline) {
   const row = { experiment: titleOf(one), task, accuracy: mean(ours), baseline: mean(theirs), rows: ours.length };
   row.lost = theirs.filter((value, index) => value > ours[index]).length;
   row.gained = theirs.filter((value, index) => value < ours[index]).length;
+  if (!apart) return row;
   return { ...row, value: apart.value, low: apart.low, high: apart.high, difference: apart.words, verdict: VERDICTS[apart.verdict] };
 }
 
@@ -323,7 +326,8 @@ function showTasks() {
   const compared = chosenModels().filter((one) => one.name !== chosen.baseline);
   const rows = Object.keys(group().dense.rows).flatMap((task) => compared.map((one) => taskRow(task, one, baseline)));
   const words = `Difference of accuracy to ${chosen.baseline} in each task for ${compared.length} experiments`;
-  show("tasks", data.charts.tasks, { tasks: rows }, `${words}; the table below has every number`);
+  const height = Object.keys(group().dense.rows).length * (15 * Math.max(compared.length, 1) + 24);
+  show("tasks", data.charts.tasks, { tasks: rows }, `${words}; the table below has every number`, height);
   const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "verdict"];
   plainTable("task-table", `Accuracy by task against ${chosen.baseline}; difference paired, with 95% interval`, keys, rows);
 }
@@ -349,7 +353,8 @@ function showMatrices() {
     byId(quantity).hidden = constant.includes(quantity);
     if (constant.includes(quantity)) continue;
     const matrices = cells.map(([block, kind, many], index) => ({ block, matrix: kinds[kind], count: many, quantity, value: valueOf(quantity, index) }));
-    show(quantity, data.charts.matrices[quantity], { matrices }, `${QUANTITIES[quantity]} of ${one.name} by block and matrix; the table below has it`);
+    const words = `${QUANTITIES[quantity]} of ${one.name} by block and matrix; the table below has every number`;
+    show(quantity, data.charts.matrices[quantity], { matrices }, words, 22 * kinds.length);
   }
   const keys = ["block", "matrix", "matrices", ...Object.keys(QUANTITIES)];
   const rows = cells.map(([block, kind, matrices], index) => ({
