@@ -29,6 +29,7 @@ DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")
 RULER_RESULTS = Path("results/ruler")
 RELEASE = Path("release")
+COMPARISON = Path("comparison")
 
 
 def is_plain_name(name: object) -> bool:

@@ -70,13 +70,13 @@ def read_experiments() -> tuple[list[Experiment], list[Missing]]:
     for name, state in entries:
         try:
             found.append(_experiment(name, state))
-        except _Unreadable as error:
+        except Unreadable as error:
             missing.append(Missing(name=name, reason=str(error)))
     return found, missing
 
 
-class _Unreadable(Exception):
-    """A state of the project that is not an evaluated experiment; says why."""
+class Unreadable(Exception):
+    """A state of the project that is not an evaluated experiment, or not all of one; says why."""
 
 
 def _experiments(commit: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,18 +87,18 @@ def _experiments(commit: dict[str, Any]) -> list[dict[str, Any]]:
 def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     data, revision = state["data"], None if state["rev"] == "workspace" else state["rev"]
     if data is None:
-        raise _Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
+        raise Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
     try:
         params, _, prune_metrics = (
             data[kind][path]["data"] for kind, path in (("params", PARAMS), ("metrics", METRICS), ("metrics", PRUNE_METRICS))
         )
     except KeyError:
-        raise _Unreadable("it has no results of prune and evaluate: it has not come that far, or they are on no remote") from None
+        raise Unreadable("it has no results of prune and evaluate: it has not come that far, or they are on no remote") from None
     point, *_ = _read(POINT, revision)
     try:
         measurements = from_rows(_read(MEASUREMENTS, revision))
     except (TypeError, KeyError) as error:
-        raise _Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
+        raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     return Experiment(
         name=name,
         revision=revision,
@@ -116,7 +116,7 @@ def _read(path: str, revision: str | None) -> Any:
     try:
         return json.loads(dvc.api.read(path, rev=revision))
     except (DvcException, OSError, ValueError) as error:
-        raise _Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `dvc exp pull` brings it") from None
+        raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `dvc exp pull` brings it") from None
 
 
 def _references() -> list[str]:

@@ -1,0 +1,169 @@
+"""Read what the page compares of an experiment: its measurements, both models' scores on every window and row, its matrices, its texts."""
+
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.api import DVCFileSystem
+from dvc.exceptions import DvcException
+
+from stages.evaluation.results import samples_file
+from stages.experiments.commands import command
+from stages.experiments.reading import Experiment, Missing, Unreadable
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS
+
+RULER = Path("results/ruler/measurements.json")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model scored, piece by piece, by which two models are compared.
+
+    windows: corpus -> name -> the mean over each window, "nll" and "kld" [nats per token]. rows: task -> metric -> each row's value.
+    window_clusters, row_clusters: corpus or task -> of each window or row, what it shares with others.
+    """
+
+    windows: dict[str, dict[str, list[float]]]
+    rows: dict[str, dict[str, list[float]]]
+    window_clusters: dict[str, list[Hashable]]
+    row_clusters: dict[str, list[Hashable]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """Everything that is known of an experiment.
+
+    command: the line that runs it again; None: conf/ has changed, so that no line does.
+    measurements: of the pruned model, see results/sparse/details/measurements.json. generations: both models' texts.
+    matrices: rows of results/prune/sparsity.json. run: the record of the prune stage. ruler: measurements of quantised models, or none.
+    """
+
+    experiment: Experiment
+    command: str | None
+    measurements: list[Row]
+    scores: Scores
+    generations: list[Row]
+    matrices: list[Row]
+    run: Row
+    ruler: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros among the weights in scope, as achieved, in [0, 1)."""
+        return sum(row["zeros"] for row in self.matrices) / sum(row["weights"] for row in self.matrices)
+
+    @property
+    def asked(self) -> str:
+        """The pattern, and the sparsity that was asked for where the pattern does not state it."""
+        sparsity = self.experiment.params["pattern"].get("sparsity")
+        return self.experiment.pattern if sparsity is None else f"{self.experiment.pattern} {100 * sparsity:.4g}%"
+
+
+def read_details(experiments: Sequence[Experiment]) -> tuple[list[Details], Scores | None, list[Missing]]:
+    """Read the details of experiments of one protocol, from the workspace, the cache or a remote.
+
+    Returns:
+        The details; the dense model's scores, which all of them share, None without any experiment; and what cannot be read.
+    """
+    found: list[Details] = []
+    missing: list[Missing] = []
+    dense: Scores | None = None
+    for experiment in experiments:
+        try:
+            files = _Files(experiment.revision)
+            details = _details(experiment, files)
+            dense = dense or of_dense(_scores(files, DENSE_RESULTS / "details", list(details.scores.rows)))
+            require_same_pieces(details.scores, dense)
+            found.append(details)
+        except Unreadable as error:
+            missing.append(Missing(name=experiment.name, reason=str(error)))
+    return found, dense, missing
+
+
+def of_dense(scores: Scores) -> Scores:
+    """The dense model's scores with its divergence from itself, which is 0 and is not measured."""
+    windows = {corpus: {**means, "kld": [0.0] * len(means["nll"])} for corpus, means in scores.windows.items()}
+    return Scores(windows=windows, rows=scores.rows, window_clusters=scores.window_clusters, row_clusters=scores.row_clusters)
+
+
+def require_same_pieces(scores: Scores, dense: Scores) -> None:
+    """Refuse scores of other windows or rows than the dense model's.
+
+    Raises:
+        Unreadable: names the corpus or task, and both numbers.
+    """
+    pairs = [(scores.window_clusters, dense.window_clusters, "windows"), (scores.row_clusters, dense.row_clusters, "rows")]
+    for ours, theirs, pieces in pairs:
+        for name, clusters in ours.items():
+            other = theirs.get(name, [])
+            if clusters != other:
+                numbers = f"found {len(clusters)} {pieces} of {name}, wanted the dense model's {len(other)} with the same clusters"
+                raise Unreadable(f"{numbers}; evaluate both again")
+
+
+class _Files:
+    """The files of a revision, None for the workspace."""
+
+    def __init__(self, revision: str | None) -> None:
+        try:
+            self.files = DVCFileSystem(rev=revision)
+        except (DvcException, OSError) as error:
+            raise Unreadable(f"DVC cannot open it ({' '.join(str(error).split())})") from None
+
+    def text(self, path: Path) -> str:
+        try:
+            content: str = self.files.read_text(path.as_posix(), encoding="utf8")
+        except (DvcException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise Unreadable(f"{path} is not there ({reason}); `dvc exp pull` brings it, or evaluating it again writes it") from None
+        return content
+
+    def json(self, path: Path) -> Any:
+        return _parsed(self.text(path), path)
+
+    def lines(self, path: Path) -> list[Row]:
+        return [_parsed(line, path) for line in self.text(path).splitlines()]
+
+    def has(self, path: Path) -> bool:
+        return bool(self.files.exists(path.as_posix()))
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Unreadable(f"{path}: not JSON ({error})") from None
+
+
+def _details(experiment: Experiment, files: _Files) -> Details:
+    directory = SPARSE_RESULTS / "details"
+    measurements = files.json(directory / "measurements.json")
+    tasks = list(dict.fromkeys(row["name"] for row in measurements if row["kind"] == "task"))
+    return Details(
+        experiment=experiment,
+        command=command(experiment.params),
+        measurements=measurements,
+        scores=_scores(files, directory, tasks),
+        generations=files.json(directory / "generations.json"),
+        matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
+        run=files.json(PRUNE_RESULTS / "provenance.json"),
+        ruler=files.json(RULER) if files.has(RULER) else [],
+    )
+
+
+def _scores(files: _Files, directory: Path, tasks: list[str]) -> Scores:
+    windows: dict[str, dict[str, Any]] = files.json(directory / "windows.json")
+    samples = {task: files.lines(samples_file(directory, task)) for task in tasks}
+    return Scores(
+        windows={corpus: {name: values for name, values in of.items() if name != "clusters"} for corpus, of in windows.items()},
+        rows={task: {name: [row["values"][name] for row in rows] for name in rows[0]["values"]} for task, rows in samples.items()},
+        window_clusters={corpus: of["clusters"] for corpus, of in windows.items()},
+        row_clusters={task: [row["cluster"] for row in rows] for task, rows in samples.items()},
+    )

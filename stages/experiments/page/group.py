@@ -1,0 +1,77 @@
+"""Experiments of one protocol: what may stand on one axis, in one table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.evaluation.protocol import differences
+from stages.experiments.details import Details, Scores, read_details
+from stages.experiments.paired import Metric, headline
+from stages.experiments.reading import Experiment, Missing
+from stages.experiments.table import SHORT, base_name, by_protocol, compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Experiments of one protocol.
+
+    results: at least one. dense: the dense model's scores, which all of them share. differs: key of the protocol -> this group's value
+    and that of the first group; empty for the first.
+    """
+
+    results: list[Details]
+    dense: Scores
+    differs: dict[str, tuple[Any, Any]]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        return headline(self.results)
+
+    @property
+    def base(self) -> str:
+        return base_name(self.results[0].experiment)
+
+    @property
+    def methods(self) -> list[str]:
+        return sorted({details.experiment.method for details in self.results})
+
+    @property
+    def patterns(self) -> list[str]:
+        return sorted({details.experiment.pattern for details in self.results}, key=lambda name: (name != "unstructured", name))
+
+    @property
+    def cells(self) -> dict[str, list[Details]]:
+        """Pattern and asked sparsity -> the experiments that have both: those whose methods may be compared."""
+        order = {pattern: position for position, pattern in enumerate(self.patterns)}
+        ordered = sorted(self.results, key=lambda details: (order[details.experiment.pattern], details.sparsity))
+        cells: dict[str, list[Details]] = {}
+        for details in ordered:
+            cells.setdefault(details.asked, []).append(details)
+        return cells
+
+    @property
+    def short_name(self) -> str:
+        """What tells it from another group in a list."""
+        count = len(self.results)
+        return f"{self.base}, {', '.join(self.dense.windows)} ({count} experiment{'s' * (count > 1)})"
+
+
+def read_groups(experiments: Sequence[Experiment]) -> tuple[list[Group], list[Missing]]:
+    """Read the details of experiments, by protocol, the largest group first; and what cannot be read."""
+    groups: list[Group] = []
+    missing: list[Missing] = []
+    for members in by_protocol(list(experiments)):
+        results, dense, unread = read_details(members)
+        missing += unread
+        if results and dense is not None:
+            first = (groups[0].results[0] if groups else results[0]).experiment.protocol
+            own = results[0].experiment.protocol
+            groups.append(Group(results=results, dense=dense, differs=differences(compared(own), compared(first))))
+    return groups, missing
+
+
+def shortened(value: Any) -> str:
+    """A value of a protocol in few words; hashes are cut."""
+    if isinstance(value, str) and len(value) == 64:
+        return value[:SHORT]
+    return "absent" if value is None else str(value)

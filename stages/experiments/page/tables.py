@@ -1,0 +1,93 @@
+"""The numbers of the page as rows of CSV files."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.experiments.details import Details
+from stages.experiments.page.content import costs
+from stages.experiments.page.group import Group
+from stages.experiments.paired import Metric, apart, natural, verdict
+
+Row = dict[str, Any]
+
+
+def write_tables(directory: Path, groups: Sequence[Group]) -> None:
+    """Write experiments.csv, measurements.csv, differences.csv and matrices.csv; the column "protocol" numbers the groups from 1."""
+    tables = {"experiments": experiment_rows, "measurements": measurement_rows, "differences": difference_rows, "matrices": matrix_rows}
+    for name, rows_of in tables.items():
+        rows = [{"protocol": number, **row} for number, group in enumerate(groups, start=1) for row in rows_of(group)]
+        write_csv(directory / f"{name}.csv", rows)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows under the names of all their columns; what a row has not stays empty."""
+    with path.open("w", encoding="utf8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def experiment_rows(group: Group) -> Iterable[Row]:
+    """What each experiment is, what it cost, and the lines that run and apply it."""
+    for details in group.results:
+        experiment = details.experiment
+        yield {
+            **_names(details),
+            "base": group.base,
+            "zeros_share": details.sparsity,
+            "weights": sum(row["weights"] for row in details.matrices),
+            **costs(details),
+            "run": details.command,
+            "apply": None if experiment.revision is None else f"dvc exp apply {experiment.name}",
+        }
+
+
+def measurement_rows(group: Group) -> Iterable[Row]:
+    """Every measurement of every experiment, with its difference to the dense model as the evaluation wrote it."""
+    for details in group.results:
+        for row in details.measurements:
+            difference = {f"difference_{key}": value for key, value in (row["difference"] or {}).items()}
+            yield {**_names(details), **{key: value for key, value in row.items() if key != "difference"}, **difference}
+
+
+def difference_rows(group: Group) -> Iterable[Row]:
+    """Paired differences of each experiment to the dense model, and to every other of its pattern and sparsity; ratios of perplexities."""
+    for metric in group.metrics:
+        for members in group.cells.values():
+            for details in members:
+                yield from _difference(group, metric, details, None)
+                for other in members:
+                    if other is not details:
+                        yield from _difference(group, metric, details, other)
+
+
+def matrix_rows(group: Group) -> Iterable[Row]:
+    """Each matrix of each experiment, as the prune stage wrote it."""
+    for details in group.results:
+        for row in details.matrices:
+            yield {"experiment": details.name, **{key: value for key, value in row.items() if key != "shape"}}
+
+
+def _names(details: Details) -> Row:
+    experiment = details.experiment
+    return {"experiment": experiment.name, "method": experiment.method, "pattern": experiment.pattern, "asked": details.asked}
+
+
+def _difference(group: Group, metric: Metric, details: Details, other: Details | None) -> Iterable[Row]:
+    """The difference of an experiment to another, None for the dense model; nothing where they cannot be paired."""
+    estimate = apart(metric, details.scores, other.scores if other else group.dense)
+    if estimate is not None:
+        value, (low, high) = natural(metric, estimate)[0], natural(metric, estimate)[1] or (None, None)
+        yield {
+            **_names(details),
+            "against": other.name if other else "dense",
+            "metric": metric.id,
+            "is": "ratio" if metric.is_ratio else "difference",
+            "value": value,
+            "low": low,
+            "high": high,
+            "count": estimate.count,
+            "verdict": verdict(metric, estimate),
+        }

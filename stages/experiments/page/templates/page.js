@@ -1,0 +1,516 @@
+// The page of comparison: what is chosen in it, and what follows from that. No library but Vega-Lite for the plots.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const CHOSEN_AT_MOST = 6;
+const QUANTITIES = { relative_error: "relative output error", sparsity: "sparsity", damping: "damping" };
+const VERDICTS = { better: "better", worse: "worse", noisy: "noise" };
+const chosen = { group: 0, metric: "", baseline: "dense", sort: "", descending: false, experiments: new Set(), inspected: "" };
+
+const group = () => data.groups[chosen.group];
+const metric = () => group().metrics.find((one) => one.id === chosen.metric);
+const model = (name) => (name === "dense" ? group().dense : group().experiments.find((one) => one.name === name));
+const chosenModels = () => group().experiments.filter((one) => chosen.experiments.has(one.name));
+const titleOf = (one) => (one.name === "dense" ? "dense" : `${one.name}: ${one.method}, ${one.asked}`);
+
+// Elements and numbers.
+
+/** An element with attributes (a function is a listener) and children (nodes or text). */
+function element(tag, attributes, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (typeof value === "function") made.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+function number(value, digits) {
+  const decimals = Math.abs(value) < 1000 ? digits : 0;
+  return value.toLocaleString("en-US", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+}
+
+const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
+const range = (low, high, write) => (low === null || high === null ? "" : ` [${write(low)}, ${write(high)}]`);
+const counted = (row) =>
+  `${row.count.toLocaleString("en-US")} ${row.counted}` +
+  (row.counted === "tasks" || row.clusters === row.count ? "" : ` in ${row.clusters.toLocaleString("en-US")} clusters`);
+
+/** The measurement of a model in a metric, or undefined. */
+function measurement(one, of) {
+  return one.measurements.find((row) => row.kind === of.kind && row.name === of.name && row.metric === of.metric);
+}
+
+/** How far a model lies from another: {words, verdict, sort, low, high}; null if they cannot be paired. */
+function comparison(of, ours, theirs) {
+  const estimate = ours.name === theirs.name ? null : pairedDifference(group(), of, ours, theirs);
+  if (estimate === null) return null;
+  const ends = intervalOf(estimate, data.quantiles);
+  const natural = of.ratio ? Math.exp : (value) => value;
+  const value = natural(estimate.value);
+  const write = of.ratio ? (end) => number(end, value < 10 ? 3 : 1) : signed;
+  const [low, high] = ends ? ends.map(natural) : [null, null];
+  const noisy = !ends || (ends[0] <= 0 && ends[1] >= 0);
+  const verdict = noisy ? "noisy" : estimate.value < 0 === (of.better === "lower") ? "better" : "worse";
+  return { words: (of.ratio ? "×" : "") + write(value) + range(low, high, write), verdict, value, low, high };
+}
+
+function say(words) {
+  byId("toast").textContent = words;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => (byId("toast").textContent = ""), 5000);
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = element("textarea", { "aria-hidden": "true" }, text);
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  say(`Copied: ${text.split("\n")[0]}`);
+}
+
+function options(select, entries, value) {
+  select.replaceChildren(...entries.map(([key, words]) => element("option", { value: key, selected: key === value }, words)));
+  select.value = value;
+}
+
+// Plots: drawn when they come near the screen, again when what they show changes.
+
+const plots = new Map();
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const nearby = new IntersectionObserver(
+  (entries) =>
+    entries.forEach((entry) => {
+      const plot = plots.get(entry.target.id);
+      plot.near = entry.isIntersecting;
+      if (plot.near) drawn(plot);
+    }),
+  { rootMargin: "1000px" },
+);
+
+function show(id, spec, datasets, description, height = spec.height) {
+  const figure = byId(id);
+  if (!plots.has(id)) {
+    plots.set(id, { figure, near: false });
+    nearby.observe(figure);
+  }
+  const plot = plots.get(id);
+  Object.assign(plot, { spec: { ...spec, height, datasets: { ...spec.datasets, ...datasets } }, description, stale: true });
+  if (plot.near) drawn(plot);
+}
+
+function drawn(plot) {
+  if (!plot.stale) return;
+  plot.stale = false;
+  const holder = element("div", { class: "plot", role: "img", "aria-label": plot.description });
+  const save = (type) => element("button", { type: "button", click: () => saved(plot, type) }, `Save as ${type.toUpperCase()}`);
+  plot.figure.replaceChildren(holder, element("div", { class: "saving" }, save("svg"), save("png")));
+  const theme = structuredClone(data.themes[dark.matches ? "dark" : "light"]);
+  const narrow = plot.figure.clientWidth < 560;
+  theme.legend.labelLimit = plot.figure.clientWidth - 60;
+  if (narrow) theme.axis.labelFontSize = theme.axis.titleFontSize = 11;
+  const spec = structuredClone(plot.spec);
+  if (narrow) JSON.stringify(spec, (key, value) => (key === "legend" && value && value.columns ? ((value.columns = 1), value) : value));
+  const settings = { actions: false, renderer: "svg", config: { ...theme, aria: false }, tooltip: { disableDefaultStyle: false } };
+  plot.ready = vegaEmbed(holder, spec, settings).then((result) => (plot.view = result.view));
+}
+
+async function saved(plot, type) {
+  await plot.ready;
+  const link = element("a", { href: await plot.view.toImageURL(type, 2), download: `${plot.figure.id}.${type}` });
+  link.click();
+}
+
+// The table.
+
+function columns() {
+  const text = (key, label) => ({ key, label, sort: (one) => one[key] || "", cell: (one) => element("td", {}, one[key] || "") });
+  return [
+    { key: "name", label: "Experiment", sort: (one) => one.name, cell: nameCell },
+    text("method", "Method"),
+    text("pattern", "Pattern"),
+    { ...figure("sparsity", "Sparsity", (value) => `${(100 * value).toFixed(2)}%`) },
+    ...group().metrics.map((of) => ({
+      key: of.id,
+      label: of.label + (of.unit ? ` [${of.unit}]` : ""),
+      number: true,
+      best: of.better,
+      sort: (one) => (measurement(one, of) || {}).value,
+      cell: (one) => metricCell(one, of),
+    })),
+    figure("seconds", "Seconds", (value) => number(value, 0)),
+    figure("peak_memory_gib", "Peak memory [GiB]", (value) => value.toFixed(2)),
+    { key: "commands", label: "Commands", cell: commandsCell },
+  ];
+}
+
+function figure(key, label, write) {
+  const cell = (one) => element("td", { class: "number" }, typeof one[key] === "number" ? write(one[key]) : "");
+  return { key, label, number: true, sort: (one) => one[key], cell };
+}
+
+function nameCell(one) {
+  const pinned = chosen.baseline === one.name;
+  const pin = { type: "button", class: "pin", "aria-pressed": String(pinned), "data-pin": one.name, click: () => setBaseline(one.name) };
+  return element("th", { scope: "row" }, one.name, element("button", pin, pinned ? "Baseline" : "Make baseline"));
+}
+
+function metricCell(one, of) {
+  const row = measurement(one, of);
+  const divergesFromItself = one.name === "dense" && of.metric === "mean_kld";
+  if (!row) return element("td", { class: "number" }, divergesFromItself ? "0, by definition" : "not measured");
+  const value = number(row.value, of.digits);
+  const interval = element("span", { class: "interval" }, range(row.low, row.high, (end) => number(end, of.digits)));
+  return element("td", { class: "number", title: counted(row) }, value, interval, deltaOf(one, of));
+}
+
+function deltaOf(one, of) {
+  const apart = comparison(of, one, model(chosen.baseline));
+  return apart && element("span", { class: `delta ${apart.verdict}` }, `${apart.words} ${VERDICTS[apart.verdict]}`);
+}
+
+function commandsCell(one) {
+  if (one.name === "dense") return element("td", {}, "");
+  const line = (words, command) =>
+    element(
+      "div",
+      { class: "command" },
+      element("button", { type: "button", "aria-label": `Copy the ${words} line of ${one.name}`, click: () => copy(command) }, `Copy ${words}`),
+      element("code", { title: command }, command),
+    );
+  const run = one.run ? line("run", one.run) : element("div", {}, "conf/ composes it no more");
+  return element("td", {}, run, one.apply ? line("apply", one.apply) : "");
+}
+
+function matching() {
+  const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const [method, pattern] = [byId("method").value, byId("pattern").value];
+  return group().experiments.filter((one) => {
+    const text = [one.name, one.method, one.asked, one.run, one.apply].join(" ").toLowerCase();
+    return words.every((word) => text.includes(word)) && (!method || one.method === method) && (!pattern || one.pattern === pattern);
+  });
+}
+
+function sorted(rows, all) {
+  const column = all.find((one) => one.key === chosen.sort);
+  const compare = (first, second) => {
+    const [here, there] = [column.sort(first), column.sort(second)];
+    if (here === undefined || there === undefined) return (here === undefined) - (there === undefined);
+    const order = typeof here === "string" ? here.localeCompare(there, "en", { numeric: true }) : here - there;
+    return chosen.descending ? -order : order;
+  };
+  return column ? [...rows].sort(compare) : rows;
+}
+
+function sortBy(column) {
+  const first = column.best === "higher";
+  chosen.descending = chosen.sort === column.key ? !chosen.descending : first;
+  chosen.sort = column.key;
+  showTable();
+  document.querySelector(`[data-sort="${CSS.escape(column.key)}"]`).focus();
+}
+
+function headCell(column) {
+  const direction = chosen.sort !== column.key ? "none" : chosen.descending ? "descending" : "ascending";
+  const button = { type: "button", "data-sort": column.key, click: () => sortBy(column) };
+  return element(
+    "th",
+    { scope: "col", class: column.number ? "number" : null, "aria-sort": column.sort ? direction : null },
+    column.sort ? element("button", button, column.label) : column.label,
+  );
+}
+
+function choiceCell(one) {
+  if (one.name === "dense") return element("td", {});
+  const box = { type: "checkbox", checked: chosen.experiments.has(one.name), "aria-label": `Show ${one.name} in detail`, "data-choose": one.name };
+  return element("td", {}, element("input", { ...box, change: (event) => choose(one.name, event.target) }));
+}
+
+function choose(name, box) {
+  if (box.checked && chosen.experiments.size >= CHOSEN_AT_MOST) {
+    box.checked = false;
+    say(`At most ${CHOSEN_AT_MOST} experiments are shown in detail; uncheck one first.`);
+    return;
+  }
+  chosen.experiments[box.checked ? "add" : "delete"](name);
+  showChosen();
+}
+
+function showTable() {
+  const all = columns();
+  const rows = sorted(matching(), all);
+  const detail = element("th", { scope: "col" }, "Detail");
+  byId("table").tHead.replaceChildren(element("tr", {}, detail, ...all.map(headCell)));
+  byId("table").tBodies[0].replaceChildren(
+    ...[group().dense, ...rows].map((one) =>
+      element("tr", { class: one.name === chosen.baseline ? "baseline" : null }, choiceCell(one), ...all.map((column) => column.cell(one))),
+    ),
+  );
+  byId("shown").textContent = `${rows.length} of ${group().experiments.length} experiments shown`;
+}
+
+function showVerdict() {
+  const names = { better: [], worse: [], noisy: [] };
+  group().experiments.forEach((one) => {
+    const apart = comparison(metric(), one, model(chosen.baseline));
+    if (apart) names[apart.verdict].push(one.name);
+  });
+  const listed = (of) => `${of.length}${of.length && of.length <= 8 ? ` (${of.join(", ")})` : ""}`;
+  byId("verdict").textContent =
+    `Against ${chosen.baseline}, in ${metric().label}: ${listed(names.better)} better, ${listed(names.worse)} worse, ` +
+    `${listed(names.noisy)} within noise.`;
+}
+
+function setBaseline(name) {
+  chosen.baseline = name;
+  byId("baseline").value = name;
+  showTable();
+  showVerdict();
+  showTasks();
+  const pin = document.querySelector(`[data-pin="${CSS.escape(name)}"]`);
+  if (pin && document.activeElement === document.body) pin.focus();
+}
+
+// What is drawn.
+
+function showFrontier() {
+  const left = new Set(matching().map((one) => one.name));
+  const points = metric().points.map((row) => ({ ...row, shown: left.has(row.experiment) }));
+  const words = `${metric().label} against sparsity for ${points.length} experiments, with 95% intervals; the table has every number`;
+  show("frontier", metric().frontier, { points, references: metric().references }, words);
+  const lines = metric().references.map((line) => `${line.label}${line.size ? ` (${line.size})` : ""} ${line.text}`);
+  byId("references").textContent = lines.length ? `Lines: ${lines.join("; ")}.` : "";
+}
+
+function showCost() {
+  const cell = byId("cell").value;
+  const points = metric().points.filter((row) => !cell || row.asked === cell);
+  const devices = [...new Set(points.map((row) => row.device).filter(Boolean))];
+  byId("devices").textContent =
+    `${points.length} experiments, one run each, on ${devices.join(" and ") || "unknown devices"}.` +
+    (devices.length > 1 ? " Seconds on different devices are not comparable." : "");
+  for (const [measure, label] of [["seconds", "seconds"], ["peak_memory_gib", "peak memory"]]) {
+    show(measure, metric().costs[measure], { points }, `${metric().label} against ${label} of pruning; the table has every number`);
+  }
+}
+
+/** The metric of a task: that of the mean, or the first that its rows have. */
+function taskMetric(task) {
+  const mean = group().metrics.find((one) => one.kind === "mean");
+  const names = Object.keys(group().dense.rows[task]);
+  const better = mean ? mean.better : "higher";
+  return { kind: "task", name: task, metric: mean && names.includes(mean.metric) ? mean.metric : names[0], better, ratio: false, digits: 3 };
+}
+
+function taskRow(task, one, baseline) {
+  const of = taskMetric(task);
+  const apart = comparison(of, one, baseline);
+  const [ours, theirs] = [one, baseline].map((other) => unpacked(other.rows[task][of.metric]));
+  const mean = (values) => (values.reduce((total, value) => total + value, 0) / values.length).toFixed(3);
+  const row = { experiment: titleOf(one), task, accuracy: mean(ours), baseline: mean(theirs), rows: ours.length };
+  row.lost = theirs.filter((value, index) => value > ours[index]).length;
+  row.gained = theirs.filter((value, index) => value < ours[index]).length;
+  if (!apart) return row;
+  return { ...row, value: apart.value, low: apart.low, high: apart.high, difference: apart.words, verdict: VERDICTS[apart.verdict] };
+}
+
+function showTasks() {
+  const baseline = model(chosen.baseline);
+  const compared = chosenModels().filter((one) => one.name !== chosen.baseline);
+  const rows = Object.keys(group().dense.rows).flatMap((task) => compared.map((one) => taskRow(task, one, baseline)));
+  const words = `Difference of accuracy to ${chosen.baseline} in each task for ${compared.length} experiments`;
+  const height = Object.keys(group().dense.rows).length * (15 * Math.max(compared.length, 1) + 24);
+  show("tasks", data.charts.tasks, { tasks: rows }, `${words}; the table below has every number`, height);
+  const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "verdict"];
+  plainTable("task-table", `Accuracy by task against ${chosen.baseline}; difference paired, with 95% interval`, keys, rows);
+}
+
+function plainTable(id, caption, keys, rows) {
+  const head = element("tr", {}, ...keys.map((key) => element("th", { scope: "col" }, key)));
+  const body = rows.map((row) =>
+    element("tr", {}, ...keys.map((key) => element("td", { class: typeof row[key] === "number" ? "number" : null }, String(row[key] ?? "")))),
+  );
+  byId(id).replaceChildren(element("caption", {}, caption), element("thead", {}, head), element("tbody", {}, ...body));
+}
+
+function showMatrices() {
+  const one = model(chosen.inspected);
+  const { kinds, cells } = one.matrices;
+  const count = cells.reduce((total, cell) => total + cell[2], 0);
+  const constant = Object.keys(QUANTITIES).filter((quantity) => !Array.isArray(one.matrices[quantity]));
+  const same = constant.map((quantity) => `The ${QUANTITIES[quantity]} is ${one.matrices[quantity] ?? "not known"} in each.`);
+  byId("matrices-about").textContent =
+    `${titleOf(one)}: ${count} matrices, ${one.weights.toLocaleString("en-US")} weights. ` + same.join(" ");
+  const valueOf = (quantity, index) => (Array.isArray(one.matrices[quantity]) ? one.matrices[quantity][index] : one.matrices[quantity]);
+  for (const quantity of Object.keys(QUANTITIES)) {
+    byId(quantity).hidden = constant.includes(quantity);
+    if (constant.includes(quantity)) continue;
+    const matrices = cells.map(([block, kind, many], index) => ({ block, matrix: kinds[kind], count: many, quantity, value: valueOf(quantity, index) }));
+    const words = `${QUANTITIES[quantity]} of ${one.name} by block and matrix; the table below has every number`;
+    show(quantity, data.charts.matrices[quantity], { matrices }, words, 22 * kinds.length);
+  }
+  const keys = ["block", "matrix", "matrices", ...Object.keys(QUANTITIES)];
+  const rows = cells.map(([block, kind, matrices], index) => ({
+    block,
+    matrix: kinds[kind],
+    matrices,
+    ...Object.fromEntries(Object.keys(QUANTITIES).map((quantity) => [quantity, valueOf(quantity, index)])),
+  }));
+  plainTable("matrix-table", `${titleOf(one)}, by block and matrix`, keys, rows);
+}
+
+// Texts and parameters.
+
+function showGenerations() {
+  const forms = { raw: "raw", chat: "through the chat template" };
+  const said = (row, suffix) =>
+    Object.entries(forms).map(([form, words]) =>
+      row && row[form + suffix] !== undefined
+        ? element("p", {}, element("span", { class: "form" }, `${words}: `), row[form + suffix].trim() || "(nothing)")
+        : null,
+    );
+  byId("generations").replaceChildren(
+    ...group().prompts.flatMap((prompt, index) => {
+      const texts = chosenModels().map((one) => {
+        const row = one.generations[index];
+        const refused = row && row.chat_refused ? element("p", { class: "form" }, `not through the chat template: ${row.chat_refused}`) : null;
+        return element("article", {}, element("h4", {}, titleOf(one)), ...said(row, "_sparse"), refused);
+      });
+      const dense = element("article", {}, element("h4", {}, "dense"), ...said(group().dense.generations[index], "_dense"));
+      return [element("h3", {}, `“${prompt}”`), element("div", { class: "texts" }, dense, ...texts)];
+    }),
+  );
+  if (!group().prompts.length) byId("generations").textContent = "Nothing was generated under this protocol.";
+}
+
+const paramsOf = (one) => ({ ...group().params.common, ...group().params.own[group().experiments.indexOf(one)] });
+const written = (value) => (value === undefined ? "absent" : typeof value === "string" ? value : JSON.stringify(value));
+
+function showConfiguration() {
+  const models = chosenModels();
+  const params = models.map(paramsOf);
+  const keys = [...new Set(params.flatMap(Object.keys))].sort();
+  const differ = (key) => new Set(params.map((of) => written(of[key]))).size > 1;
+  const shown = byId("differing").checked ? keys.filter(differ) : keys;
+  const part = (words) => element("tr", { class: "part" }, element("th", { scope: "colgroup", colspan: models.length + 1 }, words));
+  const metrics = group().metrics.map((of) =>
+    element("tr", {}, element("th", { scope: "row" }, of.label), ...models.map((one) => element("td", {}, valueWords(one, of)))),
+  );
+  const rows = shown.map((key) =>
+    element("tr", {}, element("th", { scope: "row" }, key), ...params.map((of) => element("td", {}, written(of[key])))),
+  );
+  const head = element("tr", {}, element("th", { scope: "col" }, "parameter"), ...models.map((one) => element("th", { scope: "col" }, one.name)));
+  byId("configuration").replaceChildren(
+    element("caption", {}, `The experiments chosen in the table; ${shown.length} of ${keys.length} parameters`),
+    element("thead", {}, head),
+    element("tbody", {}, part("Metrics, with 95% interval and count"), ...metrics, part("Parameters"), ...rows),
+  );
+}
+
+function valueWords(one, of) {
+  const row = measurement(one, of);
+  const write = (value) => number(value, of.digits);
+  return row ? `${write(row.value)}${range(row.low, row.high, write)}, ${counted(row)}` : "not measured";
+}
+
+function showRecipes() {
+  const [from, to] = ["recipe-from", "recipe-to"].map((id) => paramsOf(model(byId(id).value)));
+  const keys = [...new Set([...Object.keys(from), ...Object.keys(to)])].sort();
+  const differing = keys.filter((key) => written(from[key]) !== written(to[key]));
+  const lines = differing.flatMap((key) => [
+    ...(key in from ? [[`- ${key}: ${written(from[key])}`, "worse"]] : []),
+    ...(key in to ? [[`+ ${key}: ${written(to[key])}`, "better"]] : []),
+  ]);
+  byId("recipe-about").textContent = `${differing.length} parameters differ, ${keys.length - differing.length} are equal.`;
+  const nodes = lines.map(([line, kind]) => element("span", { class: kind }, `${line}\n`));
+  byId("recipe").replaceChildren(...(nodes.length ? nodes : ["The recipes are equal.\n"]));
+}
+
+// What follows from a choice.
+
+function showChosen() {
+  showTasks();
+  showGenerations();
+  showConfiguration();
+}
+
+function showMetric() {
+  document.querySelectorAll("[data-group]").forEach((part) => {
+    const other = "metric" in part.dataset && part.dataset.metric !== chosen.metric;
+    part.hidden = Number(part.dataset.group) !== chosen.group || other;
+  });
+  byId("best-metric").textContent = metric().label;
+  showFrontier();
+  showCost();
+  showVerdict();
+}
+
+function bestOf(names) {
+  const rows = metric().points.filter((row) => names.includes(row.experiment)).sort((first, second) => first.value - second.value);
+  const best = metric().better === "lower" ? rows[0] : rows[rows.length - 1];
+  return best ? best.experiment : names[0];
+}
+
+function showGroup() {
+  const all = group().experiments.map((one) => [one.name, titleOf(one)]);
+  chosen.metric = group().metrics[0].id;
+  chosen.baseline = "dense";
+  chosen.sort = chosen.metric;
+  chosen.descending = group().metrics[0].better === "higher";
+  const leaders = Object.values(group().cells).map(bestOf);
+  chosen.experiments = new Set(leaders.slice(0, CHOSEN_AT_MOST));
+  chosen.inspected = leaders[0];
+  options(byId("metric"), group().metrics.map((one) => [one.id, one.label]), chosen.metric);
+  options(byId("baseline"), [["dense", "dense"], ...all], "dense");
+  options(byId("method"), [["", "all"], ...group().methods.map((name) => [name, name])], "");
+  options(byId("pattern"), [["", "all"], ...[...new Set(group().experiments.map((one) => one.pattern))].map((name) => [name, name])], "");
+  const cells = Object.entries(group().cells).sort((first, second) => second[1].length - first[1].length);
+  options(byId("cell"), [["", "all"], ...Object.keys(group().cells).map((name) => [name, name])], cells[0][0]);
+  options(byId("inspected"), all, chosen.inspected);
+  options(byId("recipe-from"), all, all[0][0]);
+  options(byId("recipe-to"), all, (all[1] || all[0])[0]);
+  byId("search").value = "";
+  showMetric();
+  showTable();
+  showChosen();
+  showMatrices();
+  showRecipes();
+}
+
+function filtered() {
+  showTable();
+  showFrontier();
+}
+
+const listeners = {
+  group: () => ((chosen.group = Number(byId("group").value)), showGroup()),
+  metric: () => ((chosen.metric = byId("metric").value), showMetric()),
+  baseline: () => setBaseline(byId("baseline").value),
+  method: filtered,
+  pattern: filtered,
+  cell: showCost,
+  inspected: () => ((chosen.inspected = byId("inspected").value), showMatrices()),
+  differing: showConfiguration,
+  "recipe-from": showRecipes,
+  "recipe-to": showRecipes,
+};
+Object.entries(listeners).forEach(([id, listener]) => byId(id).addEventListener("change", listener));
+byId("search").addEventListener("input", filtered);
+byId("recipe-copy").addEventListener("click", () => copy(byId("recipe").textContent));
+dark.addEventListener("change", () => plots.forEach((plot) => ((plot.stale = true), plot.near && drawn(plot))));
+
+let width = innerWidth;
+addEventListener("resize", () => {
+  if ((width < 700) === (innerWidth < 700)) return;
+  width = innerWidth;
+  plots.forEach((plot) => ((plot.stale = true), plot.near && drawn(plot)));
+});
+
+showGroup();

@@ -1,0 +1,66 @@
+// Means and paired differences with clustered errors, as in stages/evaluation/statistics.py and stages/experiments/paired.py.
+"use strict";
+
+/** The quantile of Student's t for an interval; degrees of freedom that are not tabulated are rounded down. */
+function studentQuantile(quantiles, freedom) {
+  let found = freedom;
+  while (!(found in quantiles)) found -= 1;
+  return quantiles[found];
+}
+
+/** The mean of values. clusters: of each value what it shares with others, or how many values there are if each is alone. */
+function estimateMean(values, clusters) {
+  const value = values.reduce((total, one) => total + one, 0) / values.length;
+  const sums = new Map();
+  values.forEach((one, index) => {
+    const cluster = Array.isArray(clusters) ? clusters[index] : index;
+    sums.set(cluster, (sums.get(cluster) || 0) + one - value);
+  });
+  const count = sums.size;
+  if (count < 2) return { value, stderr: null, count: values.length, clusters: count };
+  const squares = [...sums.values()].reduce((total, sum) => total + sum * sum, 0);
+  return { value, stderr: Math.sqrt((squares * count) / (count - 1)) / values.length, count: values.length, clusters: count };
+}
+
+/** The mean of independent estimates, each counting alike, with Satterthwaite's degrees of freedom, rounded down. */
+function meanOfEstimates(estimates) {
+  const value = estimates.reduce((total, one) => total + one.value, 0) / estimates.length;
+  const count = estimates.reduce((total, one) => total + one.count, 0);
+  if (estimates.some((one) => one.stderr === null)) return { value, stderr: null, count, clusters: 1 };
+  const variances = estimates.map((one) => one.stderr ** 2);
+  const total = variances.reduce((sum, one) => sum + one, 0);
+  const spread = estimates.reduce((sum, one, index) => sum + variances[index] ** 2 / (one.clusters - 1), 0);
+  const all = estimates.reduce((sum, one) => sum + one.clusters - 1, 0);
+  const freedom = spread ? Math.floor(total ** 2 / spread + 1e-9) : all;
+  return { value, stderr: Math.sqrt(total) / estimates.length, count, clusters: 1 + freedom };
+}
+
+/** The 95% interval of an estimate; null without an error. */
+function intervalOf(estimate, quantiles) {
+  if (estimate.stderr === null) return null;
+  const reach = studentQuantile(quantiles, estimate.clusters - 1) * estimate.stderr;
+  return [estimate.value - reach, estimate.value + reach];
+}
+
+/** Scores of rows, from bits in base64 or from a list. */
+function unpacked(scores) {
+  if (Array.isArray(scores)) return scores;
+  const bytes = atob(scores.bits);
+  return Array.from({ length: scores.count }, (_, index) => (bytes.charCodeAt(index >> 3) >> (index & 7)) & 1);
+}
+
+/** The difference of two models, ours less theirs, in a metric ({kind, name, metric, piece}); null if either lacks it. */
+function pairedDifference(group, metric, ours, theirs) {
+  const less = (here, there, clusters) => estimateMean(here.map((value, index) => value - there[index]), clusters);
+  if (metric.kind === "corpus") {
+    const [here, there] = [ours, theirs].map((model) => (model.windows[metric.name] || {})[metric.piece]);
+    return here && there ? less(here, there, group.window_clusters[metric.name]) : null;
+  }
+  const tasks = metric.kind === "task" ? [metric.name] : Object.keys(ours.rows);
+  const both = tasks.filter((task) => [ours, theirs].every((model) => (model.rows[task] || {})[metric.metric]));
+  const estimates = both.map((task) =>
+    less(unpacked(ours.rows[task][metric.metric]), unpacked(theirs.rows[task][metric.metric]), group.clusters[task]),
+  );
+  if (!estimates.length) return null;
+  return metric.kind === "task" ? estimates[0] : meanOfEstimates(estimates);
+}

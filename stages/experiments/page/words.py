@@ -1,0 +1,154 @@
+"""What the numbers say, in sentences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.evaluation.statistics import Estimate
+from stages.experiments.details import Details
+from stages.experiments.page.group import Group
+from stages.experiments.paired import Metric, Verdict, apart, natural, verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best experiment of a pattern and sparsity.
+
+    name: see name_of. value: with its interval. against_dense: how far it lies from the dense model. rest: how the others compare.
+    """
+
+    asked: str
+    name: str
+    value: str
+    against_dense: str
+    rest: str
+    details: Details
+
+
+def number(value: float, digits: int) -> str:
+    """A number with a fixed number of decimals, thousands set apart, and fewer decimals where it has many digits."""
+    return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
+
+
+def interval(low: float | None, high: float | None, digits: int) -> str:
+    """An interval in brackets, with a space before it; nothing where it is not known."""
+    return "" if low is None or high is None else f" [{number(low, digits)}, {number(high, digits)}]"
+
+
+def measured(metric: Metric, row: dict[str, Any]) -> str:
+    """A measurement with its interval."""
+    return f"{number(row['value'], metric.digits)}{interval(row['low'], row['high'], metric.digits)}"
+
+
+def difference_words(metric: Metric, estimate: Estimate) -> str:
+    """A difference with its interval: a ratio of perplexities, a signed difference of others."""
+    value, ends = natural(metric, estimate)
+    low, high = ends or (None, None)
+    if metric.is_ratio:
+        digits = 3 if value < 10 else 1
+        return f"×{number(value, digits)}{interval(low, high, digits)}"
+    return f"{value:+.3f}" + ("" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]")
+
+
+def text_of(group: Group) -> list[str]:
+    """What the models were scored on, one entry for each corpus, and one for all tasks."""
+    first, entries = group.results[0], []
+    for corpus, means in first.scores.windows.items():
+        tokens = next((row["count"] for row in first.measurements if row["kind"] == "corpus" and row["name"] == corpus), None)
+        clusters = len(set(first.scores.window_clusters[corpus]))
+        counted = f"{tokens:,} tokens in " if tokens else ""
+        entries.append(f"{corpus}: {counted}{len(next(iter(means.values())))} windows of {clusters} documents")
+    if first.scores.row_clusters:
+        rows = [len(clusters) for clusters in first.scores.row_clusters.values()]
+        each = f"{min(rows):,} rows each" if min(rows) == max(rows) else f"{min(rows):,} to {max(rows):,} rows each"
+        entries.append(f"{len(rows)} tasks, {each}: {', '.join(first.scores.row_clusters)}")
+    return entries
+
+
+def ranked(metric: Metric, results: Sequence[Details]) -> list[tuple[Details, dict[str, Any]]]:
+    """Experiments with their measurement, best first; those without one are left out."""
+    rows = [(details, row) for details in results if (row := metric.of(details)) is not None]
+    return sorted(rows, key=lambda pair: pair[1]["value"], reverse=metric.better == "higher")
+
+
+def best(group: Group, metric: Metric) -> list[Best]:
+    """The best experiment of every pattern and sparsity, as far as they were measured."""
+    found = []
+    for asked, members in group.cells.items():
+        order = ranked(metric, members)
+        if order:
+            winner, row = order[0]
+            found.append(
+                Best(
+                    asked=asked,
+                    details=winner,
+                    name=name_of(winner, members),
+                    value=measured(metric, row),
+                    against_dense=_against_dense(group, metric, winner),
+                    rest=_rest(metric, [details for details, _ in order]),
+                )
+            )
+    return found
+
+
+def _against_dense(group: Group, metric: Metric, winner: Details) -> str:
+    estimate = apart(metric, winner.scores, group.dense)
+    if estimate is None or metric.metric == "mean_kld":  # a divergence is a distance from the dense model by itself
+        return ""
+    words = difference_words(metric, estimate)
+    return f"{words.removeprefix('×')} times the dense model’s" if metric.is_ratio else f"{words} against the dense model"
+
+
+def _rest(metric: Metric, order: Sequence[Details]) -> str:
+    """How the others lie against the best, the first in order."""
+    winner, *others = order
+    if not others:
+        return "Nothing else was measured here."
+    against = _against(metric, winner, others)
+    near = [name_of(other, order) for other, _, said in against if said == Verdict.NOISE]
+    if len(near) > 3:
+        return f"{len(near)} of {len(others)} others are within noise of it."
+    if near or not against:
+        return f"Within noise of it: {', '.join(near)}." if near else "Others cannot be paired with it."
+    second, estimate, _ = against[0]
+    words = difference_words(metric, estimate)
+    apart_by = f"{words.removeprefix('×')} times as high" if metric.is_ratio else f"at {words} against it"
+    return f"The next, {name_of(second, order)}, is {apart_by}."
+
+
+def _against(metric: Metric, one: Details, others: Sequence[Details]) -> list[tuple[Details, Estimate, Verdict]]:
+    """Each of the others less the one, where both can be paired."""
+    pairs = [(other, apart(metric, other.scores, one.scores)) for other in others]
+    return [(other, estimate, verdict(metric, estimate)) for other, estimate in pairs if estimate is not None]
+
+
+def name_of(details: Details, among: Sequence[Details]) -> str:
+    """What an experiment is called among those of its pattern and sparsity: by its method, and by its name where others have it too."""
+    method = details.experiment.method
+    alone = sum(other.experiment.method == method for other in among) == 1
+    return method if alone else f"{method} ({details.name})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Which pairs of a pattern and sparsity the text tells apart. within: those that it does not, each in words."""
+
+    asked: str
+    pairs: int
+    within: list[str]
+
+
+def noise(group: Group, metric: Metric) -> list[Noise]:
+    """For every pattern and sparsity with two experiments or more, the pairs whose difference is within noise."""
+    found = []
+    for asked, members in group.cells.items():
+        order = [details for details, _ in ranked(metric, members)]
+        compared = [(one, *rest) for position, one in enumerate(order) for rest in _against(metric, one, order[position + 1 :])]
+        within = [
+            f"{name_of(other, members)} against {name_of(one, members)}: {difference_words(metric, estimate)}"
+            for one, other, estimate, said in compared
+            if said == Verdict.NOISE
+        ]
+        if compared:
+            found.append(Noise(asked=asked, pairs=len(compared), within=within))
+    return found

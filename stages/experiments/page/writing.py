@@ -1,0 +1,150 @@
+"""Write the page, its tables and its plots into a directory."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from stages.errors import SparsesweepError
+from stages.experiments.details import Details
+from stages.experiments.page import charts, words
+from stages.experiments.page.content import content, matrices_content, points, protocol_rows, references
+from stages.experiments.page.group import Group
+from stages.experiments.page.tables import write_tables
+from stages.experiments.paired import Metric, apart
+from stages.experiments.reading import Missing
+from stages.files import replacing
+
+PACKAGE = "stages.experiments.page"
+MARK = '<meta name="generator" content="sparsesweep">'
+INLINED = {"css": "page.css", "statistics_script": "statistics.js", "page_script": "page.js"}
+SCALE = 2  # pixels of a PNG for each of a plot
+SHOWN = 6  # experiments of a plot by task
+
+
+def write(directory: Path, groups: Sequence[Group], missing: Sequence[Missing]) -> None:
+    """Write index.html, the CSV files, and each plot as PNG and SVG; they take the place of what is in the directory.
+
+    Args:
+        groups: at least one. missing: what is left out, and why.
+    """
+    require_own(directory)
+    with replacing(directory) as scratch:
+        (scratch / "index.html").write_text(html(groups, missing), encoding="utf8")
+        write_tables(scratch, groups)
+        for name, spec in plots(groups):
+            (scratch / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf8")
+            (scratch / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
+
+
+def require_own(directory: Path) -> None:
+    """Refuse to take the place of files that are not an earlier page.
+
+    Raises:
+        SparsesweepError: the directory has files, and no index.html that was written here.
+    """
+    page = directory / "index.html"
+    if directory.is_dir() and any(directory.iterdir()) and not (page.is_file() and MARK in page.read_text(encoding="utf8")):
+        raise SparsesweepError(f"{directory}: found files that are no page of comparison, wanted a directory that is empty or not there")
+    if directory.exists() and not directory.is_dir():
+        raise SparsesweepError(f"{directory}: found a file, wanted a directory or nothing")
+
+
+def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
+    """The whole page as one document, which loads nothing."""
+    templates = PackageLoader(PACKAGE)
+    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    own = {name: templates.get_source(environment, file)[0] for name, file in INLINED.items()}
+    safe = {name: Markup(text) for name, text in {**own, "bundle": bundle(), "data": embedded(content(groups))}.items()}
+    functions = {"best": words.best, "noise": words.noise, "text_of": words.text_of, "protocol_rows": protocol_rows}
+    return environment.get_template("page.html").render(groups=groups, missing=missing, **functions, **safe)
+
+
+def bundle() -> str:
+    """Vega-Lite and what it needs, as a script whose names stay its own."""
+    script = vl_convert.javascript_bundle(None).replace("</script", r"<\/script")
+    return f"(function () {{ {script} }})();"
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand in a script element: no tag begins in it."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+
+
+def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of each plot's file and its specification with data, on a white ground."""
+    for number, group in enumerate(groups, start=1):
+        for metric in group.metrics:
+            data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
+            name = file_name(number, metric.id)
+            yield f"frontier-{name}", drawn(charts.frontier(metric, group.methods, group.patterns), data)
+            for measure in charts.COSTS:
+                yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
+        yield file_name(number, "accuracy"), drawn(charts.tasks(), {charts.TASKS: task_rows(group)})
+        for details in leaders(group):
+            data = {charts.MATRICES: matrix_rows(details)}
+            panels = [charts.matrices(quantity) for quantity in charts.QUANTITIES]
+            yield file_name(number, f"matrices-{details.name}"), stacked(panels, data)
+
+
+def file_name(number: int, name: str) -> str:
+    """A plain name of a file, with the number of its protocol."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{number}"
+
+
+def drawn(spec: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """A plot with data, for a file."""
+    datasets = {**spec.get("datasets", {}), **data}
+    return {
+        **spec,
+        "width": charts.WIDTH,
+        "datasets": datasets,
+        "config": {**charts.theme(dark=False), "background": "white"},
+        "padding": 16,
+    }
+
+
+def stacked(panels: Sequence[dict[str, Any]], data: dict[str, Any]) -> dict[str, Any]:
+    """Plots below each other, each with a scale of its own."""
+    inner = [{**{key: value for key, value in panel.items() if key != "$schema"}, "width": charts.WIDTH} for panel in panels]
+    whole = {"$schema": panels[0]["$schema"], "vconcat": inner, "resolve": {"scale": {"color": "independent"}}}
+    return {key: value for key, value in drawn(whole, data).items() if key != "width"}
+
+
+def leaders(group: Group) -> list[Details]:
+    """The best experiment of each pattern and sparsity by the first metric, as many as the page shows at first."""
+    metric: Metric = group.metrics[0]
+    return [one.details for one in words.best(group, metric)][:SHOWN]
+
+
+def task_rows(group: Group) -> list[dict[str, Any]]:
+    """The differences of the leaders to the dense model in each task."""
+    mean = next((metric for metric in group.metrics if metric.kind == "mean"), None)
+    rows = []
+    for task, of in group.dense.rows.items():
+        name = mean.metric if mean and mean.metric in of else next(iter(of))
+        metric = Metric(kind="task", name=task, metric=name, label=task, unit="", better=mean.better if mean else "higher")
+        for details in leaders(group):
+            estimate = apart(metric, details.scores, group.dense)
+            if estimate is not None:
+                low, high = estimate.interval or (None, None)
+                label = f"{details.name}: {details.experiment.method}, {details.asked}"
+                rows.append({"experiment": label, "task": task, "value": estimate.value, "low": low, "high": high})
+    return rows
+
+
+def matrix_rows(details: Details) -> list[dict[str, Any]]:
+    """The cells of the heat maps of an experiment."""
+    found = matrices_content(details)
+    rows = []
+    for index, (block, kind, count) in enumerate(found["cells"]):
+        for quantity in charts.QUANTITIES:
+            of = found[quantity]
+            value = of[index] if isinstance(of, list) else of
+            rows.append({"block": block, "matrix": found["kinds"][kind], "count": count, "quantity": quantity, "value": value})
+    return rows

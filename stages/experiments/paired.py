@@ -1,0 +1,145 @@
+"""How far two models lie apart on the same windows and rows, in each metric that both have.
+
+    perplexity   ln of the ratio: mean over windows of the difference of their losses
+    mean KLD     mean over windows of the difference [nats per token]
+    a task       mean over rows of the difference
+    all tasks    mean over tasks of their differences, which are independent:
+                 stderr = sqrt(sum of stderr^2) / tasks, and Satterthwaite's degrees of freedom, rounded down
+
+Intervals hold the noise of the text alone, not that of another calibration seed, and each of them on its own misses once in 20.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from stages.evaluation.statistics import Estimate, difference
+from stages.experiments.details import Details, Scores
+
+PIECES = {"perplexity": "nll", "mean_kld": "kld"}  # metric of a corpus -> what is known of each window
+
+
+class Verdict(StrEnum):
+    """What the interval of a difference says."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOISE = "within noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number by which experiments are compared.
+
+    kind, name, metric: see evaluation.measurement.Measurement. label: what it is in words. unit: "" for none. better: "lower" or "higher".
+    """
+
+    kind: str
+    name: str
+    metric: str
+    label: str
+    unit: str
+    better: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}/{self.name}/{self.metric}"
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether a difference is the logarithm of a ratio."""
+        return self.metric == "perplexity"
+
+    @property
+    def digits(self) -> int:
+        """Decimals in which it is written."""
+        return 2 if self.is_ratio else 3
+
+    @property
+    def axis(self) -> str:
+        """The title of its axis."""
+        return f"{self.label}{f' [{self.unit}]' if self.unit else ''}, {self.better} is better"
+
+    def of(self, details: Details) -> dict[str, Any] | None:
+        """The measurement of an experiment; None if it has none."""
+        return next((row for row in details.measurements if self.matches(row)), None)
+
+    def matches(self, row: dict[str, Any]) -> bool:
+        return (row["kind"], row["name"], row["metric"]) == (self.kind, self.name, self.metric)
+
+
+def headline(results: Sequence[Details]) -> list[Metric]:
+    """The metrics of the plots: perplexity and mean KLD on each corpus, and means over tasks, as far as any experiment has them."""
+    found: dict[str, Metric] = {}
+    for row in (row for details in results for row in details.measurements):
+        if row["kind"] == "mean" or row["kind"] == "corpus" and row["metric"] in PIECES:
+            metric = metric_of(row)
+            found.setdefault(metric.id, metric)
+    order = [*PIECES, *(metric.metric for metric in found.values())]
+    corpora = list(dict.fromkeys(metric.name for metric in found.values()))
+    return sorted(found.values(), key=lambda metric: (metric.kind == "mean", corpora.index(metric.name), order.index(metric.metric)))
+
+
+def metric_of(row: dict[str, Any]) -> Metric:
+    """The metric of a measurement."""
+    label = row["label"] if row["kind"] == "mean" else f"{row['label']} on {row['name']}"
+    return Metric(kind=row["kind"], name=row["name"], metric=row["metric"], label=label, unit=row["unit"], better=row["better"] or "higher")
+
+
+def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
+    """The difference of two models in a metric, ours less theirs, of perplexity as ln of the ratio; None if either lacks it."""
+    if metric.kind == "corpus":
+        name = PIECES[metric.metric]
+        here, there = (scores.windows.get(metric.name, {}).get(name) for scores in (ours, theirs))
+        return None if here is None or there is None else difference(here, there, ours.window_clusters[metric.name])
+    tasks = [metric.name] if metric.kind == "task" else [task for task, of in ours.rows.items() if metric.metric in of]
+    estimates = [
+        difference(ours.rows[task][metric.metric], theirs.rows[task][metric.metric], ours.row_clusters[task])
+        for task in tasks
+        if metric.metric in ours.rows.get(task, {}) and metric.metric in theirs.rows.get(task, {})
+    ]
+    return (estimates[0] if metric.kind == "task" else mean_of_tasks(estimates)) if estimates else None
+
+
+def mean_of_tasks(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each counting alike; its clusters are one more than its degrees of freedom.
+
+    Args:
+        estimates: at least one.
+    """
+    value, count = math.fsum(one.value for one in estimates) / len(estimates), sum(one.count for one in estimates)
+    if any(one.stderr is None for one in estimates):
+        return Estimate(value=value, stderr=None, count=count, clusters=1)
+    variances = [(one.stderr or 0.0) ** 2 for one in estimates]
+    freedom = [one.clusters - 1 for one in estimates]
+    total, spread = math.fsum(variances), math.fsum(variance**2 / free for variance, free in zip(variances, freedom, strict=True))
+    satterthwaite = math.floor(total**2 / spread + 1e-9) if spread else sum(freedom)
+    return Estimate(value=value, stderr=math.sqrt(total) / len(estimates), count=count, clusters=1 + satterthwaite)
+
+
+def verdict(metric: Metric, estimate: Estimate) -> Verdict:
+    """Whether a difference is one: its interval holds no 0."""
+    interval = estimate.interval
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return Verdict.NOISE
+    return Verdict.BETTER if (interval[1] < 0) == (metric.better == "lower") else Verdict.WORSE
+
+
+def natural(metric: Metric, estimate: Estimate) -> tuple[float, tuple[float, float] | None]:
+    """A difference with its interval as they are written: a ratio of perplexities, a difference of others."""
+    if not metric.is_ratio:
+        return estimate.value, estimate.interval
+    return math.exp(estimate.value), estimate.interval and (math.exp(estimate.interval[0]), math.exp(estimate.interval[1]))
+
+
+def of_scores(metric: Metric, scores: Scores) -> Estimate | None:
+    """A model's own mean in a metric, of perplexity as its logarithm: how far it lies from a model whose every score is 0."""
+    nothing = Scores(
+        windows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.windows.items()},
+        rows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.rows.items()},
+        window_clusters=scores.window_clusters,
+        row_clusters=scores.row_clusters,
+    )
+    return apart(metric, scores, nothing)
