@@ -155,13 +155,15 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
     from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations
     from stages.evaluation.reference import read_dense
+    from stages.evaluation.size import size_measurements
 
     dense = read_dense(DENSE_RESULTS, setup.protocol())
     delta = SparseDelta(SPARSE, setup.base.fingerprint)
     log.info("reading %s and %s; evaluating the sparse model on %s in %s", BASE, SPARSE, setup.device, setup.dtype)
     sparse = score(setup, delta.apply, dense)
     with replacing(SPARSE_RESULTS) as directory:
-        paired = replace(sparse, generations=paired_generations(dense, sparse))
+        sizes = size_measurements(setup.base, delta, SPARSE)
+        paired = replace(sparse, generations=paired_generations(dense, sparse), measurements=[*sparse.measurements, *sizes])
         write(directory, setup, paired, delta=delta.fingerprint, stopwatch=stopwatch)
         write_json(directory / "frontier.json", frontier_rows(delta, sparse))
         write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))

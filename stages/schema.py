@@ -248,6 +248,6 @@ def choice(table: Table[Any]) -> Any:
     return field(metadata={TABLE: table})
 
 
-def choices(table: Table[Any]) -> Any:
-    """A field for a mapping of names to sections, each with the keys of an entry of the table."""
+def choices(table: Table[Any] | type) -> Any:
+    """A field for a mapping of names to sections, each with the keys of an entry of the table, or of the dataclass."""
     return field(metadata={CHOICES: table})

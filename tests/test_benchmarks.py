@@ -16,6 +16,8 @@ from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
+from stages.evaluation.metric import Corpus
+from stages.evaluation.metrics import METRICS
 from stages.files import read_json
 from stages.streaming.decoder import Decoder
 from tests.dependencies import closure
@@ -398,3 +400,16 @@ def test_our_figures_of_a_divergence_are_llama_cpps_where_both_round_alike(name)
     for figure, value in known["llama_cpp"].items():
         assert known["ours_rounded"][figure] == pytest.approx(value, rel=2e-3, abs=1e-6), figure
         assert known["ours"][figure] == pytest.approx(value, rel=2e-3, abs=1e-3), figure
+
+
+def test_the_evaluations_divergence_has_the_figures_that_are_set_beside_llama_cpps():
+    generator = torch.Generator().manual_seed(0)
+    kld, delta_p, nll, dense_nll = (torch.rand(4, 50, generator=generator, dtype=torch.float64) for _ in range(4))
+    same_top = torch.rand(4, 50, generator=generator) > 0.4
+    wanted = llama_cpp_divergence.figures(*(values.flatten() for values in (kld, delta_p, same_top, nll, dense_nll)))
+    corpus = Corpus(name="articles", windows=torch.zeros(4, 51, dtype=torch.int64), clusters=[0, 1, 2, 3])
+    observed = {"kld": kld, "delta_p": delta_p, "same_top": same_top.double(), "nll": nll, "dense_nll": dense_nll}
+    dense = {"nll": dense_nll.mean(dim=1).tolist()}
+    ours = {one.metric: one.value for metric in METRICS.values() for one in metric.measure(corpus, observed, dense)}
+    names = [name for name in wanted if not name.endswith("_stderr")]
+    assert {name: ours[name] for name in names} == pytest.approx({name: wanted[name] for name in names})

@@ -10,7 +10,7 @@ import pytest
 from stages import evaluate
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
-from stages.evaluation.section import Evaluation, Generations, Windows
+from stages.evaluation.section import Evaluation, Generations, Ruler, Windows
 from stages.files import read_json
 from stages.sources import base as checkpoints
 from stages.sources.base import LocalBase
@@ -311,3 +311,25 @@ def test_a_streamed_evaluation_is_compared_with_a_streamed_one(root):
     run("dense", streamed)
     run("sparse", streamed)
     assert read_json(root / "results/sparse/details/generations.json") == []
+
+
+def test_quantised_models_are_a_ruler_with_their_bytes(root):
+    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=["Q6_K", "Q3_K"]))
+    rows = read_json(root / "results/ruler/measurements.json")
+    size = {row["type"]: row["bytes_per_weight"] for row in rows}
+    assert 18 / 32 < size["Q3_K"] < size["Q6_K"]  # rows of 32 and 112 weights: Q4_0 or Q8_0, and F16
+    divergence = {row["type"]: row["value"] for row in rows if row["metric"] == "mean_kld"}
+    assert 0 < divergence["Q6_K"] < divergence["Q3_K"]
+    perplexity = read_json(root / "results/dense/metrics.json")["corpora"]["articles"]["perplexity"]
+    assert {row["dense"] for row in rows if row["metric"] == "perplexity"} == {pytest.approx(perplexity)}
+
+
+def test_a_ruler_without_types_reads_no_weights(root):
+    forbid_weights(root)
+    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=[]))
+    assert read_json(root / "results/ruler/measurements.json") == []
+
+
+def test_a_ruler_is_held_to_the_dense_models_protocol(root):
+    with pytest.raises(ComparisonError, match="results/dense and this evaluation are not of the same protocol"):
+        evaluate.main.function(part="quantised", evaluation=replace(EVALUATION, rows=3), ruler=Ruler(types=["Q3_K"]))

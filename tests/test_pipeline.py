@@ -70,7 +70,7 @@ def test_when_nothing_changed_nothing_runs(project):
         (["method=sparsegpt"], RERUN_BY_PRUNING),
         (["evaluation.rows=3"], [*EVALUATIONS, "publish"]),
         (["publish.name=small"], ["publish"]),
-        (["ruler=gguf"], ["evaluate_quantised"]),
+        (["ruler.types=[Q3_K]"], ["evaluate_quantised"]),
     ],
 )
 def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):

@@ -21,6 +21,7 @@ class Kind(StrEnum):
     CORPUS = "corpus"
     TASK = "task"
     MEAN = "mean"
+    SIZE = "size"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class Measurement:
         return cls(value=scale * estimate.value, stderr=stderr, low=low, high=high, **facts)
 
 
-SECTIONS = {Kind.CORPUS: "corpora", Kind.TASK: "tasks", Kind.MEAN: "mean"}  # of metrics.json
+SECTIONS = {Kind.CORPUS: "corpora", Kind.TASK: "tasks", Kind.MEAN: "mean", Kind.SIZE: "size"}  # of metrics.json
 
 
 def metrics(measurements: Iterable[Measurement]) -> dict[str, dict[str, dict[str, float]]]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from stages.bos import bos_field
 from stages.devices import device_field, dtype_field
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.tasks import TASKS
-from stages.schema import number, require, require_one_of
+from stages.schema import choices, number, require, require_one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,7 +52,7 @@ class Evaluation:
     device: str = device_field()
     dtype: str = dtype_field()
     bos: str = bos_field()
-    corpora: dict[str, Windows]
+    corpora: dict[str, Any] = choices(Windows)
     metrics: list[str]
     tasks: list[str]
     rows: int | None = number(minimum=2, unit="rows, for a standard error")

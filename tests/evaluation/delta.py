@@ -7,6 +7,7 @@ import torch
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.recipe import Recipe
+from tests.deltas import row
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -24,5 +25,5 @@ def write(directory: Path, base: Checkpoint) -> SparseDelta:
         label="random",
         pattern_label="unstructured",
     )
-    write_manifest(directory, recipe=recipe, summary={"sparsity": 0.5, "relative_error": 0.1}, matrices=[])
+    write_manifest(directory, recipe=recipe, summary={"sparsity": 0.5, "relative_error": 0.1}, matrices=[row(UP, change.mask)])
     return SparseDelta(directory, base.fingerprint)

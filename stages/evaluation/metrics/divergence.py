@@ -75,7 +75,7 @@ def measure(corpus: Corpus, observed: Observed, dense: WindowMeans | None) -> li
             else [
                 Measurement(
                     **facts,
-                    metric="ln_perplexity_correlation",
+                    metric="ln_ppl_correlation",
                     label="Cor(ln(PPL(Q)), ln(PPL(base)))",
                     value=PERCENT * correlated,
                     unit="%",

@@ -67,7 +67,7 @@ def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
 
 def bundle() -> str:
     """Vega-Lite and what it needs, as a script whose names stay its own."""
-    script = vl_convert.javascript_bundle(None).replace("</script", r"<\/script")
+    script = vl_convert.javascript_bundle(None).replace("</script", r"<\/script")  # type: ignore[arg-type]  # its annotation lacks None
     return f"(function () {{ {script} }})();"
 
 

@@ -60,7 +60,7 @@ def test_the_fields_are_means_quantiles_and_a_correlation_over_all_tokens():
     assert fields["mean_delta_p"].value == pytest.approx(100 * fields["delta_p"].double().mean().item())
     assert fields["rms_delta_p"].value == pytest.approx(100 * fields["delta_p"].double().pow(2).mean().sqrt().item())
     wanted = np.corrcoef(fields["nll"].flatten().numpy(), fields["dense_nll"].flatten().numpy())[0, 1]
-    assert fields["ln_perplexity_correlation"].value == pytest.approx(100 * wanted, rel=1e-5)
+    assert fields["ln_ppl_correlation"].value == pytest.approx(100 * wanted, rel=1e-5)
     assert all(one.count == 20 for name, one in fields.items() if not isinstance(one, torch.Tensor))
 
 
