@@ -1,6 +1,6 @@
 """The zero-shot tasks: lm-eval's own definitions, and the rows that they are scored on."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -163,6 +163,11 @@ TASKS = Table(
         ),
     ]
 )
+
+
+def is_embedded(name: str, texts: Collection[str]) -> bool:
+    """Whether a task is one of these tasks with its rows in text.evaluation, `texts`; else it is lm-eval's by that name."""
+    return name in TASKS and name in texts
 
 
 def read_task(task: Task, path: Path, limit: int | None) -> list[Row]:
