@@ -1,18 +1,19 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from stages.checkpoint.model import load_model
+from stages.checkpoint.model import Apply, load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, SparsesweepError, TextError
 from stages.evaluation.comparison import paired_generations
 from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
-from stages.evaluation.perplexity import WindowLosses, window_losses
 from stages.evaluation.results import Results
-from stages.evaluation.streamed import StreamedHarness, StreamedModel
+from stages.evaluation.scoring import StreamedModels
+from stages.evaluation.streamed import StreamedHarness
 from stages.evaluation.tasks import TASKS
 from stages.streaming.decoder import Decoder
 from tests import tiny
@@ -39,19 +40,20 @@ def rows():
 def test_stock_tasks_run_on_our_rows(base, rows, tmp_path):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
     whole = WholeModel(tiny.NO_BOS, pretrained=model, tokenizer=tiny.tokenizer(), batch_size=2)
-    scores, samples = zero_shot(whole, rows, tmp_path)
-    assert list(scores) == list(samples) == ["boolq", "piqa", "lambada"]
-    for task, score in scores.items():
-        assert score["rows"] == len(samples[task]) == 3
-        assert score["accuracy"] == pytest.approx(sum(row["correct"] for row in samples[task]) / 3)
-    assert "accuracy_norm" in scores["piqa"]
+    samples = zero_shot(whole, rows, tmp_path)
+    assert list(samples) == ["boolq", "piqa", "lambada"]
+    for task, answers in samples.items():
+        assert [row["row"] for row in answers] == [0, 1, 2]
+        assert all(tuple(row["values"]) == TASKS[task].metrics for row in answers)
+    assert [row["cluster"] for row in samples["boolq"]] == [0, 0, 0]  # one passage
+    assert [row["cluster"] for row in samples["piqa"]] == [0, 1, 2]
 
 
 def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
     whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2)
-    scores, _ = zero_shot(whole, {name: [GOOD[name]] * 2 for name in TASKS}, tmp_path)
-    assert list(scores) == list(TASKS)
-    assert all(score["rows"] == 2 for score in scores.values())
+    samples = zero_shot(whole, {name: [GOOD[name]] * 2 for name in TASKS}, tmp_path)
+    assert list(samples) == list(TASKS)
+    assert all(len(rows) == 2 for rows in samples.values())
 
 
 @pytest.mark.parametrize(("disabled", "shown"), [("1", False), ("", True)])
@@ -71,32 +73,33 @@ def test_a_task_that_lm_eval_does_not_have_is_named():
 def test_a_streamed_model_scores_as_the_whole_model_does(base, rows, tmp_path, pruned):
     apply = deltas.write(tmp_path / "sparse", base).apply if pruned else None
     whole = load_model(base, apply, dtype=torch.float32, device=CPU)
-    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=apply, scratch=tmp_path)
-    windows = torch.randint(3, 400, (3, 40), generator=torch.Generator().manual_seed(0))
-    assert streamed.window_losses(windows).losses == pytest.approx(window_losses(whole, windows).losses, rel=1e-5)
-
+    streamed = models(base, apply, tmp_path)
     samples = []
     for name, model in (
         ("whole", WholeModel(tiny.NO_BOS, pretrained=whole, tokenizer=tiny.tokenizer(), batch_size=2)),
         ("streamed", harness_of(streamed)),
     ):
         (tmp_path / name).mkdir()
-        samples.append(zero_shot(model, rows, tmp_path / name)[1])
+        samples.append(zero_shot(model, rows, tmp_path / name))
     by_whole, by_stream = samples
     for task in rows:
         for row, other in zip(by_whole[task], by_stream[task], strict=True):
-            assert row["correct"] == other["correct"]
+            assert row["values"] == other["values"]
             for (score, greedy), (same_score, same_greedy) in zip(row["scores"], other["scores"], strict=True):
                 assert score == pytest.approx(same_score, rel=1e-4)
                 assert greedy == same_greedy
 
 
-def harness_of(streamed: StreamedModel) -> StreamedHarness:
+def models(base: Checkpoint, apply: Apply | None, scratch: Path) -> StreamedModels:
+    return StreamedModels(decoder=Decoder(base, torch.float32, CPU), variants={"scored": apply}, scratch=scratch)
+
+
+def harness_of(streamed: StreamedModels) -> StreamedHarness:
     return StreamedHarness(streamed, tiny.tokenizer(), tiny.NO_BOS, batch_size=2)
 
 
 def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
-    model = harness_of(StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path))
+    model = harness_of(models(base, None, tmp_path))
     with pytest.raises(SparsesweepError, match="text is not generated"):
         model.generate_until([])
     with pytest.raises(SparsesweepError, match="rolling likelihoods are not offered"):
@@ -104,7 +107,7 @@ def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
 
 
 def test_no_tasks_are_no_scores(tmp_path):
-    assert zero_shot(None, {}, tmp_path) == ({}, {})
+    assert zero_shot(None, {}, tmp_path) == {}
 
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
@@ -122,7 +125,7 @@ def test_a_token_beyond_the_embedding_is_named_before_a_task_is_scored(base, tmp
     tokenizer.add_tokens([f"<new{number}>" for number in range(400)])
     token = tokenizer.convert_ids_to_tokens(400)
     rows = {"piqa": [{"goal": token, "sol1": "lamp", "sol2": "river", "label": 0}] * 2}
-    streamed = StreamedModel(decoder=Decoder(base, torch.float32, CPU), apply=None, scratch=tmp_path)
+    streamed = models(base, None, tmp_path)
     for name, model in (
         ("whole", WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tokenizer, batch_size=2)),
         ("streamed", StreamedHarness(streamed, tokenizer, tiny.NO_BOS, batch_size=2)),
@@ -149,7 +152,6 @@ def test_a_prompt_that_the_chat_template_refuses_is_continued_raw_and_says_why_n
     assert f'evaluation.generations.prompts, "river": {why}; it is continued raw alone' in caplog.messages
     (row,) = generate(load_model(base, None, dtype=torch.float32, device=CPU), tokenizer, tiny.NO_BOS, ["river"], new_tokens=3)
     assert (set(row), row["chat_refused"]) == ({"prompt", "raw", "chat_refused"}, why)
-    losses = WindowLosses(losses=[1.0, 2.0])
-    results = Results(losses=losses, scores={}, samples={}, generations=[row])
+    results = Results(windows={}, samples={}, generations=[row], measurements=[])
     (paired,) = paired_generations(results, results)
     assert paired == {"prompt": "river", "raw_dense": row["raw"], "raw_sparse": row["raw"], "chat_refused": why}

@@ -4,19 +4,25 @@ from dataclasses import asdict, replace
 import pytest
 
 from stages.errors import ComparisonError
-from stages.evaluation.protocol import Protocol, TaskProtocol, differences, read_protocol, require_same, versions, write_protocol
+from stages.evaluation.protocol import (
+    CorpusProtocol,
+    Protocol,
+    TaskProtocol,
+    differences,
+    read_protocol,
+    require_same,
+    versions,
+    write_protocol,
+)
 
+ARTICLES = CorpusProtocol(sha256="c" * 64, window_length=64, windows=4, tokens=256, windows_sha256="f" * 64)
 PROTOCOL = Protocol(
     base="b" * 64,
     tokenizer_sha256="e" * 64,
     bos=None,
-    corpus="articles",
-    corpus_sha256="c" * 64,
-    window_length=64,
-    windows=4,
-    tokens=256,
-    windows_sha256="f" * 64,
-    tasks={"boolq": TaskProtocol(rows=4, sha256="d" * 64, few_shot=0, metric="acc")},
+    corpora={"articles": ARTICLES},
+    metrics=["perplexity"],
+    tasks={"boolq": TaskProtocol(rows=4, sha256="d" * 64, few_shot=0, metrics=["acc"])},
     prompts=["river stone"],
     new_tokens=3,
     dtype="float32",
@@ -43,11 +49,15 @@ def test_equal_protocols_pass():
     [
         ({"base": "a"}, f"base: '{'b' * 64}' against 'a'"),
         ({"tokenizer_sha256": None}, f"tokenizer_sha256: '{'e' * 64}' against None"),
-        ({"corpus": "pages"}, "corpus: 'articles' against 'pages'"),
-        ({"window_length": 32, "windows": 8}, "window_length: 64 against 32; windows: 4 against 8"),
+        ({"corpora": {"pages": ARTICLES}}, r"corpora.articles: {.*} against None; corpora.pages: None against {.*}"),
+        (
+            {"corpora": {"articles": replace(ARTICLES, window_length=32, windows=8)}},
+            "corpora.articles.window_length: 64 against 32; corpora.articles.windows: 4 against 8",
+        ),
+        ({"metrics": []}, r"metrics: \['perplexity'\] against \[\]"),
         ({"tasks": {}}, r"tasks.boolq: {'rows': 4, .*} against None"),
         (
-            {"tasks": {"boolq": TaskProtocol(rows=3, sha256="a", few_shot=0, metric="acc")}},
+            {"tasks": {"boolq": TaskProtocol(rows=3, sha256="a", few_shot=0, metrics=["acc"])}},
             f"tasks.boolq.rows: 4 against 3; tasks.boolq.sha256: '{'d' * 64}' against 'a'",
         ),
         ({"prompts": ["lamp"]}, r"prompts: \['river stone'\] against \['lamp'\]"),
@@ -73,8 +83,8 @@ def test_a_protocol_is_read_as_it_was_written(tmp_path):
     [
         (None, "protocol.json: not found; has the stage that writes it run?"),
         ("{", "protocol.json: not JSON"),
-        ("[]", r"protocol.json: found a protocol of \[\], wanted base, bos, corpus"),
-        ('{"corpus": "a", "tokens": 8}', "protocol.json: found a protocol of corpus, tokens, wanted base, bos, corpus"),
+        ("[]", r"protocol.json: found a protocol of \[\], wanted base, bos, corpora"),
+        ('{"corpus": "a", "tokens": 8}', "protocol.json: found a protocol of corpus, tokens, wanted base, bos, corpora"),
         (
             json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": {"boolq": {"rows": 4}}}),
             r"protocol.json: tasks: found {'boolq': {'rows': 4}}, wanted tasks by name \(.*missing",
@@ -82,6 +92,10 @@ def test_a_protocol_is_read_as_it_was_written(tmp_path):
         (
             json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": ["boolq"]}),
             r"protocol.json: tasks: found \['boolq'\], wanted tasks by name",
+        ),
+        (
+            json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "corpora": {"articles": 7}}),
+            r"protocol.json: corpora: found {'articles': 7}, wanted corpora by name",
         ),
     ],
 )

@@ -4,8 +4,10 @@ import pytest
 
 from stages import schema
 from stages.errors import ConfigError
-from stages.evaluation.section import Evaluation, Generations, Perplexity, check_text
+from stages.evaluation.section import Evaluation, Generations, Windows, check_text
 from stages.evaluation.tasks import TASKS
+
+WINDOWS = Windows(window_length=64, windows=4, evenly=False)
 
 
 def evaluation(**changes) -> Evaluation:
@@ -19,8 +21,8 @@ def evaluation(**changes) -> Evaluation:
         "batch_size": 2,
         "streamed": False,
     }
-    perplexity = Perplexity(corpus="articles", window_length=64, windows=4, evenly=False)
-    return Evaluation(**{**facts, "perplexity": perplexity, "generations": Generations(new_tokens=3, prompts=["a"]), **changes})
+    facts |= {"corpora": {"articles": WINDOWS}, "metrics": ["perplexity"]}
+    return Evaluation(**{**facts, "generations": Generations(new_tokens=3, prompts=["a"]), **changes})
 
 
 @pytest.mark.parametrize(
@@ -34,13 +36,16 @@ def evaluation(**changes) -> Evaluation:
         ({"rows": 1}, "evaluation.rows: found 1, wanted null or at least 2 rows, for a standard error"),
         ({"batch_size": 0}, "evaluation.batch_size: found 0, wanted at least 1"),
         ({"streamed": True}, "evaluation.generations.prompts: found ['a'], wanted none with evaluation.streamed"),
+        ({"corpora": {}}, "evaluation.corpora: found {}, wanted at least one corpus"),
+        ({"metrics": ["guess"]}, "evaluation.metrics: found 'guess', wanted one of divergence, perplexity"),
+        ({"metrics": ["divergence"]}, "evaluation.metrics: found ['divergence'], wanted perplexity among them"),
         (
-            {"perplexity": Perplexity(corpus="a", window_length=1, windows=4, evenly=False)},
-            "evaluation.perplexity.window_length: found 1, wanted at least 2 tokens",
+            {"corpora": {"a": Windows(window_length=1, windows=4, evenly=False)}},
+            "evaluation.corpora.a.window_length: found 1, wanted at least 2 tokens",
         ),
         (
-            {"perplexity": Perplexity(corpus="a", window_length=2, windows=1, evenly=False)},
-            "evaluation.perplexity.windows: found 1, wanted null or at least 2 windows, for a standard error",
+            {"corpora": {"a": Windows(window_length=2, windows=1, evenly=False)}},
+            "evaluation.corpora.a.windows: found 1, wanted null or at least 2 windows, for a standard error",
         ),
         ({"generations": Generations(new_tokens=0, prompts=[])}, "evaluation.generations.new_tokens: found 0, wanted at least 1"),
     ],
@@ -69,30 +74,30 @@ def test_what_is_in_range_is_taken(changes):
     [
         ("articles", {"articles": None, "boolq": None}),
         ("articles", {"articles": ("text",), "boolq": ("passage", "question", "idx", "label")}),
+        ("chat", {"chat": ("messages",), "boolq": None}),
         ("lambada", {"lambada": None, "boolq": None}),  # a task whose rows are texts, too
     ],
 )
 def test_a_corpus_of_texts_is_taken(corpus, columns):
-    check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4, evenly=False)), columns)
+    check_text(evaluation(corpora={corpus: WINDOWS}), columns)
 
 
 @pytest.mark.parametrize(
     ("corpus", "columns", "message"),
     [
-        ("boolq", {"boolq": None}, 'a corpus of rows with "text", not with passage, question, label'),
+        ("boolq", {"boolq": None}, 'a corpus of rows with "text" or "messages", not with passage, question, label'),
         (
             "boolq",
             {"boolq": ("passage", "question", "idx", "label")},
-            'a corpus of rows with "text", not with passage, question, idx, label',
+            'a corpus of rows with "text" or "messages", not with passage, question, idx, label',
         ),
-        ("chat", {"chat": ("messages",), "boolq": None}, 'a corpus of rows with "text", not with messages'),
         ("articles", {"boolq": None}, "one of boolq"),
     ],
 )
 def test_a_corpus_without_texts_is_refused(corpus, columns, message):
-    wanted = f"evaluation.perplexity.corpus: found {corpus!r}, wanted {message}"
+    wanted = f"evaluation.corpora: found {corpus!r}, wanted {message}"
     with pytest.raises(ConfigError, match=re.escape(wanted)):
-        check_text(evaluation(perplexity=Perplexity(corpus=corpus, window_length=64, windows=4, evenly=False)), columns)
+        check_text(evaluation(corpora={corpus: WINDOWS}), columns)
 
 
 @pytest.mark.parametrize(
