@@ -273,11 +273,8 @@ class _Set:
         """Download the set and write the splits; raises SourceError."""
         where = f"{KEY}: {self.task}: data set {self.path}" + (f", {self.name}" if self.name else "")
         pinned = {} if self.commit is None else {"revision": self.commit}
-        cache = datasets.DownloadConfig(cache_dir=downloads / "files", local_files_only=False)
         try:
-            rows = datasets.load_dataset(
-                self.path, self.name, cache_dir=str(downloads / "sets"), download_config=cache, **pinned, **self.options
-            )
+            rows = datasets.load_dataset(self.path, self.name, cache_dir=str(downloads), **pinned, **self.options)
         except UNREADABLE as error:
             raise SourceError(f"{where}: cannot be read ({' '.join(str(error).split())})") from error
         (directory / "data" / self.key).mkdir()
