@@ -91,6 +91,6 @@ def fetch(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, list[Benchm
 
 def write_own(definition: str = OWN, rows: list[dict] | None = None) -> None:
     """Write a task of one's own into the folder tasks of the current directory."""
-    made = [{"question": WORDS[i], "options": ["lamp", "river stone"], "answer": i % 2} for i in range(5)]
+    made = [{"question": WORDS[i], "options": ["river stone garden", "lamp"], "answer": i % 2} for i in range(5)]
     tiny.write_lines(Path("tasks/rows.jsonl"), made if rows is None else rows)
     Path("tasks/own.yaml").write_text(definition)

@@ -106,7 +106,7 @@ def answers(questions: Questions) -> Answers:
 def _said(kind: Any, requests: list[Any]) -> dict[str, Any]:
     """A model's own words or scores, as plain data."""
     if kind == "generate_until":
-        return {"answer": requests[0].resps[0], "filtered": {name: str(value) for name, value in requests[0].filtered_resps.items()}}
+        return {"answers": requests[0].resps, "filtered": {name: str(value) for name, value in requests[0].filtered_resps.items()}}
     first = next(iter(requests[0].filtered_resps))
     return {"scores": [request.filtered_resps[first] for request in requests]}
 
