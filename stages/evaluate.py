@@ -233,7 +233,9 @@ def sources_of(evaluation: Evaluation, scratch: Path, examples: int) -> list[Sou
                 hashed = hashlib.sha256(facts.encode()).hexdigest()
                 sources.append(fetched_source(benchmark, evaluation.few_shot, hashed, scratch))
         else:
-            raise TextError(f"{BENCHMARKS}: found {', '.join(fetched) or 'no task'}, wanted {name}; run `python -m stages.fetch part=tasks`")
+            raise TextError(
+                f"{BENCHMARKS}: found {', '.join(fetched) or 'no task'}, wanted {name}; run `python -m stages.fetch part=tasks`"
+            )
     names = [source.name for source in sources]
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, "evaluation.tasks", evaluation.tasks, f"{twice} once: another name brings it, too")
@@ -243,7 +245,9 @@ def sources_of(evaluation: Evaluation, scratch: Path, examples: int) -> list[Sou
 def warn_of_rows(name: str, protocol: TaskProtocol, questions: Questions, wanted: int | None) -> None:
     """Say where a task has fewer rows than asked for, or only one."""
     if wanted is not None and protocol.rows < wanted * len(questions.tasks):
-        log.warning("evaluation.rows: found %d rows of %s, wanted %d; all of them are scored", protocol.rows, name, wanted * len(questions.tasks))
+        log.warning(
+            "evaluation.rows: found %d rows of %s, wanted %d; all of them are scored", protocol.rows, name, wanted * len(questions.tasks)
+        )
     if protocol.rows == 1:
         log.warning("evaluation.tasks: found 1 row of %s: its scores have no standard error", name)
 
@@ -297,7 +301,8 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     (score_streamed if evaluation.streamed else score_whole)(setup, apply, journal)
     scores = Scores(
         answers={
-            style: {name: Answers(**journal.read("answers", style, name)) for name in of_style} for style, of_style in setup.questions.items()
+            style: {name: Answers(**journal.read("answers", style, name)) for name in of_style}
+            for style, of_style in setup.questions.items()
         },
         generations=journal.read("generations"),
     )

@@ -48,11 +48,14 @@ def card(configs: dict[str, list[str]]) -> bytes:
     return "\n".join([*lines, "---", ""]).encode()
 
 
-GSM8K = {split: [{"question": WORDS[i], "answer": f"{WORDS[i]} #### {i}"} for i in range(count)] for split, count in (("train", 8), ("test", 4))}
+GSM8K = {
+    split: [{"question": WORDS[i], "answer": f"{WORDS[i]} #### {i}"} for i in range(count)] for split, count in (("train", 8), ("test", 4))
+}
 MMLU = {
     subject: {
         split: [
-            {"question": f"{WORDS[i]} {subject} {split}", "subject": subject, "choices": WORDS[i + 1 : i + 5], "answer": i % 4} for i in range(count)
+            {"question": f"{WORDS[i]} {subject} {split}", "subject": subject, "choices": WORDS[i + 1 : i + 5], "answer": i % 4}
+            for i in range(count)
         ]
         for split, count in (("test", 2 + number), ("dev", 5))
     }
@@ -83,7 +86,9 @@ def fetch(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, list[Benchm
     monkeypatch.setattr(tasks, "_stock_index", index)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path("artifacts/hub").absolute()))  # another test's commit is the same
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", str(Path("artifacts/hub").absolute())
+    )  # another test's commit is the same
     huggingface_hub.HfFileSystem.clear_instance_cache()
     with replacing(Path("artifacts/tasks")) as directory:
         return tasks.fetch(list(names), directory, Path("artifacts/downloads").absolute())

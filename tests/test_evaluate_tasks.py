@@ -81,7 +81,10 @@ def own_managers(root: Path) -> TaskManager:
     files = {"gsm8k_own": {"include": str(STOCK / "gsm8k/gsm8k.yaml"), "dataset_path": "json"}}
     data = {split: rows_file(root / f"gsm8k-{split}.jsonl", rows) for split, rows in benchmarks.GSM8K.items()}
     files["gsm8k_own"]["dataset_kwargs"] = {"data_files": data}
-    files["own_again"] = {"include": str(root / "tasks/own.yaml"), "dataset_kwargs": {"data_files": {"test": str(root / "tasks/rows.jsonl")}}}
+    files["own_again"] = {
+        "include": str(root / "tasks/own.yaml"),
+        "dataset_kwargs": {"data_files": {"test": str(root / "tasks/rows.jsonl")}},
+    }
     for subject in benchmarks.SUBJECTS:
         data = {split: rows_file(root / f"{subject}-{split}.jsonl", rows) for split, rows in benchmarks.MMLU[subject].items()}
         definition = str(STOCK / f"mmlu/default/mmlu_{subject}.yaml")
@@ -201,8 +204,16 @@ def test_a_streamed_model_has_the_same_scores(root):
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
-        ({}, [{"question": "a", "options": ["b", "c"], "answer": 0}, {"question": "a", "options": None, "answer": 0}], "own_choice, row 2: "),
-        ({"doc_to_text: \"{{question}}\"": 'doc_to_text: "{{missing}}"'}, None, "lm-eval cannot read its definition, or its first row .*missing"),
+        (
+            {},
+            [{"question": "a", "options": ["b", "c"], "answer": 0}, {"question": "a", "options": None, "answer": 0}],
+            "own_choice, row 2: ",
+        ),
+        (
+            {'doc_to_text: "{{question}}"': 'doc_to_text: "{{missing}}"'},
+            None,
+            "lm-eval cannot read its definition, or its first row .*missing",
+        ),
         (
             {"doc_to_target: answer": "doc_to_target: answer\ntarget_delimiter: ''"},
             [{"question": "a", "options": ["b", end], "answer": 0} for end in ("c", "")],
@@ -250,7 +261,9 @@ def test_a_single_row_has_no_standard_error(root, caplog):
 
 
 def test_a_task_that_was_not_fetched_is_named(root):
-    with pytest.raises(TextError, match="artifacts/tasks: found gsm8k, mmlu, own_choice, wanted wikitext; run `python -m stages.fetch part=tasks`"):
+    with pytest.raises(
+        TextError, match="artifacts/tasks: found gsm8k, mmlu, own_choice, wanted wikitext; run `python -m stages.fetch part=tasks`"
+    ):
         run("dense", replace(ASKED, tasks=["wikitext"]))
 
 

@@ -52,7 +52,7 @@ def measure(rows: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]] | No
 
 
 def _of_form(form: str, ours: list[str], theirs: list[str] | None, tokenize: Tokenize) -> list[Measurement]:
-    facts = {"kind": Kind.GENERATION, "name": form, "counted": "answers"}
+    facts: dict[str, Any] = {"kind": Kind.GENERATION, "name": form, "counted": "answers"}
     tokens, other_tokens = [tokenize(text) for text in ours], None if theirs is None else [tokenize(text) for text in theirs]
     empty = [float(not text.strip()) for text in ours]
     others = None if theirs is None else [float(not text.strip()) for text in theirs]

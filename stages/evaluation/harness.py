@@ -91,7 +91,12 @@ def answers(questions: Questions) -> Answers:
             for key in questions.metrics:
                 if key in scores:
                     collected[key].setdefault(name, []).append(scores[key])
-            row = {"row": len(rows), "cluster": first_cluster + clusters[number], "values": scores, "target": str(task.doc_to_target(document))}
+            row: dict[str, Any] = {
+                "row": len(rows),
+                "cluster": first_cluster + clusters[number],
+                "values": scores,
+                "target": str(task.doc_to_target(document)),
+            }
             row |= {"task": name} if questions.source.is_group else {}
             row |= {"cut": True} if number in questions.cut[name] else {}
             rows.append(row | _said(task.OUTPUT_TYPE, of_row))

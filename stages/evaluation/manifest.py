@@ -78,7 +78,9 @@ def read_manifest(directory: Path) -> dict[str, list[Benchmark]]:
     try:
         return {name: [_benchmark(facts) for facts in of_name] for name, of_name in data["benchmarks"].items()}
     except (TypeError, KeyError, AttributeError) as error:
-        raise TextError(f"{path}: found another form ({error}), wanted that of this version; run `python -m stages.fetch part=tasks`") from None
+        raise TextError(
+            f"{path}: found another form ({error}), wanted that of this version; run `python -m stages.fetch part=tasks`"
+        ) from None
 
 
 def _benchmark(facts: dict[str, Any]) -> Benchmark:

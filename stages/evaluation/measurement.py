@@ -42,7 +42,8 @@ class Difference:
 class Measurement:
     """One number of one model.
 
-    kind, name: what it is of: a corpus or a task by its name, the mean over tasks, or the generations of a form of the prompts. metric: its name, in metrics.json as well.
+    kind, name: what it is of: a corpus or a task by its name, the mean over tasks, or the generations of a form of the prompts.
+    metric: its name, in metrics.json as well.
     label: the words for it in tables.
     value: finite. stderr: its standard error, clustered, see statistics.mean; None where it is not known. low, high: the ends of its 95%
         interval, or None.

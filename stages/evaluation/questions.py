@@ -5,7 +5,7 @@ A task is a small YAML that includes lm-eval's own definition and replaces its d
 
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -45,15 +45,16 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about t
 class Source:
     """What is asked under one name.
 
-    tasks: lm-eval's name of each task -> its YAML, as plain data. documents: of the rows of each what they share with others; None: nothing.
-    few_shot: examples in the prompt where nothing else is asked; None: the task's own number.
+    tasks: lm-eval's name of each task -> its YAML, as plain data.
+    documents: of the rows of each what they share with others; None: nothing.
+    few_shot: examples in the prompt; None: the task's own number.
     metrics: lm-eval's names of those that are reported, in order; None: all of the task.
     aggregated: see manifest.Benchmark. is_group: whether rows say which task they are of. sha256: of the rows. source: where they are from.
     """
 
     name: str
     tasks: dict[str, dict[str, Any]]
-    documents: dict[str, list[Hashable] | None]
+    documents: Mapping[str, Sequence[Hashable] | None]
     few_shot: int | None
     metrics: tuple[str, ...] | None
     aggregated: dict[str, bool]
@@ -128,12 +129,10 @@ def _metrics(task: ConfigurableTask) -> list[tuple[str, str]]:
 
 
 def _better(task: ConfigurableTask, metric: str) -> str | None:
-    return {True: Better.HIGHER.value, False: Better.LOWER.value}.get(task.higher_is_better().get(metric))  # type: ignore[arg-type]
+    return {True: Better.HIGHER.value, False: Better.LOWER.value}.get(task.higher_is_better().get(metric))
 
 
-def embedded_source(
-    task: Task, rows: list[Row], examples: list[Row], *, few_shot: int, sha256: str, scratch: Path
-) -> Source:
+def embedded_source(task: Task, rows: list[Row], examples: list[Row], *, few_shot: int, sha256: str, scratch: Path) -> Source:
     """A task of this project on rows of text.evaluation.
 
     Args:
@@ -150,7 +149,9 @@ def embedded_source(
         for split, path in files.items():
             write_lines(path, members if split == task.split else shown)
         definition = _replaced(stock_definition(task, stock), "json", files, scratch)
-        definition |= {f"{kind}_split": None for kind in ("training", "validation", "test", "fewshot")} | {f"{task.split}_split": task.split}
+        definition |= {f"{kind}_split": None for kind in ("training", "validation", "test", "fewshot")} | {
+            f"{task.split}_split": task.split
+        }
         tasks[stock] = definition | ({"fewshot_split": EXAMPLES, "fewshot_config": {"sampler": "first_n"}} if shown else {})
         documents[stock] = task.documents(members)
     return Source(
@@ -244,7 +245,9 @@ class Asking:
             longest = self._checked(name, task, questions.cut.setdefault(name, set()))
             if questions.cut[name]:
                 facts = (KEY, name, style, len(questions.cut[name]), self.encoder.max_length, longest)
-                log.warning("%s: %s (%s): %d rows are longer than the context of %d tokens and lose their beginning; the longest has %d", *facts)
+                log.warning(
+                    "%s: %s (%s): %d rows are longer than the context of %d tokens and lose their beginning; the longest has %d", *facts
+                )
         return questions
 
     def _load(self, source: Source, style: str) -> dict[str, ConfigurableTask]:
@@ -324,7 +327,9 @@ class Asking:
             if instance.request_type == "loglikelihood" and not scored:
                 raise TextError(f"{where}: found an answer without a token, wanted at least one to score")
             if instance.request_type == "loglikelihood" and len(scored) > self.encoder.max_length:
-                raise TextError(f"{where}: found an answer of {len(scored)} tokens, wanted at most the context of {self.encoder.max_length}")
+                raise TextError(
+                    f"{where}: found an answer of {len(scored)} tokens, wanted at most the context of {self.encoder.max_length}"
+                )
             if not (context or scored):
                 raise TextError(f"{where}: found a prompt without a token, wanted at least one to continue")
             highest, longest = max(highest, *context, *scored), max(longest, len(context) + len(scored))

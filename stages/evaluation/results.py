@@ -121,8 +121,8 @@ def results_of(
     for style, of_tasks in scores.answers.items():
         of_style: list[Measurement] = []
         for task, answers in of_tasks.items():
-            theirs = None if dense is None else dense.samples_in(style)[task]
-            of_style += task_measurements(task, answers.rows, theirs, tasks[task], style)
+            reference = None if dense is None else dense.samples_in(style)[task]
+            of_style += task_measurements(task, answers.rows, reference, tasks[task], style)
             references = {} if dense is None else dense.aggregates.get(style, {}).get(task, {})
             of_style += aggregate_measurements(task, answers.aggregates, references, tasks[task], style)
         measurements += [*of_style, *mean_accuracy(of_style, style)]
@@ -158,12 +158,9 @@ def task_measurements(
     for metric in rows[0]["values"]:
         ours = [row["values"][metric] for row in rows]
         theirs = None if dense is None else [row["values"][metric] for row in dense if metric in row["values"]]
-        if theirs is not None and len(theirs) < len(ours):
-            theirs = None
-        if facts is not None and metric in facts.macro:
-            scored = _over_tasks(rows, ours, theirs)
-        else:
-            scored = _over_rows(ours, theirs, clusters)
+        theirs = theirs if theirs is not None and len(theirs) == len(ours) else None
+        alike = facts is not None and metric in facts.macro
+        scored = _over_tasks(rows, ours, theirs) if alike else _over_rows(ours, theirs, clusters)
         made.append(
             Measurement(
                 kind=Kind.TASK,

@@ -71,10 +71,11 @@ class Evaluation:
 
     def check(self, key: str) -> None:
         require(bool(self.corpora), f"{key}.corpora", self.corpora, "at least one corpus")
-        for name, allowed in (("tasks", None), ("metrics", METRICS), ("styles", list(Style))):
+        allowed: dict[str, Collection[str]] = {"metrics": METRICS, "styles": list(Style)}
+        for name in ("tasks", "metrics", "styles"):
             chosen = getattr(self, name)
-            for choice in chosen if allowed is not None else []:
-                require_one_of(f"{key}.{name}", choice, allowed)
+            for choice in chosen if name in allowed else []:
+                require_one_of(f"{key}.{name}", choice, allowed[name])
             require(len(set(chosen)) == len(chosen), f"{key}.{name}", chosen, f"each of the {name} once")
         for task in self.tasks:
             require(is_plain_name(task), f"{key}.tasks", task, "the name of a task")

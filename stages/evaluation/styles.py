@@ -1,9 +1,9 @@
 """Styles of a prompt: the same questions asked in other forms, since a score may depend on the form.
 
-    raw        as the task has it, with its own number of examples
-    chat       rendered by the base's chat template
-    system     the same after a system prompt
-    few_shot   raw, after examples with their answers
+raw        as the task has it, with its own number of examples
+chat       rendered by the base's chat template
+system     the same after a system prompt
+few_shot   raw, after examples with their answers
 """
 
 from collections.abc import Callable

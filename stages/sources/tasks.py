@@ -233,7 +233,13 @@ class _Set:
     """
 
     def __init__(self, key: str, task: str, folder: Path, config: dict[str, Any]) -> None:
-        self.key, self.task, self.path, self.name, self.options = key, task, config["dataset_path"], config.get("dataset_name"), _options(config)
+        self.key, self.task, self.path, self.name, self.options = (
+            key,
+            task,
+            config["dataset_path"],
+            config.get("dataset_name"),
+            _options(config),
+        )
         self.commit: str | None = None
         self.license: str | None = None
         if self.path in BUILDERS:

@@ -26,7 +26,12 @@ def test_a_task_is_written_with_the_splits_that_are_read_and_its_commit(monkeypa
     benchmarks.fetch(monkeypatch, "gsm8k")
     (benchmark,) = read_manifest(Path("artifacts/tasks"))["gsm8k"]
     (subtask,) = benchmark.subtasks
-    assert (benchmark.is_group, subtask.definition, subtask.own, list(subtask.data)) == (False, "gsm8k/gsm8k.yaml", False, ["test", "train"])
+    assert (benchmark.is_group, subtask.definition, subtask.own, list(subtask.data)) == (
+        False,
+        "gsm8k/gsm8k.yaml",
+        False,
+        ["test", "train"],
+    )
     for split, data in subtask.data.items():
         path = Path("artifacts/tasks") / data.file
         assert pq.read_table(path).to_pylist() == benchmarks.GSM8K[split]
