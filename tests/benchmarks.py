@@ -31,6 +31,16 @@ metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: f1, aggregation: f1, higher_is_better: true}
 """
+ROLLING = """
+task: own_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
 
 
 def parquet(rows: list[dict]) -> bytes:

@@ -129,6 +129,28 @@ def test_answers_are_those_of_lm_eval_in_the_chat_style_too(root):
         assert [score for score, _ in row["scores"]] == pytest.approx([score for score, _ in other["filtered_resps"]], rel=1e-4)
 
 
+def test_whole_texts_have_lm_evals_scores_without_an_error_and_lower_is_better(root, monkeypatch):
+    benchmarks.write_own(benchmarks.ROLLING)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    asked = replace(ASKED, tasks=["own_choice"])
+    with pytest.raises(
+        ConfigError, match="evaluation.tasks: own_choice scores whole texts, wanted a task of choices .* with evaluation.streamed"
+    ):
+        run("dense", replace(asked, streamed=True))
+    run("dense", asked)
+    theirs = scored_by_lm_eval(root, ["own_again"], own_managers(root))["results"]["own_again"]
+    ours = read_json(root / "results/dense/metrics.json")["tasks"]["own_choice"]
+    assert set(ours) == {"word_perplexity", "bits_per_byte"}
+    for metric, value in ours.items():
+        assert value == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
+    run("sparse", asked)
+    rows = [row for row in read_json(root / "results/sparse/details/measurements.json") if row["kind"] == "task"]
+    assert [(row["better"], row["count"], row["stderr"]) for row in rows] == [("lower", 3, None)] * 2
+    assert rows[0]["difference"]["value"] == pytest.approx(rows[0]["value"] - ours["word_perplexity"])
+    assert read_json(root / "results/sparse/details/paired.json") == []
+    assert "mean" not in read_json(root / "results/sparse/metrics.json")
+
+
 def test_a_group_is_one_score_and_every_row_is_kept(root):
     run("dense", replace(ASKED, tasks=["mmlu"], rows=None))
     rows = list(Rows(root / "results/dense/details/samples-mmlu.jsonl"))
@@ -216,7 +238,7 @@ def test_a_streamed_model_has_the_same_scores(root):
         ),
         (
             {"doc_to_target: answer": "doc_to_target: answer\ntarget_delimiter: ''"},
-            [{"question": "a", "options": ["b", end], "answer": 0} for end in ("c", "")],
+            [{"question": "a:", "options": ["b", end], "answer": 0} for end in ("c", "")],
             "own_choice, row 2: found an answer without a token, wanted at least one to score",
         ),
     ],

@@ -46,7 +46,6 @@ def test_a_half_written_part_is_not_finished(tmp_path):
 
 
 def test_a_second_run_is_refused(tmp_path):
-    with opened(tmp_path / "journal", {}):
-        with pytest.raises(SparsesweepError, match="journal: another run is evaluating here; wait for it or stop it"):
-            with opened(tmp_path / "journal", {}):
-                pass
+    directory, wanted = tmp_path / "journal", "journal: another run is evaluating here; wait for it or stop it"
+    with opened(directory, {}), pytest.raises(SparsesweepError, match=wanted), opened(directory, {}):
+        pass

@@ -71,9 +71,10 @@ def test_the_chat_style_renders_the_question_and_the_system_style_the_prompt_bef
         assert answer == "lamp"
 
 
-def test_whole_texts_are_not_scored_by_a_streamed_model(tmp_path):
-    (asked,) = questions({"piqa": [GOOD["piqa"]]}, tmp_path, streamed=True)
-    assert asked.metrics == [("acc", "none"), ("acc_norm", "none")]
+def test_the_metrics_of_our_tasks_are_those_of_their_table(tmp_path):
+    names = ["piqa", "lambada"]
+    asked = questions({name: [GOOD[name]] for name in names}, tmp_path, streamed=True)
+    assert [each.protocol().metrics for each in asked] == [["acc", "acc_norm"], ["acc"]]
 
 
 def test_a_score_is_named_with_its_filter():
