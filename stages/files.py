@@ -21,9 +21,13 @@ log = logging.getLogger(__name__)
 
 BASE = Path("artifacts/base")
 TEXT = Path("artifacts/text")
+BENCHMARKS = Path("artifacts/tasks")  # rows of tasks that lm-eval knows by their own names
+OWN_TASKS = Path("tasks")
 CALIBRATION = Path("artifacts/calibration")
 SPARSE = Path("artifacts/sparse")
 PRUNE_JOURNAL = Path("artifacts/.prune")
+DENSE_JOURNAL = Path("artifacts/.evaluate-dense")
+SPARSE_JOURNAL = Path("artifacts/.evaluate-sparse")
 PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")

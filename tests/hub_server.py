@@ -52,7 +52,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[0] == "api":
+        if parts[0] == "api" and parts[4:5] == ["tree"]:
+            self._tree("/".join(parts[1:4]), "/".join(parts[6:]), recursive="recursive=true" in self.path.lower())
+        elif parts[0] == "api":
             self._info(parts[1], "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
         elif parts[0] == "datasets":
             self._file("/".join(parts[:3]), "/".join(parts[5:]), body)
@@ -92,6 +94,23 @@ class _Handler(BaseHTTPRequestHandler):
         }
         info |= {"downloads": 0, "likes": 0, "cardData": {"license": repository.license}}
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        return None
+
+    def _tree(self, key: str, folder: str, recursive: bool) -> None:
+        """The files of a folder, as `datasets` asks for them."""
+        repository = self.server.repositories.get(key)
+        prefix = folder and f"{folder}/"
+        names = [name for name in repository.files if name.startswith(prefix)] if repository else []
+        if repository is None or not names:
+            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "Content-Type": "application/json"})
+        rows: dict[str, dict[str, object]] = {}
+        for name in names:
+            first, _, rest = name.removeprefix(prefix).partition("/")
+            if rest:
+                rows[prefix + first] = {"type": "directory", "path": prefix + first, "oid": "0" * 40, "size": 0}
+            if recursive or not rest:
+                rows[name] = {"type": "file", "path": name, "oid": "0" * 40, "size": len(repository.files[name])}
+        self._send(200, json.dumps(list(rows.values())).encode(), {"Content-Type": "application/json"})
         return None
 
     def _file(self, key: str, name: str, body: bool) -> None:

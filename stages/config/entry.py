@@ -33,8 +33,8 @@ def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> 
     Every section is checked, so that a bad value stops the first stage that runs, but only these are passed on.
 
     Args:
-        parameters: names of sections, passed as keyword arguments; and "environment.LIBRARY" for every library whose version the
-            results depend on, which must be the one installed.
+        parameters: names of sections, passed as keyword arguments, or of keys of them, "SECTION.KEY", passed as SECTION_KEY; and
+            "environment.LIBRARY" for every library whose version the results depend on, which must be the one installed.
         parts: for a stage that dvc.yaml runs in parts (`python -m stages.fetch part=base`), the parameters of each; the part's
             name is passed as `part`.
     """
@@ -74,4 +74,8 @@ def _run(cfg: DictConfig, function: Callable[..., None], parameters: tuple[str, 
         parameters, keywords = parts[cfg.part], {"part": cfg.part}
     libraries = [name.removeprefix(LIBRARY) for name in parameters if name.startswith(LIBRARY)]
     require_installed(sections["environment"], libraries)
-    function(**keywords, **{name: sections[name] for name in parameters if not name.startswith(LIBRARY)})
+    for name in parameters:
+        if not name.startswith(LIBRARY):
+            section, _, key = name.partition(".")
+            keywords[name.replace(".", "_")] = getattr(sections[section], key) if key else sections[section]
+    function(**keywords)

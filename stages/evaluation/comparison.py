@@ -3,27 +3,30 @@
 from typing import Any
 
 from stages.checkpoint.delta import SparseDelta
-from stages.evaluation.measurement import Kind, Measurement
-from stages.evaluation.results import Results
+from stages.evaluation.measurement import Better, Measurement
+from stages.evaluation.results import Results, own_measurements
 from stages.evaluation.statistics import mcnemar
 
 
 def paired_accuracies(dense: Results, sparse: Results) -> list[dict[str, Any]]:
-    """Both models on the same rows of each task, by the task's own metric.
+    """Both models on the same rows of each task, by the task's own metric; tasks whose metric is no mean of rows are left out.
 
     Returns:
         For each task "task", "metric", "rows", "clusters"; "dense" and "sparse", the accuracies; "difference", sparse less dense, with
         "stderr", "low" and "high", see measurement.Difference; "lost" and "gained", the numbers of rows that only the dense and only the
         sparse model answers rightly (or better); "p_value" of McNemar's exact test of these, in which rows are independent.
     """
-    own = {measurement.name: measurement for measurement in reversed(sparse.measurements) if measurement.kind == Kind.TASK}
     compared = []
-    for task, rows in sparse.samples.items():
-        measured = own[task]
+    for measured in own_measurements(sparse.measurements):
+        task, rows = measured.name, sparse.samples[measured.name]
+        if measured.metric not in rows[0]["values"] or measured.difference is None:
+            continue
         pairs = [
             (row["values"][measured.metric], other["values"][measured.metric]) for row, other in zip(rows, dense.samples[task], strict=True)
         ]
         lost, gained = sum(here < there for here, there in pairs), sum(here > there for here, there in pairs)
+        if measured.better == Better.LOWER:
+            lost, gained = gained, lost
         compared.append({**_paired(measured), "lost": lost, "gained": gained, "p_value": mcnemar(lost, gained)})
     return compared
 

@@ -1,35 +1,22 @@
-"""Zero-shot tasks by lm-eval's own API and stock task definitions, on the rows that the fetch stage wrote.
+"""Tasks scored by lm-eval's own models, filters and metrics, on requests that were built before, see questions.py."""
 
-A task is a small YAML that includes the stock definition and replaces its data source.
-"""
-
-import logging
+import math
 import os
-from collections.abc import Hashable
-from importlib.metadata import version
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-import lm_eval.tasks
-import yaml
-from lm_eval import simple_evaluate
+import numpy as np
+import torch
+from lm_eval.api.metrics import aggregate_subtask_metrics, mean
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
-from stages.errors import ConfigError
-from stages.evaluation.results import Samples
-from stages.evaluation.tasks import TASKS, Task
-from stages.files import write_lines
-from stages.rows import Row
-
-STOCK = Path(lm_eval.tasks.__file__).parent
-FEW_SHOT = 0  # examples in the prompt
-SEED = 0
-
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about the defaults that we override
+from stages.evaluation.encoding import encode
+from stages.evaluation.questions import SEED, Questions, all_requests, grouped, metric_name
+from stages.evaluation.results import Answers
 
 
 class WholeModel(HFLM):
@@ -41,8 +28,18 @@ class WholeModel(HFLM):
         self.add_bos_token: bool | None = None  # the tokenizer's own way; tok_encode sees to the rest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **arguments: Any) -> list[int]:
-        ids = super().tok_encode(string, add_special_tokens=add_special_tokens, **arguments)
-        return ids if add_special_tokens is False or self._rolling else self.bos.begin(ids)
+        if add_special_tokens is False or self._rolling:
+            return super().tok_encode(string, add_special_tokens=add_special_tokens, **arguments)
+        return encode(self.tokenizer, self.bos, string)
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode prompts whose continuations are generated: padded on the left, and cut there to `left_truncate_len` tokens."""
+        ids = [self.tok_encode(string)[-left_truncate_len if left_truncate_len else 0 :] for string in strings]
+        width = max(map(len, ids))
+        padded = [[self.tokenizer.pad_token_id or 0] * (width - len(each)) + each for each in ids]
+        return torch.tensor(padded), torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in ids])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts; lm-eval puts its prefix token, BOS, before each, so that the texts themselves must not begin with it."""
@@ -53,6 +50,9 @@ class WholeModel(HFLM):
         finally:
             self.add_bos_token, self._rolling = added, False
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
 
@@ -61,88 +61,78 @@ class WholeModel(HFLM):
         return super()._loglikelihood_tokens(requests, *arguments, **options)
 
 
-def stock_definition(task: Task) -> Path:
-    """Find lm-eval's own YAML of a task without reading its other tasks.
-
-    Raises:
-        ConfigError: this version of lm-eval has no such task.
-    """
-    entry = TaskManager(include_defaults=False, include_path=str(STOCK / task.folder)).task_index.get(task.stock)
-    if entry is None or entry.yaml_path is None:
-        raise ConfigError(f"evaluation.tasks: lm-eval {version('lm-eval')} has no task {task.stock!r} in its folder {task.folder}")
-    return entry.yaml_path
-
-
-def write_task(task: Task, rows: list[Row], scratch: Path) -> str:
-    """Write the rows, and the YAML that runs lm-eval's stock task on them.
-
-    Returns:
-        The name of the new task in lm-eval.
-    """
-    name, data = f"sparsesweep_{task.name}", scratch / f"{task.name}.jsonl"
-    write_lines(data, rows)
-    definition = {
-        "include": str(stock_definition(task)),
-        "task": name,
-        "tag": None,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {task.split: str(data.absolute())}, "cache_dir": str(scratch / "cache")},
-        "training_split": None,
-        "validation_split": None,
-        "test_split": None,
-        f"{task.split}_split": task.split,
-    }
-    (scratch / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf8")
-    return name
-
-
-def zero_shot(model: LM, rows: dict[str, list[Row]], scratch: Path) -> Samples:
-    """Score each task without examples in the prompt.
+def ask(model: LM, questions: Sequence[Questions]) -> None:
+    """Hand a model all requests; they keep its responses.
 
     Args:
         model: a WholeModel or a StreamedHarness.
-        rows: task -> its rows, see tasks.read_task.
-        scratch: a directory for rows, definitions and the cache of `datasets`.
-
-    Returns:
-        Task -> one entry per row, see results.Samples.
-
-    Raises:
-        ConfigError: lm-eval does not know the task.
     """
-    if not rows:
-        return {}
-    names = {task: write_task(TASKS[task], rows[task], scratch) for task in rows}
-    outcome = simple_evaluate(
-        model=model,
-        tasks=list(names.values()),
-        task_manager=TaskManager(include_defaults=False, include_path=str(scratch)),
-        num_fewshot=FEW_SHOT,
-        bootstrap_iters=0,  # our standard errors come from the rows themselves
-        random_seed=SEED,
-        numpy_random_seed=SEED,
-        torch_random_seed=SEED,
-        fewshot_random_seed=SEED,
-    )
-    samples = {}
-    for task, name in names.items():
-        clusters = numbered(TASKS[task].documents(rows[task]))
-        answers = sorted(outcome["samples"][name], key=lambda answer: answer["doc_id"])
-        samples[task] = [
-            {
-                "row": answer["doc_id"],
-                "cluster": clusters[answer["doc_id"]],
-                "values": {metric: float(answer[metric]) for metric in TASKS[task].metrics},
-                "target": str(answer["target"]),
-                "scores": answer["filtered_resps"],
+    torch.manual_seed(SEED)  # for tasks that sample their answers
+    for kind, instances in all_requests(questions):
+        for instance, response in zip(instances, getattr(model, kind)(instances), strict=True):
+            instance.resps.append(response)
+
+
+def answers(questions: Questions) -> Answers:
+    """What a model said to questions that it was asked, with the values of lm-eval's metrics."""
+    rows: list[dict[str, Any]] = []
+    collected: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(dict)  # score -> task -> values of its rows
+    first_cluster = 0
+    for name, task in questions.tasks.items():
+        task.apply_filters()
+        documents, requests = questions.documents(name), grouped(task.instances)
+        clusters = numbered(questions.source.documents[name] or range(len(documents)))
+        for number, document in documents:
+            of_row = requests[number]
+            scores: dict[tuple[str, str], Any] = {}
+            for filtered_by in of_row[0].filtered_resps:
+                responses = [request.filtered_resps[filtered_by] for request in of_row]
+                scores |= {(metric, filtered_by): value for metric, value in task.process_results(document, responses).items()}
+            for key in questions.metrics:
+                if key in scores:
+                    collected[key].setdefault(name, []).append(scores[key])
+            row: dict[str, Any] = {
+                "row": len(rows),
+                "cluster": first_cluster + clusters[number],
+                "values": scores,
+                "target": str(task.doc_to_target(document)),
             }
-            for answer in answers
-        ]
-    return samples
+            row |= {"task": name} if questions.source.is_group else {}
+            row |= {"cut": True} if number in questions.cut[name] else {}
+            rows.append(row | _said(task.OUTPUT_TYPE, of_row))
+        first_cluster += max(clusters, default=-1) + 1
+    of_rows = [key for key in questions.metrics if _is_of_rows(questions, key, rows)]
+    for row in rows:
+        row["values"] = {metric_name(*key): float(row["values"][key]) for key in of_rows}
+    others = {metric_name(*key): _aggregate(questions, key, values) for key, values in collected.items() if key not in of_rows}
+    return Answers(rows=rows, aggregates=others)
 
 
-def numbered(documents: list[Hashable]) -> list[int]:
+def _said(kind: Any, requests: list[Any]) -> dict[str, Any]:
+    """A model's own words or scores, as plain data."""
+    if kind == "generate_until":
+        return {"answers": requests[0].resps, "filtered": {name: str(value) for name, value in requests[0].filtered_resps.items()}}
+    first = next(iter(requests[0].filtered_resps))
+    return {"scores": [request.filtered_resps[first] for request in requests]}
+
+
+def _is_of_rows(questions: Questions, key: tuple[str, str], rows: list[dict[str, Any]]) -> bool:
+    """Whether a score is the mean of a finite number of each row."""
+    if not all(task.aggregation().get(key[0]) is mean for task in questions.tasks.values()):
+        return False
+    values = [row["values"].get(key) for row in rows]
+    return all(isinstance(value, (int, float, np.number)) and math.isfinite(value) for value in values)
+
+
+def _aggregate(questions: Questions, key: tuple[str, str], values: dict[str, list[Any]]) -> dict[str, Any]:
+    """lm-eval's own value of a score, with the number of rows that it is made of."""
+    of_tasks = [float(questions.tasks[name].aggregation()[key[0]](items)) for name, items in values.items()]
+    sizes = [len(items) for items in values.values()]
+    value = aggregate_subtask_metrics(of_tasks, sizes, questions.source.aggregated.get(key[0], True))
+    return {"value": float(value), "count": sum(sizes)}
+
+
+def numbered(documents: Sequence[Hashable]) -> list[int]:
     """The number of each document among the different ones, by first appearance."""
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(document, len(numbers)) for document in documents]

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     TASK = "task"
     MEAN = "mean"
     SIZE = "size"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,15 @@ class Difference:
 class Measurement:
     """One number of one model.
 
-    kind, name: what it is of: a corpus or a task by its name, or the mean over tasks. metric: its name, in metrics.json as well.
+    kind, name: what it is of: a corpus or a task by its name, the mean over tasks, or the generations of a form of the prompts.
+    metric: its name, in metrics.json as well.
     label: the words for it in tables.
     value: finite. stderr: its standard error, clustered, see statistics.mean; None where it is not known. low, high: the ends of its 95%
         interval, or None.
     count: how many values it is made of. counted: what they are: tokens, rows or tasks. clusters: how many of them are independent.
     unit: "" for none, else such as "nats" or "%". better: the direction in which it improves; None: neither.
     dense: the dense model's value; None for the dense model itself, and for what compares with it. difference: see Difference, or None.
+    style: form of the prompts of a task, see stages/evaluation/styles.py.
     """
 
     kind: Kind
@@ -70,6 +73,7 @@ class Measurement:
     better: Better | None = None
     dense: float | None = None
     difference: Difference | None = None
+    style: str = "raw"
 
     @property
     def key(self) -> tuple[Kind, str, str]:
@@ -93,14 +97,27 @@ class Measurement:
         return cls(value=scale * estimate.value, stderr=stderr, low=low, high=high, **facts)
 
 
-SECTIONS = {Kind.CORPUS: "corpora", Kind.TASK: "tasks", Kind.MEAN: "mean", Kind.SIZE: "size"}  # of metrics.json
+SECTIONS = {  # of metrics.json
+    Kind.CORPUS: "corpora",
+    Kind.TASK: "tasks",
+    Kind.MEAN: "mean",
+    Kind.SIZE: "size",
+    Kind.GENERATION: "generations",
+}
 
 
-def metrics(measurements: Iterable[Measurement]) -> dict[str, dict[str, dict[str, float]]]:
-    """The numbers alone, for metrics.json: section -> name -> metric, with "_stderr" and "dense_" where these are known."""
-    sections: dict[str, dict[str, dict[str, float]]] = {}
+def metrics(measurements: Iterable[Measurement]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The numbers alone, for metrics.json: section -> name -> metric, with "_stderr" and "dense_" where these are known.
+
+    The section "styles" has those of other styles than raw: style -> task -> metric; "tasks" among the tasks is their mean.
+    """
+    sections: dict[str, dict[str, dict[str, Any]]] = {}
     for measurement in measurements:
-        numbers = sections.setdefault(SECTIONS[measurement.kind], {}).setdefault(measurement.name, {})
+        if measurement.style == "raw":
+            section = sections.setdefault(SECTIONS[measurement.kind], {})
+        else:
+            section = sections.setdefault("styles", {}).setdefault(measurement.style, {})
+        numbers = section.setdefault(measurement.name, {})
         numbers[measurement.metric] = measurement.value
         if measurement.stderr is not None:
             numbers[f"{measurement.metric}_stderr"] = measurement.stderr

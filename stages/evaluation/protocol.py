@@ -1,15 +1,17 @@
 """The protocol of a result: everything that must be equal before two results are compared."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from stages.config.environment import installed
 from stages.errors import ComparisonError, SparsesweepError
+from stages.evaluation.styles import StyleProtocol
 from stages.files import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")  # whose version may change a score
+EMBEDDED = "text.evaluation"  # where the rows of the tasks of stages/evaluation/tasks.py are from
 NOT_COMPARED = ("evaluation", "delta")  # keys of the file that are not compared
 
 
@@ -32,14 +34,22 @@ class CorpusProtocol:
 class TaskProtocol:
     """How a task was scored.
 
-    rows: number of rows, from the first on. sha256: hash of the file of rows. few_shot: examples in the prompt.
-    metrics: their names in lm-eval, the task's own first.
+    rows: number of rows, from the first on. sha256: hash of the file of rows, or of all that the fetch stage recorded of it.
+    few_shot: examples in the prompt, by task where those of a group differ.
+    metrics: their names in lm-eval, the task's own first: those whose score is the mean of its rows' values.
+    source: "text.evaluation", or lm-eval with its version, which says where the rows are from.
+    better: score -> "higher", "lower", or None where lm-eval does not say. macro: scores of a group in which tasks weigh alike, not rows.
+    cut: number of rows that are longer than the model's context and lose their beginning.
     """
 
     rows: int
     sha256: str
-    few_shot: int
+    few_shot: int | dict[str, int]
     metrics: list[str]
+    source: str = EMBEDDED
+    better: dict[str, str | None] = field(default_factory=dict)
+    macro: list[str] = field(default_factory=list)
+    cut: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,7 @@ class Protocol:
     base: fingerprint of the base checkpoint. tokenizer_sha256: hash of its tokenizer.json; None if its tokenizer is of another kind.
     bos: id of the token that every window and prompt begins with; None: text is as the tokenizer makes it.
     corpora: corpus -> its windows. metrics: what is measured on them. tasks: task -> how it was scored.
+    styles: style other than raw -> how the same tasks were asked in it.
     prompts: texts that the model continues. new_tokens: upper bound of generated tokens per prompt; 0 without prompts.
     dtype: that of weights and arithmetic. versions: package -> version, for the packages that compute.
     """
@@ -63,6 +74,7 @@ class Protocol:
     new_tokens: int
     dtype: str
     versions: dict[str, str]
+    styles: dict[str, StyleProtocol] = field(default_factory=dict)
 
 
 def versions() -> dict[str, str]:
@@ -89,12 +101,13 @@ def read_protocol(path: Path) -> Protocol:
         data = read_json(path)
     except SparsesweepError as error:
         raise ComparisonError(str(error)) from None
-    field_names = [field.name for field in fields(Protocol)]
+    field_names = [entry.name for entry in fields(Protocol)]
     if not isinstance(data, dict) or set(data) != {*field_names, *NOT_COMPARED}:
         keys = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
         raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*field_names, *NOT_COMPARED]))}")
-    parts = {}
-    for key, kind in (("corpora", CorpusProtocol), ("tasks", TaskProtocol)):
+    parts: dict[str, Any] = {}
+    kinds: tuple[tuple[str, Any], ...] = (("corpora", CorpusProtocol), ("tasks", TaskProtocol), ("styles", StyleProtocol))
+    for key, kind in kinds:
         try:
             parts[key] = {name: kind(**facts) for name, facts in data[key].items()}
         except (TypeError, AttributeError) as error:

@@ -2,21 +2,50 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stages.errors import ComparisonError, SparsesweepError
+from stages.evaluation import degeneration
+from stages.evaluation.degeneration import Tokenize
 from stages.evaluation.measurement import Better, Difference, Kind, Measurement, as_rows, metrics
 from stages.evaluation.metric import Corpus, Metric, Observed, WindowMeans, window_means
-from stages.evaluation.protocol import Protocol
+from stages.evaluation.protocol import EMBEDDED, Protocol, TaskProtocol
 from stages.evaluation.statistics import accuracy_interval, difference, difference_interval, mean, normal_interval
 from stages.files import read_json, write_json, write_lines
 from stages.rows import Rows
 
 Samples = dict[str, list[dict[str, Any]]]
 """Task -> one entry for each of its rows: "row", its number; "cluster", the number of the document that it shares with others; "values", by
-lm-eval's names of the metrics, the task's own first; and what the model said."""
+the names of the metrics, the task's own first; what the model said; "task", which of a group it is of; "cut", where it is longer than the
+context."""
+
+Aggregates = dict[str, dict[str, dict[str, Any]]]
+"""Task -> score that is no mean of rows, such as a corpus's F1 -> "value", lm-eval's own, and "count", the number of its rows."""
+
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that the mean over tasks is made of
+AGGREGATES = "aggregates.json"
+RAW = "raw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model said to the rows of a task in a style.
+
+    rows: see Samples. aggregates: those of the task, see Aggregates.
+    """
+
+    rows: list[dict[str, Any]]
+    aggregates: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model said: style -> task -> its answers; and one row per prompt, see generation.generate."""
+
+    answers: dict[str, dict[str, Answers]]
+    generations: list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,90 +55,200 @@ class Results:
     windows: corpus -> "clusters", the document of each window, and the window means that metrics keep, by name.
     samples: see Samples. generations: one row per prompt, see generation.generate.
     measurements: all numbers made of these.
+    styles: style other than raw -> samples. aggregates: style -> see Aggregates.
     """
 
     windows: dict[str, dict[str, Any]]
     samples: Samples
     generations: list[dict[str, str]]
     measurements: list[Measurement]
+    styles: dict[str, Samples] = field(default_factory=dict)
+    aggregates: dict[str, Aggregates] = field(default_factory=dict)
+
+    def samples_in(self, style: str) -> Samples:
+        """The samples of a style."""
+        return self.samples if style == RAW else self.styles.get(style, {})
 
     @property
     def metrics(self) -> dict[str, Any]:
         return metrics(self.measurements)
 
     def accuracy(self, model: str) -> list[dict[str, Any]]:
-        """One row per task with its own metric, with the same keys in each row: DVC plots only such rows."""
-        own = {measurement.name: measurement for measurement in reversed(self.measurements) if measurement.kind == Kind.TASK}
+        """One row per task whose own metric is an accuracy, with the same keys in each row: DVC plots only such rows."""
         return [
-            {"model": model, "task": task, "accuracy": own[task].value, "stderr": own[task].stderr, "rows": own[task].count}
-            for task in self.samples
+            {"model": model, "task": own.name, "accuracy": own.value, "stderr": own.stderr, "rows": own.count}
+            for own in own_accuracies(self.measurements)
         ]
 
     def write(self, details: Path) -> None:
         write_json(details / "windows.json", self.windows)
         write_json(details / "measurements.json", as_rows(self.measurements))
         write_json(details / "generations.json", self.generations)
-        for task, rows in self.samples.items():
-            write_lines(samples_file(details, task), rows)
+        if any(of_task for of_style in self.aggregates.values() for of_task in of_style.values()):
+            write_json(details / AGGREGATES, self.aggregates)
+        for style, samples in {RAW: self.samples, **self.styles}.items():
+            for task, rows in samples.items():
+                path = samples_file(details, task, style)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_lines(path, rows)
 
 
 def results_of(
     corpora: Sequence[Corpus],
     observed: Mapping[str, Observed],
     metrics: Sequence[Metric],
-    samples: Samples,
-    generations: list[dict[str, str]],
+    scores: Scores,
+    tasks: Mapping[str, TaskProtocol],
     dense: Results | None,
+    tokenize: Tokenize,
 ) -> Results:
     """Make all measurements of a model.
 
     Args:
         observed: corpus -> see StreamedModels.observe. metrics: those that were observed.
+        tasks: how each was scored. tokenize: see degeneration.measure.
         dense: the dense model's results on the same windows and rows; None for the dense model itself.
     """
-    measurements: list[Measurement] = []
+    measurements = corpus_measurements(corpora, observed, metrics, dense)
     windows: dict[str, dict[str, Any]] = {}
+    for corpus in corpora:
+        kept = [name for metric in metrics for name in metric.kept]
+        means = {name: window_means(observed[corpus.name][name]) for name in kept}
+        windows[corpus.name] = {"clusters": list(corpus.clusters), **means}
+    for style, of_tasks in scores.answers.items():
+        of_style: list[Measurement] = []
+        for task, answers in of_tasks.items():
+            reference = None if dense is None else dense.samples_in(style)[task]
+            of_style += task_measurements(task, answers.rows, reference, tasks[task], style)
+            references = {} if dense is None else dense.aggregates.get(style, {}).get(task, {})
+            of_style += aggregate_measurements(task, answers.aggregates, references, tasks[task], style)
+        measurements += [*of_style, *mean_accuracy(of_style, style)]
+    measurements += degeneration.measure(scores.generations, None if dense is None else dense.generations, tokenize)
+    samples = {style: {task: answers.rows for task, answers in of_tasks.items()} for style, of_tasks in scores.answers.items()}
+    aggregates = {style: {task: answers.aggregates for task, answers in of_tasks.items()} for style, of_tasks in scores.answers.items()}
+    return Results(
+        windows=windows,
+        samples=samples.pop(RAW, {}),
+        generations=scores.generations,
+        measurements=measurements,
+        styles=samples,
+        aggregates=aggregates,
+    )
+
+
+def corpus_measurements(
+    corpora: Sequence[Corpus], observed: Mapping[str, Observed], metrics: Sequence[Metric], dense: Results | None
+) -> list[Measurement]:
+    """The metrics of text on each corpus; args: see results_of."""
+    measurements: list[Measurement] = []
     for corpus in corpora:
         theirs: WindowMeans | None = None if dense is None else dense.windows[corpus.name]
         for metric in metrics:
             measurements += metric.measure(corpus, observed[corpus.name], theirs)
-        kept = [name for metric in metrics for name in metric.kept]
-        means = {name: window_means(observed[corpus.name][name]) for name in kept}
-        windows[corpus.name] = {"clusters": list(corpus.clusters), **means}
-    for task, rows in samples.items():
-        measurements += task_measurements(task, rows, None if dense is None else dense.samples[task])
-    measurements += mean_accuracy(measurements)
-    return Results(windows=windows, samples=samples, generations=generations, measurements=measurements)
+    return measurements
 
 
-def task_measurements(task: str, rows: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> list[Measurement]:
-    """The metrics of a task, the first its own; intervals of accuracies stay within 0 and 1, and have a width where no row tells."""
+def task_measurements(
+    task: str,
+    rows: list[dict[str, Any]],
+    dense: list[dict[str, Any]] | None,
+    facts: TaskProtocol | None = None,
+    style: str = RAW,
+) -> list[Measurement]:
+    """The metrics of a task, the first its own; intervals of accuracies stay within 0 and 1, and have a width where no row tells.
+
+    Scores of a group are means over its rows, or over its tasks where lm-eval weighs these alike.
+
+    Args:
+        facts: how the task was scored; None: all its metrics are better the higher they are.
+    """
     clusters = [row["cluster"] for row in rows]
     made = []
     for metric in rows[0]["values"]:
         ours = [row["values"][metric] for row in rows]
-        estimate, is_binary = mean(ours, clusters), set(ours) <= {0.0, 1.0}
-        low, high = (accuracy_interval(ours, clusters) if is_binary else estimate.interval) or (None, None)
-        theirs = None if dense is None else [row["values"][metric] for row in dense]
+        theirs = None if dense is None else [row["values"][metric] for row in dense if metric in row["values"]]
+        theirs = theirs if theirs is not None and len(theirs) == len(ours) else None
+        alike = facts is not None and metric in facts.macro
+        scored = _over_tasks(rows, ours, theirs) if alike else _over_rows(ours, theirs, clusters)
         made.append(
             Measurement(
                 kind=Kind.TASK,
                 name=task,
                 metric=metric,
-                label={"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}.get(metric, metric),
-                value=estimate.value,
-                stderr=estimate.stderr,
-                low=low,
-                high=high,
-                count=estimate.count,
+                label=LABELS.get(metric, metric),
+                count=len(ours),
                 counted="rows",
-                clusters=estimate.clusters,
-                better=Better.HIGHER,
-                dense=None if theirs is None else mean(theirs).value,
-                difference=None if theirs is None else _apart(ours, theirs, clusters),
+                clusters=len(set(clusters)),
+                better=_better(facts, metric),
+                style=style,
+                **scored,
             )
         )
     return made
+
+
+LABELS = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length", "exact_match": "exact match"}
+
+
+def _better(facts: TaskProtocol | None, metric: str) -> Better | None:
+    stated = Better.HIGHER if facts is None else facts.better.get(metric, Better.HIGHER)
+    return None if stated is None else Better(stated)
+
+
+def _over_rows(ours: list[float], theirs: list[float] | None, clusters: list[int]) -> dict[str, Any]:
+    """Fields of a measurement: the mean over rows."""
+    estimate, is_binary = mean(ours, clusters), set(ours) <= {0.0, 1.0}
+    low, high = (accuracy_interval(ours, clusters) if is_binary else estimate.interval) or (None, None)
+    return {
+        "value": estimate.value,
+        "stderr": estimate.stderr,
+        "low": low,
+        "high": high,
+        "dense": None if theirs is None else mean(theirs).value,
+        "difference": None if theirs is None else _apart(ours, theirs, clusters),
+    }
+
+
+def _over_tasks(rows: list[dict[str, Any]], ours: list[float], theirs: list[float] | None) -> dict[str, Any]:
+    """Fields of a measurement: the mean over the tasks of a group, which are independent."""
+    numbers: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        numbers.setdefault(row["task"], []).append(number)
+    clusters = [[rows[number]["cluster"] for number in members] for members in numbers.values()]
+    of_tasks = [mean([ours[number] for number in members], groups) for members, groups in zip(numbers.values(), clusters, strict=True)]
+    value, low, high, stderr = _mean_of([(estimate.value, estimate.stderr) for estimate in of_tasks])
+    made: dict[str, Any] = {"value": value, "stderr": stderr, "low": low, "high": high}
+    if theirs is not None:
+        apart = [
+            difference([ours[number] for number in members], [theirs[number] for number in members], groups)
+            for members, groups in zip(numbers.values(), clusters, strict=True)
+        ]
+        gap, gap_low, gap_high, gap_stderr = _mean_of([(estimate.value, estimate.stderr) for estimate in apart])
+        made |= {"dense": value - gap, "difference": Difference(value=gap, stderr=gap_stderr, low=gap_low, high=gap_high)}
+    return made
+
+
+def aggregate_measurements(
+    task: str, ours: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]], facts: TaskProtocol, style: str
+) -> list[Measurement]:
+    """The scores of a task that are no means of rows: lm-eval's own values, without an error."""
+    return [
+        Measurement(
+            kind=Kind.TASK,
+            name=task,
+            metric=metric,
+            label=LABELS.get(metric, metric),
+            value=scored["value"],
+            count=scored["count"],
+            counted="rows",
+            clusters=scored["count"],
+            better=_better(facts, metric),
+            dense=dense[metric]["value"] if metric in dense else None,
+            difference=Difference(value=scored["value"] - dense[metric]["value"]) if metric in dense else None,
+            style=style,
+        )
+        for metric, scored in ours.items()
+    ]
 
 
 def _apart(ours: list[float], theirs: list[float], clusters: list[int]) -> Difference:
@@ -120,10 +259,24 @@ def _apart(ours: list[float], theirs: list[float], clusters: list[int]) -> Diffe
     return Difference(value=estimate.value, stderr=estimate.stderr, low=low, high=high)
 
 
-def mean_accuracy(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The mean of the tasks' own metrics, every task alike whatever its rows; its error takes the tasks as independent. None of no task."""
-    own = {measurement.name: measurement for measurement in reversed(measurements) if measurement.kind == Kind.TASK}
-    tasks = list(own.values())
+def own_measurements(measurements: Sequence[Measurement], style: str = RAW) -> list[Measurement]:
+    """The measurement of each task's own metric, the first of the task, in a style."""
+    own: dict[str, Measurement] = {}
+    for measured in measurements:
+        if measured.kind == Kind.TASK and measured.style == style:
+            own.setdefault(measured.name, measured)
+    return list(own.values())
+
+
+def own_accuracies(measurements: Sequence[Measurement], style: str = RAW) -> list[Measurement]:
+    """Those that are accuracies."""
+    return [own for own in own_measurements(measurements, style) if own.metric.partition(" ")[0] in ACCURACIES]
+
+
+def mean_accuracy(measurements: Sequence[Measurement], style: str = RAW) -> list[Measurement]:
+    """The mean of the accuracies that are tasks' own metrics, every task alike whatever its rows; its error takes the tasks as independent.
+    None of no task."""
+    tasks = own_accuracies(measurements, style)
     if not tasks:
         return []
     value, low, high, stderr = _mean_of([(task.value, task.stderr) for task in tasks])
@@ -148,6 +301,7 @@ def mean_accuracy(measurements: Sequence[Measurement]) -> list[Measurement]:
             better=Better.HIGHER,
             dense=sum(task.dense for task in tasks if task.dense is not None) / len(tasks) if apart else None,
             difference=compared,
+            style=style,
         )
     ]
 
@@ -173,22 +327,42 @@ def read_results(details: Path, protocol: Protocol) -> Results:
     wanted = ", ".join(f"{count} finite losses of {name}" for name, count in counts.items()) or "no losses"
     _require(_are_windows(windows, counts), details / "windows.json", wanted)
     _require(_are_generations(generations, protocol.prompts), details / "generations.json", f"a row for each of {protocol.prompts}")
-    samples = {}
-    for name, task in protocol.tasks.items():
-        path = samples_file(details, name)
-        samples[name] = _read_lines(path)
-        _require(_are_samples(samples[name], task.rows, task.metrics), path, f"{task.rows} rows in order, each with {_and(task.metrics)}")
-    measurements = [measured for task, rows in samples.items() for measured in task_measurements(task, rows, None)]
-    return Results(windows=windows, samples=samples, generations=generations, measurements=measurements)
+    styles = [RAW, *(style for style, asked in protocol.styles.items() if asked.skipped is None)]
+    samples = {style: {name: _samples(details, name, style, task) for name, task in protocol.tasks.items()} for style in styles}
+    aggregates = _read(details / AGGREGATES) if (details / AGGREGATES).is_file() else {}
+    measurements = [
+        measured for style in styles for task, rows in samples[style].items() for measured in _measurements(task, rows, protocol, style)
+    ]
+    return Results(
+        windows=windows,
+        samples=samples.pop(RAW),
+        generations=generations,
+        measurements=measurements,
+        styles=samples,
+        aggregates=aggregates,
+    )
 
 
-def samples_file(details: Path, task: str) -> Path:
+def _measurements(task: str, rows: list[dict[str, Any]], protocol: Protocol, style: str) -> list[Measurement]:
+    return task_measurements(task, rows, None, protocol.tasks[task], style)
+
+
+def _samples(details: Path, name: str, style: str, task: TaskProtocol) -> list[dict[str, Any]]:
+    """The samples of a task, checked."""
+    path = samples_file(details, name, style)
+    rows = _read_lines(path)
+    metrics = task.metrics if task.source == EMBEDDED else list(rows[0]["values"] or {})
+    _require(_are_samples(rows, task.rows, metrics), path, f"{task.rows} rows in order, each with {_and(metrics)}")
+    return rows
+
+
+def samples_file(details: Path, task: str, style: str = RAW) -> Path:
     """The path of the samples of a task."""
-    return details / f"samples-{task}.jsonl"
+    return (details if style == RAW else details / "styles" / style) / f"samples-{task}.jsonl"
 
 
 def _and(names: Sequence[str]) -> str:
-    return " and ".join(names)
+    return " and ".join(names) or "no metric"
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -196,7 +370,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         raise ComparisonError(f"{path}: not found")
     try:
         rows = Rows(path)
-        return [{key: row.get(key) for key in ("row", "cluster", "values")} for row in rows]
+        return [{key: row.get(key) for key in ("row", "cluster", "values", "task")} for row in rows]
     except SparsesweepError as error:
         raise ComparisonError(str(error)) from None
 

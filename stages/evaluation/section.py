@@ -7,8 +7,10 @@ from typing import Any
 from stages.bos import bos_field
 from stages.devices import device_field, dtype_field
 from stages.evaluation.metrics import METRICS
-from stages.evaluation.tasks import TASKS
-from stages.schema import choices, number, require, require_one_of
+from stages.evaluation.styles import Style
+from stages.evaluation.tasks import TASKS, is_embedded
+from stages.files import is_plain_name
+from stages.schema import choices, number, require, require_one_of, text
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +45,11 @@ class Evaluation:
     bos: whether every window, every row of a task and every prompt begins with the BOS token, see stages/bos.py.
     corpora: corpus of text.evaluation -> its windows. The first is the one by which tables and plots are ordered.
     metrics: what is measured on the windows, see stages/evaluation/metrics.
-    rows: number of rows of each task, from the first on; null: all.
+    tasks: those whose rows text.evaluation has, and any other that lm-eval knows, by its own name; see docs/extending.md.
+    rows: number of rows of each task, and of each task of a group, from the first on; null: all.
+    few_shot: examples in the prompt; null: none with rows of text.evaluation, else the task's own number.
+    styles: forms in which the tasks are asked, see stages/evaluation/styles.py; raw is always one of them.
+    examples: number of examples of the style few_shot. system_prompt: of the style system.
     batch_size: sequences per forward pass of the tasks.
     streamed: whether one block is in memory at a time, for models larger than memory.
     """
@@ -55,18 +61,26 @@ class Evaluation:
     corpora: dict[str, Any] = choices(Windows)
     metrics: list[str]
     tasks: list[str]
-    rows: int | None = number(minimum=2, unit="rows, for a standard error")
+    rows: int | None = number(minimum=1, unit="row")
+    few_shot: int | None = number(minimum=0, unit="examples")
+    styles: list[str]
+    examples: int = number(minimum=1, unit="example")
+    system_prompt: str = text("what the system says")
     batch_size: int = number(minimum=1)
     streamed: bool
     generations: Generations
 
     def check(self, key: str) -> None:
         require(bool(self.corpora), f"{key}.corpora", self.corpora, "at least one corpus")
-        for name, table in (("tasks", TASKS), ("metrics", METRICS)):
+        allowed: dict[str, Collection[str]] = {"metrics": METRICS, "styles": list(Style)}
+        for name in ("tasks", "metrics", "styles"):
             chosen = getattr(self, name)
-            for choice in chosen:
-                require_one_of(f"{key}.{name}", choice, table)
+            for choice in chosen if name in allowed else []:
+                require_one_of(f"{key}.{name}", choice, allowed[name])
             require(len(set(chosen)) == len(chosen), f"{key}.{name}", chosen, f"each of the {name} once")
+        for task in self.tasks:
+            require(is_plain_name(task), f"{key}.tasks", task, "the name of a task")
+        require(Style.RAW in self.styles, f"{key}.styles", self.styles, "raw among them, with which the others are compared")
         wanted = "perplexity among them, by which models are compared"
         require("perplexity" in self.metrics, f"{key}.metrics", self.metrics, wanted)
         prompts = self.generations.prompts
@@ -88,7 +102,7 @@ class Ruler:
 
 
 def check_text(evaluation: Evaluation, columns: Mapping[str, Collection[str] | None]) -> None:
-    """Refuse a corpus or a task that is not fetched, or whose rows lack a column that is read, before anything is downloaded.
+    """Refuse a corpus that is not fetched, or rows that lack a column that is read, before anything is downloaded.
 
     Args:
         columns: corpus of text.evaluation -> columns that its reader returns; None if they depend on the file.
@@ -98,7 +112,8 @@ def check_text(evaluation: Evaluation, columns: Mapping[str, Collection[str] | N
     """
     fetched = list(columns) or ["(text.evaluation is empty)"]
     for task in evaluation.tasks:
-        require_one_of("evaluation.tasks", task, fetched)
+        if not is_embedded(task, columns):
+            continue
         reader_columns = columns[task]
         missing = [] if reader_columns is None else [column for column in TASKS[task].columns if column not in reader_columns]
         require(not missing, "evaluation.tasks", task, f"a task whose reader in text.evaluation gives {', '.join(missing)}")

@@ -4,16 +4,15 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerBase
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import embedding_rows, require_requests
 from stages.errors import SparsesweepError
+from stages.evaluation.encoding import Encoder
 from stages.evaluation.scoring import StreamedModels
 
 BUCKET = 32  # tokens: sequences are padded on the right to a multiple of it
-CONTEXT_LENGTH = 2048  # tokens, where the checkpoint states none
 
 
 @torch.no_grad()
@@ -48,26 +47,12 @@ def continuation_scores(models: StreamedModels, sequences: list[tuple[list[int],
     return [scores[number] for number in range(len(sequences))]
 
 
-class StreamedHarness(TemplateLM):
+class StreamedHarness(Encoder):
     """lm-eval's interface to a streamed model, which scores continuations and generates no text."""
 
     def __init__(self, models: StreamedModels, tokenizer: PreTrainedTokenizerBase, bos: Bos, batch_size: int) -> None:
-        super().__init__()
-        self.models, self.tokenizer, self.bos, self.batch_size = models, tokenizer, bos, batch_size
-        self.max_length = models.decoder.checkpoint.context_length or CONTEXT_LENGTH
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is False:
-            return self.tokenizer.encode(string, add_special_tokens=False)
-        return self.bos.begin(self.tokenizer.encode(string))
+        super().__init__(tokenizer, bos, models.decoder.checkpoint.context_length)
+        self.models, self.batch_size = models, batch_size
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         require_requests(requests, embedding_rows(self.models.decoder.checkpoint), self.tokenizer)
@@ -75,7 +60,7 @@ class StreamedHarness(TemplateLM):
         return continuation_scores(self.models, sequences, self.batch_size)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        raise SparsesweepError("evaluation.streamed: rolling likelihoods are not offered; no task of this project asks for them")
+        raise SparsesweepError("evaluation.streamed: whole texts are not scored")
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        raise SparsesweepError("evaluation.streamed: text is not generated; no task of this project asks for it")
+        raise SparsesweepError("evaluation.streamed: text is not generated")

@@ -1,6 +1,7 @@
-"""The zero-shot tasks: lm-eval's own definitions, and the rows that they are scored on."""
+"""The tasks that need no hub: lm-eval's own definitions, and the rows of text.evaluation that they are scored on."""
 
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from stages.errors import TextError
+from stages.files import is_plain_name
 from stages.rows import Row, Rows, require_columns, shown
 from stages.schema import Citation, Entry, Table
 
@@ -31,6 +33,8 @@ class Task(Entry):
     stock: its name in lm-eval. folder: the folder under lm_eval/tasks that defines it.
     split: the split that is scored. columns: the columns of every row, named as in the hub's data set.
     document: the column by whose value rows are clustered, for they ask about the same text; None: each row has a text of its own.
+    subset: the column by whose value the rows are split over tasks of lm-eval, in whose names and in `stock` it stands for {}; or None.
+    examples: the column and its value of rows that are not scored but serve as examples; None: examples are the rows after those scored.
     metrics: lm-eval's names of what is measured. The first is the one that is reported as accuracy: the fraction of rows whose likeliest
         choice is right, without length normalisation.
     """
@@ -40,12 +44,25 @@ class Task(Entry):
     split: str
     columns: dict[str, Column]
     document: str | None = None
+    subset: str | None = None
+    examples: tuple[str, str] | None = None
     metrics: tuple[str, ...] = ("acc",)
     parameters: type = NoneType
 
     def documents(self, rows: list[Row]) -> list[Hashable]:
         """Of each row what it shares with others: the value of the document's column; without one, the row's own number."""
         return [number if self.document is None else row[self.document] for number, row in enumerate(rows)]
+
+    def subsets(self, rows: list[Row]) -> dict[str, list[Row]]:
+        """The rows by lm-eval's name of the task that they are of."""
+        named: dict[str, list[Row]] = {}
+        for row in rows:
+            named.setdefault(self.stock.format(row[self.subset]) if self.subset else self.stock, []).append(row)
+        return named
+
+    def is_example(self, row: Row) -> bool:
+        """Whether a row is not scored but serves as an example."""
+        return self.examples is not None and row[self.examples[0]] == self.examples[1]
 
 
 def _strings(value: Any) -> bool:
@@ -66,6 +83,10 @@ ENDING = Column(
     accepts=lambda value, row: str(value).isdecimal() and int(value) < len(row["endings"]), wanted="the number of an ending, from 0"
 )
 CHOICES = Column(accepts=_choices, wanted='an object with "text" and "label", two lists of strings of one length')
+FOUR = Column(accepts=lambda value, row: _strings(value) and len(value) == 4, wanted="a list of 4 strings")
+LETTER = Column(accepts=lambda value, row: type(value) is int and 0 <= value < 4, wanted="the number of a choice, 0 to 3")
+SUBJECT = Column(accepts=lambda value, row: isinstance(value, str) and is_plain_name(value), wanted="the name of a subject")
+SPLIT = Column(accepts=lambda value, row: value in ("dev", "test"), wanted='"dev" or "test"')
 KEY = Column(accepts=lambda value, row: value in row["choices"]["label"], wanted='a label of "choices"')
 
 
@@ -161,27 +182,79 @@ TASKS = Table(
             summary="which of two ways reaches an everyday goal",
             citation=Citation(text="Bisk et al. 2020", url="https://arxiv.org/abs/1911.11641"),
         ),
+        Task(
+            name="mmlu",
+            stock="mmlu_{}",
+            folder="mmlu/default",
+            split="test",
+            columns={"question": TEXT, "subject": SUBJECT, "choices": FOUR, "answer": LETTER, "split": SPLIT},
+            subset="subject",
+            examples=("split", "dev"),
+            summary="questions of exams in 57 subjects",
+            citation=Citation(text="Hendrycks et al. 2021", url="https://arxiv.org/abs/2009.03300"),
+        ),
     ]
 )
+
+
+def is_embedded(name: str, texts: Collection[str]) -> bool:
+    """Whether a task is one of these tasks with its rows in text.evaluation, `texts`; else it is lm-eval's by that name."""
+    return name in TASKS and name in texts
 
 
 def read_task(task: Task, path: Path, limit: int | None) -> list[Row]:
     """Read the rows that a task is scored on, with the columns that it reads.
 
     Args:
-        path: JSON Lines. limit: number of rows, from the first on; None for all.
+        path: JSON Lines. limit: number of rows, of each subset if there are any, from the first on; None for all.
 
     Raises:
-        TextError: a row lacks a column or has a wrong value in it; names file and line. Or there are fewer than two rows.
+        TextError: a row lacks a column or has a wrong value in it; names file and line. Or none is scored.
     """
     rows = Rows(path)
     read: list[Row] = []
-    for index, row in enumerate(islice(rows, limit)):
-        require_columns(row, task.columns, rows.location(index))
-        for name, column in task.columns.items():
-            if not column.accepts(row[name], row):
-                raise TextError(f'{rows.location(index)}, "{name}": found {shown(row[name])}, wanted {column.wanted}')
-        read.append({name: row[name] for name in task.columns})
-    if len(read) < 2:
-        raise TextError(f"{path}: found 1 row, wanted at least 2, for a standard error")
+    counts: Counter[str] = Counter()
+    for index, row in enumerate(rows if task.subset else islice(rows, limit)):
+        checked = _checked(task, row, rows.location(index))
+        subset = str(row[task.subset]) if task.subset else ""
+        if not task.is_example(checked) and (limit is None or counts[subset] < limit):
+            read.append(checked)
+            counts[subset] += 1
+    if not read:
+        raise TextError(f"{path}: found no row that is scored, wanted at least one")
     return read
+
+
+def read_examples(task: Task, path: Path, after: int | None, count: int) -> list[Row]:
+    """Read the rows that serve as examples: those that the data set keeps for it, `count` of each subset, or the rows after those scored.
+
+    Args:
+        after: number of rows that are scored; None: all of them. count: examples in a prompt.
+
+    Raises:
+        TextError: there are too few; names the file. Or see read_task.
+    """
+    rows = Rows(path)
+    checked = [_checked(task, row, rows.location(index)) for index, row in enumerate(rows)]
+    if task.examples is not None:
+        found = [row for row in checked if task.is_example(row)]
+        counts = {name: len(members) for name, members in task.subsets(found).items()}
+        names = task.subsets([row for row in checked if not task.is_example(row)])
+        fewest = min(counts.get(name, 0) for name in names)
+        kept = [row for members in task.subsets(found).values() for row in members[:count]]
+    else:
+        kept = checked[after : after + count] if after is not None else []
+        fewest = len(kept)
+    if fewest < count:
+        where = "for each subset" if task.examples else "after the rows that are scored (evaluation.rows)"
+        raise TextError(f"{path}: found {fewest} examples {where}, wanted {count}")
+    return kept
+
+
+def _checked(task: Task, row: Row, location: str) -> Row:
+    """The columns of a row that the task reads."""
+    require_columns(row, task.columns, location)
+    for name, column in task.columns.items():
+        if not column.accepts(row[name], row):
+            raise TextError(f'{location}, "{name}": found {shown(row[name])}, wanted {column.wanted}')
+    return {name: row[name] for name in task.columns}

@@ -42,7 +42,7 @@ class Experiment:
         """The measurement of a metric on the first corpus, or of the mean of the tasks; None if it was not made."""
         corpus = next(iter(self.protocol["corpora"]))
         keys = ((Kind.CORPUS, corpus, metric), (Kind.MEAN, "tasks", metric))
-        return next((measured for measured in self.measurements if measured.key in keys), None)
+        return next((measured for measured in self.measurements if measured.key in keys and measured.style == "raw"), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,8 +175,8 @@ def scored_text(protocol: dict[str, Any], corpus: str) -> str:
 
 def results_table(records: Records) -> str:
     """Markdown: dense and sparse side by side, with standard errors."""
-    dense = {measured.key: measured for measured in records.dense}
-    sparse = {measured.key: measured for measured in records.sparse}
+    dense = {measured.key: measured for measured in records.dense if measured.style == "raw"}
+    sparse = {measured.key: measured for measured in records.sparse if measured.style == "raw"}
     lines = ["| | dense | sparse | sparse against dense |", "|---|---|---|---|"]
 
     def row(label: str, key: tuple[Kind, str, str], digits: int, against: str) -> None:

@@ -121,11 +121,13 @@ class Records:
         _require(dense, "results of delta", self.dense_protocol.get("delta"), None, EVALUATE_DENSE)
         names = (str(dense), str(sparse))
         require_same(read_protocol(dense), read_protocol(sparse), names=names, remedy=f"run {EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
-        theirs = {measured.key: measured.value for measured in self.dense}
+        theirs = {(measured.key, measured.style): measured.value for measured in self.dense}
         for measured in self.sparse:
             if measured.dense is not None:
                 subject = f"{measured.name} compared with a {measured.metric} of"
-                _require(SPARSE_RESULTS / MEASUREMENTS, subject, measured.dense, theirs.get(measured.key), EVALUATE_SPARSE)
+                _require(
+                    SPARSE_RESULTS / MEASUREMENTS, subject, measured.dense, theirs.get((measured.key, measured.style)), EVALUATE_SPARSE
+                )
 
     def _require_text(self) -> None:
         """The windows were drawn from, and the models scored on, the text that the fetch stage left."""

@@ -20,13 +20,13 @@ from stages.sources.wikitext import mediawiki_dump
 class Reader(Entry):
     """A way to turn a published file into rows.
 
-    read: returns the rows. takes: the argument of `read`: the bytes of a file inside a wheel, the text of a file, or the rows of a
-        data file, which are in the one form of columns.Corpus unless they are a benchmark's.
+    read: returns the rows. takes: the argument of `read`: the bytes of a file inside a wheel, those of several by path, the text of a
+        file, or the rows of a data file, which are in the one form of columns.Corpus unless they are a benchmark's.
     columns: those of every row; None if they depend on the file.
     """
 
     read: Callable[[Any], Iterable[Row]]
-    takes: Literal["bytes", "text", "rows"]
+    takes: Literal["bytes", "files", "text", "rows"]
     columns: tuple[str, ...] | None = None
     parameters: type = NoneType  # a reader has none
 
@@ -65,6 +65,15 @@ def wikiextractor(data: bytes) -> list[Row]:
 def arrow(data: bytes) -> list[Row]:
     """An Arrow stream, with the hub's columns."""
     return pa.ipc.open_stream(data).read_all().to_pylist()
+
+
+def mmlu_arrow(files: dict[str, bytes]) -> list[Row]:
+    """MMLU's rows with their split, from an Arrow stream for each split of each subject: those that are scored, and the examples."""
+    rows = []
+    for path, data in files.items():
+        split = path.split("/")[-2]
+        rows += [{**row, "split": split} for row in arrow(data) if split in ("dev", "test")]
+    return rows
 
 
 def _requests(data: bytes) -> list[Row]:
@@ -209,6 +218,13 @@ READERS = Table(
         _of_bytes(gsm8k_chat, MESSAGES, "GSM8K questions and worked answers, as dialogues"),
         _of_bytes(mbpp_chat, MESSAGES, "MBPP tasks and reference programs, as dialogues"),
         _of_bytes(coqa_chat, MESSAGES, "CoQA conversations on Wikipedia and Gutenberg passages"),
+        Reader(
+            name="mmlu_arrow",
+            read=mmlu_arrow,
+            takes="files",
+            columns=("question", "subject", "choices", "answer", "split"),
+            summary="MMLU's Arrow streams, one for each split of each subject",
+        ),
         Reader(name="rows", read=as_they_are, takes="rows", summary="the rows of a JSON Lines, JSON, CSV or Parquet file"),
         Reader(name="wikitext_articles", read=wikitext_articles, takes="rows", columns=TEXT, summary="WikiText's lines joined to articles"),
         Reader(name="text_file", read=text_file, takes="text", columns=TEXT, summary="a text file as one document"),

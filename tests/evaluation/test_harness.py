@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, SparsesweepError, TextError
 from stages.evaluation.comparison import paired_generations
 from stages.evaluation.generation import generate, require_prompts
-from stages.evaluation.harness import WholeModel, stock_definition, zero_shot
+from stages.evaluation.harness import WholeModel
+from stages.evaluation.questions import stock_definition
 from stages.evaluation.results import Results
 from stages.evaluation.scoring import StreamedModels
 from stages.evaluation.streamed import StreamedHarness
@@ -18,6 +18,8 @@ from stages.evaluation.tasks import TASKS
 from stages.streaming.decoder import Decoder
 from tests import tiny
 from tests.evaluation import delta as deltas
+from tests.evaluation.asking import questions
+from tests.evaluation.asking import samples as asked
 from tests.evaluation.rows import GOOD
 
 CPU = torch.device("cpu")
@@ -40,7 +42,7 @@ def rows():
 def test_stock_tasks_run_on_our_rows(base, rows, tmp_path):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
     whole = WholeModel(tiny.NO_BOS, pretrained=model, tokenizer=tiny.tokenizer(), batch_size=2)
-    samples = zero_shot(whole, rows, tmp_path)
+    samples = asked(whole, rows, tmp_path)
     assert list(samples) == ["boolq", "piqa", "lambada"]
     for task, answers in samples.items():
         assert [row["row"] for row in answers] == [0, 1, 2]
@@ -51,8 +53,9 @@ def test_stock_tasks_run_on_our_rows(base, rows, tmp_path):
 
 def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
     whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2)
-    samples = zero_shot(whole, {name: [GOOD[name]] * 2 for name in TASKS}, tmp_path)
+    samples = asked(whole, {name: [GOOD[name]] * 2 for name in TASKS}, tmp_path)
     assert list(samples) == list(TASKS)
+    assert {row["task"] for row in samples["mmlu"]} == {"mmlu_anatomy"}
     assert all(len(rows) == 2 for rows in samples.values())
 
 
@@ -60,13 +63,13 @@ def test_every_task_runs_on_the_columns_of_the_table(base, tmp_path):
 def test_the_switch_for_progress_bars_holds_for_lm_evals(base, rows, tmp_path, monkeypatch, capfd, disabled, shown):
     monkeypatch.setenv("TQDM_DISABLE", disabled)
     whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2)
-    zero_shot(whole, {"lambada": rows["lambada"]}, tmp_path)
+    asked(whole, {"lambada": rows["lambada"]}, tmp_path)
     assert ("Running loglikelihood requests" in capfd.readouterr().err) == shown
 
 
 def test_a_task_that_lm_eval_does_not_have_is_named():
     with pytest.raises(ConfigError, match=r"evaluation.tasks: lm-eval [\d.]+ has no task 'guess' in its folder super_glue/boolq"):
-        stock_definition(replace(TASKS["boolq"], stock="guess"))
+        stock_definition(TASKS["boolq"], "guess")
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -80,7 +83,7 @@ def test_a_streamed_model_scores_as_the_whole_model_does(base, rows, tmp_path, p
         ("streamed", harness_of(streamed)),
     ):
         (tmp_path / name).mkdir()
-        samples.append(zero_shot(model, rows, tmp_path / name))
+        samples.append(asked(model, rows, tmp_path / name))
     by_whole, by_stream = samples
     for task in rows:
         for row, other in zip(by_whole[task], by_stream[task], strict=True):
@@ -102,12 +105,8 @@ def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
     model = harness_of(models(base, None, tmp_path))
     with pytest.raises(SparsesweepError, match="text is not generated"):
         model.generate_until([])
-    with pytest.raises(SparsesweepError, match="rolling likelihoods are not offered"):
+    with pytest.raises(SparsesweepError, match="whole texts are not scored"):
         model.loglikelihood_rolling([])
-
-
-def test_no_tasks_are_no_scores(tmp_path):
-    assert zero_shot(None, {}, tmp_path) == {}
 
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
@@ -132,7 +131,12 @@ def test_a_token_beyond_the_embedding_is_named_before_a_task_is_scored(base, tmp
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(CheckpointError, match=f"evaluation.tasks: found the token '{token}' with id 400, wanted ids below 400"):
-            zero_shot(model, rows, tmp_path / name)
+            asked(model, rows, tmp_path / name, tokenizer=tokenizer)
+
+
+def test_a_token_beyond_the_embedding_is_named_before_there_is_a_model(tmp_path):
+    with pytest.raises(CheckpointError, match="evaluation.tasks: piqa: found the token .* with id .*, wanted ids below 9"):
+        questions({"piqa": [GOOD["piqa"]]}, tmp_path, embedding_rows=9)
 
 
 def test_prompts_that_the_model_cannot_continue_are_refused():

@@ -18,6 +18,10 @@ def evaluation(**changes) -> Evaluation:
         "bos": "auto",
         "tasks": ["boolq"],
         "rows": 4,
+        "few_shot": None,
+        "styles": ["raw"],
+        "examples": 5,
+        "system_prompt": "Be brief.",
         "batch_size": 2,
         "streamed": False,
     }
@@ -31,9 +35,14 @@ def evaluation(**changes) -> Evaluation:
         ({"device": "tpu"}, "evaluation.device: found 'tpu', wanted auto, cpu or cuda[:N]"),
         ({"device": "cuda:x"}, "evaluation.device: found 'cuda:x', wanted auto, cpu or cuda[:N]"),
         ({"dtype": "int8"}, "evaluation.dtype: found 'int8', wanted one of auto, bfloat16, float16, float32"),
-        ({"tasks": ["guess"]}, "evaluation.tasks: found 'guess', wanted one of " + ", ".join(TASKS)),
+        ({"tasks": ["a/b"]}, "evaluation.tasks: found 'a/b', wanted the name of a task"),
         ({"tasks": ["boolq", "boolq"]}, "evaluation.tasks: found ['boolq', 'boolq'], wanted each of the tasks once"),
-        ({"rows": 1}, "evaluation.rows: found 1, wanted null or at least 2 rows, for a standard error"),
+        ({"rows": 0}, "evaluation.rows: found 0, wanted null or at least 1 row"),
+        ({"few_shot": -1}, "evaluation.few_shot: found -1, wanted null or 0 or more examples"),
+        ({"styles": ["loud", "raw"]}, "evaluation.styles: found 'loud', wanted one of raw, chat, system, few_shot"),
+        ({"styles": ["chat"]}, "evaluation.styles: found ['chat'], wanted raw among them, with which the others are compared"),
+        ({"examples": 0}, "evaluation.examples: found 0, wanted at least 1 example"),
+        ({"system_prompt": ""}, "evaluation.system_prompt: found '', wanted what the system says"),
         ({"batch_size": 0}, "evaluation.batch_size: found 0, wanted at least 1"),
         ({"streamed": True}, "evaluation.generations.prompts: found ['a'], wanted none with evaluation.streamed"),
         ({"corpora": {}}, "evaluation.corpora: found {}, wanted at least one corpus"),
@@ -60,6 +69,9 @@ def test_a_value_out_of_range_is_named(changes, message):
     [
         {"device": "cuda:3"},
         {"rows": None},
+        {"rows": 1},
+        {"tasks": ["gsm8k", "a_task_of_ones_own"]},
+        {"styles": ["raw", "chat", "system", "few_shot"], "few_shot": 0},
         {"tasks": list(TASKS)},
         {"tasks": []},
         {"streamed": True, "generations": Generations(new_tokens=3, prompts=[])},
@@ -100,14 +112,12 @@ def test_a_corpus_without_texts_is_refused(corpus, columns, message):
         check_text(evaluation(corpora={corpus: WINDOWS}), columns)
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({}, r"one of \(text.evaluation is empty\)"),
-        ({"articles": None}, "one of articles"),
-        ({"articles": None, "boolq": ("text",)}, "a task whose reader in text.evaluation gives passage, question, label"),
-    ],
-)
-def test_a_task_without_its_rows_is_refused(columns, message):
-    with pytest.raises(ConfigError, match=f"evaluation.tasks: found 'boolq', wanted {message}"):
-        check_text(evaluation(), columns)
+def test_a_task_without_the_columns_that_it_reads_is_refused():
+    wanted = "evaluation.tasks: found 'boolq', wanted a task whose reader in text.evaluation gives passage, question, label"
+    with pytest.raises(ConfigError, match=wanted):
+        check_text(evaluation(), {"articles": None, "boolq": ("text",)})
+
+
+@pytest.mark.parametrize("task", ["boolq", "gsm8k"])
+def test_a_task_whose_rows_text_evaluation_has_not_is_left_to_lm_eval(task):
+    check_text(evaluation(tasks=[task]), {"articles": None})

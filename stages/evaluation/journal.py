@@ -1,0 +1,123 @@
+"""The journal of an evaluation: its finished parts, so that a run that fails later need not score them again.
+
+The directory stores a fingerprint of everything that determines the scores; a run with the same fingerprint reuses them. A part is a file
+that is renamed to its name last, so that the process may be killed at any moment.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.errors import SparsesweepError
+from stages.evaluation.metric import Observed
+from stages.files import full_disk, read_json, remove, write_json
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT = "fingerprint.json"
+KEPT = "what was scored so far is kept, and the next run goes on after it"
+BETWEEN = "\n"  # a corpus and a name in the name of a tensor
+
+
+class Journal:
+    """The finished parts, in a directory that stays when the process fails; made by `opened`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def _path(self, *name: str) -> Path:
+        """The file of a part; names of tasks may hold any character."""
+        return self.directory / f"{name[0]}-{hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]}.json"
+
+    def has(self, *name: str) -> bool:
+        """Whether a part is finished."""
+        return self._path(*name).is_file()
+
+    def read(self, *name: str) -> Any:
+        """The plain data of a finished part."""
+        log.info("%s: %s was scored by an interrupted run", self.directory, " ".join(name))
+        return read_json(self._path(*name))
+
+    def write(self, data: Any, *name: str) -> None:
+        """Add a finished part."""
+        with full_disk(self.directory, KEPT):
+            path = self._path(*name)
+            write_json(path.with_suffix(".part"), data)
+            _rename_durably(path.with_suffix(".part"), path)
+
+    def observed(self, compute: Callable[[], Mapping[str, Observed]]) -> dict[str, Observed]:
+        """What was observed on the windows of each corpus: an interrupted run's, or computed now and added."""
+        path = self.directory / "windows.safetensors"
+        if path.is_file():
+            log.info("%s: the windows were scored by an interrupted run", self.directory)
+            found: dict[str, dict[str, torch.Tensor]] = {}
+            for key, tensor in load_file(path).items():
+                corpus, name = key.split(BETWEEN)
+                found.setdefault(corpus, {})[name] = tensor
+            return dict(found)
+        computed = compute()
+        tensors = {f"{corpus}{BETWEEN}{name}": tensor.contiguous() for corpus, of in computed.items() for name, tensor in of.items()}
+        with full_disk(self.directory, KEPT):
+            save_file(tensors, path.with_suffix(".part"))
+            _rename_durably(path.with_suffix(".part"), path)
+        return dict(computed)
+
+
+@contextmanager
+def opened(directory: Path, fingerprint: dict[str, Any]) -> Iterator[Journal]:
+    """Open the journal of an interrupted run with the same fingerprint, else an empty one.
+
+    The directory is removed when the body of the with statement succeeds, and stays when it fails.
+
+    Args:
+        fingerprint: JSON that determines the scores.
+
+    Raises:
+        SparsesweepError: another run is using the directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        _lock(lock, directory)
+        _require_fingerprint(directory, json.dumps(fingerprint, indent=1, sort_keys=True))
+        yield Journal(directory)
+        remove(directory)
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, directory: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SparsesweepError(f"{directory}: another run is evaluating here; wait for it or stop it") from None
+
+
+def _require_fingerprint(directory: Path, text: str) -> None:
+    """Keep the directory if it has this fingerprint; else empty it and write the fingerprint."""
+    path = directory / FINGERPRINT
+    if path.is_file() and path.read_text(encoding="utf8") == text:
+        return
+    if path.is_file():
+        log.info("%s: an interrupted run of something else; starting afresh", directory)
+    for file in directory.iterdir():
+        remove(file)
+    with full_disk(directory, "nothing was scored"):
+        path.with_suffix(".part").write_text(text, encoding="utf8")
+        _rename_durably(path.with_suffix(".part"), path)
+
+
+def _rename_durably(temporary: Path, path: Path) -> None:
+    """Rename a file once its bytes are on the disk, so that a loss of power leaves no damaged file under the name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,359 @@
+"""Tasks as lm-eval's, with all requests that they make of a model, built and checked before any weight is read.
+
+A task is a small YAML that includes lm-eval's own definition and replaces its data source.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import yaml
+from jinja2 import TemplateError
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+
+from stages.checkpoint.tokens import require_embedded
+from stages.errors import ConfigError, TextError
+from stages.evaluation.encoding import Encoder, new_tokens
+from stages.evaluation.manifest import Benchmark
+from stages.evaluation.measurement import Better
+from stages.evaluation.protocol import EMBEDDED, TaskProtocol
+from stages.evaluation.styles import RENDERED, Style, template
+from stages.evaluation.tasks import Task
+from stages.files import BENCHMARKS, write_lines
+from stages.rows import Row
+
+log = logging.getLogger(__name__)
+
+KEY = "evaluation.tasks"
+STOCK = Path(lm_eval.tasks.__file__).parent
+SEED = 0
+EXAMPLES = "examples"  # name of their split
+BROKEN = (TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about the defaults that we override
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is asked under one name.
+
+    tasks: lm-eval's name of each task -> its YAML, as plain data.
+    documents: of the rows of each what they share with others; None: nothing.
+    few_shot: examples in the prompt; None: the task's own number.
+    metrics: lm-eval's names of those that are reported, in order; None: all of the task.
+    aggregated: see manifest.Benchmark. is_group: whether rows say which task they are of. sha256: of the rows. source: where they are from.
+    """
+
+    name: str
+    tasks: dict[str, dict[str, Any]]
+    documents: Mapping[str, Sequence[Hashable] | None]
+    few_shot: int | None
+    metrics: tuple[str, ...] | None
+    aggregated: dict[str, bool]
+    is_group: bool
+    sha256: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """A task or a group in one style, with its requests.
+
+    tasks: lm-eval's, each with its instances. cut: task -> numbers of the rows that are longer than the context.
+    """
+
+    source: Source
+    style: str
+    limit: int | None
+    tasks: dict[str, ConfigurableTask]
+    cut: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def instances(self) -> list[Instance]:
+        return [instance for task in self.tasks.values() for instance in task.instances]
+
+    def documents(self, task: str) -> list[tuple[int, Any]]:
+        """Number and row of each question of a task."""
+        return list(self.tasks[task].doc_iterator(limit=self.limit))
+
+    @property
+    def metrics(self) -> list[tuple[str, str]]:
+        """lm-eval's metric and filter of every score of all tasks: those by which a group is aggregated first."""
+        shared = [key for key in _metrics(next(iter(self.tasks.values()))) if all(key in _metrics(task) for task in self.tasks.values())]
+        reported = self.source.metrics
+        if reported is not None:
+            return sorted((key for key in shared if key[0] in reported), key=lambda key: reported.index(key[0]))
+        return sorted(shared, key=lambda key: key[0] not in self.source.aggregated)
+
+    def protocol(self) -> TaskProtocol:
+        """How it is scored."""
+        tasks = list(self.tasks.values())
+        shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in self.tasks.items()}
+        better = {metric_name(*key): _better(tasks[0], key[0]) for key in self.metrics}
+        return TaskProtocol(
+            rows=sum(len(self.documents(name)) for name in self.tasks),
+            sha256=self.source.sha256,
+            few_shot=shots if len(set(shots.values())) > 1 else next(iter(shots.values())),
+            metrics=[metric_name(*key) for key in self.metrics if is_mean(tasks, key[0])],
+            source=self.source.source,
+            better=better,
+            macro=[metric_name(*key) for key in self.metrics if not self.source.aggregated.get(key[0], True)],
+            cut=sum(map(len, self.cut.values())),
+        )
+
+
+def metric_name(metric: str, filtered_by: str) -> str:
+    """Our name of a score, such as "exact_match (strict-match)"."""
+    return metric if filtered_by == "none" else f"{metric} ({filtered_by})"
+
+
+def is_mean(tasks: Sequence[ConfigurableTask], metric: str) -> bool:
+    """Whether lm-eval's value of a metric is the mean of its rows' values."""
+    return all(task.aggregation().get(metric) is mean for task in tasks)
+
+
+def _metrics(task: ConfigurableTask) -> list[tuple[str, str]]:
+    return [(metric, each.name) for each in task._filters for metric in task.aggregation() if metric != "bypass"]
+
+
+def _better(task: ConfigurableTask, metric: str) -> str | None:
+    return {True: Better.HIGHER.value, False: Better.LOWER.value}.get(task.higher_is_better().get(metric))
+
+
+def embedded_source(task: Task, rows: list[Row], examples: list[Row], *, few_shot: int, sha256: str, scratch: Path) -> Source:
+    """A task of this project on rows of text.evaluation.
+
+    Args:
+        examples: rows that serve as examples, in order. few_shot: examples in the prompt. scratch: a directory for the rows.
+
+    Raises:
+        ConfigError: this version of lm-eval has no such task.
+    """
+    tasks, documents = {}, {}
+    subsets, of_examples = task.subsets(rows), task.subsets(examples)
+    for stock, members in subsets.items():
+        shown = of_examples.get(stock, [])
+        files = {task.split: scratch / f"{stock}.jsonl"} | ({EXAMPLES: scratch / f"{stock}-examples.jsonl"} if shown else {})
+        for split, path in files.items():
+            write_lines(path, members if split == task.split else shown)
+        definition = _replaced(stock_definition(task, stock), "json", files, scratch)
+        definition |= {f"{kind}_split": None for kind in ("training", "validation", "test", "fewshot")} | {
+            f"{task.split}_split": task.split
+        }
+        tasks[stock] = definition | ({"fewshot_split": EXAMPLES, "fewshot_config": {"sampler": "first_n"}} if shown else {})
+        documents[stock] = task.documents(members)
+    return Source(
+        name=task.name,
+        tasks=tasks,
+        documents=documents,
+        few_shot=few_shot,
+        metrics=task.metrics,
+        aggregated=dict.fromkeys(task.metrics, True) if task.subset else {},
+        is_group=task.subset is not None,
+        sha256=sha256,
+        source=EMBEDDED,
+    )
+
+
+def fetched_source(benchmark: Benchmark, few_shot: int | None, sha256: str, scratch: Path) -> Source:
+    """A task or a group that the fetch stage wrote; see embedded_source."""
+    tasks = {}
+    for subtask in benchmark.subtasks:
+        path = (BENCHMARKS if subtask.own else STOCK) / subtask.definition
+        files = {split: BENCHMARKS / data.file for split, data in subtask.data.items()}
+        tasks[subtask.name] = {**subtask.overrides, **_replaced(path, "parquet", files, scratch)}
+    return Source(
+        name=benchmark.name,
+        tasks=tasks,
+        documents=dict.fromkeys(tasks),
+        few_shot=few_shot,
+        metrics=None,
+        aggregated=benchmark.aggregated,
+        is_group=benchmark.is_group,
+        sha256=sha256,
+        source=f"lm-eval {version('lm-eval')}",
+    )
+
+
+def _replaced(definition: Path, builder: str, files: dict[str, Path], scratch: Path) -> dict[str, Any]:
+    """The YAML that includes a definition and reads these files."""
+    return {
+        "include": str(definition.absolute()),
+        "tag": None,
+        "dataset_path": builder,
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {split: str(path.absolute()) for split, path in files.items()},
+            "cache_dir": str(scratch.absolute() / "cache"),
+        },
+    }
+
+
+def stock_definition(task: Task, stock: str) -> Path:
+    """Find lm-eval's own YAML of a task without reading its other tasks.
+
+    Raises:
+        ConfigError: this version of lm-eval has no such task.
+    """
+    entry = TaskManager(include_defaults=False, include_path=str(STOCK / task.folder)).task_index.get(stock)
+    if entry is None or entry.yaml_path is None:
+        raise ConfigError(f"{KEY}: lm-eval {version('lm-eval')} has no task {stock!r} in its folder {task.folder}")
+    return Path(entry.yaml_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How questions are asked.
+
+    encoder: of the base's tokenizer. rows: see evaluation.rows. examples: those of the style few_shot. embedding_rows: see
+    tokens.embedding_rows. streamed: whether no text can be generated.
+    """
+
+    encoder: Encoder
+    limit: int | None
+    examples: int
+    system_prompt: str
+    embedding_rows: int | None
+    streamed: bool
+    scratch: Path
+
+    def build(self, source: Source, style: str) -> Questions:
+        """Make all requests of a task in a style, and check their tokens.
+
+        Raises:
+            ConfigError: a task asks for what cannot be done here; or its definition cannot be read.
+            TextError: a row cannot be asked; names task and row. CheckpointError: a token is beyond the base's embedding.
+        """
+        tasks = self._load(source, style)
+        questions = Questions(source=source, style=style, limit=self.limit, tasks=tasks)
+        for name, task in tasks.items():
+            self._require_possible(name, task)
+            self._require_examples(name, task)
+            self._make_requests(name, task, style)
+            longest = self._checked(name, task, questions.cut.setdefault(name, set()))
+            if questions.cut[name]:
+                facts = (KEY, name, style, len(questions.cut[name]), self.encoder.max_length, longest)
+                log.warning(
+                    "%s: %s (%s): %d rows are longer than the context of %d tokens and lose their beginning; the longest has %d", *facts
+                )
+        return questions
+
+    def _load(self, source: Source, style: str) -> dict[str, ConfigurableTask]:
+        """lm-eval's tasks, by its names."""
+        directory = self.scratch / f"{style}-{source.name}"
+        directory.mkdir()
+        ours = {name: f"sparsesweep_{number}" for number, name in enumerate(source.tasks)}
+        for name, definition in source.tasks.items():
+            text = yaml.safe_dump({**definition, "task": ours[name]}, sort_keys=False)
+            (directory / f"{ours[name]}.yaml").write_text(text, encoding="utf8")
+        manager = TaskManager(include_defaults=False, include_path=str(directory))
+        loaded = {}
+        for name, our_name in ours.items():
+            try:
+                loaded[name] = manager.load([our_name])["tasks"][our_name]
+            except BROKEN as error:
+                raise ConfigError(f"{KEY}: {name}: lm-eval cannot read its definition, or its first row ({_words(error)})") from error
+        for task in loaded.values():
+            asked = self.examples if style == Style.FEW_SHOT else source.few_shot
+            if asked is not None and task.get_config("num_fewshot") != 0:
+                task.set_config("num_fewshot", asked)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(SEED)
+        return loaded
+
+    def _require_possible(self, name: str, task: ConfigurableTask) -> None:
+        kind = str(task.OUTPUT_TYPE)
+        if self.streamed and kind not in ("loglikelihood", "multiple_choice"):
+            what = "generates text" if kind == "generate_until" else "scores whole texts"
+            raise ConfigError(f"{KEY}: {name} {what}, wanted a task of choices or continuations with evaluation.streamed")
+        if kind == "generate_until" and (bound := new_tokens(task.config.generation_kwargs)) >= self.encoder.max_length:
+            raise ConfigError(f"{KEY}: {name} generates {bound} tokens, wanted fewer than the model's context of {self.encoder.max_length}")
+
+    def _require_examples(self, name: str, task: ConfigurableTask) -> None:
+        wanted, found = int(task.get_config("num_fewshot")), len(task.sampler.df) if hasattr(task, "sampler") else 0
+        if wanted > found:
+            raise ConfigError(f"{KEY}: {name}: found {found} rows for examples, wanted {wanted}")
+
+    def _make_requests(self, name: str, task: ConfigurableTask, style: str) -> None:
+        try:
+            task.build_all_requests(limit=self.limit, **self._options(style))
+        except TextError as error:
+            raise TextError(f"{KEY}: {name}: {error}") from error
+        except BROKEN as error:
+            number, reason = self._first_broken(task, style) or ("?", error)
+            raise TextError(f"{KEY}: {name}, row {number}: lm-eval cannot ask it ({_words(reason)})") from error
+
+    def _options(self, style: str) -> dict[str, Any]:
+        """Arguments of build_all_requests."""
+        if style not in RENDERED:
+            return {}
+        return {
+            "apply_chat_template": True,
+            "fewshot_as_multiturn": True,
+            "chat_template": template(self.encoder.tokenizer),
+            "system_instruction": self.system_prompt if style == Style.SYSTEM else None,
+        }
+
+    def _first_broken(self, task: ConfigurableTask, style: str) -> tuple[int, Exception] | None:
+        for number, _ in enumerate(task.doc_iterator(limit=self.limit)):
+            try:
+                task.build_all_requests(samples=[number], **self._options(style))
+            except BROKEN as error:
+                return number + 1, error
+        return None
+
+    def _checked(self, name: str, task: ConfigurableTask, cut: set[int]) -> int:
+        """Check all tokens, add the numbers of the rows that do not fit into the context to `cut`, and return the longest row's tokens."""
+        longest, highest = 0, 0
+        try:
+            encoded = self.encoder.encoded(task.instances)
+        except BROKEN as error:
+            raise TextError(f"{KEY}: {name}: a request cannot be made tokens ({_words(error)})") from error
+        for instance, (context, scored, limit) in zip(task.instances, encoded, strict=True):
+            where = f"{KEY}: {name}, row {instance.doc_id + 1}"
+            if instance.request_type == "loglikelihood" and not scored:
+                raise TextError(f"{where}: found an answer without a token, wanted at least one to score")
+            if instance.request_type == "loglikelihood" and len(scored) > self.encoder.max_length:
+                raise TextError(
+                    f"{where}: found an answer of {len(scored)} tokens, wanted at most the context of {self.encoder.max_length}"
+                )
+            if not (context or scored):
+                raise TextError(f"{where}: found a prompt without a token, wanted at least one to continue")
+            highest, longest = max(highest, *context, *scored), max(longest, len(context) + len(scored))
+            if limit is not None and len(context) + len(scored) > limit:
+                cut.add(instance.doc_id)
+        require_embedded([highest], self.embedding_rows, self.encoder.tokenizer, f"{KEY}: {name}")
+        return longest
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def grouped(instances: Sequence[Instance]) -> dict[int, list[Instance]]:
+    """The requests of each row, in order."""
+    rows: dict[int, list[Instance]] = defaultdict(list)
+    for instance in sorted(instances, key=lambda each: each.idx):
+        rows[instance.doc_id].append(instance)
+    return rows
+
+
+def all_requests(questions: Sequence[Questions]) -> Iterator[tuple[str, list[Instance]]]:
+    """All requests by lm-eval's kind of them, each as often as its task repeats it."""
+    kinds: dict[str, list[Instance]] = defaultdict(list)
+    for instance in (instance for each in questions for instance in each.instances):
+        kinds[instance.request_type] += [instance] * instance.repeats
+    yield from kinds.items()

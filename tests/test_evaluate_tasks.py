@@ -1,0 +1,342 @@
+"""Tasks of lm-eval by their own names: fetched from a hub on loopback, scored by the evaluate stage on a small base."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from stages import evaluate
+from stages.checkpoint.model import load_model
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import CheckpointError, ConfigError, TextError
+from stages.evaluation.harness import WholeModel
+from stages.evaluation.questions import SEED, STOCK
+from stages.evaluation.section import Generations
+from stages.files import read_json
+from stages.rows import Rows
+from tests import benchmarks, tiny
+from tests.evaluation import delta as deltas
+from tests.test_evaluate import EVALUATION, forbid_weights, run, write_text
+
+TASKS = ["piqa", "gsm8k", "mmlu", "own_choice"]
+ASKED = replace(EVALUATION, tasks=TASKS, rows=3, generations=Generations(new_tokens=3, prompts=[]))
+
+
+@pytest.fixture(scope="module")
+def prepared(canonical, tmp_path_factory):
+    """A directory with a base, text, a delta and fetched tasks."""
+    root = tmp_path_factory.mktemp("tasks")
+    shutil.copytree(canonical, root / "artifacts/base")
+    write_text(root)
+    deltas.write(root / "artifacts/sparse", Checkpoint(root / "artifacts/base"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        benchmarks.put(put_on_hub)
+        benchmarks.write_own()
+        benchmarks.fetch(patch, "gsm8k", "mmlu", "own_choice")
+    return root
+
+
+def put_on_hub(name: str, files: dict[str, bytes], **facts: object) -> None:
+    from tests.conftest import HUB
+    from tests.hub_server import FakeRepository
+
+    HUB.repositories[name] = FakeRepository(files=files, **facts)
+
+
+@pytest.fixture()
+def root(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def stock(directory: Path, **files: dict) -> TaskManager:
+    """lm-eval's manager of tasks that read other files, each a YAML that includes a stock definition."""
+    directory.mkdir()
+    for name, keys in files.items():
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, "dataset_name": None, **keys}))
+    return TaskManager(include_defaults=False, include_path=str(directory))
+
+
+def rows_file(directory: Path, rows: list[dict]) -> str:
+    return str(tiny.write_lines(directory, rows).absolute())
+
+
+def scored_by_lm_eval(root: Path, names: list[str], manager: TaskManager, **options: object) -> dict:
+    base = Checkpoint(root / "artifacts/base")
+    model = load_model(base, None, dtype=torch.float32, device=torch.device("cpu"))
+    whole = WholeModel(tiny.NO_BOS, pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=base.context_length)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), SEED)
+    return simple_evaluate(model=whole, tasks=names, task_manager=manager, bootstrap_iters=0, limit=3, **seeds, **options)
+
+
+def own_managers(root: Path) -> TaskManager:
+    files = {"gsm8k_own": {"include": str(STOCK / "gsm8k/gsm8k.yaml"), "dataset_path": "json"}}
+    data = {split: rows_file(root / f"gsm8k-{split}.jsonl", rows) for split, rows in benchmarks.GSM8K.items()}
+    files["gsm8k_own"]["dataset_kwargs"] = {"data_files": data}
+    files["own_again"] = {
+        "include": str(root / "tasks/own.yaml"),
+        "dataset_kwargs": {"data_files": {"test": str(root / "tasks/rows.jsonl")}},
+    }
+    for subject in benchmarks.SUBJECTS:
+        data = {split: rows_file(root / f"{subject}-{split}.jsonl", rows) for split, rows in benchmarks.MMLU[subject].items()}
+        definition = str(STOCK / f"mmlu/default/mmlu_{subject}.yaml")
+        files[f"own_{subject}"] = {"include": definition, "dataset_path": "json", "dataset_kwargs": {"data_files": data}}
+    manager = stock(root / "stock", **files)
+    members = [f"own_{subject}" for subject in benchmarks.SUBJECTS]
+    group = {"group": "mmlu_own", "task": members, "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    (root / "stock/group.yaml").write_text(yaml.safe_dump(group))
+    return TaskManager(include_defaults=False, include_path=str(root / "stock")) if manager else manager
+
+
+def test_scores_are_those_of_lm_eval_on_the_same_rows(root):
+    run("dense", replace(ASKED, few_shot=2))
+    ours = read_json(root / "results/dense/metrics.json")["tasks"]
+    outcome = scored_by_lm_eval(root, ["gsm8k_own", "mmlu_own", "own_again"], own_managers(root), num_fewshot=2)
+    theirs = outcome["results"]
+    details = root / "results/dense/details"
+    said = {row["doc_id"]: row["resps"][0] for row in outcome["samples"]["gsm8k_own"]}
+    assert {row["row"]: row["answers"] for row in Rows(details / "samples-gsm8k.jsonl")} == said
+    assert len({text for (text,) in said.values()}) == 3
+    for row, other in zip(Rows(details / "samples-own_choice.jsonl"), outcome["samples"]["own_again"], strict=True):
+        assert [score for score, _ in row["scores"]] == pytest.approx([score for score, _ in other["filtered_resps"]], rel=1e-4)
+    for filtered_by in ("strict-match", "flexible-extract"):
+        assert ours["gsm8k"][f"exact_match ({filtered_by})"] == theirs["gsm8k_own"][f"exact_match,{filtered_by}"]
+    assert ours["mmlu"]["acc"] == pytest.approx(theirs["mmlu_own"]["acc,none"])
+    assert ours["own_choice"]["acc"] == pytest.approx(theirs["own_again"]["acc,none"])
+    assert ours["own_choice"]["f1"] == pytest.approx(theirs["own_again"]["f1,none"])
+    assert 0 < ours["own_choice"]["f1"] < 1
+    assert "f1_stderr" not in ours["own_choice"]
+
+
+def test_answers_are_those_of_lm_eval_in_the_chat_style_too(root):
+    run("dense", replace(ASKED, tasks=["own_choice"], styles=["raw", "chat", "system"]))
+    theirs = scored_by_lm_eval(
+        root, ["own_again"], own_managers(root), apply_chat_template=True, system_instruction=ASKED.system_prompt, num_fewshot=0
+    )
+    metrics = read_json(root / "results/dense/metrics.json")
+    assert set(metrics["styles"]) == {"chat", "system"}
+    rows = list(Rows(root / "results/dense/details/styles/system/samples-own_choice.jsonl"))
+    for row, other in zip(rows, theirs["samples"]["own_again"], strict=True):
+        assert "Answer briefly." in other["arguments"][0][0]
+        assert [score for score, _ in row["scores"]] == pytest.approx([score for score, _ in other["filtered_resps"]], rel=1e-4)
+
+
+def test_whole_texts_have_lm_evals_scores_without_an_error_and_lower_is_better(root, monkeypatch):
+    benchmarks.write_own(benchmarks.ROLLING)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    asked = replace(ASKED, tasks=["own_choice"])
+    with pytest.raises(
+        ConfigError, match="evaluation.tasks: own_choice scores whole texts, wanted a task of choices .* with evaluation.streamed"
+    ):
+        run("dense", replace(asked, streamed=True))
+    run("dense", asked)
+    theirs = scored_by_lm_eval(root, ["own_again"], own_managers(root))["results"]["own_again"]
+    ours = read_json(root / "results/dense/metrics.json")["tasks"]["own_choice"]
+    assert set(ours) == {"word_perplexity", "bits_per_byte"}
+    for metric, value in ours.items():
+        assert value == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
+    run("sparse", asked)
+    rows = [row for row in read_json(root / "results/sparse/details/measurements.json") if row["kind"] == "task"]
+    assert [(row["better"], row["count"], row["stderr"]) for row in rows] == [("lower", 3, None)] * 2
+    assert rows[0]["difference"]["value"] == pytest.approx(rows[0]["value"] - ours["word_perplexity"])
+    assert read_json(root / "results/sparse/details/paired.json") == []
+    assert "mean" not in read_json(root / "results/sparse/metrics.json")
+
+
+def test_a_group_is_one_score_and_every_row_is_kept(root):
+    run("dense", replace(ASKED, tasks=["mmlu"], rows=None))
+    rows = list(Rows(root / "results/dense/details/samples-mmlu.jsonl"))
+    counts = {f"mmlu_{subject}": len(benchmarks.MMLU[subject]["test"]) for subject in benchmarks.SUBJECTS}
+    assert {name: sum(row["task"] == name for row in rows) for name in counts} == counts
+    assert [row["row"] for row in rows] == list(range(len(rows)))
+    assert len({row["cluster"] for row in rows}) == len(rows)
+    (measured,) = [row for row in read_json(root / "results/dense/details/measurements.json") if row["kind"] == "task"]
+    assert (measured["name"], measured["count"]) == ("mmlu", sum(counts.values()))
+    assert measured["value"] == pytest.approx(sum(row["values"]["acc"] for row in rows) / len(rows))
+    assert measured["stderr"] is not None
+    assert read_json(root / "results/dense/details/protocol.json")["tasks"]["mmlu"]["few_shot"] == 0
+
+
+def test_the_task_s_own_number_of_examples_is_taken_and_recorded(root):
+    run("dense", replace(ASKED, tasks=["gsm8k"]))
+    protocol = read_json(root / "results/dense/details/protocol.json")["tasks"]["gsm8k"]
+    assert (protocol["few_shot"], protocol["source"], protocol["rows"]) == (5, "lm-eval 0.4.13", 3)
+    assert protocol["metrics"] == ["exact_match (strict-match)", "exact_match (flexible-extract)"]
+    assert protocol["better"]["exact_match (strict-match)"] == "higher"
+    row = next(iter(Rows(root / "results/dense/details/samples-gsm8k.jsonl")))
+    assert set(row["filtered"]) == {"strict-match", "flexible-extract"}
+    assert len(row["answers"]) == 1
+
+
+def test_the_pruned_model_is_paired_with_the_dense_one_in_every_style(root):
+    asked = replace(ASKED, styles=["raw", "chat", "few_shot"], generations=Generations(new_tokens=8, prompts=["river stone", "lamp"]))
+    run("dense", asked)
+    run("sparse", asked)
+    dense, sparse = (read_json(root / f"results/{part}/metrics.json") for part in ("dense", "sparse"))
+    for style in ("chat", "few_shot"):
+        for task, scores in sparse["styles"][style].items():
+            for metric in ("acc", "f1"):
+                if metric in scores:
+                    assert scores[f"dense_{metric}"] == pytest.approx(dense["styles"][style][task][metric])
+                    assert scores[f"{metric}_difference"] == pytest.approx(scores[metric] - scores[f"dense_{metric}"])
+    assert sparse["tasks"]["own_choice"]["dense_f1"] == dense["tasks"]["own_choice"]["f1"]
+    assert {row["task"] for row in read_json(root / "results/sparse/details/paired.json")} == set(TASKS)
+    assert (root / "results/sparse/details/styles/chat/samples-piqa.jsonl").is_file()
+    for form in ("raw", "chat"):
+        scores = sparse["generations"][form]
+        assert scores["dense_distinct_1"] == pytest.approx(dense["generations"][form]["distinct_1"])
+        assert 0 < scores["distinct_1"] <= scores["distinct_2"] <= 1
+        assert scores["empty"] == 0
+
+
+def test_a_style_that_the_template_refuses_is_skipped_and_named(root, caplog):
+    path = root / "artifacts/base/chat_template.jinja"
+    path.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + path.read_text())
+    run("dense", replace(ASKED, tasks=["own_choice"], styles=["raw", "chat", "system"]))
+    why = "the base's chat template refuses this dialogue (no system role)"
+    assert f"evaluation.styles: system is skipped: {why}" in caplog.messages
+    protocol = read_json(root / "results/dense/details/protocol.json")
+    assert (protocol["styles"]["system"]["skipped"], protocol["styles"]["chat"]["skipped"]) == (why, None)
+    assert set(read_json(root / "results/dense/metrics.json")["styles"]) == {"chat"}
+
+
+def test_generation_is_refused_with_a_streamed_model_before_a_weight_is_read(root):
+    forbid_weights(root)
+    with pytest.raises(ConfigError, match="evaluation.tasks: gsm8k generates text, wanted a task of choices .* with evaluation.streamed"):
+        run("dense", replace(ASKED, streamed=True))
+
+
+def test_a_streamed_model_has_the_same_scores(root):
+    asked = replace(ASKED, tasks=["piqa", "mmlu", "own_choice"], styles=["raw", "chat"])
+    run("dense", asked)
+    whole = read_json(root / "results/dense/metrics.json")
+    run("dense", replace(asked, streamed=True))
+    streamed = read_json(root / "results/dense/metrics.json")
+    assert (streamed["tasks"], streamed["styles"]) == (whole["tasks"], whole["styles"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        (
+            {},
+            [{"question": "a", "options": ["b", "c"], "answer": 0}, {"question": "a", "options": None, "answer": 0}],
+            "own_choice, row 2: ",
+        ),
+        (
+            {'doc_to_text: "{{question}}"': 'doc_to_text: "{{missing}}"'},
+            None,
+            "lm-eval cannot read its definition, or its first row .*missing",
+        ),
+        (
+            {"doc_to_target: answer": "doc_to_target: answer\ntarget_delimiter: ''"},
+            [{"question": "a:", "options": ["b", end], "answer": 0} for end in ("c", "")],
+            "own_choice, row 2: found an answer without a token, wanted at least one to score",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named_before_a_weight_is_read(root, monkeypatch, changes, rows, message):
+    forbid_weights(root)
+    definition = benchmarks.OWN
+    for old, new in changes.items():
+        assert old in definition
+        definition = definition.replace(old, new)
+    benchmarks.write_own(definition, rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    with pytest.raises((TextError, ConfigError), match=f"evaluation.tasks: .*{message}"):
+        run("dense", replace(ASKED, tasks=["own_choice"]))
+
+
+def test_a_token_of_a_task_beyond_the_embedding_is_named_before_a_weight_is_read(root, monkeypatch):
+    forbid_weights(root)
+    monkeypatch.setattr(evaluate, "require_embedded", lambda *_: None)  # of the corpus
+    monkeypatch.setattr(evaluate, "embedding_rows", lambda base: 7)
+    with pytest.raises(CheckpointError, match="evaluation.tasks: own_choice: found the token .* with id .*, wanted ids below 7"):
+        run("dense", replace(ASKED, tasks=["own_choice"]))
+
+
+def test_rows_longer_than_the_context_are_counted(root, monkeypatch, caplog):
+    rows = [{"question": "river " * (600 if i == 1 else 3), "options": ["lamp", "stone"], "answer": 0} for i in range(3)]
+    benchmarks.write_own(rows=rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    run("dense", replace(ASKED, tasks=["own_choice"]))
+    assert [row.get("cut") for row in Rows(root / "results/dense/details/samples-own_choice.jsonl")] == [None, True, None]
+    assert read_json(root / "results/dense/details/protocol.json")["tasks"]["own_choice"]["cut"] == 1
+    (message,) = [message for message in caplog.messages if "longer than the context" in message]
+    assert "own_choice (raw): 1 rows are longer than the context of 512 tokens and lose their beginning; the longest has " in message
+
+
+def test_a_single_row_has_no_standard_error(root, caplog):
+    run("dense", replace(ASKED, tasks=["piqa", "own_choice"], rows=1))
+    assert "evaluation.tasks: found 1 row of piqa: its scores have no standard error" in caplog.messages
+    scores = read_json(root / "results/dense/metrics.json")["tasks"]["piqa"]
+    assert set(scores) == {"acc", "acc_norm"}
+    run("sparse", replace(ASKED, tasks=["piqa", "own_choice"], rows=1))
+
+
+def test_a_task_that_was_not_fetched_is_named(root):
+    with pytest.raises(
+        TextError, match="artifacts/tasks: found gsm8k, mmlu, own_choice, wanted wikitext; run `python -m stages.fetch part=tasks`"
+    ):
+        run("dense", replace(ASKED, tasks=["wikitext"]))
+
+
+def test_a_task_that_two_names_bring_is_refused(root):
+    manifest = root / "artifacts/tasks/manifest.json"
+    facts = read_json(manifest)
+    facts["benchmarks"]["again"] = facts["benchmarks"]["gsm8k"]
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="evaluation.tasks: .* wanted gsm8k once: another name brings it, too"):
+        run("dense", replace(ASKED, tasks=["gsm8k", "again"]))
+
+
+def test_more_examples_than_there_are_rows_for_them_are_refused(root):
+    with pytest.raises(ConfigError, match="evaluation.tasks: gsm8k: found 8 rows for examples, wanted 9"):
+        run("dense", replace(ASKED, tasks=["gsm8k"], few_shot=9))
+    with pytest.raises(TextError, match=r"piqa.jsonl: found 5 examples after the rows that are scored \(evaluation.rows\), wanted 6"):
+        run("dense", replace(ASKED, tasks=["piqa"], few_shot=6))
+
+
+# The journal.
+
+
+def test_what_was_scored_before_a_failure_is_not_scored_again(root, monkeypatch):
+    asked = replace(ASKED, tasks=["piqa", "own_choice"], generations=Generations(new_tokens=3, prompts=["river stone"]))
+    calls: list[str] = []
+    observe, ask = evaluate.observe, evaluate.ask
+    monkeypatch.setattr(evaluate, "observe", lambda *a: calls.append("windows") or observe(*a))
+    monkeypatch.setattr(evaluate, "ask", lambda model, questions: calls.append(questions[0].name) or ask(model, questions))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run("dense", asked)
+    assert calls == ["windows", "piqa", "own_choice"]
+    assert (root / "artifacts/.evaluate-dense").is_dir()
+    run("dense", asked)
+    assert calls == ["windows", "piqa", "own_choice"]
+    resumed = {path.name: path.read_text() for path in (root / "results/dense/details").iterdir()}
+    assert not (root / "artifacts/.evaluate-dense").exists()
+    run("dense", asked)
+    assert len(calls) == 6
+    assert {path.name: path.read_text() for path in (root / "results/dense/details").iterdir()} == resumed
+
+
+def test_another_protocol_takes_nothing_over(root, monkeypatch):
+    asked = replace(ASKED, tasks=["own_choice"])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "ask", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run("dense", asked)
+    calls: list[str] = []
+    observe = evaluate.observe
+    monkeypatch.setattr(evaluate, "observe", lambda *a: calls.append("windows") or observe(*a))
+    run("dense", replace(asked, rows=2))
+    assert calls == ["windows"]
