@@ -57,7 +57,7 @@ def overrides(params: dict[str, Any]) -> list[str] | None:
     for group in GROUPS:
         if group not in params:
             return None
-        wanted, got = _leaves(params[group]), _leaves(default[group])
+        wanted, got = leaves(params[group]), leaves(default[group])
         if wanted == got:
             continue
         option, got = _nearest(group, wanted, got)
@@ -72,7 +72,7 @@ def overrides(params: dict[str, Any]) -> list[str] | None:
         chosen += _values(group, wanted, got)
     made = _composed_or_none(tuple(chosen))
     if made is not None and "text" in params:  # evaluation and calibration bring their texts
-        chosen += _values("text", _leaves(params["text"]), _leaves(made["text"]))
+        chosen += _values("text", leaves(params["text"]), leaves(made["text"]))
         made = _composed_or_none(tuple(chosen))
     same = made is not None and all(made[group] == params[group] for group in (*GROUPS, "text"))
     return chosen if same else None
@@ -94,7 +94,7 @@ def _option(group: str, option: str) -> dict[str, Any]:
         made: Any = OmegaConf.to_container(compose(overrides=[f"+{group}={option}"]), resolve=True)
     for name in group.split("/"):
         made = made[name]
-    return _leaves(made)
+    return leaves(made)
 
 
 @cache
@@ -116,7 +116,7 @@ def _part(section: dict[str, Any], name: str) -> dict[str, Any]:
     return {key.removeprefix(f"{name}."): value for key, value in section.items() if key.startswith(f"{name}.")}
 
 
-def _leaves(section: Any) -> dict[str, Any]:
+def leaves(section: Any) -> dict[str, Any]:
     """Dotted key -> value; a list is a value."""
     return dict(_walk(section, ""))
 

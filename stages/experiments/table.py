@@ -39,9 +39,7 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
     pieces = []
     for group in groups:
         first, own = groups[0][0].protocol, group[0].protocol
-        reason = (
-            "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(_compared(first), _compared(own)))}"
-        )
+        reason = "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
         best_first = sorted(group, key=_perplexity)
         rows = [row(experiment, commands=commands) for experiment in best_first]
         headers = COLUMNS if commands else COLUMNS[:-1]
@@ -59,18 +57,29 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
     newest: dict[str, Experiment] = {}
     for experiment in experiments:
         newest.setdefault(repr((experiment.params, experiment.measurements, experiment.prune_metrics)), experiment)
-    ordered = sorted(newest.values(), key=lambda one: repr(_compared(one.protocol)))
-    groups = [list(group) for _, group in groupby(ordered, key=lambda one: _compared(one.protocol))]
+    ordered = sorted(newest.values(), key=lambda one: repr(compared(one.protocol)))
+    groups = [list(group) for _, group in groupby(ordered, key=lambda one: compared(one.protocol))]
     return sorted(groups, key=len, reverse=True)
 
 
 def title(experiment: Experiment) -> str:
     """What was pruned, and what it was scored on."""
-    protocol, base = experiment.protocol, experiment.params["base"]
-    name = next((base[key] for key in ("name", "repo", "path") if base.get(key)), "an unnamed base")
+    protocol = experiment.protocol
     tasks = [f"{task} ({facts['rows']})" for task, facts in protocol["tasks"].items()]
     corpora = " and ".join(scored_text(protocol, corpus) for corpus in protocol["corpora"])
-    return f"{name}; perplexity on {corpora}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+    return f"{base_name(experiment)}; perplexity on {corpora}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+
+
+def base_name(experiment: Experiment) -> str:
+    """What was pruned."""
+    base = experiment.params["base"]
+    return next((base[key] for key in ("name", "repo", "path") if base.get(key)), "an unnamed base")
+
+
+def line(experiment: Experiment) -> str:
+    """The line that runs an experiment again; where conf/ has changed, the one that brings its parameters back."""
+    apply = "" if experiment.revision is None else f"; dvc exp apply {experiment.name}"
+    return command(experiment.params) or f"(conf/ composes it no more{apply})"
 
 
 def row(experiment: Experiment, *, commands: bool) -> list[str]:
@@ -86,10 +95,7 @@ def row(experiment: Experiment, *, commands: bool) -> list[str]:
         _difference(accuracy),
         f"{experiment.prune_metrics['seconds']:.0f}",
     ]
-    if not commands:
-        return cells
-    apply = "" if experiment.revision is None else f"; dvc exp apply {experiment.name}"
-    return [*cells, command(experiment.params) or f"(conf/ composes it no more{apply})"]
+    return [*cells, line(experiment)] if commands else cells
 
 
 def _perplexity(experiment: Experiment) -> float:
@@ -112,7 +118,8 @@ def said(differing: dict[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{key} {_short(other)}, there {_short(first)}" for key, (first, other) in differing.items())
 
 
-def _compared(protocol: dict[str, Any]) -> dict[str, Any]:
+def compared(protocol: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal before two results are compared."""
     return {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
 
 
