@@ -50,6 +50,14 @@ def test_the_library_of_an_extra_is_pinned_within_its_bounds():
     assert Requirement(line).specifier.contains(pins[quantisation.PACKAGE])
 
 
+@pytest.mark.parametrize("line", [*PROJECT["optional-dependencies"]["mlflow"], *PROJECT["optional-dependencies"]["wandb"]])
+def test_the_client_of_a_tracker_is_pinned_within_its_bounds(line):
+    pins = {
+        canonicalize_name(name): version for name, version in (pin.split("==") for pin in (ROOT / "constraints.txt").read_text().split())
+    }
+    assert Requirement(line).specifier.contains(pins[canonicalize_name(Requirement(line).name)])
+
+
 def test_transformers_whose_private_parts_are_used_has_an_upper_bound():
     (line,) = [line for line in PROJECT["dependencies"] if line.startswith("transformers")]
     assert any(specifier.operator == "<" for specifier in Requirement(line).specifier)

@@ -71,9 +71,15 @@ def title(experiment: Experiment) -> str:
 
 
 def base_name(experiment: Experiment) -> str:
-    """What the base is called."""
+    """What was pruned."""
     base = experiment.params["base"]
     return next((base[key] for key in ("name", "repo", "path") if base.get(key)), "an unnamed base")
+
+
+def line(experiment: Experiment) -> str:
+    """The line that runs an experiment again; where conf/ has changed, the one that brings its parameters back."""
+    apply = "" if experiment.revision is None else f"; dvc exp apply {experiment.name}"
+    return command(experiment.params) or f"(conf/ composes it no more{apply})"
 
 
 def row(experiment: Experiment, *, commands: bool) -> list[str]:
@@ -89,10 +95,7 @@ def row(experiment: Experiment, *, commands: bool) -> list[str]:
         _difference(accuracy),
         f"{experiment.prune_metrics['seconds']:.0f}",
     ]
-    if not commands:
-        return cells
-    apply = "" if experiment.revision is None else f"; dvc exp apply {experiment.name}"
-    return [*cells, command(experiment.params) or f"(conf/ composes it no more{apply})"]
+    return [*cells, line(experiment)] if commands else cells
 
 
 def _perplexity(experiment: Experiment) -> float:
@@ -116,7 +119,7 @@ def said(differing: dict[str, tuple[Any, Any]]) -> str:
 
 
 def compared(protocol: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal in two protocols before their results are compared."""
+    """What must be equal before two results are compared."""
     return {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
 
 
