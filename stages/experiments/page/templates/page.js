@@ -182,7 +182,7 @@ function commandsCell(one) {
     element(
       "div",
       { class: "command" },
-      element("button", { type: "button", "aria-label": `Copy the ${words} line of ${one.name}`, click: () => copy(command) }, `Copy ${words}`),
+      element("button", { type: "button", "aria-label": `Copy the ${words} line of ${one.name}`, click: () => copy(command) }, "Copy"),
       element("code", { title: command }, command),
     );
   const run = one.run ? line("run", one.run) : element("div", {}, "conf/ composes it no more");
@@ -428,7 +428,7 @@ function showRecipes() {
     ...(key in from ? [[`- ${key}: ${written(from[key])}`, "worse"]] : []),
     ...(key in to ? [[`+ ${key}: ${written(to[key])}`, "better"]] : []),
   ]);
-  byId("recipe-about").textContent = `${differing.length} parameters differ, ${keys.length - differing.length} are equal.`;
+  byId("recipe-about").textContent = `${differing.length} of ${keys.length} parameters ${differing.length === 1 ? "differs" : "differ"}.`;
   const nodes = lines.map(([line, kind]) => element("span", { class: kind }, `${line}\n`));
   byId("recipe").replaceChildren(...(nodes.length ? nodes : ["The recipes are equal.\n"]));
 }
