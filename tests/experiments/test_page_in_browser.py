@@ -158,7 +158,7 @@ def test_the_metric_changes_what_is_drawn_and_said(page):
 def test_a_point_tells_its_numbers(page):
     page.locator("#frontier").scroll_into_view_if_needed()
     page.wait_for_selector("#frontier svg")
-    page.locator("#frontier .mark-symbol path").first.hover()
+    page.locator("#frontier .mark-symbol.role-mark path").last.hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible")
     told = page.inner_text("#vg-tooltip-element")
     assert all(words in told for words in ("perplexity on wikipedia", "against dense", "18,414 tokens", "seconds"))
