@@ -6,7 +6,7 @@ import json
 import pytest
 from scipy.stats import t
 
-from stages.experiments.page.content import content, front_marked, matrices_content, numbered, packed, points, quantiles, references
+from stages.experiments.page.content import content, dodged, front_marked, matrices_content, numbered, packed, points, quantiles, references
 from tests.experiments import synthetic
 
 GROUP = synthetic.group(sparsities=(0.5,))
@@ -37,6 +37,11 @@ def test_every_point_has_its_interval_and_count():
     assert (rows[0]["asked"], rows[0]["seconds"] > 0) == ("unstructured 50%", True)
 
 
+def test_points_of_one_sparsity_stand_side_by_side():
+    rows = [{"experiment": name, "method": name, "pattern": "2:4", "sparsity": at} for name, at in (("a", 0.5), ("b", 0.501), ("c", 0.7))]
+    assert [row["dodge"] for row in dodged(rows)] == [-3.5, 3.5, 0]
+
+
 def test_lines_are_the_dense_model_and_the_ruler_with_labels_apart():
     lines = references(GROUP, GROUP.metrics[0])
     assert {line["label"] for line in lines} == {"dense", "Q8_0", "Q4_0", "Q2_K"}
@@ -61,6 +66,7 @@ def test_experts_stand_as_their_mean():
     details.matrices[:] = rows
     assert matrices_content(details) | {"relative_error": None, "sparsity": None} == {
         "kinds": ["up"],
+        "tokens": [16384, 16384],
         "cells": [[0, 0, 2]],
         "relative_error": None,
         "sparsity": None,

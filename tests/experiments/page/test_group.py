@@ -34,4 +34,7 @@ def test_cells_hold_what_has_one_pattern_and_sparsity():
 def test_a_group_is_called_by_base_and_text():
     group = synthetic.group(sparsities=(0.5,))
     assert group.short_name == "org/small-model, wikipedia (9 experiments)"
-    assert replace(group, results=group.results[:1]).short_name == "org/small-model, wikipedia (1 experiment)"
+    assert group.size == "9 experiments: 3 methods at 3 patterns and sparsities"
+    alone = replace(group, results=group.results[:1])
+    assert alone.size == "1 experiment: 1 method at 1 pattern and sparsity"
+    assert alone.short_name == "org/small-model, wikipedia (1 experiment)"

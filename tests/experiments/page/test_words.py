@@ -40,8 +40,8 @@ def test_the_text_is_said_with_its_counts():
 def test_each_pattern_has_its_best():
     found = best(GROUP, PERPLEXITY)
     assert [(one.asked, one.name) for one in found] == [("unstructured 50%", "admm_short"), ("2:4", "admm_short"), ("4:8", "admm_short")]
-    assert found[0].against_dense.endswith("] times the dense model’s")
-    assert found[0].rest.startswith("The next, sparsegpt, is 1.")
+    assert found[0].against_dense.endswith("] of dense")
+    assert found[0].rest.startswith("Next: sparsegpt, ×1.")
     assert best(GROUP, KLD)[0].against_dense == ""
 
 
