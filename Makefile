@@ -1,4 +1,4 @@
-# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make test: the tests. Twice does no work twice.
+# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page. make test: the tests. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -11,6 +11,9 @@ repro: .venv/ready
 
 show: .venv/ready
 	@python -m stages.show
+
+compare: .venv/ready
+	python -m stages.compare
 
 test: .venv/ready
 	python -m pytest
@@ -27,4 +30,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro show test check
+.PHONY: repro show compare test check

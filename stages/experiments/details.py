@@ -112,10 +112,7 @@ class _Files:
     """The files of a revision, None for the workspace."""
 
     def __init__(self, revision: str | None) -> None:
-        try:
-            self.files = DVCFileSystem(rev=revision)
-        except (DvcException, OSError) as error:
-            raise Unreadable(f"DVC cannot open it ({' '.join(str(error).split())})") from None
+        self.files = DVCFileSystem(rev=revision)
 
     def text(self, path: Path) -> str:
         try:

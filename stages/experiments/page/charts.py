@@ -23,6 +23,7 @@ WIDTH, CHARACTER = 900, 7  # pixels of a plot in a file, of a letter in a legend
 SECONDS, MEMORY = "seconds", "peak_memory_gib"
 COSTS = {SECONDS: "seconds of pruning, one run", MEMORY: "peak memory of pruning [GiB], one run"}
 CHOICE = alt.selection_point(name="chosen", fields=["method"], bind="legend")  # of a method, by its entry in the legend
+DODGE = alt.ExprRef(expr="datum.dodge * min(1, width / 700)")  # pixels by which points of one sparsity stand apart
 QUANTITIES = {"relative_error": "relative output error", "sparsity": "sparsity", "damping": "damping"}
 
 
@@ -58,19 +59,19 @@ def theme(*, dark: bool) -> Spec:
 def frontier(metric: Metric, methods: list[str], patterns: list[str]) -> Spec:
     """A metric against sparsity by method, with 95% intervals, the Pareto front, and reference lines."""
     x = alt.X("sparsity:Q", title="sparsity (fraction of zeros)", axis=alt.Axis(format="%", tickCount=7), scale=_spread(padding=28))
-    line = _points().transform_filter("datum.pattern == 'unstructured'").mark_line(strokeWidth=1.5, opacity=0.45)
+    line = _points().transform_filter("datum.pattern == 'unstructured'").mark_line(strokeWidth=1.5, opacity=0.45, xOffset=DODGE)
     front = (
         _points()
         .transform_filter("datum.front")
-        .mark_line(strokeWidth=9, opacity=0.28, color="#8a93a0", strokeJoin="round", strokeCap="round")
+        .mark_line(strokeWidth=9, opacity=0.28, color="#8a93a0", strokeJoin="round", strokeCap="round", xOffset=DODGE)
     )
     y, colour = _metric_y(metric), _colour(methods)
     layers = [
         front.encode(x=x, y=y, order="sparsity:Q"),
         *_reference_lines(metric),
         line.encode(x=x, y=y, color=colour, order="sparsity:Q", opacity=_chosen(0.45)),
-        _intervals().encode(x=x, y=_low(metric), y2="high:Q", color=colour, opacity=_chosen(0.8)),
-        _marks().encode(x=x, y=y, color=colour, shape=_shape(patterns), opacity=_chosen(1), tooltip=_tooltip(metric)),
+        _intervals(xOffset=DODGE).encode(x=x, y=_low(metric), y2="high:Q", color=colour, opacity=_chosen(0.8)),
+        _marks(xOffset=DODGE).encode(x=x, y=y, color=colour, shape=_shape(patterns), opacity=_chosen(1), tooltip=_tooltip(metric)),
     ]
     return _finished(alt.layer(*layers).add_params(CHOICE), height=430)
 
@@ -93,7 +94,7 @@ def tasks() -> Spec:
     rows = alt.Chart(alt.NamedData(name=TASKS))
     y = alt.Y("task:N", title=None, sort=None, axis=alt.Axis(grid=True, labelFontSize=13, labelLimit=160))
     offset = alt.YOffset("experiment:N", sort=None)
-    colour = alt.Color("experiment:N", sort=None, title=None, legend=alt.Legend(orient="top", columns=2, symbolType="circle"))
+    colour = alt.Color("experiment:N", sort=None, title=None, legend=alt.Legend(orient="top", columns=1, symbolType="circle"))
     x = alt.X("value:Q", title="difference of accuracy to the baseline, paired, 95% interval", axis=alt.Axis(tickCount=8, format="+.2~f"))
     zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeWidth=1.5).encode(x="zero:Q")
     ends = rows.transform_filter("datum.low != null").mark_rule(strokeWidth=2)
@@ -134,12 +135,12 @@ def _points() -> alt.Chart:
     return alt.Chart(alt.NamedData(name=POINTS))
 
 
-def _intervals() -> alt.Chart:
-    return _points().transform_filter("datum.low != null").mark_rule(strokeWidth=1.5)
+def _intervals(**facts: Any) -> alt.Chart:
+    return _points().transform_filter("datum.low != null").mark_rule(strokeWidth=1.5, **facts)
 
 
-def _marks() -> alt.Chart:
-    return _points().mark_point(filled=True, size=75, opacity=1)
+def _marks(**facts: Any) -> alt.Chart:
+    return _points().mark_point(filled=True, size=75, opacity=1, **facts)
 
 
 def _spread(**facts: Any) -> alt.Scale:
@@ -152,7 +153,7 @@ def _scale(metric: Metric) -> alt.Scale:
 
 
 def _metric_y(metric: Metric) -> alt.Y:
-    return alt.Y("value:Q", title=metric.axis, scale=_scale(metric), axis=alt.Axis(tickCount=8, format="~g"))
+    return alt.Y("value:Q", title=metric.axis, scale=_scale(metric), axis=alt.Axis(tickCount=8, format=",~g"))
 
 
 def _low(metric: Metric) -> alt.Y:

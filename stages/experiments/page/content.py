@@ -25,6 +25,7 @@ from stages.prune import kind_of, short_names
 DECIMALS = 6
 TABULATED = 300  # degrees of freedom up to which every quantile is embedded
 CLOSE = 0.05  # share of an axis within which labels overlap
+STEP, COLUMN = 7, 42  # pixels between points of one sparsity, and of all of them
 LETTER, GAP = 8, 8  # pixels of a letter of a label, and beside a label
 
 
@@ -101,7 +102,7 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
                 "counted": counted(row),
             }
             rows.append({**point, **costs(details)})
-    return front_marked(rows, metric.better)
+    return dodged(front_marked(rows, metric.better))
 
 
 def counted(row: dict[str, Any]) -> str:
@@ -125,6 +126,18 @@ def front_marked(rows: list[dict[str, Any]], better: str) -> list[dict[str, Any]
             least = sign * row["value"]
             front.add(row["experiment"])
     return [{**row, "front": row["experiment"] in front} for row in rows]
+
+
+def dodged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put points of nearly one sparsity side by side, so that their intervals can be told apart; "dodge" is in pixels."""
+    columns: dict[float, list[str]] = {}
+    for row in sorted(rows, key=lambda row: (row["pattern"] != "unstructured", row["pattern"], row["method"])):
+        columns.setdefault(round(row["sparsity"], 2), []).append(row["experiment"])
+    places: dict[str, float] = {}
+    for names in columns.values():
+        step = min(STEP, COLUMN / len(names))
+        places |= {name: (position - (len(names) - 1) / 2) * step for position, name in enumerate(names)}
+    return [{**row, "dodge": round(places[row["experiment"]], 1)} for row in rows]
 
 
 def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
@@ -230,7 +243,7 @@ def matrices_content(details: Details) -> dict[str, Any]:
     """Relative error, sparsity and damping by block and kind of matrix; a mixture's experts as their mean.
 
     Returns:
-        "kinds", their names; "cells", [block, index of the kind, number of matrices] of each; and of each quantity a value for each cell,
+        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "cells", [block, index of the kind, number of matrices] of each; and of each quantity a value for each cell,
         or one value that all have.
     """
     kinds = {row["matrix"]: kind_of(row["matrix"]) for row in details.matrices}
@@ -242,6 +255,7 @@ def matrices_content(details: Details) -> dict[str, Any]:
     values = {quantity: [_mean(row[quantity] for row in members) for members in cells.values()] for quantity in charts.QUANTITIES}
     return {
         "kinds": labels,
+        "tokens": [of(row["tokens"] for row in details.matrices) for of in (min, max)],
         "cells": [[block, labels.index(name), len(members)] for (block, name), members in cells.items()],
         **{quantity: of[0] if len(set(of)) == 1 else of for quantity, of in values.items()},
     }

@@ -50,6 +50,13 @@ class Group:
         return cells
 
     @property
+    def size(self) -> str:
+        """How much was compared, in words."""
+        parts = [(len(self.results), "experiment", "s"), (len(self.methods), "method", "s"), (len(self.cells), "pattern and sparsity", "")]
+        experiments, methods, cells = (f"{count} {noun}{plural * (count > 1)}" for count, noun, plural in parts)
+        return f"{experiments}: {methods} at {cells if len(self.cells) == 1 else f'{len(self.cells)} patterns and sparsities'}"
+
+    @property
     def short_name(self) -> str:
         """What tells it from another group in a list."""
         count = len(self.results)

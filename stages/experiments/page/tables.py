@@ -53,14 +53,12 @@ def measurement_rows(group: Group) -> Iterable[Row]:
 
 
 def difference_rows(group: Group) -> Iterable[Row]:
-    """Paired differences of each experiment to the dense model, and to every other of its pattern and sparsity; ratios of perplexities."""
+    """Paired differences of each experiment to the dense model, and of each pair of one pattern and sparsity; ratios of perplexities."""
     for metric in group.metrics:
         for members in group.cells.values():
-            for details in members:
-                yield from _difference(group, metric, details, None)
-                for other in members:
-                    if other is not details:
-                        yield from _difference(group, metric, details, other)
+            for position, details in enumerate(members):
+                for other in (None, *members[:position]):
+                    yield from _difference(group, metric, details, other)
 
 
 def matrix_rows(group: Group) -> Iterable[Row]:

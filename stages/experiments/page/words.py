@@ -95,8 +95,7 @@ def _against_dense(group: Group, metric: Metric, winner: Details) -> str:
     estimate = apart(metric, winner.scores, group.dense)
     if estimate is None or metric.metric == "mean_kld":  # a divergence is a distance from the dense model by itself
         return ""
-    words = difference_words(metric, estimate)
-    return f"{words.removeprefix('×')} times the dense model’s" if metric.is_ratio else f"{words} against the dense model"
+    return f"{difference_words(metric, estimate)} {'of' if metric.is_ratio else 'against'} dense"
 
 
 def _rest(metric: Metric, order: Sequence[Details]) -> str:
@@ -111,9 +110,7 @@ def _rest(metric: Metric, order: Sequence[Details]) -> str:
     if near or not against:
         return f"Within noise of it: {', '.join(near)}." if near else "Others cannot be paired with it."
     second, estimate, _ = against[0]
-    words = difference_words(metric, estimate)
-    apart_by = f"{words.removeprefix('×')} times as high" if metric.is_ratio else f"at {words} against it"
-    return f"The next, {name_of(second, order)}, is {apart_by}."
+    return f"Next: {name_of(second, order)}, {difference_words(metric, estimate)} {'of' if metric.is_ratio else 'against'} it."
 
 
 def _against(metric: Metric, one: Details, others: Sequence[Details]) -> list[tuple[Details, Estimate, Verdict]]:

@@ -114,7 +114,7 @@ function drawn(plot) {
   plot.figure.replaceChildren(holder, element("div", { class: "saving" }, save("svg"), save("png")));
   const theme = structuredClone(data.themes[dark.matches ? "dark" : "light"]);
   const narrow = plot.figure.clientWidth < 560;
-  theme.legend.labelLimit = plot.figure.clientWidth - 60;
+  theme.legend.labelLimit = plot.figure.clientWidth - (narrow ? 130 : 90);
   if (narrow) theme.axis.labelFontSize = theme.axis.titleFontSize = 11;
   const spec = structuredClone(plot.spec);
   if (narrow) JSON.stringify(spec, (key, value) => (key === "legend" && value && value.columns ? ((value.columns = 1), value) : value));
@@ -147,7 +147,6 @@ function columns() {
     })),
     figure("seconds", "Seconds", (value) => number(value, 0)),
     figure("peak_memory_gib", "Peak memory [GiB]", (value) => value.toFixed(2)),
-    { key: "commands", label: "Commands", cell: commandsCell },
   ];
 }
 
@@ -176,17 +175,18 @@ function deltaOf(one, of) {
   return apart && element("span", { class: `delta ${apart.verdict}` }, `${apart.words} ${VERDICTS[apart.verdict]}`);
 }
 
-function commandsCell(one) {
-  if (one.name === "dense") return element("td", {}, "");
+/** A row of its own: the lines are long. */
+function commandsRow(one, width) {
   const line = (words, command) =>
     element(
       "div",
       { class: "command" },
-      element("button", { type: "button", "aria-label": `Copy the ${words} line of ${one.name}`, click: () => copy(command) }, `Copy ${words}`),
-      element("code", { title: command }, command),
+      element("button", { type: "button", "aria-label": `Copy the ${words} line of ${one.name}`, click: () => copy(command) }, "Copy"),
+      element("code", {}, command),
     );
-  const run = one.run ? line("run", one.run) : element("div", {}, "conf/ composes it no more");
-  return element("td", {}, run, one.apply ? line("apply", one.apply) : "");
+  const run = one.run ? line("run", one.run) : element("div", { class: "command" }, "conf/ composes it no more");
+  const lines = element("div", { class: "commands" }, run, one.apply ? line("apply", one.apply) : null);
+  return element("tr", { class: one.name === chosen.baseline ? "baseline" : null }, element("td"), element("td", { colspan: width }, lines));
 }
 
 function matching() {
@@ -249,9 +249,11 @@ function showTable() {
   const detail = element("th", { scope: "col" }, "Detail");
   byId("table").tHead.replaceChildren(element("tr", {}, detail, ...all.map(headCell)));
   byId("table").tBodies[0].replaceChildren(
-    ...[group().dense, ...rows].map((one) =>
-      element("tr", { class: one.name === chosen.baseline ? "baseline" : null }, choiceCell(one), ...all.map((column) => column.cell(one))),
-    ),
+    ...[group().dense, ...rows].flatMap((one) => {
+      const names = `${one.name === chosen.baseline ? "baseline" : ""} ${one.name === "dense" ? "" : "measured"}`;
+      const row = element("tr", { class: names }, choiceCell(one), ...all.map((column) => column.cell(one)));
+      return one.name === "dense" ? [row] : [row, commandsRow(one, all.length)];
+    }),
   );
   byId("shown").textContent = `${rows.length} of ${group().experiments.length} experiments shown`;
 }
@@ -291,7 +293,7 @@ function showFrontier() {
 
 function showCost() {
   const cell = byId("cell").value;
-  const points = metric().points.filter((row) => !cell || row.asked === cell);
+  const points = metric().points.filter((row) => !cell || row.asked === cell).map((row) => (cell ? { ...row, asked_short: "" } : row));
   const devices = [...new Set(points.map((row) => row.device).filter(Boolean))];
   byId("devices").textContent =
     `${points.length} experiments, one run each, on ${devices.join(" and ") || "unknown devices"}.` +
@@ -346,8 +348,9 @@ function showMatrices() {
   const count = cells.reduce((total, cell) => total + cell[2], 0);
   const constant = Object.keys(QUANTITIES).filter((quantity) => !Array.isArray(one.matrices[quantity]));
   const same = constant.map((quantity) => `The ${QUANTITIES[quantity]} is ${one.matrices[quantity] ?? "not known"} in each.`);
+  const tokens = [...new Set(one.matrices.tokens)].map((many) => many.toLocaleString("en-US")).join(" to ");
   byId("matrices-about").textContent =
-    `${titleOf(one)}: ${count} matrices, ${one.weights.toLocaleString("en-US")} weights. ` + same.join(" ");
+    `${titleOf(one)}: ${one.weights.toLocaleString("en-US")} weights in ${count} matrices, each calibrated on ${tokens} tokens. ` + same.join(" ");
   const valueOf = (quantity, index) => (Array.isArray(one.matrices[quantity]) ? one.matrices[quantity][index] : one.matrices[quantity]);
   for (const quantity of Object.keys(QUANTITIES)) {
     byId(quantity).hidden = constant.includes(quantity);
@@ -428,7 +431,7 @@ function showRecipes() {
     ...(key in from ? [[`- ${key}: ${written(from[key])}`, "worse"]] : []),
     ...(key in to ? [[`+ ${key}: ${written(to[key])}`, "better"]] : []),
   ]);
-  byId("recipe-about").textContent = `${differing.length} parameters differ, ${keys.length - differing.length} are equal.`;
+  byId("recipe-about").textContent = `${differing.length} of ${keys.length} parameters ${differing.length === 1 ? "differs" : "differ"}.`;
   const nodes = lines.map(([line, kind]) => element("span", { class: kind }, `${line}\n`));
   byId("recipe").replaceChildren(...(nodes.length ? nodes : ["The recipes are equal.\n"]));
 }

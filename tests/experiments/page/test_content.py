@@ -1,0 +1,93 @@
+"""The data that the page embeds."""
+
+import base64
+import json
+
+import pytest
+from scipy.stats import t
+
+from stages.experiments.page.content import content, dodged, front_marked, matrices_content, numbered, packed, points, quantiles, references
+from tests.experiments import synthetic
+
+GROUP = synthetic.group(sparsities=(0.5,))
+
+
+def test_rows_of_right_and_wrong_are_packed_into_bits():
+    assert packed([1, 0, 0, 0, 0, 0, 0, 0, 1]) == {"bits": base64.b64encode(bytes([1, 1])).decode(), "count": 9}
+    assert packed([0.12345678, 1]) == [0.123457, 1]
+
+
+def test_clusters_are_numbered_and_only_counted_where_each_is_alone():
+    assert numbered(["b", "a", "b"]) == [0, 1, 0]
+    assert numbered([7, 5, 9]) == 3
+
+
+@pytest.mark.parametrize(("better", "front"), [("lower", {"a", "c", "e"}), ("higher", {"b", "d", "e"})])
+def test_the_pareto_front_is_what_nothing_sparser_beats(better, front):
+    rows = [("a", 0.5, 1.0), ("b", 0.5, 5.0), ("c", 0.6, 2.0), ("d", 0.6, 4.0), ("e", 0.7, 3.0)]
+    marked = front_marked([{"experiment": name, "sparsity": sparsity, "value": value} for name, sparsity, value in rows], better)
+    assert {row["experiment"] for row in marked if row["front"]} == front
+
+
+def test_every_point_has_its_interval_and_count():
+    rows = points(GROUP, GROUP.metrics[0])
+    assert len(rows) == 9
+    assert rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
+    assert rows[0]["counted"] == "18,414 tokens in 7 clusters"
+    assert (rows[0]["asked"], rows[0]["seconds"] > 0) == ("unstructured 50%", True)
+
+
+def test_points_of_one_sparsity_stand_side_by_side():
+    rows = [{"experiment": name, "method": name, "pattern": "2:4", "sparsity": at} for name, at in (("a", 0.5), ("b", 0.501), ("c", 0.7))]
+    assert [row["dodge"] for row in dodged(rows)] == [-3.5, 3.5, 0]
+
+
+def test_lines_are_the_dense_model_and_the_ruler_with_labels_apart():
+    lines = references(GROUP, GROUP.metrics[0])
+    assert {line["label"] for line in lines} == {"dense", "Q8_0", "Q4_0", "Q2_K"}
+    close = [line for line in lines if line["label"] in ("dense", "Q4_0")]
+    assert len({(line["shift"], line["below"]) for line in close}) == 2
+    assert [line["label"] for line in references(GROUP, GROUP.metrics[1])] == ["Q8_0", "Q4_0", "Q2_K"]
+    assert [line["label"] for line in references(GROUP, GROUP.metrics[2])] == ["dense"]
+
+
+def test_matrices_are_told_by_block_and_kind():
+    found = matrices_content(GROUP.results[0])
+    assert found["kinds"] == list(synthetic.MATRICES)
+    assert found["cells"][0] == [0, 0, 1]
+    assert len(found["relative_error"]) == len(found["cells"]) == synthetic.BLOCKS * len(synthetic.MATRICES)
+    assert found["sparsity"] == 0.5
+
+
+def test_experts_stand_as_their_mean():
+    details = GROUP.results[0]
+    rows = [{**details.matrices[0], "matrix": f"m.layers.0.mlp.experts.{number}.up", "damping": number / 10} for number in range(2)]
+    details = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=3), blocks=1)
+    details.matrices[:] = rows
+    assert matrices_content(details) | {"relative_error": None, "sparsity": None} == {
+        "kinds": ["up"],
+        "tokens": [16384, 16384],
+        "cells": [[0, 0, 2]],
+        "relative_error": None,
+        "sparsity": None,
+        "damping": 0.05,
+    }
+    details.matrices[0]["damping"] = None
+    assert matrices_content(details)["damping"] is None
+
+
+def test_quantiles_are_students():
+    found = quantiles([GROUP])
+    assert found[6] == pytest.approx(t.ppf(0.975, 6))
+    assert set(range(1, 301)) <= set(found)
+
+
+def test_parameters_that_all_share_are_embedded_once():
+    params = content([GROUP])["groups"][0]["params"]
+    assert params["common"]["calibration.windows"] == 32
+    assert params["own"][0]["method.name"] == "wanda"
+    assert not params["common"].keys() & params["own"][0].keys()
+
+
+def test_the_content_is_json():
+    json.dumps(content([GROUP, synthetic.other_group()]), allow_nan=False)

@@ -1,0 +1,65 @@
+"""What the numbers say, in sentences."""
+
+from dataclasses import replace
+
+import pytest
+
+from stages.evaluation.statistics import Estimate
+from stages.experiments.page.words import best, difference_words, measured, noise, number, text_of
+from tests.experiments import synthetic
+
+GROUP = synthetic.group(sparsities=(0.5,))
+PERPLEXITY, KLD, ACCURACY = GROUP.metrics
+
+
+@pytest.mark.parametrize(("value", "words"), [(3.14159, "3.14"), (-0.5, "-0.50"), (12345.6, "12,346")])
+def test_numbers_are_written_with_few_digits(value, words):
+    assert number(value, 2) == words
+
+
+def test_a_measurement_is_written_with_its_interval():
+    row = {"value": 29.971, "low": 26.4, "high": 34.0}
+    assert measured(PERPLEXITY, row) == "29.97 [26.40, 34.00]"
+    assert measured(PERPLEXITY, {**row, "low": None, "high": None}) == "29.97"
+
+
+def test_a_difference_is_written_as_its_metric_is_compared():
+    certain = Estimate(value=0.0, stderr=0.0, count=2, clusters=2)
+    assert difference_words(PERPLEXITY, certain) == "×1.000 [1.000, 1.000]"
+    assert difference_words(ACCURACY, certain) == "+0.000 [+0.000, +0.000]"
+    assert difference_words(ACCURACY, replace(certain, stderr=None)) == "+0.000"
+
+
+def test_the_text_is_said_with_its_counts():
+    assert text_of(GROUP) == [
+        "wikipedia: 18,414 tokens in 18 windows of 7 documents",
+        "9 tasks, 60 rows each: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, lambada, piqa",
+    ]
+
+
+def test_each_pattern_has_its_best():
+    found = best(GROUP, PERPLEXITY)
+    assert [(one.asked, one.name) for one in found] == [("unstructured 50%", "admm_short"), ("2:4", "admm_short"), ("4:8", "admm_short")]
+    assert found[0].against_dense.endswith("] of dense")
+    assert found[0].rest.startswith("Next: sparsegpt, ×1.")
+    assert best(GROUP, KLD)[0].against_dense == ""
+
+
+def test_others_within_noise_of_the_best_are_named():
+    first, *rest = GROUP.results[:3]
+    twin = replace(first, experiment=replace(first.experiment, name="twin"))
+    assert best(replace(GROUP, results=[first, twin]), PERPLEXITY)[0].rest == "Within noise of it: wanda (twin)."
+    many = [replace(first, experiment=replace(first.experiment, name=f"twin-{number}")) for number in range(5)]
+    assert best(replace(GROUP, results=many), PERPLEXITY)[0].rest == "4 of 4 others are within noise of it."
+    assert best(replace(GROUP, results=[first]), PERPLEXITY)[0].rest == "Nothing else was measured here."
+
+
+def test_pairs_within_noise_are_listed():
+    first, second, _ = GROUP.results[:3]
+    twin = replace(first, experiment=replace(first.experiment, name="twin"))
+    (found,) = noise(replace(GROUP, results=[first, twin]), PERPLEXITY)
+    assert (found.asked, found.pairs) == ("unstructured 50%", 1)
+    assert found.within == ["wanda (twin) against wanda (wanda-50): ×1.000 [1.000, 1.000]"]
+    assert noise(replace(GROUP, results=[first]), PERPLEXITY) == []
+    better = replace(GROUP, results=[second, GROUP.results[2]])
+    assert noise(better, PERPLEXITY)[0].within == []

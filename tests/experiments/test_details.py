@@ -1,0 +1,103 @@
+"""Reading what the stages wrote of an experiment, from the workspace and from a commit."""
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.experiments import details as module
+from stages.experiments.details import read_details
+from stages.experiments.reading import Experiment
+from tests.experiments import synthetic
+from tests.project import ENVIRONMENT
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> tuple[Path, str]:
+    """A DVC project with one evaluated experiment, and its commit."""
+    root = tmp_path_factory.mktemp("project")
+    dense = synthetic.dense_scores(rows=6)
+    details = synthetic.details("a", "wanda", "unstructured", dense, blocks=1)
+    for name, scores in (("dense", dense), ("sparse", details.scores)):
+        directory = root / "results" / name / "details"
+        directory.mkdir(parents=True)
+        windows = {corpus: {"clusters": scores.window_clusters[corpus], **means} for corpus, means in scores.windows.items()}
+        (directory / "windows.json").write_text(json.dumps(windows))
+        for task, of in scores.rows.items():
+            pairs = zip(scores.row_clusters[task], of["acc"], strict=True)
+            rows = [{"row": row, "cluster": cluster, "values": {"acc": int(value)}} for row, (cluster, value) in enumerate(pairs)]
+            (directory / f"samples-{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "results/sparse/details/measurements.json").write_text(json.dumps(details.measurements))
+    (root / "results/sparse/details/generations.json").write_text(json.dumps(details.generations))
+    (root / "results/prune").mkdir()
+    (root / "results/prune/sparsity.json").write_text(json.dumps(details.matrices))
+    (root / "results/prune/provenance.json").write_text(json.dumps(details.run))
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "One experiment"]):
+        subprocess.run(command, cwd=root, env=ENVIRONMENT, check=True)
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    return root, done.stdout.strip()
+
+
+@pytest.fixture()
+def experiment(repository, monkeypatch) -> Experiment:
+    monkeypatch.chdir(repository[0])
+    monkeypatch.setattr(module, "command", lambda params: "dvc exp run")
+    made = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=6), blocks=1)
+    return replace(made.experiment, revision=None)
+
+
+@pytest.mark.parametrize("of_commit", [False, True])
+def test_all_of_an_experiment_is_read(experiment, repository, of_commit):
+    (found,), dense, missing = read_details([replace(experiment, revision=repository[1] if of_commit else None)])
+    wanted = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=6), blocks=1)
+    assert missing == []
+    assert found.scores == wanted.scores
+    assert found.measurements == wanted.measurements
+    assert (found.generations, found.matrices, found.run, found.ruler) == (wanted.generations, wanted.matrices, wanted.run, [])
+    assert (found.command, found.sparsity, found.asked) == ("dvc exp run", 0.5, "unstructured 50%")
+    assert dense.windows["wikipedia"]["kld"] == [0.0] * synthetic.WINDOWS
+
+
+def test_a_ruler_is_read_where_there_is_one(experiment, repository):
+    ruler = repository[0] / "results/ruler/measurements.json"
+    ruler.parent.mkdir()
+    ruler.write_text('[{"type": "Q4_0"}]')
+    ((found,), _, _) = read_details([experiment])
+    ruler.unlink()
+    ruler.parent.rmdir()
+    assert found.ruler == [{"type": "Q4_0"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "reason"),
+    [
+        ("results/sparse/details/measurements.json", None, "measurements.json is not there .*; `dvc exp pull` brings it"),
+        ("results/sparse/details/measurements.json", "{", "measurements.json: not JSON"),
+        (
+            "results/dense/details/samples-boolq.jsonl",
+            '{"row": 0, "cluster": 0, "values": {"acc": 1}}\n',
+            "found 6 rows of boolq, wanted the dense model's 1 with the same clusters; evaluate both again",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_left_out_with_the_reason(experiment, repository, path, content, reason):
+    file = repository[0] / path
+    before = file.read_text()
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    found, _, (missing,) = read_details([experiment])
+    file.write_text(before)
+    assert found == []
+    assert missing.name == "a"
+    assert re.search(reason, missing.reason)
+
+
+def test_a_revision_that_is_not_there_is_left_out(experiment):
+    found, dense, (missing,) = read_details([replace(experiment, revision="f" * 40)])
+    assert (found, dense) == ([], None)
+    assert "unknown Git revision" in missing.reason

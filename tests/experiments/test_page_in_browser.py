@@ -1,0 +1,311 @@
+"""The page in a real browser: what can be chosen and what follows, by mouse and by keyboard; its numbers against the statistics."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.experiments.details import of_dense
+from stages.experiments.page.writing import html
+from stages.experiments.paired import Metric, apart
+from tests.experiments import synthetic
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no Chromium is installed", allow_module_level=True)
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
+
+SECONDS = 2.0  # within which the page is open
+GROUPS = [synthetic.group(), synthetic.other_group()]
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+ROWS = "#table tbody tr"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    path.write_text(html(GROUPS, []), encoding="utf8")
+    return path
+
+
+def opened(browser: Any, file: Path, **settings: Any) -> Any:
+    """A page whose console and requests are kept in `complaints`."""
+    context = browser.new_context(viewport=settings.pop("viewport", WIDE), permissions=["clipboard-read", "clipboard-write"], **settings)
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: page.complaints.append(request.url) if request.url.startswith(("http", "ws")) else None)
+    page.goto(file.as_uri())
+    return page
+
+
+@pytest.fixture()
+def page(browser, file) -> Iterator[Any]:
+    """The page; nothing complained when the test ends."""
+    made = opened(browser, file)
+    yield made
+    complaints = made.complaints
+    made.context.close()
+    assert complaints == []
+
+
+def names(page: Any) -> list[str]:
+    """The experiments of the table in order, the dense model first."""
+    return page.eval_on_selector_all(f"{ROWS} th", "cells => cells.map(cell => cell.firstChild.textContent)")
+
+
+def test_a_search_and_two_selects_filter(page):
+    page.fill("#search", "sparsegpt 2:4")
+    assert names(page) == ["dense", "sparsegpt-2-4"]
+    assert page.inner_text("#shown") == "1 of 21 experiments shown"
+    page.fill("#search", "")
+    page.select_option("#method", "wanda")
+    page.select_option("#pattern", "4:8")
+    assert names(page) == ["dense", "wanda-4-8"]
+
+
+def test_what_is_filtered_out_is_faint_in_the_frontier(page):
+    page.locator("#frontier").scroll_into_view_if_needed()
+    page.wait_for_selector("#frontier svg")
+    page.select_option("#method", "wanda")
+    page.wait_for_function("document.querySelectorAll('#frontier .mark-symbol path[opacity=\"0.08\"]').length === 14")
+
+
+def test_a_heading_sorts_both_ways(page):
+    page.click("[data-sort=sparsity]")
+    assert names(page)[1].endswith("-40")
+    assert page.get_attribute("th:has([data-sort=sparsity])", "aria-sort") == "ascending"
+    page.click("[data-sort=sparsity]")
+    assert names(page)[1].endswith("-80")
+    assert page.get_attribute("th:has([data-sort=sparsity])", "aria-sort") == "descending"
+    page.click("[data-sort='mean/tasks/acc']")
+    assert page.get_attribute("th:has([data-sort='mean/tasks/acc'])", "aria-sort") == "descending"  # the best first
+
+
+def test_the_table_begins_with_the_best_by_the_first_metric(page):
+    assert names(page)[:2] == ["dense", "admm-40"]
+    assert page.get_attribute("th:has([data-sort='corpus/wikipedia/perplexity'])", "aria-sort") == "ascending"
+
+
+@pytest.mark.parametrize("baseline", ["dense", "sparsegpt-50"])
+def test_differences_to_the_baseline_are_those_of_the_statistics(page, baseline):
+    group = GROUPS[0]
+    known = {details.name: details.scores for details in group.results} | {"dense": group.dense}
+    tasks = [Metric(kind="task", name=task, metric="acc", label="", unit="", better="higher") for task in group.dense.rows]
+    for metric in (*group.metrics, *tasks):
+        of = {"kind": metric.kind, "name": metric.name, "metric": metric.metric, "piece": {"perplexity": "nll"}.get(metric.metric, "kld")}
+        found = page.evaluate(
+            """([of, baseline]) => group().experiments.map((one) => {
+                const estimate = pairedDifference(group(), of, one, model(baseline));
+                return [one.name, estimate.value, estimate.stderr, estimate.clusters, intervalOf(estimate, data.quantiles)];
+            })""",
+            [of, baseline],
+        )
+        for name, value, stderr, clusters, interval in found:
+            wanted = apart(metric, known[name], known[baseline])
+            assert (value, stderr) == pytest.approx((wanted.value, wanted.stderr), abs=2e-6)  # losses are embedded to six decimals
+            assert clusters == wanted.clusters
+            assert interval == pytest.approx(wanted.interval, abs=2e-5)
+
+
+def test_any_row_becomes_the_baseline(page):
+    assert page.inner_text(".baseline th").startswith("dense")
+    page.click("[data-pin='sparsegpt-50']")
+    assert page.inner_text(".baseline th").startswith("sparsegpt-50")
+    assert page.get_attribute("[data-pin='sparsegpt-50']", "aria-pressed") == "true"
+    assert page.input_value("#baseline") == "sparsegpt-50"
+    assert page.locator(".baseline .delta").count() == 0
+    row = page.locator(f"{ROWS}:has([data-pin='admm-50'])")
+    assert "better" in row.inner_text()  # in words, not by colour alone
+    assert page.inner_text("#verdict").startswith("Against sparsegpt-50, in perplexity on wikipedia: ")
+    page.select_option("#baseline", "dense")
+    assert page.inner_text(".baseline th").startswith("dense")
+
+
+@pytest.mark.parametrize(
+    ("line", "command"), [("run", "dvc exp run -S method=wanda -S pattern.sparsity=0.6"), ("apply", "dvc exp apply wanda-60")]
+)
+def test_a_line_is_copied(page, line, command):
+    page.click(f"button[aria-label='Copy the {line} line of wanda-60']")
+    page.wait_for_function("document.getElementById('toast').textContent.startsWith('Copied: dvc exp')")
+    assert page.evaluate("navigator.clipboard.readText()").startswith(command)
+
+
+def test_the_metric_changes_what_is_drawn_and_said(page):
+    page.locator("#frontier").scroll_into_view_if_needed()
+    page.wait_for_selector("#frontier svg")
+    page.select_option("#metric", "corpus/wikipedia/mean_kld")
+    page.wait_for_function("document.querySelector('#frontier').textContent.includes('Mean KLD on wikipedia [nats], lower is better')")
+    assert page.inner_text("#best-metric") == "Mean KLD on wikipedia"
+    assert page.locator(".best:visible li").count() == 7
+    assert page.locator(".noise:visible > div").count() == 7
+
+
+def test_a_point_tells_its_numbers(page):
+    page.locator("#frontier").scroll_into_view_if_needed()
+    page.wait_for_selector("#frontier svg")
+    page.locator("#frontier .mark-symbol.role-mark path").last.hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.inner_text("#vg-tooltip-element")
+    assert all(words in told for words in ("perplexity on wikipedia", "against dense", "18,414 tokens", "seconds"))
+
+
+def test_other_protocols_have_axes_and_tables_of_their_own(page):
+    page.select_option("#group", "1")
+    assert sorted(names(page)) == ["dense", "sparsegpt-bos", "wanda-bos"]
+    assert "bos: 1, there absent" in page.inner_text(".note:visible")
+    assert page.locator("#baseline option").count() == 3
+
+
+def test_experiments_are_chosen_for_the_sections_below(page):
+    assert page.locator("[data-choose]:checked").count() == 6
+    page.locator("[data-choose='wanda-50']").click()
+    assert not page.is_checked("[data-choose='wanda-50']")
+    assert page.inner_text("#toast").startswith("At most 6 experiments")
+    page.uncheck("[data-choose='admm-40']")
+    page.check("[data-choose='wanda-50']")
+    assert "wanda-50" in page.inner_text("#configuration thead")
+    assert "wanda-50: wanda, unstructured 50%" in page.inner_text("#generations")
+    assert "not through the chat template: the template wants" in page.inner_text("#generations")
+    page.click("summary:has-text('Numbers of this plot')")
+    assert "wanda-50: wanda, unstructured 50%" in page.inner_text("#task-table")
+
+
+def test_only_parameters_that_differ_are_shown_until_all_are_asked(page):
+    few = page.locator("#configuration tbody tr").count()
+    assert "calibration.windows" not in page.inner_text("#configuration")
+    page.uncheck("#differing")
+    assert page.locator("#configuration tbody tr").count() > few
+    assert "calibration.windows" in page.inner_text("#configuration")
+
+
+def test_two_recipes_are_told_apart_in_text(page):
+    page.select_option("#recipe-from", "wanda-50")
+    page.select_option("#recipe-to", "admm-2-4")
+    lines = page.inner_text("#recipe").splitlines()
+    assert {"- method.name: wanda", "+ method.name: admm_short", "- pattern.sparsity: 0.5", "+ pattern.kept: 2"} <= set(lines)
+    page.click("#recipe-copy")
+    page.wait_for_function("document.getElementById('toast').textContent !== ''")
+    assert page.evaluate("navigator.clipboard.readText()").splitlines() == lines
+    page.select_option("#recipe-to", "wanda-50")
+    assert page.inner_text("#recipe").strip() == "The recipes are equal."
+
+
+def test_blocks_are_shown_of_any_experiment(page):
+    page.select_option("#inspected", "wanda-60")
+    assert page.inner_text("#matrices-about").startswith("wanda-60: wanda, unstructured 60%: 69,672,960 weights in 210 matrices, each")
+    page.locator("#relative_error").scroll_into_view_if_needed()
+    page.wait_for_selector("#relative_error svg .mark-rect path")
+    assert page.is_hidden("#sparsity")  # one value in all, which is said
+    page.click("summary:has-text('Numbers of these plots')")
+    assert page.locator("#matrix-table tbody tr").count() == 210
+
+
+def test_the_cost_is_shown_of_one_pattern_or_of_all(page):
+    page.locator("#seconds").scroll_into_view_if_needed()
+    page.wait_for_selector("#seconds svg")
+    page.select_option("#cell", "2:4")
+    page.wait_for_function("document.querySelectorAll('#seconds .mark-symbol.role-mark path').length === 3")
+    assert page.inner_text("#devices") == "3 experiments, one run each, on AMD EPYC, 2 threads."
+
+
+def test_all_can_be_done_by_keyboard(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the table"
+    page.focus("[data-sort=name]")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.dataset.sort") == "name"
+    assert names(page)[1] == "admm-2-4"
+    page.focus("[data-pin='admm-40']")
+    page.keyboard.press("Space")
+    assert page.inner_text(".baseline th").startswith("admm-40")
+    assert page.evaluate("document.activeElement.dataset.pin") == "admm-40"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.focus("#table tbody button[aria-label^='Copy the run']")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('toast').textContent.startsWith('Copied')")
+
+
+def test_every_control_has_a_name_and_every_table_a_caption(page):
+    nameless = """() => [...document.querySelectorAll('button, select, input, [role=region], [role=img]')].filter((one) =>
+        !one.textContent.trim() && !one.getAttribute('aria-label') && !one.getAttribute('aria-labelledby') && !(one.labels || []).length
+    ).map((one) => one.outerHTML)"""
+    assert page.evaluate(nameless) == []
+    assert page.eval_on_selector_all("table", "tables => tables.filter((table) => !table.caption).length") == 0
+    assert page.eval_on_selector_all("h1, h2, h3", "all => all.filter((one) => !one.textContent.trim()).length") == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_in_both_schemes(browser, file, scheme):
+    page = opened(browser, file, color_scheme=scheme)
+    colours = page.evaluate(
+        """() => ['ink', 'quiet', 'better', 'worse', 'noise', 'accent'].map((name) => {
+            const probe = document.body.appendChild(Object.assign(document.createElement('i'), { style: `color: var(--${name})` }));
+            return [getComputedStyle(probe).color, getComputedStyle(document.body).backgroundColor];
+        })"""
+    )
+    assert all(contrast(*map(rgb, pair)) >= 4.5 for pair in colours)
+    assert (rgb(colours[0][1])[0] > 128) == (scheme == "light")
+    page.context.close()
+
+
+def rgb(colour: str) -> list[int]:
+    return [int(number) for number in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+
+
+def contrast(first: list[int], second: list[int]) -> float:
+    """The ratio of luminances by WCAG 2."""
+    linear = [[c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour] for colour in (first, second)]
+    bright, dim = sorted((0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def test_plots_follow_the_scheme(page):
+    page.locator("#frontier").scroll_into_view_if_needed()
+    page.wait_for_selector("#frontier svg")
+    light = page.eval_on_selector("#frontier .mark-symbol path", "mark => mark.getAttribute('fill')")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("(light) => document.querySelector('#frontier .mark-symbol path')?.getAttribute('fill') !== light", arg=light)
+
+
+def test_a_narrow_screen_scrolls_in_one_direction(browser, file):
+    page = opened(browser, file, viewport=NARROW)
+    for part in ("#frontier", "#tasks", "#seconds", "#relative_error"):
+        page.locator(part).scroll_into_view_if_needed()
+        page.wait_for_selector(f"{part} svg")
+        assert page.eval_on_selector(f"{part} svg", "drawing => drawing.getBoundingClientRect().width") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.complaints == []
+    page.context.close()
+
+
+def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
+    dense = synthetic.dense_scores()
+    methods = list(synthetic.METHODS)
+    results = [
+        synthetic.details(f"run-{number}", methods[number % 6], "unstructured", dense, sparsity=0.4 + number % 40 / 100, seed=number)
+        for number in range(200)
+    ]
+    path = tmp_path / "index.html"
+    path.write_text(html([replace(GROUPS[0], results=results, dense=of_dense(dense))], []), encoding="utf8")
+    page = opened(browser, path)
+    page.wait_for_selector("#frontier svg", state="attached")
+    timing = json.loads(page.evaluate("JSON.stringify(performance.getEntriesByType('navigation')[0])"))
+    assert page.locator(f"{ROWS}.measured").count() == 200
+    assert timing["loadEventEnd"] / 1000 < SECONDS
+    assert page.complaints == []
+    page.context.close()

@@ -1,0 +1,81 @@
+"""Differences of two models on the same windows and rows."""
+
+import math
+
+import pytest
+
+from stages.evaluation.statistics import Estimate
+from stages.experiments.details import Scores
+from stages.experiments.paired import Metric, Verdict, apart, headline, mean_of_tasks, natural, of_scores, verdict
+from tests.experiments import synthetic
+
+
+def metric(kind: str = "corpus", name: str = "news", what: str = "perplexity", better: str = "lower") -> Metric:
+    return Metric(kind=kind, name=name, metric=what, label=what, unit="", better=better)
+
+
+def scores(nll: list[float], kld: list[float] | None = None, acc: list[float] | None = None) -> Scores:
+    windows = {"nll": nll} | ({"kld": kld} if kld else {})
+    rows = {"boolq": {"acc": acc}} if acc else {}
+    return Scores(
+        windows={"news": windows}, rows=rows, window_clusters={"news": list(range(len(nll)))}, row_clusters={"boolq": [0, 0, 1, 1]}
+    )
+
+
+def test_a_difference_of_perplexity_is_a_ratio():
+    found = apart(metric(), scores([2.0, 3.0, 4.0]), scores([1.0, 2.0, 3.0]))
+    value, ends = natural(metric(), found)
+    assert value == pytest.approx(math.e)
+    assert ends == pytest.approx((math.e, math.e))
+
+
+def test_a_difference_of_other_metrics_is_a_difference():
+    kld = metric(what="mean_kld")
+    assert natural(kld, apart(kld, scores([0, 0], [0.3, 0.5]), scores([0, 0], [0.1, 0.1])))[0] == pytest.approx(0.3)
+    acc = metric("task", "boolq", "acc", "higher")
+    found = apart(acc, scores([0], acc=[1, 1, 0, 0]), scores([0], acc=[0, 0, 0, 0]))
+    assert (found.value, found.count, found.clusters) == (0.5, 4, 2)
+
+
+def test_what_one_of_two_lacks_has_no_difference():
+    assert apart(metric(what="mean_kld"), scores([1.0], [0.1]), scores([1.0])) is None
+    assert apart(metric("task", "boolq", "acc"), scores([1.0]), scores([1.0], acc=[0, 0, 0, 0])) is None
+    assert apart(metric("mean", "tasks", "acc"), scores([1.0]), scores([1.0])) is None
+
+
+def test_a_mean_over_tasks_has_satterthwaites_degrees_of_freedom():
+    equal = Estimate(value=0.2, stderr=0.1, count=10, clusters=6)
+    other = Estimate(value=0.4, stderr=0.1, count=10, clusters=6)
+    found = mean_of_tasks([equal, other])
+    assert found.value == pytest.approx(0.3)
+    assert found.stderr == pytest.approx(math.sqrt(2) * 0.1 / 2)
+    assert (found.count, found.clusters) == (20, 11)  # 5 + 5 degrees of freedom
+    certain = Estimate(value=0.0, stderr=0.0, count=10, clusters=6)
+    assert mean_of_tasks([equal, certain]).clusters == 6  # those of the one that varies
+    assert mean_of_tasks([certain, certain]).clusters == 11
+    assert mean_of_tasks([equal, Estimate(value=0.1, stderr=None, count=3, clusters=1)]).stderr is None
+
+
+@pytest.mark.parametrize(
+    ("value", "better", "said"),
+    [(0.5, "lower", Verdict.WORSE), (0.5, "higher", Verdict.BETTER), (-0.5, "lower", Verdict.BETTER), (0.1, "lower", Verdict.NOISE)],
+)
+def test_a_difference_is_one_where_its_interval_holds_no_zero(value, better, said):
+    assert verdict(metric(better=better), Estimate(value=value, stderr=0.1, count=30, clusters=30)) == said
+
+
+def test_without_an_error_nothing_is_told_apart():
+    assert verdict(metric(), Estimate(value=9.0, stderr=None, count=1, clusters=1)) == Verdict.NOISE
+
+
+def test_a_models_own_mean_is_that_of_the_statistics():
+    found = of_scores(metric(), scores([1.0, 3.0]))
+    assert math.exp(found.value) == pytest.approx(math.exp(2))
+
+
+def test_plots_show_each_corpus_first_and_means_last():
+    assert [one.id for one in headline(synthetic.group().results)] == [
+        "corpus/wikipedia/perplexity",
+        "corpus/wikipedia/mean_kld",
+        "mean/tasks/acc",
+    ]
