@@ -9,7 +9,8 @@ from typing import Any
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 
-from stages.evaluation.results import samples_file
+from stages.evaluation.measurement import Kind, Measurement, as_rows
+from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS
@@ -79,7 +80,7 @@ def read_details(experiments: Sequence[Experiment]) -> tuple[list[Details], Scor
         try:
             files = _Files(experiment.revision)
             details = _details(experiment, files)
-            dense = dense or of_dense(_scores(files, DENSE_RESULTS / "details", list(details.scores.rows)))
+            dense = dense or of_dense(_scores(files, DENSE_RESULTS / "details", _tasks(experiment.measurements)))
             require_same_pieces(details.scores, dense)
             found.append(details)
         except Unreadable as error:
@@ -140,14 +141,12 @@ def _parsed(text: str, path: Path) -> Any:
 
 
 def _details(experiment: Experiment, files: _Files) -> Details:
-    directory = SPARSE_RESULTS / "details"
-    measurements = files.json(directory / "measurements.json")
-    tasks = list(dict.fromkeys(row["name"] for row in measurements if row["kind"] == "task"))
+    directory, made = SPARSE_RESULTS / "details", experiment.measurements
     return Details(
         experiment=experiment,
         command=command(experiment.params),
-        measurements=measurements,
-        scores=_scores(files, directory, tasks),
+        measurements=[{**row, "name": _name(measured)} for row, measured in zip(as_rows(made), made, strict=True)],
+        scores=_scores(files, directory, _tasks(experiment.measurements)),
         generations=files.json(directory / "generations.json"),
         matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
         run=files.json(PRUNE_RESULTS / "provenance.json"),
@@ -155,9 +154,19 @@ def _details(experiment: Experiment, files: _Files) -> Details:
     )
 
 
-def _scores(files: _Files, directory: Path, tasks: list[str]) -> Scores:
+def _name(measured: Measurement) -> str:
+    """What a measurement is of, with the style of the prompts where that is another than raw."""
+    return measured.name if measured.style == RAW else f"{measured.name} ({measured.style})"
+
+
+def _tasks(measurements: Sequence[Measurement]) -> dict[str, tuple[str, str]]:
+    """The tasks, each in each style: what they are called, and both."""
+    return {_name(measured): (measured.name, measured.style) for measured in measurements if measured.kind == Kind.TASK}
+
+
+def _scores(files: _Files, directory: Path, tasks: dict[str, tuple[str, str]]) -> Scores:
     windows: dict[str, dict[str, Any]] = files.json(directory / "windows.json")
-    samples = {task: files.lines(samples_file(directory, task)) for task in tasks}
+    samples = {name: files.lines(samples_file(directory, task, style)) for name, (task, style) in tasks.items()}
     return Scores(
         windows={corpus: {name: values for name, values in of.items() if name != "clusters"} for corpus, of in windows.items()},
         rows={task: {name: [row["values"][name] for row in rows] for name in rows[0]["values"]} for task, rows in samples.items()},
