@@ -243,8 +243,8 @@ def matrices_content(details: Details) -> dict[str, Any]:
     """Relative error, sparsity and damping by block and kind of matrix; a mixture's experts as their mean.
 
     Returns:
-        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "cells", [block, index of the kind, number of matrices] of each; and of each quantity a value for each cell,
-        or one value that all have.
+        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "cells", [block, index of the kind, number
+        of matrices] of each; and of each quantity a value for each cell, or one value that all have.
     """
     kinds = {row["matrix"]: kind_of(row["matrix"]) for row in details.matrices}
     names = short_names(set(kinds.values()))

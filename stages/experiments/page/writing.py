@@ -81,19 +81,20 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, group in enumerate(groups, start=1):
         for metric in group.metrics:
             data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
-            name = file_name(number, metric.id)
+            name = file_name(metric.id, number)
             yield f"frontier-{name}", drawn(charts.frontier(metric, group.methods, group.patterns), data)
             for measure in charts.COSTS:
                 yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
-        yield file_name(number, "accuracy"), drawn(charts.tasks(), {charts.TASKS: task_rows(group)})
+        if group.dense.rows:
+            yield file_name("accuracy", number), drawn(charts.tasks(), {charts.TASKS: task_rows(group)})
         for details in leaders(group):
             data = {charts.MATRICES: matrix_rows(details)}
             panels = [charts.matrices(quantity) for quantity in charts.QUANTITIES]
-            yield file_name(number, f"matrices-{details.name}"), stacked(panels, data)
+            yield file_name(f"matrices-{details.name}", number), stacked(panels, data)
 
 
-def file_name(number: int, name: str) -> str:
-    """A plain name of a file, with the number of its protocol."""
+def file_name(name: str, number: int) -> str:
+    """A plain name of a file. number: of its protocol."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{number}"
 
 

@@ -324,6 +324,7 @@ function taskRow(task, one, baseline) {
 }
 
 function showTasks() {
+  byId("by-task").hidden = !Object.keys(group().dense.rows).length;
   const baseline = model(chosen.baseline);
   const compared = chosenModels().filter((one) => one.name !== chosen.baseline);
   const rows = Object.keys(group().dense.rows).flatMap((task) => compared.map((one) => taskRow(task, one, baseline)));
