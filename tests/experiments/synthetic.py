@@ -5,6 +5,7 @@ import math
 import random
 from typing import Any
 
+from stages.evaluation.measurement import as_rows, from_rows
 from stages.evaluation.statistics import Estimate, difference, mean
 from stages.experiments.details import Details, Scores, of_dense
 from stages.experiments.page.group import Group
@@ -70,12 +71,13 @@ def details(
     numbers = random.Random(f"{name} {method} {pattern} {sparsity} {seed}")
     harder = {"unstructured": 1.0, "2:4": 2.1, "4:8": 1.5}[pattern]
     scores = sparse_scores(dense, METHODS[method] * harder * 0.6 * (sparsity / 0.5) ** 4, numbers)
+    rows = as_rows(from_rows(measurements(scores, dense)))
     return Details(
         experiment=Experiment(
             name=name,
             revision="0" * 39 + "1",
             params=_params(method, pattern, sparsity, seed),
-            measurements=[],
+            measurements=from_rows(rows),
             prune_metrics={"sparsity": sparsity, "seconds": 40.0},
             protocol={
                 "base": "f" * 64,
@@ -90,7 +92,7 @@ def details(
             pattern=pattern,
         ),
         command=f"dvc exp run -S method={method} -S pattern.sparsity={sparsity} -S calibration.seed={seed}",
-        measurements=measurements(scores, dense),
+        measurements=rows,
         scores=scores,
         generations=[_texts(prompt, method) for prompt in PROMPTS],
         matrices=[_matrix(block, kind, sparsity, numbers) for block in range(blocks) for kind in MATRICES],

@@ -74,8 +74,8 @@ def test_a_ruler_is_read_where_there_is_one(experiment, repository):
 @pytest.mark.parametrize(
     ("path", "content", "reason"),
     [
-        ("results/sparse/details/measurements.json", None, "measurements.json is not there .*; `dvc exp pull` brings it"),
-        ("results/sparse/details/measurements.json", "{", "measurements.json: not JSON"),
+        ("results/sparse/details/windows.json", None, "windows.json is not there .*; `dvc exp pull` brings it"),
+        ("results/sparse/details/windows.json", "{", "windows.json: not JSON"),
         (
             "results/dense/details/samples-boolq.jsonl",
             '{"row": 0, "cluster": 0, "values": {"acc": 1}}\n',
