@@ -89,13 +89,13 @@ def cost(metric: Metric, measure: str, methods: list[str], patterns: list[str]) 
     return _finished(alt.layer(*layers).add_params(CHOICE), height=340)
 
 
-def tasks() -> Spec:
-    """The difference of each chosen experiment to the baseline in each task, with paired 95% intervals."""
+def tasks(reference: str = "the baseline") -> Spec:
+    """The difference of each chosen experiment to a reference in each task, with paired 95% intervals."""
     rows = alt.Chart(alt.NamedData(name=TASKS))
     y = alt.Y("task:N", title=None, sort=None, axis=alt.Axis(grid=True, labelFontSize=13, labelLimit=160))
     offset = alt.YOffset("experiment:N", sort=None)
     colour = alt.Color("experiment:N", sort=None, title=None, legend=alt.Legend(orient="top", columns=1, symbolType="circle"))
-    x = alt.X("value:Q", title="difference of accuracy to the baseline, paired, 95% interval", axis=alt.Axis(tickCount=8, format="+.2~f"))
+    x = alt.X("value:Q", title=f"difference of accuracy to {reference}, paired, 95% interval", axis=alt.Axis(tickCount=8, format="+.2~f"))
     zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeWidth=1.5).encode(x="zero:Q")
     ends = rows.transform_filter("datum.low != null").mark_rule(strokeWidth=2)
     marks = rows.mark_point(filled=True, size=70, opacity=1)

@@ -1,7 +1,7 @@
 """Experiments of one protocol: what may stand on one axis, in one table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.evaluation.protocol import differences
@@ -9,6 +9,8 @@ from stages.experiments.details import Details, Scores, read_details
 from stages.experiments.paired import Metric, headline
 from stages.experiments.reading import Experiment, Missing
 from stages.experiments.table import SHORT, base_name, by_protocol, compared
+
+COMMIT = 10  # digits of a commit by which it is called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def read_groups(experiments: Sequence[Experiment]) -> tuple[list[Group], list[Mi
     """Read the details of experiments, by protocol, the largest group first; and what cannot be read."""
     groups: list[Group] = []
     missing: list[Missing] = []
-    for members in by_protocol(list(experiments)):
+    for members in by_protocol(distinct(experiments)):
         results, dense, unread = read_details(members)
         missing += unread
         if results and dense is not None:
@@ -75,6 +77,17 @@ def read_groups(experiments: Sequence[Experiment]) -> tuple[list[Group], list[Mi
             own = results[0].experiment.protocol
             groups.append(Group(results=results, dense=dense, differs=differences(compared(own), compared(first))))
     return groups, missing
+
+
+def distinct(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """Experiments by names of their own: one whose name another has is called by its commit, by which DVC applies it as well."""
+    taken: set[str] = set()
+    named = []
+    for experiment in experiments:
+        repeated = experiment.name in taken and experiment.revision is not None
+        named.append(replace(experiment, name=(experiment.revision or "")[:COMMIT]) if repeated else experiment)
+        taken.add(named[-1].name)
+    return named
 
 
 def shortened(value: Any) -> str:

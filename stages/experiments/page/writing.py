@@ -86,7 +86,7 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
             for measure in charts.COSTS:
                 yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
         if group.dense.rows:
-            yield file_name("accuracy", number), drawn(charts.tasks(), {charts.TASKS: task_rows(group)})
+            yield file_name("accuracy", number), drawn(charts.tasks("the dense model"), {charts.TASKS: task_rows(group)})
         for details in leaders(group):
             data = {charts.MATRICES: matrix_rows(details)}
             panels = [charts.matrices(quantity) for quantity in charts.QUANTITIES]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from stages.experiments.page import group as module
 from stages.experiments.page.content import protocol_rows
-from stages.experiments.page.group import read_groups
+from stages.experiments.page.group import distinct, read_groups
 from stages.experiments.reading import Missing
 from tests.experiments import synthetic
 
@@ -23,6 +23,12 @@ def test_groups_are_of_one_protocol_the_largest_first(monkeypatch):
 def test_a_group_of_which_nothing_can_be_read_is_none(monkeypatch):
     monkeypatch.setattr(module, "read_details", lambda members: ([], None, [Missing(name="x", reason="why")]))
     assert read_groups([synthetic.group().results[0].experiment]) == ([], [Missing(name="x", reason="why")])
+
+
+def test_an_experiment_whose_name_another_has_is_called_by_its_commit():
+    first = synthetic.group(sparsities=(0.5,)).results[0].experiment
+    second = replace(first, revision="abcdef0123456789")
+    assert [one.name for one in distinct([first, second])] == ["wanda-50", "abcdef0123"]
 
 
 def test_cells_hold_what_has_one_pattern_and_sparsity():
