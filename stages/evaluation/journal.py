@@ -33,6 +33,7 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.taken_over = {path.name for path in directory.iterdir()}  # of an interrupted run
 
     def _path(self, *name: str) -> Path:
         """The file of a part; names of tasks may hold any character."""
@@ -44,7 +45,8 @@ class Journal:
 
     def read(self, *name: str) -> Any:
         """The plain data of a finished part."""
-        log.info("%s: %s was scored by an interrupted run", self.directory, " ".join(name))
+        if self._path(*name).name in self.taken_over:
+            log.info("%s: taken over from an interrupted run: %s", self.directory, " ".join(name))
         return read_json(self._path(*name))
 
     def write(self, data: Any, *name: str) -> None:
@@ -58,7 +60,7 @@ class Journal:
         """What was observed on the windows of each corpus: an interrupted run's, or computed now and added."""
         path = self.directory / "windows.safetensors"
         if path.is_file():
-            log.info("%s: the windows were scored by an interrupted run", self.directory)
+            log.info("%s: taken over from an interrupted run: windows", self.directory)
             found: dict[str, dict[str, torch.Tensor]] = {}
             for key, tensor in load_file(path).items():
                 corpus, name = key.split(BETWEEN)

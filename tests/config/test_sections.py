@@ -79,7 +79,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["base=hub", "base.repo=a/b"], "base.revision: found None, wanted a commit, tag or branch to pin"),
         (["base=gguf", "base.path=f"], "base.sha256: found None"),
         (["text.calibration.c4_pages.source=guess"], "text.calibration.c4_pages.source: found 'guess', wanted one of wheel, hub, local"),
-        (["evaluation.tasks=[boolq,guess]"], "evaluation.tasks: found 'guess', wanted one of boolq"),
+        (["evaluation.styles=[raw,loud]"], "evaluation.styles: found 'loud', wanted one of raw, chat, system, few_shot"),
         (
             ["+evaluation.corpora.guess={window_length:64,windows:4,evenly:false}"],
             "evaluation.corpora: found 'guess', wanted one of wikipedia",
@@ -93,7 +93,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
             "text.calibration.mine: .* missing mandatory value: text .*; wanted text, .*role, .* conf/text have them",
         ),
         (["prune.device=cudafoo"], "prune.device: found 'cudafoo', wanted auto, cpu or cuda"),
-        (["evaluation.rows=1"], "evaluation.rows: found 1, wanted null or at least 2"),
+        (["evaluation.rows=0"], "evaluation.rows: found 0, wanted null or at least 1"),
         (["prune.device=tpu"], "prune.device: found 'tpu', wanted auto, cpu or cuda"),
         (
             ["method=sparsegpt", "pattern=nm_4_8", "method.update.block_size=100"],

@@ -10,8 +10,10 @@ import torch
 from stages.checkpoint.model import load_model
 from stages.errors import ArchitectureError, ConfigError
 from stages.evaluation import quantisation
+from stages.evaluation.metric import Corpus, window_means
+from stages.evaluation.metrics import METRICS
 from stages.evaluation.quantisation import TYPES, Quantiser, fitting, ggml_base, quantised, type_named
-from stages.evaluation.streamed import StreamedModel
+from stages.evaluation.scoring import StreamedModels
 from stages.streaming.decoder import Decoder
 from tests import architectures
 from tests.pruning.test_architectures import fetched
@@ -238,9 +240,13 @@ def test_every_expert_of_a_tensor_is_quantised(tmp_path):
 def test_a_streamed_model_and_a_whole_one_have_the_same_quantised_weights(base, tmp_path):
     decoder, windows = made_of(base), torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
     quantiser = Quantiser.for_decoder(decoder, "Q4_K")
-    streamed = StreamedModel(decoder=decoder, apply=quantiser, scratch=tmp_path).window_losses(windows).losses
+    corpus, models = (
+        Corpus(name="a", windows=windows, clusters=[0, 1]),
+        StreamedModels(decoder=decoder, variants={"q": quantiser}, scratch=tmp_path),
+    )
+    observed = models.observe([corpus], [METRICS["perplexity"]])["q"]["a"]
     model = load_model(base, quantiser, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
-    assert streamed == pytest.approx(losses, rel=1e-5)
+    assert window_means(observed["nll"]) == pytest.approx(losses, rel=1e-5)
     assert torch.equal(model.state_dict()[GATE], quantised(base.tensor(GATE).float(), TYPES["Q5_0"]))
