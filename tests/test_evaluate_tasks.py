@@ -271,7 +271,10 @@ def test_rows_longer_than_the_context_are_counted(root, monkeypatch, caplog):
     assert [row.get("cut") for row in Rows(root / "results/dense/details/samples-own_choice.jsonl")] == [None, True, None]
     assert read_json(root / "results/dense/details/protocol.json")["tasks"]["own_choice"]["cut"] == 1
     (message,) = [message for message in caplog.messages if "longer than the context" in message]
-    assert "own_choice (raw): 1 rows are longer than the context of 512 tokens and lose their beginning; the longest has " in message
+    assert (
+        "own_choice (raw): 1 rows with their answers are longer than the context of 512 tokens and lose their beginning; the longest has "
+        in message
+    )
 
 
 def test_a_single_row_has_no_standard_error(root, caplog):
@@ -303,6 +306,19 @@ def test_more_examples_than_there_are_rows_for_them_are_refused(root):
         run("dense", replace(ASKED, tasks=["gsm8k"], few_shot=9))
     with pytest.raises(TextError, match=r"piqa.jsonl: found 5 examples after the rows that are scored \(evaluation.rows\), wanted 6"):
         run("dense", replace(ASKED, tasks=["piqa"], few_shot=6))
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_counted(root, monkeypatch, caplog):
+    rows = [{"question": "river " * (300 if i == 1 else 3), "answer": "lamp"} for i in range(3)]
+    benchmarks.write_own(benchmarks.GENERATED, rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    run("dense", replace(ASKED, tasks=["own_choice"]))
+    assert [row.get("cut") for row in Rows(root / "results/dense/details/samples-own_choice.jsonl")] == [None, True, None]
+    assert any("the longest has 7" in message for message in caplog.messages)
+    benchmarks.write_own(benchmarks.GENERATED.replace("400", "512"), rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    with pytest.raises(ConfigError, match="own_choice generates 512 tokens, wanted fewer than the model's context of 512"):
+        run("dense", replace(ASKED, tasks=["own_choice"]))
 
 
 # The journal.
