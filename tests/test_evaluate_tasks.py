@@ -208,6 +208,22 @@ def test_a_style_that_the_template_refuses_is_skipped_and_named(root, caplog):
     assert set(read_json(root / "results/dense/metrics.json")["styles"]) == {"chat"}
 
 
+def test_a_style_in_which_the_template_refuses_a_row_is_skipped_and_the_row_is_named(root, caplog):
+    path = root / "artifacts/base/chat_template.jinja"
+    word = benchmarks.WORDS[1].split()[-1]
+    path.write_text(
+        f"{{% if messages[0]['content'].endswith('{word}') %}}{{{{ raise_exception('no {word}') }}}}{{% endif %}}" + path.read_text()
+    )
+    run("dense", replace(ASKED, tasks=["own_choice"], styles=["raw", "chat"]))
+    protocol = read_json(root / "results/dense/details/protocol.json")
+    assert protocol["styles"]["chat"]["skipped"].startswith(
+        "evaluation.tasks: own_choice, row 2: the base's chat template refuses this dialogue"
+    )
+    assert any(message.startswith("evaluation.styles: chat is skipped: evaluation.tasks: own_choice, row 2") for message in caplog.messages)
+    run("sparse", replace(ASKED, tasks=["own_choice"], styles=["raw", "chat"]))
+    assert "styles" not in read_json(root / "results/sparse/metrics.json")
+
+
 def test_generation_is_refused_with_a_streamed_model_before_a_weight_is_read(root):
     forbid_weights(root)
     with pytest.raises(ConfigError, match="evaluation.tasks: gsm8k generates text, wanted a task of choices .* with evaluation.streamed"):

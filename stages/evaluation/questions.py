@@ -289,11 +289,10 @@ class Asking:
     def _make_requests(self, name: str, task: ConfigurableTask, style: str) -> None:
         try:
             task.build_all_requests(limit=self.limit, **self._options(style))
-        except TextError as error:
-            raise TextError(f"{KEY}: {name}: {error}") from error
-        except BROKEN as error:
+        except (TextError, *BROKEN) as error:
             number, reason = self._first_broken(task, style) or ("?", error)
-            raise TextError(f"{KEY}: {name}, row {number}: lm-eval cannot ask it ({_words(reason)})") from error
+            why = str(reason) if isinstance(reason, TextError) else f"lm-eval cannot ask it ({_words(reason)})"
+            raise TextError(f"{KEY}: {name}, row {number}: {why}") from error
 
     def _options(self, style: str) -> dict[str, Any]:
         """Arguments of build_all_requests."""
@@ -310,7 +309,7 @@ class Asking:
         for number, _ in enumerate(task.doc_iterator(limit=self.limit)):
             try:
                 task.build_all_requests(samples=[number], **self._options(style))
-            except BROKEN as error:
+            except (TextError, *BROKEN) as error:
                 return number + 1, error
         return None
 
