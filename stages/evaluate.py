@@ -180,7 +180,15 @@ def prepare(evaluation: Evaluation, scratch: Path) -> Setup:
     )
     asked = [Style.RAW, *(style for style, made in styles.items() if made.skipped is None)]
     sources = sources_of(evaluation, scratch, examples=evaluation.examples if Style.FEW_SHOT in asked else 0)
-    questions = {str(style): {source.name: asking.build(source, style) for source in sources} for style in asked}
+    questions: dict[str, dict[str, Questions]] = {}
+    for style in map(str, asked):
+        try:
+            questions[style] = {source.name: asking.build(source, style) for source in sources}
+        except TextError as error:
+            if style not in RENDERED:
+                raise
+            log.warning("evaluation.styles: %s is skipped: %s", style, error)
+            styles[style] = replace(styles[style], skipped=str(error))
     for name, of_task in questions[Style.RAW].items():
         warn_of_rows(name, of_task.protocol(), of_task, evaluation.rows)
     return Setup(

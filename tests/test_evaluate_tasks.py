@@ -208,6 +208,22 @@ def test_a_style_that_the_template_refuses_is_skipped_and_named(root, caplog):
     assert set(read_json(root / "results/dense/metrics.json")["styles"]) == {"chat"}
 
 
+def test_a_style_in_which_the_template_refuses_a_row_is_skipped_and_the_row_is_named(root, caplog):
+    path = root / "artifacts/base/chat_template.jinja"
+    word = benchmarks.WORDS[1].split()[-1]
+    path.write_text(
+        f"{{% if messages[0]['content'].endswith('{word}') %}}{{{{ raise_exception('no {word}') }}}}{{% endif %}}" + path.read_text()
+    )
+    run("dense", replace(ASKED, tasks=["own_choice"], styles=["raw", "chat"]))
+    protocol = read_json(root / "results/dense/details/protocol.json")
+    assert protocol["styles"]["chat"]["skipped"].startswith(
+        "evaluation.tasks: own_choice, row 2: the base's chat template refuses this dialogue"
+    )
+    assert any(message.startswith("evaluation.styles: chat is skipped: evaluation.tasks: own_choice, row 2") for message in caplog.messages)
+    run("sparse", replace(ASKED, tasks=["own_choice"], styles=["raw", "chat"]))
+    assert "styles" not in read_json(root / "results/sparse/metrics.json")
+
+
 def test_generation_is_refused_with_a_streamed_model_before_a_weight_is_read(root):
     forbid_weights(root)
     with pytest.raises(ConfigError, match="evaluation.tasks: gsm8k generates text, wanted a task of choices .* with evaluation.streamed"):
@@ -271,7 +287,10 @@ def test_rows_longer_than_the_context_are_counted(root, monkeypatch, caplog):
     assert [row.get("cut") for row in Rows(root / "results/dense/details/samples-own_choice.jsonl")] == [None, True, None]
     assert read_json(root / "results/dense/details/protocol.json")["tasks"]["own_choice"]["cut"] == 1
     (message,) = [message for message in caplog.messages if "longer than the context" in message]
-    assert "own_choice (raw): 1 rows are longer than the context of 512 tokens and lose their beginning; the longest has " in message
+    assert (
+        "own_choice (raw): 1 rows with their answers are longer than the context of 512 tokens and lose their beginning; the longest has "
+        in message
+    )
 
 
 def test_a_single_row_has_no_standard_error(root, caplog):
@@ -303,6 +322,19 @@ def test_more_examples_than_there_are_rows_for_them_are_refused(root):
         run("dense", replace(ASKED, tasks=["gsm8k"], few_shot=9))
     with pytest.raises(TextError, match=r"piqa.jsonl: found 5 examples after the rows that are scored \(evaluation.rows\), wanted 6"):
         run("dense", replace(ASKED, tasks=["piqa"], few_shot=6))
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_counted(root, monkeypatch, caplog):
+    rows = [{"question": "river " * (300 if i == 1 else 3), "answer": "lamp"} for i in range(3)]
+    benchmarks.write_own(benchmarks.GENERATED, rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    run("dense", replace(ASKED, tasks=["own_choice"]))
+    assert [row.get("cut") for row in Rows(root / "results/dense/details/samples-own_choice.jsonl")] == [None, True, None]
+    assert any("the longest has 7" in message for message in caplog.messages)
+    benchmarks.write_own(benchmarks.GENERATED.replace("400", "512"), rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    with pytest.raises(ConfigError, match="own_choice generates 512 tokens, wanted fewer than the model's context of 512"):
+        run("dense", replace(ASKED, tasks=["own_choice"]))
 
 
 # The journal.

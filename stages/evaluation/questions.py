@@ -103,7 +103,7 @@ class Questions:
         shots = {name: int(task.get_config("num_fewshot") or 0) for name, task in self.tasks.items()}
         better = {metric_name(*key): _better(tasks[0], key[0]) for key in self.metrics}
         return TaskProtocol(
-            rows=sum(len(self.documents(name)) for name in self.tasks),
+            rows=sum(len({instance.doc_id for instance in task.instances}) for task in tasks),
             sha256=self.source.sha256,
             few_shot=shots if len(set(shots.values())) > 1 else next(iter(shots.values())),
             metrics=[metric_name(*key) for key in self.metrics if is_mean(tasks, key[0])],
@@ -245,9 +245,8 @@ class Asking:
             longest = self._checked(name, task, questions.cut.setdefault(name, set()))
             if questions.cut[name]:
                 facts = (KEY, name, style, len(questions.cut[name]), self.encoder.max_length, longest)
-                log.warning(
-                    "%s: %s (%s): %d rows are longer than the context of %d tokens and lose their beginning; the longest has %d", *facts
-                )
+                words = "%s: %s (%s): %d rows with their answers are longer than the context of %d tokens and lose their beginning"
+                log.warning(words + "; the longest has %d", *facts)
         return questions
 
     def _load(self, source: Source, style: str) -> dict[str, ConfigurableTask]:
@@ -290,11 +289,10 @@ class Asking:
     def _make_requests(self, name: str, task: ConfigurableTask, style: str) -> None:
         try:
             task.build_all_requests(limit=self.limit, **self._options(style))
-        except TextError as error:
-            raise TextError(f"{KEY}: {name}: {error}") from error
-        except BROKEN as error:
+        except (TextError, *BROKEN) as error:
             number, reason = self._first_broken(task, style) or ("?", error)
-            raise TextError(f"{KEY}: {name}, row {number}: lm-eval cannot ask it ({_words(reason)})") from error
+            why = str(reason) if isinstance(reason, TextError) else f"lm-eval cannot ask it ({_words(reason)})"
+            raise TextError(f"{KEY}: {name}, row {number}: {why}") from error
 
     def _options(self, style: str) -> dict[str, Any]:
         """Arguments of build_all_requests."""
@@ -311,7 +309,7 @@ class Asking:
         for number, _ in enumerate(task.doc_iterator(limit=self.limit)):
             try:
                 task.build_all_requests(samples=[number], **self._options(style))
-            except BROKEN as error:
+            except (TextError, *BROKEN) as error:
                 return number + 1, error
         return None
 
@@ -332,7 +330,8 @@ class Asking:
                 )
             if not (context or scored):
                 raise TextError(f"{where}: found a prompt without a token, wanted at least one to continue")
-            highest, longest = max(highest, *context, *scored), max(longest, len(context) + len(scored))
+            generated = 0 if limit is None else max(0, self.encoder.max_length - limit)
+            highest, longest = max(highest, *context, *scored), max(longest, len(context) + len(scored) + generated)
             if limit is not None and len(context) + len(scored) > limit:
                 cut.add(instance.doc_id)
         require_embedded([highest], self.embedding_rows, self.encoder.tokenizer, f"{KEY}: {name}")

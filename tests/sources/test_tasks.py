@@ -150,3 +150,8 @@ def test_the_splits_of_a_definition_are_those_that_lm_eval_reads(tmp_path):
     assert replace(made, config={"validation_split": "valid", "fewshot_split": "dev", "training_split": "train"}).splits == ["valid", "dev"]
     assert replace(made, config={"test_split": "test", "fewshot_config": {"samples": [{}]}}).splits == ["test"]
     assert replace(made, config={"test_split": "test"}).splits == ["test"]
+
+
+def test_code_of_a_data_set_is_not_trusted_whatever_its_definition_says():
+    config = {"dataset_kwargs": {"trust_remote_code": True, "data_dir": "a"}}
+    assert tasks._options(config) == {"data_dir": "a"}
