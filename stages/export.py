@@ -27,12 +27,12 @@ def _lines(arguments: argparse.Namespace) -> Iterator[str]:
     library = client(arguments.tracker)
     experiments, missing = read_experiments()
     sent = runs(selected(experiments, missing, arguments.experiments))
-    if arguments.tracker == "mlflow":
+    if not sent:
+        yield "no experiment was evaluated yet; `dvc exp run` runs one"
+    elif arguments.tracker == "mlflow":
         yield from mlflow_runs.send(library, sent, to=arguments.to, project=arguments.project)
     else:
         yield from wandb_runs.send(library, sent, to=arguments.to, project=arguments.project, online=arguments.online)
-    if not sent:
-        yield "no experiment was evaluated yet; `dvc exp run` runs one"
     if not arguments.experiments:
         yield from (f"left out {one.name}: {one.reason}" for one in missing)
 

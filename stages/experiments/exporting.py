@@ -14,7 +14,7 @@ from stages.experiments.reading import Experiment, Missing
 from stages.experiments.table import base_name, compared, line
 
 MODULES = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}  # extra -> what it brings
-DEFAULTS = {"MLFLOW_DISABLE_TELEMETRY": "true"}  # which MLflow reads when it is imported
+DEFAULTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}  # which clients read when they are imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Run:
 
 
 def client(tracker: str) -> Any:
-    """Import the client of a tracker, "mlflow" or "wandb".
+    """Import the client of a tracker, "mlflow" or "wandb". It reports nothing to its maker unless the environment says so.
 
     Raises:
         ConfigError: it is not installed, or a library is not that it needs; names the command that installs them.

@@ -1,6 +1,7 @@
 """Experiments as other trackers have them, written and read back with their own clients; nothing leaves the machine."""
 
 import json
+import os
 import struct
 import sys
 from importlib.util import find_spec
@@ -112,6 +113,19 @@ def test_a_missing_client_is_named_with_the_command_that_brings_it(tracker, abse
         client(tracker)
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"])
+def test_a_client_reports_nothing_to_its_maker_unless_the_environment_says_so(name, monkeypatch):
+    for module in exporting.MODULES["mlflow"]:
+        monkeypatch.setitem(sys.modules, module, json)  # stands in for what is not installed
+    for default in exporting.DEFAULTS:
+        monkeypatch.setenv(default, "stated")
+    client("mlflow")
+    assert os.environ[name] == "stated"
+    monkeypatch.delenv(name)
+    client("mlflow")
+    assert os.environ[name] == {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}[name]
+
+
 def test_the_command_stops_without_its_client_before_it_reads_an_experiment(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(export, "read_experiments", lambda: pytest.fail("read"))
@@ -124,6 +138,8 @@ def test_the_command_stops_without_its_client_before_it_reads_an_experiment(monk
 def mlflow(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, value in exporting.DEFAULTS.items():
+        monkeypatch.setenv(name, value)
     return client("mlflow")
 
 
@@ -189,9 +205,9 @@ def test_what_mlflow_refuses_is_said_in_its_words(mlflow, tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_ERROR_REPORTING": "false"}.items():
+    local = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    for name, value in {**exporting.DEFAULTS, **local}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     module = client("wandb")
     yield module
     module.teardown()
@@ -260,6 +276,14 @@ def test_what_wandb_refuses_is_said_in_its_words(wandb, tmp_path):
     sent = runs([experiment("first", 20.0)])
     with pytest.raises(SparsesweepError, match="^W&B refused first: "):
         list(wandb_runs.send(wandb, sent, to=str(tmp_path), project="a/b", online=False))
+
+
+def test_without_an_experiment_nothing_is_sent(monkeypatch, capsys):
+    monkeypatch.setattr(export, "client", lambda tracker: None)
+    monkeypatch.setattr(export, "read_experiments", lambda: ([], [Missing(name="gone", reason="why")]))
+    monkeypatch.setattr(sys, "argv", ["export", "mlflow"])
+    export.main()
+    assert capsys.readouterr().out == "no experiment was evaluated yet; `dvc exp run` runs one\nleft out gone: why\n"
 
 
 @needs_wandb
