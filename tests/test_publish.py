@@ -154,7 +154,7 @@ def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATI
         "bos": None,
         "corpora": {"news": {"sha256": "news", **windows}},
         "metrics": ["perplexity"],
-        "tasks": {"boolq": {"rows": 20, "sha256": "boolq", "few_shot": 0, "metrics": ["acc"]}},
+        "tasks": {"boolq": {"rows": 20, "sha256": "boolq", "few_shot": 0, "metrics": ["acc"], "source": "text.evaluation"}},
         "styles": {},
         "prompts": ["river stone"],
         "new_tokens": 3,

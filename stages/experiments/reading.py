@@ -124,7 +124,10 @@ def _references() -> list[str]:
 
 
 def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SparsesweepError(f"{command[0]}: not found on PATH; is the project's virtual environment active?") from None
     if done.returncode:
         raise SparsesweepError(f"{' '.join(command[:3])} failed: {' '.join(done.stderr.split())}")
     return done.stdout

@@ -120,7 +120,11 @@ def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
     Args:
         text: provenance of the text. split: "calibration" or "evaluation".
     """
-    return ", ".join(f"{name} ({text['files'][f'{split}/{name}.jsonl']['license']})" for name in names)
+    files = text["files"]
+    return ", ".join(
+        f"{name} ({files[file]['license']})" if (file := f"{split}/{name}.jsonl") in files else f"{name} (a task of lm-eval, from the hub)"
+        for name in names
+    )
 
 
 def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, Any]) -> str:

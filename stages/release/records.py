@@ -15,7 +15,7 @@ from stages.checkpoint.reader import PROVENANCE
 from stages.config.environment import Environment
 from stages.errors import ReleaseError
 from stages.evaluation.measurement import Measurement, from_rows
-from stages.evaluation.protocol import read_protocol, require_same
+from stages.evaluation.protocol import EMBEDDED, read_protocol, require_same
 from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
 from stages.pruning.section import ANY_MACHINE
 from stages.recipe import Recipe
@@ -135,7 +135,8 @@ class Records:
         for name, source in self.calibration["sources"].items():
             actual = files.get(f"calibration/{name}.jsonl", {}).get("sha256")
             _require(path, f"calibration/{name}.jsonl with SHA-256", actual, source["sha256"], "python -m stages.sample")
-        scored = {name: part["sha256"] for key in ("corpora", "tasks") for name, part in self.protocol[key].items()}
+        scored = {name: corpus["sha256"] for name, corpus in self.protocol["corpora"].items()}
+        scored |= {name: task["sha256"] for name, task in self.protocol["tasks"].items() if task["source"] == EMBEDDED}
         for name, wanted in scored.items():
             actual = files.get(f"evaluation/{name}.jsonl", {}).get("sha256")
             _require(path, f"evaluation/{name}.jsonl with SHA-256", actual, wanted, f"{EVALUATE_DENSE}, then {EVALUATE_SPARSE}")
