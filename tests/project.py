@@ -116,7 +116,8 @@ def write_configuration(root: Path, data: Path) -> None:
         "defaults: [/text@_global_.text.evaluation: [tiny_articles, tiny_boolq, tiny_piqa], _self_]\n"
         "name: tiny\ndevice: auto\ndtype: auto\nbos: auto\n"
         "corpora: {tiny_articles: {window_length: 64, windows: 4, evenly: false}}\nmetrics: [perplexity, divergence]\n"
-        "tasks: [boolq, piqa]\nrows: 4\nfew_shot: null\nstyles: [raw]\nexamples: 2\nsystem_prompt: Be brief.\nbatch_size: 4\nstreamed: false\ngenerations: {new_tokens: 3, prompts: [river stone]}\n",
+        "tasks: [boolq, piqa]\nrows: 4\nfew_shot: null\nstyles: [raw]\nexamples: 2\nsystem_prompt: Be brief.\n"
+        "batch_size: 4\nstreamed: false\ngenerations: {new_tokens: 3, prompts: [river stone]}\n",
     )
     _yaml(
         conf / "experiment/tiny.yaml",
