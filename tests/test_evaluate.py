@@ -10,6 +10,7 @@ import pytest
 from stages import evaluate
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
+from stages.evaluation import setup
 from stages.evaluation.section import Evaluation, Generations, Ruler, Windows
 from stages.files import read_json
 from stages.sources import base as checkpoints
@@ -290,7 +291,7 @@ def test_text_that_cannot_be_scored_is_named_before_a_weight_is_read(root, part,
 
 def test_a_token_of_the_corpus_beyond_the_embedding_is_named_before_a_weight_is_read(root, monkeypatch):
     forbid_weights(root)
-    monkeypatch.setattr(evaluate, "embedding_rows", lambda base: 7)
+    monkeypatch.setattr(setup, "embedding_rows", lambda base: 7)
     with pytest.raises(CheckpointError, match="evaluation.corpora.articles: found the token .* with id .*, wanted ids below 7"):
         run("dense")
 

@@ -15,6 +15,7 @@ from stages import evaluate
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, TextError
+from stages.evaluation import setup
 from stages.evaluation.harness import WholeModel
 from stages.evaluation.questions import SEED, STOCK
 from stages.evaluation.section import Generations
@@ -273,8 +274,8 @@ def test_a_row_that_cannot_be_asked_is_named_before_a_weight_is_read(root, monke
 
 def test_a_token_of_a_task_beyond_the_embedding_is_named_before_a_weight_is_read(root, monkeypatch):
     forbid_weights(root)
-    monkeypatch.setattr(evaluate, "require_embedded", lambda *_: None)  # of the corpus
-    monkeypatch.setattr(evaluate, "embedding_rows", lambda base: 7)
+    monkeypatch.setattr(setup, "require_embedded", lambda *_: None)  # of the corpus
+    monkeypatch.setattr(setup, "embedding_rows", lambda base: 7)
     with pytest.raises(CheckpointError, match="evaluation.tasks: own_choice: found the token .* with id .*, wanted ids below 7"):
         run("dense", replace(ASKED, tasks=["own_choice"]))
 
