@@ -71,7 +71,7 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
     with opened(DENSE_JOURNAL, setup.fingerprint(None)) as journal:
         dense = score(setup, None, None, journal)
         with replacing(DENSE_RESULTS) as directory:
-            write(directory, setup, dense, delta=None, stopwatch=stopwatch)
+            write(directory, setup, dense, delta=None, stopwatch=stopwatch, speed=speed(journal))
 
 
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
@@ -89,7 +89,7 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
         with replacing(SPARSE_RESULTS) as directory:
             sizes = size_measurements(setup.base, delta, SPARSE)
             paired = replace(sparse, generations=paired_generations(dense, sparse), measurements=[*sparse.measurements, *sizes])
-            write(directory, setup, paired, delta=delta.fingerprint, stopwatch=stopwatch)
+            write(directory, setup, paired, delta=delta.fingerprint, stopwatch=stopwatch, speed=speed(journal))
             write_json(directory / "frontier.json", frontier_rows(delta, sparse))
             write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))
             write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
@@ -115,12 +115,32 @@ def evaluate_quantised(setup: Setup, types: list[str], stopwatch: record.Stopwat
         write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
 
 
-def write(directory: Path, setup: Setup, results: Results, *, delta: str | None, stopwatch: record.Stopwatch) -> None:
-    """Write the files that both models' results have; `delta` is the delta's fingerprint, None for the dense model."""
+def speed(journal: Journal) -> dict[str, float] | None:
+    """How fast the prompts were continued, one after the other; None where none were."""
+    measured = journal.read("speed") if journal.has("speed") else None
+    if measured is None:
+        return None
+    return {**measured, "tokens_per_second": round(measured["tokens"] / max(measured["seconds"], 0.01), 2)}
+
+
+def write(
+    directory: Path,
+    setup: Setup,
+    results: Results,
+    *,
+    delta: str | None,
+    stopwatch: record.Stopwatch,
+    speed: dict[str, float] | None,
+) -> None:
+    """Write the files that both models' results have.
+
+    Args:
+        delta: the delta's fingerprint; None for the dense model. speed: of generating text; None where none was generated.
+    """
     details = directory / "details"
     details.mkdir()
     write_json(directory / "metrics.json", results.metrics)
-    write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
+    write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch) | {"generation": speed})
     write_protocol(details / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=delta)
     results.write(details)
 
@@ -175,7 +195,10 @@ def score_whole(setup: Setup, apply: Apply | None, journal: Journal) -> None:
     for questions in waiting:
         score_tasks(harness, [questions], setup, journal)
     if not journal.has("generations"):
-        journal.write(generate(model, setup.tokenizer, setup.bos, prompts, evaluation.generations.new_tokens), "generations")
+        stopwatch = record.Stopwatch()
+        rows, tokens = generate(model, setup.tokenizer, setup.bos, prompts, evaluation.generations.new_tokens)
+        journal.write({"tokens": tokens, "seconds": round(stopwatch.seconds, 2)} if tokens else None, "speed")
+        journal.write(rows, "generations")
 
 
 def score_streamed(setup: Setup, apply: Apply | None, journal: Journal) -> None:

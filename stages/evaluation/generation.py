@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[str], new_tokens: int
-) -> list[dict[str, str]]:
+) -> tuple[list[dict[str, str]], int]:
     """Continue each prompt greedily.
 
     Args:
@@ -24,14 +24,18 @@ def generate(
 
     Returns:
         A row for each prompt: "prompt", "raw" and, where the tokenizer has a chat template, "chat", or "chat_refused", why the template
-        refuses the prompt.
+        refuses the prompt; and the number of tokens that were generated.
     """
-    rows = []
+    rows, generated = [], 0
     for prompt in prompts:
         encoded, refused = encodings(tokenizer, bos, prompt)
-        row = {"prompt": prompt} | {form: _continue(model, tokenizer, ids, new_tokens) for form, ids in encoded.items()}
+        row = {"prompt": prompt}
+        for form, ids in encoded.items():
+            tokens = _continue(model, tokenizer, ids, new_tokens)
+            row[form] = tokenizer.decode(tokens, skip_special_tokens=True)
+            generated += len(tokens)
         rows.append(row if refused is None else row | {"chat_refused": refused})
-    return rows
+    return rows, generated
 
 
 def encodings(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompt: str) -> tuple[dict[str, list[int]], str | None]:
@@ -64,10 +68,11 @@ def require_prompts(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[
 
 
 @torch.no_grad()
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_tokens: int) -> str:
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_tokens: int) -> torch.Tensor:
+    """The tokens that follow, [tokens], int64, at most `new_tokens`."""
     ids = torch.tensor([prompt], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
     )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return output[0, ids.shape[1] :]

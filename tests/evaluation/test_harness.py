@@ -111,8 +111,9 @@ def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
     model = load_model(base, None, dtype=torch.float32, device=CPU)
-    (row,) = generate(model, tiny.tokenizer(), tiny.NO_BOS, ["river stone"], new_tokens=3)
+    (row,), tokens = generate(model, tiny.tokenizer(), tiny.NO_BOS, ["river stone"], new_tokens=3)
     assert set(row) == {"prompt", "raw", "chat"}
+    assert 2 <= tokens <= 6  # at most three of each form
     ids = tiny.tokenizer()("river stone", return_tensors="pt")["input_ids"]
     for _ in range(3):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -154,7 +155,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_continued_raw_and_says_why_n
     require_prompts(tokenizer, tiny.NO_BOS, ["river"], 400)
     why = "the base's chat template refuses this dialogue (no user)"
     assert f'evaluation.generations.prompts, "river": {why}; it is continued raw alone' in caplog.messages
-    (row,) = generate(load_model(base, None, dtype=torch.float32, device=CPU), tokenizer, tiny.NO_BOS, ["river"], new_tokens=3)
+    (row,), _ = generate(load_model(base, None, dtype=torch.float32, device=CPU), tokenizer, tiny.NO_BOS, ["river"], new_tokens=3)
     assert (set(row), row["chat_refused"]) == ({"prompt", "raw", "chat_refused"}, why)
     results = Results(windows={}, samples={}, generations=[row], measurements=[])
     (paired,) = paired_generations(results, results)
