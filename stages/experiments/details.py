@@ -145,7 +145,7 @@ def _details(experiment: Experiment, files: _Files) -> Details:
     return Details(
         experiment=experiment,
         command=command(experiment.params),
-        measurements=[{**row, "name": _name(measured)} for row, measured in zip(as_rows(made), made, strict=True)],
+        measurements=[{**row, "name": name_of(measured)} for row, measured in zip(as_rows(made), made, strict=True)],
         scores=_scores(files, directory, _tasks(experiment.measurements)),
         generations=files.json(directory / "generations.json"),
         matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
@@ -154,14 +154,14 @@ def _details(experiment: Experiment, files: _Files) -> Details:
     )
 
 
-def _name(measured: Measurement) -> str:
+def name_of(measured: Measurement) -> str:
     """What a measurement is of, with the style of the prompts where that is another than raw."""
     return measured.name if measured.style == RAW else f"{measured.name} ({measured.style})"
 
 
 def _tasks(measurements: Sequence[Measurement]) -> dict[str, tuple[str, str]]:
     """The tasks, each in each style: what they are called, and both."""
-    return {_name(measured): (measured.name, measured.style) for measured in measurements if measured.kind == Kind.TASK}
+    return {name_of(measured): (measured.name, measured.style) for measured in measurements if measured.kind == Kind.TASK}
 
 
 def _scores(files: _Files, directory: Path, tasks: dict[str, tuple[str, str]]) -> Scores:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from stages.evaluation.measurement import Measurement
+from stages.evaluation.results import RAW, own_accuracies
 from stages.evaluation.statistics import Estimate, difference
-from stages.experiments.details import Details, Scores
+from stages.experiments.details import Details, Scores, name_of
 
 PIECES = {"perplexity": "nll", "mean_kld": "kld"}  # metric of a corpus -> what is known of each window
 
@@ -34,6 +36,7 @@ class Metric:
     """A number by which experiments are compared.
 
     kind, name, metric: see evaluation.measurement.Measurement. label: what it is in words. unit: "" for none. better: "lower" or "higher".
+    tasks: those that a mean is over, each with its own metric.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Metric:
     label: str
     unit: str
     better: str
+    tasks: tuple[tuple[str, str], ...] = ()
 
     @property
     def id(self) -> str:
@@ -73,19 +77,24 @@ class Metric:
 def headline(results: Sequence[Details]) -> list[Metric]:
     """The metrics of the plots: perplexity and mean KLD on each corpus, and means over tasks, as far as any experiment has them."""
     found: dict[str, Metric] = {}
-    for row in (row for details in results for row in details.measurements):
-        if row["kind"] == "mean" or row["kind"] == "corpus" and row["metric"] in PIECES:
-            metric = metric_of(row)
-            found.setdefault(metric.id, metric)
+    for details in results:
+        for row in details.measurements:
+            if row["kind"] == "mean" or row["kind"] == "corpus" and row["metric"] in PIECES:
+                metric = metric_of(row, details.experiment.measurements)
+                found.setdefault(metric.id, metric)
     order = [*PIECES, *(metric.metric for metric in found.values())]
     corpora = list(dict.fromkeys(metric.name for metric in found.values()))
     return sorted(found.values(), key=lambda metric: (metric.kind == "mean", corpora.index(metric.name), order.index(metric.metric)))
 
 
-def metric_of(row: dict[str, Any]) -> Metric:
-    """The metric of a measurement."""
-    label = row["label"] if row["kind"] == "mean" else f"{row['label']} on {row['name']}"
-    return Metric(kind=row["kind"], name=row["name"], metric=row["metric"], label=label, unit=row["unit"], better=row["better"] or "higher")
+def metric_of(row: dict[str, Any], measurements: Sequence[Measurement]) -> Metric:
+    """The metric of a measurement, one of `measurements`."""
+    facts = {"kind": row["kind"], "name": row["name"], "metric": row["metric"], "unit": row["unit"], "better": row["better"] or "higher"}
+    if row["kind"] != "mean":
+        return Metric(**facts, label=f"{row['label']} on {row['name']}")
+    own = own_accuracies(measurements, row["style"])
+    label = row["label"] if row["style"] == RAW else f"{row['label']}, {row['style']}"
+    return Metric(**facts, label=label, tasks=tuple((name_of(measured), measured.metric) for measured in own))
 
 
 def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
@@ -94,11 +103,11 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
         name = PIECES[metric.metric]
         here, there = (scores.windows.get(metric.name, {}).get(name) for scores in (ours, theirs))
         return None if here is None or there is None else difference(here, there, ours.window_clusters[metric.name])
-    tasks = [metric.name] if metric.kind == "task" else [task for task, of in ours.rows.items() if metric.metric in of]
+    tasks = [(metric.name, metric.metric)] if metric.kind == "task" else metric.tasks
     estimates = [
-        difference(ours.rows[task][metric.metric], theirs.rows[task][metric.metric], ours.row_clusters[task])
-        for task in tasks
-        if metric.metric in ours.rows.get(task, {}) and metric.metric in theirs.rows.get(task, {})
+        difference(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
+        for task, own in tasks
+        if own in ours.rows.get(task, {}) and own in theirs.rows.get(task, {})
     ]
     return (estimates[0] if metric.kind == "task" else mean_of_tasks(estimates)) if estimates else None
 

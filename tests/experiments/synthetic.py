@@ -155,7 +155,7 @@ def measurements(scores: Scores, dense: Scores) -> list[dict[str, Any]]:
         rows[-1] |= {"count": len(ours), "clusters": gap.clusters, "dense": mean(theirs).value, "difference": _fields(gap)}
     values = [mean(of["acc"], scores.row_clusters[task]) for task, of in scores.rows.items()]
     value, stderr = sum(one.value for one in values) / len(values), math.hypot(*(one.stderr or 0 for one in values)) / len(values)
-    rows.append({"kind": "mean", "name": "tasks", "metric": "acc", "label": "mean accuracy", **_COUNTED, "counted": "tasks"})
+    rows.append({"kind": "mean", "name": "tasks", "metric": "accuracy", "label": "mean accuracy", **_COUNTED, "counted": "tasks"})
     rows[-1] |= {"value": value, "stderr": stderr, "low": value - 2 * stderr, "high": value + 2 * stderr, "dense": 0.45}
     rows[-1] |= {"count": len(values), "clusters": len(values), "difference": None}
     return rows

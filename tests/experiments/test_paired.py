@@ -77,5 +77,5 @@ def test_plots_show_each_corpus_first_and_means_last():
     assert [one.id for one in headline(synthetic.group().results)] == [
         "corpus/wikipedia/perplexity",
         "corpus/wikipedia/mean_kld",
-        "mean/tasks/acc",
+        "mean/tasks/accuracy",
     ]

@@ -73,6 +73,7 @@ def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
         "ratio": metric.is_ratio,
         "digits": metric.digits,
         "piece": PIECES.get(metric.metric),
+        "tasks": metric.tasks,
         "points": points(group, metric),
         "references": references(group, metric),
         "frontier": charts.frontier(metric, group.methods, group.patterns),

@@ -111,7 +111,7 @@ def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(groups, few_plots,
 def test_every_plot_has_a_file(groups):
     names = [name for name, _ in plots(groups)]
     assert len(names) == len(set(names))
-    for metric in ("corpus-wikipedia-perplexity", "corpus-wikipedia-mean_kld", "mean-tasks-acc"):
+    for metric in ("corpus-wikipedia-perplexity", "corpus-wikipedia-mean_kld", "mean-tasks-accuracy"):
         assert {f"{plot}-{metric}-{number}" for plot in ("frontier", *charts.COSTS) for number in (1, 2)} <= set(names)
     assert {"accuracy-1", "accuracy-2", "matrices-admm-50-1"} <= set(names)
 
@@ -128,7 +128,7 @@ def test_tables_hold_every_number(groups, tmp_path):
     assert [(row["metric"], row["is"]) for row in worse] == [
         ("corpus/wikipedia/perplexity", "ratio"),
         ("corpus/wikipedia/mean_kld", "difference"),
-        ("mean/tasks/acc", "difference"),
+        ("mean/tasks/accuracy", "difference"),
     ]
     assert worse[0]["verdict"] == "worse"
     assert float(worse[0]["low"]) < float(worse[0]["value"]) < float(worse[0]["high"])

@@ -49,17 +49,17 @@ function unpacked(scores) {
   return Array.from({ length: scores.count }, (_, index) => (bytes.charCodeAt(index >> 3) >> (index & 7)) & 1);
 }
 
-/** The difference of two models, ours less theirs, in a metric ({kind, name, metric, piece}); null if either lacks it. */
+/** The difference of two models, ours less theirs, in a metric ({kind, name, metric, piece, tasks}); null if either lacks it. */
 function pairedDifference(group, metric, ours, theirs) {
   const less = (here, there, clusters) => estimateMean(here.map((value, index) => value - there[index]), clusters);
   if (metric.kind === "corpus") {
     const [here, there] = [ours, theirs].map((model) => (model.windows[metric.name] || {})[metric.piece]);
     return here && there ? less(here, there, group.window_clusters[metric.name]) : null;
   }
-  const tasks = metric.kind === "task" ? [metric.name] : Object.keys(ours.rows);
-  const both = tasks.filter((task) => [ours, theirs].every((model) => (model.rows[task] || {})[metric.metric]));
-  const estimates = both.map((task) =>
-    less(unpacked(ours.rows[task][metric.metric]), unpacked(theirs.rows[task][metric.metric]), group.clusters[task]),
+  const tasks = metric.kind === "task" ? [[metric.name, metric.metric]] : metric.tasks;
+  const both = tasks.filter(([task, own]) => [ours, theirs].every((model) => (model.rows[task] || {})[own]));
+  const estimates = both.map(([task, own]) =>
+    less(unpacked(ours.rows[task][own]), unpacked(theirs.rows[task][own]), group.clusters[task]),
   );
   if (!estimates.length) return null;
   return metric.kind === "task" ? estimates[0] : meanOfEstimates(estimates);
