@@ -18,7 +18,7 @@ from stages.checkpoint.model import Apply
 from stages.errors import CheckpointError
 from stages.evaluation.metric import Corpus, Metric, Observed, Predictions
 from stages.streaming.decoder import Decoder
-from stages.streaming.host_memory import HostMemory
+from stages.streaming.host_memory import HostMemory, release_free_memory
 from stages.streaming.stream import GPU_SHARE, Stream, read_ahead
 
 LOGITS_AT_ONCE = 2**24  # numbers, of one model
@@ -85,24 +85,26 @@ class StreamedModels:
             CheckpointError: a log-probability is NaN or infinite where it must not be; names the corpus and the window.
         """
         hidden = self.hidden([corpus.windows for corpus in corpora], batch=1)
-        observed: dict[str, dict[str, Observed]] = {name: {} for name in self.variants}
+        observed: dict[str, dict[str, dict[str, torch.Tensor]]] = {name: {} for name in self.variants}
         with self.head() as logits:
             for number, corpus in enumerate(corpora):
-                pieces: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in self.variants}
+                shape = (len(corpus.windows), corpus.windows.shape[1] - 1)
                 for index, window in enumerate(tqdm(corpus.windows.to(self.decoder.device), desc=corpus.name, unit="window")):
                     states = {name: of_groups[number][index, :-1] for name, of_groups in hidden.items()}
-                    for name, values in self._of_window(states, window[1:], metrics, logits):
+                    for name, part, values in self._of_window(states, window[1:], metrics, logits):
                         _require_finite(values, corpus.name, index)
+                        kept = observed[name].setdefault(corpus.name, {})
                         for key, value in values.items():
-                            pieces[name].setdefault(key, []).append(value.float().cpu())
-                for name, of_name in pieces.items():
-                    observed[name][corpus.name] = {key: torch.cat(parts).view(len(corpus.windows), -1) for key, parts in of_name.items()}
-        return observed
+                            if key not in kept:  # at once: small tensors between freed logits would break the heap into pieces
+                                kept[key] = torch.empty(shape)
+                            kept[key][index, part] = value.float().cpu()
+                    release_free_memory()
+        return {name: dict(of_corpora) for name, of_corpora in observed.items()}
 
     def _of_window(
         self, states: Mapping[str, torch.Tensor], tokens: torch.Tensor, metrics: Sequence[Metric], logits: Any
-    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield what is observed of each variant, some tokens of a window at a time.
+    ) -> Iterator[tuple[str, slice, dict[str, torch.Tensor]]]:
+        """Yield what is observed of each variant, some tokens of a window at a time, and which these are.
 
         Args:
             states: variant -> [tokens, width], those before each of `tokens`, [tokens].
@@ -121,7 +123,7 @@ class StreamedModels:
                 for metric in metrics:
                     if not (metric.needs_dense and name == DENSE):
                         values |= metric.observe(predictions)
-                yield name, values
+                yield name, part, values
 
 
 def _require_finite(values: Mapping[str, torch.Tensor], corpus: str, window: int) -> None:
