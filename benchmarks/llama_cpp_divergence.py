@@ -260,7 +260,7 @@ def main() -> None:
     sections = [read(f"base={model.base}")["base"] for model in MODELS]
     section = next(section for section in sections if section.name == base.provenance["name"])
     quantiser = Quantiser.for_decoder(Decoder(base, torch.float32, CPU), TYPE)
-    corpus = read("evaluation=perplexity")["evaluation"].perplexity.corpus
+    corpus = next(iter(read("evaluation=perplexity")["evaluation"].corpora))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         text, dense_file = directory / "text.txt", directory / section.file

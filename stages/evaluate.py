@@ -54,6 +54,10 @@ TRACKED = ("evaluation", *(f"environment.{library}" for library in ("torch", "tr
 @stage(parts={"dense": TRACKED, "sparse": TRACKED, "quantised": ("ruler", *TRACKED)})
 def main(part: str, evaluation: Evaluation, ruler: Ruler | None = None) -> None:
     stopwatch = record.Stopwatch()
+    if ruler is not None and not ruler.types:
+        with replacing(RULER_RESULTS) as directory:
+            write_json(directory / "measurements.json", [])
+        return
     with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
         setup = prepare(evaluation, scratch)
         if ruler is not None:
@@ -104,7 +108,7 @@ def evaluate_quantised(setup: Setup, types: list[str], stopwatch: record.Stopwat
     metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
     decoder = Decoder(setup.base, setup.dtype, setup.device)
     quantisers = {name: Quantiser.for_decoder(decoder, name) for name in types}
-    observed = observe(setup, decoder, {DENSE: None, **quantisers}, metrics) if types else {}
+    observed = observe(setup, decoder, {DENSE: None, **quantisers}, metrics)
     for name, quantiser in quantisers.items():
         measured = corpus_measurements(setup.corpora, observed[name], metrics, dense)
         facts = {"type": name, "bytes_per_weight": quantiser.bytes_per_weight}
@@ -112,6 +116,7 @@ def evaluate_quantised(setup: Setup, types: list[str], stopwatch: record.Stopwat
         log.info("%s, %.3f bytes a weight: %s %s", name, quantiser.bytes_per_weight, measured[0].label, measured[0].shown(3))
     with replacing(RULER_RESULTS) as directory:
         write_json(directory / "measurements.json", rows)
+        write_protocol(directory / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=None)
         write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
 
 

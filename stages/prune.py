@@ -4,7 +4,6 @@ python -m stages.prune
 torchrun --nproc-per-node N -m stages.prune     on N GPUs, each with its share of the windows
 """
 
-import hashlib
 import logging
 import re
 from dataclasses import asdict, replace
@@ -346,9 +345,7 @@ def local_share(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def code_sha256() -> str:
     """Of the code that decides what is pruned."""
-    files = sorted(file for package in ("pruning", "streaming", "checkpoint") for file in CODE.glob(f"{package}/**/*.py"))
-    files.append(CODE / "prune.py")
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    return record.code_sha256("pruning", "streaming", "checkpoint", "prune.py")
 
 
 def memory_budget(asked: float | None) -> int:

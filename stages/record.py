@@ -1,16 +1,20 @@
 """The record of a run for the provenance of its results: versions, device, seconds and peak memory."""
 
+import hashlib
 import platform
 import subprocess
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from stages.devices import device_name, peak_memory
+from stages.files import sha256
 
+CODE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors")
 
 
@@ -21,6 +25,17 @@ def code_revision() -> str:
         return f"{commit}-dirty" if _git("status", "--porcelain", "--", "stages", "dvc.yaml") else commit
     except (FileNotFoundError, subprocess.SubprocessError):
         return "unknown"
+
+
+def code_sha256(*names: str) -> str:
+    """Of the code that decides a result.
+
+    Args:
+        names: packages and files below stages/.
+    """
+    files = sorted(file for name in names for file in CODE.glob(f"{name}/**/*.py"))
+    files += [CODE / name for name in names if (CODE / name).is_file()]
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 def _git(*arguments: str) -> str:

@@ -75,24 +75,21 @@ def _of_form(form: str, ours: list[str], theirs: list[str] | None, tokenize: Tok
                 )
             )
     shares = [repeated(answer) for answer in tokens]
-    references = [None] * len(shares) if other_tokens is None else [repeated(answer) for answer in other_tokens]
-    if other_tokens is None:
-        kept, compared = [share for share in shares if share is not None], None
-    else:
-        pairs = [(share, other) for share, other in zip(shares, references, strict=True) if share is not None and other is not None]
-        kept, compared = [share for share, _ in pairs], [other for _, other in pairs]
-    if kept:
-        made.append(_mean(kept, compared, metric="repeated_4_grams", label="share of repeated 4-grams", **facts))
+    references = None if other_tokens is None else [repeated(answer) for answer in other_tokens]
+    if any(share is not None for share in shares):
+        made.append(_mean(shares, references, metric="repeated_4_grams", label="share of repeated 4-grams", **facts))
     return made
 
 
-def _mean(ours: list[float], theirs: list[float] | None, **facts: Any) -> Measurement:
-    """The mean of a share over answers; lower is better."""
-    estimate = mean(ours)
+def _mean(ours: Sequence[float | None], theirs: Sequence[float | None] | None, **facts: Any) -> Measurement:
+    """The mean of a share over the answers that have one; lower is better. Differences are of answers where both models' have one."""
+    estimate = mean([share for share in ours if share is not None])
     facts |= {"count": estimate.count, "clusters": estimate.clusters, "better": Better.LOWER}
-    if theirs is None:
-        return Measurement.of(estimate, **facts)
-    apart = difference(ours, theirs)
+    reference = [share for share in theirs or [] if share is not None]
+    pairs = [(share, other) for share, other in zip(ours, theirs or [], strict=False) if share is not None and other is not None]
+    if not pairs:
+        return Measurement.of(estimate, **facts, dense=mean(reference).value if reference else None)
+    apart = difference([share for share, _ in pairs], [other for _, other in pairs])
     low, high = apart.interval or (None, None)
     compared = Difference(value=apart.value, stderr=apart.stderr, low=low, high=high)
-    return Measurement.of(estimate, **facts, dense=mean(theirs).value, difference=compared)
+    return Measurement.of(estimate, **facts, dense=mean(reference).value, difference=compared)

@@ -31,7 +31,8 @@ class Subtask:
     """A task of lm-eval that is no group.
 
     name: in lm-eval. definition: path of its YAML: below lm_eval/tasks, or below artifacts/tasks if it is one's own. own: whether it is.
-    sha256: of the YAML. overrides: keys that its group sets in it. data: split -> its rows, for the splits that are read.
+    sha256: of the YAML; of one's own, of all files in the folder.
+    overrides: keys that its group sets in it. data: split -> its rows, for the splits that are read.
     """
 
     name: str

@@ -12,7 +12,7 @@ from stages.evaluation.degeneration import Tokenize
 from stages.evaluation.measurement import Better, Difference, Kind, Measurement, as_rows, metrics
 from stages.evaluation.metric import Corpus, Metric, Observed, WindowMeans, window_means
 from stages.evaluation.protocol import EMBEDDED, Protocol, TaskProtocol
-from stages.evaluation.statistics import accuracy_interval, difference, difference_interval, mean, normal_interval
+from stages.evaluation.statistics import Estimate, accuracy_interval, difference, difference_interval, mean, mean_of_independent
 from stages.files import read_json, write_json, write_lines
 from stages.rows import Rows
 
@@ -211,21 +211,26 @@ def _over_rows(ours: list[float], theirs: list[float] | None, clusters: list[int
 
 def _over_tasks(rows: list[dict[str, Any]], ours: list[float], theirs: list[float] | None) -> dict[str, Any]:
     """Fields of a measurement: the mean over the tasks of a group, which are independent."""
-    numbers: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        numbers.setdefault(row["task"], []).append(number)
-    clusters = [[rows[number]["cluster"] for number in members] for members in numbers.values()]
-    of_tasks = [mean([ours[number] for number in members], groups) for members, groups in zip(numbers.values(), clusters, strict=True)]
-    value, low, high, stderr = _mean_of([(estimate.value, estimate.stderr) for estimate in of_tasks])
-    made: dict[str, Any] = {"value": value, "stderr": stderr, "low": low, "high": high}
+        members.setdefault(row["task"], []).append(number)
+
+    def over(values: list[float]) -> Estimate:
+        return mean_of_independent(
+            [mean([values[number] for number in of], [rows[number]["cluster"] for number in of]) for of in members.values()]
+        )
+
+    made = _estimated(over(ours))
     if theirs is not None:
-        apart = [
-            difference([ours[number] for number in members], [theirs[number] for number in members], groups)
-            for members, groups in zip(numbers.values(), clusters, strict=True)
-        ]
-        gap, gap_low, gap_high, gap_stderr = _mean_of([(estimate.value, estimate.stderr) for estimate in apart])
-        made |= {"dense": value - gap, "difference": Difference(value=gap, stderr=gap_stderr, low=gap_low, high=gap_high)}
+        apart = over([here - there for here, there in zip(ours, theirs, strict=True)])
+        made |= {"dense": over(theirs).value, "difference": Difference(**_estimated(apart))}
     return made
+
+
+def _estimated(estimate: Estimate) -> dict[str, Any]:
+    """The fields of a measurement or a difference that an estimate gives."""
+    low, high = estimate.interval or (None, None)
+    return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
 
 
 def aggregate_measurements(
@@ -279,22 +284,16 @@ def mean_accuracy(measurements: Sequence[Measurement], style: str = RAW) -> list
     tasks = own_accuracies(measurements, style)
     if not tasks:
         return []
-    value, low, high, stderr = _mean_of([(task.value, task.stderr) for task in tasks])
-    apart = [task.difference for task in tasks if task.difference is not None]
-    compared = None
-    if apart:
-        gap, gap_low, gap_high, gap_stderr = _mean_of([(task.value, task.stderr) for task in apart])
-        compared = Difference(value=gap, stderr=gap_stderr, low=gap_low, high=gap_high)
+    average = mean_of_independent([_of_task(task, task) for task in tasks])
+    apart = [_of_task(task, task.difference) for task in tasks if task.difference is not None]
+    compared = Difference(**_estimated(mean_of_independent(apart))) if apart else None
     return [
         Measurement(
             kind=Kind.MEAN,
             name="tasks",
             metric="accuracy",
             label="mean accuracy, every task alike",
-            value=value,
-            stderr=stderr,
-            low=low,
-            high=high,
+            **_estimated(average),
             count=len(tasks),
             counted="tasks",
             clusters=len(tasks),
@@ -306,14 +305,9 @@ def mean_accuracy(measurements: Sequence[Measurement], style: str = RAW) -> list
     ]
 
 
-def _mean_of(values: list[tuple[float, float | None]]) -> tuple[float, float | None, float | None, float | None]:
-    """The mean of independent values with their standard errors: value, ends of its interval, standard error."""
-    value = sum(number for number, _ in values) / len(values)
-    errors = [error for _, error in values if error is not None]
-    if len(errors) < len(values):
-        return value, None, None, None
-    stderr = math.hypot(*errors) / len(values)
-    return value, *normal_interval(value, stderr), stderr
+def _of_task(task: Measurement, number: Measurement | Difference) -> Estimate:
+    """A task's mean, or its difference, as an estimate."""
+    return Estimate(value=number.value, stderr=number.stderr, count=task.count, clusters=task.clusters)
 
 
 def read_results(details: Path, protocol: Protocol) -> Results:

@@ -93,7 +93,8 @@ class Setup:
     def fingerprint(self, delta: str | None) -> dict[str, Any]:
         """What determines the scores; `delta` is the delta's fingerprint, None for the dense model."""
         device, streamed = str(self.device), self.evaluation.streamed
-        return {"protocol": asdict(self.protocol()), "delta": delta, "device": device, "streamed": streamed, "code": record.code_revision()}
+        code = record.code_sha256("checkpoint", "evaluation", "streaming", "evaluate.py")
+        return {"protocol": asdict(self.protocol()), "delta": delta, "device": device, "streamed": streamed, "code": code}
 
 
 def rows_file(name: str) -> Path:

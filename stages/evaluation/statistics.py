@@ -9,7 +9,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest, norm, t
+from scipy.stats import binomtest, t
 
 LEVEL = 0.95  # of an interval
 
@@ -62,6 +62,23 @@ def difference(values: Sequence[float], reference: Sequence[float], clusters: Se
     return mean([value - other for value, other in zip(values, reference, strict=True)], clusters)
 
 
+def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each counting alike; its clusters are one more than its degrees of freedom, which are
+    Satterthwaite's (1946), rounded down.
+
+    Args:
+        estimates: at least one.
+    """
+    value, count = math.fsum(one.value for one in estimates) / len(estimates), sum(one.count for one in estimates)
+    if any(one.stderr is None for one in estimates):
+        return Estimate(value=value, stderr=None, count=count, clusters=1)
+    variances = [(one.stderr or 0.0) ** 2 for one in estimates]
+    freedom = [one.clusters - 1 for one in estimates]
+    total, spread = math.fsum(variances), math.fsum(variance**2 / free for variance, free in zip(variances, freedom, strict=True))
+    satterthwaite = math.floor(total**2 / spread + 1e-9) if spread else sum(freedom)
+    return Estimate(value=value, stderr=math.sqrt(total) / len(estimates), count=count, clusters=1 + satterthwaite)
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """The exact test of McNemar (1947): how likely flips so one-sided are if both directions are equally likely.
 
@@ -93,9 +110,3 @@ def _adjusted(
         return None
     interval = mean([*values, *added], [*clusters, *(("added", number) for number in range(len(added)))]).interval
     return None if interval is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
-
-
-def normal_interval(value: float, stderr: float) -> tuple[float, float]:
-    """The 95% interval of a normal estimate."""
-    reach = float(norm.ppf((1 + LEVEL) / 2)) * stderr
-    return value - reach, value + reach

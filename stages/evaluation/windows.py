@@ -43,7 +43,7 @@ def cut_corpus(
         rendered: whether a chat template has put the special tokens into the texts, so that the tokenizer adds none.
 
     Returns:
-        Its windows, and the number of the document that most characters of each are of; where the tokenizer does not say which
+        Its windows, and the number of the document that most tokens of each are of; where the tokenizer does not say which
         characters its tokens are of, every window counts as a document of its own.
 
     Raises:

@@ -13,9 +13,10 @@ from stages.evaluation.measurement import Kind, Measurement, as_rows
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
-RULER = Path("results/ruler/measurements.json")
+RULER = RULER_RESULTS / "measurements.json"
+OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
 Row = dict[str, Any]
 
 
@@ -150,8 +151,17 @@ def _details(experiment: Experiment, files: _Files) -> Details:
         generations=files.json(directory / "generations.json"),
         matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
         run=files.json(PRUNE_RESULTS / "provenance.json"),
-        ruler=files.json(RULER) if files.has(RULER) else [],
+        ruler=_ruler(files, experiment),
     )
+
+
+def _ruler(files: _Files, experiment: Experiment) -> list[Row]:
+    """The measurements of quantised models, if they are of the same base and text: one may be left of another run."""
+    rows: list[Row] = files.json(RULER) if files.has(RULER) else []
+    if not rows:
+        return []
+    protocol = files.json(RULER.with_name("protocol.json"))
+    return rows if all(protocol[key] == experiment.protocol[key] for key in OF_TEXT) else []
 
 
 def name_of(measured: Measurement) -> str:
@@ -167,6 +177,7 @@ def _tasks(measurements: Sequence[Measurement]) -> dict[str, tuple[str, str]]:
 def _scores(files: _Files, directory: Path, tasks: dict[str, tuple[str, str]]) -> Scores:
     windows: dict[str, dict[str, Any]] = files.json(directory / "windows.json")
     samples = {name: files.lines(samples_file(directory, task, style)) for name, (task, style) in tasks.items()}
+    samples = {name: rows for name, rows in samples.items() if rows[0]["values"]}  # others have no score of a row
     return Scores(
         windows={corpus: {name: values for name, values in of.items() if name != "clusters"} for corpus, of in windows.items()},
         rows={task: {name: [row["values"][name] for row in rows] for name in rows[0]["values"]} for task, rows in samples.items()},

@@ -17,6 +17,8 @@ PARAM, TAG = 6000, 8000  # characters that MLflow stores of a value
 BATCH = 100  # parameters that it takes at once
 NOTE = "mlflow.note.content"  # the tag that its pages show as the description
 FINISHED = "FINISHED"
+UNNAMEABLE = re.compile(r"[^\w./ -]")  # what MLflow does not take in the name of a metric
+UNNAMEABLE = re.compile(r"[^\w./ -]")  # what MLflow does not take in the name of a metric
 
 
 def send(mlflow: Any, sent: list[Run], *, to: str | None, project: str) -> Iterator[str]:
@@ -52,7 +54,8 @@ def _send(mlflow: Any, store: Any, experiment: str, run: Run) -> str:
     params = [mlflow.entities.Param(key, cut(value, PARAM)) for key, value in values.items()]
     for first in range(0, len(params), BATCH):
         store.log_batch(at.run_id, params=params[first : first + BATCH])
-    store.log_batch(at.run_id, metrics=[mlflow.entities.Metric(key, value, at.start_time, 0) for key, value in leaves(run.metrics).items()])
+    numbers = {UNNAMEABLE.sub("", key): value for key, value in leaves(run.metrics).items()}
+    store.log_batch(at.run_id, metrics=[mlflow.entities.Metric(key, value, at.start_time, 0) for key, value in numbers.items()])
     store.set_terminated(at.run_id, FINISHED)
     shortened = [key for key, value in values.items() if len(value) > PARAM]
     return f"{run.name}: sent, as run {at.run_id}" + (f"; cut to {PARAM} characters: {', '.join(shortened)}" if shortened else "")

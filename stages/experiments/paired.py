@@ -2,7 +2,7 @@
 
     perplexity   ln of the ratio: mean over windows of the difference of their losses
     mean KLD     mean over windows of the difference [nats per token]
-    a task       mean over rows of the difference
+    a task       mean over rows of the difference; of right and wrong answers with Bonett and Price's interval, see evaluation.statistics
     all tasks    mean over tasks of their differences, which are independent:
                  stderr = sqrt(sum of stderr^2) / tasks, and Satterthwaite's degrees of freedom, rounded down
 
@@ -10,17 +10,28 @@ Intervals hold the noise of the text alone, not that of another calibration seed
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from stages.evaluation.measurement import Measurement
 from stages.evaluation.results import RAW, own_accuracies
-from stages.evaluation.statistics import Estimate, difference
+from stages.evaluation.statistics import Estimate, difference, difference_interval, mean_of_independent
 from stages.experiments.details import Details, Scores, name_of
 
 PIECES = {"perplexity": "nll", "mean_kld": "kld"}  # metric of a corpus -> what is known of each window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjusted(Estimate):
+    """An estimate with an interval of another kind than its own. ends: of the interval, or None."""
+
+    ends: tuple[float, float] | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return self.ends
 
 
 class Verdict(StrEnum):
@@ -87,6 +98,17 @@ def headline(results: Sequence[Details]) -> list[Metric]:
     return sorted(found.values(), key=lambda metric: (metric.kind == "mean", corpora.index(metric.name), order.index(metric.metric)))
 
 
+def of_tasks(results: Sequence[Details]) -> dict[str, Metric]:
+    """Each task's own metric, as far as any experiment has its rows' scores."""
+    found: dict[str, Metric] = {}
+    for details in results:
+        for row in details.measurements:
+            if row["kind"] == "task" and row["metric"] in details.scores.rows.get(row["name"], {}):
+                facts = {"kind": "task", "name": row["name"], "metric": row["metric"], "label": row["name"], "unit": row["unit"]}
+                found.setdefault(row["name"], Metric(**facts, better=row["better"] or "higher"))
+    return found
+
+
 def metric_of(row: dict[str, Any], measurements: Sequence[Measurement]) -> Metric:
     """The metric of a measurement, one of `measurements`."""
     facts = {"kind": row["kind"], "name": row["name"], "metric": row["metric"], "unit": row["unit"], "better": row["better"] or "higher"}
@@ -105,27 +127,20 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
         return None if here is None or there is None else difference(here, there, ours.window_clusters[metric.name])
     tasks = [(metric.name, metric.metric)] if metric.kind == "task" else metric.tasks
     estimates = [
-        difference(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
+        _of_rows(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
         for task, own in tasks
         if own in ours.rows.get(task, {}) and own in theirs.rows.get(task, {})
     ]
-    return (estimates[0] if metric.kind == "task" else mean_of_tasks(estimates)) if estimates else None
+    return (estimates[0] if metric.kind == "task" else mean_of_independent(estimates)) if estimates else None
 
 
-def mean_of_tasks(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, each counting alike; its clusters are one more than its degrees of freedom.
-
-    Args:
-        estimates: at least one.
-    """
-    value, count = math.fsum(one.value for one in estimates) / len(estimates), sum(one.count for one in estimates)
-    if any(one.stderr is None for one in estimates):
-        return Estimate(value=value, stderr=None, count=count, clusters=1)
-    variances = [(one.stderr or 0.0) ** 2 for one in estimates]
-    freedom = [one.clusters - 1 for one in estimates]
-    total, spread = math.fsum(variances), math.fsum(variance**2 / free for variance, free in zip(variances, freedom, strict=True))
-    satterthwaite = math.floor(total**2 / spread + 1e-9) if spread else sum(freedom)
-    return Estimate(value=value, stderr=math.sqrt(total) / len(estimates), count=count, clusters=1 + satterthwaite)
+def _of_rows(ours: list[float], theirs: list[float], clusters: list[Hashable]) -> Estimate:
+    """The difference on the rows of a task; of right and wrong answers with the interval that has a width where all rows agree."""
+    estimate = difference(ours, theirs, clusters)
+    if not {*ours, *theirs} <= {0.0, 1.0}:
+        return estimate
+    ends = difference_interval(ours, theirs, clusters)
+    return Adjusted(value=estimate.value, stderr=estimate.stderr, count=estimate.count, clusters=estimate.clusters, ends=ends)
 
 
 def verdict(metric: Metric, estimate: Estimate) -> Verdict:

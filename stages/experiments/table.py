@@ -1,5 +1,6 @@
 """The table of experiments for the terminal: best first, and only what one protocol scored together."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import groupby
@@ -57,8 +58,8 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
     newest: dict[str, Experiment] = {}
     for experiment in experiments:
         newest.setdefault(repr((experiment.params, experiment.measurements, experiment.prune_metrics)), experiment)
-    ordered = sorted(newest.values(), key=lambda one: repr(compared(one.protocol)))
-    groups = [list(group) for _, group in groupby(ordered, key=lambda one: compared(one.protocol))]
+    ordered = sorted(newest.values(), key=_protocol)
+    groups = [list(group) for _, group in groupby(ordered, key=_protocol)]
     return sorted(groups, key=len, reverse=True)
 
 
@@ -116,6 +117,11 @@ def _difference(measured: Measurement | None) -> str:
 def said(differing: dict[str, tuple[Any, Any]]) -> str:
     """The keys that differ, with both values."""
     return "; ".join(f"{key} {_short(other)}, there {_short(first)}" for key, (first, other) in differing.items())
+
+
+def _protocol(experiment: Experiment) -> str:
+    """What is compared of a protocol, whatever the order of its keys."""
+    return json.dumps(compared(experiment.protocol), sort_keys=True)
 
 
 def compared(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -35,14 +35,14 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
             metric_value=round(measured.value, 4),
         )
         for measured in records.sparse
-        if measured.metric == "perplexity"
+        if measured.kind == Kind.CORPUS and measured.metric == "perplexity"
     ]
     tasks = [
         EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
-            dataset_name=f"{row['task']}, {row['rows']} rows, zero-shot",
-            metric_type="accuracy",
+            dataset_name=f"{row['task']}, {row['rows']} rows, {shots(protocol['tasks'][row['task']])}",
+            metric_type="accuracy" if row["metric"] == "acc" else row["metric"],
             metric_value=round(row["sparse"], 4),
         )
         for row in records.tasks
@@ -196,11 +196,20 @@ def results_table(records: Records) -> str:
                 lines.append(f"| {label}, {corpus} | | {measured.shown(digits)} | |")
     for task in records.tasks:
         label = "accuracy" if task["metric"] == "acc" else task["metric"]
-        row(f"{task['task']}, {task['rows']} rows, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
+        asked = shots(records.protocol["tasks"][task["task"]])
+        row(f"{task['task']}, {task['rows']} rows, {asked}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
     mean = sparse.get((Kind.MEAN, "tasks", "accuracy"))
     if mean is not None and mean.difference is not None:
         row(mean.label, mean.key, 3, mean.difference.shown(3))
     return "\n".join(lines)
+
+
+def shots(task: dict[str, Any]) -> str:
+    """How many examples a prompt of a task has. task: its protocol."""
+    few_shot = task["few_shot"]
+    if isinstance(few_shot, dict):
+        return "few-shot as each of its tasks says"
+    return "zero-shot" if not few_shot else f"{few_shot}-shot"
 
 
 def apart(task: dict[str, Any]) -> str:
@@ -288,8 +297,8 @@ client loads them. Zeros alone make no file smaller and no client faster.
 
 ± is one standard error: over windows for perplexity and divergence, over rows for tasks; windows and rows that share a document count as
 one draw. Sparse against dense is measured on the same windows and rows; in brackets stands an interval of 95%. Where it holds 0, these
-rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly. Zero-shot,
-accuracy without length normalisation, lm-eval {run["versions"]["lm-eval"]}.
+rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly.
+Tasks are scored by lm-eval {run["versions"]["lm-eval"]}; accuracy is without length normalisation.
 {limited}
 ## Generations
 

@@ -302,6 +302,13 @@ def _located(files: Any, folder: Path) -> Any:
     return files if "://" in str(files) else str(folder / str(files))
 
 
+def _folder_sha256(own: Path) -> str:
+    """Of all files of one's own tasks: a definition includes others, and calls functions of modules beside it."""
+    files = sorted(path for path in own.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    listed = "".join(f"{path.relative_to(own).as_posix()} {sha256(path)}\n" for path in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 def _subtask(definition: Definition, own: Path | None, data: dict[str, Data]) -> Subtask:
     is_own = own is not None and definition.path.is_relative_to(own)
     path = Path(OWN) / definition.path.relative_to(own) if own is not None and is_own else definition.path.relative_to(STOCK)
@@ -309,7 +316,7 @@ def _subtask(definition: Definition, own: Path | None, data: dict[str, Data]) ->
         name=definition.task_name,
         definition=path.as_posix(),
         own=is_own,
-        sha256=sha256(definition.path),
+        sha256=_folder_sha256(own) if own is not None and is_own else sha256(definition.path),
         overrides=definition.overrides,
         data=data,
     )

@@ -6,7 +6,7 @@ import random
 import pytest
 from scipy.stats import sem, t, ttest_1samp, ttest_rel
 
-from stages.evaluation.statistics import accuracy_interval, difference, difference_interval, mcnemar, mean, normal_interval
+from stages.evaluation.statistics import Estimate, accuracy_interval, difference, difference_interval, mcnemar, mean, mean_of_independent
 
 VALUES = [0.2, 1.0, 0.0, 0.7, 0.7, 0.1]
 OTHERS = [0.1, 1.0, 0.3, 0.2, 0.9, 0.4]
@@ -105,5 +105,15 @@ def test_a_single_document_gives_no_interval():
     assert difference_interval([1.0, 0.0], [1.0, 1.0], [0, 0]) is None
 
 
-def test_the_normal_interval():
-    assert normal_interval(1.0, 0.5) == pytest.approx((1 - 0.97998, 1 + 0.97998), abs=1e-5)
+def test_a_mean_of_independent_estimates_has_satterthwaites_degrees_of_freedom():
+    equal = Estimate(value=0.2, stderr=0.1, count=10, clusters=6)
+    other = Estimate(value=0.4, stderr=0.1, count=10, clusters=6)
+    found = mean_of_independent([equal, other])
+    assert found.value == pytest.approx(0.3)
+    assert found.stderr == pytest.approx(math.sqrt(0.02) / 2)
+    assert (found.count, found.clusters) == (20, 11)
+    certain = Estimate(value=0.0, stderr=0.0, count=10, clusters=6)
+    assert mean_of_independent([equal, certain]).clusters == 6  # those of the one that varies
+    assert mean_of_independent([certain, certain]).clusters == 11
+    unknown = Estimate(value=0.4, stderr=None, count=1, clusters=1)
+    assert mean_of_independent([equal, unknown]).interval is None

@@ -65,10 +65,17 @@ def test_a_ruler_is_read_where_there_is_one(experiment, repository):
     ruler = repository[0] / "results/ruler/measurements.json"
     ruler.parent.mkdir()
     ruler.write_text('[{"type": "Q4_0"}]')
-    ((found,), _, _) = read_details([experiment])
+    of_text = {"tokenizer_sha256": "t", "dtype": "float32", "versions": {}}
+    here = replace(experiment, protocol={**experiment.protocol, **of_text})
+    found = []
+    for base in (here.protocol["base"], "another"):  # a ruler that a run of another base left is none
+        ruler.with_name("protocol.json").write_text(json.dumps({**here.protocol, "base": base}))
+        ((of_base,), _, _) = read_details([here])
+        found.append(of_base.ruler)
+    ruler.with_name("protocol.json").unlink()
     ruler.unlink()
     ruler.parent.rmdir()
-    assert found.ruler == [{"type": "Q4_0"}]
+    assert found == [[{"type": "Q4_0"}], []]
 
 
 @pytest.mark.parametrize(

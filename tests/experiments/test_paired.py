@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from stages.evaluation.statistics import Estimate
+from stages.evaluation.statistics import Estimate, difference_interval
 from stages.experiments.details import Scores
-from stages.experiments.paired import Metric, Verdict, apart, headline, mean_of_tasks, natural, of_scores, verdict
+from stages.experiments.paired import Metric, Verdict, apart, headline, natural, of_scores, verdict
 from tests.experiments import synthetic
 
 
@@ -43,17 +43,12 @@ def test_what_one_of_two_lacks_has_no_difference():
     assert apart(metric("mean", "tasks", "acc"), scores([1.0]), scores([1.0])) is None
 
 
-def test_a_mean_over_tasks_has_satterthwaites_degrees_of_freedom():
-    equal = Estimate(value=0.2, stderr=0.1, count=10, clusters=6)
-    other = Estimate(value=0.4, stderr=0.1, count=10, clusters=6)
-    found = mean_of_tasks([equal, other])
-    assert found.value == pytest.approx(0.3)
-    assert found.stderr == pytest.approx(math.sqrt(2) * 0.1 / 2)
-    assert (found.count, found.clusters) == (20, 11)  # 5 + 5 degrees of freedom
-    certain = Estimate(value=0.0, stderr=0.0, count=10, clusters=6)
-    assert mean_of_tasks([equal, certain]).clusters == 6  # those of the one that varies
-    assert mean_of_tasks([certain, certain]).clusters == 11
-    assert mean_of_tasks([equal, Estimate(value=0.1, stderr=None, count=3, clusters=1)]).stderr is None
+def test_rows_that_all_agree_have_an_interval_of_the_evaluations_kind():
+    acc = metric("task", "boolq", "acc", "higher")
+    found = apart(acc, scores([0], acc=[1, 1, 0, 0]), scores([0], acc=[1, 1, 0, 0]))
+    assert (found.value, found.stderr) == (0.0, 0.0)
+    assert found.interval == difference_interval([1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1])
+    assert found.interval[0] < 0 < found.interval[1]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ SPARSE = [
 PROTOCOL = {
     "corpora": {"news": {"window_length": 1024, "tokens": 18432}},
     "bos": None,
-    "tasks": {"boolq": {}},
+    "tasks": {"boolq": {"few_shot": 0}},
     "evaluation": {"tasks": ["boolq"], "rows": 20},
 }
 RECORDS = Records(

@@ -148,8 +148,8 @@ def _spread(**facts: Any) -> alt.Scale:
 
 
 def _scale(metric: Metric) -> alt.Scale:
-    """Of a metric's axis: logarithmic where numbers have no upper end."""
-    return alt.Scale(type="log", nice=False, padding=16) if metric.kind == "corpus" else _spread(padding=16)
+    """Of a metric's axis: logarithmic for perplexity, which is never 0."""
+    return alt.Scale(type="log", nice=False, padding=16) if metric.is_ratio else _spread(padding=16)
 
 
 def _metric_y(metric: Metric) -> alt.Y:

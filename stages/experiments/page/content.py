@@ -19,7 +19,7 @@ from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
 from stages.experiments.page.group import Group, shortened
 from stages.experiments.page.words import difference_words, measured
-from stages.experiments.paired import PIECES, Metric, apart, natural, of_scores
+from stages.experiments.paired import PIECES, Metric, apart, natural, of_scores, of_tasks
 from stages.prune import kind_of, short_names
 
 DECIMALS = 6
@@ -54,6 +54,7 @@ def group_content(group: Group) -> dict[str, Any]:
             "own": [{key: value for key, value in own.items() if key not in common} for own in params],
         },
         "dense": dense_content(group),
+        "task_metrics": {task: {"metric": own.metric, "better": own.better} for task, own in of_tasks(group.results).items()},
         "clusters": {name: numbered(clusters) for name, clusters in group.dense.row_clusters.items()},
         "window_clusters": {name: numbered(clusters) for name, clusters in group.dense.window_clusters.items()},
         "prompts": [row["prompt"] for row in group.results[0].generations],
@@ -155,7 +156,7 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
         size = f"{row['bytes_per_weight']:.3g} bytes a weight"
         lines.append({"kind": "quantised", "label": kind, "size": size, "value": row["value"], "text": measured(metric, row)})
     values = [found["value"] for details in group.results if (found := metric.of(details)) is not None]
-    return _apart(lines, values, logarithmic=metric.kind == "corpus")
+    return _apart(lines, values, logarithmic=metric.is_ratio)
 
 
 def _apart(lines: list[dict[str, Any]], values: list[float], *, logarithmic: bool) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from stages.experiments.page import charts, words
 from stages.experiments.page.content import content, matrices_content, points, protocol_rows, references
 from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
-from stages.experiments.paired import Metric, apart
+from stages.experiments.paired import apart, of_tasks
 from stages.experiments.reading import Missing
 from stages.files import replacing
 
@@ -85,7 +85,7 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"frontier-{name}", drawn(charts.frontier(metric, group.methods, group.patterns), data)
             for measure in charts.COSTS:
                 yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
-        if group.dense.rows:
+        if of_tasks(group.results):
             yield file_name("accuracy", number), drawn(charts.tasks("the dense model"), {charts.TASKS: task_rows(group)})
         for details in leaders(group):
             data = {charts.MATRICES: matrix_rows(details)}
@@ -119,17 +119,13 @@ def stacked(panels: Sequence[dict[str, Any]], data: dict[str, Any]) -> dict[str,
 
 def leaders(group: Group) -> list[Details]:
     """The best experiment of each pattern and sparsity by the first metric, as many as the page shows at first."""
-    metric: Metric = group.metrics[0]
-    return [one.details for one in words.best(group, metric)][:SHOWN]
+    return [one.details for one in words.best(group, group.metrics[0])][:SHOWN]
 
 
 def task_rows(group: Group) -> list[dict[str, Any]]:
     """The differences of the leaders to the dense model in each task."""
-    mean = next((metric for metric in group.metrics if metric.kind == "mean"), None)
     rows = []
-    for task, of in group.dense.rows.items():
-        name = mean.metric if mean and mean.metric in of else next(iter(of))
-        metric = Metric(kind="task", name=task, metric=name, label=task, unit="", better=mean.better if mean else "higher")
+    for task, metric in of_tasks(group.results).items():
         for details in leaders(group):
             estimate = apart(metric, details.scores, group.dense)
             if estimate is not None:

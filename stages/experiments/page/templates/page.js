@@ -303,12 +303,9 @@ function showCost() {
   }
 }
 
-/** The metric of a task: that of the mean, or the first that its rows have. */
+/** A task's own metric. */
 function taskMetric(task) {
-  const mean = group().metrics.find((one) => one.kind === "mean");
-  const names = Object.keys(group().dense.rows[task]);
-  const better = mean ? mean.better : "higher";
-  return { kind: "task", name: task, metric: mean && names.includes(mean.metric) ? mean.metric : names[0], better, ratio: false, digits: 3 };
+  return { kind: "task", name: task, ...group().task_metrics[task], ratio: false, digits: 3 };
 }
 
 function taskRow(task, one, baseline) {
@@ -324,12 +321,12 @@ function taskRow(task, one, baseline) {
 }
 
 function showTasks() {
-  byId("by-task").hidden = !Object.keys(group().dense.rows).length;
+  byId("by-task").hidden = !Object.keys(group().task_metrics).length;
   const baseline = model(chosen.baseline);
   const compared = chosenModels().filter((one) => one.name !== chosen.baseline);
-  const rows = Object.keys(group().dense.rows).flatMap((task) => compared.map((one) => taskRow(task, one, baseline)));
+  const rows = Object.keys(group().task_metrics).flatMap((task) => compared.map((one) => taskRow(task, one, baseline)));
   const words = `Difference of accuracy to ${chosen.baseline} in each task for ${compared.length} experiments`;
-  const height = Object.keys(group().dense.rows).length * (15 * Math.max(compared.length, 1) + 24);
+  const height = Object.keys(group().task_metrics).length * (15 * Math.max(compared.length, 1) + 24);
   show("tasks", data.charts.tasks, { tasks: rows }, `${words}; the table below has every number`, height);
   const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "verdict"];
   plainTable("task-table", `Accuracy by task against ${chosen.baseline}; difference paired, with 95% interval`, keys, rows);

@@ -35,11 +35,22 @@ function meanOfEstimates(estimates) {
   return { value, stderr: Math.sqrt(total) / estimates.length, count, clusters: 1 + freedom };
 }
 
-/** The 95% interval of an estimate; null without an error. */
+/** The 95% interval of an estimate; null without an error. adjusted: the estimate whose interval is taken instead, within -1 and 1. */
 function intervalOf(estimate, quantiles) {
   if (estimate.stderr === null) return null;
-  const reach = studentQuantile(quantiles, estimate.clusters - 1) * estimate.stderr;
-  return [estimate.value - reach, estimate.value + reach];
+  const of = estimate.adjusted || estimate;
+  const reach = studentQuantile(quantiles, of.clusters - 1) * of.stderr;
+  const ends = [of.value - reach, of.value + reach];
+  return estimate.adjusted ? [Math.max(-1, ends[0]), Math.min(1, ends[1])] : ends;
+}
+
+/** The difference on the rows of a task; of right and wrong answers with one row more that is lost and one that is gained, for its interval. */
+function differenceOfRows(ours, theirs, clusters) {
+  const values = ours.map((value, index) => value - theirs[index]);
+  const estimate = estimateMean(values, clusters);
+  if (![...ours, ...theirs].every((value) => value === 0 || value === 1)) return estimate;
+  const more = Array.isArray(clusters) ? [...clusters, "lost", "gained"] : clusters;
+  return { ...estimate, adjusted: estimateMean([...values, -1, 1], more) };
 }
 
 /** Scores of rows, from bits in base64 or from a list. */
@@ -59,7 +70,7 @@ function pairedDifference(group, metric, ours, theirs) {
   const tasks = metric.kind === "task" ? [[metric.name, metric.metric]] : metric.tasks;
   const both = tasks.filter(([task, own]) => [ours, theirs].every((model) => (model.rows[task] || {})[own]));
   const estimates = both.map(([task, own]) =>
-    less(unpacked(ours.rows[task][own]), unpacked(theirs.rows[task][own]), group.clusters[task]),
+    differenceOfRows(unpacked(ours.rows[task][own]), unpacked(theirs.rows[task][own]), group.clusters[task]),
   );
   if (!estimates.length) return null;
   return metric.kind === "task" ? estimates[0] : meanOfEstimates(estimates);
