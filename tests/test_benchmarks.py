@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, gpu, llama_cpp_divergence, quality, random_checkpoint
+from benchmarks import behaviour, contenders, frontier, gpu, llama_cpp_divergence, quality, random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
@@ -413,3 +413,10 @@ def test_the_evaluations_divergence_has_the_figures_that_are_set_beside_llama_cp
     ours = {one.metric: one.value for metric in METRICS.values() for one in metric.measure(corpus, observed, dense)}
     names = [name for name in wanted if not name.endswith("_stderr")]
     assert {name: ours[name] for name in names} == pytest.approx({name: wanted[name] for name in names})
+
+
+def test_the_frontier_is_a_sweep_of_five_sparsities_by_three_methods_of_one_protocol():
+    sections = [read(*overrides.split()) for overrides in frontier.points()]
+    assert len({(one["method"].name, one["pattern"].sparsity) for one in sections}) == 15
+    assert len({str(one["evaluation"]) for one in sections}) == 1
+    assert sections[0]["ruler"].types == ["Q8_0", "Q4_0", "Q2_K"]
