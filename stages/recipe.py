@@ -4,6 +4,8 @@ The delta's manifest holds it, so that evaluation, release and benchmarks descri
 changed since. Sections are plain data, as params.yaml has them: reading a recipe needs none of the code that made it.
 """
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -55,3 +57,8 @@ class Recipe:
             if not isinstance(data[key], kind):
                 raise CheckpointError(f"{where}: recipe.{key}: found {data[key]!r}, wanted a {kind.__name__}; run the prune stage again")
         return cls(**data)
+
+
+def fingerprint(recipe: dict[str, Any], shards: dict[str, str]) -> str:
+    """SHA-256 [hex] that identifies a delta, over its recipe as plain data and the hashes of its files."""
+    return hashlib.sha256(json.dumps({"recipe": recipe, "shards": shards}, sort_keys=True).encode()).hexdigest()

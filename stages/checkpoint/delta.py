@@ -4,7 +4,6 @@ For every matrix in scope it stores the mask as packed bits, 1 = kept; the value
 rows and columns only if they were reordered. It consists of one safetensors file per decoder block and a manifest.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from stages.errors import CheckpointError
 from stages.files import read_json, sha256, write_json
-from stages.recipe import Recipe
+from stages.recipe import Recipe, fingerprint
 
 FORMAT = "sparsesweep-delta/2"
 BLOCK_FORMAT = "sparsesweep-delta/1"  # of a block's file
@@ -249,8 +248,7 @@ class SparseDelta:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 [hex] that identifies the delta: over its recipe and the hashes of its files."""
-        facts = {"recipe": self.recipe.as_dict(), "shards": self.shards}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.recipe.as_dict(), self.shards)
 
     def require_hashes(self) -> None:
         """Read every file once and compare its SHA-256 with the manifest's.

@@ -10,7 +10,8 @@ from dvc.exceptions import DvcException
 
 from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
-from stages.files import PRUNE_RESULTS, SPARSE_RESULTS
+from stages.files import PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
+from stages.recipe import fingerprint
 
 PARAMS = "params.yaml"
 METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
@@ -81,11 +82,16 @@ class Unreadable(Exception):
 
 def _experiments(commit: dict[str, Any]) -> list[dict[str, Any]]:
     """The last states of the experiments that started from a commit, each with its experiment's name."""
-    return [{**experiment["revs"][0], "name": experiment["name"]} for experiment in commit["experiments"] or []]
+    return [
+        {**experiment["revs"][0], "name": experiment["name"], "executor": experiment.get("executor")}
+        for experiment in commit["experiments"] or []
+    ]
 
 
 def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     data, revision = state["data"], None if state["rev"] == "workspace" else state["rev"]
+    if (state.get("executor") or {}).get("state") == "running":
+        raise Unreadable("it is running")
     if data is None:
         raise Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
     try:
@@ -99,16 +105,33 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
         measurements = from_rows(_read(MEASUREMENTS, revision))
     except (TypeError, KeyError) as error:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
+    protocol = _read(PROTOCOL, revision)
+    if revision is None:
+        _require_of_delta(protocol)
     return Experiment(
         name=name,
         revision=revision,
         params=params,
         measurements=measurements,
         prune_metrics=prune_metrics,
-        protocol=_read(PROTOCOL, revision),
+        protocol=protocol,
         method=point["method"],
         pattern=point["pattern"],
     )
+
+
+def _require_of_delta(protocol: dict[str, Any]) -> None:
+    """Refuse scores in the workspace that are of another delta than the one there: it was pruned again since.
+
+    Args:
+        protocol: of the scores; its "delta" is SparseDelta.fingerprint.
+    """
+    manifest = SPARSE / "delta.json"
+    if not manifest.is_file():
+        return
+    facts = read_json(manifest)
+    if fingerprint(facts["recipe"], facts["shards"]) != protocol["delta"]:
+        raise Unreadable("what was pruned last is not evaluated yet; `dvc repro evaluate_sparse` does that")
 
 
 def _read(path: str, revision: str | None) -> Any:

@@ -1,0 +1,26 @@
+"""Which states of a project are evaluated experiments."""
+
+import pytest
+
+from stages.experiments import reading
+from stages.experiments.reading import Unreadable
+from stages.files import SPARSE
+from tests.evaluation import delta as deltas
+
+
+def test_scores_of_another_delta_than_the_workspaces_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    protocol = {"delta": "f" * 64}
+    reading._require_of_delta(protocol)  # nothing was pruned here: these scores are of a run elsewhere
+    delta = deltas.write(SPARSE, base)
+    reading._require_of_delta({"delta": delta.fingerprint})
+    with pytest.raises(Unreadable, match="what was pruned last is not evaluated yet"):
+        reading._require_of_delta(protocol)
+
+
+def test_an_experiment_that_runs_is_none_yet():
+    running = {"rev": "workspace", "data": {}, "executor": {"state": "running", "name": "workspace"}}
+    with pytest.raises(Unreadable, match="it is running"):
+        reading._experiment("a", running)
+    commit = {"experiments": [{"name": "a", "executor": {"state": "running"}, "revs": [{"rev": "workspace", "data": None}]}]}
+    assert reading._experiments(commit) == [{"rev": "workspace", "data": None, "name": "a", "executor": {"state": "running"}}]
