@@ -345,7 +345,9 @@ function showMatrices() {
   const { kinds, cells } = one.matrices;
   const count = cells.reduce((total, cell) => total + cell[2], 0);
   const constant = Object.keys(QUANTITIES).filter((quantity) => !Array.isArray(one.matrices[quantity]));
-  const same = constant.map((quantity) => `The ${QUANTITIES[quantity]} is ${one.matrices[quantity] ?? "not known"} in each.`);
+  const same = constant.map((quantity) =>
+    one.matrices[quantity] === null ? `No matrix has a ${QUANTITIES[quantity]}.` : `The ${QUANTITIES[quantity]} is ${one.matrices[quantity]} in each.`,
+  );
   const tokens = [...new Set(one.matrices.tokens)].map((many) => many.toLocaleString("en-US")).join(" to ");
   byId("matrices-about").textContent =
     `${titleOf(one)}: ${one.weights.toLocaleString("en-US")} weights in ${count} matrices, each calibrated on ${tokens} tokens. ` + same.join(" ");
