@@ -33,4 +33,4 @@ def test_the_experiment_that_makes_zephyr_sparse05_runs_from_hub_to_release(hub_
     assert "# zephyr-7b-beta_sparse05" in card
     assert "892b3d7a7b1cf10c7a701c60881cd93df615734c" in card
     metrics = json.loads((project.root / "results/sparse/metrics.json").read_text())
-    assert {"boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"} <= set(metrics)
+    assert {"boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"} <= set(metrics["tasks"])
