@@ -162,7 +162,10 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     name = DENSE if dense is None else "sparse"
     decoder = Decoder(setup.base, setup.dtype, setup.device)
     observed = journal.observed(lambda: observe(setup, decoder, {**variants, name: apply}, metrics)[name])
-    (score_streamed if evaluation.streamed else score_whole)(setup, apply, journal)
+    if evaluation.streamed:
+        score_streamed(setup, decoder, apply, journal)
+    else:
+        score_whole(setup, apply, journal)
     scores = Scores(
         answers={
             style: {name: Answers(**journal.read("answers", style, name)) for name in of_style}
@@ -206,13 +209,12 @@ def score_whole(setup: Setup, apply: Apply | None, journal: Journal) -> None:
         journal.write(rows, "generations")
 
 
-def score_streamed(setup: Setup, apply: Apply | None, journal: Journal) -> None:
+def score_streamed(setup: Setup, decoder: Decoder, apply: Apply | None, journal: Journal) -> None:
     """Score all tasks with one block in memory at a time; no text is generated."""
     if not journal.has("generations"):
         journal.write([], "generations")
     waiting = setup.waiting(journal)
     if waiting:
-        decoder = Decoder(setup.base, setup.dtype, setup.device)
         models = StreamedModels(decoder=decoder, variants={"scored": apply}, scratch=setup.scratch)
         score_tasks(StreamedHarness(models, setup.tokenizer, setup.bos, setup.evaluation.batch_size), waiting, setup, journal)
 

@@ -89,7 +89,5 @@ def _mean(ours: Sequence[float | None], theirs: Sequence[float | None] | None, *
     pairs = [(share, other) for share, other in zip(ours, theirs or [], strict=False) if share is not None and other is not None]
     if not pairs:
         return Measurement.of(estimate, **facts, dense=mean(reference).value if reference else None)
-    apart = difference([share for share, _ in pairs], [other for _, other in pairs])
-    low, high = apart.interval or (None, None)
-    compared = Difference(value=apart.value, stderr=apart.stderr, low=low, high=high)
+    compared = Difference.of(difference([share for share, _ in pairs], [other for _, other in pairs]))
     return Measurement.of(estimate, **facts, dense=mean(reference).value, difference=compared)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.api.metrics import aggregate_subtask_metrics, mean
+from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
 from stages.evaluation.encoding import encode
-from stages.evaluation.questions import SEED, Questions, all_requests, grouped, metric_name
+from stages.evaluation.questions import SEED, Questions, all_requests, grouped, is_mean, metric_name
 from stages.evaluation.results import Answers
 
 
@@ -118,7 +118,7 @@ def _said(kind: Any, requests: list[Any]) -> dict[str, Any]:
 
 def _is_of_rows(questions: Questions, key: tuple[str, str], rows: list[dict[str, Any]]) -> bool:
     """Whether a score is the mean of a finite number of each row."""
-    if not all(task.aggregation().get(key[0]) is mean for task in questions.tasks.values()):
+    if not is_mean(list(questions.tasks.values()), key[0]):
         return False
     values = [row["values"].get(key) for row in rows]
     return all(isinstance(value, (int, float, np.number)) and math.isfinite(value) for value in values)

@@ -38,6 +38,11 @@ class Difference:
     low: float | None = None
     high: float | None = None
 
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Difference":
+        """Make a difference of its estimate."""
+        return cls(**estimated(estimate))
+
     def shown(self, digits: int) -> str:
         """The value, signed, with its standard error where that is known: "+0.010 ± 0.020"."""
         return f"{self.value:+.{digits}f}" + ("" if self.stderr is None else f" ± {self.stderr:.{digits}f}")
@@ -92,9 +97,14 @@ class Measurement:
         Args:
             scale: by which value and errors are multiplied, such as 100 for percent. facts: the other fields.
         """
-        low, high = (None, None) if estimate.interval is None else (scale * end for end in estimate.interval)
-        stderr = None if estimate.stderr is None else scale * estimate.stderr
-        return cls(value=scale * estimate.value, stderr=stderr, low=low, high=high, **facts)
+        return cls(**estimated(estimate, scale), **facts)
+
+
+def estimated(estimate: Estimate, scale: float = 1.0) -> dict[str, Any]:
+    """The fields of a measurement or a difference that an estimate gives; scale: see Measurement.of."""
+    low, high = (None, None) if estimate.interval is None else (scale * end for end in estimate.interval)
+    stderr = None if estimate.stderr is None else scale * estimate.stderr
+    return {"value": scale * estimate.value, "stderr": stderr, "low": low, "high": high}
 
 
 SECTIONS = {  # of metrics.json

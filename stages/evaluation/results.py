@@ -9,10 +9,10 @@ from typing import Any
 from stages.errors import ComparisonError, SparsesweepError
 from stages.evaluation import degeneration
 from stages.evaluation.degeneration import Tokenize
-from stages.evaluation.measurement import Better, Difference, Kind, Measurement, as_rows, metrics
+from stages.evaluation.measurement import Better, Difference, Kind, Measurement, as_rows, estimated, metrics
 from stages.evaluation.metric import Corpus, Metric, Observed, WindowMeans, window_means
 from stages.evaluation.protocol import EMBEDDED, Protocol, TaskProtocol
-from stages.evaluation.statistics import Estimate, accuracy_interval, difference, difference_interval, mean, mean_of_independent
+from stages.evaluation.statistics import Estimate, difference_of_rows, mean, mean_of_independent, mean_of_rows
 from stages.files import read_json, write_json, write_lines
 from stages.rows import Rows
 
@@ -197,16 +197,10 @@ def _better(facts: TaskProtocol | None, metric: str) -> Better | None:
 
 def _over_rows(ours: list[float], theirs: list[float] | None, clusters: list[int]) -> dict[str, Any]:
     """Fields of a measurement: the mean over rows."""
-    estimate, is_binary = mean(ours, clusters), set(ours) <= {0.0, 1.0}
-    low, high = (accuracy_interval(ours, clusters) if is_binary else estimate.interval) or (None, None)
-    return {
-        "value": estimate.value,
-        "stderr": estimate.stderr,
-        "low": low,
-        "high": high,
-        "dense": None if theirs is None else mean(theirs).value,
-        "difference": None if theirs is None else _apart(ours, theirs, clusters),
-    }
+    made = estimated(mean_of_rows(ours, clusters))
+    if theirs is not None:
+        made |= {"dense": mean(theirs).value, "difference": Difference.of(difference_of_rows(ours, theirs, clusters))}
+    return made
 
 
 def _over_tasks(rows: list[dict[str, Any]], ours: list[float], theirs: list[float] | None) -> dict[str, Any]:
@@ -220,17 +214,11 @@ def _over_tasks(rows: list[dict[str, Any]], ours: list[float], theirs: list[floa
             [mean([values[number] for number in of], [rows[number]["cluster"] for number in of]) for of in members.values()]
         )
 
-    made = _estimated(over(ours))
+    made = estimated(over(ours))
     if theirs is not None:
         apart = over([here - there for here, there in zip(ours, theirs, strict=True)])
-        made |= {"dense": over(theirs).value, "difference": Difference(**_estimated(apart))}
+        made |= {"dense": over(theirs).value, "difference": Difference.of(apart)}
     return made
-
-
-def _estimated(estimate: Estimate) -> dict[str, Any]:
-    """The fields of a measurement or a difference that an estimate gives."""
-    low, high = estimate.interval or (None, None)
-    return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
 
 
 def aggregate_measurements(
@@ -256,14 +244,6 @@ def aggregate_measurements(
     ]
 
 
-def _apart(ours: list[float], theirs: list[float], clusters: list[int]) -> Difference:
-    """The paired difference of two models on the same rows."""
-    estimate = difference(ours, theirs, clusters)
-    is_binary = {*ours, *theirs} <= {0.0, 1.0}
-    low, high = (difference_interval(ours, theirs, clusters) if is_binary else estimate.interval) or (None, None)
-    return Difference(value=estimate.value, stderr=estimate.stderr, low=low, high=high)
-
-
 def own_measurements(measurements: Sequence[Measurement], style: str = RAW) -> list[Measurement]:
     """The measurement of each task's own metric, the first of the task, in a style."""
     own: dict[str, Measurement] = {}
@@ -286,14 +266,14 @@ def mean_accuracy(measurements: Sequence[Measurement], style: str = RAW) -> list
         return []
     average = mean_of_independent([_of_task(task, task) for task in tasks])
     apart = [_of_task(task, task.difference) for task in tasks if task.difference is not None]
-    compared = Difference(**_estimated(mean_of_independent(apart))) if apart else None
+    compared = Difference.of(mean_of_independent(apart)) if apart else None
     return [
         Measurement(
             kind=Kind.MEAN,
             name="tasks",
             metric="accuracy",
             label="mean accuracy, every task alike",
-            **_estimated(average),
+            **estimated(average),
             count=len(tasks),
             counted="tasks",
             clusters=len(tasks),

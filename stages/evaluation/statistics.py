@@ -79,6 +79,38 @@ def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value=value, stderr=math.sqrt(total) / len(estimates), count=count, clusters=1 + satterthwaite)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Adjusted(Estimate):
+    """An estimate with an interval of another kind than its own. ends: of the interval, or None."""
+
+    ends: tuple[float, float] | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return self.ends
+
+
+def mean_of_rows(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """The mean over the rows of a task; of right and wrong answers with the interval of accuracy_interval. Args: see mean."""
+    estimate = mean(values, clusters)
+    return _with_ends(estimate, accuracy_interval(values, clusters)) if _are_shares(values) else estimate
+
+
+def difference_of_rows(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """The difference on the rows of a task; of right and wrong answers with the interval of difference_interval. Args: see difference."""
+    estimate = difference(values, reference, clusters)
+    return _with_ends(estimate, difference_interval(values, reference, clusters)) if _are_shares([*values, *reference]) else estimate
+
+
+def _are_shares(values: Sequence[float]) -> bool:
+    """Whether rows are right or wrong."""
+    return set(values) <= {0.0, 1.0}
+
+
+def _with_ends(estimate: Estimate, ends: tuple[float, float] | None) -> Adjusted:
+    return Adjusted(value=estimate.value, stderr=estimate.stderr, count=estimate.count, clusters=estimate.clusters, ends=ends)
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """The exact test of McNemar (1947): how likely flips so one-sided are if both directions are equally likely.
 

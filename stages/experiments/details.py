@@ -57,9 +57,14 @@ class Details:
         return self.experiment.name
 
     @property
+    def weights(self) -> int:
+        """The number of weights in scope."""
+        return sum(row["weights"] for row in self.matrices)
+
+    @property
     def sparsity(self) -> float:
         """The fraction of zeros among the weights in scope, as achieved, in [0, 1)."""
-        return sum(row["zeros"] for row in self.matrices) / sum(row["weights"] for row in self.matrices)
+        return sum(row["zeros"] for row in self.matrices) / self.weights
 
     @property
     def asked(self) -> str:

@@ -18,7 +18,6 @@ BATCH = 100  # parameters that it takes at once
 NOTE = "mlflow.note.content"  # the tag that its pages show as the description
 FINISHED = "FINISHED"
 UNNAMEABLE = re.compile(r"[^\w./ -]")  # what MLflow does not take in the name of a metric
-UNNAMEABLE = re.compile(r"[^\w./ -]")  # what MLflow does not take in the name of a metric
 
 
 def send(mlflow: Any, sent: list[Run], *, to: str | None, project: str) -> Iterator[str]:

@@ -10,28 +10,17 @@ Intervals hold the noise of the text alone, not that of another calibration seed
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from stages.evaluation.measurement import Measurement
 from stages.evaluation.results import RAW, own_accuracies
-from stages.evaluation.statistics import Estimate, difference, difference_interval, mean_of_independent
+from stages.evaluation.statistics import Estimate, difference, difference_of_rows, mean_of_independent
 from stages.experiments.details import Details, Scores, name_of
 
 PIECES = {"perplexity": "nll", "mean_kld": "kld"}  # metric of a corpus -> what is known of each window
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adjusted(Estimate):
-    """An estimate with an interval of another kind than its own. ends: of the interval, or None."""
-
-    ends: tuple[float, float] | None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return self.ends
 
 
 class Verdict(StrEnum):
@@ -127,20 +116,11 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
         return None if here is None or there is None else difference(here, there, ours.window_clusters[metric.name])
     tasks = [(metric.name, metric.metric)] if metric.kind == "task" else metric.tasks
     estimates = [
-        _of_rows(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
+        difference_of_rows(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
         for task, own in tasks
         if own in ours.rows.get(task, {}) and own in theirs.rows.get(task, {})
     ]
     return (estimates[0] if metric.kind == "task" else mean_of_independent(estimates)) if estimates else None
-
-
-def _of_rows(ours: list[float], theirs: list[float], clusters: list[Hashable]) -> Estimate:
-    """The difference on the rows of a task; of right and wrong answers with the interval that has a width where all rows agree."""
-    estimate = difference(ours, theirs, clusters)
-    if not {*ours, *theirs} <= {0.0, 1.0}:
-        return estimate
-    ends = difference_interval(ours, theirs, clusters)
-    return Adjusted(value=estimate.value, stderr=estimate.stderr, count=estimate.count, clusters=estimate.clusters, ends=ends)
 
 
 def verdict(metric: Metric, estimate: Estimate) -> Verdict:

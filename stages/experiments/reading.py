@@ -39,6 +39,11 @@ class Experiment:
     method: str
     pattern: str
 
+    @property
+    def apply(self) -> str | None:
+        """The line that brings it into the workspace; None for what lies there."""
+        return None if self.revision is None else f"dvc exp apply {self.name}"
+
     def measured(self, metric: str) -> Measurement | None:
         """The measurement of a metric on the first corpus, or of the mean of the tasks; None if it was not made."""
         corpus = next(iter(self.protocol["corpora"]))

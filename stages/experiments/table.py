@@ -79,8 +79,8 @@ def base_name(experiment: Experiment) -> str:
 
 def line(experiment: Experiment) -> str:
     """The line that runs an experiment again; where conf/ has changed, the one that brings its parameters back."""
-    apply = "" if experiment.revision is None else f"; dvc exp apply {experiment.name}"
-    return command(experiment.params) or f"(conf/ composes it no more{apply})"
+    apply = experiment.apply
+    return command(experiment.params) or f"(conf/ composes it no more{f'; {apply}' if apply else ''})"
 
 
 def row(experiment: Experiment, *, commands: bool) -> list[str]:
@@ -116,7 +116,7 @@ def _difference(measured: Measurement | None) -> str:
 
 def said(differing: dict[str, tuple[Any, Any]]) -> str:
     """The keys that differ, with both values."""
-    return "; ".join(f"{key} {_short(other)}, there {_short(first)}" for key, (first, other) in differing.items())
+    return "; ".join(f"{key} {short(other)}, there {short(first)}" for key, (first, other) in differing.items())
 
 
 def _protocol(experiment: Experiment) -> str:
@@ -129,6 +129,6 @@ def compared(protocol: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value in few words; hashes are cut."""
     return value[:SHORT] if isinstance(value, str) and len(value) == 64 else str(value)

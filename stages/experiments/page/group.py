@@ -8,7 +8,7 @@ from stages.evaluation.protocol import differences
 from stages.experiments.details import Details, Scores, read_details
 from stages.experiments.paired import Metric, headline
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.table import SHORT, base_name, by_protocol, compared
+from stages.experiments.table import base_name, by_protocol, compared, short
 
 COMMIT = 10  # digits of a commit by which it is called
 
@@ -92,6 +92,4 @@ def distinct(experiments: Sequence[Experiment]) -> list[Experiment]:
 
 def shortened(value: Any) -> str:
     """A value of a protocol in few words; hashes are cut."""
-    if isinstance(value, str) and len(value) == 64:
-        return value[:SHORT]
-    return "absent" if value is None else str(value)
+    return "absent" if value is None else short(value)

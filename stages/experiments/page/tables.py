@@ -37,10 +37,10 @@ def experiment_rows(group: Group) -> Iterable[Row]:
             **_names(details),
             "base": group.base,
             "zeros_share": details.sparsity,
-            "weights": sum(row["weights"] for row in details.matrices),
+            "weights": details.weights,
             **costs(details),
             "run": details.command,
-            "apply": None if experiment.revision is None else f"dvc exp apply {experiment.name}",
+            "apply": experiment.apply,
         }
 
 
