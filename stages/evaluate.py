@@ -5,14 +5,18 @@ python -m stages.evaluate part=dense|sparse|quantised
 
 import logging
 import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read by datasets when imported: evaluation reads what fetch brought
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from lm_eval.api.model import LM
+from transformers import PreTrainedModel
 
 from stages import devices, record
 from stages.checkpoint.model import Apply, load_model
@@ -26,7 +30,7 @@ from stages.evaluation.metric import Metric, Observed
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.protocol import write_protocol
 from stages.evaluation.questions import Questions
-from stages.evaluation.results import Answers, Results, Scores, corpus_measurements, results_of
+from stages.evaluation.results import Answers, Results, Scores, results_of
 from stages.evaluation.scoring import DENSE, StreamedModels, Variants
 from stages.evaluation.section import Evaluation, Ruler
 from stages.evaluation.setup import Setup, prepare
@@ -35,6 +39,7 @@ from stages.files import (
     BASE,
     DENSE_JOURNAL,
     DENSE_RESULTS,
+    RULER_JOURNALS,
     RULER_RESULTS,
     SPARSE,
     SPARSE_JOURNAL,
@@ -47,6 +52,7 @@ from stages.streaming.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
+Load = Callable[[], PreTrainedModel]
 
 TRACKED = ("evaluation", *(f"environment.{library}" for library in ("torch", "transformers", "tokenizers", "datasets", "lm_eval")))
 
@@ -61,7 +67,7 @@ def main(part: str, evaluation: Evaluation, ruler: Ruler | None = None) -> None:
     with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
         setup = prepare(evaluation, scratch)
         if ruler is not None:
-            evaluate_quantised(setup, ruler.types, stopwatch)
+            evaluate_quantised(setup, ruler, stopwatch)
         elif part == "dense":
             evaluate_dense(setup, stopwatch)
         else:
@@ -99,25 +105,36 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
             write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
 
 
-def evaluate_quantised(setup: Setup, types: list[str], stopwatch: record.Stopwatch) -> None:
-    """Score the base quantised to each type on the corpora, side by side with the dense model; the tasks are left out."""
+def evaluate_quantised(setup: Setup, ruler: Ruler, stopwatch: record.Stopwatch) -> None:
+    """Score the base quantised to each type: the corpora side by side with the dense model, then the tasks; no prompt is continued."""
     from stages.evaluation.quantisation import Quantiser
     from stages.evaluation.reference import read_dense
 
-    dense, rows = read_dense(DENSE_RESULTS, setup.protocol()), []
+    dense = replace(read_dense(DENSE_RESULTS, setup.protocol()), generations=[])
     metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
-    decoder = Decoder(setup.base, setup.dtype, setup.device)
-    quantisers = {name: Quantiser.for_decoder(decoder, name) for name in types}
-    observed = observe(setup, decoder, {DENSE: None, **quantisers}, metrics)
-    for name, quantiser in quantisers.items():
-        measured = corpus_measurements(setup.corpora, observed[name], metrics, dense)
-        facts = {"type": name, "bytes_per_weight": quantiser.bytes_per_weight}
-        rows += [{**row, **facts} for row in as_rows(measured)]
-        log.info("%s, %.3f bytes a weight: %s %s", name, quantiser.bytes_per_weight, measured[0].label, measured[0].shown(3))
-    with replacing(RULER_RESULTS) as directory:
-        write_json(directory / "measurements.json", rows)
-        write_protocol(directory / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=None)
-        write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
+    decoder, rows = Decoder(setup.base, setup.dtype, setup.device), []
+    quantisers = {name: Quantiser.for_decoder(decoder, name) for name in ruler.types}
+    observe_all = cache(lambda: observe(setup, decoder, {DENSE: None, **quantisers}, metrics))
+    with ExitStack() as stack:
+        journals = {
+            name: stack.enter_context(opened(RULER_JOURNALS / f".evaluate-{name}", setup.fingerprint(name))) for name in ruler.types
+        }
+        observed = {name: journal.observed(partial(of_variant, observe_all, name)) for name, journal in journals.items()}
+        for name, quantiser in quantisers.items():
+            answers = answer_tasks(setup, decoder, quantiser, loader(setup, quantiser), journals[name]) if ruler.tasks else {}
+            measured = measure(setup, observed[name], metrics, Scores(answers=answers, generations=[]), dense).measurements
+            facts = {"type": name, "bytes_per_weight": quantiser.bytes_per_weight}
+            rows += [{**row, **facts} for row in as_rows(measured)]
+            log.info("%s, %.3f bytes a weight: %s %s", name, quantiser.bytes_per_weight, measured[0].label, measured[0].shown(3))
+        with replacing(RULER_RESULTS) as directory:
+            write_json(directory / "measurements.json", rows)
+            write_protocol(directory / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=None)
+            write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
+
+
+def of_variant(observe_all: Callable[[], dict[str, dict[str, Observed]]], name: str) -> dict[str, Observed]:
+    """What was observed of one of several models that are run side by side."""
+    return observe_all()[name]
 
 
 def speed(journal: Journal) -> dict[str, float] | None:
@@ -162,24 +179,21 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     name = DENSE if dense is None else "sparse"
     decoder = Decoder(setup.base, setup.dtype, setup.device)
     observed = journal.observed(lambda: observe(setup, decoder, {**variants, name: apply}, metrics)[name])
-    if evaluation.streamed:
-        score_streamed(setup, decoder, apply, journal)
-    else:
-        score_whole(setup, apply, journal)
-    scores = Scores(
-        answers={
-            style: {name: Answers(**journal.read("answers", style, name)) for name in of_style}
-            for style, of_style in setup.questions.items()
-        },
-        generations=journal.read("generations"),
-    )
-    tokenize = partial(setup.tokenizer.encode, add_special_tokens=False)
-    results = results_of(setup.corpora, observed, metrics, scores, setup.tasks, dense, tokenize)
+    load = loader(setup, apply)
+    answers = answer_tasks(setup, decoder, apply, load, journal)
+    scores = Scores(answers=answers, generations=continue_prompts(setup, load, journal))
+    results = measure(setup, observed, metrics, scores, dense)
     perplexities = {measured.name: measured.shown(3) for measured in results.measurements if measured.metric == "perplexity"}
     for corpus in setup.corpora:
         facts = (corpus.name, perplexities[corpus.name], *corpus.windows.shape, setup.bos.words)
         log.info("perplexity on %s: %s on %d windows of %d tokens%s", *facts)
     return results
+
+
+def measure(setup: Setup, observed: Mapping[str, Observed], metrics: list[Metric], scores: Scores, dense: Results | None) -> Results:
+    """Make all measurements of a model; args: see results_of."""
+    tokenize = partial(setup.tokenizer.encode, add_special_tokens=False)
+    return results_of(setup.corpora, observed, metrics, scores, setup.tasks, dense, tokenize)
 
 
 def observe(setup: Setup, decoder: Decoder, variants: Variants, metrics: list[Metric]) -> dict[str, dict[str, Observed]]:
@@ -189,42 +203,50 @@ def observe(setup: Setup, decoder: Decoder, variants: Variants, metrics: list[Me
         return models.observe(setup.corpora, metrics)
 
 
-def score_whole(setup: Setup, apply: Apply | None, journal: Journal) -> None:
-    """Score the tasks with a model in memory, task by task, and continue the prompts."""
-    evaluation, prompts = setup.evaluation, setup.evaluation.generations.prompts
-    waiting = setup.waiting(journal)
-    if not prompts and not journal.has("generations"):
-        journal.write([], "generations")
-    if not waiting and journal.has("generations"):
-        return
-    model = load_model(setup.base, apply, dtype=setup.dtype, device=setup.device)
-    context, batch_size = setup.base.context_length or CONTEXT_LENGTH, evaluation.batch_size
-    harness = WholeModel(setup.bos, pretrained=model, tokenizer=setup.tokenizer, batch_size=batch_size, max_length=context)
-    for questions in waiting:
-        score_tasks(harness, [questions], setup, journal)
-    if not journal.has("generations"):
-        stopwatch = record.Stopwatch()
-        rows, tokens = generate(model, setup.tokenizer, setup.bos, prompts, evaluation.generations.new_tokens)
-        journal.write({"tokens": tokens, "seconds": round(stopwatch.seconds, 2)} if tokens else None, "speed")
-        journal.write(rows, "generations")
+def loader(setup: Setup, apply: Apply | None) -> Load:
+    """A function that loads the whole model when it is first called."""
+    return cache(partial(load_model, setup.base, apply, dtype=setup.dtype, device=setup.device))
 
 
-def score_streamed(setup: Setup, decoder: Decoder, apply: Apply | None, journal: Journal) -> None:
-    """Score all tasks with one block in memory at a time; no text is generated."""
-    if not journal.has("generations"):
-        journal.write([], "generations")
-    waiting = setup.waiting(journal)
-    if waiting:
+def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load, journal: Journal) -> dict[str, dict[str, Answers]]:
+    """Answer the tasks: one after the other with the whole model in memory, or all at once with one block of it.
+
+    Returns:
+        Style -> task -> answers; those of an interrupted run stand in the journal.
+    """
+    waiting, batch_size = setup.waiting(journal), setup.evaluation.batch_size
+    if waiting and setup.evaluation.streamed:
         models = StreamedModels(decoder=decoder, variants={"scored": apply}, scratch=setup.scratch)
-        score_tasks(StreamedHarness(models, setup.tokenizer, setup.bos, setup.evaluation.batch_size), waiting, setup, journal)
+        ask_all(StreamedHarness(models, setup.tokenizer, setup.bos, batch_size), waiting, batch_size, journal)
+    elif waiting:
+        context = setup.base.context_length or CONTEXT_LENGTH
+        model = WholeModel(setup.bos, pretrained=load(), tokenizer=setup.tokenizer, batch_size=batch_size, max_length=context)
+        for questions in waiting:
+            ask_all(model, [questions], batch_size, journal)
+    return {
+        style: {name: Answers(**journal.read("answers", style, name)) for name in of_style} for style, of_style in setup.questions.items()
+    }
 
 
-def score_tasks(model: LM, waiting: list[Questions], setup: Setup, journal: Journal) -> None:
-    """Score tasks and keep their scores."""
-    with devices.gpu_memory("evaluation.batch_size", setup.evaluation.batch_size):
+def ask_all(model: LM, waiting: list[Questions], batch_size: int, journal: Journal) -> None:
+    """Ask a model all questions and keep its answers in the journal."""
+    with devices.gpu_memory("evaluation.batch_size", batch_size):
         ask(model, waiting)
     for questions in waiting:
         journal.write(asdict(answers(questions)), "answers", questions.style, questions.name)
+
+
+def continue_prompts(setup: Setup, load: Load, journal: Journal) -> list[dict[str, str]]:
+    """Continue the prompts and measure how fast; of a streamed evaluation there are none."""
+    asked = setup.evaluation.generations
+    if not journal.has("generations"):
+        rows: list[dict[str, str]] = []
+        if asked.prompts:
+            model, stopwatch = load(), record.Stopwatch()
+            rows, tokens = generate(model, setup.tokenizer, setup.bos, asked.prompts, asked.new_tokens)
+            journal.write({"tokens": tokens, "seconds": round(stopwatch.seconds, 2)} if tokens else None, "speed")
+        journal.write(rows, "generations")
+    return cast(list[dict[str, str]], journal.read("generations"))
 
 
 if __name__ == "__main__":

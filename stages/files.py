@@ -28,6 +28,7 @@ SPARSE = Path("artifacts/sparse")
 PRUNE_JOURNAL = Path("artifacts/.prune")
 DENSE_JOURNAL = Path("artifacts/.evaluate-dense")
 SPARSE_JOURNAL = Path("artifacts/.evaluate-sparse")
+RULER_JOURNALS = Path("artifacts")  # .evaluate-TYPE, one for each type of quantisation
 PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")

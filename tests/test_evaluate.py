@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -320,8 +322,14 @@ def test_a_streamed_evaluation_is_compared_with_a_streamed_one(root):
     assert read_json(root / "results/sparse/details/generations.json") == []
 
 
+def ruler(asked: Evaluation, *types: str) -> list[dict[str, Any]]:
+    """The measurements of quantised models."""
+    evaluate.main.function(part="quantised", evaluation=asked, ruler=Ruler(types=list(types), tasks=True))
+    return read_json(Path("results/ruler/measurements.json"))
+
+
 def test_quantised_models_are_a_ruler_with_their_bytes(root):
-    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=["Q6_K", "Q3_K"]))
+    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=["Q6_K", "Q3_K"], tasks=False))
     rows = read_json(root / "results/ruler/measurements.json")
     size = {row["type"]: row["bytes_per_weight"] for row in rows}
     assert 18 / 32 < size["Q3_K"] < size["Q6_K"]  # rows of 32 and 112 weights: Q4_0 or Q8_0, and F16
@@ -329,14 +337,47 @@ def test_quantised_models_are_a_ruler_with_their_bytes(root):
     assert 0 < divergence["Q6_K"] < divergence["Q3_K"]
     perplexity = read_json(root / "results/dense/metrics.json")["corpora"]["articles"]["perplexity"]
     assert all(row["dense"] == pytest.approx(perplexity) for row in rows if row["metric"] == "perplexity")
+    assert {row["kind"] for row in rows} == {"corpus"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_quantised_models_answer_the_tasks_each_for_itself(root, streamed):
+    asked = replace(EVALUATION, streamed=streamed, generations=Generations(new_tokens=3, prompts=[]))
+    run("dense", asked)
+    expected = ruler(asked, "Q3_K")
+    both = ruler(asked, "Q6_K", "Q3_K")
+    assert {row["metric"] for row in expected if row["kind"] == "task"} == {"acc", "acc_norm"}
+    assert all(row["difference"] is not None for row in expected if row["kind"] in ("task", "mean"))
+    assert [row for row in both if row["type"] == "Q3_K"] == expected
+    assert not list((root / "artifacts").glob(".evaluate-*"))
+
+
+def test_a_ruler_goes_on_after_a_failure(root, monkeypatch):
+    """What one type was scored to is not lost by the failure of the next."""
+    expected = ruler(EVALUATION, "Q6_K", "Q3_K")
+    asked = evaluate.ask_all
+
+    def fail_later(*arguments):
+        if (root / "artifacts/.evaluate-Q6_K").is_dir() and len(list((root / "artifacts/.evaluate-Q8_0").glob("answers-*"))) == len(
+            EVALUATION.tasks
+        ):
+            raise KeyboardInterrupt
+        asked(*arguments)
+
+    monkeypatch.setattr(evaluate, "ask_all", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        ruler(EVALUATION, "Q6_K", "Q3_K")
+    monkeypatch.setattr(evaluate, "ask_all", asked)
+    monkeypatch.setattr(evaluate, "observe", None)  # nothing is observed again
+    assert ruler(EVALUATION, "Q6_K", "Q3_K") == expected
 
 
 def test_a_ruler_without_types_reads_no_weights(root):
     forbid_weights(root)
-    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=[]))
+    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=[], tasks=True))
     assert read_json(root / "results/ruler/measurements.json") == []
 
 
 def test_a_ruler_is_held_to_the_dense_models_protocol(root):
     with pytest.raises(ComparisonError, match="results/dense and this evaluation are not of the same protocol"):
-        evaluate.main.function(part="quantised", evaluation=replace(EVALUATION, rows=3), ruler=Ruler(types=["Q3_K"]))
+        evaluate.main.function(part="quantised", evaluation=replace(EVALUATION, rows=3), ruler=Ruler(types=["Q3_K"], tasks=True))

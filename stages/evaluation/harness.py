@@ -62,12 +62,14 @@ class WholeModel(HFLM):
 
 
 def ask(model: LM, questions: Sequence[Questions]) -> None:
-    """Hand a model all requests; they keep its responses.
+    """Hand a model all requests; they keep its responses, and forget those of a model before it.
 
     Args:
         model: a WholeModel or a StreamedHarness.
     """
     torch.manual_seed(SEED)  # for tasks that sample their answers
+    for instance in (instance for each in questions for instance in each.instances):
+        instance.resps, instance.filtered_resps = [], {}
     for kind, instances in all_requests(questions):
         for instance, response in zip(instances, getattr(model, kind)(instances), strict=True):
             instance.resps.append(response)

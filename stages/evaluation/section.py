@@ -93,9 +93,11 @@ class Ruler:
     """The base quantised, as a ruler for what pruning does to it.
 
     types: of llama.cpp, see stages/evaluation/quantisation.py; none: nothing is scored.
+    tasks: whether the quantised models answer the tasks, too; else they are scored on the corpora alone.
     """
 
     types: list[str]
+    tasks: bool
 
     def check(self, key: str) -> None:
         require(len(set(self.types)) == len(self.types), f"{key}.types", self.types, "each type once")

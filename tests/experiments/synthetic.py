@@ -226,13 +226,18 @@ def _matrix(block: int, kind: str, sparsity: float, numbers: random.Random) -> d
 def _ruler() -> list[dict[str, Any]]:
     facts = {"kind": "corpus", "name": "wikipedia", "count": WINDOWS * (TOKENS - 1), "counted": "tokens", "clusters": DOCUMENTS, "unit": ""}
     facts |= {"better": "lower", **_NO_DENSE}
-    rows = [("Q8_0", 1.06, 19.7, 0.004), ("Q4_0", 0.56, 21.9, 0.11), ("Q2_K", 0.33, 34.2, 0.6)]
+    rows = [("Q8_0", 1.06, 19.7, 0.004, 0.52), ("Q4_0", 0.56, 21.9, 0.11, 0.5), ("Q2_K", 0.33, 34.2, 0.6, 0.41)]
     found = []
-    for kind, size, perplexity, divergence in rows:
+    for kind, size, perplexity, divergence, accuracy in rows:
         of_kind = {**facts, "type": kind, "bytes_per_weight": size, "stderr": 0.5, "metric": "perplexity", "label": "perplexity"}
         found.append({**of_kind, "value": perplexity, "low": 0.93 * perplexity, "high": 1.08 * perplexity})
         found.append(
             {**of_kind, "metric": "mean_kld", "label": "Mean KLD", "unit": "nats", "value": divergence}
             | {"low": 0.9 * divergence, "high": 1.1 * divergence}
+        )
+        found.append(
+            {**of_kind, "kind": "mean", "name": "tasks", "metric": "accuracy", "label": "mean accuracy, every task alike"}
+            | {"better": "higher", "count": len(TASKS), "counted": "tasks", "clusters": len(TASKS)}
+            | {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05}
         )
     return found
