@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 KEY = "evaluation.tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
 SEED = 0
+GENERATES = "generate_until"  # lm-eval's output type of tasks whose answers are generated
 EXAMPLES = "examples"  # name of their split
 BROKEN = (TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
 
@@ -79,6 +80,11 @@ class Questions:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated."""
+        return any(task.OUTPUT_TYPE == GENERATES for task in self.tasks.values())
 
     @property
     def instances(self) -> list[Instance]:
@@ -218,7 +224,7 @@ class Asking:
     """How questions are asked.
 
     encoder: of the base's tokenizer. rows: see evaluation.rows. examples: those of the style few_shot. embedding_rows: see
-    tokens.embedding_rows. streamed: whether no text can be generated.
+    tokens.embedding_rows.
     """
 
     encoder: Encoder
@@ -226,7 +232,6 @@ class Asking:
     examples: int
     system_prompt: str
     embedding_rows: int | None
-    streamed: bool
     scratch: Path
 
     def build(self, source: Source, style: str) -> Questions:
@@ -274,11 +279,7 @@ class Asking:
         return loaded
 
     def _require_possible(self, name: str, task: ConfigurableTask) -> None:
-        kind = str(task.OUTPUT_TYPE)
-        if self.streamed and kind not in ("loglikelihood", "multiple_choice"):
-            what = "generates text" if kind == "generate_until" else "scores whole texts"
-            raise ConfigError(f"{KEY}: {name} {what}, wanted a task of choices or continuations with evaluation.streamed")
-        if kind == "generate_until" and (bound := new_tokens(task.config.generation_kwargs)) >= self.encoder.max_length:
+        if task.OUTPUT_TYPE == GENERATES and (bound := new_tokens(task.config.generation_kwargs)) >= self.encoder.max_length:
             raise ConfigError(f"{KEY}: {name} generates {bound} tokens, wanted fewer than the model's context of {self.encoder.max_length}")
 
     def _require_examples(self, name: str, task: ConfigurableTask) -> None:

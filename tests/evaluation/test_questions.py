@@ -73,7 +73,7 @@ def test_the_chat_style_renders_the_question_and_the_system_style_the_prompt_bef
 
 def test_the_metrics_of_our_tasks_are_those_of_their_table(tmp_path):
     names = ["piqa", "lambada"]
-    asked = questions({name: [GOOD[name]] for name in names}, tmp_path, streamed=True)
+    asked = questions({name: [GOOD[name]] for name in names}, tmp_path)
     assert [each.protocol().metrics for each in asked] == [["acc", "acc_norm"], ["acc"]]
 
 
