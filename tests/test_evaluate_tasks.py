@@ -151,6 +151,16 @@ def test_whole_texts_have_lm_evals_scores_without_an_error_and_lower_is_better(r
     assert "mean" not in read_json(root / "results/sparse/metrics.json")
 
 
+def test_rows_of_a_fetched_task_that_share_a_passage_are_one_cluster(root, monkeypatch):
+    words = [f"{benchmarks.WORDS[i]} ".ljust(200, "x") for i in (0, 0, 1)]
+    rows = [{"question": "lamp", "options": ["river", "stone"], "answer": i % 2, "passage": words[i]} for i in range(3)]
+    benchmarks.write_own(rows=rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    run("dense", replace(ASKED, tasks=["own_choice"]))
+    samples = Rows(root / "results/dense/details/samples-own_choice.jsonl")
+    assert [row["cluster"] for row in samples] == [0, 0, 1]
+
+
 def test_a_group_is_one_score_and_every_row_is_kept(root):
     run("dense", replace(ASKED, tasks=["mmlu"], rows=None))
     rows = list(Rows(root / "results/dense/details/samples-mmlu.jsonl"))

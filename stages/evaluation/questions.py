@@ -36,6 +36,8 @@ KEY = "evaluation.tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
 SEED = 0
 GENERATES = "generate_until"  # lm-eval's output type of tasks whose answers are generated
+SHARED_COLUMNS = ("passage", "context", "article", "story", "paragraph", "document")
+LONG = 80  # characters: shorter texts, such as an instruction that all rows repeat, are not what a question is about
 EXAMPLES = "examples"  # name of their split
 BROKEN = (TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
 
@@ -47,7 +49,7 @@ class Source:
     """What is asked under one name.
 
     tasks: lm-eval's name of each task -> its YAML, as plain data.
-    documents: of the rows of each what they share with others; None: nothing.
+    documents: of the rows of each what they share with others; None: the text of one of SHARED_COLUMNS, if they have such a column.
     few_shot: examples in the prompt; None: the task's own number.
     metrics: lm-eval's names of those that are reported, in order; None: all of the task.
     aggregated: see manifest.Benchmark. is_group: whether rows say which task they are of. sha256: of the rows. source: where they are from.
@@ -90,6 +92,11 @@ class Questions:
     def instances(self) -> list[Instance]:
         return [instance for task in self.tasks.values() for instance in task.instances]
 
+    def shared(self, task: str) -> Sequence[Hashable]:
+        """What each question of a task shares with others, such as the passage that it is about; its number where it shares nothing."""
+        stated = self.source.documents[task]
+        return shared_texts([row for _, row in self.documents(task)]) if stated is None else stated
+
     def documents(self, task: str) -> list[tuple[int, Any]]:
         """Number and row of each question of a task."""
         return list(self.tasks[task].doc_iterator(limit=self.limit))
@@ -118,6 +125,15 @@ class Questions:
             macro=[metric_name(*key) for key in self.metrics if not self.source.aggregated.get(key[0], True)],
             cut=sum(map(len, self.cut.values())),
         )
+
+
+def shared_texts(rows: Sequence[Mapping[str, Any]]) -> Sequence[Hashable]:
+    """The texts that rows are about, by which errors are clustered: of the first of SHARED_COLUMNS that holds long texts in every row."""
+    for column in SHARED_COLUMNS:
+        texts = [row.get(column) for row in rows]
+        if rows and all(isinstance(text, str) for text in texts) and sum(map(len, map(str, texts))) >= LONG * len(rows):
+            return texts
+    return range(len(rows))
 
 
 def metric_name(metric: str, filtered_by: str) -> str:
