@@ -1,11 +1,12 @@
 """Prune the base with the calibration windows; keep what changed.
 
-python -m stages.prune
-torchrun --nproc-per-node N -m stages.prune     on N GPUs, each with its share of the windows
+python -m stages.prune                        prune.processes says how many processes share the work
+torchrun --nnodes 2 ... -m stages.prune       several machines, see docs/engine.md
 """
 
 import logging
 import re
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,13 @@ TOKENS_PER_COLUMN = 20  # below which new weights fit the calibration tokens
 )
 def main(method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune) -> None:
     stopwatch = record.Stopwatch()
-    device = distributed.local_device(devices.choose_device("prune.device", prune.device))
+    device = devices.choose_device("prune.device", prune.device)
+    if prune.processes > 1 and not distributed.is_started():
+        distributed.require_gpus(device, prune.processes)
+        distributed.become("stages.prune", sys.argv[1:], prune.processes)
+    if distributed.is_started():
+        prune = replace(prune, processes=distributed.started_processes())  # which the recipe states, whoever started them
+    device = distributed.local_device(device)
     dtype = devices.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
     windows, held_out, windows_sha256 = calibration_windows(base)

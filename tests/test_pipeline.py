@@ -297,6 +297,15 @@ def test_repro_goes_on_after_a_kill(project):
     assert not (project.root / "artifacts/.prune").exists()
 
 
+def test_several_processes_are_a_parameter_of_the_stage(project):
+    two = ["exp", "run", "-S", "experiment=tiny", "-S", "prune.processes=2", "prune"]
+    assert project.stages_run(*two) == ["prune"]
+    provenance = json.loads((project.root / "results/prune/provenance.json").read_text())
+    assert (provenance["processes"], provenance["prune"]["processes"]) == (2, 2)
+    project.stages_run("exp", "run", "-S", "experiment=tiny", "prune")
+    assert project.stages_run(*two) == []  # from the cache
+
+
 def test_what_several_processes_made_is_taken_as_the_stages_result(project):
     project.run("dvc", "exp", "run", "-S", "experiment=tiny", "prune")
     project.run(*["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "stages.prune"])

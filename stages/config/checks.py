@@ -41,6 +41,9 @@ def _check_pruning(sections: dict[str, Any]) -> None:
         wanted = f"uniform: with pattern.name = {pattern.name} every matrix is {pattern.label}"
         require(not pattern.grouped, "allocation.name", allocation.name, wanted)
         allocation.check_sparsity(pattern.sparsity, "allocation")
+    require(
+        prune.processes <= sections["calibration"].windows, "prune.processes", prune.processes, "at most one for each calibration window"
+    )
     windows, wanted = getattr(allocation, "windows", 0), f"at most calibration.windows = {sections['calibration'].windows}"
     require(windows <= sections["calibration"].windows, "allocation.windows", windows, wanted)
     reconstruction, held_out = sections["reconstruction"], sections["calibration"].held_out

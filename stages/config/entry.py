@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import hydra
 from omegaconf import DictConfig
 
+from stages.config.caching import require_room_in_cache
 from stages.config.environment import require_installed
 from stages.config.params import CONF, prepare
 from stages.errors import SparsesweepError
@@ -46,6 +47,13 @@ def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> 
             except SparsesweepError as error:
                 log.error("%s: %s", type(error).__name__, error)
                 sys.exit(1)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.error(
+                    "the memory of this machine does not suffice (%s); what is finished is kept", str(error).split("\n")[0] or "MemoryError"
+                )
+                sys.exit(1)
 
         run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
 
@@ -66,6 +74,11 @@ def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> 
     return wrap
 
 
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether an error means that the system gave no memory; torch says so in its message alone."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def _run(cfg: DictConfig, function: Callable[..., None], parameters: tuple[str, ...], parts: dict[str, tuple[str, ...]] | None) -> None:
     sections = importlib.import_module("stages.config.sections").read(cfg)
     keywords: dict[str, Any] = {}
@@ -79,3 +92,4 @@ def _run(cfg: DictConfig, function: Callable[..., None], parameters: tuple[str, 
             section, _, key = name.partition(".")
             keywords[name.replace(".", "_")] = getattr(sections[section], key) if key else sections[section]
     function(**keywords)
+    require_room_in_cache()

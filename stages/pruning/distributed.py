@@ -1,11 +1,14 @@
-"""Collective operations for several processes, started by torchrun, that prune one model; each process has some of the windows.
+"""Several processes that prune one model, each with some of the windows: how they are started, and their collective operations.
 
-In a single process, without torch.distributed, each operation returns its argument.
+torchrun starts them: by hand, or in the place of a single process. In a single process, without torch.distributed, each operation returns
+its argument.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import distributed as dist
@@ -13,10 +16,32 @@ from torch import distributed as dist
 from stages.errors import ConfigError
 
 
+def is_started() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def started_processes() -> int:
+    """How many processes torchrun started, on all machines; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if is_started() else 1
+
+
+def become(module: str, arguments: list[str], processes: int) -> NoReturn:
+    """Run a module in several processes on this machine instead of this one; torchrun takes this process's place.
+
+    Each takes an equal share of the processor's threads unless OMP_NUM_THREADS says otherwise.
+    """
+    threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Initialise torch.distributed if torchrun started this process: nccl on GPUs, gloo on CPUs."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_started():
         yield
         return
     if device.type == "cuda":
@@ -26,24 +51,33 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process by its local rank, or the given device if it names one.
+def require_gpus(device: torch.device, processes: int) -> None:
+    """Refuse more processes on this machine than it has GPUs, where a GPU computes.
 
     Raises:
         ConfigError: there are more processes than GPUs, or one GPU was named and there are several processes.
     """
-    if device.type != "cuda" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return device
-    if device.index is not None and local_world_size() > 1:
+    if device.type != "cuda":
+        return
+    if device.index is not None and processes > 1:
         raise ConfigError(
-            f"prune.device: found {str(device)!r} for {local_world_size()} processes, wanted cuda or auto: each takes a GPU of its own"
+            f"prune.device: found {str(device)!r} for {processes} processes, wanted cuda or auto: each takes a GPU of its own"
         )
+    if processes > torch.cuda.device_count():
+        raise ConfigError(f"prune.processes: found {processes}, wanted at most the {torch.cuda.device_count()} GPUs of this machine")
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process by its local rank, or the given device if it names one.
+
+    Raises:
+        ConfigError: see require_gpus.
+    """
+    if device.type != "cuda" or not is_started():
+        return device
+    require_gpus(device, local_world_size())
     if device.index is not None:
         return device
-    if local_world_size() > torch.cuda.device_count():
-        raise ConfigError(
-            f"--nproc-per-node: found {local_world_size()}, wanted at most the {torch.cuda.device_count()} GPUs of this machine"
-        )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 

@@ -25,6 +25,7 @@ class Prune:
     error_tokens: calibration tokens on which the relative output error is measured.
     expert_tokens: an expert that fewer calibration tokens chose is calibrated on a sample of all.
     memory_budget: of host memory, GiB; null: what is free.
+    processes: that share the work on this machine, each with its share of the windows, and with a GPU of its own where there are GPUs.
     """
 
     device: str = device_field()
@@ -34,3 +35,4 @@ class Prune:
     error_tokens: int = number(minimum=1, unit="token")
     expert_tokens: int = number(minimum=0, unit="tokens")
     memory_budget: float | None = number(above=0, unit="GiB")
+    processes: int = number(minimum=1, unit="process")

@@ -61,6 +61,8 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
         (["pattern.sparsity=-0.1"], r"pattern.sparsity: found -0.1"),
         (["pattern=nm_2_4", "pattern.kept=4"], r"pattern.kept: found 4, wanted N in 1..3, below pattern.group"),
         (["method.score.name=guess"], "method.score.name: found 'guess', wanted one of " + ", ".join(SCORES)),
+        (["prune.processes=0"], "prune.processes: found 0, wanted at least 1 process"),
+        (["prune.processes=33"], "prune.processes: found 33, wanted at most one for each calibration window"),
         (["method.comparison_group=column"], "method.comparison_group: found 'column', wanted one of row, matrix"),
         (["method.update.name=guess"], "method.update.name: found 'guess', wanted one of " + ", ".join(UPDATES)),
         (["pattern.name=guess"], "pattern.name: found 'guess', wanted one of " + ", ".join(PATTERNS)),

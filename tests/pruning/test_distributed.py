@@ -54,8 +54,23 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    with pytest.raises(ConfigError, match=r"--nproc-per-node: found 1000, wanted at most the \d+ GPUs of this machine"):
+    with pytest.raises(ConfigError, match=r"prune.processes: found 1000, wanted at most the \d+ GPUs of this machine"):
         distributed.local_device(torch.device("cuda"))
+
+
+def test_a_process_becomes_several_that_share_its_threads(monkeypatch):
+    became = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: became.append(arguments))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    distributed.become("stages.prune", ["method=wanda"], 4)
+    (program, command, environment) = became[0]
+    assert program == command[0] == sys.executable
+    assert command[-4:] == ["--nproc-per-node=4", "-m", "stages.prune", "method=wanda"]
+    assert environment["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    distributed.become("stages.prune", [], 4)
+    assert became[1][2]["OMP_NUM_THREADS"] == "7"
 
 
 def test_a_tensor_that_is_not_contiguous_is_not_broadcast():
