@@ -48,7 +48,7 @@ def test_lines_are_the_dense_model_and_the_ruler_with_labels_apart():
     close = [line for line in lines if line["label"] in ("dense", "Q4_0")]
     assert len({(line["shift"], line["below"]) for line in close}) == 2
     assert [line["label"] for line in references(GROUP, GROUP.metrics[1])] == ["Q8_0", "Q4_0", "Q2_K"]
-    assert [line["label"] for line in references(GROUP, GROUP.metrics[2])] == ["dense", "Q8_0", "Q4_0", "Q2_K"]
+    assert [line["label"] for line in references(GROUP, GROUP.metrics[2])] == ["Q2_K", "dense", "Q4_0", "Q8_0"]
 
 
 def test_matrices_are_told_by_block_and_kind():
