@@ -8,10 +8,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from stages.evaluation.measurement import Measurement
+from stages.evaluation.measurement import Difference, Measurement
 from stages.evaluation.protocol import NOT_COMPARED, differences
+from stages.evaluation.statistics import mean
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
+from stages.experiments.repeats import Spread, seed_of, settings, spread
 from stages.release.card import scored_text
 
 COLUMNS = (
@@ -27,30 +29,45 @@ COLUMNS = (
     "seconds",
     "command",
 )
+SETTING_COLUMNS = ("method", "pattern", "sparsity", "seeds", *COLUMNS[COLUMNS.index("perplexity") : COLUMNS.index("command")])
+RATIOS = ("perplexity", "perplexity_ratio")  # metrics that are averaged as logarithms
 SHORT = 12  # characters of a hash that are shown
 
 
-def text(experiments: list[Experiment], missing: list[Missing], *, commands: bool) -> str:
+def text(experiments: list[Experiment], missing: list[Missing], *, commands: bool = False, seeds: bool = False) -> str:
     """One table for each protocol, the one with the most experiments first, and what each has that the first has not.
 
     Args:
         missing: what is not compared. commands: whether each row has the line that runs it again.
+        seeds: whether experiments that differ in the calibration seed alone stand in one row, with the spread between their seeds.
     """
     groups = by_protocol(experiments)
     pieces = []
     for group in groups:
         first, own = groups[0][0].protocol, group[0].protocol
         reason = "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
-        best_first = sorted(group, key=_perplexity)
-        rows = [row(experiment, commands=commands) for experiment in best_first]
-        headers = COLUMNS if commands else COLUMNS[:-1]
         perplexity = group[0].measured("perplexity")
         dense = "" if perplexity is None or perplexity.dense is None else f"; the dense model has {perplexity.dense:.2f}"
-        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{tabulate(rows, headers, disable_numparse=True)}\n")
+        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{of_settings(group) if seeds else of_experiments(group, commands=commands)}\n")
     if not experiments:
         pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
     pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
     return "\n".join(pieces)
+
+
+def of_experiments(group: list[Experiment], *, commands: bool) -> str:
+    """A row for each experiment, best first; below it which of them are repeats of each other. commands: see text."""
+    rows = [row(experiment, commands=commands) for experiment in sorted(group, key=_perplexity)]
+    table = tabulate(rows, COLUMNS if commands else COLUMNS[:-1], disable_numparse=True)
+    said_of_repeats = "".join(f"\n{repeats_line(repeats)}" for repeats in _settings(group) if len(repeats) > 1)
+    return f"{table}\n{said_of_repeats}" if said_of_repeats else table
+
+
+def of_settings(group: list[Experiment]) -> str:
+    """A row for each setting, best first: mean ± standard deviation between calibration seeds, of one seed the value alone."""
+    rows = [setting_row(repeats) for repeats in sorted(_settings(group), key=_mean_perplexity)]
+    note = "mean ± standard deviation between calibration seeds, all on the same text; of one seed the value alone"
+    return f"{tabulate(rows, SETTING_COLUMNS, disable_numparse=True)}\n\n{note}"
 
 
 def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
@@ -97,6 +114,62 @@ def row(experiment: Experiment, *, commands: bool) -> list[str]:
         f"{experiment.prune_metrics['seconds']:.0f}",
     ]
     return [*cells, line(experiment)] if commands else cells
+
+
+def setting_row(repeats: list[Experiment]) -> list[str]:
+    """The cells of experiments that differ in the calibration seed alone."""
+    first = repeats[0]
+    sparsity, seconds = (mean([one.prune_metrics[metric] for one in repeats]) for metric in ("sparsity", "seconds"))
+    return [
+        first.method,
+        first.pattern,
+        f"{sparsity.value:.3g}",
+        str(len(repeats)),
+        *(_spread_cell(repeats, metric, digits) for metric, digits in (("perplexity", 2), ("perplexity_ratio", 3), ("mean_kld", 3))),
+        _spread_cell(repeats, "accuracy", 3),
+        _spread_of_differences(repeats),
+        f"{seconds.value:.0f}",
+    ]
+
+
+def repeats_line(repeats: list[Experiment]) -> str:
+    """Which experiments are repeats of each other, and how far apart."""
+    named = ", ".join(f"{one.name} (seed {seed_of(one.params)})" for one in repeats)
+    found = [("perplexity", "perplexity", 2), ("mean KLD", "mean_kld", 3), ("accuracy", "accuracy", 3)]
+    cells = [(label, _spread_cell(repeats, metric, digits)) for label, metric, digits in found]
+    said = ", ".join(f"{label} {cell}" for label, cell in cells if cell)
+    return f"repeats of one setting, mean ± standard deviation between {len(repeats)} calibration seeds: {named}: {said}"
+
+
+def _settings(group: list[Experiment]) -> list[list[Experiment]]:
+    return settings(group, lambda experiment: experiment.params)
+
+
+def _spread(repeats: list[Experiment], metric: str) -> Spread | None:
+    """How far the seeds lie apart in a metric; None where one of them lacks it."""
+    rows = [measured for one in repeats if (measured := one.measured(metric)) is not None]
+    if len(rows) < len(repeats):
+        return None
+    return spread([measured.value for measured in rows], [measured.stderr for measured in rows], is_ratio=metric in RATIOS)
+
+
+def _spread_cell(repeats: list[Experiment], metric: str, digits: int) -> str:
+    of = _spread(repeats, metric)
+    return "" if of is None else of.shown(digits)
+
+
+def _spread_of_differences(repeats: list[Experiment]) -> str:
+    """The differences of accuracy to the dense model over seeds."""
+    apart = [measured.difference for one in repeats if (measured := one.measured("accuracy")) is not None and measured.difference]
+    if len(apart) < len(repeats):
+        return ""
+    of = spread([difference.value for difference in apart], [], is_ratio=False)
+    return Difference(value=of.value, stderr=of.sd).shown(3)
+
+
+def _mean_perplexity(repeats: list[Experiment]) -> float:
+    of = _spread(repeats, "perplexity")
+    return math.inf if of is None else of.value
 
 
 def _perplexity(experiment: Experiment) -> float:

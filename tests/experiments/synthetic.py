@@ -105,6 +105,15 @@ def details(
     )
 
 
+def repeated_group(seeds: tuple[int, ...] = (0, 1, 2)) -> Group:
+    """Two methods at 50% and one at 2:4 with several calibration seeds, and another method with one."""
+    dense = dense_scores()
+    cells = [("wanda", "wanda", "unstructured"), ("sparsegpt", "sparsegpt", "unstructured"), ("wanda-2-4", "wanda", "2:4")]
+    results = [details(f"{name}-seed{seed}", method, pattern, dense, seed=seed) for name, method, pattern in cells for seed in seeds]
+    results.append(details("ria-alone", "ria", "unstructured", dense))
+    return Group(results=results, dense=of_dense(dense), differs={})
+
+
 def group(seed: int = 0, *, sparsities: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8), rows: int = 60, ruler: bool = True) -> Group:
     """Five sparsities of three methods, and four of N:M."""
     dense = dense_scores(seed, rows)

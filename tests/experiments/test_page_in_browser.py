@@ -310,3 +310,23 @@ def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
     assert timing["loadEventEnd"] / 1000 < SECONDS
     assert page.complaints == []
     page.context.close()
+
+
+def test_repeats_by_seed_are_told_apart_and_their_spread_is_said(browser, tmp_path):
+    path = tmp_path / "index.html"
+    path.write_text(html([synthetic.repeated_group(), GROUPS[1]], []), encoding="utf8")
+    page = opened(browser, path)
+    page.click("[data-sort=seed]")
+    page.click("[data-sort=seed]")
+    assert page.inner_text(f"{ROWS}:nth-child(2) td:nth-child(6)") == "2"
+    assert page.locator(".repeats:visible tbody tr").count() == 3
+    assert "wanda, unstructured 50%, seed 1" in page.inner_text("#baseline")
+    page.select_option("#metric", "mean/tasks/accuracy")
+    assert page.inner_text("#repeats h3:visible") == "Which differences exceed the spread between seeds, in mean accuracy"
+    assert "2 of 3 pairs: too few seeds" in page.inner_text(".seeds:visible")
+    page.select_option("#group", "1")
+    assert page.locator(".repeats:visible").count() == page.locator(".seeds:visible").count() == 0
+    assert "Every setting has one seed" in page.inner_text("#repeats")
+    assert page.locator("[data-sort=seed]").count() == 0
+    assert page.complaints == []
+    page.context.close()

@@ -20,6 +20,7 @@ from stages.experiments.page import charts
 from stages.experiments.page.group import Group, shortened
 from stages.experiments.page.words import difference_words, measured
 from stages.experiments.paired import PIECES, Metric, apart, natural, of_scores, of_tasks
+from stages.experiments.repeats import seed_of
 from stages.prune import kind_of, short_names
 
 DECIMALS = 6
@@ -95,6 +96,7 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
                 "pattern": details.experiment.pattern,
                 "asked": details.asked,
                 "asked_short": details.asked.removeprefix("unstructured "),
+                "seed": seed_of(details.experiment.params),
                 "sparsity": round(details.sparsity, DECIMALS),
                 "value": row["value"],
                 "low": row["low"],
@@ -182,6 +184,7 @@ def experiment_content(details: Details) -> dict[str, Any]:
         "method": experiment.method,
         "pattern": experiment.pattern,
         "asked": details.asked,
+        "seed": seed_of(experiment.params),
         "sparsity": round(details.sparsity, DECIMALS),
         "weights": details.weights,
         "run": details.command,

@@ -12,7 +12,9 @@ const group = () => data.groups[chosen.group];
 const metric = () => group().metrics.find((one) => one.id === chosen.metric);
 const model = (name) => (name === "dense" ? group().dense : group().experiments.find((one) => one.name === name));
 const chosenModels = () => group().experiments.filter((one) => chosen.experiments.has(one.name));
-const titleOf = (one) => (one.name === "dense" ? "dense" : `${one.name}: ${one.method}, ${one.asked}`);
+const hasSeeds = () => new Set(group().experiments.map((one) => one.seed)).size > 1;
+const seedWords = (one) => (hasSeeds() ? `, seed ${one.seed}` : "");
+const titleOf = (one) => (one.name === "dense" ? "dense" : `${one.name}: ${one.method}, ${one.asked}${seedWords(one)}`);
 
 // Elements and numbers.
 
@@ -137,6 +139,7 @@ function columns() {
     text("method", "Method"),
     text("pattern", "Pattern"),
     { ...figure("sparsity", "Sparsity", (value) => `${(100 * value).toFixed(2)}%`) },
+    ...(hasSeeds() ? [figure("seed", "Seed", String)] : []),
     ...group().metrics.map((of) => ({
       key: of.id,
       label: of.label + (of.unit ? ` [${of.unit}]` : ""),
