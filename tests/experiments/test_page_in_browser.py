@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stages.experiments.details import of_dense
+from stages.experiments.page.content import metric_facts
 from stages.experiments.page.writing import html
 from stages.experiments.paired import Metric, apart
 from tests.experiments import synthetic
@@ -106,21 +107,21 @@ def test_differences_to_the_baseline_are_those_of_the_statistics(page, baseline)
     group = GROUPS[0]
     known = {details.name: details.scores for details in group.results} | {"dense": group.dense}
     tasks = [Metric(kind="task", name=task, metric="acc", label="", unit="", better="higher") for task in group.dense.rows]
-    for metric in (*group.metrics, *tasks):
-        piece = {"perplexity": "nll"}.get(metric.metric, "kld")
-        of = {"kind": metric.kind, "name": metric.name, "metric": metric.metric, "piece": piece, "tasks": metric.tasks}
+    for metric in (*group.metrics, *group.columns, *tasks):
         found = page.evaluate(
             """([of, baseline]) => group().experiments.map((one) => {
                 const estimate = pairedDifference(group(), of, one, model(baseline));
                 return [one.name, estimate.value, estimate.stderr, estimate.clusters, intervalOf(estimate, data.quantiles)];
             })""",
-            [of, baseline],
+            [metric_facts(metric), baseline],
         )
         for name, value, stderr, clusters, interval in found:
             wanted = apart(metric, known[name], known[baseline])
-            assert (value, stderr) == pytest.approx((wanted.value, wanted.stderr), abs=2e-6)  # losses are embedded to six decimals
+            assert (value, stderr) == pytest.approx(
+                (wanted.value, wanted.stderr), abs=2e-6 * metric.scale
+            )  # losses are embedded to six decimals
             assert clusters == wanted.clusters
-            assert interval == pytest.approx(wanted.interval, abs=2e-5)
+            assert interval == pytest.approx(wanted.interval, abs=2e-5 * metric.scale)
 
 
 def test_any_row_becomes_the_baseline(page):
@@ -330,3 +331,17 @@ def test_repeats_by_seed_are_told_apart_and_their_spread_is_said(browser, tmp_pa
     assert page.locator("[data-sort=seed]").count() == 0
     assert page.complaints == []
     page.context.close()
+
+
+def test_measurements_without_plots_are_columns_that_can_be_shown(page):
+    heading = "[data-sort='corpus/wikipedia/same_top_p']"
+    assert page.locator(heading).count() == 0
+    page.click("summary:has-text('More columns')")
+    page.check("[data-column='corpus/wikipedia/same_top_p']")
+    page.check("[data-column='corpus/wikipedia/perplexity_ln_ratio']")
+    page.click(heading)
+    assert page.get_attribute(f"th:has({heading})", "aria-sort") == "descending"
+    assert "100, by definition" in page.inner_text(f"{ROWS}:has([data-pin=dense])")
+    assert "0, by definition" in page.inner_text(f"{ROWS}:has([data-pin=dense])")
+    page.uncheck("[data-column='corpus/wikipedia/same_top_p']")
+    assert page.locator(heading).count() == 0
