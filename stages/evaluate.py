@@ -215,12 +215,16 @@ def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load
         Style -> task -> answers; those of an interrupted run stand in the journal.
     """
     waiting, batch_size = setup.waiting(journal), setup.evaluation.batch_size
+
+    def whole() -> WholeModel:
+        context = setup.base.context_length or CONTEXT_LENGTH
+        return WholeModel(setup.bos, pretrained=load(), tokenizer=setup.tokenizer, batch_size=batch_size, max_length=context)
+
     if waiting and setup.evaluation.streamed:
         models = StreamedModels(decoder=decoder, variants={"scored": apply}, scratch=setup.scratch)
-        ask_all(StreamedHarness(models, setup.tokenizer, setup.bos, batch_size), waiting, batch_size, journal)
+        ask_all(StreamedHarness(models, setup.tokenizer, setup.bos, batch_size, whole), waiting, batch_size, journal)
     elif waiting:
-        context = setup.base.context_length or CONTEXT_LENGTH
-        model = WholeModel(setup.bos, pretrained=load(), tokenizer=setup.tokenizer, batch_size=batch_size, max_length=context)
+        model = whole()
         for questions in waiting:
             ask_all(model, [questions], batch_size, journal)
     return {
@@ -237,7 +241,7 @@ def ask_all(model: LM, waiting: list[Questions], batch_size: int, journal: Journ
 
 
 def continue_prompts(setup: Setup, load: Load, journal: Journal) -> list[dict[str, str]]:
-    """Continue the prompts and measure how fast; of a streamed evaluation there are none."""
+    """Continue the prompts with a whole model and measure how fast."""
     asked = setup.evaluation.generations
     if not journal.has("generations"):
         rows: list[dict[str, str]] = []

@@ -20,6 +20,7 @@ from stages import devices, record
 from stages.checkpoint.delta import write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.config.entry import stage
+from stages.energy import metered
 from stages.errors import CalibrationError, ConfigError
 from stages.files import (
     BASE,
@@ -77,6 +78,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
     with (
         distributed.process_group(device),
         devices.gpu_memory("prune.micro_batch", batch),
+        metered(device) as meter,
         opened(PRUNE_JOURNAL, fingerprint(recipe, batch, device, dtype), base.fingerprint) as journal,
     ):
         require_free_disk_for(decoder, plan, journal)
@@ -99,6 +101,8 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
             run |= record.of_run(device, dtype, stopwatch, journal.seconds_before)
+            whole = not journal.seconds_before and distributed.world_size() == 1  # else this process measured a part of it
+            run["joules"] = meter.joules() if whole else None
             write_results(journal, decoder, recipe, run, distilled)
 
 
@@ -322,7 +326,9 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
         write_manifest(sparse, recipe=recipe, summary=summary, matrices=rows)
         write_json(results / "sparsity.json", rows)
         write_json(results / "error_by_block.json", error_by_block(rows))
-        write_json(results / "metrics.json", {**summary, "seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]})
+        costs = {"seconds": run["seconds"], "peak_memory_gib": run["peak_memory_gib"]}
+        costs |= {"joules": round(sum(run["joules"].values()), 1)} if run["joules"] else {}
+        write_json(results / "metrics.json", {**summary, **costs})
         learned = {"distillation": distilled.outcome.as_dict(), "divergences": distilled.divergences} if distilled else {}
         write_json(results / "provenance.json", {**recipe.as_dict(), **run, **learned})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)

@@ -358,9 +358,7 @@ def test_a_ruler_goes_on_after_a_failure(root, monkeypatch):
     asked = evaluate.ask_all
 
     def fail_later(*arguments):
-        if (root / "artifacts/.evaluate-Q6_K").is_dir() and len(list((root / "artifacts/.evaluate-Q8_0").glob("answers-*"))) == len(
-            EVALUATION.tasks
-        ):
+        if len(list((root / "artifacts/.evaluate-Q6_K").glob("answers-*"))) == len(EVALUATION.tasks):
             raise KeyboardInterrupt
         asked(*arguments)
 

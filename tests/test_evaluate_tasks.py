@@ -134,14 +134,13 @@ def test_whole_texts_have_lm_evals_scores_without_an_error_and_lower_is_better(r
     benchmarks.write_own(benchmarks.ROLLING)
     benchmarks.fetch(monkeypatch, "own_choice")
     asked = replace(ASKED, tasks=["own_choice"])
-    with pytest.raises(
-        ConfigError, match="evaluation.tasks: own_choice scores whole texts, wanted a task of choices .* with evaluation.streamed"
-    ):
-        run("dense", replace(asked, streamed=True))
+    run("dense", replace(asked, streamed=True))
+    streamed = read_json(root / "results/dense/metrics.json")["tasks"]["own_choice"]
     run("dense", asked)
     theirs = scored_by_lm_eval(root, ["own_again"], own_managers(root))["results"]["own_again"]
     ours = read_json(root / "results/dense/metrics.json")["tasks"]["own_choice"]
     assert set(ours) == {"word_perplexity", "bits_per_byte"}
+    assert streamed == pytest.approx(ours, rel=1e-4)
     for metric, value in ours.items():
         assert value == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
     run("sparse", asked)
@@ -150,6 +149,16 @@ def test_whole_texts_have_lm_evals_scores_without_an_error_and_lower_is_better(r
     assert rows[0]["difference"]["value"] == pytest.approx(rows[0]["value"] - ours["word_perplexity"])
     assert read_json(root / "results/sparse/details/paired.json") == []
     assert "mean" not in read_json(root / "results/sparse/metrics.json")
+
+
+def test_rows_of_a_fetched_task_that_share_a_passage_are_one_cluster(root, monkeypatch):
+    words = [f"{benchmarks.WORDS[i]} ".ljust(200, "x") for i in (0, 0, 1)]
+    rows = [{"question": "lamp", "options": ["river", "stone"], "answer": i % 2, "passage": words[i]} for i in range(3)]
+    benchmarks.write_own(rows=rows)
+    benchmarks.fetch(monkeypatch, "own_choice")
+    run("dense", replace(ASKED, tasks=["own_choice"]))
+    samples = Rows(root / "results/dense/details/samples-own_choice.jsonl")
+    assert [row["cluster"] for row in samples] == [0, 0, 1]
 
 
 def test_a_group_is_one_score_and_every_row_is_kept(root):
@@ -225,10 +234,30 @@ def test_a_style_in_which_the_template_refuses_a_row_is_skipped_and_the_row_is_n
     assert "styles" not in read_json(root / "results/sparse/metrics.json")
 
 
-def test_generation_is_refused_with_a_streamed_model_before_a_weight_is_read(root):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"streamed": True}, "evaluation.tasks: found 'gsm8k', wanted no task that generates text: in float32 all weights take"),
+        ({"streamed": False}, "evaluation.tasks: found 'gsm8k', wanted no task that generates text: in float32 all weights take"),
+        ({"streamed": False, "tasks": ["piqa"]}, "evaluation.streamed: found False, wanted true: in float32 all weights take"),
+        (
+            {"streamed": True, "generations": Generations(new_tokens=3, prompts=["river"])},
+            r"evaluation.generations.prompts: found \['river'\], wanted none: in float32 all weights take",
+        ),
+    ],
+)
+def test_a_whole_model_that_does_not_fit_is_refused_before_a_weight_is_read(root, monkeypatch, changes, message):
     forbid_weights(root)
-    with pytest.raises(ConfigError, match="evaluation.tasks: gsm8k generates text, wanted a task of choices .* with evaluation.streamed"):
-        run("dense", replace(ASKED, streamed=True))
+    monkeypatch.setattr("stages.devices.free_memory", lambda device: 1000)
+    with pytest.raises(ConfigError, match=message):
+        run("dense", replace(ASKED, **changes))
+
+
+def test_a_streamed_evaluation_generates_the_answers_of_the_whole_model(root):
+    run("dense", replace(ASKED, tasks=["gsm8k"]))
+    whole = read_json(root / "results/dense/metrics.json")
+    run("dense", replace(ASKED, tasks=["gsm8k"], streamed=True))
+    assert read_json(root / "results/dense/metrics.json")["tasks"] == whole["tasks"]
 
 
 def test_a_streamed_model_has_the_same_scores(root):

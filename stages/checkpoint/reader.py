@@ -1,6 +1,7 @@
 """Read a checkpoint tensor by tensor, with one tensor in memory at a time."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,6 +148,10 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return self.stored(name).dtype
+
+    def size_in(self, dtype: torch.dtype) -> int:
+        """Bytes of all tensors in this dtype."""
+        return sum(math.prod(self.shape(name)) for name in self) * dtype.itemsize
 
     def tensor(self, name: str, *, pinned: bool = False) -> torch.Tensor:
         """Read a tensor as stored into new CPU memory.

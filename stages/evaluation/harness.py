@@ -83,7 +83,7 @@ def answers(questions: Questions) -> Answers:
     for name, task in questions.tasks.items():
         task.apply_filters()
         documents, requests = questions.documents(name), grouped(task.instances)
-        clusters = numbered(questions.source.documents[name] or range(len(documents)))
+        clusters = numbered(questions.shared(name))
         for number, document in documents:
             of_row = requests[number]
             scores: dict[tuple[str, str], Any] = {}

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 KEY = "evaluation.tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
 SEED = 0
+GENERATES = "generate_until"  # lm-eval's output type of tasks whose answers are generated
+SHARED_COLUMNS = ("passage", "context", "article", "story", "paragraph", "document")
+LONG = 80  # characters: shorter texts, such as an instruction that all rows repeat, are not what a question is about
 EXAMPLES = "examples"  # name of their split
 BROKEN = (TemplateError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError)
 
@@ -46,7 +49,7 @@ class Source:
     """What is asked under one name.
 
     tasks: lm-eval's name of each task -> its YAML, as plain data.
-    documents: of the rows of each what they share with others; None: nothing.
+    documents: of the rows of each what they share with others; None: the text of one of SHARED_COLUMNS, if they have such a column.
     few_shot: examples in the prompt; None: the task's own number.
     metrics: lm-eval's names of those that are reported, in order; None: all of the task.
     aggregated: see manifest.Benchmark. is_group: whether rows say which task they are of. sha256: of the rows. source: where they are from.
@@ -81,8 +84,18 @@ class Questions:
         return self.source.name
 
     @property
+    def generates(self) -> bool:
+        """Whether answers are generated."""
+        return any(task.OUTPUT_TYPE == GENERATES for task in self.tasks.values())
+
+    @property
     def instances(self) -> list[Instance]:
         return [instance for task in self.tasks.values() for instance in task.instances]
+
+    def shared(self, task: str) -> Sequence[Hashable]:
+        """What each question of a task shares with others, such as the passage that it is about; its number where it shares nothing."""
+        stated = self.source.documents[task]
+        return shared_texts([row for _, row in self.documents(task)]) if stated is None else stated
 
     def documents(self, task: str) -> list[tuple[int, Any]]:
         """Number and row of each question of a task."""
@@ -112,6 +125,15 @@ class Questions:
             macro=[metric_name(*key) for key in self.metrics if not self.source.aggregated.get(key[0], True)],
             cut=sum(map(len, self.cut.values())),
         )
+
+
+def shared_texts(rows: Sequence[Mapping[str, Any]]) -> Sequence[Hashable]:
+    """The texts that rows are about, by which errors are clustered: of the first of SHARED_COLUMNS that holds long texts in every row."""
+    for column in SHARED_COLUMNS:
+        texts = [row.get(column) for row in rows]
+        if rows and all(isinstance(text, str) for text in texts) and sum(map(len, map(str, texts))) >= LONG * len(rows):
+            return texts
+    return range(len(rows))
 
 
 def metric_name(metric: str, filtered_by: str) -> str:
@@ -218,7 +240,7 @@ class Asking:
     """How questions are asked.
 
     encoder: of the base's tokenizer. rows: see evaluation.rows. examples: those of the style few_shot. embedding_rows: see
-    tokens.embedding_rows. streamed: whether no text can be generated.
+    tokens.embedding_rows.
     """
 
     encoder: Encoder
@@ -226,7 +248,6 @@ class Asking:
     examples: int
     system_prompt: str
     embedding_rows: int | None
-    streamed: bool
     scratch: Path
 
     def build(self, source: Source, style: str) -> Questions:
@@ -274,11 +295,7 @@ class Asking:
         return loaded
 
     def _require_possible(self, name: str, task: ConfigurableTask) -> None:
-        kind = str(task.OUTPUT_TYPE)
-        if self.streamed and kind not in ("loglikelihood", "multiple_choice"):
-            what = "generates text" if kind == "generate_until" else "scores whole texts"
-            raise ConfigError(f"{KEY}: {name} {what}, wanted a task of choices or continuations with evaluation.streamed")
-        if kind == "generate_until" and (bound := new_tokens(task.config.generation_kwargs)) >= self.encoder.max_length:
+        if task.OUTPUT_TYPE == GENERATES and (bound := new_tokens(task.config.generation_kwargs)) >= self.encoder.max_length:
             raise ConfigError(f"{KEY}: {name} generates {bound} tokens, wanted fewer than the model's context of {self.encoder.max_length}")
 
     def _require_examples(self, name: str, task: ConfigurableTask) -> None:

@@ -181,6 +181,14 @@ def scored_text(protocol: dict[str, Any], corpus: str) -> str:
     return f"{corpus}, {windows['tokens']} tokens in windows of {windows['window_length']}{words(protocol['bos'])}"
 
 
+def energy_of(run: dict[str, Any]) -> str:
+    """What pruning took in energy, by what was counted; or that it was not measured."""
+    if not run.get("joules"):
+        return "Energy was not measured."
+    counted = ", ".join(f"{joules / 1e3:.1f} kJ ({name})" for name, joules in run["joules"].items())
+    return f"Energy by the counters of the hardware, which see all that runs on it: {counted}."
+
+
 def results_table(records: Records) -> str:
     """Markdown: dense and sparse side by side, with standard errors."""
     dense = {measured.key: measured for measured in records.dense if measured.style == "raw"}
@@ -348,7 +356,7 @@ logits of base + delta.
 
 ## Cost of pruning
 
-{run["seconds"]:.0f} s on {run["device"]} in {run["dtype"]}, peak memory {run["peak_memory_gib"]:.2f} GiB.
+{run["seconds"]:.0f} s on {run["device"]} in {run["dtype"]}, peak memory {run["peak_memory_gib"]:.2f} GiB. {energy_of(run)}
 
 ## How to reproduce it
 

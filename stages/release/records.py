@@ -26,6 +26,7 @@ EVALUATE_SPARSE = "python -m stages.evaluate part=sparse"
 RUN_FACTS = (
     "seconds",
     "peak_memory_gib",
+    "joules",
     "device",
     "dtype",
     "batch",
@@ -172,7 +173,7 @@ class Records:
             **recipe.sections,
             "prune": {**ANY_MACHINE, **recipe.prune},
             "evaluation": self.protocol["evaluation"],
-            "ruler": {"types": []},  # a release is not compared with quantised models
+            "ruler": {"types": [], "tasks": False},  # a release is not compared with quantised models
             "publish": publish,
         }
 

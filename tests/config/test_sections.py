@@ -49,13 +49,6 @@ def test_every_corpus_is_named_by_a_preset_or_part_of_one(path):
     assert any(re.search(rf"\b{path.stem}\b", text) for text in presets if text != path.read_text())
 
 
-def test_a_streamed_evaluation_generates_no_text():
-    with pytest.raises(
-        InterpolationResolutionError, match="evaluation.generations.prompts: found .*, wanted none with evaluation.streamed"
-    ):
-        read("evaluation.streamed=true")
-
-
 def test_every_experiment_opens_with_the_command_that_runs_it():
     for path in CONF.glob("experiment/*.yaml"):
         assert f"# dvc exp run -S experiment={path.stem}" in path.read_text().splitlines()[:2]

@@ -24,7 +24,6 @@ def questions(
     style: str = "raw",
     tokenizer: PreTrainedTokenizerBase | None = None,
     bos: Bos = tiny.NO_BOS,
-    streamed: bool = False,
     embedding_rows: int | None = None,
 ) -> list[Questions]:
     """The questions of this project's tasks on some rows."""
@@ -35,7 +34,6 @@ def questions(
         examples=2,
         system_prompt="Be brief.",
         embedding_rows=embedding_rows,
-        streamed=streamed,
         scratch=scratch,
     )
     shown = examples or {}

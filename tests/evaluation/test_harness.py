@@ -2,11 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from transformers import PreTrainedModel
 
+from stages.bos import Bos
 from stages.checkpoint.model import Apply, load_model
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import CheckpointError, ConfigError, SparsesweepError, TextError
+from stages.errors import CheckpointError, ConfigError, TextError
 from stages.evaluation.comparison import paired_generations
 from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import WholeModel
@@ -98,15 +101,32 @@ def models(base: Checkpoint, apply: Apply | None, scratch: Path) -> StreamedMode
 
 
 def harness_of(streamed: StreamedModels) -> StreamedHarness:
-    return StreamedHarness(streamed, tiny.tokenizer(), tiny.NO_BOS, batch_size=2)
+    return StreamedHarness(streamed, tiny.tokenizer(), tiny.NO_BOS, batch_size=2, whole=no_model)
 
 
-def test_what_a_streamed_model_does_not_offer_is_refused(base, tmp_path):
-    model = harness_of(models(base, None, tmp_path))
-    with pytest.raises(SparsesweepError, match="text is not generated"):
-        model.generate_until([])
-    with pytest.raises(SparsesweepError, match="whole texts are not scored"):
-        model.loglikelihood_rolling([])
+def no_model() -> LM:
+    raise AssertionError("a whole model is asked for")
+
+
+@pytest.mark.parametrize("bos", [tiny.NO_BOS, Bos(token=1, reason="a test")])
+def test_whole_texts_have_the_same_scores_streamed_window_by_window(base, tmp_path, bos):
+    texts = [*tiny.sentences(2, seed=4, length=90), "lamp", ""]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    whole = WholeModel(bos, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2, max_length=32)
+    streamed = StreamedHarness(models(base, None, tmp_path), tiny.tokenizer(), bos, batch_size=2, whole=no_model)
+    streamed.max_length = 32
+    expected = whole.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert streamed.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-4)
+    assert expected[0] < 3 * expected[2] < 0 == expected[3]
+
+
+def test_text_is_generated_by_the_whole_model(base, tmp_path):
+    whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2, max_length=64)
+    requests = [Instance("generate_until", {}, ("river stone", {"until": ["\n"], "max_gen_toks": 4}), 0)]
+    expected = whole.generate_until(requests, disable_tqdm=True)
+    streamed = StreamedHarness(models(base, None, tmp_path), tiny.tokenizer(), tiny.NO_BOS, batch_size=2, whole=lambda: whole)
+    assert streamed.generate_until(requests) == expected
+    assert expected[0]
 
 
 def test_generations_are_greedy_and_both_raw_and_through_the_template(base):
@@ -128,7 +148,7 @@ def test_a_token_beyond_the_embedding_is_named_before_a_task_is_scored(base, tmp
     streamed = models(base, None, tmp_path)
     for name, model in (
         ("whole", WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tokenizer, batch_size=2)),
-        ("streamed", StreamedHarness(streamed, tokenizer, tiny.NO_BOS, batch_size=2)),
+        ("streamed", StreamedHarness(streamed, tokenizer, tiny.NO_BOS, batch_size=2, whole=no_model)),
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(CheckpointError, match=f"evaluation.tasks: found the token '{token}' with id 400, wanted ids below 400"):

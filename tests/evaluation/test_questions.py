@@ -5,7 +5,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from stages.errors import ConfigError
-from stages.evaluation.questions import STOCK, metric_name
+from stages.evaluation.questions import STOCK, metric_name, shared_texts
 from tests import tiny
 from tests.evaluation.asking import questions
 from tests.evaluation.rows import GOOD
@@ -73,8 +73,26 @@ def test_the_chat_style_renders_the_question_and_the_system_style_the_prompt_bef
 
 def test_the_metrics_of_our_tasks_are_those_of_their_table(tmp_path):
     names = ["piqa", "lambada"]
-    asked = questions({name: [GOOD[name]] for name in names}, tmp_path, streamed=True)
+    asked = questions({name: [GOOD[name]] for name in names}, tmp_path)
     assert [each.protocol().metrics for each in asked] == [["acc", "acc_norm"], ["acc"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        (
+            [{"passage": "a" * 90, "q": "1"}, {"passage": "b" * 90, "q": "2"}, {"passage": "a" * 90, "q": "3"}],
+            ["a" * 90, "b" * 90, "a" * 90],
+        ),
+        ([{"passage": "short", "article": "a" * 200}] * 2, ["a" * 200] * 2),
+        ([{"context": "Answer briefly."}] * 3, [0, 1, 2]),  # an instruction
+        ([{"passage": "a" * 200}, {"passage": None}], [0, 1]),
+        ([{"question": "a" * 200}] * 2, [0, 1]),
+        ([], []),
+    ],
+)
+def test_rows_about_one_text_are_of_one_cluster(rows, shared):
+    assert list(shared_texts(rows)) == shared
 
 
 def test_a_score_is_named_with_its_filter():

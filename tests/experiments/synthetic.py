@@ -100,6 +100,7 @@ def details(
         run={
             "seconds": round(40 * METHODS["magnitude"] / METHODS[method] * numbers.uniform(0.9, 1.1), 2),
             "peak_memory_gib": round(numbers.uniform(0.55, 1.7), 3),
+            "joules": {"package-0": round(numbers.uniform(2e3, 9e3), 1)},
             "device": "AMD EPYC, 2 threads",
         },
         ruler=[],

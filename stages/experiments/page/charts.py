@@ -20,8 +20,12 @@ LIGHT = ["#2f6bd8", "#c2570c", "#12836f", "#a63a8c", "#8a6d00", "#7355cf", "#b83
 DARK = ["#7fabff", "#f59a5b", "#4cc9b0", "#e58ad0", "#d9bd4a", "#b39dff", "#ff8a92", "#68c6ec", "#a6cc62", "#a9adb5"]
 FONT = "system-ui, -apple-system, 'Segoe UI', Inter, 'Noto Sans', sans-serif"
 WIDTH, CHARACTER = 900, 7  # pixels of a plot in a file, of a letter in a legend
-SECONDS, MEMORY = "seconds", "peak_memory_gib"
-COSTS = {SECONDS: "seconds of pruning, one run", MEMORY: "peak memory of pruning [GiB], one run"}
+SECONDS, MEMORY, ENERGY = "seconds", "peak_memory_gib", "kilojoules"
+COSTS = {
+    SECONDS: "seconds of pruning, one run",
+    MEMORY: "peak memory of pruning [GiB], one run",
+    ENERGY: "energy of pruning [kJ], one run",
+}
 CHOICE = alt.selection_point(name="chosen", fields=["method"], bind="legend")  # of a method, by its entry in the legend
 DODGE = alt.ExprRef(expr="datum.dodge * min(1, width / 700)")  # pixels by which points of one sparsity stand apart
 QUANTITIES = {"relative_error": "relative output error", "sparsity": "sparsity", "damping": "damping"}
@@ -205,6 +209,7 @@ def _tooltip(metric: Metric) -> list[alt.Tooltip]:
         alt.Tooltip("counted:N", title="measured on"),
         alt.Tooltip("seconds:Q", title="seconds", format=",.0f"),
         alt.Tooltip("peak_memory_gib:Q", title="peak memory [GiB]", format=".2f"),
+        alt.Tooltip("kilojoules:Q", title="energy [kJ]", format=",.1f"),
         alt.Tooltip("device:N", title="device"),
     ]
 

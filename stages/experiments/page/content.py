@@ -71,7 +71,7 @@ def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
         "points": points(group, metric),
         "references": references(group, metric),
         "frontier": charts.frontier(metric, group.methods, group.patterns),
-        "costs": {measure: charts.cost(metric, measure, group.methods, group.patterns) for measure in charts.COSTS},
+        "costs": {measure: charts.cost(metric, measure, group.methods, group.patterns) for measure in measured_costs(group)},
     }
 
 
@@ -127,8 +127,15 @@ def counted(row: dict[str, Any]) -> str:
 
 
 def costs(details: Details) -> dict[str, Any]:
-    """What pruning took: seconds, GiB, and on what."""
-    return {key: details.run.get(key) for key in (charts.SECONDS, charts.MEMORY, "device")}
+    """What pruning took: seconds, GiB, kJ where they were counted, and on what."""
+    took = {key: details.run.get(key) for key in (charts.SECONDS, charts.MEMORY, "device")}
+    joules = details.run.get("joules")
+    return {**took, charts.ENERGY: round(sum(joules.values()) / 1e3, 2) if joules else None}
+
+
+def measured_costs(group: Group) -> list[str]:
+    """The costs that at least one experiment has."""
+    return [measure for measure in charts.COSTS if any(costs(details)[measure] is not None for details in group.results)]
 
 
 def front_marked(rows: list[dict[str, Any]], better: str) -> list[dict[str, Any]]:

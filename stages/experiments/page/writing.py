@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from stages.errors import SparsesweepError
 from stages.experiments.details import Details
 from stages.experiments.page import charts, repeats, words
-from stages.experiments.page.content import content, matrices_content, points, protocol_rows, references
+from stages.experiments.page.content import content, matrices_content, measured_costs, points, protocol_rows, references
 from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
 from stages.experiments.paired import apart, of_tasks
@@ -85,7 +85,7 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
             data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
             name = file_name(metric.id, number)
             yield f"frontier-{name}", drawn(charts.frontier(metric, group.methods, group.patterns), data)
-            for measure in charts.COSTS:
+            for measure in measured_costs(group):
                 yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
         if of_tasks(group.results):
             yield file_name("accuracy", number), drawn(charts.tasks("the dense model"), {charts.TASKS: task_rows(group)})

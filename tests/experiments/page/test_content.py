@@ -2,11 +2,24 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 from scipy.stats import t
 
-from stages.experiments.page.content import content, dodged, front_marked, matrices_content, numbered, packed, points, quantiles, references
+from stages.experiments.page.content import (
+    content,
+    costs,
+    dodged,
+    front_marked,
+    matrices_content,
+    measured_costs,
+    numbered,
+    packed,
+    points,
+    quantiles,
+    references,
+)
 from tests.experiments import synthetic
 
 GROUP = synthetic.group(sparsities=(0.5,))
@@ -91,3 +104,11 @@ def test_parameters_that_all_share_are_embedded_once():
 
 def test_the_content_is_json():
     json.dumps(content([GROUP, synthetic.other_group()]), allow_nan=False)
+
+
+def test_the_costs_are_those_that_were_measured():
+    assert measured_costs(GROUP) == ["seconds", "peak_memory_gib", "kilojoules"]
+    without = replace(GROUP, results=[replace(details, run={**details.run, "joules": None}) for details in GROUP.results])
+    assert measured_costs(without) == ["seconds", "peak_memory_gib"]
+    both = replace(GROUP.results[0], run={**GROUP.results[0].run, "joules": {"package-0": 1500.0, "GPU": 2000.0}})
+    assert costs(both)["kilojoules"] == 3.5

@@ -150,6 +150,7 @@ function columns() {
     })),
     figure("seconds", "Seconds", (value) => number(value, 0)),
     figure("peak_memory_gib", "Peak memory [GiB]", (value) => value.toFixed(2)),
+    ...(metric().costs.kilojoules ? [figure("kilojoules", "Energy [kJ]", (value) => value.toFixed(1))] : []),
   ];
 }
 
@@ -311,9 +312,11 @@ function showCost() {
   const devices = [...new Set(points.map((row) => row.device).filter(Boolean))];
   byId("devices").textContent =
     `${points.length} experiments, one run each, on ${devices.join(" and ") || "unknown devices"}.` +
-    (devices.length > 1 ? " Seconds on different devices are not comparable." : "");
-  for (const [measure, label] of [["seconds", "seconds"], ["peak_memory_gib", "peak memory"]]) {
-    show(measure, metric().costs[measure], { points }, `${metric().label} against ${label} of pruning; the table has every number`);
+    (devices.length > 1 ? " Seconds on different devices are not comparable." : "") +
+    (metric().costs.kilojoules ? "" : " Energy was not measured.");
+  for (const [measure, label] of [["seconds", "seconds"], ["peak_memory_gib", "peak memory"], ["kilojoules", "energy"]]) {
+    byId(measure).hidden = !metric().costs[measure];
+    if (metric().costs[measure]) show(measure, metric().costs[measure], { points }, `${metric().label} against ${label} of pruning; the table has every number`);
   }
 }
 
