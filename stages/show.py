@@ -2,6 +2,7 @@
 
 python -m stages.show              what was pruned and how it scores
 python -m stages.show --commands   with the line that runs each again
+python -m stages.show --seeds      one row for what differs in the calibration seed alone: mean ± spread between seeds
 """
 
 import argparse
@@ -14,10 +15,12 @@ from stages.experiments.table import text
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.show", description="Show all experiments of this clone, best first.")
-    parser.add_argument("--commands", action="store_true", help="with the line that runs each again")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--commands", action="store_true", help="with the line that runs each again")
+    rows.add_argument("--seeds", action="store_true", help="one row for repeats by calibration seed, with the spread between seeds")
     arguments = parser.parse_args()
     try:
-        print(text(*read_experiments(), commands=arguments.commands))
+        print(text(*read_experiments(), commands=arguments.commands, seeds=arguments.seeds))
     except SparsesweepError as error:
         sys.exit(f"error: {error}")
 

@@ -5,7 +5,7 @@ token (`observe`), and makes its measurements of those of the whole corpus (`mea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -66,6 +66,33 @@ def window_means(values: torch.Tensor) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """How a measurement is shown, and how two models are compared by it: what tables, page and model card derive from.
+
+    metric: the measurement's name. digits: decimals in which it is written.
+    headline: whether it has plots, and its place in tables from the start; the page's table shows others when they are chosen.
+    heading: of its column in `make show`; "": it has none. words: what the model card calls it; "": it has no row there.
+    kept: the name in Metric.kept of the window means that it is made of, by which two models are compared window by window; None: they
+        are not.
+    ratio: whether it is the exponential of the mean over windows, so that two models differ by a factor; otherwise it is the mean itself.
+    scale: by which the mean is multiplied, such as 100 for percent.
+    itself: its value for the dense model against itself; None: the dense model is measured like any other.
+    against: symbol -> the measurement that says beside it in the model card how far the dense model is; empty: the difference does.
+    """
+
+    metric: str
+    digits: int
+    headline: bool = False
+    heading: str = ""
+    words: str = ""
+    kept: str | None = None
+    ratio: bool = False
+    scale: float = 1.0
+    itself: float | None = None
+    against: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric(Entry):
     """A metric of text.
 
@@ -74,10 +101,12 @@ class Metric(Entry):
     kept: the names of those of them whose mean over each window is written to windows.json.
     measure: from what was observed on a corpus, and the dense model's window means by name (None for the dense model itself), to
         measurements.
+    shown: those of them that tables, page and model card show, in their order; others are in files alone.
     """
 
     needs_dense: bool
     observe: Callable[[Predictions], dict[str, torch.Tensor]]
     kept: tuple[str, ...]
     measure: Callable[[Corpus, Observed, WindowMeans | None], list[Measurement]]
+    shown: tuple[Shown, ...]
     parameters: type = NoneType

@@ -10,6 +10,7 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 
 from stages.evaluation.measurement import Kind, Measurement, as_rows
+from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
@@ -24,7 +25,8 @@ Row = dict[str, Any]
 class Scores:
     """What a model scored, piece by piece, by which two models are compared.
 
-    windows: corpus -> name -> the mean over each window, "nll" and "kld" [nats per token]. rows: task -> metric -> each row's value.
+    windows: corpus -> name -> the mean over each window of what metrics keep, such as "nll" and "kld" [nats per token].
+    rows: task -> metric -> each row's value.
     window_clusters, row_clusters: corpus or task -> of each window or row, what it shares with others.
     """
 
@@ -95,8 +97,12 @@ def read_details(experiments: Sequence[Experiment]) -> tuple[list[Details], Scor
 
 
 def of_dense(scores: Scores) -> Scores:
-    """The dense model's scores with its divergence from itself, which is 0 and is not measured."""
-    windows = {corpus: {**means, "kld": [0.0] * len(means["nll"])} for corpus, means in scores.windows.items()}
+    """The dense model's scores with those against itself, such as its divergence, which is 0 and is not measured."""
+    known = [(shown.kept, shown.itself / shown.scale) for shown in shown_measurements().values() if shown.kept and shown.itself is not None]
+    windows = {
+        corpus: {**{kept: [value] * len(scores.window_clusters[corpus]) for kept, value in known}, **means}
+        for corpus, means in scores.windows.items()
+    }
     return Scores(windows=windows, rows=scores.rows, window_clusters=scores.window_clusters, row_clusters=scores.row_clusters)
 
 

@@ -1,7 +1,7 @@
 """How far two models lie apart on the same windows and rows, in each metric that both have.
 
-    perplexity   ln of the ratio: mean over windows of the difference of their losses
-    mean KLD     mean over windows of the difference [nats per token]
+    of text      mean over windows of the difference of what the metric keeps of them, in the metric's unit; of perplexity this is ln of
+                 the ratio. Each metric declares what it keeps, see evaluation.metric.Shown
     a task       mean over rows of the difference; of right and wrong answers with Bonett and Price's interval, see evaluation.statistics
     all tasks    mean over tasks of their differences, which are independent:
                  stderr = sqrt(sum of stderr^2) / tasks, and Satterthwaite's degrees of freedom, rounded down
@@ -10,17 +10,16 @@ Intervals hold the noise of the text alone, not that of another calibration seed
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from stages.evaluation.measurement import Measurement
+from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.results import RAW, own_accuracies
 from stages.evaluation.statistics import Estimate, difference, difference_of_rows, mean_of_independent
 from stages.experiments.details import Details, Scores, name_of
-
-PIECES = {"perplexity": "nll", "mean_kld": "kld"}  # metric of a corpus -> what is known of each window
 
 
 class Verdict(StrEnum):
@@ -37,6 +36,7 @@ class Metric:
 
     kind, name, metric: see evaluation.measurement.Measurement. label: what it is in words. unit: "" for none. better: "lower" or "higher".
     tasks: those that a mean is over, each with its own metric.
+    digits: decimals in which it is written. kept, is_ratio, scale, itself: of a metric of text, see evaluation.metric.Shown.
     """
 
     kind: str
@@ -46,20 +46,15 @@ class Metric:
     unit: str
     better: str
     tasks: tuple[tuple[str, str], ...] = ()
+    digits: int = 3
+    kept: str | None = None
+    is_ratio: bool = False
+    scale: float = 1.0
+    itself: float | None = None
 
     @property
     def id(self) -> str:
         return f"{self.kind}/{self.name}/{self.metric}"
-
-    @property
-    def is_ratio(self) -> bool:
-        """Whether a difference is the logarithm of a ratio."""
-        return self.metric == "perplexity"
-
-    @property
-    def digits(self) -> int:
-        """Decimals in which it is written."""
-        return 2 if self.is_ratio else 3
 
     @property
     def axis(self) -> str:
@@ -75,16 +70,28 @@ class Metric:
 
 
 def headline(results: Sequence[Details]) -> list[Metric]:
-    """The metrics of the plots: perplexity and mean KLD on each corpus, and means over tasks, as far as any experiment has them."""
+    """The metrics of the plots: the headlines of text on each corpus, and means over tasks, as far as any experiment has them."""
+    known = shown_measurements()
+    headlines = {name for name, shown in known.items() if shown.headline}
+    return _found(results, lambda row: row["kind"] == "mean" or row["kind"] == "corpus" and row["metric"] in headlines)
+
+
+def others(results: Sequence[Details]) -> list[Metric]:
+    """The metrics of text that are shown but have no plots, on each corpus, as far as any experiment has them."""
+    named = {name for name, shown in shown_measurements().items() if not shown.headline}
+    return _found(results, lambda row: row["kind"] == "corpus" and row["metric"] in named)
+
+
+def _found(results: Sequence[Details], wanted: Callable[[dict[str, Any]], bool]) -> list[Metric]:
+    """The metrics of the measurements that are wanted, corpus by corpus in the order of their measurements, means over tasks last."""
     found: dict[str, Metric] = {}
     for details in results:
         for row in details.measurements:
-            if row["kind"] == "mean" or row["kind"] == "corpus" and row["metric"] in PIECES:
+            if wanted(row):
                 metric = metric_of(row, details.experiment.measurements)
                 found.setdefault(metric.id, metric)
-    order = [*PIECES, *(metric.metric for metric in found.values())]
     corpora = list(dict.fromkeys(metric.name for metric in found.values()))
-    return sorted(found.values(), key=lambda metric: (metric.kind == "mean", corpora.index(metric.name), order.index(metric.metric)))
+    return sorted(found.values(), key=lambda metric: (metric.kind == "mean", corpora.index(metric.name)))
 
 
 def of_tasks(results: Sequence[Details]) -> dict[str, Metric]:
@@ -99,21 +106,32 @@ def of_tasks(results: Sequence[Details]) -> dict[str, Metric]:
 
 
 def metric_of(row: dict[str, Any], measurements: Sequence[Measurement]) -> Metric:
-    """The metric of a measurement, one of `measurements`."""
+    """The metric of a measurement, one of `measurements`: of a corpus, one that is shown; or a mean over tasks."""
     facts = {"kind": row["kind"], "name": row["name"], "metric": row["metric"], "unit": row["unit"], "better": row["better"] or "higher"}
     if row["kind"] != "mean":
-        return Metric(**facts, label=f"{row['label']} on {row['name']}")
+        shown = shown_measurements()[row["metric"]]
+        return Metric(
+            **facts,
+            label=f"{row['label']} on {row['name']}",
+            digits=shown.digits,
+            kept=shown.kept,
+            is_ratio=shown.ratio,
+            scale=shown.scale,
+            itself=shown.itself,
+        )
     own = own_accuracies(measurements, row["style"])
     label = row["label"] if row["style"] == RAW else f"{row['label']}, {row['style']}"
     return Metric(**facts, label=label, tasks=tuple((name_of(measured), measured.metric) for measured in own))
 
 
 def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
-    """The difference of two models in a metric, ours less theirs, of perplexity as ln of the ratio; None if either lacks it."""
+    """The difference of two models in a metric, ours less theirs, where it is a ratio its logarithm; None if either lacks it."""
     if metric.kind == "corpus":
-        name = PIECES[metric.metric]
-        here, there = (scores.windows.get(metric.name, {}).get(name) for scores in (ours, theirs))
-        return None if here is None or there is None else difference(here, there, ours.window_clusters[metric.name])
+        here, there = (scores.windows.get(metric.name, {}).get(metric.kept or "") for scores in (ours, theirs))
+        if here is None or there is None:
+            return None
+        ours_scaled, theirs_scaled = ([metric.scale * value for value in of] for of in (here, there))
+        return difference(ours_scaled, theirs_scaled, ours.window_clusters[metric.name])
     tasks = [(metric.name, metric.metric)] if metric.kind == "task" else metric.tasks
     estimates = [
         difference_of_rows(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
@@ -139,7 +157,7 @@ def natural(metric: Metric, estimate: Estimate) -> tuple[float, tuple[float, flo
 
 
 def of_scores(metric: Metric, scores: Scores) -> Estimate | None:
-    """A model's own mean in a metric, of perplexity as its logarithm: how far it lies from a model whose every score is 0."""
+    """A model's own mean in a metric, where it is a ratio its logarithm: how far it lies from a model whose every score is 0."""
     nothing = Scores(
         windows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.windows.items()},
         rows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.rows.items()},

@@ -8,49 +8,59 @@ from typing import Any
 
 from tabulate import tabulate
 
-from stages.evaluation.measurement import Measurement
+from stages.evaluation.measurement import Difference, Measurement
+from stages.evaluation.metric import Shown
+from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.protocol import NOT_COMPARED, differences
+from stages.evaluation.statistics import mean
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
+from stages.experiments.repeats import Spread, seed_of, settings, spread
 from stages.release.card import scored_text
 
-COLUMNS = (
-    "experiment",
-    "method",
-    "pattern",
-    "sparsity",
-    "perplexity",
-    "over dense",
-    "mean KLD",
-    "accuracy",
-    "against dense",
-    "seconds",
-    "command",
-)
+OF_TASKS = ("accuracy", "against dense")  # columns; those of text are what metrics declare, see evaluation.metric.Shown
+ACCURACY = Shown(metric="accuracy", digits=3, headline=True, heading="accuracy")  # the mean over tasks
 SHORT = 12  # characters of a hash that are shown
 
 
-def text(experiments: list[Experiment], missing: list[Missing], *, commands: bool) -> str:
+def text(experiments: list[Experiment], missing: list[Missing], *, commands: bool = False, seeds: bool = False) -> str:
     """One table for each protocol, the one with the most experiments first, and what each has that the first has not.
 
     Args:
         missing: what is not compared. commands: whether each row has the line that runs it again.
+        seeds: whether experiments that differ in the calibration seed alone stand in one row, with the spread between their seeds.
     """
     groups = by_protocol(experiments)
     pieces = []
     for group in groups:
         first, own = groups[0][0].protocol, group[0].protocol
         reason = "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
-        best_first = sorted(group, key=_perplexity)
-        rows = [row(experiment, commands=commands) for experiment in best_first]
-        headers = COLUMNS if commands else COLUMNS[:-1]
         perplexity = group[0].measured("perplexity")
         dense = "" if perplexity is None or perplexity.dense is None else f"; the dense model has {perplexity.dense:.2f}"
-        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{tabulate(rows, headers, disable_numparse=True)}\n")
+        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{of_settings(group) if seeds else of_experiments(group, commands=commands)}\n")
     if not experiments:
         pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
     pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
     return "\n".join(pieces)
+
+
+def of_experiments(group: list[Experiment], *, commands: bool) -> str:
+    """A row for each experiment, best first; below it which of them are repeats of each other. commands: see text."""
+    text = columns(group)
+    rows = [row(experiment, text, commands=commands) for experiment in sorted(group, key=_perplexity)]
+    headers = ["experiment", "method", "pattern", "sparsity", *(shown.heading for shown in text), *OF_TASKS, "seconds"]
+    table = tabulate(rows, [*headers, "command"] if commands else headers, disable_numparse=True)
+    said_of_repeats = "".join(f"\n{repeats_line(repeats, text)}" for repeats in _settings(group) if len(repeats) > 1)
+    return f"{table}\n{said_of_repeats}" if said_of_repeats else table
+
+
+def of_settings(group: list[Experiment]) -> str:
+    """A row for each setting, best first: mean ± standard deviation between calibration seeds, of one seed the value alone."""
+    text = columns(group)
+    rows = [setting_row(repeats, text) for repeats in sorted(_settings(group), key=_mean_perplexity)]
+    headers = ["method", "pattern", "sparsity", "seeds", *(shown.heading for shown in text), *OF_TASKS, "seconds"]
+    note = "mean ± standard deviation between calibration seeds, all on the same text; of one seed the value alone"
+    return f"{tabulate(rows, headers, disable_numparse=True)}\n\n{note}"
 
 
 def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
@@ -83,20 +93,80 @@ def line(experiment: Experiment) -> str:
     return command(experiment.params) or f"(conf/ composes it no more{f'; {apply}' if apply else ''})"
 
 
-def row(experiment: Experiment, *, commands: bool) -> list[str]:
-    """The cells of an experiment."""
+def columns(group: list[Experiment]) -> list[Shown]:
+    """What of the first corpus has a column, in the order of the measurements, as far as any experiment has it."""
+    known = shown_measurements()
+    names = dict.fromkeys(measured.metric for experiment in group for measured in experiment.measurements)
+    return [known[name] for name in names if name in known and known[name].heading and any(one.measured(name) for one in group)]
+
+
+def row(experiment: Experiment, text: list[Shown], *, commands: bool) -> list[str]:
+    """The cells of an experiment. text: see columns."""
     accuracy = experiment.measured("accuracy")
     cells = [
         experiment.name,
         experiment.method,
         experiment.pattern,
         f"{experiment.prune_metrics['sparsity']:.3g}",
-        *(_cell(experiment.measured(metric), digits) for metric, digits in (("perplexity", 2), ("perplexity_ratio", 3), ("mean_kld", 3))),
-        _cell(accuracy, 3),
+        *(_cell(experiment.measured(shown.metric), shown.digits) for shown in (*text, ACCURACY)),
         _difference(accuracy),
         f"{experiment.prune_metrics['seconds']:.0f}",
     ]
     return [*cells, line(experiment)] if commands else cells
+
+
+def setting_row(repeats: list[Experiment], text: list[Shown]) -> list[str]:
+    """The cells of experiments that differ in the calibration seed alone. text: see columns."""
+    first = repeats[0]
+    sparsity, seconds = (mean([one.prune_metrics[metric] for one in repeats]) for metric in ("sparsity", "seconds"))
+    return [
+        first.method,
+        first.pattern,
+        f"{sparsity.value:.3g}",
+        str(len(repeats)),
+        *(_spread_cell(repeats, shown) for shown in (*text, ACCURACY)),
+        _spread_of_differences(repeats),
+        f"{seconds.value:.0f}",
+    ]
+
+
+def repeats_line(repeats: list[Experiment], text: list[Shown]) -> str:
+    """Which experiments are repeats of each other, and how far apart in the headlines. text: see columns."""
+    named = ", ".join(f"{one.name} (seed {seed_of(one.params)})" for one in repeats)
+    cells = [(shown.heading, _spread_cell(repeats, shown)) for shown in (*text, ACCURACY) if shown.headline]
+    said = ", ".join(f"{heading} {cell}" for heading, cell in cells if cell)
+    return f"repeats of one setting, mean ± standard deviation between {len(repeats)} calibration seeds: {named}: {said}"
+
+
+def _settings(group: list[Experiment]) -> list[list[Experiment]]:
+    return settings(group, lambda experiment: experiment.params)
+
+
+def _spread(repeats: list[Experiment], shown: Shown) -> Spread | None:
+    """How far the seeds lie apart in a metric; None where one of them lacks it."""
+    rows = [measured for one in repeats if (measured := one.measured(shown.metric)) is not None]
+    if len(rows) < len(repeats):
+        return None
+    return spread([measured.value for measured in rows], [measured.stderr for measured in rows], is_ratio=shown.ratio)
+
+
+def _spread_cell(repeats: list[Experiment], shown: Shown) -> str:
+    of = _spread(repeats, shown)
+    return "" if of is None else of.shown(shown.digits)
+
+
+def _spread_of_differences(repeats: list[Experiment]) -> str:
+    """The differences of accuracy to the dense model over seeds."""
+    apart = [measured.difference for one in repeats if (measured := one.measured("accuracy")) is not None and measured.difference]
+    if len(apart) < len(repeats):
+        return ""
+    of = spread([difference.value for difference in apart], [], is_ratio=False)
+    return Difference(value=of.value, stderr=of.sd).shown(3)
+
+
+def _mean_perplexity(repeats: list[Experiment]) -> float:
+    of = _spread(repeats, shown_measurements()["perplexity"])
+    return math.inf if of is None else of.value
 
 
 def _perplexity(experiment: Experiment) -> float:

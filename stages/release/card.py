@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
-from stages.evaluation.measurement import Kind
+from stages.evaluation.measurement import Kind, Measurement
+from stages.evaluation.metrics import shown_measurements
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
 from stages.pruning.reconstructions import RECONSTRUCTIONS
@@ -20,22 +21,25 @@ from stages.release.records import Records
 from stages.release.verification import Verified
 from stages.schema import Table
 
+Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
 
 def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
     """The card's YAML: licence and base model as the base states them, the measured results as a model index."""
     protocol, base = records.protocol, records.base
-    perplexities = [
+    known = shown_measurements()
+    absolute = [name for name, shown in known.items() if shown.headline and shown.itself is None]  # others are of this base alone
+    of_text = [
         EvalResult(
             task_type="text-generation",
             dataset_type=measured.name,
             dataset_name=scored_text(protocol, measured.name),
-            metric_type="perplexity",
+            metric_type=measured.metric,
             metric_value=round(measured.value, 4),
         )
         for measured in records.sparse
-        if measured.kind == Kind.CORPUS and measured.metric == "perplexity"
+        if measured.kind == Kind.CORPUS and measured.metric in absolute
     ]
     tasks = [
         EvalResult(
@@ -47,12 +51,12 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
         )
         for row in records.tasks
     ]
-    known = base["license"] in HUB_LICENSES
+    listed = base["license"] in HUB_LICENSES
     return ModelCardData(
         base_model=base["name"],
         base_model_relation="finetune",  # of what the hub knows (adapter, finetune, merge, quantized) the nearest to pruned
-        license=base["license"] if known else "other",
-        license_name=None if known else base["license"],
+        license=base["license"] if listed else "other",
+        license_name=None if listed else base["license"],
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[
@@ -63,7 +67,7 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
             "sparsesweep",
         ],
         model_name=name,
-        eval_results=[*perplexities, *tasks],
+        eval_results=[*of_text, *tasks],
     )
 
 
@@ -195,13 +199,7 @@ def results_table(records: Records) -> str:
         lines.append(f"| {label} | {dense[key].shown(digits)} | {sparse[key].shown(digits)} | {against} |")
 
     for corpus in records.protocol["corpora"]:
-        ratio, logarithm = (sparse[Kind.CORPUS, corpus, f"perplexity_{name}"] for name in ("ratio", "ln_ratio"))
-        label = f"perplexity, {scored_text(records.protocol, corpus)}"
-        row(label, (Kind.CORPUS, corpus, "perplexity"), 2, f"× {ratio.shown(3)}, ln {logarithm.shown(3)}")
-        for metric, label, digits in (("mean_kld", "mean KL divergence from dense", 4), ("same_top_p", "same likeliest token as dense", 1)):
-            measured = sparse.get((Kind.CORPUS, corpus, metric))
-            if measured is not None:
-                lines.append(f"| {label}, {corpus} | | {measured.shown(digits)} | |")
+        lines += corpus_lines(corpus, scored_text(records.protocol, corpus), dense, sparse)
     for task in records.tasks:
         label = "accuracy" if task["metric"] == "acc" else task["metric"]
         asked = shots(records.protocol["tasks"][task["task"]])
@@ -210,6 +208,25 @@ def results_table(records: Records) -> str:
     if mean is not None and mean.difference is not None:
         row(mean.label, mean.key, 3, mean.difference.shown(3))
     return "\n".join(lines)
+
+
+def corpus_lines(corpus: str, text: str, dense: Measured, sparse: Measured) -> list[str]:
+    """Markdown: the measurements of a corpus that have a row. text: what was scored, beside the first of them."""
+    known, lines = shown_measurements(), list[str]()
+    for (kind, name, metric), measured in sparse.items():
+        if kind != Kind.CORPUS or name != corpus or metric not in known or not known[metric].words:
+            continue
+        shown, other = known[metric], dense.get(measured.key)
+        beside = [
+            f"{symbol} {sparse[kind, name, against].shown(known[against].digits)}"
+            for symbol, against in shown.against.items()
+            if (kind, name, against) in sparse
+        ]
+        if not shown.against and measured.difference is not None:
+            beside = [measured.difference.shown(shown.digits)]
+        cells = ["" if other is None else other.shown(shown.digits), measured.shown(shown.digits), ", ".join(beside)]
+        lines.append(f"| {shown.words}, {text if not lines else corpus} | {' | '.join(cells)} |")
+    return lines
 
 
 def shots(task: dict[str, Any]) -> str:

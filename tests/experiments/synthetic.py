@@ -55,6 +55,7 @@ def sparse_scores(dense: Scores, loss: float, numbers: random.Random) -> Scores:
             corpus: {
                 "nll": [value + rise for value, rise in zip(of["nll"], rises[corpus], strict=True)],
                 "kld": [abs(rise) * numbers.gauss(0.85, 0.05) for rise in rises[corpus]],
+                "same_top": [max(0.0, 1 - 0.4 * abs(rise)) for rise in rises[corpus]],
             }
             for corpus, of in dense.windows.items()
         },
@@ -106,6 +107,15 @@ def details(
     )
 
 
+def repeated_group(seeds: tuple[int, ...] = (0, 1, 2)) -> Group:
+    """Two methods at 50% and one at 2:4 with several calibration seeds, and another method with one."""
+    dense = dense_scores()
+    cells = [("wanda", "wanda", "unstructured"), ("sparsegpt", "sparsegpt", "unstructured"), ("wanda-2-4", "wanda", "2:4")]
+    results = [details(f"{name}-seed{seed}", method, pattern, dense, seed=seed) for name, method, pattern in cells for seed in seeds]
+    results.append(details("ria-alone", "ria", "unstructured", dense))
+    return Group(results=results, dense=of_dense(dense), differs={})
+
+
 def group(seed: int = 0, *, sparsities: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8), rows: int = 60, ruler: bool = True) -> Group:
     """Five sparsities of three methods, and four of N:M."""
     dense = dense_scores(seed, rows)
@@ -145,7 +155,14 @@ def measurements(scores: Scores, dense: Scores) -> list[dict[str, Any]]:
             {**facts, "metric": "perplexity", "label": "perplexity", "value": value, "stderr": value * (loss.stderr or 0)}
             | {"low": low, "high": high, "dense": there, "difference": {"value": value - there, "stderr": None, "low": None, "high": None}}
         )
+        gap = difference(of["nll"], dense.windows[corpus]["nll"], clusters)
+        factor = {key: math.exp(number or 0) for key, number in _fields(gap).items()} | {"stderr": math.exp(gap.value) * (gap.stderr or 0)}
+        rows.append({**facts, "metric": "perplexity_ratio", "label": "perplexity over dense", **factor} | _NO_DENSE)
+        logarithm = {**_fields(gap), "unit": "nats", **_NO_DENSE}
+        rows.append({**facts, "metric": "perplexity_ln_ratio", "label": "ln of perplexity over dense", **logarithm})
         rows.append({**facts, "metric": "mean_kld", "label": "Mean KLD", **_fields(mean(of["kld"], clusters)), "unit": "nats"} | _NO_DENSE)
+        top = _fields(mean([100 * share for share in of["same_top"]], clusters))
+        rows.append({**facts, "metric": "same_top_p", "label": "Same top p", **top, "unit": "%", "better": "higher"} | _NO_DENSE)
         rows.append({**facts, "metric": "rms_delta_p", "label": "RMS Δp", "value": 9.1, "unit": "%"} | _NO_ERROR | _NO_DENSE)
     apart = []
     for task, of in scores.rows.items():

@@ -40,7 +40,12 @@ def test_a_run_has_every_number_under_a_dotted_key():
         "prune.sparsity": 0.5,
         "prune.seconds": 61.2,
     }
-    assert leaves(run.params) == {"base.source": "hub", "base.repo": "org/model", "seed": 20.0}
+    assert leaves(run.params) == {
+        "base.source": "hub",
+        "base.repo": "org/model",
+        "calibration.seed": 0,
+        "method.name": "wanda",
+    }
 
 
 def test_a_run_has_the_facts_that_tell_it_from_others():

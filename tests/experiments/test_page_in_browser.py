@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stages.experiments.details import of_dense
+from stages.experiments.page.content import metric_facts
 from stages.experiments.page.writing import html
 from stages.experiments.paired import Metric, apart
 from tests.experiments import synthetic
@@ -106,21 +107,21 @@ def test_differences_to_the_baseline_are_those_of_the_statistics(page, baseline)
     group = GROUPS[0]
     known = {details.name: details.scores for details in group.results} | {"dense": group.dense}
     tasks = [Metric(kind="task", name=task, metric="acc", label="", unit="", better="higher") for task in group.dense.rows]
-    for metric in (*group.metrics, *tasks):
-        piece = {"perplexity": "nll"}.get(metric.metric, "kld")
-        of = {"kind": metric.kind, "name": metric.name, "metric": metric.metric, "piece": piece, "tasks": metric.tasks}
+    for metric in (*group.metrics, *group.columns, *tasks):
         found = page.evaluate(
             """([of, baseline]) => group().experiments.map((one) => {
                 const estimate = pairedDifference(group(), of, one, model(baseline));
                 return [one.name, estimate.value, estimate.stderr, estimate.clusters, intervalOf(estimate, data.quantiles)];
             })""",
-            [of, baseline],
+            [metric_facts(metric), baseline],
         )
         for name, value, stderr, clusters, interval in found:
             wanted = apart(metric, known[name], known[baseline])
-            assert (value, stderr) == pytest.approx((wanted.value, wanted.stderr), abs=2e-6)  # losses are embedded to six decimals
+            assert (value, stderr) == pytest.approx(
+                (wanted.value, wanted.stderr), abs=2e-6 * metric.scale
+            )  # losses are embedded to six decimals
             assert clusters == wanted.clusters
-            assert interval == pytest.approx(wanted.interval, abs=2e-5)
+            assert interval == pytest.approx(wanted.interval, abs=2e-5 * metric.scale)
 
 
 def test_any_row_becomes_the_baseline(page):
@@ -310,3 +311,37 @@ def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
     assert timing["loadEventEnd"] / 1000 < SECONDS
     assert page.complaints == []
     page.context.close()
+
+
+def test_repeats_by_seed_are_told_apart_and_their_spread_is_said(browser, tmp_path):
+    path = tmp_path / "index.html"
+    path.write_text(html([synthetic.repeated_group(), GROUPS[1]], []), encoding="utf8")
+    page = opened(browser, path)
+    page.click("[data-sort=seed]")
+    page.click("[data-sort=seed]")
+    assert page.inner_text(f"{ROWS}:nth-child(2) td:nth-child(6)") == "2"
+    assert page.locator(".repeats:visible tbody tr").count() == 3
+    assert "wanda, unstructured 50%, seed 1" in page.inner_text("#baseline")
+    page.select_option("#metric", "mean/tasks/accuracy")
+    assert page.inner_text("#repeats h3:visible") == "Which differences exceed the spread between seeds, in mean accuracy"
+    assert "2 of 3 pairs: too few seeds" in page.inner_text(".seeds:visible")
+    page.select_option("#group", "1")
+    assert page.locator(".repeats:visible").count() == page.locator(".seeds:visible").count() == 0
+    assert "Every setting has one seed" in page.inner_text("#repeats")
+    assert page.locator("[data-sort=seed]").count() == 0
+    assert page.complaints == []
+    page.context.close()
+
+
+def test_measurements_without_plots_are_columns_that_can_be_shown(page):
+    heading = "[data-sort='corpus/wikipedia/same_top_p']"
+    assert page.locator(heading).count() == 0
+    page.click("summary:has-text('More columns')")
+    page.check("[data-column='corpus/wikipedia/same_top_p']")
+    page.check("[data-column='corpus/wikipedia/perplexity_ln_ratio']")
+    page.click(heading)
+    assert page.get_attribute(f"th:has({heading})", "aria-sort") == "descending"
+    assert "100, by definition" in page.inner_text(f"{ROWS}:has([data-pin=dense])")
+    assert "0, by definition" in page.inner_text(f"{ROWS}:has([data-pin=dense])")
+    page.uncheck("[data-column='corpus/wikipedia/same_top_p']")
+    assert page.locator(heading).count() == 0

@@ -6,12 +6,13 @@ import pytest
 
 from stages.evaluation.statistics import Estimate, difference_interval
 from stages.experiments.details import Scores
-from stages.experiments.paired import Metric, Verdict, apart, headline, natural, of_scores, verdict
+from stages.experiments.paired import Metric, Verdict, apart, headline, natural, of_scores, others, verdict
 from tests.experiments import synthetic
 
 
 def metric(kind: str = "corpus", name: str = "news", what: str = "perplexity", better: str = "lower") -> Metric:
-    return Metric(kind=kind, name=name, metric=what, label=what, unit="", better=better)
+    kept = {"perplexity": "nll", "mean_kld": "kld"}.get(what)
+    return Metric(kind=kind, name=name, metric=what, label=what, unit="", better=better, kept=kept, is_ratio=what == "perplexity")
 
 
 def scores(nll: list[float], kld: list[float] | None = None, acc: list[float] | None = None) -> Scores:
@@ -74,3 +75,14 @@ def test_plots_show_each_corpus_first_and_means_last():
         "corpus/wikipedia/mean_kld",
         "mean/tasks/accuracy",
     ]
+
+
+def test_what_is_shown_without_plots_is_told_apart_too():
+    ratio, logarithm, top = others(synthetic.group().results)
+    assert [one.metric for one in (ratio, logarithm, top)] == ["perplexity_ratio", "perplexity_ln_ratio", "same_top_p"]
+    ours, theirs = synthetic.group().results[:2]
+    factor, apart_in_ln = (apart(one, ours.scores, theirs.scores) for one in (ratio, logarithm))
+    assert factor.value == apart_in_ln.value == apart(headline([ours])[0], ours.scores, theirs.scores).value
+    found = apart(top, ours.scores, theirs.scores)
+    wanted = top.of(ours)["value"] - top.of(theirs)["value"]  # in percent
+    assert (found.value, top.digits) == (pytest.approx(wanted), 1)

@@ -19,11 +19,11 @@ def measured(metric: str, value: float, **facts: object) -> Measurement:
     return Measurement(**{**of, "metric": metric, "value": value, **facts})
 
 
-def experiment(name: str, perplexity: float, **protocol: object) -> Experiment:
+def experiment(name: str, perplexity: float, seed: int = 0, method: str = "wanda", **protocol: object) -> Experiment:
     return Experiment(
         name=name,
         revision="abc",
-        params={"base": {"source": "hub", "repo": "org/model"}, "seed": perplexity},
+        params={"base": {"source": "hub", "repo": "org/model"}, "calibration": {"seed": seed}, "method": {"name": method}},
         measurements=[
             measured("perplexity", perplexity, stderr=1.0, dense=10.0),
             measured("perplexity_ratio", perplexity / 10),
@@ -32,7 +32,7 @@ def experiment(name: str, perplexity: float, **protocol: object) -> Experiment:
         ],
         prune_metrics={"sparsity": 0.5, "seconds": 61.2},
         protocol={**PROTOCOL, "delta": name, **protocol},
-        method="wanda",
+        method=method,
         pattern="2:4",
     )
 
@@ -103,3 +103,32 @@ def test_what_is_left_out_is_named_with_the_reason():
 
 def test_a_row_says_how_to_get_it_where_no_line_composes_it():
     assert "(conf/ composes it no more; dvc exp apply a)" in text([experiment("a", 20.0)], [], commands=True)
+
+
+REPEATED = [experiment("c", 40.0, method="ria"), experiment("a", 20.0), experiment("b", 24.0, seed=1)]
+
+
+def test_repeats_by_calibration_seed_are_named_below_the_table():
+    *_, last = text(REPEATED, []).rstrip().split("\n")
+    assert last == (
+        "repeats of one setting, mean ± standard deviation between 2 calibration seeds: a (seed 0), b (seed 1): "
+        "perplexity 21.91 ± 2.82, mean KLD 0.500 ± 0.000, accuracy 0.400 ± 0.000"
+    )
+    assert "repeats" not in text(REPEATED[:2], [])
+
+
+def test_settings_stand_in_one_row_best_first_and_one_seed_has_no_spread():
+    _, _, header, _, first, second, _, note = text(REPEATED, [], seeds=True).rstrip().split("\n")
+    assert header.split()[:5] == ["method", "pattern", "sparsity", "seeds", "perplexity"]
+    assert " ".join(first.split()) == (
+        "wanda 2:4 0.5 2 21.91 ± 2.82 2.191 ± 0.282 0.500 ± 0.000 0.400 ± 0.000 -0.020 ± 0.000 61"
+    )  # 2.82 = sqrt(480) * ln(1.2) / sqrt(2)
+    assert " ".join(second.split()) == "ria 2:4 0.5 1 40.00 4.000 0.500 0.400 -0.020 61"
+    assert note.startswith("mean ± standard deviation between calibration seeds")
+
+
+def test_a_setting_has_no_spread_of_what_one_seed_lacks():
+    lacking = experiment("b", 24.0, seed=1)
+    lacking.measurements.clear()
+    row = text([REPEATED[1], lacking], [], seeds=True).split("\n")[4]
+    assert row.split() == ["wanda", "2:4", "0.5", "2", "61"]

@@ -2,7 +2,12 @@
 
 import sys
 
-from stages.evaluation.metric import Metric
+from stages.evaluation.metric import Metric, Shown
 from stages.schema import Table
 
 METRICS: Table[Metric] = Table.collected(sys.modules[__name__], Metric)
+
+
+def shown_measurements() -> dict[str, Shown]:
+    """How measurements of text are shown, by the measurement's name; those that no metric shows are not in it."""
+    return {shown.metric: shown for metric in METRICS.values() for shown in metric.shown}

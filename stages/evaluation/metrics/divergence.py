@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stages.evaluation.measurement import Better, Measurement
-from stages.evaluation.metric import Corpus, Metric, Observed, Predictions, WindowMeans, window_means
+from stages.evaluation.metric import Corpus, Metric, Observed, Predictions, Shown, WindowMeans, window_means
 from stages.evaluation.statistics import mean
 
 KLD, DELTA_P, SAME_TOP, NLL, DENSE_NLL = "kld", "delta_p", "same_top", "nll", "dense_nll"
@@ -97,7 +97,19 @@ DIVERGENCE = Metric(
     name="divergence",
     needs_dense=True,
     observe=observe,
-    kept=(KLD,),
+    kept=(KLD, SAME_TOP),
     measure=measure,
+    shown=(
+        Shown(
+            metric="mean_kld",
+            digits=3,
+            headline=True,
+            heading="mean KLD",
+            words="mean KL divergence from dense",
+            kept=KLD,
+            itself=0.0,
+        ),
+        Shown(metric="same_top_p", digits=1, words="same likeliest token as dense", kept=SAME_TOP, scale=PERCENT, itself=PERCENT),
+    ),
     summary="Kullback-Leibler divergence from the dense model, and agreement of the likeliest tokens",
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stages.evaluation.measurement import Better, Difference, Measurement
-from stages.evaluation.metric import Corpus, Metric, Observed, Predictions, WindowMeans, window_means
+from stages.evaluation.metric import Corpus, Metric, Observed, Predictions, Shown, WindowMeans, window_means
 from stages.evaluation.statistics import Estimate, difference, mean
 
 NLL = "nll"
@@ -57,5 +57,19 @@ PERPLEXITY = Metric(
     observe=observe,
     kept=(NLL,),
     measure=measure,
+    shown=(
+        Shown(
+            metric="perplexity",
+            digits=2,
+            headline=True,
+            heading="perplexity",
+            words="perplexity",
+            kept=NLL,
+            ratio=True,
+            against={"×": "perplexity_ratio", "ln": "perplexity_ln_ratio"},
+        ),
+        Shown(metric="perplexity_ratio", digits=3, heading="over dense", kept=NLL, ratio=True, itself=1.0),
+        Shown(metric="perplexity_ln_ratio", digits=3, kept=NLL, itself=0.0),
+    ),
     summary="perplexity, and over the dense model's",
 )

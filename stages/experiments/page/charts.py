@@ -203,6 +203,7 @@ def _tooltip(metric: Metric) -> list[alt.Tooltip]:
         alt.Tooltip("method:N", title="method"),
         alt.Tooltip("pattern:N", title="pattern"),
         alt.Tooltip("sparsity:Q", title="sparsity", format=".2%"),
+        alt.Tooltip("seed:N", title="calibration seed"),
         alt.Tooltip("text:N", title=metric.label),
         alt.Tooltip("against_dense:N", title="against dense"),
         alt.Tooltip("counted:N", title="measured on"),

@@ -6,7 +6,7 @@ rounded to six decimals.
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,8 @@ from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
 from stages.experiments.page.group import Group, shortened
 from stages.experiments.page.words import difference_words, measured
-from stages.experiments.paired import PIECES, Metric, apart, natural, of_scores, of_tasks
+from stages.experiments.paired import Metric, apart, natural, of_scores, of_tasks
+from stages.experiments.repeats import seed_of
 from stages.prune import kind_of, short_names
 
 DECIMALS = 6
@@ -42,13 +43,15 @@ def content(groups: Sequence[Group]) -> dict[str, Any]:
 def group_content(group: Group) -> dict[str, Any]:
     """Experiments of one protocol."""
     params = [leaves(details.experiment.params) for details in group.results]
+    shown = {metric.metric for metric in (*group.metrics, *group.columns)}
     common = {key: value for key, value in params[0].items() if all(key in other and other[key] == value for other in params)}
     return {
         "base": group.base,
         "metrics": [metric_content(group, metric) for metric in group.metrics],
+        "columns": [metric_facts(metric) for metric in group.columns],
         "methods": group.methods,
         "cells": {asked: [details.name for details in members] for asked, members in group.cells.items()},
-        "experiments": [experiment_content(details) for details in group.results],
+        "experiments": [experiment_content(details, shown) for details in group.results],
         "params": {
             "common": common,
             "own": [{key: value for key, value in own.items() if key not in common} for own in params],
@@ -64,6 +67,17 @@ def group_content(group: Group) -> dict[str, Any]:
 def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
     """A metric of the plots with its plots and their data."""
     return {
+        **metric_facts(metric),
+        "points": points(group, metric),
+        "references": references(group, metric),
+        "frontier": charts.frontier(metric, group.methods, group.patterns),
+        "costs": {measure: charts.cost(metric, measure, group.methods, group.patterns) for measure in measured_costs(group)},
+    }
+
+
+def metric_facts(metric: Metric) -> dict[str, Any]:
+    """A metric as the page's script knows it."""
+    return {
         "id": metric.id,
         "kind": metric.kind,
         "name": metric.name,
@@ -73,12 +87,10 @@ def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
         "better": metric.better,
         "ratio": metric.is_ratio,
         "digits": metric.digits,
-        "piece": PIECES.get(metric.metric),
+        "kept": metric.kept,
+        "scale": metric.scale,
+        "itself": metric.itself,
         "tasks": metric.tasks,
-        "points": points(group, metric),
-        "references": references(group, metric),
-        "frontier": charts.frontier(metric, group.methods, group.patterns),
-        "costs": {measure: charts.cost(metric, measure, group.methods, group.patterns) for measure in measured_costs(group)},
     }
 
 
@@ -95,6 +107,7 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
                 "pattern": details.experiment.pattern,
                 "asked": details.asked,
                 "asked_short": details.asked.removeprefix("unstructured "),
+                "seed": seed_of(details.experiment.params),
                 "sparsity": round(details.sparsity, DECIMALS),
                 "value": row["value"],
                 "low": row["low"],
@@ -153,7 +166,7 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
     """Lines to measure by: the dense model, and quantised models where they were measured."""
     lines = []
     estimate = of_scores(metric, group.dense)
-    if estimate is not None and metric.metric != "mean_kld":
+    if estimate is not None and metric.itself is None:
         value, ends = natural(metric, estimate)
         low, high = ends or (None, None)
         text = measured(metric, {"value": value, "low": low, "high": high})
@@ -181,19 +194,20 @@ def _apart(lines: list[dict[str, Any]], values: list[float], *, logarithmic: boo
     return placed
 
 
-def experiment_content(details: Details) -> dict[str, Any]:
-    """An experiment: what it is called, how it is run again, and what it scored."""
+def experiment_content(details: Details, shown: Collection[str]) -> dict[str, Any]:
+    """An experiment: what it is called, how it is run again, and what it scored. shown: names of the measurements of text that it keeps."""
     experiment = details.experiment
     return {
         "name": experiment.name,
         "method": experiment.method,
         "pattern": experiment.pattern,
         "asked": details.asked,
+        "seed": seed_of(experiment.params),
         "sparsity": round(details.sparsity, DECIMALS),
         "weights": details.weights,
         "run": details.command,
         "apply": experiment.apply,
-        "measurements": [measurement_content(row) for row in details.measurements if row["kind"] != "corpus" or row["metric"] in PIECES],
+        "measurements": [measurement_content(row) for row in details.measurements if row["kind"] != "corpus" or row["metric"] in shown],
         **costs(details),
         **scores_content(details.scores),
         "generations": [{key: value for key, value in row.items() if key not in ("prompt", *_DENSE)} for row in details.generations],
@@ -213,10 +227,10 @@ def measurement_content(row: dict[str, Any]) -> dict[str, Any]:
 def dense_content(group: Group) -> dict[str, Any]:
     """The dense model as a row of the table: what it scored, by its own windows and rows."""
     measurements = []
-    for metric in group.metrics:
+    for metric in (*group.metrics, *group.columns):
         estimate = of_scores(metric, group.dense)
         row = metric.of(group.results[0])
-        if estimate is not None and row is not None and metric.metric != "mean_kld":
+        if estimate is not None and row is not None and metric.itself is None:
             value, ends = natural(metric, estimate)
             low, high = ends or (None, None)
             facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}

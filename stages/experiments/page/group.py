@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.evaluation.protocol import differences
 from stages.experiments.details import Details, Scores, read_details
-from stages.experiments.paired import Metric, headline
+from stages.experiments.paired import Metric, headline, others
 from stages.experiments.reading import Experiment, Missing
 from stages.experiments.table import base_name, by_protocol, compared, short
 
@@ -28,6 +28,11 @@ class Group:
     @property
     def metrics(self) -> list[Metric]:
         return headline(self.results)
+
+    @property
+    def columns(self) -> list[Metric]:
+        """Metrics of text that the table shows when they are chosen."""
+        return others(self.results)
 
     @property
     def base(self) -> str:

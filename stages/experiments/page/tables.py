@@ -1,24 +1,34 @@
 """The numbers of the page as rows of CSV files."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.experiments.details import Details
 from stages.experiments.page.content import costs
 from stages.experiments.page.group import Group
+from stages.experiments.page.repeats import repeat_difference_rows, repeat_rows
 from stages.experiments.paired import Metric, apart, natural, verdict
+from stages.experiments.repeats import seed_of
 
 Row = dict[str, Any]
 
 
 def write_tables(directory: Path, groups: Sequence[Group]) -> None:
-    """Write experiments.csv, measurements.csv, differences.csv and matrices.csv; the column "protocol" numbers the groups from 1."""
-    tables = {"experiments": experiment_rows, "measurements": measurement_rows, "differences": difference_rows, "matrices": matrix_rows}
+    """Write a CSV file for each kind of row that there is; the column "protocol" numbers the groups from 1."""
+    tables: dict[str, Callable[[Group], Iterable[Row]]] = {
+        "experiments": experiment_rows,
+        "measurements": measurement_rows,
+        "differences": difference_rows,
+        "repeats": repeat_rows,
+        "repeat_differences": repeat_difference_rows,
+        "matrices": matrix_rows,
+    }
     for name, rows_of in tables.items():
         rows = [{"protocol": number, **row} for number, group in enumerate(groups, start=1) for row in rows_of(group)]
-        write_csv(directory / f"{name}.csv", rows)
+        if rows:
+            write_csv(directory / f"{name}.csv", rows)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -36,6 +46,7 @@ def experiment_rows(group: Group) -> Iterable[Row]:
         yield {
             **_names(details),
             "base": group.base,
+            "calibration_seed": seed_of(experiment.params),
             "zeros_share": details.sparsity,
             "weights": details.weights,
             **costs(details),

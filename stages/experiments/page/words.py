@@ -93,7 +93,7 @@ def best(group: Group, metric: Metric) -> list[Best]:
 
 def _against_dense(group: Group, metric: Metric, winner: Details) -> str:
     estimate = apart(metric, winner.scores, group.dense)
-    if estimate is None or metric.metric == "mean_kld":  # a divergence is a distance from the dense model by itself
+    if estimate is None or metric.itself is not None:  # such as a divergence, a distance from the dense model already
         return ""
     return f"{difference_words(metric, estimate)} {'of' if metric.is_ratio else 'against'} dense"
 

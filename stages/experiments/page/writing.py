@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stages.errors import SparsesweepError
 from stages.experiments.details import Details
-from stages.experiments.page import charts, words
+from stages.experiments.page import charts, repeats, words
 from stages.experiments.page.content import content, matrices_content, measured_costs, points, protocol_rows, references
 from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
@@ -22,6 +22,7 @@ from stages.files import replacing
 PACKAGE = "stages.experiments.page"
 MARK = '<meta name="generator" content="sparsesweep">'
 INLINED = {"css": "page.css", "statistics_script": "statistics.js", "page_script": "page.js"}
+REPEATS = (repeats.repeated, repeats.said_of_single, repeats.between_settings, repeats.spread_words)  # what the template calls
 SCALE = 2  # pixels of a PNG for each of a plot
 SHOWN = 6  # experiments of a plot by task
 
@@ -61,6 +62,7 @@ def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
     inlined = {name: templates.get_source(environment, file)[0] for name, file in INLINED.items()}
     inlined |= {"bundle": bundle(), "data": embedded(content(groups))}
     functions = {"best": words.best, "noise": words.noise, "text_of": words.text_of, "protocol_rows": protocol_rows}
+    functions |= {function.__name__: function for function in REPEATS}
     return environment.get_template("page.html").render(groups=groups, missing=missing, **functions, **inlined)
 
 

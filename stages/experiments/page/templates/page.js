@@ -6,13 +6,15 @@ const byId = (id) => document.getElementById(id);
 const CHOSEN_AT_MOST = 6;
 const QUANTITIES = { relative_error: "relative output error", sparsity: "sparsity", damping: "damping" };
 const VERDICTS = { better: "better", worse: "worse", noisy: "noise" };
-const chosen = { group: 0, metric: "", baseline: "dense", sort: "", descending: false, experiments: new Set(), inspected: "" };
+const chosen = { group: 0, metric: "", baseline: "dense", sort: "", descending: false, experiments: new Set(), columns: new Set(), inspected: "" };
 
 const group = () => data.groups[chosen.group];
 const metric = () => group().metrics.find((one) => one.id === chosen.metric);
 const model = (name) => (name === "dense" ? group().dense : group().experiments.find((one) => one.name === name));
 const chosenModels = () => group().experiments.filter((one) => chosen.experiments.has(one.name));
-const titleOf = (one) => (one.name === "dense" ? "dense" : `${one.name}: ${one.method}, ${one.asked}`);
+const hasSeeds = () => new Set(group().experiments.map((one) => one.seed)).size > 1;
+const seedWords = (one) => (hasSeeds() ? `, seed ${one.seed}` : "");
+const titleOf = (one) => (one.name === "dense" ? "dense" : `${one.name}: ${one.method}, ${one.asked}${seedWords(one)}`);
 
 // Elements and numbers.
 
@@ -137,7 +139,8 @@ function columns() {
     text("method", "Method"),
     text("pattern", "Pattern"),
     { ...figure("sparsity", "Sparsity", (value) => `${(100 * value).toFixed(2)}%`) },
-    ...group().metrics.map((of) => ({
+    ...(hasSeeds() ? [figure("seed", "Seed", String)] : []),
+    ...[...group().metrics, ...group().columns.filter((of) => chosen.columns.has(of.id))].map((of) => ({
       key: of.id,
       label: of.label + (of.unit ? ` [${of.unit}]` : ""),
       number: true,
@@ -164,8 +167,8 @@ function nameCell(one) {
 
 function metricCell(one, of) {
   const row = measurement(one, of);
-  const divergesFromItself = one.name === "dense" && of.metric === "mean_kld";
-  if (!row) return element("td", { class: "number" }, divergesFromItself ? "0, by definition" : "not measured");
+  const againstItself = one.name === "dense" && of.itself !== null;
+  if (!row) return element("td", { class: "number" }, againstItself ? `${of.itself}, by definition` : "not measured");
   const value = number(row.value, of.digits);
   const interval = element("span", { class: "interval" }, range(row.low, row.high, (end) => number(end, of.digits)));
   return element("td", { class: "number", title: counted(row) }, value, interval, deltaOf(one, of));
@@ -242,6 +245,17 @@ function choose(name, box) {
   }
   chosen.experiments[box.checked ? "add" : "delete"](name);
   showChosen();
+}
+
+/** Measurements without plots, as columns that can be shown. */
+function showColumnChoice() {
+  byId("columns").hidden = !group().columns.length;
+  const box = (of) =>
+    element("input", { type: "checkbox", "data-column": of.id, change: (event) => (chosen.columns[event.target.checked ? "add" : "delete"](of.id), showTable()) });
+  byId("columns").replaceChildren(
+    element("summary", {}, "More columns"),
+    ...group().columns.map((of) => element("label", { class: "switch" }, box(of), of.label + (of.unit ? ` [${of.unit}]` : ""))),
+  );
 }
 
 function showTable() {
@@ -483,6 +497,8 @@ function showGroup() {
   options(byId("recipe-from"), all, all[0][0]);
   options(byId("recipe-to"), all, (all[1] || all[0])[0]);
   byId("search").value = "";
+  chosen.columns = new Set();
+  showColumnChoice();
   showMetric();
   showTable();
   showChosen();

@@ -60,11 +60,11 @@ function unpacked(scores) {
   return Array.from({ length: scores.count }, (_, index) => (bytes.charCodeAt(index >> 3) >> (index & 7)) & 1);
 }
 
-/** The difference of two models, ours less theirs, in a metric ({kind, name, metric, piece, tasks}); null if either lacks it. */
+/** The difference of two models, ours less theirs, in a metric ({kind, name, metric, kept, scale, tasks}); null if either lacks it. */
 function pairedDifference(group, metric, ours, theirs) {
-  const less = (here, there, clusters) => estimateMean(here.map((value, index) => value - there[index]), clusters);
+  const less = (here, there, clusters) => estimateMean(here.map((value, index) => metric.scale * (value - there[index])), clusters);
   if (metric.kind === "corpus") {
-    const [here, there] = [ours, theirs].map((model) => (model.windows[metric.name] || {})[metric.piece]);
+    const [here, there] = [ours, theirs].map((model) => (model.windows[metric.name] || {})[metric.kept]);
     return here && there ? less(here, there, group.window_clusters[metric.name]) : null;
   }
   const tasks = metric.kind === "task" ? [[metric.name, metric.metric]] : metric.tasks;
