@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from stages.errors import SparsesweepError
@@ -75,13 +74,6 @@ def gpu_memory(key: str, value: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SparsesweepError(f"the GPU is out of memory with {key} = {value}; lower it ({str(error).split('.')[0]})") from error
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free: of the GPU, or of the system with its swap."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 def peak_memory(device: torch.device) -> int:

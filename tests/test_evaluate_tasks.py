@@ -248,7 +248,7 @@ def test_a_style_in_which_the_template_refuses_a_row_is_skipped_and_the_row_is_n
 )
 def test_a_whole_model_that_does_not_fit_is_refused_before_a_weight_is_read(root, monkeypatch, changes, message):
     forbid_weights(root)
-    monkeypatch.setattr("stages.devices.free_memory", lambda device: 1000)
+    monkeypatch.setattr("stages.evaluation.setup.free_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match=message):
         run("dense", replace(ASKED, **changes))
 
