@@ -8,8 +8,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from stages.evaluation import limits
 from stages.evaluation.measurement import Measurement
-from stages.evaluation.protocol import NOT_COMPARED, differences
+from stages.evaluation.protocol import compared, differences
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
 from stages.release.card import scored_text
@@ -66,7 +67,7 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
 def title(experiment: Experiment) -> str:
     """What was pruned, and what it was scored on."""
     protocol = experiment.protocol
-    tasks = [f"{task} ({facts['rows']})" for task, facts in protocol["tasks"].items()]
+    tasks = [f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items()]
     corpora = " and ".join(scored_text(protocol, corpus) for corpus in protocol["corpora"])
     return f"{base_name(experiment)}; perplexity on {corpora}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
 
@@ -122,11 +123,6 @@ def said(differing: dict[str, tuple[Any, Any]]) -> str:
 def _protocol(experiment: Experiment) -> str:
     """What is compared of a protocol, whatever the order of its keys."""
     return json.dumps(compared(experiment.protocol), sort_keys=True)
-
-
-def compared(protocol: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal before two results are compared."""
-    return {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
 
 
 def short(value: Any) -> str:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
+from stages.evaluation import limits
 from stages.evaluation.measurement import Kind
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
@@ -41,7 +42,7 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
         EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
-            dataset_name=f"{row['task']}, {row['rows']} rows, {shots(protocol['tasks'][row['task']])}",
+            dataset_name=asked(protocol, row["task"]),
             metric_type="accuracy" if row["metric"] == "acc" else row["metric"],
             metric_value=round(row["sparse"], 4),
         )
@@ -172,9 +173,10 @@ def errors(summary: dict[str, float]) -> str:
 
 
 def scored_text(protocol: dict[str, Any], corpus: str) -> str:
-    """The text of the perplexity: corpus, tokens, windows, and whether each begins with BOS."""
-    windows = protocol["corpora"][corpus]
-    return f"{corpus}, {windows['tokens']} tokens in windows of {windows['window_length']}{words(protocol['bos'])}"
+    """The text of the perplexity: corpus, tokens, windows, which of the corpus's they are, and whether each begins with BOS."""
+    windows, some = protocol["corpora"][corpus], limits.windows_of(protocol, corpus)
+    cut = f"{windows['tokens']} tokens in windows of {windows['window_length']}"
+    return f"{corpus}, {cut}{some and ', '}{some}{words(protocol['bos'])}"
 
 
 def results_table(records: Records) -> str:
@@ -196,12 +198,28 @@ def results_table(records: Records) -> str:
                 lines.append(f"| {label}, {corpus} | | {measured.shown(digits)} | |")
     for task in records.tasks:
         label = "accuracy" if task["metric"] == "acc" else task["metric"]
-        asked = shots(records.protocol["tasks"][task["task"]])
-        row(f"{task['task']}, {task['rows']} rows, {asked}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
+        row(f"{asked(records.protocol, task['task'])}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
     mean = sparse.get((Kind.MEAN, "tasks", "accuracy"))
     if mean is not None and mean.difference is not None:
         row(mean.label, mean.key, 3, mean.difference.shown(3))
     return "\n".join(lines)
+
+
+def asked(protocol: dict[str, Any], task: str) -> str:
+    """The questions of a task: which of its rows, after how many examples."""
+    facts = protocol["tasks"][task]
+    return f"{task}, {limits.rows_of(facts)}, {shots(facts)}"
+
+
+def limitation(protocol: dict[str, Any]) -> str:
+    """Markdown: that rows or windows were left out, where some were."""
+    rows = protocol["evaluation"]["rows"]
+    some = rows is not None and any(limits.may_be_limited(facts) for facts in protocol["tasks"].values())
+    lines = [f"Only the first {rows} rows of each task were scored: the error bars are wide."] if some else []
+    for corpus, facts in protocol["corpora"].items():
+        if facts["windows"] < (facts.get("available") or 0):
+            lines.append(f"Of {corpus}, {limits.windows_of(protocol, corpus)} were scored.")
+    return "".join(f"\n{line}\n" for line in lines)
 
 
 def shots(task: dict[str, Any]) -> str:
@@ -254,10 +272,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
     recipe, base, run = delta.recipe, records.base, records.run
     begun = words(records.calibration["bos"]["token"])
     notes = exceptions(delta.matrices, recipe.method, run)
-    rows = records.protocol["evaluation"]["rows"]
     says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
-    some = f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
-    limited = some if rows is not None and records.tasks else ""
     competing = PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"])
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
     measured = ", before the last blocks were trained together" if together else ""
@@ -299,7 +314,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
 one draw. Sparse against dense is measured on the same windows and rows; in brackets stands an interval of 95%. Where it holds 0, these
 rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly.
 Tasks are scored by lm-eval {run["versions"]["lm-eval"]}; accuracy is without length normalisation.
-{limited}
+{limitation(records.protocol)}
 ## Generations
 
 Greedy continuations, dense and sparse.

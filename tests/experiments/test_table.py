@@ -7,8 +7,8 @@ from stages.experiments.table import by_protocol, text
 PROTOCOL = {
     "base": "f" * 64,
     "bos": None,
-    "corpora": {"news": {"window_length": 128, "tokens": 512}},
-    "tasks": {"boolq": {"rows": 20}},
+    "corpora": {"news": {"window_length": 128, "windows": 4, "tokens": 512, "available": 30}},
+    "tasks": {"boolq": {"rows": 20, "available": 3270}, "piqa": {"rows": 20}},
     "evaluation": {},
     "delta": "d",
 }
@@ -40,8 +40,8 @@ def experiment(name: str, perplexity: float, **protocol: object) -> Experiment:
 def test_experiments_of_one_protocol_stand_in_one_table_best_first():
     shown = text([experiment("worse", 30.0), experiment("better", 20.0)], [], commands=False)
     title, _, header, _, *rows = shown.rstrip().split("\n")
-    wanted = "org/model; perplexity on news, 512 tokens in windows of 128; tasks, with their rows: boolq (20); the dense model has 10.00"
-    assert title == wanted
+    texts = "perplexity on news, 512 tokens in windows of 128, 4 of 30 windows"
+    assert title == f"org/model; {texts}; tasks, with their rows: boolq (20 of 3270), piqa (20); the dense model has 10.00"
     assert header.split() == [
         "experiment",
         "method",

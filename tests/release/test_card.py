@@ -34,10 +34,10 @@ SPARSE = [
     measured("mean", "tasks", "accuracy", 0.5, 0.1, dense=0.5, difference=Difference(value=0.05, stderr=0.06), **MEAN),
 ]
 PROTOCOL = {
-    "corpora": {"news": {"window_length": 1024, "tokens": 18432}},
+    "corpora": {"news": {"window_length": 1024, "windows": 18, "tokens": 18432, "available": 301}},
     "bos": None,
-    "tasks": {"boolq": {"few_shot": 0}},
-    "evaluation": {"tasks": ["boolq"], "rows": 20},
+    "tasks": {"boolq": {"few_shot": 0, "rows": 20, "available": 3270, "parts": 1, "cut": 0}},
+    "evaluation": {"tasks": ["boolq"], "rows": 20, "corpora": {"news": {"evenly": False}}},
 }
 RECORDS = Records(
     base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x", "documents": []},
@@ -133,7 +133,26 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
         assert fact in card.content, fact
     for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
         assert f"## {section}" in card.content
-    assert "Only the first 20 rows" in card.content
+
+
+def test_the_card_says_what_was_not_scored(written):
+    content, card = written().content, written()
+    assert "| perplexity, news, 18432 tokens in windows of 1024, the first 18 of 301 windows |" in content
+    assert "| boolq, first 20 of 3,270 rows, zero-shot, accuracy |" in content
+    assert "Only the first 20 rows of each task were scored: the error bars are wide.\n" in content
+    assert "\nOf news, the first 18 of 301 windows were scored.\n" in content
+    assert {result.dataset_name for result in card.data.eval_results} == {
+        "news, 18432 tokens in windows of 1024, the first 18 of 301 windows",
+        "boolq, first 20 of 3,270 rows, zero-shot",
+    }
+
+
+def test_a_card_of_all_rows_and_windows_says_so(written):
+    tasks = {"boolq": {**PROTOCOL["tasks"]["boolq"], "available": 20}}
+    whole = {**PROTOCOL, "tasks": tasks, "corpora": {"news": {**PROTOCOL["corpora"]["news"], "available": 18}}}
+    content = written(records=replace(RECORDS, protocol=whole)).content
+    assert "all 18 windows" in content and "boolq, all 20 rows" in content
+    assert "were scored" not in content
 
 
 def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):

@@ -1,0 +1,51 @@
+"""What was left out, in words."""
+
+import pytest
+
+from stages.evaluation import limits
+
+BOOLQ = {"rows": 20, "available": 3270, "parts": 1, "asked": 20}
+
+
+def protocol(windows: int, available: int | None, evenly: bool | None) -> dict:
+    evaluation = {} if evenly is None else {"corpora": {"news": {"evenly": evenly}}}
+    return {"corpora": {"news": {"windows": windows, "available": available}}, "evaluation": evaluation}
+
+
+@pytest.mark.parametrize(
+    ("windows", "available", "evenly", "words"),
+    [
+        (18, 1301, False, "the first 18 of 1,301 windows"),
+        (18, 1301, True, "18 of 1,301 windows, spread evenly"),
+        (18, 1301, None, "18 of 1,301 windows"),
+        (18, 18, False, "all 18 windows"),
+        (18, None, False, ""),
+    ],
+)
+def test_windows_are_said_with_those_that_there_are(windows, available, evenly, words):
+    assert limits.windows_of(protocol(windows, available, evenly), "news") == words
+
+
+@pytest.mark.parametrize(
+    ("facts", "words", "short"),
+    [
+        (BOOLQ, "first 20 of 3,270 rows", "20 of 3270"),
+        ({**BOOLQ, "rows": 3270}, "all 3,270 rows", "3270"),
+        ({**BOOLQ, "rows": 1, "available": 1}, "its only row", "1"),
+        ({"rows": 20}, "20 rows", "20"),
+        ({**BOOLQ, "rows": 114, "parts": 57}, "114 of 3,270 rows, the first of each of its 57 tasks", "114 of 3270"),
+    ],
+)
+def test_rows_are_said_with_those_that_there_are(facts, words, short):
+    assert (limits.rows_of(facts), limits.short(facts)) == (words, short)
+
+
+def test_several_tasks_are_said_in_one():
+    rte = {**BOOLQ, "available": 277}
+    assert limits.rows_of_each([BOOLQ, rte]) == "2 tasks, 20 rows each, the first of 277 to 3,270"
+    assert limits.rows_of_each([BOOLQ]) == "1 task, 20 rows each, the first of 3,270"
+    assert limits.rows_of_each([{"rows": 20}, {"rows": 30}]) == "2 tasks, 20 to 30 rows each"
+
+
+def test_rows_may_be_left_out_where_their_number_is_not_known():
+    assert [limits.may_be_limited(facts) for facts in (BOOLQ, {"rows": 20}, {**BOOLQ, "rows": 3270})] == [True, True, False]
