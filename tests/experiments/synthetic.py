@@ -81,10 +81,10 @@ def details(
             prune_metrics={"sparsity": sparsity, "seconds": 40.0},
             protocol={
                 "base": "f" * 64,
-                "corpora": {"wikipedia": {"window_length": TOKENS, "tokens": WINDOWS * TOKENS}},
+                "corpora": {corpus: _windows() for corpus in dense.windows},
                 "bos": None,
-                "tasks": {},
-                "evaluation": {},
+                "tasks": {task: _rows(len(of["acc"])) for task, of in dense.rows.items()},
+                "evaluation": {"rows": 60, "corpora": {corpus: {"evenly": False} for corpus in dense.windows}},
                 "delta": name,
                 **protocol,
             },
@@ -125,7 +125,7 @@ def group(seed: int = 0, *, sparsities: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7,
 
 def other_group() -> Group:
     """Two experiments of another protocol."""
-    dense = dense_scores(1, 20)
+    dense = dense_scores(1)
     results = [details(f"{method}-bos", method, "unstructured", dense, bos=1) for method in ("wanda", "sparsegpt")]
     return Group(results=results, dense=of_dense(dense), differs={"bos": (1, None), "windows_sha256": ("a" * 64, "b" * 64)})
 
@@ -169,6 +169,15 @@ _COUNTED = {"counted": "rows", "unit": "", "better": "higher"}
 def _fields(estimate: Estimate) -> dict[str, Any]:
     low, high = estimate.interval or (None, None)
     return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
+
+
+def _windows() -> dict[str, Any]:
+    return {"window_length": TOKENS, "windows": WINDOWS, "tokens": WINDOWS * TOKENS, "available": 301}
+
+
+def _rows(rows: int) -> dict[str, Any]:
+    facts = {"few_shot": 0, "metrics": ["acc"], "macro": [], "cut": 0, "parts": 1, "context": 2048}
+    return {**facts, "rows": rows, "available": 3270, "asked": rows}
 
 
 def _params(method: str, pattern: str, sparsity: float, seed: int) -> dict[str, Any]:

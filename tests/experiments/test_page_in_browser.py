@@ -1,6 +1,7 @@
 """The page in a real browser: what can be chosen and what follows, by mouse and by keyboard; its numbers against the statistics."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from stages.evaluation.statistics import mcnemar
 from stages.experiments.details import of_dense
 from stages.experiments.page.writing import html
 from stages.experiments.paired import Metric, apart
@@ -132,7 +134,7 @@ def test_any_row_becomes_the_baseline(page):
     assert page.locator(".baseline .delta").count() == 0
     row = page.locator(f"{ROWS}:has([data-pin='admm-50'])")
     assert "better" in row.inner_text()  # in words, not by colour alone
-    assert page.inner_text("#verdict").startswith("Against sparsegpt-50, in perplexity on wikipedia: ")
+    assert page.inner_text("#verdict").startswith("Against sparsegpt-50, in perplexity on wikipedia, on 18,414 tokens")
     page.select_option("#baseline", "dense")
     assert page.inner_text(".baseline th").startswith("dense")
 
@@ -162,7 +164,45 @@ def test_a_point_tells_its_numbers(page):
     page.locator("#frontier .mark-symbol.role-mark path").last.hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible")
     told = page.inner_text("#vg-tooltip-element")
-    assert all(words in told for words in ("perplexity on wikipedia", "against dense", "18,414 tokens", "seconds"))
+    assert all(words in told for words in ("perplexity on wikipedia", "against dense", "18,414 tokens", "69,672,960", "seconds"))
+
+
+def test_counts_stand_in_the_text_of_the_table(page):
+    """Neither a mouse nor a screen is needed to read them."""
+    head = page.inner_text("#table thead")
+    assert head.count("on 18,414 tokens in 7 documents, the first 18 of 301 windows") == 2
+    assert "on 9 tasks, 60 rows each, the first of 3,270" in head
+    assert "of 69,672,960 weights" in head
+    assert page.locator("#table [title]").count() == 0
+    assert ", on 18,414 tokens in 7 documents, the first 18 of 301 windows: " in page.inner_text("#verdict")
+    assert page.text_content("#references").startswith("Lines, on 18,414 tokens in 7 documents")
+
+
+def test_the_table_of_tasks_has_intervals_flips_and_mcnemars_test(page):
+    page.click("summary:has-text('Numbers of this plot')")
+    cells = [cell.split("\t") for cell in page.inner_text("#task-table tbody").splitlines()]
+    task, rows, experiment, baseline, accuracy, _, lost, gained, p_value, _ = cells[0]
+    assert (task, rows) == ("boolq", "first 60 of 3,270 rows")
+    assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", baseline) and "[" in accuracy
+    details = next(details for details in GROUPS[0].results if experiment.startswith(f"{details.name}:"))
+    pairs = list(zip(details.scores.rows["boolq"]["acc"], GROUPS[0].dense.rows["boolq"]["acc"], strict=True))
+    assert (int(lost), int(gained)) == (sum(here < there for here, there in pairs), sum(here > there for here, there in pairs))
+    assert float(p_value) == pytest.approx(mcnemar(int(lost), int(gained)), rel=0.05)
+    for flips in ((0, 0), (3, 3), (1, 9), (40, 900)):
+        assert page.evaluate("([lost, gained]) => mcnemar(lost, gained)", flips) == pytest.approx(mcnemar(*flips), rel=1e-6, abs=1e-300)
+
+
+def test_without_an_interval_a_difference_is_unknown(browser, tmp_path):
+    group = GROUPS[1]
+    alone = {"wikipedia": [0] * synthetic.WINDOWS}
+    members = [replace(details, scores=replace(details.scores, window_clusters=alone)) for details in group.results]
+    path = tmp_path / "index.html"
+    path.write_text(html([replace(group, results=members, dense=replace(group.dense, window_clusters=alone))], []), encoding="utf8")
+    page = opened(browser, path)
+    assert "(no interval: 1 document) unknown" in page.inner_text(f"{ROWS}:has([data-pin='wanda-bos'])")
+    assert "2 (wanda-bos, sparsegpt-bos) unknown without an interval." in page.inner_text("#verdict")
+    assert "Of 1 of 1 pair it is unknown" in page.inner_text(".noise:visible")
+    page.context.close()
 
 
 def test_other_protocols_have_axes_and_tables_of_their_own(page):

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from stages.evaluation.statistics import LEVEL
+from stages.evaluation.statistics import LEVEL, mean_of_rows
 from stages.experiments.commands import leaves
 from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
+from stages.experiments.page.counts import basis, counted
 from stages.experiments.page.group import Group, shortened
 from stages.experiments.page.words import difference_words, measured
 from stages.experiments.paired import PIECES, Metric, apart, natural, of_scores, of_tasks
@@ -54,11 +55,16 @@ def group_content(group: Group) -> dict[str, Any]:
             "own": [{key: value for key, value in own.items() if key not in common} for own in params],
         },
         "dense": dense_content(group),
-        "task_metrics": {task: {"metric": own.metric, "better": own.better} for task, own in of_tasks(group.results).items()},
+        "task_metrics": {task: task_metric(group, own) for task, own in of_tasks(group.results).items()},
         "clusters": {name: numbered(clusters) for name, clusters in group.dense.row_clusters.items()},
         "window_clusters": {name: numbered(clusters) for name, clusters in group.dense.window_clusters.items()},
         "prompts": [row["prompt"] for row in group.results[0].generations],
     }
+
+
+def task_metric(group: Group, own: Metric) -> dict[str, Any]:
+    """A task's own metric."""
+    return {"metric": own.metric, "better": own.better, "counted": basis(group, own)}
 
 
 def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
@@ -75,6 +81,7 @@ def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
         "digits": metric.digits,
         "piece": PIECES.get(metric.metric),
         "tasks": metric.tasks,
+        "counted": basis(group, metric),
         "points": points(group, metric),
         "references": references(group, metric),
         "frontier": charts.frontier(metric, group.methods, group.patterns),
@@ -96,6 +103,7 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
                 "asked": details.asked,
                 "asked_short": details.asked.removeprefix("unstructured "),
                 "sparsity": round(details.sparsity, DECIMALS),
+                "weights": details.weights,
                 "value": row["value"],
                 "low": row["low"],
                 "high": row["high"],
@@ -105,12 +113,6 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
             }
             rows.append({**point, **costs(details)})
     return dodged(front_marked(rows, metric.better))
-
-
-def counted(row: dict[str, Any]) -> str:
-    """What a measurement is the mean of."""
-    clusters = "" if row["counted"] == "tasks" or row["clusters"] == row["count"] else f" in {row['clusters']:,} clusters"
-    return f"{row['count']:,} {row['counted']}{clusters}"
 
 
 def costs(details: Details) -> dict[str, Any]:
@@ -149,12 +151,13 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
     if estimate is not None and metric.metric != "mean_kld":
         value, ends = natural(metric, estimate)
         low, high = ends or (None, None)
-        text = measured(metric, {"value": value, "low": low, "high": high})
-        lines.append({"kind": "dense", "label": "dense", "value": value, "text": text})
+        text = measured(metric, {"value": value, "low": low, "high": high, "clusters": estimate.clusters})
+        lines.append({"kind": "dense", "label": "dense", "value": value, "text": text, "counted": basis(group, metric)})
     ruler = {row["type"]: row for details in group.results for row in details.ruler if metric.matches(row)}
     for kind, row in ruler.items():
         size = f"{row['bytes_per_weight']:.3g} bytes a weight"
-        lines.append({"kind": "quantised", "label": kind, "size": size, "value": row["value"], "text": measured(metric, row)})
+        facts = {"value": row["value"], "text": measured(metric, row), "counted": counted(row)}
+        lines.append({"kind": "quantised", "label": kind, "size": size, **facts})
     values = [found["value"] for details in group.results if (found := metric.of(details)) is not None]
     return _apart(lines, values, logarithmic=metric.is_ratio)
 
@@ -214,8 +217,19 @@ def dense_content(group: Group) -> dict[str, Any]:
             low, high = ends or (None, None)
             facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}
             measurements.append({**facts, "value": _rounded(value), "low": _rounded(low), "high": _rounded(high)})
+    measurements += [dense_task(group, metric) for metric in of_tasks(group.results).values()]
     generations = [{key: row[key] for key in _DENSE if key in row} for row in group.results[0].generations]
     return {"name": "dense", "measurements": measurements, **scores_content(group.dense), "generations": generations}
+
+
+def dense_task(group: Group, metric: Metric) -> dict[str, Any]:
+    """The dense model's score in a task's own metric; without an interval where it is no mean over rows but over tasks of a group."""
+    row = next(found for details in group.results if (found := metric.of(details)) is not None)
+    estimate = mean_of_rows(group.dense.rows[metric.name][metric.metric], group.dense.row_clusters[metric.name])
+    of_rows = row["dense"] is None or math.isclose(estimate.value, row["dense"])
+    low, high = (estimate.interval if of_rows else None) or (None, None)
+    facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}
+    return {**facts, "value": _rounded(estimate.value if of_rows else row["dense"]), "low": _rounded(low), "high": _rounded(high)}
 
 
 def scores_content(scores: Scores) -> dict[str, Any]:

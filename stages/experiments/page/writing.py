@@ -13,6 +13,7 @@ from stages.errors import SparsesweepError
 from stages.experiments.details import Details
 from stages.experiments.page import charts, words
 from stages.experiments.page.content import content, matrices_content, points, protocol_rows, references
+from stages.experiments.page.counts import basis
 from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
 from stages.experiments.paired import apart, of_tasks
@@ -61,6 +62,7 @@ def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
     inlined = {name: templates.get_source(environment, file)[0] for name, file in INLINED.items()}
     inlined |= {"bundle": bundle(), "data": embedded(content(groups))}
     functions = {"best": words.best, "noise": words.noise, "text_of": words.text_of, "protocol_rows": protocol_rows}
+    functions["basis"] = basis
     return environment.get_template("page.html").render(groups=groups, missing=missing, **functions, **inlined)
 
 

@@ -44,7 +44,8 @@ def test_the_page_loads_nothing(page):
 def test_the_page_says_what_was_compared_on_what(page):
     text = " ".join(page.split())
     assert "<h1>org/small-model</h1>" in text
-    assert "18,414 tokens in 18 windows of 7 documents" in text
+    assert "18,414 tokens of 7 documents, in the first 18 of 301 windows of 1,024 tokens, none begun with BOS" in text
+    assert "Measured on 9 tasks, 60 rows each, the first of 3,270." in text
     assert "<code>bos</code>: 1, there absent" in text
     assert "<strong>&lt;gone&gt;</strong>: why &amp; where" in text
 

@@ -5,7 +5,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const CHOSEN_AT_MOST = 6;
 const QUANTITIES = { relative_error: "relative output error", sparsity: "sparsity", damping: "damping" };
-const VERDICTS = { better: "better", worse: "worse", noisy: "noise" };
+const VERDICTS = { better: "better", worse: "worse", noisy: "noise", unknown: "unknown" };
+const INDEPENDENT = { corpus: "document", task: "text", generation: "answer" };
 const chosen = { group: 0, metric: "", baseline: "dense", sort: "", descending: false, experiments: new Set(), inspected: "" };
 
 const group = () => data.groups[chosen.group];
@@ -33,10 +34,23 @@ function number(value, digits) {
 }
 
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
-const range = (low, high, write) => (low === null || high === null ? "" : ` [${write(low)}, ${write(high)}]`);
+const plural = (count, noun) => `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
 const counted = (row) =>
   `${row.count.toLocaleString("en-US")} ${row.counted}` +
-  (row.counted === "tasks" || row.clusters === row.count ? "" : ` in ${row.clusters.toLocaleString("en-US")} clusters`);
+  (!(row.kind in INDEPENDENT) || row.clusters === row.count ? "" : ` in ${plural(row.clusters, INDEPENDENT[row.kind])}`);
+
+/** An interval in brackets, or why there is none. */
+function range(low, high, write, kind, clusters) {
+  if (low !== null) return ` [${write(low)}, ${write(high)}]`;
+  if (kind === "mean") return " (no interval: a task has none)";
+  return clusters < 2 && kind in INDEPENDENT ? ` (no interval: 1 ${INDEPENDENT[kind]})` : " (no interval)";
+}
+
+/** A measurement with its interval. */
+function withInterval(row, digits) {
+  const write = (value) => number(value, digits);
+  return write(row.value) + range(row.low, row.high, write, row.kind, row.clusters);
+}
 
 /** The measurement of a model in a metric, or undefined. */
 function measurement(one, of) {
@@ -52,9 +66,10 @@ function comparison(of, ours, theirs) {
   const value = natural(estimate.value);
   const write = of.ratio ? (end) => number(end, value < 10 ? 3 : 1) : signed;
   const [low, high] = ends ? ends.map(natural) : [null, null];
-  const noisy = !ends || (ends[0] <= 0 && ends[1] >= 0);
-  const verdict = noisy ? "noisy" : estimate.value < 0 === (of.better === "lower") ? "better" : "worse";
-  return { words: (of.ratio ? "×" : "") + write(value) + range(low, high, write), verdict, value, low, high };
+  const noisy = ends && ends[0] <= 0 && ends[1] >= 0;
+  const verdict = !ends ? "unknown" : noisy ? "noisy" : estimate.value < 0 === (of.better === "lower") ? "better" : "worse";
+  const words = (of.ratio ? "×" : "") + write(value) + range(low, high, write, of.kind, estimate.clusters);
+  return { words, verdict, value, low, high };
 }
 
 function say(words) {
@@ -136,10 +151,11 @@ function columns() {
     { key: "name", label: "Experiment", sort: (one) => one.name, cell: nameCell },
     text("method", "Method"),
     text("pattern", "Pattern"),
-    { ...figure("sparsity", "Sparsity", (value) => `${(100 * value).toFixed(2)}%`) },
+    sparsityColumn(),
     ...group().metrics.map((of) => ({
       key: of.id,
       label: of.label + (of.unit ? ` [${of.unit}]` : ""),
+      basis: `on ${of.counted}`,
       number: true,
       best: of.better,
       sort: (one) => (measurement(one, of) || {}).value,
@@ -155,6 +171,21 @@ function figure(key, label, write) {
   return { key, label, number: true, sort: (one) => one[key], cell };
 }
 
+/** The share of zeros, of a number of weights that stands in the head where all have the same. */
+function sparsityColumn() {
+  const weights = new Set(group().experiments.map((one) => one.weights));
+  const of = (many) => `of ${many.toLocaleString("en-US")} weights`;
+  const share = (one) => (one.weights ? `${(100 * one.sparsity).toFixed(2)}%${weights.size > 1 ? ` ${of(one.weights)}` : ""}` : "");
+  return {
+    key: "sparsity",
+    label: "Sparsity",
+    basis: weights.size === 1 ? of([...weights][0]) : null,
+    number: true,
+    sort: (one) => one.sparsity,
+    cell: (one) => element("td", { class: "number" }, share(one)),
+  };
+}
+
 function nameCell(one) {
   const pinned = chosen.baseline === one.name;
   const pin = { type: "button", class: "pin", "aria-pressed": String(pinned), "data-pin": one.name, click: () => setBaseline(one.name) };
@@ -166,8 +197,8 @@ function metricCell(one, of) {
   const divergesFromItself = one.name === "dense" && of.metric === "mean_kld";
   if (!row) return element("td", { class: "number" }, divergesFromItself ? "0, by definition" : "not measured");
   const value = number(row.value, of.digits);
-  const interval = element("span", { class: "interval" }, range(row.low, row.high, (end) => number(end, of.digits)));
-  return element("td", { class: "number", title: counted(row) }, value, interval, deltaOf(one, of));
+  const interval = element("span", { class: "interval" }, withInterval(row, of.digits).slice(value.length));
+  return element("td", { class: "number" }, value, interval, deltaOf(one, of));
 }
 
 function deltaOf(one, of) {
@@ -224,6 +255,7 @@ function headCell(column) {
     "th",
     { scope: "col", class: column.number ? "number" : null, "aria-sort": column.sort ? direction : null },
     column.sort ? element("button", button, column.label) : column.label,
+    column.basis ? element("span", { class: "basis" }, column.basis) : null,
   );
 }
 
@@ -259,15 +291,16 @@ function showTable() {
 }
 
 function showVerdict() {
-  const names = { better: [], worse: [], noisy: [] };
+  const names = { better: [], worse: [], noisy: [], unknown: [] };
   group().experiments.forEach((one) => {
     const apart = comparison(metric(), one, model(chosen.baseline));
     if (apart) names[apart.verdict].push(one.name);
   });
   const listed = (of) => `${of.length}${of.length && of.length <= 8 ? ` (${of.join(", ")})` : ""}`;
   byId("verdict").textContent =
-    `Against ${chosen.baseline}, in ${metric().label}: ${listed(names.better)} better, ${listed(names.worse)} worse, ` +
-    `${listed(names.noisy)} within noise.`;
+    `Against ${chosen.baseline}, in ${metric().label}, on ${metric().counted}: ${listed(names.better)} better, ` +
+    `${listed(names.worse)} worse, ${listed(names.noisy)} within noise` +
+    (names.unknown.length ? `, ${listed(names.unknown)} unknown without an interval.` : ".");
 }
 
 function setBaseline(name) {
@@ -288,7 +321,7 @@ function showFrontier() {
   const words = `${metric().label} against sparsity for ${points.length} experiments, with 95% intervals; the table has every number`;
   show("frontier", metric().frontier, { points, references: metric().references }, words);
   const lines = metric().references.map((line) => `${line.label}${line.size ? ` (${line.size})` : ""} ${line.text}`);
-  byId("references").textContent = lines.length ? `Lines: ${lines.join("; ")}.` : "";
+  byId("references").textContent = lines.length ? `Lines, on ${metric().counted}: ${lines.join("; ")}.` : "";
 }
 
 function showCost() {
@@ -312,10 +345,11 @@ function taskRow(task, one, baseline) {
   const of = taskMetric(task);
   const apart = comparison(of, one, baseline);
   const [ours, theirs] = [one, baseline].map((other) => unpacked(other.rows[task][of.metric]));
-  const mean = (values) => (values.reduce((total, value) => total + value, 0) / values.length).toFixed(3);
-  const row = { experiment: titleOf(one), task, accuracy: mean(ours), baseline: mean(theirs), rows: ours.length };
-  row.lost = theirs.filter((value, index) => value > ours[index]).length;
-  row.gained = theirs.filter((value, index) => value < ours[index]).length;
+  const [accuracy, reference] = [one, baseline].map((other) => withInterval(measurement(other, of), of.digits));
+  const row = { experiment: titleOf(one), task, rows: of.counted, accuracy, baseline: reference };
+  const [worse, better] = [1, -1].map((sign) => theirs.filter((value, index) => sign * (value - ours[index]) > 0).length);
+  [row.lost, row.gained] = of.better === "lower" ? [better, worse] : [worse, better];
+  row.p_value = Number(mcnemar(row.lost, row.gained).toPrecision(2));
   if (!apart) return row;
   return { ...row, value: apart.value, low: apart.low, high: apart.high, difference: apart.words, verdict: VERDICTS[apart.verdict] };
 }
@@ -328,8 +362,11 @@ function showTasks() {
   const words = `Difference of accuracy to ${chosen.baseline} in each task for ${compared.length} experiments`;
   const height = Object.keys(group().task_metrics).length * (15 * Math.max(compared.length, 1) + 24);
   show("tasks", data.charts.tasks, { tasks: rows }, `${words}; the table below has every number`, height);
-  const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "verdict"];
-  plainTable("task-table", `Accuracy by task against ${chosen.baseline}; difference paired, with 95% interval`, keys, rows);
+  const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "p_value", "verdict"];
+  const caption =
+    `Accuracy by task against ${chosen.baseline}, with 95% intervals; difference paired by row; lost and gained: rows that only the ` +
+    "baseline, and only the experiment, answers rightly; p_value: of McNemar’s exact test of these, which takes rows as independent";
+  plainTable("task-table", caption, keys, rows);
 }
 
 function plainTable(id, caption, keys, rows) {
@@ -419,8 +456,7 @@ function showConfiguration() {
 
 function valueWords(one, of) {
   const row = measurement(one, of);
-  const write = (value) => number(value, of.digits);
-  return row ? `${write(row.value)}${range(row.low, row.high, write)}, ${counted(row)}` : "not measured";
+  return row ? `${withInterval(row, of.digits)}, ${counted(row)}` : "not measured";
 }
 
 function showRecipes() {
