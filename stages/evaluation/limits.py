@@ -56,6 +56,21 @@ def rows_of_each(tasks: Collection[Facts]) -> str:
     return f"{each}, the first of {_range([task['available'] or task['rows'] for task in tasks])}"
 
 
+def remarks(protocol: Facts) -> list[str]:
+    """A sentence for each task with rows that were cut to the context, or with fewer rows than were asked for."""
+    said = []
+    for task, facts in protocol["tasks"].items():
+        if facts.get("cut"):
+            context = "" if facts.get("context") is None else f" of {facts['context']:,} tokens"
+            verb, past = ("is", "was") if facts["cut"] == 1 else ("are", "were")
+            rows = f"{facts['cut']:,} of {counted(facts['rows'], 'row')} of {task} {verb}"
+            said.append(f"{rows} longer than the model's context{context} and {past} cut on the left.")
+        asked = facts.get("asked")
+        if asked is not None and facts["rows"] < asked:
+            said.append(f"{task} has {counted(facts['rows'], 'row')}, where {asked:,} were asked for; all of them are scored.")
+    return said
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

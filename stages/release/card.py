@@ -212,14 +212,14 @@ def asked(protocol: dict[str, Any], task: str) -> str:
 
 
 def limitation(protocol: dict[str, Any]) -> str:
-    """Markdown: that rows or windows were left out, where some were."""
+    """Markdown: that rows or windows were left out or cut, where some were."""
     rows = protocol["evaluation"]["rows"]
     some = rows is not None and any(limits.may_be_limited(facts) for facts in protocol["tasks"].values())
     lines = [f"Only the first {rows} rows of each task were scored: the error bars are wide."] if some else []
     for corpus, facts in protocol["corpora"].items():
         if facts["windows"] < (facts.get("available") or 0):
             lines.append(f"Of {corpus}, {limits.windows_of(protocol, corpus)} were scored.")
-    return "".join(f"\n{line}\n" for line in lines)
+    return "".join(f"\n{line}\n" for line in [*lines, *limits.remarks(protocol)])
 
 
 def shots(task: dict[str, Any]) -> str:

@@ -49,3 +49,20 @@ def test_several_tasks_are_said_in_one():
 
 def test_rows_may_be_left_out_where_their_number_is_not_known():
     assert [limits.may_be_limited(facts) for facts in (BOOLQ, {"rows": 20}, {**BOOLQ, "rows": 3270})] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({**BOOLQ, "cut": 0, "context": 2048}, []),
+        (
+            {**BOOLQ, "cut": 3, "context": 2048},
+            ["3 of 20 rows of boolq are longer than the model's context of 2,048 tokens and were cut on the left."],
+        ),
+        ({"rows": 20, "cut": 1}, ["1 of 20 rows of boolq is longer than the model's context and was cut on the left."]),
+        ({**BOOLQ, "rows": 15, "available": 15}, ["boolq has 15 rows, where 20 were asked for; all of them are scored."]),
+        ({**BOOLQ, "rows": 15, "available": 15, "asked": None}, []),
+    ],
+)
+def test_cut_rows_and_fewer_than_asked_for_are_said(facts, said):
+    assert limits.remarks({"tasks": {"boolq": facts}}) == said

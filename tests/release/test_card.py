@@ -155,6 +155,14 @@ def test_a_card_of_all_rows_and_windows_says_so(written):
     assert "were scored" not in content
 
 
+def test_the_card_says_which_rows_were_cut_or_are_missing(written):
+    tasks = {"boolq": {**PROTOCOL["tasks"]["boolq"], "cut": 3, "context": 2048, "asked": 25}}
+    content = written(records=replace(RECORDS, protocol={**PROTOCOL, "tasks": tasks})).content
+    assert "\n3 of 20 rows of boolq are longer than the model's context of 2,048 tokens and were cut on the left.\n" in content
+    assert "\nboolq has 20 rows, where 25 were asked for; all of them are scored.\n" in content
+    assert "longer than" not in written().content
+
+
 def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):
     card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "my own"}))
     assert (card.data.license, card.data.license_name) == ("other", "my own")

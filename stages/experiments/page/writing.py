@@ -10,6 +10,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stages.errors import SparsesweepError
+from stages.evaluation import limits
 from stages.experiments.details import Details
 from stages.experiments.page import charts, words
 from stages.experiments.page.content import content, matrices_content, points, protocol_rows, references
@@ -62,7 +63,7 @@ def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
     inlined = {name: templates.get_source(environment, file)[0] for name, file in INLINED.items()}
     inlined |= {"bundle": bundle(), "data": embedded(content(groups))}
     functions = {"best": words.best, "noise": words.noise, "text_of": words.text_of, "protocol_rows": protocol_rows}
-    functions["basis"] = basis
+    functions |= {"basis": basis, "remarks": limits.remarks}
     return environment.get_template("page.html").render(groups=groups, missing=missing, **functions, **inlined)
 
 

@@ -50,6 +50,15 @@ def test_the_page_says_what_was_compared_on_what(page):
     assert "<strong>&lt;gone&gt;</strong>: why &amp; where" in text
 
 
+def test_the_page_says_which_rows_were_cut(groups):
+    first = groups[0].results[0]
+    tasks = {"boolq": {**first.experiment.protocol["tasks"]["boolq"], "cut": 3, "asked": 80}}
+    cut = replace(first, experiment=replace(first.experiment, protocol={**first.experiment.protocol, "tasks": tasks}))
+    shown = html([replace(groups[0], results=[cut])], [])
+    assert "3 of 60 rows of boolq are longer than the model&#39;s context of 2,048 tokens and were cut on the left." in shown
+    assert "boolq has 60 rows, where 80 were asked for; all of them are scored." in shown
+
+
 def test_no_text_of_an_experiment_ends_the_script(groups):
     first = groups[0].results[0]
     row = {"prompt": "</script><b>", "raw_dense": "</script>", "raw_sparse": "<!-- <script>"}
