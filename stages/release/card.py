@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
 from stages.evaluation import limits
-from stages.evaluation.measurement import Kind
+from stages.evaluation.measurement import Difference, Kind
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
 from stages.pruning.reconstructions import RECONSTRUCTIONS
@@ -252,6 +252,26 @@ def generations_table(generations: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def degeneration_table(records: Records) -> str:
+    """Markdown: how far both models' continuations degenerate, by form of the prompts; nothing where none was generated."""
+    rows = [measured for measured in records.sparse if measured.kind == Kind.GENERATION]
+    if not rows:
+        return ""
+    dense = {measured.key: measured for measured in records.dense}
+    lines = ["", "| prompts | measure | dense | sparse | sparse against dense | answers |", "|---|---|---|---|---|---|"]
+    for measured in rows:
+        other = dense[measured.key].shown(3) if measured.key in dense else ""
+        apart = "not paired" if measured.difference is None else f"{measured.difference.shown(3)}{interval(measured.difference)}"
+        lines.append(f"| {measured.name} | {measured.label} | {other} | {measured.shown(3)} | {apart} | {measured.count} |")
+    few = "Of so few answers these say only whether a model has collapsed. Distinct-n is of all answers together and has no error."
+    return "\n".join([*lines, "", few, ""])
+
+
+def interval(difference: Difference) -> str:
+    """The interval of a difference in brackets, with a space before it, or that there is none."""
+    return " (no interval)" if difference.low is None else f" [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
 # How to make it again.
 
 
@@ -320,7 +340,7 @@ Tasks are scored by lm-eval {run["versions"]["lm-eval"]}; accuracy is without le
 Greedy continuations, dense and sparse.
 
 {says}
-
+{degeneration_table(records)}
 ## Intended use
 
 Research into pruning: comparing methods, patterns and recovery. Not a replacement for the base model in an application.

@@ -1,10 +1,12 @@
 """Evaluated experiments with plausible numbers from a seeded generator, in the form in which the stages write them."""
 
 import copy
+import json
 import math
 import random
 from typing import Any
 
+from stages.evaluation import degeneration
 from stages.evaluation.measurement import as_rows, from_rows
 from stages.evaluation.statistics import Estimate, difference, mean
 from stages.experiments.details import Details, Scores, of_dense
@@ -71,7 +73,8 @@ def details(
     numbers = random.Random(f"{name} {method} {pattern} {sparsity} {seed}")
     harder = {"unstructured": 1.0, "2:4": 2.1, "4:8": 1.5}[pattern]
     scores = sparse_scores(dense, METHODS[method] * harder * 0.6 * (sparsity / 0.5) ** 4, numbers)
-    rows = as_rows(from_rows(measurements(scores, dense)))
+    generations = [_texts(prompt, method) for prompt in PROMPTS]
+    rows = as_rows(from_rows(measurements(scores, dense))) + as_rows(from_rows(_degeneration(generations)))
     return Details(
         experiment=Experiment(
             name=name,
@@ -94,7 +97,7 @@ def details(
         command=f"dvc exp run -S method={method} -S pattern.sparsity={sparsity} -S calibration.seed={seed}",
         measurements=rows,
         scores=scores,
-        generations=[_texts(prompt, method) for prompt in PROMPTS],
+        generations=generations,
         matrices=[_matrix(block, kind, sparsity, numbers) for block in range(blocks) for kind in MATRICES],
         run={
             "seconds": round(40 * METHODS["magnitude"] / METHODS[method] * numbers.uniform(0.9, 1.1), 2),
@@ -204,6 +207,17 @@ def _texts(prompt: str, method: str) -> dict[str, str]:
             "chat_sparse": f"Here is{said}",
         }
     )
+
+
+def _degeneration(generations: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """What the evaluation measures of these; a token is a letter."""
+    ours, theirs = ([_answers(row, of) for row in generations] for of in ("sparse", "dense"))
+    return json.loads(json.dumps(as_rows(degeneration.measure(ours, theirs, lambda text: list(map(ord, text))))))
+
+
+def _answers(row: dict[str, str], of: str) -> dict[str, str]:
+    """One model's continuations of a prompt."""
+    return {form: row[f"{form}_{of}"] for form in ("raw", "chat") if f"{form}_{of}" in row}
 
 
 def _matrix(block: int, kind: str, sparsity: float, numbers: random.Random) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stages.evaluation.statistics import mcnemar
+from stages.evaluation.statistics import accuracy_interval, mcnemar
 from stages.experiments.details import of_dense
 from stages.experiments.page.writing import html
 from stages.experiments.paired import Metric, apart
@@ -224,6 +224,18 @@ def test_experiments_are_chosen_for_the_sections_below(page):
     assert "not through the chat template: the template wants" in page.inner_text("#generations")
     page.click("summary:has-text('Numbers of this plot')")
     assert "wanda-50: wanda, unstructured 50%" in page.inner_text("#task-table")
+
+
+def test_degeneration_stands_beside_the_generations(page):
+    rows = [row.split("\t") for row in page.inner_text("#degeneration-table tbody").splitlines()]
+    assert len(rows) == 6 * 2 * 4  # experiments, forms, measures
+    found = next(row for row in rows if row[:2] == ["raw", "share of empty answers"] and row[2].startswith("admm-50:"))
+    low, high = accuracy_interval([0.0] * 3, range(3))
+    assert found[3:] == ["3", "0.000", f"0.000 [{low:.3f}, {high:.3f}]", found[6]]
+    assert re.fullmatch(r"\+0\.000 \[−0\.\d{3}, \+0\.\d{3}\]", found[6])
+    assert any(row[1] == "distinct-1" and row[6].endswith(" (no interval)") for row in rows)
+    page.select_option("#group", "1")
+    assert page.locator("#degeneration-table tbody tr").count() == 8 * page.locator("[data-choose]:checked").count()
 
 
 def test_only_parameters_that_differ_are_shown_until_all_are_asked(page):

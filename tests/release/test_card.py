@@ -33,6 +33,7 @@ SPARSE = [
     measured("task", "boolq", "acc", 0.5, 0.1, dense=0.5),
     measured("mean", "tasks", "accuracy", 0.5, 0.1, dense=0.5, difference=Difference(value=0.05, stderr=0.06), **MEAN),
 ]
+ANSWERS = {"count": 3, "counted": "answers", "clusters": 3}
 PROTOCOL = {
     "corpora": {"news": {"window_length": 1024, "windows": 18, "tokens": 18432, "available": 301}},
     "bos": None,
@@ -153,6 +154,21 @@ def test_a_card_of_all_rows_and_windows_says_so(written):
     content = written(records=replace(RECORDS, protocol=whole)).content
     assert "all 18 windows" in content and "boolq, all 20 rows" in content
     assert "were scored" not in content
+
+
+def test_the_card_says_how_far_generations_degenerate(written):
+    apart = Difference(value=0.25, stderr=0.125, low=-0.1, high=0.6)
+    sparse = [
+        measured("generation", "raw", "repeated_4_grams", 0.5, 0.1, dense=0.25, difference=apart, **ANSWERS),
+        measured("generation", "raw", "distinct_1", 0.5, dense=0.75, difference=Difference(value=-0.25), **ANSWERS),
+        measured("generation", "chat", "empty", 0.0, 0.0, **ANSWERS),
+    ]
+    dense = [measured("generation", "raw", "repeated_4_grams", 0.25, 0.1, **ANSWERS)]
+    content = written(records=replace(RECORDS, sparse=[*SPARSE, *sparse], dense=[*DENSE, *dense])).content
+    assert "| raw | repeated_4_grams | 0.250 ± 0.100 | 0.500 ± 0.100 | +0.250 ± 0.125 [-0.100, +0.600] | 3 |" in content
+    assert "| raw | distinct_1 |  | 0.500 | -0.250 (no interval) | 3 |" in content
+    assert "| chat | empty |  | 0.000 ± 0.000 | not paired | 3 |" in content
+    assert "whether a model has collapsed" not in written().content
 
 
 def test_the_card_says_which_rows_were_cut_or_are_missing(written):

@@ -203,7 +203,14 @@ _DENSE = ("raw_dense", "chat_dense")
 def measurement_content(row: dict[str, Any]) -> dict[str, Any]:
     """A measurement without what its metric says."""
     kept = ("kind", "name", "metric", "value", "low", "high", "count", "counted", "clusters")
-    return {key: _rounded(row[key]) if isinstance(row[key], float) else row[key] for key in kept}
+    content = {key: _rounded(row[key]) if isinstance(row[key], float) else row[key] for key in kept}
+    return content | degeneration_content(row) if row["kind"] == "generation" else content
+
+
+def degeneration_content(row: dict[str, Any]) -> dict[str, Any]:
+    """What a measure of generated text has besides: its label, and how far it lies from the dense model's, [value, low, high] or none."""
+    apart = row["difference"] and [_rounded(row["difference"][key]) for key in ("value", "low", "high")]
+    return {"label": row["label"], "dense": _rounded(row["dense"]), "difference": apart}
 
 
 def dense_content(group: Group) -> dict[str, Any]:

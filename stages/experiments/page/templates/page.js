@@ -428,6 +428,29 @@ function showGenerations() {
     }),
   );
   if (!group().prompts.length) byId("generations").textContent = "Nothing was generated under this protocol.";
+  showDegeneration(forms);
+}
+
+function showDegeneration(forms) {
+  const apart = ([value, low, high], row) => signed(value) + range(low, high, signed, row.kind, row.clusters);
+  const rows = chosenModels().flatMap((one) =>
+    one.measurements
+      .filter((row) => row.kind === "generation")
+      .map((row) => ({
+        prompts: forms[row.name],
+        measure: row.label,
+        experiment: titleOf(one),
+        answers: row.count,
+        dense: row.dense === null ? "" : number(row.dense, 3),
+        value: withInterval(row, 3),
+        difference: row.difference ? apart(row.difference, row) : "not paired",
+      })),
+  );
+  byId("degeneration").hidden = !rows.length;
+  const keys = ["prompts", "measure", "experiment", "answers", "dense", "value", "difference"];
+  const order = (row) => `${row.prompts} ${row.measure}`;
+  rows.sort((first, second) => order(first).localeCompare(order(second)));
+  plainTable("degeneration-table", "Measures of degeneration, with 95% intervals; difference to the dense model, paired by prompt", keys, rows);
 }
 
 const paramsOf = (one) => ({ ...group().params.common, ...group().params.own[group().experiments.indexOf(one)] });
