@@ -25,7 +25,7 @@ PARAMS: dict[str, Any] = {
     "method": {"score": {"name": "wanda"}, "comparison_group": "row", "update": {"name": "none"}, "damping": {"share": 0.01}},
     "allocation": {"name": "uniform"},
     "reconstruction": {"name": "none"},
-    "prune": {"device": "auto", "dtype": "auto", "micro_batch": None, "propagate": "pruned"},
+    "prune": {"device": "auto", "dtype": "auto", "micro_batch": None, "error_tokens": 256, "propagate": "pruned"},
     "evaluation": {"name": "quick", "tasks": list(TASKS), "rows": 60, "generations": {"new_tokens": 48, "prompts": list(PROMPTS)}},
     "publish": {"name": None},
 }

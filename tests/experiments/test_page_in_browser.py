@@ -263,6 +263,10 @@ def test_blocks_are_shown_of_any_experiment(page):
     assert page.inner_text("#matrices-about").startswith("wanda-60: wanda, unstructured 60%: 69,672,960 weights in 210 matrices, each")
     page.locator("#relative_error").scroll_into_view_if_needed()
     page.wait_for_selector("#relative_error svg .mark-rect path")
+    about = "each calibrated on 16,384 tokens. Errors are measured on about 256 of these, and on as many of the windows held out."
+    assert about in page.inner_text("#matrices-about")
+    page.locator("#relative_error_held_out").scroll_into_view_if_needed()
+    page.wait_for_selector("#relative_error_held_out svg .mark-rect path")
     assert page.is_hidden("#sparsity")  # one value in all, which is said
     page.click("summary:has-text('Numbers of these plots')")
     assert page.locator("#matrix-table tbody tr").count() == 210

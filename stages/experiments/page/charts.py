@@ -24,7 +24,12 @@ SECONDS, MEMORY = "seconds", "peak_memory_gib"
 COSTS = {SECONDS: "seconds of pruning, one run", MEMORY: "peak memory of pruning [GiB], one run"}
 CHOICE = alt.selection_point(name="chosen", fields=["method"], bind="legend")  # of a method, by its entry in the legend
 DODGE = alt.ExprRef(expr="datum.dodge * min(1, width / 700)")  # pixels by which points of one sparsity stand apart
-QUANTITIES = {"relative_error": "relative output error", "sparsity": "sparsity", "damping": "damping"}
+QUANTITIES = {
+    "relative_error": "relative output error on calibration tokens",
+    "relative_error_held_out": "relative output error on windows held out",
+    "sparsity": "sparsity",
+    "damping": "damping",
+}
 
 
 def theme(*, dark: bool) -> Spec:

@@ -266,7 +266,8 @@ def matrices_content(details: Details) -> dict[str, Any]:
     """Relative error, sparsity and damping by block and kind of matrix; a mixture's experts as their mean.
 
     Returns:
-        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "cells", [block, index of the kind, number
+        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "error_tokens", about how many of them its
+        error is measured on, None where that is not known; "cells", [block, index of the kind, number
         of matrices] of each; and of each quantity a value for each cell, or one value that all have.
     """
     kinds = {row["matrix"]: kind_of(row["matrix"]) for row in details.matrices}
@@ -275,10 +276,11 @@ def matrices_content(details: Details) -> dict[str, Any]:
     for row in details.matrices:
         cells.setdefault((row["block"], names[kinds[row["matrix"]]]), []).append(row)
     labels = list(dict.fromkeys(name for _, name in cells))
-    values = {quantity: [_mean(row[quantity] for row in members) for members in cells.values()] for quantity in charts.QUANTITIES}
+    values = {quantity: [_mean(row.get(quantity) for row in members) for members in cells.values()] for quantity in charts.QUANTITIES}
     return {
         "kinds": labels,
         "tokens": [of(row["tokens"] for row in details.matrices) for of in (min, max)],
+        "error_tokens": details.experiment.params["prune"].get("error_tokens"),
         "cells": [[block, labels.index(name), len(members)] for (block, name), members in cells.items()],
         **{quantity: of[0] if len(set(of)) == 1 else of for quantity, of in values.items()},
     }

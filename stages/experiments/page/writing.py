@@ -91,8 +91,9 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
         if of_tasks(group.results):
             yield file_name("accuracy", number), drawn(charts.tasks("the dense model"), {charts.TASKS: task_rows(group)})
         for details in leaders(group):
-            data = {charts.MATRICES: matrix_rows(details)}
-            panels = [charts.matrices(quantity) for quantity in charts.QUANTITIES]
+            rows = matrix_rows(details)
+            known = {row["quantity"] for row in rows if row["value"] is not None}
+            data, panels = {charts.MATRICES: rows}, [charts.matrices(quantity) for quantity in charts.QUANTITIES if quantity in known]
             yield file_name(f"matrices-{details.name}", number), stacked(panels, data)
 
 

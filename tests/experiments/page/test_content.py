@@ -85,16 +85,27 @@ def test_experts_stand_as_their_mean():
     rows = [{**details.matrices[0], "matrix": f"m.layers.0.mlp.experts.{number}.up", "damping": number / 10} for number in range(2)]
     details = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=3), blocks=1)
     details.matrices[:] = rows
-    assert matrices_content(details) | {"relative_error": None, "sparsity": None} == {
+    assert matrices_content(details) | {"relative_error": None, "relative_error_held_out": None, "sparsity": None} == {
         "kinds": ["up"],
         "tokens": [16384, 16384],
+        "error_tokens": 256,
         "cells": [[0, 0, 2]],
         "relative_error": None,
+        "relative_error_held_out": None,
         "sparsity": None,
         "damping": 0.05,
     }
     details.matrices[0]["damping"] = None
     assert matrices_content(details)["damping"] is None
+
+
+def test_errors_on_windows_held_out_are_told_where_there_are_any():
+    details = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=3), blocks=1)
+    found = matrices_content(details)
+    assert found["relative_error_held_out"][0] == pytest.approx(1.1 * found["relative_error"][0], rel=1e-3)
+    for row in details.matrices:
+        del row["relative_error_held_out"]  # an older result
+    assert matrices_content(details)["relative_error_held_out"] is None
 
 
 def test_quantiles_are_students():

@@ -4,7 +4,12 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const CHOSEN_AT_MOST = 6;
-const QUANTITIES = { relative_error: "relative output error", sparsity: "sparsity", damping: "damping" };
+const QUANTITIES = {
+  relative_error: "relative output error on calibration tokens",
+  relative_error_held_out: "relative output error on windows held out",
+  sparsity: "sparsity",
+  damping: "damping",
+};
 const VERDICTS = { better: "better", worse: "worse", noisy: "noise", unknown: "unknown" };
 const INDEPENDENT = { corpus: "document", task: "text", generation: "answer" };
 const chosen = { group: 0, metric: "", baseline: "dense", sort: "", descending: false, experiments: new Set(), inspected: "" };
@@ -386,8 +391,13 @@ function showMatrices() {
     one.matrices[quantity] === null ? `No matrix has a ${QUANTITIES[quantity]}.` : `The ${QUANTITIES[quantity]} is ${one.matrices[quantity]} in each.`,
   );
   const tokens = [...new Set(one.matrices.tokens)].map((many) => many.toLocaleString("en-US")).join(" to ");
+  const sampled = one.matrices.error_tokens;
+  const held = one.matrices.relative_error_held_out !== null ? ", and on as many of the windows held out" : "";
+  const measuredOn = sampled ? `Errors are measured on about ${Math.min(sampled, one.matrices.tokens[1]).toLocaleString("en-US")} of these${held}. ` : "";
   byId("matrices-about").textContent =
-    `${titleOf(one)}: ${one.weights.toLocaleString("en-US")} weights in ${count} matrices, each calibrated on ${tokens} tokens. ` + same.join(" ");
+    `${titleOf(one)}: ${one.weights.toLocaleString("en-US")} weights in ${count} matrices, each calibrated on ${tokens} tokens. ` +
+    measuredOn +
+    same.join(" ");
   const valueOf = (quantity, index) => (Array.isArray(one.matrices[quantity]) ? one.matrices[quantity][index] : one.matrices[quantity]);
   for (const quantity of Object.keys(QUANTITIES)) {
     byId(quantity).hidden = constant.includes(quantity);
