@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
+RUN = "run.json"
 RULER = RULER_RESULTS / "measurements.json"
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ class Details:
     command: the line that runs it again; None: conf/ has changed, so that no line does.
     measurements: of the pruned model, see results/sparse/details/measurements.json. generations: both models' texts.
     matrices: rows of results/prune/sparsity.json. run: the record of the prune stage. ruler: measurements of quantised models, or none.
+    speed: "dense" and "sparse" -> how fast that model continued the prompts, and on what; as far as it was measured.
     """
 
     experiment: Experiment
@@ -51,6 +53,7 @@ class Details:
     matrices: list[Row]
     run: Row
     ruler: list[Row]
+    speed: dict[str, Row] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -157,7 +160,15 @@ def _details(experiment: Experiment, files: _Files) -> Details:
         matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
         run=files.json(PRUNE_RESULTS / "provenance.json"),
         ruler=_ruler(files, experiment),
+        speed=_speed(files),
     )
+
+
+def _speed(files: _Files) -> dict[str, Row]:
+    """What the evaluations say of generating text; earlier versions say nothing."""
+    paths = {"dense": DENSE_RESULTS / RUN, "sparse": SPARSE_RESULTS / RUN}
+    runs = {name: files.json(path) for name, path in paths.items() if files.has(path)}
+    return {name: {**run["generation"], "device": run["device"]} for name, run in runs.items() if run.get("generation")}
 
 
 def _ruler(files: _Files, experiment: Experiment) -> list[Row]:

@@ -163,9 +163,9 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     return "".join(f"{line}\n" for line in lines)
 
 
-def errors(summary: dict[str, float]) -> str:
-    """The relative errors, on calibration tokens and on windows held out."""
-    fitted = f"{summary['relative_error']:.4f} on calibration tokens"
+def errors(summary: dict[str, float], tokens: int | None) -> str:
+    """The relative errors, on calibration tokens and on windows held out. tokens: about how many of each; None: not known."""
+    fitted = f"{summary['relative_error']:.4f} on {'' if tokens is None else f'about {tokens} '}calibration tokens"
     return f"{fitted}, {summary['relative_error_held_out']:.4f} on windows held out" if "relative_error_held_out" in summary else fitted
 
 
@@ -272,6 +272,30 @@ def interval(difference: Difference) -> str:
     return " (no interval)" if difference.low is None else f" [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
+def size_table(records: Records) -> str:
+    """Markdown: the bytes of the matrices in scope in their several forms."""
+    sizes = [measured for measured in records.sparse if measured.kind == Kind.SIZE]
+    if not sizes:
+        return "(not measured in this evaluation)"
+    dense = next(measured.value for measured in sizes if measured.metric == "dense_bytes")
+    lines = [f"| of {sizes[0].count} matrices | bytes | of dense |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {one.label} | {one.value:,.0f} | {one.value / dense:.3f} |" for one in sizes)])
+
+
+def speed(records: Records) -> str:
+    """How fast both models continued the prompts, one run each; that it was not measured, where nothing was generated."""
+    runs = {"dense": records.dense_run, "sparse": records.sparse_run}
+    if not all(run.get("generation") for run in runs.values()):
+        return "Tokens a second were not measured."
+    said = [f"{name} {_pace(run)}" for name, run in runs.items()]
+    return f"Greedy continuation of {limits.counted(len(records.protocol['prompts']), 'prompt')}, one run: {'; '.join(said)}."
+
+
+def _pace(run: dict[str, Any]) -> str:
+    made = run["generation"]
+    return f"{made['tokens_per_second']:.2f} tokens a second ({made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']})"
+
+
 # How to make it again.
 
 
@@ -323,7 +347,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
 - Order: block after block, each for the inputs that its {recipe.prune["propagate"]} predecessors give it.
 - Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}; windows with SHA-256 `{recipe.calibration}`{begun}.
   provenance.json has every document and offset.
-- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary)}.
+- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary, recipe.prune.get("error_tokens"))}.
 {notes}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
 
 ## Results
@@ -341,6 +365,13 @@ Greedy continuations, dense and sparse.
 
 {says}
 {degeneration_table(records)}
+## Size and speed
+
+{size_table(records)}
+
+Packed is one bit a weight and the kept weights as stored; no file here is packed. {speed(records)} That is no comparison of speed: the
+tensors are dense, zeros in them make no client faster, and no speed-up was measured or is claimed.
+
 ## Intended use
 
 Research into pruning: comparing methods, patterns and recovery. Not a replacement for the base model in an application.

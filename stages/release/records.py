@@ -21,6 +21,7 @@ from stages.pruning.section import ANY_MACHINE
 from stages.recipe import Recipe
 
 PROTOCOL, MEASUREMENTS = "details/protocol.json", "details/measurements.json"
+RUN = "run.json"
 EVALUATE_DENSE = "python -m stages.evaluate part=dense"
 EVALUATE_SPARSE = "python -m stages.evaluate part=sparse"
 RUN_FACTS = (
@@ -48,7 +49,7 @@ class Records:
 
     base, text, calibration, prune: the provenance of each. dense, sparse: measurements. dense_protocol, protocol: what the measurements
     of the dense and of the pruned model mean. tasks: both models on the same rows, a row a task, see
-    evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'.
+    evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'. dense_run, sparse_run: what the evaluations took.
     """
 
     base: Data
@@ -61,6 +62,8 @@ class Records:
     protocol: Data
     tasks: list[Data]
     generations: list[Data]
+    dense_run: Data
+    sparse_run: Data
 
     @classmethod
     def read(cls) -> "Records":
@@ -79,6 +82,8 @@ class Records:
             protocol=read_json(SPARSE_RESULTS / PROTOCOL),
             tasks=read_json(SPARSE_RESULTS / "details/paired.json"),
             generations=read_json(SPARSE_RESULTS / "details/generations.json"),
+            dense_run=read_json(DENSE_RESULTS / RUN),
+            sparse_run=read_json(SPARSE_RESULTS / RUN),
         )
 
     def require_of(self, delta: SparseDelta) -> None:

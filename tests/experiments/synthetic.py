@@ -75,6 +75,7 @@ def details(
     scores = sparse_scores(dense, METHODS[method] * harder * 0.6 * (sparsity / 0.5) ** 4, numbers)
     generations = [_texts(prompt, method) for prompt in PROMPTS]
     rows = as_rows(from_rows(measurements(scores, dense))) + as_rows(from_rows(_degeneration(generations)))
+    rows += as_rows(from_rows(_sizes(sparsity)))
     return Details(
         experiment=Experiment(
             name=name,
@@ -105,6 +106,7 @@ def details(
             "device": "AMD EPYC, 2 threads",
         },
         ruler=[],
+        speed={name: {**_SPEED, "tokens_per_second": pace} for name, pace in (("dense", 12.0), ("sparse", 12.5))},
     )
 
 
@@ -164,6 +166,7 @@ def measurements(scores: Scores, dense: Scores) -> list[dict[str, Any]]:
     return rows
 
 
+_SPEED = {"tokens": 240, "seconds": 20.0, "device": "AMD EPYC, 2 threads"}
 _NO_ERROR = {"stderr": None, "low": None, "high": None}
 _NO_DENSE = {"dense": None, "difference": None}
 _COUNTED = {"counted": "rows", "unit": "", "better": "higher"}
@@ -213,6 +216,15 @@ def _degeneration(generations: list[dict[str, str]]) -> list[dict[str, Any]]:
     """What the evaluation measures of these; a token is a letter."""
     ours, theirs = ([_answers(row, of) for row in generations] for of in ("sparse", "dense"))
     return json.loads(json.dumps(as_rows(degeneration.measure(ours, theirs, lambda text: list(map(ord, text))))))
+
+
+def _sizes(sparsity: float) -> list[dict[str, Any]]:
+    sizes = {"dense_bytes": 2.0, "mask_bytes": 0.125, "delta_bytes": 0.127, "packed_bytes": 0.125 + 2 * (1 - sparsity)}
+    facts = {"kind": "size", "name": "matrices", "count": BLOCKS * len(MATRICES), "counted": "matrices", "clusters": 1, "unit": "bytes"}
+    return [
+        {**facts, "metric": metric, "label": metric, "value": 69672960 * of, "better": "lower", **_NO_ERROR, **_NO_DENSE}
+        for metric, of in sizes.items()
+    ]
 
 
 def _answers(row: dict[str, str], of: str) -> dict[str, str]:

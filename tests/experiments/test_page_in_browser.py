@@ -238,6 +238,14 @@ def test_degeneration_stands_beside_the_generations(page):
     assert page.locator("#degeneration-table tbody tr").count() == 8 * page.locator("[data-choose]:checked").count()
 
 
+def test_sizes_and_speed_are_shown_and_no_speed_up_is_claimed(page):
+    rows = [row.split("\t") for row in page.inner_text("#size-table tbody").splitlines()]
+    found = next(row for row in rows if row[0].startswith("admm-50:"))
+    assert found[1:6] == ["210", "139.3 MB", "8.7 MB (6.3%)", "8.8 MB (6.4%)", "78.4 MB (56.3%)"]
+    assert found[6:] == [f"{pace} (240 tokens, 3 prompts, AMD EPYC, 2 threads)" for pace in ("12.50", "12.00")]
+    assert "no speed-up was measured or is claimed" in " ".join(page.inner_text("#size").split())
+
+
 def test_only_parameters_that_differ_are_shown_until_all_are_asked(page):
     few = page.locator("#configuration tbody tr").count()
     assert "calibration.windows" not in page.inner_text("#configuration")

@@ -39,6 +39,7 @@ PROTOCOL = {
     "bos": None,
     "tasks": {"boolq": {"few_shot": 0, "rows": 20, "available": 3270, "parts": 1, "cut": 0}},
     "evaluation": {"tasks": ["boolq"], "rows": 20, "corpora": {"news": {"evenly": False}}},
+    "prompts": ["Hi", "Go"],
 }
 RECORDS = Records(
     base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x", "documents": []},
@@ -71,6 +72,8 @@ RECORDS = Records(
         {"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""},
         {"prompt": "Go", "raw_dense": "on", "raw_sparse": "on", "chat_refused": "no user"},
     ],
+    dense_run={"device": "a CPU", "generation": {"tokens": 96, "seconds": 8.0, "tokens_per_second": 12.0}},
+    sparse_run={"device": "a CPU", "generation": {"tokens": 90, "seconds": 7.2, "tokens_per_second": 12.5}},
 )
 SUMMARY = {"sparsity": 0.5, "relative_error": 0.2, "relative_error_held_out": 0.3}
 MATRICES = [
@@ -171,6 +174,22 @@ def test_the_card_says_how_far_generations_degenerate(written):
     assert "whether a model has collapsed" not in written().content
 
 
+def test_the_card_says_bytes_and_tokens_a_second_and_claims_no_speed_up(written):
+    facts = {"count": 210, "counted": "matrices", "clusters": 1}
+    sizes = [measured("size", "matrices", metric, value, **facts) for metric, value in (("dense_bytes", 2e6), ("packed_bytes", 1.125e6))]
+    content = written(records=replace(RECORDS, sparse=[*SPARSE, *sizes])).content
+    assert "| of 210 matrices | bytes | of dense |" in content
+    assert "| packed_bytes | 1,125,000 | 0.562 |" in content
+    assert (
+        "Greedy continuation of 2 prompts, one run: dense 12.00 tokens a second (96 tokens in 8.0 s on a CPU); "
+        "sparse 12.50 tokens a second (90 tokens in 7.2 s on a CPU)." in content
+    )
+    assert "no speed-up was measured or is claimed" in content
+    silent = written(records=replace(RECORDS, sparse_run={"device": "a CPU", "generation": None})).content
+    assert "Tokens a second were not measured." in silent
+    assert "(not measured in this evaluation)" in silent
+
+
 def test_the_card_says_which_rows_were_cut_or_are_missing(written):
     tasks = {"boolq": {**PROTOCOL["tasks"]["boolq"], "cut": 3, "context": 2048, "asked": 25}}
     content = written(records=replace(RECORDS, protocol={**PROTOCOL, "tasks": tasks})).content
@@ -263,6 +282,8 @@ def test_the_card_says_which_allocation_was_taken():
 
 def test_the_card_has_the_errors_on_calibration_tokens_and_on_windows_held_out(written):
     assert "||: 0.2000 on calibration tokens, 0.3000 on windows held out.\n" in written().content
+    counted = written(prune={"propagate": "pruned", "error_tokens": 256}).content
+    assert "||: 0.2000 on about 256 calibration tokens, 0.3000 on windows held out.\n" in counted
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ def experiment_content(details: Details) -> dict[str, Any]:
         **scores_content(details.scores),
         "generations": [{key: value for key, value in row.items() if key not in ("prompt", *_DENSE)} for row in details.generations],
         "matrices": matrices_content(details),
+        "speed": details.speed,
     }
 
 

@@ -131,6 +131,8 @@ def test_tables_hold_every_number(groups, tmp_path):
     rows = {path.stem: list(csv.DictReader(path.read_text().splitlines())) for path in tmp_path.glob("*.csv")}
     assert len(rows["experiments"]) == 14
     assert rows["experiments"][0]["run"].startswith("dvc exp run -S method=wanda")
+    first = rows["experiments"][0]
+    assert [first[name] for name in ("weights", "dense_tokens_per_second", "sparse_tokens")] == ["69672960", "12.0", "240"]
     assert {row["protocol"] for row in rows["experiments"]} == {"1", "2"}
     assert len(rows["measurements"]) == sum(len(details.measurements) for group in groups for details in group.results)
     assert len(rows["matrices"]) == 14 * synthetic.BLOCKS * len(synthetic.MATRICES)

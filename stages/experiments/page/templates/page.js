@@ -463,6 +463,29 @@ function showDegeneration(forms) {
   plainTable("degeneration-table", "Measures of degeneration, with 95% intervals; difference to the dense model, paired by prompt", keys, rows);
 }
 
+const SIZES = { dense_bytes: "dense", mask_bytes: "masks", delta_bytes: "delta", packed_bytes: "packed" };
+
+function showSizes() {
+  const rows = chosenModels().map((one) => {
+    const sizes = one.measurements.filter((row) => row.kind === "size");
+    const dense = sizes.find((row) => row.metric === "dense_bytes");
+    const megabytes = (row) => `${number(row.value / 1e6, 1)} MB${row === dense ? "" : ` (${number((100 * row.value) / dense.value, 1)}%)`}`;
+    const bytes = Object.entries(SIZES).map(([metric, name]) => [name, sizes.find((row) => row.metric === metric)]);
+    const pace = (speed) =>
+      speed ? `${number(speed.tokens_per_second, 2)} (${plural(speed.tokens, "token")}, ${plural(group().prompts.length, "prompt")}, ${speed.device})` : "not measured";
+    return {
+      experiment: titleOf(one),
+      matrices: dense ? dense.count : "",
+      ...Object.fromEntries(bytes.map(([name, row]) => [name, row ? megabytes(row) : "not measured"])),
+      "tokens a second": pace(one.speed.sparse),
+      "dense model's": pace(one.speed.dense),
+    };
+  });
+  byId("size").hidden = !rows.length;
+  const caption = "Bytes in millions, with the share of the dense matrices; tokens a second of one run";
+  plainTable("size-table", caption, ["experiment", "matrices", ...Object.values(SIZES), "tokens a second", "dense model's"], rows);
+}
+
 const paramsOf = (one) => ({ ...group().params.common, ...group().params.own[group().experiments.indexOf(one)] });
 const written = (value) => (value === undefined ? "absent" : typeof value === "string" ? value : JSON.stringify(value));
 
@@ -510,6 +533,7 @@ function showRecipes() {
 function showChosen() {
   showTasks();
   showGenerations();
+  showSizes();
   showConfiguration();
 }
 
