@@ -192,6 +192,12 @@ def test_the_pruned_model_is_paired_with_the_dense_one_in_every_style(root):
     assert sparse["tasks"]["own_choice"]["dense_f1"] == dense["tasks"]["own_choice"]["f1"]
     assert {row["task"] for row in read_json(root / "results/sparse/details/paired.json")} == set(TASKS)
     assert (root / "results/sparse/details/styles/chat/samples-piqa.jsonl").is_file()
+    drifts = {(row["style"], row["task"]): row for row in read_json(root / "results/sparse/details/prompt_sensitivity.json")}
+    of_piqa = drifts["chat", "piqa"]
+    assert of_piqa["drift"] == pytest.approx(of_piqa["styled"] - of_piqa["raw"])
+    assert of_piqa["raw"] == pytest.approx(sparse["tasks"]["piqa"]["acc_difference"])
+    assert of_piqa["styled"] == pytest.approx(sparse["styles"]["chat"]["piqa"]["acc_difference"])
+    assert ("few_shot", None) in drifts
     for form in ("raw", "chat"):
         scores = sparse["generations"][form]
         assert scores["dense_distinct_1"] == pytest.approx(dense["generations"][form]["distinct_1"])

@@ -13,7 +13,7 @@ from stages.evaluation.measurement import Kind, Measurement, as_rows
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
+from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
 RUN = "run.json"
 RULER = RULER_RESULTS / "measurements.json"
@@ -43,6 +43,7 @@ class Details:
     measurements: of the pruned model, see results/sparse/details/measurements.json. generations: both models' texts.
     matrices: rows of results/prune/sparsity.json. run: the record of the prune stage. ruler: measurements of quantised models, or none.
     speed: "dense" and "sparse" -> how fast that model continued the prompts, and on what; as far as it was measured.
+    sensitivity: how far dense and pruned drift apart by style of prompts, see evaluation.comparison.prompt_sensitivity.
     """
 
     experiment: Experiment
@@ -54,6 +55,7 @@ class Details:
     run: Row
     ruler: list[Row]
     speed: dict[str, Row] = field(default_factory=dict)
+    sensitivity: list[Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -151,6 +153,7 @@ def _parsed(text: str, path: Path) -> Any:
 
 def _details(experiment: Experiment, files: _Files) -> Details:
     directory, made = SPARSE_RESULTS / "details", experiment.measurements
+    sensitivity = SPARSE_RESULTS / PROMPT_SENSITIVITY
     return Details(
         experiment=experiment,
         command=command(experiment.params),
@@ -161,6 +164,7 @@ def _details(experiment: Experiment, files: _Files) -> Details:
         run=files.json(PRUNE_RESULTS / "provenance.json"),
         ruler=_ruler(files, experiment),
         speed=_speed(files),
+        sensitivity=files.json(sensitivity) if files.has(sensitivity) else [],
     )
 
 

@@ -222,6 +222,28 @@ def limitation(protocol: dict[str, Any]) -> str:
     return "".join(f"\n{line}\n" for line in [*lines, *limits.remarks(protocol)])
 
 
+def sensitivity_table(records: Records) -> str:
+    """Markdown: how far both models drift apart by style of prompts; nothing where tasks were asked raw alone."""
+    styles = records.protocol.get("styles", {})
+    skipped = [f"The style {name} was skipped: {facts['skipped']}." for name, facts in styles.items() if facts["skipped"] is not None]
+    if not records.sensitivity and not skipped:
+        return ""
+    lines = ["", "### Prompt sensitivity", ""]
+    if records.sensitivity:
+        lines += ["| style | task | sparse against dense, raw | in the style | drift | of |", "|---|---|---|---|---|---|"]
+        lines += [_drift(row) for row in records.sensitivity]
+        said = "Drift is the difference of both differences, paired by row, with its 95% interval; below 0 the sparse model loses more"
+        lines += ["", f"{said} in the style than raw."]
+    return "\n".join([*lines, *(f"\n{words}" for words in skipped), ""])
+
+
+def _drift(row: dict[str, Any]) -> str:
+    task = "mean, every task alike" if row["task"] is None else row["task"]
+    ends = " (no interval)" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    numbers = f"{row['raw']:+.3f} | {row['styled']:+.3f} | {row['drift']:+.3f}{ends} | {row['count']} {row['counted']}"
+    return f"| {row['style']} | {task} | {numbers} |"
+
+
 def shots(task: dict[str, Any]) -> str:
     """How many examples a prompt of a task has. task: its protocol."""
     few_shot = task["few_shot"]
@@ -358,7 +380,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
 one draw. Sparse against dense is measured on the same windows and rows; in brackets stands an interval of 95%. Where it holds 0, these
 rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly.
 Tasks are scored by lm-eval {run["versions"]["lm-eval"]}; accuracy is without length normalisation.
-{limitation(records.protocol)}
+{limitation(records.protocol)}{sensitivity_table(records)}
 ## Generations
 
 Greedy continuations, dense and sparse.

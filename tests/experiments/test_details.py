@@ -76,6 +76,14 @@ def test_a_speed_that_was_not_measured_is_none(experiment, repository):
     assert found.speed == {}
 
 
+def test_the_drift_by_style_is_read_where_there_is_one(experiment, repository):
+    path = repository[0] / "results/sparse/details/prompt_sensitivity.json"
+    path.write_text('[{"style": "chat"}]')
+    ((found,), _, _) = read_details([experiment])
+    path.unlink()
+    assert found.sensitivity == [{"style": "chat"}]
+
+
 def test_a_ruler_is_read_where_there_is_one(experiment, repository):
     ruler = repository[0] / "results/ruler/measurements.json"
     ruler.parent.mkdir()

@@ -238,6 +238,29 @@ def test_degeneration_stands_beside_the_generations(page):
     assert page.locator("#degeneration-table tbody tr").count() == 8 * page.locator("[data-choose]:checked").count()
 
 
+def test_drift_by_style_is_shown_where_styles_were_asked(browser, tmp_path):
+    facts = {"style": "chat", "metric": "acc", "better": "higher", "raw": -0.25, "styled": -0.75, "drift": -0.5, "stderr": 0.25}
+    rows = [
+        {**facts, "task": "boolq", "count": 20, "counted": "rows", "low": -0.9, "high": -0.1},
+        {**facts, "task": None, "count": 1, "counted": "tasks", "low": None, "high": None},
+    ]
+    first, second = GROUPS[1].results
+    path = tmp_path / "index.html"
+    path.write_text(html([replace(GROUPS[1], results=[replace(first, sensitivity=rows), second])], []), encoding="utf8")
+    page = opened(browser, path)
+    for name in ("wanda-bos", "sparsegpt-bos"):
+        page.check(f"[data-choose='{name}']")
+    found = [row.split("\t") for row in page.inner_text("#styles-table tbody").splitlines()]
+    title = "wanda-bos: wanda, unstructured 50%"
+    assert found == [
+        ["chat", "boolq", title, "20 rows", "−0.250", "−0.750", "−0.500 [−0.900, −0.100]", "worse"],
+        ["chat", "mean, every task alike", title, "1 task", "−0.250", "−0.750", "−0.500 (no interval)", "unknown"],
+    ]
+    page.uncheck("[data-choose='wanda-bos']")
+    assert page.is_hidden("#styles")
+    page.context.close()
+
+
 def test_sizes_and_speed_are_shown_and_no_speed_up_is_claimed(page):
     rows = [row.split("\t") for row in page.inner_text("#size-table tbody").splitlines()]
     found = next(row for row in rows if row[0].startswith("admm-50:"))

@@ -74,6 +74,7 @@ RECORDS = Records(
     ],
     dense_run={"device": "a CPU", "generation": {"tokens": 96, "seconds": 8.0, "tokens_per_second": 12.0}},
     sparse_run={"device": "a CPU", "generation": {"tokens": 90, "seconds": 7.2, "tokens_per_second": 12.5}},
+    sensitivity=[],
 )
 SUMMARY = {"sparsity": 0.5, "relative_error": 0.2, "relative_error_held_out": 0.3}
 MATRICES = [
@@ -188,6 +189,20 @@ def test_the_card_says_bytes_and_tokens_a_second_and_claims_no_speed_up(written)
     silent = written(records=replace(RECORDS, sparse_run={"device": "a CPU", "generation": None})).content
     assert "Tokens a second were not measured." in silent
     assert "(not measured in this evaluation)" in silent
+
+
+def test_the_card_says_how_far_the_models_drift_apart_by_style(written):
+    facts = {"style": "chat", "raw": -0.25, "styled": -0.75, "stderr": 0.25}
+    rows = [
+        {**facts, "task": "boolq", "metric": "acc", "count": 20, "counted": "rows", "drift": -0.5, "low": -0.9, "high": -0.1},
+        {**facts, "task": None, "metric": "accuracy", "count": 1, "counted": "tasks", "drift": -0.5, "low": None, "high": None},
+    ]
+    styles = {"chat": {"skipped": None}, "system": {"skipped": "no system prompt"}}
+    content = written(records=replace(RECORDS, sensitivity=rows, protocol={**PROTOCOL, "styles": styles})).content
+    assert "| chat | boolq | -0.250 | -0.750 | -0.500 [-0.900, -0.100] | 20 rows |" in content
+    assert "| chat | mean, every task alike | -0.250 | -0.750 | -0.500 (no interval) | 1 tasks |" in content
+    assert "The style system was skipped: no system prompt." in content
+    assert "Prompt sensitivity" not in written().content
 
 
 def test_the_card_says_which_rows_were_cut_or_are_missing(written):

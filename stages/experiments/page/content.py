@@ -195,6 +195,7 @@ def experiment_content(details: Details) -> dict[str, Any]:
         "generations": [{key: value for key, value in row.items() if key not in ("prompt", *_DENSE)} for row in details.generations],
         "matrices": matrices_content(details),
         "speed": details.speed,
+        "sensitivity": list(map(rounded_row, details.sensitivity)),
     }
 
 
@@ -204,8 +205,13 @@ _DENSE = ("raw_dense", "chat_dense")
 def measurement_content(row: dict[str, Any]) -> dict[str, Any]:
     """A measurement without what its metric says."""
     kept = ("kind", "name", "metric", "value", "low", "high", "count", "counted", "clusters")
-    content = {key: _rounded(row[key]) if isinstance(row[key], float) else row[key] for key in kept}
+    content = rounded_row({key: row[key] for key in kept})
     return content | degeneration_content(row) if row["kind"] == "generation" else content
+
+
+def rounded_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose floats have DECIMALS decimals."""
+    return {key: _rounded(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def degeneration_content(row: dict[str, Any]) -> dict[str, Any]:

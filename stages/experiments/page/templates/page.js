@@ -463,6 +463,27 @@ function showDegeneration(forms) {
   plainTable("degeneration-table", "Measures of degeneration, with 95% intervals; difference to the dense model, paired by prompt", keys, rows);
 }
 
+function showStyles() {
+  const rows = chosenModels().flatMap((one) =>
+    one.sensitivity.map((row) => {
+      const verdict = row.low === null ? "unknown" : row.low <= 0 && row.high >= 0 ? "noise" : row.drift < 0 === (row.better === "lower") ? "better" : "worse";
+      return {
+        style: row.style,
+        task: row.task === null ? "mean, every task alike" : row.task,
+        experiment: titleOf(one),
+        of: plural(row.count, row.counted.slice(0, -1)),
+        raw: signed(row.raw),
+        "in the style": signed(row.styled),
+        drift: signed(row.drift) + range(row.low, row.high, signed),
+        verdict,
+      };
+    }),
+  );
+  byId("styles").hidden = !rows.length;
+  const caption = "Difference of accuracy to the dense model, raw and in each other style, and its drift with a 95% interval";
+  plainTable("styles-table", caption, ["style", "task", "experiment", "of", "raw", "in the style", "drift", "verdict"], rows);
+}
+
 const SIZES = { dense_bytes: "dense", mask_bytes: "masks", delta_bytes: "delta", packed_bytes: "packed" };
 
 function showSizes() {
@@ -532,6 +553,7 @@ function showRecipes() {
 
 function showChosen() {
   showTasks();
+  showStyles();
   showGenerations();
   showSizes();
   showConfiguration();
