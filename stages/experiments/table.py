@@ -45,9 +45,7 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
         best_first = sorted(group, key=_perplexity)
         rows = [row(experiment, commands=commands) for experiment in best_first]
         headers = COLUMNS if commands else COLUMNS[:-1]
-        perplexity = group[0].measured("perplexity")
-        dense = "" if perplexity is None or perplexity.dense is None else f"; the dense model has {perplexity.dense:.2f}"
-        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{tabulate(rows, headers, disable_numparse=True)}\n")
+        pieces.append(f"{title(group[0])}{dense_words(group[0])}{reason}\n\n{tabulate(rows, headers, disable_numparse=True)}\n")
     if not experiments:
         pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
     pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
@@ -65,11 +63,23 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
 
 
 def title(experiment: Experiment) -> str:
-    """What was pruned, and what it was scored on."""
+    """What was pruned, what it was scored on, and how the columns are made of that."""
     protocol = experiment.protocol
     tasks = [f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items()]
-    corpora = " and ".join(scored_text(protocol, corpus) for corpus in protocol["corpora"])
-    return f"{base_name(experiment)}; perplexity on {corpora}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+    first, *others = protocol["corpora"]
+    corpora = f"perplexity and KLD on {scored_text(protocol, first)}" + (
+        f" (make compare has {' and '.join(others)}, too)" if others else ""
+    )
+    accuracy = f"; accuracy: the mean over tasks, every task alike; tasks, with their rows: {', '.join(tasks)}" if tasks else ""
+    return f"{base_name(experiment)}; {corpora}{accuracy}"
+
+
+def dense_words(experiment: Experiment) -> str:
+    """The dense model's perplexity, with its standard error where that is known."""
+    ours, dense = experiment.measured("perplexity"), experiment.measured_dense("perplexity")
+    if dense is not None:
+        return f"; the dense model has {_cell(dense, 2)}"
+    return "" if ours is None or ours.dense is None else f"; the dense model has {ours.dense:.2f}"
 
 
 def base_name(experiment: Experiment) -> str:
