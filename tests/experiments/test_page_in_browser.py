@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
 
-SECONDS = 2.0  # within which the page is open
+SECONDS, BYTES = 2.0, 5 * 10**6  # within which the page is open, and below which its size is
 GROUPS = [synthetic.group(), synthetic.other_group()]
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 ROWS = "#table tbody tr"
@@ -381,8 +382,9 @@ def test_a_narrow_screen_scrolls_in_one_direction(browser, file):
     page.context.close()
 
 
-def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
-    dense = synthetic.dense_scores()
+@pytest.mark.parametrize(("rows", "corpora"), [(60, ("wikipedia",)), (1000, ("wikipedia", "wikipedia_long", "chat"))])
+def test_two_hundred_experiments_are_small_and_open_soon(browser, tmp_path, rows, corpora):
+    dense = synthetic.dense_scores(rows=rows, corpora=corpora)
     methods = list(synthetic.METHODS)
     results = [
         synthetic.details(f"run-{number}", methods[number % 6], "unstructured", dense, sparsity=0.4 + number % 40 / 100, seed=number)
@@ -390,6 +392,7 @@ def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
     ]
     path = tmp_path / "index.html"
     path.write_text(html([replace(GROUPS[0], results=results, dense=of_dense(dense))], []), encoding="utf8")
+    assert path.stat().st_size < BYTES
     page = opened(browser, path)
     page.wait_for_selector("#frontier svg", state="attached")
     timing = json.loads(page.evaluate("JSON.stringify(performance.getEntriesByType('navigation')[0])"))
@@ -397,3 +400,31 @@ def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
     assert timing["loadEventEnd"] / 1000 < SECONDS
     assert page.complaints == []
     page.context.close()
+
+
+@pytest.mark.parametrize(("name", "settings"), [("wide", {}), ("narrow", {"viewport": NARROW}), ("dark", {"color_scheme": "dark"})])
+def test_a_picture_of_the_page_and_of_each_plot_is_not_blank(browser, file, tmp_path, name, settings):
+    page = opened(browser, file, **settings)
+    for part in ("#frontier", "#tasks", "#seconds", "#relative_error", "#relative_error_held_out"):
+        page.locator(part).scroll_into_view_if_needed()
+        page.wait_for_selector(f"{part} svg .mark-symbol path, {part} svg .mark-rect path")
+        picture = tmp_path / f"{name}{part}.png"
+        page.locator(part).screenshot(path=picture)
+        assert shades(picture) > 50, picture
+    page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
+    assert shades(tmp_path / f"{name}.png") > 50
+    page.goto("about:blank")
+    page.screenshot(path=tmp_path / "blank.png")
+    assert shades(tmp_path / "blank.png") < 5
+    page.context.close()
+
+
+def shades(picture: Path) -> int:
+    """How many different bytes the image data of a PNG have."""
+    content, position, data = picture.read_bytes(), 8, b""
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4])
+        if content[position + 4 : position + 8] == b"IDAT":
+            data += content[position + 8 : position + 8 + length]
+        position += 12 + length  # length, kind, data, checksum
+    return len(set(zlib.decompress(data)))
