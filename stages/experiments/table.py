@@ -67,9 +67,8 @@ def title(experiment: Experiment) -> str:
     protocol = experiment.protocol
     tasks = [f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items()]
     first, *others = protocol["corpora"]
-    corpora = f"perplexity and KLD on {scored_text(protocol, first)}" + (
-        f" (make compare has {' and '.join(others)}, too)" if others else ""
-    )
+    more = f" (make compare has {' and '.join(others)}, too)" if others else ""
+    corpora = f"perplexity and KLD on {scored_text(protocol, first)}{more}"
     accuracy = f"; accuracy: the mean over tasks, every task alike; tasks, with their rows: {', '.join(tasks)}" if tasks else ""
     return f"{base_name(experiment)}; {corpora}{accuracy}"
 

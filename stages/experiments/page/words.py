@@ -66,7 +66,8 @@ def text_of(group: Group) -> list[str]:
         entries.append(f"{corpus}: {scored}, in {windows} of {length:,} tokens, {begun(protocol['bos'])}")
     if protocol["tasks"]:
         count, _, each = limits.rows_of_each(list(protocol["tasks"].values())).partition(", ")
-        names = ", ".join(f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items())
+        rows = {task: limits.rows_of(facts).removeprefix("first ").removesuffix(" rows") for task, facts in protocol["tasks"].items()}
+        names = ", ".join(f"{task} ({scored})" for task, scored in rows.items())
         entries.append(f"{count}: {each}: {names}")
     return entries
 

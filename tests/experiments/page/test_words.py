@@ -34,7 +34,7 @@ def test_a_difference_is_written_as_its_metric_is_compared():
 def test_the_text_is_said_with_its_counts():
     assert text_of(GROUP) == [
         "wikipedia: 18,414 tokens of 7 documents, in the first 18 of 301 windows of 1,024 tokens, none begun with BOS",
-        "9 tasks: 60 rows each, the first of 3,270: " + ", ".join(f"{task} (60 of 3270)" for task in synthetic.TASKS),
+        "9 tasks: 60 rows each, the first of 3,270: " + ", ".join(f"{task} (60 of 3,270)" for task in synthetic.TASKS),
     ]
     assert text_of(synthetic.other_group())[0].endswith(", each begun with BOS (token 1)")
 
