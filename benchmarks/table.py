@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.markers import write_between
 from stages.bos import words
+from stages.evaluation import limits
 from stages.evaluation.measurement import from_rows
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
 
@@ -78,7 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     protocol, prune = rows[0]["protocol"], rows[0]["prune"]
     dense = {measured.metric: measured for measured in from_rows(rows[0]["dense"])}
     corpus, windows = next(iter(protocol["corpora"].items()))
-    scored = protocol["evaluation"]["rows"]
+    some = limits.windows_of(protocol, corpus)
     lines = [
         "| method | pattern | sparsity | perplexity | over dense | KLD | mean accuracy | over dense | seconds | peak memory | command |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -93,7 +94,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + (
         f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity and Kullback-Leibler divergence "
         f"from the dense model (KLD) on {windows['tokens']} tokens of {corpus.title()} in windows of "
-        f"{windows['window_length']}{words(protocol['bos'])}; nine zero-shot tasks, {scored} rows of each; accuracy over dense is the "
+        f"{windows['window_length']}{some and ', '}{some}{words(protocol['bos'])}; zero-shot, "
+        f"{limits.rows_of_each(list(protocol['tasks'].values()))}; accuracy over dense is the "
         "difference on the same rows. ± is one standard error over windows or rows, clustered by document, not over calibration seeds. "
         f"Seconds and peak memory are those of pruning, on {prune['device']}, in {prune['dtype']}."
     )

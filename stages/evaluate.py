@@ -39,6 +39,7 @@ from stages.files import (
     BASE,
     DENSE_JOURNAL,
     DENSE_RESULTS,
+    PROMPT_SENSITIVITY,
     RULER_JOURNALS,
     RULER_RESULTS,
     SPARSE,
@@ -87,7 +88,7 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score base + delta and write its results with the dense model's."""
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
-    from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations
+    from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations, prompt_sensitivity
     from stages.evaluation.reference import read_dense
     from stages.evaluation.size import size_measurements
 
@@ -103,6 +104,8 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
             write_json(directory / "frontier.json", frontier_rows(delta, sparse))
             write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))
             write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
+            if sparse.styles:
+                write_json(directory / PROMPT_SENSITIVITY, prompt_sensitivity(dense, sparse))
 
 
 def evaluate_quantised(setup: Setup, ruler: Ruler, stopwatch: record.Stopwatch) -> None:

@@ -32,6 +32,7 @@ RULER_JOURNALS = Path("artifacts")  # .evaluate-TYPE, one for each type of quant
 PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
 SPARSE_RESULTS = Path("results/sparse")
+PROMPT_SENSITIVITY = "details/prompt_sensitivity.json"  # below SPARSE_RESULTS, where tasks were asked in several styles
 RULER_RESULTS = Path("results/ruler")
 RELEASE = Path("release")
 COMPARISON = Path("comparison")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, frontier, gpu, llama_cpp_divergence, quality, random_checkpoint
+from benchmarks import behaviour, contenders, frontier, gpu, llama_cpp_divergence, quality, random_checkpoint, table
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
+from stages.evaluation.measurement import Difference, Kind, Measurement, as_rows
 from stages.evaluation.metric import Corpus
 from stages.evaluation.metrics import METRICS
 from stages.files import read_json
@@ -357,6 +358,25 @@ def test_log_probabilities_are_stored_in_even_steps_down_to_sixteen_below_the_hi
     assert stored[0].tolist() == pytest.approx([-1, -1 - 10 * step, -17 + 410 * step, -17], abs=1e-9)
     narrow = torch.tensor([[-1.0, -2.0]]).double()
     assert llama_cpp_divergence.as_stored(narrow)[0].tolist() == pytest.approx([-1, -2])
+
+
+def test_the_readmes_table_says_how_much_of_each_text_was_scored():
+    facts = {"count": 8, "counted": "tokens", "clusters": 2, "value": 0.5, "difference": Difference(value=0.0), "label": "", "name": "news"}
+    metrics = ("perplexity", "perplexity_ratio", "mean_kld", "accuracy")
+    measured = as_rows(Measurement(kind=Kind.CORPUS, metric=metric, **facts) for metric in metrics)
+    windows = {"window_length": 64, "windows": 18, "tokens": 1152, "available": 1301}
+    boolq = {"rows": 20, "available": 3270, "parts": 1}
+    protocol = {
+        "corpora": {"news": windows},
+        "bos": None,
+        "tasks": {"boolq": boolq, "rte": {**boolq, "available": 277}},
+        "evaluation": {"corpora": {"news": {"evenly": False}}},
+    }
+    point = {"method": "wanda", "pattern": "2:4", "sparsity": 0.5, "command": "dvc exp run", "measured": measured, "dense": measured}
+    run = {"seconds": 1.0, "peak_memory_gib": 1.0, "device": "a CPU", "dtype": "float32"}
+    text = table.table([{**point, "protocol": protocol, "prune": run}])
+    assert "on 1152 tokens of News in windows of 64, the first 18 of 1,301 windows; zero-shot, 2 tasks, 20 rows each, the first of" in text
+    assert "the first of 277 to 3,270; accuracy over dense" in text
 
 
 def test_figures_of_five_tokens_are_those_by_hand():

@@ -102,7 +102,11 @@ def test_the_protocol_says_what_was_scored(root):
     protocol = read_json(root / "results/dense/details/protocol.json")
     articles = protocol["corpora"]["articles"]
     assert (articles["window_length"], articles["windows"], articles["tokens"]) == (64, 4, 256)
-    assert {name: task["rows"] for name, task in protocol["tasks"].items()} == {"boolq": 4, "piqa": 4}
+    assert articles["available"] > 4
+    assert {name: (task["rows"], task["available"], task["asked"]) for name, task in protocol["tasks"].items()} == {
+        "boolq": (4, 8, 4),
+        "piqa": (4, 8, 4),
+    }
     assert (protocol["evaluation"]["name"], protocol["delta"]) == ("tiny", None)
     assert protocol["base"] == Checkpoint(root / "artifacts/base").fingerprint
 

@@ -172,7 +172,8 @@ def test_a_group_is_one_score_and_every_row_is_kept(root):
     assert (measured["name"], measured["count"]) == ("mmlu", sum(counts.values()))
     assert measured["value"] == pytest.approx(sum(row["values"]["acc"] for row in rows) / len(rows))
     assert measured["stderr"] is not None
-    assert read_json(root / "results/dense/details/protocol.json")["tasks"]["mmlu"]["few_shot"] == 0
+    protocol = read_json(root / "results/dense/details/protocol.json")["tasks"]["mmlu"]
+    assert (protocol["few_shot"], protocol["available"], protocol["parts"]) == (0, len(rows), 3)
 
 
 def test_the_task_s_own_number_of_examples_is_taken_and_recorded(root):
@@ -200,6 +201,12 @@ def test_the_pruned_model_is_paired_with_the_dense_one_in_every_style(root):
     assert sparse["tasks"]["own_choice"]["dense_f1"] == dense["tasks"]["own_choice"]["f1"]
     assert {row["task"] for row in read_json(root / "results/sparse/details/paired.json")} == set(TASKS)
     assert (root / "results/sparse/details/styles/chat/samples-piqa.jsonl").is_file()
+    drifts = {(row["style"], row["task"]): row for row in read_json(root / "results/sparse/details/prompt_sensitivity.json")}
+    of_piqa = drifts["chat", "piqa"]
+    assert of_piqa["drift"] == pytest.approx(of_piqa["styled"] - of_piqa["raw"])
+    assert of_piqa["raw"] == pytest.approx(sparse["tasks"]["piqa"]["acc_difference"])
+    assert of_piqa["styled"] == pytest.approx(sparse["styles"]["chat"]["piqa"]["acc_difference"])
+    assert ("few_shot", None) in drifts
     for form in ("raw", "chat"):
         scores = sparse["generations"][form]
         assert scores["dense_distinct_1"] == pytest.approx(dense["generations"][form]["distinct_1"])
@@ -315,7 +322,8 @@ def test_rows_longer_than_the_context_are_counted(root, monkeypatch, caplog):
     benchmarks.fetch(monkeypatch, "own_choice")
     run("dense", replace(ASKED, tasks=["own_choice"]))
     assert [row.get("cut") for row in Rows(root / "results/dense/details/samples-own_choice.jsonl")] == [None, True, None]
-    assert read_json(root / "results/dense/details/protocol.json")["tasks"]["own_choice"]["cut"] == 1
+    protocol = read_json(root / "results/dense/details/protocol.json")["tasks"]["own_choice"]
+    assert (protocol["cut"], protocol["context"], protocol["available"]) == (1, 512, 3)
     (message,) = [message for message in caplog.messages if "longer than the context" in message]
     assert (
         "own_choice (raw): 1 rows with their answers are longer than the context of 512 tokens and lose their beginning; the longest has "

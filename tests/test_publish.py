@@ -167,6 +167,7 @@ def evaluate(part: str, perplexity: float, evaluation: dict[str, Any] = EVALUATI
     write_json(directory / "details/measurements.json", as_rows(measurements(part, perplexity)))
     write_json(directory / "details/paired.json", [{"task": "boolq", "metric": "acc", **counts, **apart}])
     write_json(directory / "details/protocol.json", protocol)
+    write_json(directory / "run.json", {"device": "a CPU", "generation": {"tokens": 3, "seconds": 1.5, "tokens_per_second": 2.0}})
     write_json(directory / "details/generations.json", [{"prompt": "river stone", "raw_dense": "lamp", "raw_sparse": "lamp lamp"}])
 
 

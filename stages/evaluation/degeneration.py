@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stages.evaluation.measurement import Better, Difference, Kind, Measurement
-from stages.evaluation.statistics import difference, mean
+from stages.evaluation.statistics import difference_of_rows, mean, mean_of_rows
 
 Tokenize = Callable[[str], list[int]]
 FORMS = ("raw", "chat")
@@ -82,12 +82,14 @@ def _of_form(form: str, ours: list[str], theirs: list[str] | None, tokenize: Tok
 
 
 def _mean(ours: Sequence[float | None], theirs: Sequence[float | None] | None, **facts: Any) -> Measurement:
-    """The mean of a share over the answers that have one; lower is better. Differences are of answers where both models' have one."""
-    estimate = mean([share for share in ours if share is not None])
+    """The mean of a share over the answers that have one; lower is better. Differences are of answers where both models' have one. Where
+    every share is 0 or 1 the intervals are those of shares of rows, which have a width where all answers agree."""
+    known = [share for share in ours if share is not None]
+    estimate = mean_of_rows(known, range(len(known)))
     facts |= {"count": estimate.count, "clusters": estimate.clusters, "better": Better.LOWER}
     reference = [share for share in theirs or [] if share is not None]
     pairs = [(share, other) for share, other in zip(ours, theirs or [], strict=False) if share is not None and other is not None]
     if not pairs:
         return Measurement.of(estimate, **facts, dense=mean(reference).value if reference else None)
-    compared = Difference.of(difference([share for share, _ in pairs], [other for _, other in pairs]))
+    compared = Difference.of(difference_of_rows([share for share, _ in pairs], [other for _, other in pairs], range(len(pairs))))
     return Measurement.of(estimate, **facts, dense=mean(reference).value, difference=compared)

@@ -41,11 +41,13 @@ class Corpus:
     """The windows of a corpus.
 
     name: in text.evaluation. windows: [windows, tokens], int64. clusters: of each window, the document that most of its tokens are of.
+    available: number of windows of the whole corpus; None: not known.
     """
 
     name: str
     windows: torch.Tensor
     clusters: Sequence[int]
+    available: int | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

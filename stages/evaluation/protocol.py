@@ -13,6 +13,7 @@ from stages.files import read_json, write_json
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")  # whose version may change a score
 EMBEDDED = "text.evaluation"  # where the rows of the tasks of stages/evaluation/tasks.py are from
 NOT_COMPARED = ("evaluation", "delta")  # keys of the file that are not compared
+LEFT_OUT = ("available", "asked", "parts", "context")  # of a corpus or a task: what was not scored; not compared, absent in older files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class CorpusProtocol:
 
     sha256: hash of the file of its rows. window_length: tokens per window. windows: number of windows. tokens: number of tokens in all.
     windows_sha256: hash of the windows' token ids, start tokens included.
+    available: number of windows of the whole corpus; None: not known.
     """
 
     sha256: str
@@ -28,6 +30,7 @@ class CorpusProtocol:
     windows: int
     tokens: int
     windows_sha256: str
+    available: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class TaskProtocol:
     source: "text.evaluation", or lm-eval with its version, which says where the rows are from.
     better: score -> "higher", "lower", or None where lm-eval does not say. macro: scores of a group in which tasks weigh alike, not rows.
     cut: number of rows that are longer than the model's context and lose their beginning.
+    available: number of rows that there are to score; None: not known. asked: number of rows asked for; None: all.
+    parts: number of lm-eval's tasks that it is made of. context: of the model [tokens], for `cut`; None: not known.
     """
 
     rows: int
@@ -50,6 +55,10 @@ class TaskProtocol:
     better: dict[str, str | None] = field(default_factory=dict)
     macro: list[str] = field(default_factory=list)
     cut: int = 0
+    available: int | None = None
+    asked: int | None = None
+    parts: int = 1
+    context: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +124,16 @@ def read_protocol(path: Path) -> Protocol:
     return Protocol(**{name: data[name] for name in field_names} | parts)
 
 
+def compared(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal before two results are compared, of a protocol as plain data."""
+    kept = {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
+    for key in ("corpora", "tasks"):
+        kept[key] = {
+            name: {key: value for key, value in facts.items() if key not in LEFT_OUT} for name, facts in protocol.get(key, {}).items()
+        }
+    return kept
+
+
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Find the differences of two mappings: dotted key -> both values; None stands for a missing key."""
     differing: dict[str, tuple[Any, Any]] = {}
@@ -136,7 +155,7 @@ def require_same(first: Protocol, second: Protocol, *, names: tuple[str, str], r
     Raises:
         ComparisonError: the protocols differ; names each differing key with both values.
     """
-    differing = differences(asdict(first), asdict(second))
+    differing = differences(compared(asdict(first)), compared(asdict(second)))
     if differing:
         listed = "; ".join(f"{key}: {left!r} against {right!r}" for key, (left, right) in differing.items())
         raise ComparisonError(f"{names[0]} and {names[1]} are not of the same protocol, wanted equal values of {listed}; {remedy}")

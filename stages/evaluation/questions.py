@@ -52,6 +52,7 @@ class Source:
     documents: of the rows of each what they share with others; None: the text of one of SHARED_COLUMNS, if they have such a column.
     few_shot: examples in the prompt; None: the task's own number.
     metrics: lm-eval's names of those that are reported, in order; None: all of the task.
+    available: number of rows that there are to score; None: those of the tasks' split.
     aggregated: see manifest.Benchmark. is_group: whether rows say which task they are of. sha256: of the rows. source: where they are from.
     """
 
@@ -64,19 +65,23 @@ class Source:
     is_group: bool
     sha256: str
     source: str
+    available: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
     """A task or a group in one style, with its requests.
 
-    tasks: lm-eval's, each with its instances. cut: task -> numbers of the rows that are longer than the context.
+    tasks: lm-eval's, each with its instances. available: number of rows that there are to score. context: of the model [tokens].
+    cut: task -> numbers of the rows that are longer than the context.
     """
 
     source: Source
     style: str
     limit: int | None
     tasks: dict[str, ConfigurableTask]
+    available: int
+    context: int
     cut: dict[str, set[int]] = field(default_factory=dict)
 
     @property
@@ -124,6 +129,10 @@ class Questions:
             better=better,
             macro=[metric_name(*key) for key in self.metrics if not self.source.aggregated.get(key[0], True)],
             cut=sum(map(len, self.cut.values())),
+            available=self.available,
+            asked=None if self.limit is None else self.limit * len(tasks),
+            parts=len(tasks),
+            context=self.context,
         )
 
 
@@ -154,11 +163,14 @@ def _better(task: ConfigurableTask, metric: str) -> str | None:
     return {True: Better.HIGHER.value, False: Better.LOWER.value}.get(task.higher_is_better().get(metric))
 
 
-def embedded_source(task: Task, rows: list[Row], examples: list[Row], *, few_shot: int, sha256: str, scratch: Path) -> Source:
+def embedded_source(
+    task: Task, rows: list[Row], examples: list[Row], *, few_shot: int, sha256: str, scratch: Path, available: int | None = None
+) -> Source:
     """A task of this project on rows of text.evaluation.
 
     Args:
         examples: rows that serve as examples, in order. few_shot: examples in the prompt. scratch: a directory for the rows.
+        available: number of rows that there are to score; None: `rows` are all.
 
     Raises:
         ConfigError: this version of lm-eval has no such task.
@@ -186,6 +198,7 @@ def embedded_source(task: Task, rows: list[Row], examples: list[Row], *, few_sho
         is_group=task.subset is not None,
         sha256=sha256,
         source=EMBEDDED,
+        available=available,
     )
 
 
@@ -258,7 +271,9 @@ class Asking:
             TextError: a row cannot be asked; names task and row. CheckpointError: a token is beyond the base's embedding.
         """
         tasks = self._load(source, style)
-        questions = Questions(source=source, style=style, limit=self.limit, tasks=tasks)
+        available = sum(len(task.eval_docs) for task in tasks.values()) if source.available is None else source.available
+        context = self.encoder.max_length
+        questions = Questions(source=source, style=style, limit=self.limit, tasks=tasks, available=available, context=context)
         for name, task in tasks.items():
             self._require_possible(name, task)
             self._require_examples(name, task)

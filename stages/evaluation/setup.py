@@ -27,7 +27,7 @@ from stages.evaluation.protocol import CorpusProtocol, Protocol, TaskProtocol, v
 from stages.evaluation.questions import KEY, Asking, Questions, Source, embedded_source, fetched_source
 from stages.evaluation.section import Evaluation
 from stages.evaluation.styles import RENDERED, Style, StyleProtocol, refusal
-from stages.evaluation.tasks import TASKS, read_examples, read_task
+from stages.evaluation.tasks import TASKS, count_rows, read_examples, read_task
 from stages.files import BASE, BENCHMARKS, TEXT, sha256
 from stages.schema import require
 
@@ -70,6 +70,7 @@ class Setup:
                     windows=len(corpus.windows),
                     tokens=corpus.windows.numel(),
                     windows_sha256=hashlib.sha256(corpus.windows.numpy().tobytes()).hexdigest(),
+                    available=corpus.available,
                 )
                 for corpus in self.corpora
             },
@@ -143,7 +144,7 @@ def prepare(evaluation: Evaluation, scratch: Path) -> Setup:
             log.warning("evaluation.styles: %s is skipped: %s", style, error)
             styles[style] = replace(styles[style], skipped=str(error))
     for name, of_task in questions[Style.RAW].items():
-        warn_of_rows(name, of_task.protocol(), of_task, evaluation.rows)
+        warn_of_rows(name, of_task.protocol())
     dtype = devices.choose_dtype(evaluation.dtype, device)
     require_memory(evaluation, questions, base, dtype, device)
     return Setup(
@@ -218,12 +219,12 @@ def sources_of(evaluation: Evaluation, scratch: Path, examples: int) -> list[Sou
             rows = read_task(TASKS[name], rows_file(name), evaluation.rows)
             needed = max(shots, examples)
             shown = read_examples(TASKS[name], rows_file(name), evaluation.rows, needed) if needed else []
-            hashed = sha256(rows_file(name))
-            sources.append(embedded_source(TASKS[name], rows, shown, few_shot=shots, sha256=hashed, scratch=scratch))
+            hashed, available = sha256(rows_file(name)), count_rows(TASKS[name], rows_file(name))
+            sources.append(embedded_source(TASKS[name], rows, shown, few_shot=shots, sha256=hashed, scratch=scratch, available=available))
         elif name in fetched:
             for benchmark in fetched[name]:
-                facts = json.dumps([asdict(subtask) for subtask in benchmark.subtasks], sort_keys=True)
-                hashed = hashlib.sha256(facts.encode()).hexdigest()
+                recorded = json.dumps([asdict(subtask) for subtask in benchmark.subtasks], sort_keys=True)
+                hashed = hashlib.sha256(recorded.encode()).hexdigest()
                 sources.append(fetched_source(benchmark, evaluation.few_shot, hashed, scratch))
         else:
             raise TextError(
@@ -235,11 +236,9 @@ def sources_of(evaluation: Evaluation, scratch: Path, examples: int) -> list[Sou
     return sources
 
 
-def warn_of_rows(name: str, protocol: TaskProtocol, questions: Questions, wanted: int | None) -> None:
+def warn_of_rows(name: str, protocol: TaskProtocol) -> None:
     """Say where a task has fewer rows than asked for, or only one."""
-    if wanted is not None and protocol.rows < wanted * len(questions.tasks):
-        log.warning(
-            "evaluation.rows: found %d rows of %s, wanted %d; all of them are scored", protocol.rows, name, wanted * len(questions.tasks)
-        )
+    if protocol.asked is not None and protocol.rows < protocol.asked:
+        log.warning("evaluation.rows: found %d rows of %s, wanted %d; all of them are scored", protocol.rows, name, protocol.asked)
     if protocol.rows == 1:
         log.warning("evaluation.tasks: found 1 row of %s: its scores have no standard error", name)

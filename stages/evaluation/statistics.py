@@ -102,6 +102,13 @@ def difference_of_rows(values: Sequence[float], reference: Sequence[float], clus
     return _with_ends(estimate, difference_interval(values, reference, clusters)) if _are_shares([*values, *reference]) else estimate
 
 
+def contrast_of_rows(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """The mean of a difference of differences on the rows of a task; of right and wrong answers, whose values are whole, with one row more
+    of 1 and one of -1 in its interval, as in difference_interval. Args: see mean; values in [-2, 2]."""
+    whole = all(float(value).is_integer() for value in values)
+    return _with_ends(mean(values, clusters), _adjusted(values, clusters, (1.0, -1.0), (-2.0, 2.0))) if whole else mean(values, clusters)
+
+
 def _are_shares(values: Sequence[float]) -> bool:
     """Whether rows are right or wrong."""
     return set(values) <= {0.0, 1.0}

@@ -225,6 +225,12 @@ def read_task(task: Task, path: Path, limit: int | None) -> list[Row]:
     return read
 
 
+def count_rows(task: Task, path: Path) -> int:
+    """The number of rows of a file that can be scored: all but those that serve as examples. Rows that are not scored are not checked."""
+    rows = Rows(path)
+    return len(rows) if task.examples is None else sum(not task.is_example(row) for row in rows)
+
+
 def read_examples(task: Task, path: Path, after: int | None, count: int) -> list[Row]:
     """Read the rows that serve as examples: those that the data set keeps for it, `count` of each subset, or the rows after those scored.
 

@@ -62,9 +62,10 @@ def cut_corpus(
     pieces = torch.tensor(tokens[: available * length_of_text]).view(available, length_of_text)[numbers]
     windows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
     if not tokenizer.is_fast:
-        return Corpus(name=name, windows=windows, clusters=list(range(count)))
+        return Corpus(name=name, windows=windows, clusters=list(range(count)), available=available)
     starts = list(accumulate((len(text) + len(between) for text in texts), initial=0))[:-1]
     first = encoded["offset_mapping"][len(ids) - len(tokens) :]  # BOS that the tokenizer added went
     documents = [bisect_right(starts, start) - 1 for start, _ in first]
     spans = [documents[number * length_of_text : (number + 1) * length_of_text] for number in numbers]
-    return Corpus(name=name, windows=windows, clusters=[Counter(span).most_common(1)[0][0] for span in spans])
+    clusters = [Counter(span).most_common(1)[0][0] for span in spans]
+    return Corpus(name=name, windows=windows, clusters=clusters, available=available)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
+from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
+RUN = "run.json"
 RULER = RULER_RESULTS / "measurements.json"
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
 Row = dict[str, Any]
@@ -43,6 +44,8 @@ class Details:
     command: the line that runs it again; None: conf/ has changed, so that no line does.
     measurements: of the pruned model, see results/sparse/details/measurements.json. generations: both models' texts.
     matrices: rows of results/prune/sparsity.json. run: the record of the prune stage. ruler: measurements of quantised models, or none.
+    speed: "dense" and "sparse" -> how fast that model continued the prompts, and on what; as far as it was measured.
+    sensitivity: how far dense and pruned drift apart by style of prompts, see evaluation.comparison.prompt_sensitivity.
     """
 
     experiment: Experiment
@@ -53,6 +56,8 @@ class Details:
     matrices: list[Row]
     run: Row
     ruler: list[Row]
+    speed: dict[str, Row] = field(default_factory=dict)
+    sensitivity: list[Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -154,6 +159,7 @@ def _parsed(text: str, path: Path) -> Any:
 
 def _details(experiment: Experiment, files: _Files) -> Details:
     directory, made = SPARSE_RESULTS / "details", experiment.measurements
+    sensitivity = SPARSE_RESULTS / PROMPT_SENSITIVITY
     return Details(
         experiment=experiment,
         command=command(experiment.params),
@@ -163,7 +169,16 @@ def _details(experiment: Experiment, files: _Files) -> Details:
         matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
         run=files.json(PRUNE_RESULTS / "provenance.json"),
         ruler=_ruler(files, experiment),
+        speed=_speed(files),
+        sensitivity=files.json(sensitivity) if files.has(sensitivity) else [],
     )
+
+
+def _speed(files: _Files) -> dict[str, Row]:
+    """What the evaluations say of generating text; earlier versions say nothing."""
+    paths = {"dense": DENSE_RESULTS / RUN, "sparse": SPARSE_RESULTS / RUN}
+    runs = {name: files.json(path) for name, path in paths.items() if files.has(path)}
+    return {name: {**run["generation"], "device": run["device"]} for name, run in runs.items() if run.get("generation")}
 
 
 def _ruler(files: _Files, experiment: Experiment) -> list[Row]:

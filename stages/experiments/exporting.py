@@ -10,8 +10,9 @@ from typing import Any
 
 from stages.errors import ConfigError
 from stages.evaluation.measurement import as_rows, metrics
+from stages.evaluation.protocol import compared
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.table import base_name, compared, line
+from stages.experiments.table import base_name, line
 
 MODULES = {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}  # extra -> what it brings
 DEFAULTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}  # which clients read when they are imported

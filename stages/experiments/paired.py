@@ -28,6 +28,7 @@ class Verdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     NOISE = "within noise"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +143,11 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
 
 
 def verdict(metric: Metric, estimate: Estimate) -> Verdict:
-    """Whether a difference is one: its interval holds no 0."""
+    """Whether a difference is one: its interval holds no 0; unknown without an interval."""
     interval = estimate.interval
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    if interval is None:
+        return Verdict.UNKNOWN
+    if interval[0] <= 0 <= interval[1]:
         return Verdict.NOISE
     return Verdict.BETTER if (interval[1] < 0) == (metric.better == "lower") else Verdict.WORSE
 

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dvc.api
@@ -10,12 +10,13 @@ from dvc.exceptions import DvcException
 
 from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
-from stages.files import PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
 from stages.recipe import fingerprint
 
 PARAMS = "params.yaml"
 METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
 PROTOCOL, MEASUREMENTS = (str(SPARSE_RESULTS / "details" / name) for name in ("protocol.json", "measurements.json"))
+DENSE_MEASUREMENTS = str(DENSE_RESULTS / "details" / "measurements.json")
 POINT = str(SPARSE_RESULTS / "frontier.json")
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 DIGITS = 40  # of a commit
@@ -28,6 +29,7 @@ class Experiment:
     name: of the experiment; "workspace" for what lies in the workspace. revision: what git knows it by; None for the workspace.
     params: the sections of params.yaml. measurements, prune_metrics: as the evaluate and the prune stage wrote them.
     protocol: of its scores, with the keys that are not compared. method, pattern: what they are called in plots.
+    dense: the dense model's measurements on the same text; none where these cannot be read.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Experiment:
     protocol: dict[str, Any]
     method: str
     pattern: str
+    dense: list[Measurement] = field(default_factory=list)
 
     @property
     def apply(self) -> str | None:
@@ -46,9 +49,16 @@ class Experiment:
 
     def measured(self, metric: str) -> Measurement | None:
         """The measurement of a metric on the first corpus, or of the mean of the tasks; None if it was not made."""
+        return self._of(self.measurements, metric)
+
+    def measured_dense(self, metric: str) -> Measurement | None:
+        """The same of the dense model."""
+        return self._of(self.dense, metric)
+
+    def _of(self, measurements: list[Measurement], metric: str) -> Measurement | None:
         corpus = next(iter(self.protocol["corpora"]))
         keys = ((Kind.CORPUS, corpus, metric), (Kind.MEAN, "tasks", metric))
-        return next((measured for measured in self.measurements if measured.key in keys and measured.style == "raw"), None)
+        return next((measured for measured in measurements if measured.key in keys and measured.style == "raw"), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +132,16 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
         protocol=protocol,
         method=point["method"],
         pattern=point["pattern"],
+        dense=_dense(revision),
     )
+
+
+def _dense(revision: str | None) -> list[Measurement]:
+    """The dense model's measurements, as far as they can be read: a table without them says less, and is right all the same."""
+    try:
+        return from_rows(_read(DENSE_MEASUREMENTS, revision))
+    except (Unreadable, TypeError, KeyError):
+        return []
 
 
 def _require_of_delta(protocol: dict[str, Any]) -> None:

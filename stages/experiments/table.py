@@ -8,10 +8,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from stages.evaluation import limits
 from stages.evaluation.measurement import Difference, Measurement
 from stages.evaluation.metric import Shown
 from stages.evaluation.metrics import shown_measurements
-from stages.evaluation.protocol import NOT_COMPARED, differences
+from stages.evaluation.protocol import compared, differences
 from stages.evaluation.statistics import mean
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
@@ -35,9 +36,8 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
     for group in groups:
         first, own = groups[0][0].protocol, group[0].protocol
         reason = "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
-        perplexity = group[0].measured("perplexity")
-        dense = "" if perplexity is None or perplexity.dense is None else f"; the dense model has {perplexity.dense:.2f}"
-        pieces.append(f"{title(group[0])}{dense}{reason}\n\n{of_settings(group) if seeds else of_experiments(group, commands=commands)}\n")
+        of_group = of_settings(group) if seeds else of_experiments(group, commands=commands)
+        pieces.append(f"{title(group[0])}{dense_words(group[0])}{reason}\n\n{of_group}\n")
     if not experiments:
         pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
     pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
@@ -74,11 +74,22 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
 
 
 def title(experiment: Experiment) -> str:
-    """What was pruned, and what it was scored on."""
+    """What was pruned, what it was scored on, and how the columns are made of that."""
     protocol = experiment.protocol
-    tasks = [f"{task} ({facts['rows']})" for task, facts in protocol["tasks"].items()]
-    corpora = " and ".join(scored_text(protocol, corpus) for corpus in protocol["corpora"])
-    return f"{base_name(experiment)}; perplexity on {corpora}" + (f"; tasks, with their rows: {', '.join(tasks)}" if tasks else "")
+    tasks = [f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items()]
+    first, *others = protocol["corpora"]
+    more = f" (make compare has {' and '.join(others)}, too)" if others else ""
+    corpora = f"perplexity and KLD on {scored_text(protocol, first)}{more}"
+    accuracy = f"; accuracy: the mean over tasks, every task alike; tasks, with their rows: {', '.join(tasks)}" if tasks else ""
+    return f"{base_name(experiment)}; {corpora}{accuracy}"
+
+
+def dense_words(experiment: Experiment) -> str:
+    """The dense model's perplexity, with its standard error where that is known."""
+    ours, dense = experiment.measured("perplexity"), experiment.measured_dense("perplexity")
+    if dense is not None:
+        return f"; the dense model has {_cell(dense, 2)}"
+    return "" if ours is None or ours.dense is None else f"; the dense model has {ours.dense:.2f}"
 
 
 def base_name(experiment: Experiment) -> str:
@@ -192,11 +203,6 @@ def said(differing: dict[str, tuple[Any, Any]]) -> str:
 def _protocol(experiment: Experiment) -> str:
     """What is compared of a protocol, whatever the order of its keys."""
     return json.dumps(compared(experiment.protocol), sort_keys=True)
-
-
-def compared(protocol: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal before two results are compared."""
-    return {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
 
 
 def short(value: Any) -> str:

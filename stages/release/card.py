@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
-from stages.evaluation.measurement import Kind, Measurement
+from stages.evaluation import limits
+from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.evaluation.metrics import shown_measurements
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
@@ -45,7 +46,7 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
         EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
-            dataset_name=f"{row['task']}, {row['rows']} rows, {shots(protocol['tasks'][row['task']])}",
+            dataset_name=asked(protocol, row["task"]),
             metric_type="accuracy" if row["metric"] == "acc" else row["metric"],
             metric_value=round(row["sparse"], 4),
         )
@@ -166,9 +167,9 @@ def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, A
     return "".join(f"{line}\n" for line in lines)
 
 
-def errors(summary: dict[str, float]) -> str:
-    """The relative errors, on calibration tokens and on windows held out."""
-    fitted = f"{summary['relative_error']:.4f} on calibration tokens"
+def errors(summary: dict[str, float], tokens: int | None) -> str:
+    """The relative errors, on calibration tokens and on windows held out. tokens: about how many of each; None: not known."""
+    fitted = f"{summary['relative_error']:.4f} on {'' if tokens is None else f'about {tokens} '}calibration tokens"
     return f"{fitted}, {summary['relative_error_held_out']:.4f} on windows held out" if "relative_error_held_out" in summary else fitted
 
 
@@ -176,9 +177,10 @@ def errors(summary: dict[str, float]) -> str:
 
 
 def scored_text(protocol: dict[str, Any], corpus: str) -> str:
-    """The text of the perplexity: corpus, tokens, windows, and whether each begins with BOS."""
-    windows = protocol["corpora"][corpus]
-    return f"{corpus}, {windows['tokens']} tokens in windows of {windows['window_length']}{words(protocol['bos'])}"
+    """The text of the perplexity: corpus, tokens, windows, which of the corpus's they are, and whether each begins with BOS."""
+    windows, some = protocol["corpora"][corpus], limits.windows_of(protocol, corpus)
+    cut = f"{windows['tokens']} tokens in windows of {windows['window_length']}"
+    return f"{corpus}, {cut}{some and ', '}{some}{words(protocol['bos'])}"
 
 
 def energy_of(run: dict[str, Any]) -> str:
@@ -202,8 +204,7 @@ def results_table(records: Records) -> str:
         lines += corpus_lines(corpus, scored_text(records.protocol, corpus), dense, sparse)
     for task in records.tasks:
         label = "accuracy" if task["metric"] == "acc" else task["metric"]
-        asked = shots(records.protocol["tasks"][task["task"]])
-        row(f"{task['task']}, {task['rows']} rows, {asked}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
+        row(f"{asked(records.protocol, task['task'])}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
     mean = sparse.get((Kind.MEAN, "tasks", "accuracy"))
     if mean is not None and mean.difference is not None:
         row(mean.label, mean.key, 3, mean.difference.shown(3))
@@ -227,6 +228,45 @@ def corpus_lines(corpus: str, text: str, dense: Measured, sparse: Measured) -> l
         cells = ["" if other is None else other.shown(shown.digits), measured.shown(shown.digits), ", ".join(beside)]
         lines.append(f"| {shown.words}, {text if not lines else corpus} | {' | '.join(cells)} |")
     return lines
+
+
+def asked(protocol: dict[str, Any], task: str) -> str:
+    """The questions of a task: which of its rows, after how many examples."""
+    facts = protocol["tasks"][task]
+    return f"{task}, {limits.rows_of(facts)}, {shots(facts)}"
+
+
+def limitation(protocol: dict[str, Any]) -> str:
+    """Markdown: that rows or windows were left out or cut, where some were."""
+    rows = protocol["evaluation"]["rows"]
+    some = rows is not None and any(limits.may_be_limited(facts) for facts in protocol["tasks"].values())
+    lines = [f"Only the first {rows} rows of each task were scored: the error bars are wide."] if some else []
+    for corpus, facts in protocol["corpora"].items():
+        if facts["windows"] < (facts.get("available") or 0):
+            lines.append(f"Of {corpus}, {limits.windows_of(protocol, corpus)} were scored.")
+    return "".join(f"\n{line}\n" for line in [*lines, *limits.remarks(protocol)])
+
+
+def sensitivity_table(records: Records) -> str:
+    """Markdown: how far both models drift apart by style of prompts; nothing where tasks were asked raw alone."""
+    styles = records.protocol.get("styles", {})
+    skipped = [f"The style {name} was skipped: {facts['skipped']}." for name, facts in styles.items() if facts["skipped"] is not None]
+    if not records.sensitivity and not skipped:
+        return ""
+    lines = ["", "### Prompt sensitivity", ""]
+    if records.sensitivity:
+        lines += ["| style | task | sparse against dense, raw | in the style | drift | of |", "|---|---|---|---|---|---|"]
+        lines += [_drift(row) for row in records.sensitivity]
+        said = "Drift is the difference of both differences, paired by row, with its 95% interval; below 0 the sparse model loses more"
+        lines += ["", f"{said} in the style than raw."]
+    return "\n".join([*lines, *(f"\n{words}" for words in skipped), ""])
+
+
+def _drift(row: dict[str, Any]) -> str:
+    task = "mean, every task alike" if row["task"] is None else row["task"]
+    ends = " (no interval)" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    numbers = f"{row['raw']:+.3f} | {row['styled']:+.3f} | {row['drift']:+.3f}{ends} | {row['count']} {row['counted']}"
+    return f"| {row['style']} | {task} | {numbers} |"
 
 
 def shots(task: dict[str, Any]) -> str:
@@ -259,6 +299,50 @@ def generations_table(generations: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def degeneration_table(records: Records) -> str:
+    """Markdown: how far both models' continuations degenerate, by form of the prompts; nothing where none was generated."""
+    rows = [measured for measured in records.sparse if measured.kind == Kind.GENERATION]
+    if not rows:
+        return ""
+    dense = {measured.key: measured for measured in records.dense}
+    lines = ["", "| prompts | measure | dense | sparse | sparse against dense | answers |", "|---|---|---|---|---|---|"]
+    for measured in rows:
+        other = dense[measured.key].shown(3) if measured.key in dense else ""
+        apart = "not paired" if measured.difference is None else f"{measured.difference.shown(3)}{interval(measured.difference)}"
+        lines.append(f"| {measured.name} | {measured.label} | {other} | {measured.shown(3)} | {apart} | {measured.count} |")
+    few = "Of so few answers these say only whether a model has collapsed. Distinct-n is of all answers together and has no error."
+    return "\n".join([*lines, "", few, ""])
+
+
+def interval(difference: Difference) -> str:
+    """The interval of a difference in brackets, with a space before it, or that there is none."""
+    return " (no interval)" if difference.low is None else f" [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def size_table(records: Records) -> str:
+    """Markdown: the bytes of the matrices in scope in their several forms."""
+    sizes = [measured for measured in records.sparse if measured.kind == Kind.SIZE]
+    if not sizes:
+        return "(not measured in this evaluation)"
+    dense = next(measured.value for measured in sizes if measured.metric == "dense_bytes")
+    lines = [f"| of {sizes[0].count} matrices | bytes | of dense |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {one.label} | {one.value:,.0f} | {one.value / dense:.3f} |" for one in sizes)])
+
+
+def speed(records: Records) -> str:
+    """How fast both models continued the prompts, one run each; that it was not measured, where nothing was generated."""
+    runs = {"dense": records.dense_run, "sparse": records.sparse_run}
+    if not all(run.get("generation") for run in runs.values()):
+        return "Tokens a second were not measured."
+    said = [f"{name} {_pace(run)}" for name, run in runs.items()]
+    return f"Greedy continuation of {limits.counted(len(records.protocol['prompts']), 'prompt')}, one run: {'; '.join(said)}."
+
+
+def _pace(run: dict[str, Any]) -> str:
+    made = run["generation"]
+    return f"{made['tokens_per_second']:.2f} tokens a second ({made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']})"
+
+
 # How to make it again.
 
 
@@ -279,10 +363,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
     recipe, base, run = delta.recipe, records.base, records.run
     begun = words(records.calibration["bos"]["token"])
     notes = exceptions(delta.matrices, recipe.method, run)
-    rows = records.protocol["evaluation"]["rows"]
     says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
-    some = f"\nOnly the first {rows} rows of each task were scored: the error bars are wide.\n"
-    limited = some if rows is not None and records.tasks else ""
     competing = PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"])
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
     measured = ", before the last blocks were trained together" if together else ""
@@ -313,7 +394,7 @@ client loads them. Zeros alone make no file smaller and no client faster.
 - Order: block after block, each for the inputs that its {recipe.prune["propagate"]} predecessors give it.
 - Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}; windows with SHA-256 `{recipe.calibration}`{begun}.
   provenance.json has every document and offset.
-- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary)}.
+- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary, recipe.prune.get("error_tokens"))}.
 {notes}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
 
 ## Results
@@ -324,12 +405,19 @@ client loads them. Zeros alone make no file smaller and no client faster.
 one draw. Sparse against dense is measured on the same windows and rows; in brackets stands an interval of 95%. Where it holds 0, these
 rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly.
 Tasks are scored by lm-eval {run["versions"]["lm-eval"]}; accuracy is without length normalisation.
-{limited}
+{limitation(records.protocol)}{sensitivity_table(records)}
 ## Generations
 
 Greedy continuations, dense and sparse.
 
 {says}
+{degeneration_table(records)}
+## Size and speed
+
+{size_table(records)}
+
+Packed is one bit a weight and the kept weights as stored; no file here is packed. {speed(records)} That is no comparison of speed: the
+tensors are dense, zeros in them make no client faster, and no speed-up was measured or is claimed.
 
 ## Intended use
 

@@ -16,11 +16,12 @@ from stages.config.environment import Environment
 from stages.errors import ReleaseError
 from stages.evaluation.measurement import Measurement, from_rows
 from stages.evaluation.protocol import EMBEDDED, read_protocol, require_same
-from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
+from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
 from stages.pruning.section import ANY_MACHINE
 from stages.recipe import Recipe
 
 PROTOCOL, MEASUREMENTS = "details/protocol.json", "details/measurements.json"
+RUN = "run.json"
 EVALUATE_DENSE = "python -m stages.evaluate part=dense"
 EVALUATE_SPARSE = "python -m stages.evaluate part=sparse"
 RUN_FACTS = (
@@ -49,7 +50,8 @@ class Records:
 
     base, text, calibration, prune: the provenance of each. dense, sparse: measurements. dense_protocol, protocol: what the measurements
     of the dense and of the pruned model mean. tasks: both models on the same rows, a row a task, see
-    evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'.
+    evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'. dense_run, sparse_run: what the evaluations took.
+    sensitivity: a row for each other style of prompts and task, see evaluation.comparison.prompt_sensitivity.
     """
 
     base: Data
@@ -62,6 +64,9 @@ class Records:
     protocol: Data
     tasks: list[Data]
     generations: list[Data]
+    dense_run: Data
+    sparse_run: Data
+    sensitivity: list[Data]
 
     @classmethod
     def read(cls) -> "Records":
@@ -69,6 +74,7 @@ class Records:
         Raises:
             SparsesweepError: a file is missing; names it.
         """
+        sensitivity = SPARSE_RESULTS / PROMPT_SENSITIVITY
         return cls(
             base=read_json(BASE / PROVENANCE),
             text=read_json(TEXT / PROVENANCE),
@@ -80,6 +86,9 @@ class Records:
             protocol=read_json(SPARSE_RESULTS / PROTOCOL),
             tasks=read_json(SPARSE_RESULTS / "details/paired.json"),
             generations=read_json(SPARSE_RESULTS / "details/generations.json"),
+            dense_run=read_json(DENSE_RESULTS / RUN),
+            sparse_run=read_json(SPARSE_RESULTS / RUN),
+            sensitivity=read_json(sensitivity) if sensitivity.is_file() else [],
         )
 
     def require_of(self, delta: SparseDelta) -> None:

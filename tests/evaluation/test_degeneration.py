@@ -4,6 +4,7 @@ import pytest
 
 from stages.evaluation.degeneration import distinct, measure, ngrams, repeated
 from stages.evaluation.measurement import Better, Kind
+from stages.evaluation.statistics import accuracy_interval, difference_interval
 
 
 def tokens(text: str) -> list[int]:
@@ -38,6 +39,15 @@ def test_the_pruned_model_is_compared_with_the_dense_one_by_form():
     assert (chat.value, chat.count, chat.stderr) == (1.0, 1, None)
     assert (found["raw", "distinct_1"].value, found["raw", "distinct_1"].dense) == (pytest.approx(1 / 7), pytest.approx(7 / 11))
     assert found["raw", "distinct_1"].better == Better.HIGHER
+
+
+def test_a_few_answers_that_all_agree_have_an_interval_of_some_width():
+    rows = [{"prompt": str(number), "raw": "abcdefg"} for number in range(3)]
+    empty, *_ = measure(rows, rows, tokens)
+    assert (empty.value, empty.stderr, empty.difference.value) == (0.0, 0.0, 0.0)
+    assert (empty.low, empty.high) == accuracy_interval([0.0] * 3, range(3))
+    assert (empty.difference.low, empty.difference.high) == difference_interval([0.0] * 3, [0.0] * 3, range(3))
+    assert empty.high > 0 and empty.difference.low < 0 < empty.difference.high
 
 
 def test_no_answers_are_no_measurements():

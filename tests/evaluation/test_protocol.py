@@ -8,6 +8,7 @@ from stages.evaluation.protocol import (
     CorpusProtocol,
     Protocol,
     TaskProtocol,
+    compared,
     differences,
     read_protocol,
     require_same,
@@ -104,6 +105,21 @@ def test_a_file_that_is_no_protocol_is_named(tmp_path, content, message):
         (tmp_path / "protocol.json").write_text(content)
     with pytest.raises(ComparisonError, match=message):
         read_protocol(tmp_path / "protocol.json")
+
+
+def test_what_was_left_out_is_no_difference_of_two_protocols(tmp_path):
+    """Older results do not say how many rows and windows there are; they are of the same text all the same."""
+    tasks = {"boolq": replace(PROTOCOL.tasks["boolq"], available=3270, asked=4, parts=1, context=512)}
+    newer = replace(PROTOCOL, corpora={"articles": replace(ARTICLES, available=300)}, tasks=tasks)
+    require(PROTOCOL, newer)
+    assert compared(asdict(newer)) == compared(asdict(PROTOCOL))
+    older = asdict(newer)
+    for key in ("available", "asked", "parts", "context"):
+        del older["tasks"]["boolq"][key]
+    del older["corpora"]["articles"]["available"]
+    (tmp_path / "protocol.json").write_text(json.dumps({**older, "evaluation": {}, "delta": None}))
+    assert read_protocol(tmp_path / "protocol.json") == PROTOCOL
+    assert compared(older) == compared(asdict(PROTOCOL))
 
 
 def test_versions_are_of_the_packages_that_compute():

@@ -6,7 +6,16 @@ import random
 import pytest
 from scipy.stats import sem, t, ttest_1samp, ttest_rel
 
-from stages.evaluation.statistics import Estimate, accuracy_interval, difference, difference_interval, mcnemar, mean, mean_of_independent
+from stages.evaluation.statistics import (
+    Estimate,
+    accuracy_interval,
+    contrast_of_rows,
+    difference,
+    difference_interval,
+    mcnemar,
+    mean,
+    mean_of_independent,
+)
 
 VALUES = [0.2, 1.0, 0.0, 0.7, 0.7, 0.1]
 OTHERS = [0.1, 1.0, 0.3, 0.2, 0.9, 0.4]
@@ -117,3 +126,12 @@ def test_a_mean_of_independent_estimates_has_satterthwaites_degrees_of_freedom()
     assert mean_of_independent([certain, certain]).clusters == 11
     unknown = Estimate(value=0.4, stderr=None, count=1, clusters=1)
     assert mean_of_independent([equal, unknown]).interval is None
+
+
+def test_a_contrast_of_whole_values_has_a_width_where_all_agree():
+    agreed = contrast_of_rows([0.0] * 4, range(4))
+    assert (agreed.value, agreed.stderr) == (0.0, 0.0)
+    assert agreed.interval == pytest.approx(mean([0.0] * 4 + [1.0, -1.0]).interval)
+    assert contrast_of_rows([2.0] * 2, range(2)).interval[1] == 2.0
+    shares = [0.25, -0.5, 0.1]
+    assert contrast_of_rows(shares, range(3)).interval == mean(shares).interval

@@ -1,7 +1,7 @@
 import pytest
 
 from stages.errors import TextError
-from stages.evaluation.tasks import TASKS, read_examples, read_task
+from stages.evaluation.tasks import TASKS, count_rows, read_examples, read_task
 from tests import tiny
 from tests.evaluation.rows import GOOD
 
@@ -93,6 +93,13 @@ def test_an_answer_that_is_no_choice_is_named(tmp_path, name, changes, message):
     path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD[name], {**GOOD[name], **changes}])
     with pytest.raises(TextError, match=rf"a\.jsonl, line 2, {message}"):
         read_task(TASKS[name], path, None)
+
+
+def test_rows_that_can_be_scored_are_counted_without_examples(tmp_path):
+    path = tiny.write_lines(tmp_path / "a.jsonl", [GOOD["piqa"]] * 3)
+    assert count_rows(TASKS["piqa"], path) == 3
+    path = tiny.write_lines(tmp_path / "b.jsonl", [GOOD["mmlu"], {**GOOD["mmlu"], "split": "dev"}])
+    assert count_rows(TASKS["mmlu"], path) == 1
 
 
 def test_rows_beyond_the_limit_are_not_read(tmp_path):

@@ -28,6 +28,13 @@ def test_windows_are_the_joined_text_cut_and_the_remainder_dropped():
     assert torch.equal(cut(texts, 16, None, evenly=True), windows)
 
 
+def test_a_corpus_knows_how_many_windows_it_has():
+    texts = tiny.sentences(4, seed=0)
+    whole = cut_corpus("articles", texts, tiny.tokenizer(), 16, None, tiny.NO_BOS)
+    some = cut_corpus("articles", texts, tiny.tokenizer(), 16, 3, tiny.NO_BOS)
+    assert whole.available == some.available == len(whole.windows) > len(some.windows)
+
+
 def test_a_window_is_of_the_document_that_most_of_its_tokens_are_of():
     texts = [" ".join(["river"] * count) for count in (40, 2, 40)]
     corpus = cut_corpus("articles", texts, tiny.tokenizer(), 10, None, tiny.NO_BOS)

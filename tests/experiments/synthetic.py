@@ -1,10 +1,12 @@
 """Evaluated experiments with plausible numbers from a seeded generator, in the form in which the stages write them."""
 
 import copy
+import json
 import math
 import random
 from typing import Any
 
+from stages.evaluation import degeneration
 from stages.evaluation.measurement import as_rows, from_rows
 from stages.evaluation.statistics import Estimate, difference, mean
 from stages.experiments.details import Details, Scores, of_dense
@@ -23,7 +25,7 @@ PARAMS: dict[str, Any] = {
     "method": {"score": {"name": "wanda"}, "comparison_group": "row", "update": {"name": "none"}, "damping": {"share": 0.01}},
     "allocation": {"name": "uniform"},
     "reconstruction": {"name": "none"},
-    "prune": {"device": "auto", "dtype": "auto", "micro_batch": None, "propagate": "pruned"},
+    "prune": {"device": "auto", "dtype": "auto", "micro_batch": None, "error_tokens": 256, "propagate": "pruned"},
     "evaluation": {"name": "quick", "tasks": list(TASKS), "rows": 60, "generations": {"new_tokens": 48, "prompts": list(PROMPTS)}},
     "publish": {"name": None},
 }
@@ -72,7 +74,9 @@ def details(
     numbers = random.Random(f"{name} {method} {pattern} {sparsity} {seed}")
     harder = {"unstructured": 1.0, "2:4": 2.1, "4:8": 1.5}[pattern]
     scores = sparse_scores(dense, METHODS[method] * harder * 0.6 * (sparsity / 0.5) ** 4, numbers)
-    rows = as_rows(from_rows(measurements(scores, dense)))
+    generations = [_texts(prompt, method) for prompt in PROMPTS]
+    rows = as_rows(from_rows(measurements(scores, dense))) + as_rows(from_rows(_degeneration(generations)))
+    rows += as_rows(from_rows(_sizes(sparsity)))
     return Details(
         experiment=Experiment(
             name=name,
@@ -82,10 +86,10 @@ def details(
             prune_metrics={"sparsity": sparsity, "seconds": 40.0},
             protocol={
                 "base": "f" * 64,
-                "corpora": {"wikipedia": {"window_length": TOKENS, "tokens": WINDOWS * TOKENS}},
+                "corpora": {corpus: _windows() for corpus in dense.windows},
                 "bos": None,
-                "tasks": {},
-                "evaluation": {},
+                "tasks": {task: _rows(len(of["acc"])) for task, of in dense.rows.items()},
+                "evaluation": {"rows": 60, "corpora": {corpus: {"evenly": False} for corpus in dense.windows}},
                 "delta": name,
                 **protocol,
             },
@@ -95,7 +99,7 @@ def details(
         command=f"dvc exp run -S method={method} -S pattern.sparsity={sparsity} -S calibration.seed={seed}",
         measurements=rows,
         scores=scores,
-        generations=[_texts(prompt, method) for prompt in PROMPTS],
+        generations=generations,
         matrices=[_matrix(block, kind, sparsity, numbers) for block in range(blocks) for kind in MATRICES],
         run={
             "seconds": round(40 * METHODS["magnitude"] / METHODS[method] * numbers.uniform(0.9, 1.1), 2),
@@ -104,6 +108,7 @@ def details(
             "device": "AMD EPYC, 2 threads",
         },
         ruler=[],
+        speed={name: {**_SPEED, "tokens_per_second": pace} for name, pace in (("dense", 12.0), ("sparse", 12.5))},
     )
 
 
@@ -136,7 +141,7 @@ def group(seed: int = 0, *, sparsities: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7,
 
 def other_group() -> Group:
     """Two experiments of another protocol."""
-    dense = dense_scores(1, 20)
+    dense = dense_scores(1)
     results = [details(f"{method}-bos", method, "unstructured", dense, bos=1) for method in ("wanda", "sparsegpt")]
     return Group(results=results, dense=of_dense(dense), differs={"bos": (1, None), "windows_sha256": ("a" * 64, "b" * 64)})
 
@@ -179,6 +184,7 @@ def measurements(scores: Scores, dense: Scores) -> list[dict[str, Any]]:
     return rows
 
 
+_SPEED = {"tokens": 240, "seconds": 20.0, "device": "AMD EPYC, 2 threads"}
 _NO_ERROR = {"stderr": None, "low": None, "high": None}
 _NO_DENSE = {"dense": None, "difference": None}
 _COUNTED = {"counted": "rows", "unit": "", "better": "higher"}
@@ -187,6 +193,15 @@ _COUNTED = {"counted": "rows", "unit": "", "better": "higher"}
 def _fields(estimate: Estimate) -> dict[str, Any]:
     low, high = estimate.interval or (None, None)
     return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
+
+
+def _windows() -> dict[str, Any]:
+    return {"window_length": TOKENS, "windows": WINDOWS, "tokens": WINDOWS * TOKENS, "available": 301}
+
+
+def _rows(rows: int) -> dict[str, Any]:
+    facts = {"few_shot": 0, "metrics": ["acc"], "macro": [], "cut": 0, "parts": 1, "context": 2048}
+    return {**facts, "rows": rows, "available": 3270, "asked": rows}
 
 
 def _params(method: str, pattern: str, sparsity: float, seed: int) -> dict[str, Any]:
@@ -213,6 +228,26 @@ def _texts(prompt: str, method: str) -> dict[str, str]:
             "chat_sparse": f"Here is{said}",
         }
     )
+
+
+def _degeneration(generations: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """What the evaluation measures of these; a token is a letter."""
+    ours, theirs = ([_answers(row, of) for row in generations] for of in ("sparse", "dense"))
+    return json.loads(json.dumps(as_rows(degeneration.measure(ours, theirs, lambda text: list(map(ord, text))))))
+
+
+def _sizes(sparsity: float) -> list[dict[str, Any]]:
+    sizes = {"dense_bytes": 2.0, "mask_bytes": 0.125, "delta_bytes": 0.127, "packed_bytes": 0.125 + 2 * (1 - sparsity)}
+    facts = {"kind": "size", "name": "matrices", "count": BLOCKS * len(MATRICES), "counted": "matrices", "clusters": 1, "unit": "bytes"}
+    return [
+        {**facts, "metric": metric, "label": metric, "value": 69672960 * of, "better": "lower", **_NO_ERROR, **_NO_DENSE}
+        for metric, of in sizes.items()
+    ]
+
+
+def _answers(row: dict[str, str], of: str) -> dict[str, str]:
+    """One model's continuations of a prompt."""
+    return {form: row[f"{form}_{of}"] for form in ("raw", "chat") if f"{form}_{of}" in row}
 
 
 def _matrix(block: int, kind: str, sparsity: float, numbers: random.Random) -> dict[str, Any]:

@@ -35,6 +35,9 @@ def repository(tmp_path_factory) -> tuple[Path, str]:
     (root / "results/prune").mkdir()
     (root / "results/prune/sparsity.json").write_text(json.dumps(details.matrices))
     (root / "results/prune/provenance.json").write_text(json.dumps(details.run))
+    for name, speed in details.speed.items():
+        of_run = {"device": speed["device"], "generation": {key: value for key, value in speed.items() if key != "device"}}
+        (root / "results" / name / "run.json").write_text(json.dumps(of_run))
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "One experiment"]):
         subprocess.run(command, cwd=root, env=ENVIRONMENT, check=True)
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, env=ENVIRONMENT, check=True, capture_output=True, text=True)
@@ -57,8 +60,28 @@ def test_all_of_an_experiment_is_read(experiment, repository, of_commit):
     assert found.scores == wanted.scores
     assert found.measurements == wanted.measurements
     assert (found.generations, found.matrices, found.run, found.ruler) == (wanted.generations, wanted.matrices, wanted.run, [])
+    assert found.speed == wanted.speed
     assert (found.command, found.sparsity, found.asked) == ("dvc exp run", 0.5, "unstructured 50%")
     assert dense.windows["wikipedia"]["kld"] == [0.0] * synthetic.WINDOWS
+
+
+def test_a_speed_that_was_not_measured_is_none(experiment, repository):
+    dense, sparse = (repository[0] / "results" / name / "run.json" for name in ("dense", "sparse"))
+    before = dense.read_text(), sparse.read_text()
+    dense.unlink()  # an older result
+    sparse.write_text('{"device": "a CPU", "generation": null}')
+    ((found,), _, _) = read_details([experiment])
+    dense.write_text(before[0])
+    sparse.write_text(before[1])
+    assert found.speed == {}
+
+
+def test_the_drift_by_style_is_read_where_there_is_one(experiment, repository):
+    path = repository[0] / "results/sparse/details/prompt_sensitivity.json"
+    path.write_text('[{"style": "chat"}]')
+    ((found,), _, _) = read_details([experiment])
+    path.unlink()
+    assert found.sensitivity == [{"style": "chat"}]
 
 
 def test_a_ruler_is_read_where_there_is_one(experiment, repository):

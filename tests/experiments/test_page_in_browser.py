@@ -1,7 +1,9 @@
 """The page in a real browser: what can be chosen and what follows, by mouse and by keyboard; its numbers against the statistics."""
 
 import json
+import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stages.evaluation.statistics import accuracy_interval, mcnemar
 from stages.experiments.details import of_dense
 from stages.experiments.page.content import metric_facts
 from stages.experiments.page.writing import html
@@ -20,7 +23,7 @@ if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
 
-SECONDS = 2.0  # within which the page is open
+SECONDS, BYTES = 2.0, 5 * 10**6  # within which the page is open, and below which its size is
 GROUPS = [synthetic.group(), synthetic.other_group()]
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 ROWS = "#table tbody tr"
@@ -113,7 +116,7 @@ def test_differences_to_the_baseline_are_those_of_the_statistics(page, baseline)
                 const estimate = pairedDifference(group(), of, one, model(baseline));
                 return [one.name, estimate.value, estimate.stderr, estimate.clusters, intervalOf(estimate, data.quantiles)];
             })""",
-            [metric_facts(metric), baseline],
+            [metric_facts(GROUPS[0], metric), baseline],
         )
         for name, value, stderr, clusters, interval in found:
             wanted = apart(metric, known[name], known[baseline])
@@ -133,7 +136,7 @@ def test_any_row_becomes_the_baseline(page):
     assert page.locator(".baseline .delta").count() == 0
     row = page.locator(f"{ROWS}:has([data-pin='admm-50'])")
     assert "better" in row.inner_text()  # in words, not by colour alone
-    assert page.inner_text("#verdict").startswith("Against sparsegpt-50, in perplexity on wikipedia: ")
+    assert page.inner_text("#verdict").startswith("Against sparsegpt-50, in perplexity on wikipedia, on 18,414 tokens")
     page.select_option("#baseline", "dense")
     assert page.inner_text(".baseline th").startswith("dense")
 
@@ -163,7 +166,45 @@ def test_a_point_tells_its_numbers(page):
     page.locator("#frontier .mark-symbol.role-mark path").last.hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible")
     told = page.inner_text("#vg-tooltip-element")
-    assert all(words in told for words in ("perplexity on wikipedia", "against dense", "18,414 tokens", "seconds"))
+    assert all(words in told for words in ("perplexity on wikipedia", "against dense", "18,414 tokens", "69,672,960", "seconds"))
+
+
+def test_counts_stand_in_the_text_of_the_table(page):
+    """Neither a mouse nor a screen is needed to read them."""
+    head = page.inner_text("#table thead")
+    assert head.count("on 18,414 tokens in 7 documents, the first 18 of 301 windows") == 2
+    assert "on 9 tasks, 60 rows each, the first of 3,270" in head
+    assert "of 69,672,960 weights" in head
+    assert page.locator("#table [title]").count() == 0
+    assert ", on 18,414 tokens in 7 documents, the first 18 of 301 windows: " in page.inner_text("#verdict")
+    assert page.text_content("#references").startswith("Lines, on 18,414 tokens in 7 documents")
+
+
+def test_the_table_of_tasks_has_intervals_flips_and_mcnemars_test(page):
+    page.click("summary:has-text('Numbers of this plot')")
+    cells = [cell.split("\t") for cell in page.inner_text("#task-table tbody").splitlines()]
+    task, rows, experiment, baseline, accuracy, _, lost, gained, p_value, _ = cells[0]
+    assert (task, rows) == ("boolq", "first 60 of 3,270 rows")
+    assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", baseline) and "[" in accuracy
+    details = next(details for details in GROUPS[0].results if experiment.startswith(f"{details.name}:"))
+    pairs = list(zip(details.scores.rows["boolq"]["acc"], GROUPS[0].dense.rows["boolq"]["acc"], strict=True))
+    assert (int(lost), int(gained)) == (sum(here < there for here, there in pairs), sum(here > there for here, there in pairs))
+    assert float(p_value) == pytest.approx(mcnemar(int(lost), int(gained)), rel=0.05)
+    for flips in ((0, 0), (3, 3), (1, 9), (40, 900)):
+        assert page.evaluate("([lost, gained]) => mcnemar(lost, gained)", flips) == pytest.approx(mcnemar(*flips), rel=1e-6, abs=1e-300)
+
+
+def test_without_an_interval_a_difference_is_unknown(browser, tmp_path):
+    group = GROUPS[1]
+    alone = {"wikipedia": [0] * synthetic.WINDOWS}
+    members = [replace(details, scores=replace(details.scores, window_clusters=alone)) for details in group.results]
+    path = tmp_path / "index.html"
+    path.write_text(html([replace(group, results=members, dense=replace(group.dense, window_clusters=alone))], []), encoding="utf8")
+    page = opened(browser, path)
+    assert "(no interval: 1 document) unknown" in page.inner_text(f"{ROWS}:has([data-pin='wanda-bos'])")
+    assert "2 (wanda-bos, sparsegpt-bos) unknown without an interval." in page.inner_text("#verdict")
+    assert "Of 1 of 1 pair it is unknown" in page.inner_text(".noise:visible")
+    page.context.close()
 
 
 def test_other_protocols_have_axes_and_tables_of_their_own(page):
@@ -185,6 +226,49 @@ def test_experiments_are_chosen_for_the_sections_below(page):
     assert "not through the chat template: the template wants" in page.inner_text("#generations")
     page.click("summary:has-text('Numbers of this plot')")
     assert "wanda-50: wanda, unstructured 50%" in page.inner_text("#task-table")
+
+
+def test_degeneration_stands_beside_the_generations(page):
+    rows = [row.split("\t") for row in page.inner_text("#degeneration-table tbody").splitlines()]
+    assert len(rows) == 6 * 2 * 4  # experiments, forms, measures
+    found = next(row for row in rows if row[:2] == ["raw", "share of empty answers"] and row[2].startswith("admm-50:"))
+    low, high = accuracy_interval([0.0] * 3, range(3))
+    assert found[3:] == ["3", "0.000", f"0.000 [{low:.3f}, {high:.3f}]", found[6]]
+    assert re.fullmatch(r"\+0\.000 \[−0\.\d{3}, \+0\.\d{3}\]", found[6])
+    assert any(row[1] == "distinct-1" and row[6].endswith(" (no interval)") for row in rows)
+    page.select_option("#group", "1")
+    assert page.locator("#degeneration-table tbody tr").count() == 8 * page.locator("[data-choose]:checked").count()
+
+
+def test_drift_by_style_is_shown_where_styles_were_asked(browser, tmp_path):
+    facts = {"style": "chat", "metric": "acc", "better": "higher", "raw": -0.25, "styled": -0.75, "drift": -0.5, "stderr": 0.25}
+    rows = [
+        {**facts, "task": "boolq", "count": 20, "counted": "rows", "low": -0.9, "high": -0.1},
+        {**facts, "task": None, "count": 1, "counted": "tasks", "low": None, "high": None},
+    ]
+    first, second = GROUPS[1].results
+    path = tmp_path / "index.html"
+    path.write_text(html([replace(GROUPS[1], results=[replace(first, sensitivity=rows), second])], []), encoding="utf8")
+    page = opened(browser, path)
+    for name in ("wanda-bos", "sparsegpt-bos"):
+        page.check(f"[data-choose='{name}']")
+    found = [row.split("\t") for row in page.inner_text("#styles-table tbody").splitlines()]
+    title = "wanda-bos: wanda, unstructured 50%"
+    assert found == [
+        ["chat", "boolq", title, "20 rows", "−0.250", "−0.750", "−0.500 [−0.900, −0.100]", "worse"],
+        ["chat", "mean, every task alike", title, "1 task", "−0.250", "−0.750", "−0.500 (no interval)", "unknown"],
+    ]
+    page.uncheck("[data-choose='wanda-bos']")
+    assert page.is_hidden("#styles")
+    page.context.close()
+
+
+def test_sizes_and_speed_are_shown_and_no_speed_up_is_claimed(page):
+    rows = [row.split("\t") for row in page.inner_text("#size-table tbody").splitlines()]
+    found = next(row for row in rows if row[0].startswith("admm-50:"))
+    assert found[1:6] == ["210", "139.3 MB", "8.7 MB (6.3%)", "8.8 MB (6.4%)", "78.4 MB (56.3%)"]
+    assert found[6:] == [f"{pace} (240 tokens, 3 prompts, AMD EPYC, 2 threads)" for pace in ("12.50", "12.00")]
+    assert "no speed-up was measured or is claimed" in " ".join(page.inner_text("#size").split())
 
 
 def test_only_parameters_that_differ_are_shown_until_all_are_asked(page):
@@ -212,6 +296,10 @@ def test_blocks_are_shown_of_any_experiment(page):
     assert page.inner_text("#matrices-about").startswith("wanda-60: wanda, unstructured 60%: 69,672,960 weights in 210 matrices, each")
     page.locator("#relative_error").scroll_into_view_if_needed()
     page.wait_for_selector("#relative_error svg .mark-rect path")
+    about = "each calibrated on 16,384 tokens. Errors are measured on about 256 of these, and on as many of the windows held out."
+    assert about in page.inner_text("#matrices-about")
+    page.locator("#relative_error_held_out").scroll_into_view_if_needed()
+    page.wait_for_selector("#relative_error_held_out svg .mark-rect path")
     assert page.is_hidden("#sparsity")  # one value in all, which is said
     page.click("summary:has-text('Numbers of these plots')")
     assert page.locator("#matrix-table tbody tr").count() == 210
@@ -295,8 +383,9 @@ def test_a_narrow_screen_scrolls_in_one_direction(browser, file):
     page.context.close()
 
 
-def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
-    dense = synthetic.dense_scores()
+@pytest.mark.parametrize(("rows", "corpora"), [(60, ("wikipedia",)), (1000, ("wikipedia", "wikipedia_long", "chat"))])
+def test_two_hundred_experiments_are_small_and_open_soon(browser, tmp_path, rows, corpora):
+    dense = synthetic.dense_scores(rows=rows, corpora=corpora)
     methods = list(synthetic.METHODS)
     results = [
         synthetic.details(f"run-{number}", methods[number % 6], "unstructured", dense, sparsity=0.4 + number % 40 / 100, seed=number)
@@ -304,6 +393,7 @@ def test_two_hundred_experiments_are_open_soon(browser, tmp_path):
     ]
     path = tmp_path / "index.html"
     path.write_text(html([replace(GROUPS[0], results=results, dense=of_dense(dense))], []), encoding="utf8")
+    assert path.stat().st_size < BYTES
     page = opened(browser, path)
     page.wait_for_selector("#frontier svg", state="attached")
     timing = json.loads(page.evaluate("JSON.stringify(performance.getEntriesByType('navigation')[0])"))
@@ -345,3 +435,31 @@ def test_measurements_without_plots_are_columns_that_can_be_shown(page):
     assert "0, by definition" in page.inner_text(f"{ROWS}:has([data-pin=dense])")
     page.uncheck("[data-column='corpus/wikipedia/same_top_p']")
     assert page.locator(heading).count() == 0
+
+
+@pytest.mark.parametrize(("name", "settings"), [("wide", {}), ("narrow", {"viewport": NARROW}), ("dark", {"color_scheme": "dark"})])
+def test_a_picture_of_the_page_and_of_each_plot_is_not_blank(browser, file, tmp_path, name, settings):
+    page = opened(browser, file, **settings)
+    for part in ("#frontier", "#tasks", "#seconds", "#relative_error", "#relative_error_held_out"):
+        page.locator(part).scroll_into_view_if_needed()
+        page.wait_for_selector(f"{part} svg .mark-symbol path, {part} svg .mark-rect path")
+        picture = tmp_path / f"{name}{part}.png"
+        page.locator(part).screenshot(path=picture)
+        assert shades(picture) > 50, picture
+    page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
+    assert shades(tmp_path / f"{name}.png") > 50
+    page.goto("about:blank")
+    page.screenshot(path=tmp_path / "blank.png")
+    assert shades(tmp_path / "blank.png") < 5
+    page.context.close()
+
+
+def shades(picture: Path) -> int:
+    """How many different bytes the image data of a PNG have."""
+    content, position, data = picture.read_bytes(), 8, b""
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4])
+        if content[position + 4 : position + 8] == b"IDAT":
+            data += content[position + 8 : position + 8 + length]
+        position += 12 + length  # length, kind, data, checksum
+    return len(set(zlib.decompress(data)))

@@ -60,8 +60,8 @@ def test_a_difference_is_one_where_its_interval_holds_no_zero(value, better, sai
     assert verdict(metric(better=better), Estimate(value=value, stderr=0.1, count=30, clusters=30)) == said
 
 
-def test_without_an_error_nothing_is_told_apart():
-    assert verdict(metric(), Estimate(value=9.0, stderr=None, count=1, clusters=1)) == Verdict.NOISE
+def test_without_an_interval_it_is_unknown_whether_a_difference_is_one():
+    assert verdict(metric(), Estimate(value=9.0, stderr=None, count=1, clusters=1)) == Verdict.UNKNOWN
 
 
 def test_a_models_own_mean_is_that_of_the_statistics():

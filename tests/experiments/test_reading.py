@@ -2,6 +2,7 @@
 
 import pytest
 
+from stages.evaluation.measurement import Measurement, as_rows
 from stages.experiments import reading
 from stages.experiments.reading import Unreadable
 from stages.files import SPARSE
@@ -24,3 +25,15 @@ def test_an_experiment_that_runs_is_none_yet():
         reading._experiment("a", running)
     commit = {"experiments": [{"name": "a", "executor": {"state": "running"}, "revs": [{"rev": "workspace", "data": None}]}]}
     assert reading._experiments(commit) == [{"rev": "workspace", "data": None, "name": "a", "executor": {"state": "running"}}]
+
+
+def test_a_dense_model_that_cannot_be_read_leaves_its_error_out(monkeypatch):
+    def missing(path, revision):
+        raise Unreadable(f"{path} is not there")
+
+    monkeypatch.setattr(reading, "_read", missing)
+    assert reading._dense(None) == []
+    facts = {"kind": "corpus", "name": "news", "label": "", "count": 8, "counted": "tokens", "clusters": 2, "value": 10.0, "stderr": 0.5}
+    rows = as_rows([Measurement(**facts, metric="perplexity")])
+    monkeypatch.setattr(reading, "_read", lambda path, revision: rows if path == "results/dense/details/measurements.json" else None)
+    assert [measured.stderr for measured in reading._dense("f00d")] == [0.5]

@@ -1,5 +1,7 @@
 """The table of experiments: what may be compared, in order."""
 
+from dataclasses import replace
+
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.experiments.reading import Experiment, Missing
 from stages.experiments.table import by_protocol, text
@@ -7,8 +9,8 @@ from stages.experiments.table import by_protocol, text
 PROTOCOL = {
     "base": "f" * 64,
     "bos": None,
-    "corpora": {"news": {"window_length": 128, "tokens": 512}},
-    "tasks": {"boolq": {"rows": 20}},
+    "corpora": {"news": {"window_length": 128, "windows": 4, "tokens": 512, "available": 30}},
+    "tasks": {"boolq": {"rows": 20, "available": 3270}, "piqa": {"rows": 20}},
     "evaluation": {},
     "delta": "d",
 }
@@ -40,8 +42,9 @@ def experiment(name: str, perplexity: float, seed: int = 0, method: str = "wanda
 def test_experiments_of_one_protocol_stand_in_one_table_best_first():
     shown = text([experiment("worse", 30.0), experiment("better", 20.0)], [], commands=False)
     title, _, header, _, *rows = shown.rstrip().split("\n")
-    wanted = "org/model; perplexity on news, 512 tokens in windows of 128; tasks, with their rows: boolq (20); the dense model has 10.00"
-    assert title == wanted
+    texts = "perplexity and KLD on news, 512 tokens in windows of 128, 4 of 30 windows"
+    accuracy = "accuracy: the mean over tasks, every task alike; tasks, with their rows: boolq (20 of 3270), piqa (20)"
+    assert title == f"org/model; {texts}; {accuracy}; the dense model has 10.00"
     assert header.split() == [
         "experiment",
         "method",
@@ -75,6 +78,17 @@ def test_experiments_of_one_protocol_stand_in_one_table_best_first():
         "-0.020",
         "61",
     ]
+
+
+def test_the_dense_model_has_its_error_where_that_can_be_read():
+    dense = replace(experiment("a", 20.0), dense=[measured("perplexity", 10.0, stderr=0.5)])
+    assert text([dense], [], commands=False).splitlines()[0].endswith("; the dense model has 10.00 ± 0.50")
+
+
+def test_columns_are_of_the_first_corpus_and_others_are_named():
+    corpora = {**PROTOCOL["corpora"], "wiki": PROTOCOL["corpora"]["news"], "chat": PROTOCOL["corpora"]["news"]}
+    title = text([experiment("a", 20.0, corpora=corpora)], [], commands=False).splitlines()[0]
+    assert "perplexity and KLD on news, 512 tokens in windows of 128, 4 of 30 windows (make compare has wiki and chat, too); " in title
 
 
 def test_experiments_of_another_protocol_stand_apart_with_the_reason():

@@ -33,11 +33,13 @@ SPARSE = [
     measured("task", "boolq", "acc", 0.5, 0.1, dense=0.5),
     measured("mean", "tasks", "accuracy", 0.5, 0.1, dense=0.5, difference=Difference(value=0.05, stderr=0.06), **MEAN),
 ]
+ANSWERS = {"count": 3, "counted": "answers", "clusters": 3}
 PROTOCOL = {
-    "corpora": {"news": {"window_length": 1024, "tokens": 18432}},
+    "corpora": {"news": {"window_length": 1024, "windows": 18, "tokens": 18432, "available": 301}},
     "bos": None,
-    "tasks": {"boolq": {"few_shot": 0}},
-    "evaluation": {"tasks": ["boolq"], "rows": 20},
+    "tasks": {"boolq": {"few_shot": 0, "rows": 20, "available": 3270, "parts": 1, "cut": 0}},
+    "evaluation": {"tasks": ["boolq"], "rows": 20, "corpora": {"news": {"evenly": False}}},
+    "prompts": ["Hi", "Go"],
 }
 RECORDS = Records(
     base={"name": "org/big-7b", "license": "mit", "source": "hub", "revision": "f00d", "fingerprint": "x", "documents": []},
@@ -70,6 +72,9 @@ RECORDS = Records(
         {"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""},
         {"prompt": "Go", "raw_dense": "on", "raw_sparse": "on", "chat_refused": "no user"},
     ],
+    dense_run={"device": "a CPU", "generation": {"tokens": 96, "seconds": 8.0, "tokens_per_second": 12.0}},
+    sparse_run={"device": "a CPU", "generation": {"tokens": 90, "seconds": 7.2, "tokens_per_second": 12.5}},
+    sensitivity=[],
 )
 SUMMARY = {"sparsity": 0.5, "relative_error": 0.2, "relative_error_held_out": 0.3}
 MATRICES = [
@@ -133,7 +138,79 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
         assert fact in card.content, fact
     for section in ("What was done", "Results", "Intended use", "Limitations and risks", "How to load it", "How to reproduce it"):
         assert f"## {section}" in card.content
-    assert "Only the first 20 rows" in card.content
+
+
+def test_the_card_says_what_was_not_scored(written):
+    content, card = written().content, written()
+    assert "| perplexity, news, 18432 tokens in windows of 1024, the first 18 of 301 windows |" in content
+    assert "| boolq, first 20 of 3,270 rows, zero-shot, accuracy |" in content
+    assert "Only the first 20 rows of each task were scored: the error bars are wide.\n" in content
+    assert "\nOf news, the first 18 of 301 windows were scored.\n" in content
+    assert {result.dataset_name for result in card.data.eval_results} == {
+        "news, 18432 tokens in windows of 1024, the first 18 of 301 windows",
+        "boolq, first 20 of 3,270 rows, zero-shot",
+    }
+
+
+def test_a_card_of_all_rows_and_windows_says_so(written):
+    tasks = {"boolq": {**PROTOCOL["tasks"]["boolq"], "available": 20}}
+    whole = {**PROTOCOL, "tasks": tasks, "corpora": {"news": {**PROTOCOL["corpora"]["news"], "available": 18}}}
+    content = written(records=replace(RECORDS, protocol=whole)).content
+    assert "all 18 windows" in content and "boolq, all 20 rows" in content
+    assert "were scored" not in content
+
+
+def test_the_card_says_how_far_generations_degenerate(written):
+    apart = Difference(value=0.25, stderr=0.125, low=-0.1, high=0.6)
+    sparse = [
+        measured("generation", "raw", "repeated_4_grams", 0.5, 0.1, dense=0.25, difference=apart, **ANSWERS),
+        measured("generation", "raw", "distinct_1", 0.5, dense=0.75, difference=Difference(value=-0.25), **ANSWERS),
+        measured("generation", "chat", "empty", 0.0, 0.0, **ANSWERS),
+    ]
+    dense = [measured("generation", "raw", "repeated_4_grams", 0.25, 0.1, **ANSWERS)]
+    content = written(records=replace(RECORDS, sparse=[*SPARSE, *sparse], dense=[*DENSE, *dense])).content
+    assert "| raw | repeated_4_grams | 0.250 ± 0.100 | 0.500 ± 0.100 | +0.250 ± 0.125 [-0.100, +0.600] | 3 |" in content
+    assert "| raw | distinct_1 |  | 0.500 | -0.250 (no interval) | 3 |" in content
+    assert "| chat | empty |  | 0.000 ± 0.000 | not paired | 3 |" in content
+    assert "whether a model has collapsed" not in written().content
+
+
+def test_the_card_says_bytes_and_tokens_a_second_and_claims_no_speed_up(written):
+    facts = {"count": 210, "counted": "matrices", "clusters": 1}
+    sizes = [measured("size", "matrices", metric, value, **facts) for metric, value in (("dense_bytes", 2e6), ("packed_bytes", 1.125e6))]
+    content = written(records=replace(RECORDS, sparse=[*SPARSE, *sizes])).content
+    assert "| of 210 matrices | bytes | of dense |" in content
+    assert "| packed_bytes | 1,125,000 | 0.562 |" in content
+    assert (
+        "Greedy continuation of 2 prompts, one run: dense 12.00 tokens a second (96 tokens in 8.0 s on a CPU); "
+        "sparse 12.50 tokens a second (90 tokens in 7.2 s on a CPU)." in content
+    )
+    assert "no speed-up was measured or is claimed" in content
+    silent = written(records=replace(RECORDS, sparse_run={"device": "a CPU", "generation": None})).content
+    assert "Tokens a second were not measured." in silent
+    assert "(not measured in this evaluation)" in silent
+
+
+def test_the_card_says_how_far_the_models_drift_apart_by_style(written):
+    facts = {"style": "chat", "raw": -0.25, "styled": -0.75, "stderr": 0.25}
+    rows = [
+        {**facts, "task": "boolq", "metric": "acc", "count": 20, "counted": "rows", "drift": -0.5, "low": -0.9, "high": -0.1},
+        {**facts, "task": None, "metric": "accuracy", "count": 1, "counted": "tasks", "drift": -0.5, "low": None, "high": None},
+    ]
+    styles = {"chat": {"skipped": None}, "system": {"skipped": "no system prompt"}}
+    content = written(records=replace(RECORDS, sensitivity=rows, protocol={**PROTOCOL, "styles": styles})).content
+    assert "| chat | boolq | -0.250 | -0.750 | -0.500 [-0.900, -0.100] | 20 rows |" in content
+    assert "| chat | mean, every task alike | -0.250 | -0.750 | -0.500 (no interval) | 1 tasks |" in content
+    assert "The style system was skipped: no system prompt." in content
+    assert "Prompt sensitivity" not in written().content
+
+
+def test_the_card_says_which_rows_were_cut_or_are_missing(written):
+    tasks = {"boolq": {**PROTOCOL["tasks"]["boolq"], "cut": 3, "context": 2048, "asked": 25}}
+    content = written(records=replace(RECORDS, protocol={**PROTOCOL, "tasks": tasks})).content
+    assert "\n3 of 20 rows of boolq are longer than the model's context of 2,048 tokens and were cut on the left.\n" in content
+    assert "\nboolq has 20 rows, where 25 were asked for; all of them are scored.\n" in content
+    assert "longer than" not in written().content
 
 
 def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):
@@ -220,6 +297,8 @@ def test_the_card_says_which_allocation_was_taken():
 
 def test_the_card_has_the_errors_on_calibration_tokens_and_on_windows_held_out(written):
     assert "||: 0.2000 on calibration tokens, 0.3000 on windows held out.\n" in written().content
+    counted = written(prune={"propagate": "pruned", "error_tokens": 256}).content
+    assert "||: 0.2000 on about 256 calibration tokens, 0.3000 on windows held out.\n" in counted
 
 
 @pytest.mark.parametrize(

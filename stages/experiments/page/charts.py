@@ -28,7 +28,12 @@ COSTS = {
 }
 CHOICE = alt.selection_point(name="chosen", fields=["method"], bind="legend")  # of a method, by its entry in the legend
 DODGE = alt.ExprRef(expr="datum.dodge * min(1, width / 700)")  # pixels by which points of one sparsity stand apart
-QUANTITIES = {"relative_error": "relative output error", "sparsity": "sparsity", "damping": "damping"}
+QUANTITIES = {
+    "relative_error": "relative output error on calibration tokens",
+    "relative_error_held_out": "relative output error on windows held out",
+    "sparsity": "sparsity",
+    "damping": "damping",
+}
 
 
 def theme(*, dark: bool) -> Spec:
@@ -103,7 +108,7 @@ def tasks(reference: str = "the baseline") -> Spec:
     zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeWidth=1.5).encode(x="zero:Q")
     ends = rows.transform_filter("datum.low != null").mark_rule(strokeWidth=2)
     marks = rows.mark_point(filled=True, size=70, opacity=1)
-    told = ["experiment", "task", "accuracy", "baseline", "difference", "lost", "gained", "rows", "verdict"]
+    told = ["experiment", "task", "rows", "accuracy", "baseline", "difference", "lost", "gained", "p_value", "verdict"]
     layers = [
         zero,
         ends.encode(y=y, yOffset=offset, x=alt.X("low:Q"), x2="high:Q", color=colour),
@@ -188,6 +193,7 @@ def _reference_lines(metric: Metric) -> list[alt.Chart]:
     lines = alt.Chart(alt.NamedData(name=REFERENCES))
     y = alt.Y("value:Q", title=metric.axis, scale=_scale(metric))
     told = [alt.Tooltip("label:N", title="reference"), alt.Tooltip("size:N"), alt.Tooltip("text:N", title=metric.label)]
+    told.append(alt.Tooltip("counted:N", title="measured on"))
     dashes = alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=["dense", "quantised"], range=[[1, 0], [2, 4]]))
     shift, drop = alt.ExprRef(expr="datum.shift"), alt.ExprRef(expr="datum.below ? 13 : -5")
     labels = lines.mark_text(align="right", baseline="alphabetic", dx=shift, dy=drop)
@@ -203,6 +209,7 @@ def _tooltip(metric: Metric) -> list[alt.Tooltip]:
         alt.Tooltip("method:N", title="method"),
         alt.Tooltip("pattern:N", title="pattern"),
         alt.Tooltip("sparsity:Q", title="sparsity", format=".2%"),
+        alt.Tooltip("weights:Q", title="of weights", format=","),
         alt.Tooltip("seed:N", title="calibration seed"),
         alt.Tooltip("text:N", title=metric.label),
         alt.Tooltip("against_dense:N", title="against dense"),

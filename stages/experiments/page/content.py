@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from stages.evaluation.statistics import LEVEL
+from stages.evaluation.statistics import LEVEL, mean_of_rows
 from stages.experiments.commands import leaves
 from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
+from stages.experiments.page.counts import basis, counted
 from stages.experiments.page.group import Group, shortened
 from stages.experiments.page.words import difference_words, measured
 from stages.experiments.paired import Metric, apart, natural, of_scores, of_tasks
@@ -48,7 +49,7 @@ def group_content(group: Group) -> dict[str, Any]:
     return {
         "base": group.base,
         "metrics": [metric_content(group, metric) for metric in group.metrics],
-        "columns": [metric_facts(metric) for metric in group.columns],
+        "columns": [metric_facts(group, metric) for metric in group.columns],
         "methods": group.methods,
         "cells": {asked: [details.name for details in members] for asked, members in group.cells.items()},
         "experiments": [experiment_content(details, shown) for details in group.results],
@@ -57,17 +58,22 @@ def group_content(group: Group) -> dict[str, Any]:
             "own": [{key: value for key, value in own.items() if key not in common} for own in params],
         },
         "dense": dense_content(group),
-        "task_metrics": {task: {"metric": own.metric, "better": own.better} for task, own in of_tasks(group.results).items()},
+        "task_metrics": {task: task_metric(group, own) for task, own in of_tasks(group.results).items()},
         "clusters": {name: numbered(clusters) for name, clusters in group.dense.row_clusters.items()},
         "window_clusters": {name: numbered(clusters) for name, clusters in group.dense.window_clusters.items()},
         "prompts": [row["prompt"] for row in group.results[0].generations],
     }
 
 
+def task_metric(group: Group, own: Metric) -> dict[str, Any]:
+    """A task's own metric."""
+    return {"metric": own.metric, "better": own.better, "counted": basis(group, own)}
+
+
 def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
     """A metric of the plots with its plots and their data."""
     return {
-        **metric_facts(metric),
+        **metric_facts(group, metric),
         "points": points(group, metric),
         "references": references(group, metric),
         "frontier": charts.frontier(metric, group.methods, group.patterns),
@@ -75,7 +81,7 @@ def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
     }
 
 
-def metric_facts(metric: Metric) -> dict[str, Any]:
+def metric_facts(group: Group, metric: Metric) -> dict[str, Any]:
     """A metric as the page's script knows it."""
     return {
         "id": metric.id,
@@ -91,6 +97,7 @@ def metric_facts(metric: Metric) -> dict[str, Any]:
         "scale": metric.scale,
         "itself": metric.itself,
         "tasks": metric.tasks,
+        "counted": basis(group, metric),
     }
 
 
@@ -109,6 +116,7 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
                 "asked_short": details.asked.removeprefix("unstructured "),
                 "seed": seed_of(details.experiment.params),
                 "sparsity": round(details.sparsity, DECIMALS),
+                "weights": details.weights,
                 "value": row["value"],
                 "low": row["low"],
                 "high": row["high"],
@@ -118,12 +126,6 @@ def points(group: Group, metric: Metric) -> list[dict[str, Any]]:
             }
             rows.append({**point, **costs(details)})
     return dodged(front_marked(rows, metric.better))
-
-
-def counted(row: dict[str, Any]) -> str:
-    """What a measurement is the mean of."""
-    clusters = "" if row["counted"] == "tasks" or row["clusters"] == row["count"] else f" in {row['clusters']:,} clusters"
-    return f"{row['count']:,} {row['counted']}{clusters}"
 
 
 def costs(details: Details) -> dict[str, Any]:
@@ -169,12 +171,13 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
     if estimate is not None and metric.itself is None:
         value, ends = natural(metric, estimate)
         low, high = ends or (None, None)
-        text = measured(metric, {"value": value, "low": low, "high": high})
-        lines.append({"kind": "dense", "label": "dense", "value": value, "text": text})
+        text = measured(metric, {"value": value, "low": low, "high": high, "clusters": estimate.clusters})
+        lines.append({"kind": "dense", "label": "dense", "value": value, "text": text, "counted": basis(group, metric)})
     ruler = {row["type"]: row for details in group.results for row in details.ruler if metric.matches(row)}
     for kind, row in ruler.items():
         size = f"{row['bytes_per_weight']:.3g} bytes a weight"
-        lines.append({"kind": "quantised", "label": kind, "size": size, "value": row["value"], "text": measured(metric, row)})
+        facts = {"value": row["value"], "text": measured(metric, row), "counted": counted(row)}
+        lines.append({"kind": "quantised", "label": kind, "size": size, **facts})
     values = [found["value"] for details in group.results if (found := metric.of(details)) is not None]
     return _apart(lines, values, logarithmic=metric.is_ratio)
 
@@ -212,6 +215,8 @@ def experiment_content(details: Details, shown: Collection[str]) -> dict[str, An
         **scores_content(details.scores),
         "generations": [{key: value for key, value in row.items() if key not in ("prompt", *_DENSE)} for row in details.generations],
         "matrices": matrices_content(details),
+        "speed": details.speed,
+        "sensitivity": list(map(rounded_row, details.sensitivity)),
     }
 
 
@@ -221,7 +226,19 @@ _DENSE = ("raw_dense", "chat_dense")
 def measurement_content(row: dict[str, Any]) -> dict[str, Any]:
     """A measurement without what its metric says."""
     kept = ("kind", "name", "metric", "value", "low", "high", "count", "counted", "clusters")
-    return {key: _rounded(row[key]) if isinstance(row[key], float) else row[key] for key in kept}
+    content = rounded_row({key: row[key] for key in kept})
+    return content | degeneration_content(row) if row["kind"] == "generation" else content
+
+
+def rounded_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose floats have DECIMALS decimals."""
+    return {key: _rounded(value) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def degeneration_content(row: dict[str, Any]) -> dict[str, Any]:
+    """What a measure of generated text has besides: its label, and how far it lies from the dense model's, [value, low, high] or none."""
+    apart = row["difference"] and [_rounded(row["difference"][key]) for key in ("value", "low", "high")]
+    return {"label": row["label"], "dense": _rounded(row["dense"]), "difference": apart}
 
 
 def dense_content(group: Group) -> dict[str, Any]:
@@ -235,8 +252,19 @@ def dense_content(group: Group) -> dict[str, Any]:
             low, high = ends or (None, None)
             facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}
             measurements.append({**facts, "value": _rounded(value), "low": _rounded(low), "high": _rounded(high)})
+    measurements += [dense_task(group, metric) for metric in of_tasks(group.results).values()]
     generations = [{key: row[key] for key in _DENSE if key in row} for row in group.results[0].generations]
     return {"name": "dense", "measurements": measurements, **scores_content(group.dense), "generations": generations}
+
+
+def dense_task(group: Group, metric: Metric) -> dict[str, Any]:
+    """The dense model's score in a task's own metric; without an interval where it is no mean over rows but over tasks of a group."""
+    row = next(found for details in group.results if (found := metric.of(details)) is not None)
+    estimate = mean_of_rows(group.dense.rows[metric.name][metric.metric], group.dense.row_clusters[metric.name])
+    of_rows = row["dense"] is None or math.isclose(estimate.value, row["dense"])
+    low, high = (estimate.interval if of_rows else None) or (None, None)
+    facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}
+    return {**facts, "value": _rounded(estimate.value if of_rows else row["dense"]), "low": _rounded(low), "high": _rounded(high)}
 
 
 def scores_content(scores: Scores) -> dict[str, Any]:
@@ -266,7 +294,8 @@ def matrices_content(details: Details) -> dict[str, Any]:
     """Relative error, sparsity and damping by block and kind of matrix; a mixture's experts as their mean.
 
     Returns:
-        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "cells", [block, index of the kind, number
+        "kinds", their names; "tokens", the least and the most that a matrix was calibrated on; "error_tokens", about how many of them its
+        error is measured on, None where that is not known; "cells", [block, index of the kind, number
         of matrices] of each; and of each quantity a value for each cell, or one value that all have.
     """
     kinds = {row["matrix"]: kind_of(row["matrix"]) for row in details.matrices}
@@ -275,10 +304,11 @@ def matrices_content(details: Details) -> dict[str, Any]:
     for row in details.matrices:
         cells.setdefault((row["block"], names[kinds[row["matrix"]]]), []).append(row)
     labels = list(dict.fromkeys(name for _, name in cells))
-    values = {quantity: [_mean(row[quantity] for row in members) for members in cells.values()] for quantity in charts.QUANTITIES}
+    values = {quantity: [_mean(row.get(quantity) for row in members) for members in cells.values()] for quantity in charts.QUANTITIES}
     return {
         "kinds": labels,
         "tokens": [of(row["tokens"] for row in details.matrices) for of in (min, max)],
+        "error_tokens": details.experiment.params["prune"].get("error_tokens"),
         "cells": [[block, labels.index(name), len(members)] for (block, name), members in cells.items()],
         **{quantity: of[0] if len(set(of)) == 1 else of for quantity, of in values.items()},
     }

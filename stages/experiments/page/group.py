@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.evaluation.protocol import differences
+from stages.evaluation.protocol import compared, differences
 from stages.experiments.details import Details, Scores, read_details
 from stages.experiments.paired import Metric, headline, others
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.table import base_name, by_protocol, compared, short
+from stages.experiments.table import base_name, by_protocol, short
 
 COMMIT = 10  # digits of a commit by which it is called
 

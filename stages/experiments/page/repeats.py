@@ -8,7 +8,7 @@ from typing import Any
 from stages.evaluation.statistics import Estimate
 from stages.experiments.details import Details
 from stages.experiments.page.group import Group
-from stages.experiments.page.words import difference_words, interval, number
+from stages.experiments.page.words import difference_words, number
 from stages.experiments.paired import Metric, Verdict, natural, verdict
 from stages.experiments.repeats import Spread, seed_of, settings, spread, welch
 
@@ -85,8 +85,8 @@ def spread_words(metric: Metric, of: Spread) -> tuple[str, str, str]:
     digits = metric.digits
     sd = "" if of.sd is None else f" ± {number(of.sd, digits)}"
     over_text = "" if of.over_text is None else f"± {number(of.over_text, digits)} over text"
-    low, high = of.interval or (None, None)
-    return f"{number(of.value, digits)}{sd}", interval(low, high, digits), over_text
+    ends = "" if of.interval is None else f" [{', '.join(number(end, digits) for end in of.interval)}]"
+    return f"{number(of.value, digits)}{sd}", ends, over_text
 
 
 @dataclass(frozen=True, kw_only=True)

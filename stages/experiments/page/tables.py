@@ -14,6 +14,8 @@ from stages.experiments.repeats import seed_of
 
 Row = dict[str, Any]
 
+SPEED = ("tokens_per_second", "tokens", "seconds")  # of one model's continuations of the prompts
+
 
 def write_tables(directory: Path, groups: Sequence[Group]) -> None:
     """Write a CSV file for each kind of row that there is; the column "protocol" numbers the groups from 1."""
@@ -50,6 +52,7 @@ def experiment_rows(group: Group) -> Iterable[Row]:
             "zeros_share": details.sparsity,
             "weights": details.weights,
             **costs(details),
+            **{f"{name}_{key}": speed.get(key) for name, speed in _speeds(details).items() for key in SPEED},
             "run": details.command,
             "apply": experiment.apply,
         }
@@ -77,6 +80,10 @@ def matrix_rows(group: Group) -> Iterable[Row]:
     for details in group.results:
         for row in details.matrices:
             yield {"experiment": details.name, **{key: value for key, value in row.items() if key != "shape"}}
+
+
+def _speeds(details: Details) -> dict[str, Row]:
+    return {name: details.speed.get(name, {}) for name in ("dense", "sparse")}
 
 
 def _names(details: Details) -> Row:

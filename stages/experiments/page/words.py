@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.evaluation import limits
 from stages.evaluation.statistics import Estimate
 from stages.experiments.details import Details
+from stages.experiments.page.counts import no_interval
 from stages.experiments.page.group import Group
 from stages.experiments.paired import Metric, Verdict, apart, natural, verdict
 
@@ -30,39 +32,49 @@ def number(value: float, digits: int) -> str:
     return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
 
 
-def interval(low: float | None, high: float | None, digits: int) -> str:
-    """An interval in brackets, with a space before it; nothing where it is not known."""
-    return "" if low is None or high is None else f" [{number(low, digits)}, {number(high, digits)}]"
-
-
 def measured(metric: Metric, row: dict[str, Any]) -> str:
-    """A measurement with its interval."""
-    return f"{number(row['value'], metric.digits)}{interval(row['low'], row['high'], metric.digits)}"
+    """A measurement with its interval, or why it has none.
+
+    Args:
+        row: "value", "low", "high", "clusters".
+    """
+    value = number(row["value"], metric.digits)
+    if row["low"] is None:
+        return f"{value} ({no_interval(metric.kind, row['clusters'])})"
+    return f"{value} [{number(row['low'], metric.digits)}, {number(row['high'], metric.digits)}]"
 
 
 def difference_words(metric: Metric, estimate: Estimate) -> str:
-    """A difference with its interval: a ratio of perplexities, a signed difference of others."""
+    """A difference with its interval, or why it has none: a ratio of perplexities, a signed difference of others."""
     value, ends = natural(metric, estimate)
-    low, high = ends or (None, None)
-    if metric.is_ratio:
-        digits = 3 if value < 10 else 1
-        return f"×{number(value, digits)}{interval(low, high, digits)}"
-    return f"{value:+.3f}" + ("" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]")
+    digits = 3 if value < 10 or not metric.is_ratio else 1
+    first, *rest = (number(end, digits) if metric.is_ratio else f"{end:+.3f}" for end in (value, *(ends or ())))
+    interval = f"[{', '.join(rest)}]" if rest else f"({no_interval(metric.kind, estimate.clusters)})"
+    return f"{'×' * metric.is_ratio}{first} {interval}"
 
 
 def text_of(group: Group) -> list[str]:
-    """What the models were scored on, one entry for each corpus, and one for all tasks."""
+    """What the models were scored on, and how much of it, one entry for each corpus, and one for all tasks."""
     first, entries = group.results[0], []
+    protocol = first.experiment.protocol
     for corpus, means in first.scores.windows.items():
         tokens = next((row["count"] for row in first.measurements if row["kind"] == "corpus" and row["name"] == corpus), None)
         clusters = len(set(first.scores.window_clusters[corpus]))
-        counted = f"{tokens:,} tokens in " if tokens else ""
-        entries.append(f"{corpus}: {counted}{len(next(iter(means.values())))} windows of {clusters} documents")
-    if first.scores.row_clusters:
-        rows = [len(clusters) for clusters in first.scores.row_clusters.values()]
-        each = f"{min(rows):,} rows each" if min(rows) == max(rows) else f"{min(rows):,} to {max(rows):,} rows each"
-        entries.append(f"{len(rows)} tasks, {each}: {', '.join(first.scores.row_clusters)}")
+        documents, length = limits.counted(clusters, "document"), protocol["corpora"][corpus]["window_length"]
+        windows = limits.windows_of(protocol, corpus) or limits.counted(len(next(iter(means.values()))), "window")
+        scored = f"{tokens:,} tokens of {documents}" if tokens else documents
+        entries.append(f"{corpus}: {scored}, in {windows} of {length:,} tokens, {begun(protocol['bos'])}")
+    if protocol["tasks"]:
+        count, _, each = limits.rows_of_each(list(protocol["tasks"].values())).partition(", ")
+        rows = {task: limits.rows_of(facts).removeprefix("first ").removesuffix(" rows") for task, facts in protocol["tasks"].items()}
+        names = ", ".join(f"{task} ({scored})" for task, scored in rows.items())
+        entries.append(f"{count}: {each}: {names}")
     return entries
+
+
+def begun(token: int | None) -> str:
+    """Whether windows begin with BOS. token: its id, or None."""
+    return "none begun with BOS" if token is None else f"each begun with BOS (token {token})"
 
 
 def ranked(metric: Metric, results: Sequence[Details]) -> list[tuple[Details, dict[str, Any]]]:
@@ -128,11 +140,15 @@ def name_of(details: Details, among: Sequence[Details]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Which pairs of a pattern and sparsity the text tells apart. within: those that it does not, each in words."""
+    """Which pairs of a pattern and sparsity the text tells apart.
+
+    within: those that it does not, each in words. unknown: those of whose difference no interval is known.
+    """
 
     asked: str
     pairs: int
     within: list[str]
+    unknown: list[str]
 
 
 def noise(group: Group, metric: Metric) -> list[Noise]:
@@ -141,11 +157,11 @@ def noise(group: Group, metric: Metric) -> list[Noise]:
     for asked, members in group.cells.items():
         order = [details for details, _ in ranked(metric, members)]
         compared = [(one, *rest) for position, one in enumerate(order) for rest in _against(metric, one, order[position + 1 :])]
-        within = [
-            f"{name_of(other, members)} against {name_of(one, members)}: {difference_words(metric, estimate)}"
-            for one, other, estimate, said in compared
-            if said == Verdict.NOISE
-        ]
+        said: dict[Verdict, list[str]] = {}
+        for one, other, estimate, verdict_of in compared:
+            pair = f"{name_of(other, members)} against {name_of(one, members)}: {difference_words(metric, estimate)}"
+            said.setdefault(verdict_of, []).append(pair)
         if compared:
-            found.append(Noise(asked=asked, pairs=len(compared), within=within))
+            within, unknown = (said.get(verdict_of, []) for verdict_of in (Verdict.NOISE, Verdict.UNKNOWN))
+            found.append(Noise(asked=asked, pairs=len(compared), within=within, unknown=unknown))
     return found

@@ -10,9 +10,11 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stages.errors import SparsesweepError
+from stages.evaluation import limits
 from stages.experiments.details import Details
 from stages.experiments.page import charts, repeats, words
 from stages.experiments.page.content import content, matrices_content, measured_costs, points, protocol_rows, references
+from stages.experiments.page.counts import basis
 from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
 from stages.experiments.paired import apart, of_tasks
@@ -63,6 +65,7 @@ def html(groups: Sequence[Group], missing: Sequence[Missing]) -> str:
     inlined |= {"bundle": bundle(), "data": embedded(content(groups))}
     functions = {"best": words.best, "noise": words.noise, "text_of": words.text_of, "protocol_rows": protocol_rows}
     functions |= {function.__name__: function for function in REPEATS}
+    functions |= {"basis": basis, "remarks": limits.remarks}
     return environment.get_template("page.html").render(groups=groups, missing=missing, **functions, **inlined)
 
 
@@ -90,8 +93,9 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
         if of_tasks(group.results):
             yield file_name("accuracy", number), drawn(charts.tasks("the dense model"), {charts.TASKS: task_rows(group)})
         for details in leaders(group):
-            data = {charts.MATRICES: matrix_rows(details)}
-            panels = [charts.matrices(quantity) for quantity in charts.QUANTITIES]
+            rows = matrix_rows(details)
+            known = {row["quantity"] for row in rows if row["value"] is not None}
+            data, panels = {charts.MATRICES: rows}, [charts.matrices(quantity) for quantity in charts.QUANTITIES if quantity in known]
             yield file_name(f"matrices-{details.name}", number), stacked(panels, data)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import t
 
+from stages.evaluation.statistics import mean_of_rows
 from stages.experiments.page.content import (
     content,
     costs,
@@ -46,8 +47,25 @@ def test_every_point_has_its_interval_and_count():
     rows = points(GROUP, GROUP.metrics[0])
     assert len(rows) == 9
     assert rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
-    assert rows[0]["counted"] == "18,414 tokens in 7 clusters"
+    assert rows[0]["counted"] == "18,414 tokens in 7 documents"
     assert (rows[0]["asked"], rows[0]["seconds"] > 0) == ("unstructured 50%", True)
+
+
+def test_every_column_says_what_it_is_measured_on():
+    found = content([GROUP])["groups"][0]
+    assert [metric["counted"] for metric in found["metrics"]] == [
+        "18,414 tokens in 7 documents, the first 18 of 301 windows",
+        "18,414 tokens in 7 documents, the first 18 of 301 windows",
+        "9 tasks, 60 rows each, the first of 3,270",
+    ]
+    assert found["task_metrics"]["boolq"]["counted"] == "first 60 of 3,270 rows"
+
+
+def test_the_dense_model_has_an_interval_in_each_task():
+    rows = {row["name"]: row for row in content([GROUP])["groups"][0]["dense"]["measurements"] if row["kind"] == "task"}
+    acc, clusters = GROUP.dense.rows["boolq"]["acc"], GROUP.dense.row_clusters["boolq"]
+    assert set(rows) == set(synthetic.TASKS)
+    assert (rows["boolq"]["low"], rows["boolq"]["high"]) == pytest.approx(mean_of_rows(acc, clusters).interval, abs=1e-6)
 
 
 def test_points_of_one_sparsity_stand_side_by_side():
@@ -61,7 +79,10 @@ def test_lines_are_the_dense_model_and_the_ruler_with_labels_apart():
     close = [line for line in lines if line["label"] in ("dense", "Q4_0")]
     assert len({(line["shift"], line["below"]) for line in close}) == 2
     assert [line["label"] for line in references(GROUP, GROUP.metrics[1])] == ["Q8_0", "Q4_0", "Q2_K"]
-    assert [line["label"] for line in references(GROUP, GROUP.metrics[2])] == ["Q2_K", "dense", "Q4_0", "Q8_0"]
+    assert {line["label"] for line in references(GROUP, GROUP.metrics[2])} == {"dense", "Q8_0", "Q4_0", "Q2_K"}
+    counts = {line["label"]: line["counted"] for line in lines}
+    assert counts["dense"] == "18,414 tokens in 7 documents, the first 18 of 301 windows"
+    assert counts["Q4_0"] == "18,414 tokens in 7 documents"
 
 
 def test_matrices_are_told_by_block_and_kind():
@@ -77,16 +98,27 @@ def test_experts_stand_as_their_mean():
     rows = [{**details.matrices[0], "matrix": f"m.layers.0.mlp.experts.{number}.up", "damping": number / 10} for number in range(2)]
     details = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=3), blocks=1)
     details.matrices[:] = rows
-    assert matrices_content(details) | {"relative_error": None, "sparsity": None} == {
+    assert matrices_content(details) | {"relative_error": None, "relative_error_held_out": None, "sparsity": None} == {
         "kinds": ["up"],
         "tokens": [16384, 16384],
+        "error_tokens": 256,
         "cells": [[0, 0, 2]],
         "relative_error": None,
+        "relative_error_held_out": None,
         "sparsity": None,
         "damping": 0.05,
     }
     details.matrices[0]["damping"] = None
     assert matrices_content(details)["damping"] is None
+
+
+def test_errors_on_windows_held_out_are_told_where_there_are_any():
+    details = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=3), blocks=1)
+    found = matrices_content(details)
+    assert found["relative_error_held_out"][0] == pytest.approx(1.1 * found["relative_error"][0], rel=1e-3)
+    for row in details.matrices:
+        del row["relative_error_held_out"]  # an older result
+    assert matrices_content(details)["relative_error_held_out"] is None
 
 
 def test_quantiles_are_students():

@@ -18,23 +18,25 @@ def test_numbers_are_written_with_few_digits(value, words):
 
 
 def test_a_measurement_is_written_with_its_interval():
-    row = {"value": 29.971, "low": 26.4, "high": 34.0}
+    row = {"value": 29.971, "low": 26.4, "high": 34.0, "clusters": 7}
     assert measured(PERPLEXITY, row) == "29.97 [26.40, 34.00]"
-    assert measured(PERPLEXITY, {**row, "low": None, "high": None}) == "29.97"
+    assert measured(PERPLEXITY, {**row, "low": None, "high": None, "clusters": 1}) == "29.97 (no interval: 1 document)"
 
 
 def test_a_difference_is_written_as_its_metric_is_compared():
     certain = Estimate(value=0.0, stderr=0.0, count=2, clusters=2)
     assert difference_words(PERPLEXITY, certain) == "×1.000 [1.000, 1.000]"
     assert difference_words(ACCURACY, certain) == "+0.000 [+0.000, +0.000]"
-    assert difference_words(ACCURACY, replace(certain, stderr=None)) == "+0.000"
+    assert difference_words(ACCURACY, replace(certain, stderr=None)) == "+0.000 (no interval: a task has none)"
+    assert difference_words(PERPLEXITY, replace(certain, stderr=None, clusters=1)) == "×1.000 (no interval: 1 document)"
 
 
 def test_the_text_is_said_with_its_counts():
     assert text_of(GROUP) == [
-        "wikipedia: 18,414 tokens in 18 windows of 7 documents",
-        "9 tasks, 60 rows each: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, lambada, piqa",
+        "wikipedia: 18,414 tokens of 7 documents, in the first 18 of 301 windows of 1,024 tokens, none begun with BOS",
+        "9 tasks: 60 rows each, the first of 3,270: " + ", ".join(f"{task} (60 of 3,270)" for task in synthetic.TASKS),
     ]
+    assert text_of(synthetic.other_group())[0].endswith(", each begun with BOS (token 1)")
 
 
 def test_each_pattern_has_its_best():
@@ -61,5 +63,14 @@ def test_pairs_within_noise_are_listed():
     assert (found.asked, found.pairs) == ("unstructured 50%", 1)
     assert found.within == ["wanda (twin) against wanda (wanda-50): ×1.000 [1.000, 1.000]"]
     assert noise(replace(GROUP, results=[first]), PERPLEXITY) == []
+    assert found.unknown == []
     better = replace(GROUP, results=[second, GROUP.results[2]])
     assert noise(better, PERPLEXITY)[0].within == []
+
+
+def test_pairs_without_an_interval_are_unknown_and_neither_noise_nor_a_difference():
+    alone = {"wikipedia": [0] * synthetic.WINDOWS}
+    members = [replace(details, scores=replace(details.scores, window_clusters=alone)) for details in GROUP.results[:2]]
+    (found,) = noise(replace(GROUP, results=members), PERPLEXITY)
+    assert (found.pairs, found.within) == (1, [])
+    assert found.unknown[0].endswith("(no interval: 1 document)")

@@ -44,9 +44,19 @@ def test_the_page_loads_nothing(page):
 def test_the_page_says_what_was_compared_on_what(page):
     text = " ".join(page.split())
     assert "<h1>org/small-model</h1>" in text
-    assert "18,414 tokens in 18 windows of 7 documents" in text
+    assert "18,414 tokens of 7 documents, in the first 18 of 301 windows of 1,024 tokens, none begun with BOS" in text
+    assert "Measured on 9 tasks, 60 rows each, the first of 3,270." in text
     assert "<code>bos</code>: 1, there absent" in text
     assert "<strong>&lt;gone&gt;</strong>: why &amp; where" in text
+
+
+def test_the_page_says_which_rows_were_cut(groups):
+    first = groups[0].results[0]
+    tasks = {"boolq": {**first.experiment.protocol["tasks"]["boolq"], "cut": 3, "asked": 80}}
+    cut = replace(first, experiment=replace(first.experiment, protocol={**first.experiment.protocol, "tasks": tasks}))
+    shown = html([replace(groups[0], results=[cut])], [])
+    assert "3 of 60 rows of boolq are longer than the model&#39;s context of 2,048 tokens and were cut on the left." in shown
+    assert "boolq has 60 rows, where 80 were asked for; all of them are scored." in shown
 
 
 def test_no_text_of_an_experiment_ends_the_script(groups):
@@ -121,6 +131,8 @@ def test_tables_hold_every_number(groups, tmp_path):
     rows = {path.stem: list(csv.DictReader(path.read_text().splitlines())) for path in tmp_path.glob("*.csv")}
     assert len(rows["experiments"]) == 14
     assert rows["experiments"][0]["run"].startswith("dvc exp run -S method=wanda")
+    first = rows["experiments"][0]
+    assert [first[name] for name in ("weights", "dense_tokens_per_second", "sparse_tokens")] == ["69672960", "12.0", "240"]
     assert {row["protocol"] for row in rows["experiments"]} == {"1", "2"}
     assert len(rows["measurements"]) == sum(len(details.measurements) for group in groups for details in group.results)
     assert len(rows["matrices"]) == 14 * synthetic.BLOCKS * len(synthetic.MATRICES)

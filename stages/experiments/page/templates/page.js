@@ -4,8 +4,14 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const CHOSEN_AT_MOST = 6;
-const QUANTITIES = { relative_error: "relative output error", sparsity: "sparsity", damping: "damping" };
-const VERDICTS = { better: "better", worse: "worse", noisy: "noise" };
+const QUANTITIES = {
+  relative_error: "relative output error on calibration tokens",
+  relative_error_held_out: "relative output error on windows held out",
+  sparsity: "sparsity",
+  damping: "damping",
+};
+const VERDICTS = { better: "better", worse: "worse", noisy: "noise", unknown: "unknown" };
+const INDEPENDENT = { corpus: "document", task: "text", generation: "answer" };
 const chosen = { group: 0, metric: "", baseline: "dense", sort: "", descending: false, experiments: new Set(), columns: new Set(), inspected: "" };
 
 const group = () => data.groups[chosen.group];
@@ -35,10 +41,23 @@ function number(value, digits) {
 }
 
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
-const range = (low, high, write) => (low === null || high === null ? "" : ` [${write(low)}, ${write(high)}]`);
+const plural = (count, noun) => `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
 const counted = (row) =>
   `${row.count.toLocaleString("en-US")} ${row.counted}` +
-  (row.counted === "tasks" || row.clusters === row.count ? "" : ` in ${row.clusters.toLocaleString("en-US")} clusters`);
+  (!(row.kind in INDEPENDENT) || row.clusters === row.count ? "" : ` in ${plural(row.clusters, INDEPENDENT[row.kind])}`);
+
+/** An interval in brackets, or why there is none. */
+function range(low, high, write, kind, clusters) {
+  if (low !== null) return ` [${write(low)}, ${write(high)}]`;
+  if (kind === "mean") return " (no interval: a task has none)";
+  return clusters < 2 && kind in INDEPENDENT ? ` (no interval: 1 ${INDEPENDENT[kind]})` : " (no interval)";
+}
+
+/** A measurement with its interval. */
+function withInterval(row, digits) {
+  const write = (value) => number(value, digits);
+  return write(row.value) + range(row.low, row.high, write, row.kind, row.clusters);
+}
 
 /** The measurement of a model in a metric, or undefined. */
 function measurement(one, of) {
@@ -54,9 +73,10 @@ function comparison(of, ours, theirs) {
   const value = natural(estimate.value);
   const write = of.ratio ? (end) => number(end, value < 10 ? 3 : 1) : signed;
   const [low, high] = ends ? ends.map(natural) : [null, null];
-  const noisy = !ends || (ends[0] <= 0 && ends[1] >= 0);
-  const verdict = noisy ? "noisy" : estimate.value < 0 === (of.better === "lower") ? "better" : "worse";
-  return { words: (of.ratio ? "×" : "") + write(value) + range(low, high, write), verdict, value, low, high };
+  const noisy = ends && ends[0] <= 0 && ends[1] >= 0;
+  const verdict = !ends ? "unknown" : noisy ? "noisy" : estimate.value < 0 === (of.better === "lower") ? "better" : "worse";
+  const words = (of.ratio ? "×" : "") + write(value) + range(low, high, write, of.kind, estimate.clusters);
+  return { words, verdict, value, low, high };
 }
 
 function say(words) {
@@ -138,11 +158,12 @@ function columns() {
     { key: "name", label: "Experiment", sort: (one) => one.name, cell: nameCell },
     text("method", "Method"),
     text("pattern", "Pattern"),
-    { ...figure("sparsity", "Sparsity", (value) => `${(100 * value).toFixed(2)}%`) },
+    sparsityColumn(),
     ...(hasSeeds() ? [figure("seed", "Seed", String)] : []),
     ...[...group().metrics, ...group().columns.filter((of) => chosen.columns.has(of.id))].map((of) => ({
       key: of.id,
       label: of.label + (of.unit ? ` [${of.unit}]` : ""),
+      basis: `on ${of.counted}`,
       number: true,
       best: of.better,
       sort: (one) => (measurement(one, of) || {}).value,
@@ -159,6 +180,21 @@ function figure(key, label, write) {
   return { key, label, number: true, sort: (one) => one[key], cell };
 }
 
+/** The share of zeros, of a number of weights that stands in the head where all have the same. */
+function sparsityColumn() {
+  const weights = new Set(group().experiments.map((one) => one.weights));
+  const of = (many) => `of ${many.toLocaleString("en-US")} weights`;
+  const share = (one) => (one.weights ? `${(100 * one.sparsity).toFixed(2)}%${weights.size > 1 ? ` ${of(one.weights)}` : ""}` : "");
+  return {
+    key: "sparsity",
+    label: "Sparsity",
+    basis: weights.size === 1 ? of([...weights][0]) : null,
+    number: true,
+    sort: (one) => one.sparsity,
+    cell: (one) => element("td", { class: "number" }, share(one)),
+  };
+}
+
 function nameCell(one) {
   const pinned = chosen.baseline === one.name;
   const pin = { type: "button", class: "pin", "aria-pressed": String(pinned), "data-pin": one.name, click: () => setBaseline(one.name) };
@@ -170,8 +206,8 @@ function metricCell(one, of) {
   const againstItself = one.name === "dense" && of.itself !== null;
   if (!row) return element("td", { class: "number" }, againstItself ? `${of.itself}, by definition` : "not measured");
   const value = number(row.value, of.digits);
-  const interval = element("span", { class: "interval" }, range(row.low, row.high, (end) => number(end, of.digits)));
-  return element("td", { class: "number", title: counted(row) }, value, interval, deltaOf(one, of));
+  const interval = element("span", { class: "interval" }, withInterval(row, of.digits).slice(value.length));
+  return element("td", { class: "number" }, value, interval, deltaOf(one, of));
 }
 
 function deltaOf(one, of) {
@@ -228,6 +264,7 @@ function headCell(column) {
     "th",
     { scope: "col", class: column.number ? "number" : null, "aria-sort": column.sort ? direction : null },
     column.sort ? element("button", button, column.label) : column.label,
+    column.basis ? element("span", { class: "basis" }, column.basis) : null,
   );
 }
 
@@ -274,15 +311,16 @@ function showTable() {
 }
 
 function showVerdict() {
-  const names = { better: [], worse: [], noisy: [] };
+  const names = { better: [], worse: [], noisy: [], unknown: [] };
   group().experiments.forEach((one) => {
     const apart = comparison(metric(), one, model(chosen.baseline));
     if (apart) names[apart.verdict].push(one.name);
   });
   const listed = (of) => `${of.length}${of.length && of.length <= 8 ? ` (${of.join(", ")})` : ""}`;
   byId("verdict").textContent =
-    `Against ${chosen.baseline}, in ${metric().label}: ${listed(names.better)} better, ${listed(names.worse)} worse, ` +
-    `${listed(names.noisy)} within noise.`;
+    `Against ${chosen.baseline}, in ${metric().label}, on ${metric().counted}: ${listed(names.better)} better, ` +
+    `${listed(names.worse)} worse, ${listed(names.noisy)} within noise` +
+    (names.unknown.length ? `, ${listed(names.unknown)} unknown without an interval.` : ".");
 }
 
 function setBaseline(name) {
@@ -303,7 +341,7 @@ function showFrontier() {
   const words = `${metric().label} against sparsity for ${points.length} experiments, with 95% intervals; the table has every number`;
   show("frontier", metric().frontier, { points, references: metric().references }, words);
   const lines = metric().references.map((line) => `${line.label}${line.size ? ` (${line.size})` : ""} ${line.text}`);
-  byId("references").textContent = lines.length ? `Lines: ${lines.join("; ")}.` : "";
+  byId("references").textContent = lines.length ? `Lines, on ${metric().counted}: ${lines.join("; ")}.` : "";
 }
 
 function showCost() {
@@ -329,10 +367,11 @@ function taskRow(task, one, baseline) {
   const of = taskMetric(task);
   const apart = comparison(of, one, baseline);
   const [ours, theirs] = [one, baseline].map((other) => unpacked(other.rows[task][of.metric]));
-  const mean = (values) => (values.reduce((total, value) => total + value, 0) / values.length).toFixed(3);
-  const row = { experiment: titleOf(one), task, accuracy: mean(ours), baseline: mean(theirs), rows: ours.length };
-  row.lost = theirs.filter((value, index) => value > ours[index]).length;
-  row.gained = theirs.filter((value, index) => value < ours[index]).length;
+  const [accuracy, reference] = [one, baseline].map((other) => withInterval(measurement(other, of), of.digits));
+  const row = { experiment: titleOf(one), task, rows: of.counted, accuracy, baseline: reference };
+  const [worse, better] = [1, -1].map((sign) => theirs.filter((value, index) => sign * (value - ours[index]) > 0).length);
+  [row.lost, row.gained] = of.better === "lower" ? [better, worse] : [worse, better];
+  row.p_value = Number(mcnemar(row.lost, row.gained).toPrecision(2));
   if (!apart) return row;
   return { ...row, value: apart.value, low: apart.low, high: apart.high, difference: apart.words, verdict: VERDICTS[apart.verdict] };
 }
@@ -345,8 +384,11 @@ function showTasks() {
   const words = `Difference of accuracy to ${chosen.baseline} in each task for ${compared.length} experiments`;
   const height = Object.keys(group().task_metrics).length * (15 * Math.max(compared.length, 1) + 24);
   show("tasks", data.charts.tasks, { tasks: rows }, `${words}; the table below has every number`, height);
-  const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "verdict"];
-  plainTable("task-table", `Accuracy by task against ${chosen.baseline}; difference paired, with 95% interval`, keys, rows);
+  const keys = ["task", "rows", "experiment", "baseline", "accuracy", "difference", "lost", "gained", "p_value", "verdict"];
+  const caption =
+    `Accuracy by task against ${chosen.baseline}, with 95% intervals; difference paired by row; lost and gained: rows that only the ` +
+    "baseline, and only the experiment, answers rightly; p_value: of McNemar’s exact test of these, which takes rows as independent";
+  plainTable("task-table", caption, keys, rows);
 }
 
 function plainTable(id, caption, keys, rows) {
@@ -366,8 +408,13 @@ function showMatrices() {
     one.matrices[quantity] === null ? `No matrix has a ${QUANTITIES[quantity]}.` : `The ${QUANTITIES[quantity]} is ${one.matrices[quantity]} in each.`,
   );
   const tokens = [...new Set(one.matrices.tokens)].map((many) => many.toLocaleString("en-US")).join(" to ");
+  const sampled = one.matrices.error_tokens;
+  const held = one.matrices.relative_error_held_out !== null ? ", and on as many of the windows held out" : "";
+  const measuredOn = sampled ? `Errors are measured on about ${Math.min(sampled, one.matrices.tokens[1]).toLocaleString("en-US")} of these${held}. ` : "";
   byId("matrices-about").textContent =
-    `${titleOf(one)}: ${one.weights.toLocaleString("en-US")} weights in ${count} matrices, each calibrated on ${tokens} tokens. ` + same.join(" ");
+    `${titleOf(one)}: ${one.weights.toLocaleString("en-US")} weights in ${count} matrices, each calibrated on ${tokens} tokens. ` +
+    measuredOn +
+    same.join(" ");
   const valueOf = (quantity, index) => (Array.isArray(one.matrices[quantity]) ? one.matrices[quantity][index] : one.matrices[quantity]);
   for (const quantity of Object.keys(QUANTITIES)) {
     byId(quantity).hidden = constant.includes(quantity);
@@ -408,6 +455,73 @@ function showGenerations() {
     }),
   );
   if (!group().prompts.length) byId("generations").textContent = "Nothing was generated under this protocol.";
+  showDegeneration(forms);
+}
+
+function showDegeneration(forms) {
+  const apart = ([value, low, high], row) => signed(value) + range(low, high, signed, row.kind, row.clusters);
+  const rows = chosenModels().flatMap((one) =>
+    one.measurements
+      .filter((row) => row.kind === "generation")
+      .map((row) => ({
+        prompts: forms[row.name],
+        measure: row.label,
+        experiment: titleOf(one),
+        answers: row.count,
+        dense: row.dense === null ? "" : number(row.dense, 3),
+        value: withInterval(row, 3),
+        difference: row.difference ? apart(row.difference, row) : "not paired",
+      })),
+  );
+  byId("degeneration").hidden = !rows.length;
+  const keys = ["prompts", "measure", "experiment", "answers", "dense", "value", "difference"];
+  const order = (row) => `${row.prompts} ${row.measure}`;
+  rows.sort((first, second) => order(first).localeCompare(order(second)));
+  plainTable("degeneration-table", "Measures of degeneration, with 95% intervals; difference to the dense model, paired by prompt", keys, rows);
+}
+
+function showStyles() {
+  const rows = chosenModels().flatMap((one) =>
+    one.sensitivity.map((row) => {
+      const verdict = row.low === null ? "unknown" : row.low <= 0 && row.high >= 0 ? "noise" : row.drift < 0 === (row.better === "lower") ? "better" : "worse";
+      return {
+        style: row.style,
+        task: row.task === null ? "mean, every task alike" : row.task,
+        experiment: titleOf(one),
+        of: plural(row.count, row.counted.slice(0, -1)),
+        raw: signed(row.raw),
+        "in the style": signed(row.styled),
+        drift: signed(row.drift) + range(row.low, row.high, signed),
+        verdict,
+      };
+    }),
+  );
+  byId("styles").hidden = !rows.length;
+  const caption = "Difference of accuracy to the dense model, raw and in each other style, and its drift with a 95% interval";
+  plainTable("styles-table", caption, ["style", "task", "experiment", "of", "raw", "in the style", "drift", "verdict"], rows);
+}
+
+const SIZES = { dense_bytes: "dense", mask_bytes: "masks", delta_bytes: "delta", packed_bytes: "packed" };
+
+function showSizes() {
+  const rows = chosenModels().map((one) => {
+    const sizes = one.measurements.filter((row) => row.kind === "size");
+    const dense = sizes.find((row) => row.metric === "dense_bytes");
+    const megabytes = (row) => `${number(row.value / 1e6, 1)} MB${row === dense ? "" : ` (${number((100 * row.value) / dense.value, 1)}%)`}`;
+    const bytes = Object.entries(SIZES).map(([metric, name]) => [name, sizes.find((row) => row.metric === metric)]);
+    const pace = (speed) =>
+      speed ? `${number(speed.tokens_per_second, 2)} (${plural(speed.tokens, "token")}, ${plural(group().prompts.length, "prompt")}, ${speed.device})` : "not measured";
+    return {
+      experiment: titleOf(one),
+      matrices: dense ? dense.count : "",
+      ...Object.fromEntries(bytes.map(([name, row]) => [name, row ? megabytes(row) : "not measured"])),
+      "tokens a second": pace(one.speed.sparse),
+      "dense model's": pace(one.speed.dense),
+    };
+  });
+  byId("size").hidden = !rows.length;
+  const caption = "Bytes in millions, with the share of the dense matrices; tokens a second of one run";
+  plainTable("size-table", caption, ["experiment", "matrices", ...Object.values(SIZES), "tokens a second", "dense model's"], rows);
 }
 
 const paramsOf = (one) => ({ ...group().params.common, ...group().params.own[group().experiments.indexOf(one)] });
@@ -436,8 +550,7 @@ function showConfiguration() {
 
 function valueWords(one, of) {
   const row = measurement(one, of);
-  const write = (value) => number(value, of.digits);
-  return row ? `${write(row.value)}${range(row.low, row.high, write)}, ${counted(row)}` : "not measured";
+  return row ? `${withInterval(row, of.digits)}, ${counted(row)}` : "not measured";
 }
 
 function showRecipes() {
@@ -457,7 +570,9 @@ function showRecipes() {
 
 function showChosen() {
   showTasks();
+  showStyles();
   showGenerations();
+  showSizes();
   showConfiguration();
 }
 

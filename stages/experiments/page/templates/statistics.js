@@ -53,6 +53,18 @@ function differenceOfRows(ours, theirs, clusters) {
   return { ...estimate, adjusted: estimateMean([...values, -1, 1], more) };
 }
 
+/** McNemar's exact test: how likely flips so one-sided are if both directions are equally likely; two-sided. */
+function mcnemar(lost, gained) {
+  const count = lost + gained;
+  let logarithm = -count * Math.LN2;
+  let tail = Math.exp(logarithm);
+  for (let flips = 1; flips <= Math.min(lost, gained); flips += 1) {
+    logarithm += Math.log(count - flips + 1) - Math.log(flips);
+    tail += Math.exp(logarithm);
+  }
+  return Math.min(1, 2 * tail);
+}
+
 /** Scores of rows, from bits in base64 or from a list. */
 function unpacked(scores) {
   if (Array.isArray(scores)) return scores;
