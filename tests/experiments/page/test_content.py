@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 from scipy.stats import t
@@ -78,6 +79,14 @@ def test_matrices_are_told_by_block_and_kind():
     assert found["cells"][0] == [0, 0, 1]
     assert len(found["relative_error"]) == len(found["cells"]) == synthetic.BLOCKS * len(synthetic.MATRICES)
     assert found["sparsity"] == 0.5
+
+
+def test_blocks_and_kinds_that_experiments_share_are_embedded_once():
+    small = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(), blocks=1)
+    found = content([replace(GROUP, results=[*GROUP.results, small])])["groups"][0]
+    assert [one["matrices"]["layout"] for one in found["experiments"]] == [0] * 9 + [1]
+    assert [len(layout["cells"]) for layout in found["layouts"]] == [synthetic.BLOCKS * len(synthetic.MATRICES), len(synthetic.MATRICES)]
+    assert not {"kinds", "cells"} & set(found["experiments"][0]["matrices"])
 
 
 def test_experts_stand_as_their_mean():
