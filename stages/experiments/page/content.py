@@ -45,6 +45,7 @@ def group_content(group: Group) -> dict[str, Any]:
     """Experiments of one protocol."""
     params = [leaves(details.experiment.params) for details in group.results]
     shown = {metric.metric for metric in (*group.metrics, *group.columns)}
+    experiments = [experiment_content(details, shown) for details in group.results]
     common = {key: value for key, value in params[0].items() if all(key in other and other[key] == value for other in params)}
     return {
         "base": group.base,
@@ -52,7 +53,8 @@ def group_content(group: Group) -> dict[str, Any]:
         "columns": [metric_facts(group, metric) for metric in group.columns],
         "methods": group.methods,
         "cells": {asked: [details.name for details in members] for asked, members in group.cells.items()},
-        "experiments": [experiment_content(details, shown) for details in group.results],
+        "layouts": layouts(experiments),
+        "experiments": experiments,
         "params": {
             "common": common,
             "own": [{key: value for key, value in own.items() if key not in common} for own in params],
@@ -63,6 +65,18 @@ def group_content(group: Group) -> dict[str, Any]:
         "window_clusters": {name: numbered(clusters) for name, clusters in group.dense.window_clusters.items()},
         "prompts": [row["prompt"] for row in group.results[0].generations],
     }
+
+
+def layouts(experiments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks and kinds of matrices, which most experiments share; each experiment is left with the number of its own."""
+    found: list[dict[str, Any]] = []
+    for experiment in experiments:
+        matrices = experiment["matrices"]
+        layout = {key: matrices.pop(key) for key in ("kinds", "cells")}
+        if layout not in found:
+            found.append(layout)
+        matrices["layout"] = found.index(layout)
+    return found
 
 
 def task_metric(group: Group, own: Metric) -> dict[str, Any]:

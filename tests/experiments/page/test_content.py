@@ -93,6 +93,14 @@ def test_matrices_are_told_by_block_and_kind():
     assert found["sparsity"] == 0.5
 
 
+def test_blocks_and_kinds_that_experiments_share_are_embedded_once():
+    small = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(), blocks=1)
+    found = content([replace(GROUP, results=[*GROUP.results, small])])["groups"][0]
+    assert [one["matrices"]["layout"] for one in found["experiments"]] == [0] * 9 + [1]
+    assert [len(layout["cells"]) for layout in found["layouts"]] == [synthetic.BLOCKS * len(synthetic.MATRICES), len(synthetic.MATRICES)]
+    assert not {"kinds", "cells"} & set(found["experiments"][0]["matrices"])
+
+
 def test_experts_stand_as_their_mean():
     details = GROUP.results[0]
     rows = [{**details.matrices[0], "matrix": f"m.layers.0.mlp.experts.{number}.up", "damping": number / 10} for number in range(2)]

@@ -35,10 +35,8 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
-function number(value, digits) {
-  const decimals = Math.abs(value) < 1000 ? digits : 0;
-  return value.toLocaleString("en-US", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
-}
+const formats = [0, 1, 2, 3].map((decimals) => new Intl.NumberFormat("en-US", { minimumFractionDigits: decimals, maximumFractionDigits: decimals }));
+const number = (value, digits) => formats[Math.abs(value) < 1000 ? digits : 0].format(value);
 
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 const plural = (count, noun) => `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
@@ -401,7 +399,7 @@ function plainTable(id, caption, keys, rows) {
 
 function showMatrices() {
   const one = model(chosen.inspected);
-  const { kinds, cells } = one.matrices;
+  const { kinds, cells } = group().layouts[one.matrices.layout];
   const count = cells.reduce((total, cell) => total + cell[2], 0);
   const constant = Object.keys(QUANTITIES).filter((quantity) => !Array.isArray(one.matrices[quantity]));
   const same = constant.map((quantity) =>

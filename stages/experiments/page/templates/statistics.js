@@ -10,15 +10,19 @@ function studentQuantile(quantiles, freedom) {
 
 /** The mean of values. clusters: of each value what it shares with others, or how many values there are if each is alone. */
 function estimateMean(values, clusters) {
-  const value = values.reduce((total, one) => total + one, 0) / values.length;
-  const sums = new Map();
-  values.forEach((one, index) => {
-    const cluster = Array.isArray(clusters) ? clusters[index] : index;
-    sums.set(cluster, (sums.get(cluster) || 0) + one - value);
-  });
-  const count = sums.size;
+  let total = 0;
+  for (const one of values) total += one;
+  const value = total / values.length;
+  let [count, squares] = [values.length, 0];
+  if (Array.isArray(clusters)) {
+    const sums = new Map();
+    values.forEach((one, index) => sums.set(clusters[index], (sums.get(clusters[index]) || 0) + one - value));
+    count = sums.size;
+    for (const sum of sums.values()) squares += sum * sum;
+  } else {
+    for (const one of values) squares += (one - value) * (one - value);
+  }
   if (count < 2) return { value, stderr: null, count: values.length, clusters: count };
-  const squares = [...sums.values()].reduce((total, sum) => total + sum * sum, 0);
   return { value, stderr: Math.sqrt((squares * count) / (count - 1)) / values.length, count: values.length, clusters: count };
 }
 
@@ -46,11 +50,13 @@ function intervalOf(estimate, quantiles) {
 
 /** The difference on the rows of a task; of right and wrong answers with one row more that is lost and one that is gained, for its interval. */
 function differenceOfRows(ours, theirs, clusters) {
-  const values = ours.map((value, index) => value - theirs[index]);
+  const values = new Array(ours.length);
+  for (let index = 0; index < values.length; index += 1) values[index] = ours[index] - theirs[index];
   const estimate = estimateMean(values, clusters);
-  if (![...ours, ...theirs].every((value) => value === 0 || value === 1)) return estimate;
-  const more = Array.isArray(clusters) ? [...clusters, "lost", "gained"] : clusters;
-  return { ...estimate, adjusted: estimateMean([...values, -1, 1], more) };
+  const isShare = (value) => value === 0 || value === 1;
+  if (!ours.every(isShare) || !theirs.every(isShare)) return estimate;
+  values.push(-1, 1);
+  return { ...estimate, adjusted: estimateMean(values, Array.isArray(clusters) ? [...clusters, "lost", "gained"] : clusters) };
 }
 
 /** McNemar's exact test: how likely flips so one-sided are if both directions are equally likely; two-sided. */
@@ -65,11 +71,17 @@ function mcnemar(lost, gained) {
   return Math.min(1, 2 * tail);
 }
 
-/** Scores of rows, from bits in base64 or from a list. */
+const unpackedScores = new WeakMap();
+
+/** Scores of rows, from bits in base64 or from a list; bits are unpacked once. */
 function unpacked(scores) {
   if (Array.isArray(scores)) return scores;
-  const bytes = atob(scores.bits);
-  return Array.from({ length: scores.count }, (_, index) => (bytes.charCodeAt(index >> 3) >> (index & 7)) & 1);
+  if (!unpackedScores.has(scores)) {
+    const [bytes, rows] = [atob(scores.bits), new Int8Array(scores.count)];
+    for (let index = 0; index < rows.length; index += 1) rows[index] = (bytes.charCodeAt(index >> 3) >> (index & 7)) & 1;
+    unpackedScores.set(scores, rows);
+  }
+  return unpackedScores.get(scores);
 }
 
 /** The difference of two models, ours less theirs, in a metric ({kind, name, metric, kept, scale, tasks}); null if either lacks it. */
