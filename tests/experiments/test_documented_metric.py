@@ -83,7 +83,10 @@ def test_it_has_plots_columns_and_differences_on_the_page(group):
     assert [one["metric"] for one in content["metrics"]] == ["perplexity", "mean_kld", "next_token", "accuracy"]
     new = content["metrics"][2]
     assert (new["kept"], new["digits"], new["ratio"], new["label"]) == ("right", 3, False, "next token right on wikipedia")
-    assert [row["against_dense"] for row in new["points"]] == ["-0.222 [-0.222, -0.222]", "-0.111 [-0.111, -0.111]"]
+    assert [row[new["points"]["keys"].index("against_dense")] for row in new["points"]["rows"]] == [
+        "-0.222 [-0.222, -0.222]",
+        "-0.111 [-0.111, -0.111]",
+    ]
     assert "next_token" in {row["metric"] for row in content["experiments"][0]["measurements"]}
     (dense,) = [row for row in content["dense"]["measurements"] if row["metric"] == "next_token"]
     assert dense["value"] == pytest.approx(8 / 9, abs=1e-6)

@@ -88,11 +88,16 @@ def metric_content(group: Group, metric: Metric) -> dict[str, Any]:
     """A metric of the plots with its plots and their data."""
     return {
         **metric_facts(group, metric),
-        "points": points(group, metric),
+        "points": columnar([rounded_row(row) for row in points(group, metric)]),
         "references": references(group, metric),
         "frontier": charts.frontier(metric, group.methods, group.patterns),
         "costs": {measure: charts.cost(metric, measure, group.methods, group.patterns) for measure in measured_costs(group)},
     }
+
+
+def columnar(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of the same keys with these stated once."""
+    return {"keys": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 
 
 def metric_facts(group: Group, metric: Metric) -> dict[str, Any]:

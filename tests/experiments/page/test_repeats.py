@@ -127,5 +127,6 @@ def test_the_page_has_a_table_and_words():
 def test_points_and_rows_are_told_apart_by_their_seed():
     content = group_content(GROUP)
     assert [one["seed"] for one in content["experiments"][:4]] == [0, 1, 2, 0]
-    assert [row["seed"] for row in content["metrics"][0]["points"][:3]] == [0, 1, 2]
+    points = content["metrics"][0]["points"]
+    assert [row[points["keys"].index("seed")] for row in points["rows"][:3]] == [0, 1, 2]
     assert "calibration seed" in str(charts.frontier(PERPLEXITY, GROUP.methods, GROUP.patterns))

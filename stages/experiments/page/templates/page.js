@@ -2,6 +2,9 @@
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
+for (const of of data.groups.flatMap((one) => one.metrics)) {
+  of.points = of.points.rows.map((row) => Object.fromEntries(row.map((value, index) => [of.points.keys[index], value])));
+}
 const byId = (id) => document.getElementById(id);
 const CHOSEN_AT_MOST = 6;
 const QUANTITIES = {
