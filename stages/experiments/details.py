@@ -1,6 +1,5 @@
 """Read what the page compares of an experiment: its measurements, both models' scores on every window and row, its matrices, its texts."""
 
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from stages.evaluation.measurement import Kind, Measurement, as_rows
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS, parsed_json
 
 RULER = RULER_RESULTS / "measurements.json"
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
@@ -141,7 +140,7 @@ class _Files:
 
 def _parsed(text: str, path: Path) -> Any:
     try:
-        return json.loads(text)
+        return parsed_json(text)
     except ValueError as error:
         raise Unreadable(f"{path}: not JSON ({error})") from None
 

