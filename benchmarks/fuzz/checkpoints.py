@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from transformers import MistralConfig, MistralForCausalLM
 
-from benchmarks.fuzz.mutations import Files, bytes_of, json_of, safetensors_of
+from benchmarks.fuzz.mutations import NUMBERS, Files, bytes_of, json_of, safetensors_of
 from benchmarks.fuzz.reader import Reader
 from stages.checkpoint.delta import BLOCK_FORMAT, FORMAT, METADATA, POLARITY, SparseDelta, read_block
 from stages.checkpoint.layout import read_layout
@@ -193,11 +193,21 @@ def gguf() -> bytes:
         return path.read_bytes()
 
 
+GGUF_SIZES = tuple(
+    f"llama.{name}"
+    for name in ("block_count", "embedding_length", "feed_forward_length", "vocab_size", "context_length", "attention.head_count")
+)
+
+
 def ggufs() -> SearchStrategy[Files]:
     content = gguf()
     head = content.index(b"token_embd") + 600  # the keys, the tokens and the table of tensors
+    counts = [content.index(key.encode()) + len(key) + 4 for key in GGUF_SIZES]  # after the key stands the type, then the value
+    sized = st.tuples(st.sampled_from(counts), st.sampled_from(NUMBERS)).map(
+        lambda edit: content[: edit[0]] + struct.pack("<I", edit[1] % 2**32) + content[edit[0] + 4 :]
+    )
     damaged_head = bytes_of(content[:head]).map(lambda start: start + content[head:])
-    return st.fixed_dictionaries({"tiny.gguf": damaged_head | bytes_of(content)})
+    return st.fixed_dictionaries({"tiny.gguf": damaged_head | bytes_of(content) | sized})
 
 
 def read_gguf(_: Files) -> None:
@@ -222,7 +232,7 @@ READERS = (
         inputs=checkpoints(),
         read=read_checkpoint,
         names=("shard ", INDEX, "config.json", PROVENANCE, "tensor ", "does not fit"),
-        share=3,
+        share=15,
     ),
     Reader(
         name="checkpoint directories",
@@ -230,7 +240,7 @@ READERS = (
         inputs=checkpoints(),
         read=read_local_base,
         names=("shard ", INDEX, "config.json", "local checkpoint", "tensor "),
-        share=1,
+        share=5,
     ),
     Reader(
         name="deltas",
@@ -238,9 +248,9 @@ READERS = (
         inputs=deltas(),
         read=read_delta,
         names=(BLOCK, "delta.json", "delta"),
-        share=3,
+        share=13,
     ),
     Reader(
-        name="GGUF files", code="sources/base.py", inputs=ggufs(), read=read_gguf, names=("tiny.gguf", "tensor "), memory=128, share=0.3
+        name="GGUF files", code="sources/base.py", inputs=ggufs(), read=read_gguf, names=("tiny.gguf", "tensor "), memory=128, share=1.5
     ),
 )
