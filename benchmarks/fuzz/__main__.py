@@ -93,7 +93,8 @@ def table(made: dict[str, Any]) -> str:
 
 def _machine() -> str:
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, one thread, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    system = f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    return f"{names[0] if names else platform.machine()}, one thread, {system}"
 
 
 def _named(name: str) -> Reader:

@@ -41,7 +41,11 @@ class Tally:
 def feed(reader: Reader, inputs: int, first_seed: int) -> Tally:
     """Feed a reader; the first input of each kind of fault is printed to stderr."""
     tally, kinds = Tally(), set[str]()
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory, prepared(Path(directory)) as guard, reader.around():
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory,
+        prepared(Path(directory)) as guard,
+        reader.around(),
+    ):
         for number in range(inputs):  # hypothesis makes fewer where it finds no more
             if tally.inputs >= inputs:
                 break

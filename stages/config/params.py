@@ -22,6 +22,12 @@ from stages.plain_yaml import require_bounded
 
 CONF = Path(__file__).parents[2] / "conf"
 PARAMS = Path("params.yaml")
+NOT_PLAIN = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)  # of a number of thousands of digits, of a key that is a list, of !!timestamp x
 CHOSEN = "???"  # Hydra's word for a choice that the command line or an experiment makes
 
 
@@ -37,7 +43,7 @@ def read_params(path: Path) -> dict[str, Any]:
         data = yaml.load(text, Loader=_PlainLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found, wanted in the current directory; `dvc exp run` writes it") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a number of thousands of digits; a key that is a list
+    except NOT_PLAIN as error:
         raise ConfigError(f"{path}: not plain YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {type(data).__name__}, wanted a mapping of sections")

@@ -1,5 +1,6 @@
 """Bounds on what is held in memory: a small compressed file may hold gigabytes, and nobody notices before the memory is full."""
 
+from io import BufferedIOBase
 from typing import IO
 
 from stages.errors import SourceError
@@ -9,7 +10,7 @@ LONGEST_LINE = 2**27  # bytes of a line, or of a row of CSV
 PIECE = 2**20  # bytes that are read at once
 
 
-def read_whole(stream: IO[bytes], subject: str, most: int | None = None) -> bytes:
+def read_whole(stream: IO[bytes] | BufferedIOBase, subject: str, most: int | None = None) -> bytes:
     """Read a stream to its end.
 
     Args:

@@ -93,7 +93,8 @@ def mmlu_arrow(files: dict[str, bytes]) -> list[Row]:
 
 
 def _requests(data: bytes) -> list[Row]:
-    lines = read_whole(gzip.GzipFile(fileobj=io.BytesIO(data)), "its decompressed lines").decode("utf8").splitlines()
+    with gzip.open(io.BytesIO(data)) as stream:
+        lines = read_whole(stream, "its decompressed lines").decode("utf8").splitlines()
     return [parsed_json(line) for line in lines]
 
 

@@ -167,9 +167,13 @@ def _own_index(own: Path) -> dict[str, Entry]:
     for path in sorted(own.rglob("*.yaml")):
         _require_bounded(path)
     try:
-        return TaskManager(include_defaults=False, include_path=str(own)).task_index
+        index = TaskManager(include_defaults=False, include_path=str(own)).task_index
     except BROKEN as error:
         raise ConfigError(f"{KEY}: {own}: lm-eval cannot read the tasks there ({error})") from error
+    for name, entry in index.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{KEY}: {entry.yaml_path}: found the name {shown(name)}, wanted a string")
+    return index
 
 
 def _require_bounded(path: Path) -> None:
