@@ -198,6 +198,18 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf8")
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested more deeply than Python's stack.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -205,7 +217,7 @@ def read_json(path: Path) -> Any:
         SparsesweepError: the file is missing, cannot be read or is not JSON; names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parsed_json(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise SparsesweepError(f"{path}: not found; has the stage that writes it run?") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import TextError
+from stages.files import parsed_json
 
 Row = dict[str, Any]
 LONGEST = 60  # characters of a value shown in an error
@@ -57,7 +58,7 @@ class Rows:
     def _parsed(self, index: int, line: bytes) -> Row:
         try:
             text = line.decode("utf8")
-            row = json.loads(text)
+            row = parsed_json(text)
             if "\\ud" in text.lower():  # half of a surrogate pair is JSON, but no text
                 json.dumps(row, ensure_ascii=False).encode("utf8")
         except ValueError as error:

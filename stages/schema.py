@@ -125,6 +125,9 @@ def check(section: Any, key: str) -> None:
             nullable = "None" in str(section_field.type) and not condition.required
             valid = nullable if value is None else condition.accepts(value)
             require(valid, path, value, f"null or {condition.wanted}" if nullable else condition.wanted)
+        if section_field.type == list[str]:
+            strings = isinstance(value, list) and all(isinstance(item, str) for item in value)  # OmegaConf lets lists of lists pass
+            require(strings, path, value, "a list of words")
         for inner_path, inner in _values(value, path):
             if is_dataclass(inner):
                 check(inner, inner_path)

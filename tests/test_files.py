@@ -225,3 +225,9 @@ def test_a_file_that_is_missing_unreadable_or_no_json_is_named(tmp_path):
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(SparsesweepError, match="b.json: not JSON"):
         read_json(tmp_path / "b.json")
+
+
+def test_json_that_is_nested_without_end_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(SparsesweepError, match=r"a.json: not JSON \(lists or objects are nested too deeply\)"):
+        read_json(tmp_path / "a.json")

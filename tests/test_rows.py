@@ -93,3 +93,9 @@ def test_a_row_has_the_columns_asked_for():
     require_columns({"a": 1, "b": 2}, ["a"], "here")
     with pytest.raises(TextError, match='here: found a, b, wanted "c"'):
         require_columns({"a": 1, "b": 2}, ["a", "c"], "here")
+
+
+def test_a_row_that_is_nested_without_end_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    with pytest.raises(TextError, match="a.jsonl, line 1: not JSON in UTF-8 .*nested too deeply"):
+        texts(tmp_path / "a.jsonl")

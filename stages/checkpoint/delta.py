@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages.errors import CheckpointError
-from stages.files import read_json, sha256, write_json
+from stages.files import parsed_json, read_json, sha256, write_json
 from stages.recipe import Recipe, fingerprint
 
 FORMAT = "sparsesweep-delta/2"
@@ -163,7 +163,7 @@ class _BlockFile:
 
     def _facts(self, metadata: dict[str, str]) -> dict[str, Any]:
         try:
-            facts = json.loads(metadata.get(METADATA, "null"))
+            facts = parsed_json(metadata.get(METADATA, "null"))
         except ValueError as error:
             raise CheckpointError(f"delta file {self.path}: found metadata that is not JSON ({error})") from error
         if not isinstance(facts, dict) or set(facts) != METADATA_KEYS:

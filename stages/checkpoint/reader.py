@@ -110,6 +110,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return table
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raises CheckpointError if it holds something else."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: found a {type(data).__name__}, wanted an object")
+    return data
+
+
 class Checkpoint:
     """A directory of safetensors shards with an index.
 
@@ -181,7 +189,31 @@ class Checkpoint:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        return read_json(self.directory / PROVENANCE)
+        """What the fetch stage recorded.
+
+        Raises:
+            CheckpointError: it has no hashes of files in this directory.
+        """
+        path = self.directory / PROVENANCE
+        data = _object(path)
+        files = data.get("files")
+        if not isinstance(files, dict) or not all(is_plain_name(name) and is_plain_name(digest) for name, digest in files.items()):
+            raise CheckpointError(f"{path}: found no files beside it with their hashes; is this a checkpoint written by the fetch stage?")
+        return data
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json.
+
+        Raises:
+            CheckpointError: it is no JSON object.
+        """
+        return _object(self.directory / "config.json")
+
+    def stated(self, *keys: str) -> list[Any]:
+        """The values of keys in config.json, and in the section of the text decoder if it has one; None where there is none."""
+        inner = self.config.get("text_config")
+        return [section.get(key) for section in (self.config, inner if isinstance(inner, dict) else {}) for key in keys]
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -192,9 +224,7 @@ class Checkpoint:
     @cached_property
     def context_length(self) -> int | None:
         """The model's context length in tokens, or None if its config does not state it."""
-        config = read_json(self.directory / "config.json")
-        lengths = (section.get(key) for section in (config, config.get("text_config") or {}) for key in CONTEXT_KEYS)
-        return next((length for length in lengths if isinstance(length, int)), None)
+        return next((length for length in self.stated(*CONTEXT_KEYS) if isinstance(length, int)), None)
 
     def require_context(self, length: int, key: str) -> None:
         """Refuse windows that are longer than the model's context.

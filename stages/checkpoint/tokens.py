@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, TextError
-from stages.files import read_json
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template raises
@@ -34,9 +33,8 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
 
 def embedding_rows(base: Checkpoint) -> int | None:
     """Rows of the base's input embedding, or None where neither its tensors nor its config say so."""
-    config = read_json(base.directory / "config.json")
-    sizes = [section.get("vocab_size") for section in (config, config.get("text_config") or {})]
-    sizes += [base.shape(name)[0] for name in base if name.endswith(EMBEDDINGS)]
+    sizes = base.stated("vocab_size")
+    sizes += [base.shape(name)[0] for name in base if name.endswith(EMBEDDINGS) and base.shape(name)]
     return min((size for size in sizes if isinstance(size, int)), default=None)
 
 

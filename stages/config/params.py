@@ -18,9 +18,16 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from stages.errors import ConfigError
+from stages.plain_yaml import require_bounded
 
 CONF = Path(__file__).parents[2] / "conf"
 PARAMS = Path("params.yaml")
+NOT_PLAIN = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)  # of a number of thousands of digits, of a key that is a list, of !!timestamp x
 CHOSEN = "???"  # Hydra's word for a choice that the command line or an experiment makes
 
 
@@ -31,10 +38,12 @@ def read_params(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not a mapping, or holds what would be executed; names the key.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf8"), Loader=_PlainLoader)
+        text = path.read_text(encoding="utf8")
+        require_bounded(text)
+        data = yaml.load(text, Loader=_PlainLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found, wanted in the current directory; `dvc exp run` writes it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_PLAIN as error:
         raise ConfigError(f"{path}: not plain YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {type(data).__name__}, wanted a mapping of sections")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stages.errors import SparsesweepError
@@ -57,14 +58,21 @@ class Journal:
             _rename_durably(path.with_suffix(".part"), path)
 
     def observed(self, compute: Callable[[], Mapping[str, Observed]]) -> dict[str, Observed]:
-        """What was observed on the windows of each corpus: an interrupted run's, or computed now and added."""
+        """What was observed on the windows of each corpus: an interrupted run's, or computed now and added.
+
+        Raises:
+            SparsesweepError: what the interrupted run wrote is damaged; names the file.
+        """
         path = self.directory / "windows.safetensors"
         if path.is_file():
             log.info("%s: taken over from an interrupted run: windows", self.directory)
             found: dict[str, dict[str, torch.Tensor]] = {}
-            for key, tensor in load_file(path).items():
-                corpus, name = key.split(BETWEEN)
-                found.setdefault(corpus, {})[name] = tensor
+            try:
+                for key, tensor in load_file(path).items():
+                    corpus, name = key.split(BETWEEN)
+                    found.setdefault(corpus, {})[name] = tensor
+            except (SafetensorError, ValueError) as error:
+                raise SparsesweepError(f"{path}: damaged ({error}); remove {self.directory} and run again") from error
             return dict(found)
         computed = compute()
         tensors = {f"{corpus}{BETWEEN}{name}": tensor.contiguous() for corpus, of in computed.items() for name, tensor in of.items()}
@@ -107,7 +115,7 @@ def _lock(lock: int, directory: Path) -> None:
 def _require_fingerprint(directory: Path, text: str) -> None:
     """Keep the directory if it has this fingerprint; else empty it and write the fingerprint."""
     path = directory / FINGERPRINT
-    if path.is_file() and path.read_text(encoding="utf8") == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return
     if path.is_file():
         log.info("%s: an interrupted run of something else; starting afresh", directory)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import TextError
-from stages.files import read_json, write_json
+from stages.files import is_inner_path, read_json, write_json
+from stages.plain_data import of_type
 
 MANIFEST = "manifest.json"
 OWN = "own"  # folder of the files of a user's own tasks, below artifacts/tasks
@@ -72,18 +73,28 @@ def read_manifest(directory: Path) -> dict[str, list[Benchmark]]:
     """Read what write_manifest wrote.
 
     Raises:
-        SparsesweepError: the file is missing or not JSON. TextError: it has other keys.
+        SparsesweepError: the file is missing or not JSON. TextError: it has other keys, or names files elsewhere.
     """
     path = directory / MANIFEST
     data = read_json(path)
     try:
-        return {name: [_benchmark(facts) for facts in of_name] for name, of_name in data["benchmarks"].items()}
-    except (TypeError, KeyError, AttributeError) as error:
+        benchmarks: dict[str, list[Benchmark]] = of_type(
+            dict[str, list[Benchmark]], data.get("benchmarks") if isinstance(data, dict) else data, "benchmarks"
+        )
+        for benchmark in (benchmark for of_name in benchmarks.values() for benchmark in of_name):
+            _require_inside(benchmark)
+    except ValueError as error:
         raise TextError(
             f"{path}: found another form ({error}), wanted that of this version; run `python -m stages.fetch part=tasks`"
         ) from None
+    return benchmarks
 
 
-def _benchmark(facts: dict[str, Any]) -> Benchmark:
-    subtasks = [Subtask(**{**task, "data": {split: Data(**data) for split, data in task["data"].items()}}) for task in facts["subtasks"]]
-    return Benchmark(**{**facts, "subtasks": subtasks})
+def _require_inside(benchmark: Benchmark) -> None:
+    """Raise ValueError where a definition or a file of rows would be read from elsewhere: definitions may call functions beside them."""
+    for subtask in benchmark.subtasks:
+        for path in (subtask.definition, *(data.file for data in subtask.data.values())):
+            if not is_inner_path(path):
+                raise ValueError(f"{subtask.name}: found the path {path!r}, wanted one inside the folder of the tasks")
+    if not benchmark.subtasks:
+        raise ValueError(f"{benchmark.name}: found no subtasks, wanted at least one")

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from stages.evaluation.statistics import Estimate
+from stages.plain_data import of_type
 
 
 class Better(StrEnum):
@@ -145,10 +146,11 @@ def as_rows(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
     return [asdict(measurement) for measurement in measurements]
 
 
-def from_rows(rows: list[dict[str, Any]]) -> list[Measurement]:
+def from_rows(rows: Any) -> list[Measurement]:
     """What as_rows gave.
 
     Raises:
-        TypeError, KeyError: a row has other keys.
+        ValueError: a row has other keys, or values of another type; names the row and the key.
     """
-    return [Measurement(**{**row, "difference": row["difference"] and Difference(**row["difference"])}) for row in rows]
+    measurements: list[Measurement] = of_type(list[Measurement], rows, "measurements")
+    return measurements

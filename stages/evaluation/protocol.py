@@ -9,6 +9,8 @@ from stages.config.environment import installed
 from stages.errors import ComparisonError, SparsesweepError
 from stages.evaluation.styles import StyleProtocol
 from stages.files import read_json, write_json
+from stages.plain_data import of_type
+from stages.rows import shown
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")  # whose version may change a score
 EMBEDDED = "text.evaluation"  # where the rows of the tasks of stages/evaluation/tasks.py are from
@@ -104,7 +106,7 @@ def read_protocol(path: Path) -> Protocol:
     """Read a protocol that `write_protocol` wrote.
 
     Raises:
-        ComparisonError: the file is missing, is not JSON, or has other keys.
+        ComparisonError: the file is missing, is not JSON, or has other keys or values of another type.
     """
     try:
         data = read_json(path)
@@ -112,16 +114,13 @@ def read_protocol(path: Path) -> Protocol:
         raise ComparisonError(str(error)) from None
     field_names = [entry.name for entry in fields(Protocol)]
     if not isinstance(data, dict) or set(data) != {*field_names, *NOT_COMPARED}:
-        keys = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)
+        keys = ", ".join(sorted(data))[:200] if isinstance(data, dict) else shown(data)
         raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*field_names, *NOT_COMPARED]))}")
-    parts: dict[str, Any] = {}
-    kinds: tuple[tuple[str, Any], ...] = (("corpora", CorpusProtocol), ("tasks", TaskProtocol), ("styles", StyleProtocol))
-    for key, kind in kinds:
-        try:
-            parts[key] = {name: kind(**facts) for name, facts in data[key].items()}
-        except (TypeError, AttributeError) as error:
-            raise ComparisonError(f"{path}: {key}: found {data[key]!r}, wanted {key} by name ({error})") from None
-    return Protocol(**{name: data[name] for name in field_names} | parts)
+    try:
+        protocol: Protocol = of_type(Protocol, {name: data[name] for name in field_names}, "protocol")
+    except ValueError as error:
+        raise ComparisonError(f"{path}: {error}") from None
+    return protocol
 
 
 def compared(protocol: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The scores of a model, and the files in which the evaluation writes them."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from stages.evaluation.metric import Corpus, Metric, Observed, WindowMeans, wind
 from stages.evaluation.protocol import EMBEDDED, Protocol, TaskProtocol
 from stages.evaluation.statistics import Estimate, difference_of_rows, mean, mean_of_independent, mean_of_rows
 from stages.files import read_json, write_json, write_lines
+from stages.plain_data import is_finite, of_type
 from stages.rows import Rows
 
 Samples = dict[str, list[dict[str, Any]]]
@@ -23,6 +23,15 @@ context."""
 
 Aggregates = dict[str, dict[str, dict[str, Any]]]
 """Task -> score that is no mean of rows, such as a corpus's F1 -> "value", lm-eval's own, and "count", the number of its rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """A score that is no mean of rows, as the file of aggregates has it. count: number of its rows."""
+
+    value: float
+    count: int
+
 
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that the mean over tasks is made of
 AGGREGATES = "aggregates.json"
@@ -303,7 +312,7 @@ def read_results(details: Path, protocol: Protocol) -> Results:
     _require(_are_generations(generations, protocol.prompts), details / "generations.json", f"a row for each of {protocol.prompts}")
     styles = [RAW, *(style for style, asked in protocol.styles.items() if asked.skipped is None)]
     samples = {style: {name: _samples(details, name, style, task) for name, task in protocol.tasks.items()} for style in styles}
-    aggregates = _read(details / AGGREGATES) if (details / AGGREGATES).is_file() else {}
+    aggregates = _aggregates(details / AGGREGATES) if (details / AGGREGATES).is_file() else {}
     measurements = [
         measured for style in styles for task, rows in samples[style].items() for measured in _measurements(task, rows, protocol, style)
     ]
@@ -325,7 +334,8 @@ def _samples(details: Path, name: str, style: str, task: TaskProtocol) -> list[d
     """The samples of a task, checked."""
     path = samples_file(details, name, style)
     rows = _read_lines(path)
-    metrics = task.metrics if task.source == EMBEDDED else list(rows[0]["values"] or {})
+    first = rows[0]["values"]
+    metrics = task.metrics if task.source == EMBEDDED else list(first if isinstance(first, dict) else {})
     _require(_are_samples(rows, task.rows, metrics), path, f"{task.rows} rows in order, each with {_and(metrics)}")
     return rows
 
@@ -333,6 +343,17 @@ def _samples(details: Path, name: str, style: str, task: TaskProtocol) -> list[d
 def samples_file(details: Path, task: str, style: str = RAW) -> Path:
     """The path of the samples of a task."""
     return (details if style == RAW else details / "styles" / style) / f"samples-{task}.jsonl"
+
+
+def _aggregates(path: Path) -> dict[str, Aggregates]:
+    try:
+        scores: dict[str, dict[str, dict[str, Aggregate]]] = of_type(dict[str, dict[str, dict[str, Aggregate]]], _read(path), "aggregates")
+    except ValueError as error:
+        raise ComparisonError(f"{path}: {error}") from None
+    return {
+        style: {task: {name: asdict(score) for name, score in of_task.items()} for task, of_task in of_style.items()}
+        for style, of_style in scores.items()
+    }
 
 
 def _and(names: Sequence[str]) -> str:
@@ -367,19 +388,17 @@ def _are_windows(data: Any, counts: dict[str, int]) -> bool:
 
 def _are_losses(data: Any, count: int) -> bool:
     losses = data.get("nll") if isinstance(data, dict) else None
-    return isinstance(losses, list) and len(losses) == count and all(_is_finite(loss) for loss in losses)
+    return isinstance(losses, list) and len(losses) == count and all(is_finite(loss) for loss in losses)
 
 
 def _are_samples(rows: list[dict[str, Any]], count: int, metrics: Sequence[str]) -> bool:
-    return [row["row"] for row in rows] == list(range(count)) and all(_are_values(row["values"], metrics) for row in rows)
+    numbered = len(rows) == count and all(row["row"] == number for number, row in enumerate(rows))
+    clustered = all(isinstance(row["cluster"], int) and isinstance(row["task"], str | None) for row in rows)
+    return numbered and clustered and all(_are_values(row["values"], metrics) for row in rows)
 
 
 def _are_values(values: Any, metrics: Sequence[str]) -> bool:
-    return isinstance(values, dict) and list(values) == list(metrics) and all(map(_is_finite, values.values()))
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(values, dict) and list(values) == list(metrics) and all(map(is_finite, values.values()))
 
 
 def _are_generations(data: Any, prompts: list[str]) -> bool:

@@ -1,6 +1,5 @@
 """Read what the page compares of an experiment: its measurements, both models' scores on every window and row, its matrices, its texts."""
 
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing, Unreadable
-from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
+from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS, parsed_json
 
 RUN = "run.json"
 RULER = RULER_RESULTS / "measurements.json"
@@ -152,7 +151,7 @@ class _Files:
 
 def _parsed(text: str, path: Path) -> Any:
     try:
-        return json.loads(text)
+        return parsed_json(text)
     except ValueError as error:
         raise Unreadable(f"{path}: not JSON ({error})") from None
 

@@ -10,7 +10,7 @@ from dvc.exceptions import DvcException
 
 from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, parsed_json, read_json
 from stages.recipe import fingerprint
 
 PARAMS = "params.yaml"
@@ -118,7 +118,7 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     point, *_ = _read(POINT, revision)
     try:
         measurements = from_rows(_read(MEASUREMENTS, revision))
-    except (TypeError, KeyError) as error:
+    except ValueError as error:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     protocol = _read(PROTOCOL, revision)
     if revision is None:
@@ -161,7 +161,7 @@ def _require_of_delta(protocol: dict[str, Any]) -> None:
 def _read(path: str, revision: str | None) -> Any:
     """A JSON file of a revision, from the workspace, the cache or a remote."""
     try:
-        return json.loads(dvc.api.read(path, rev=revision))
+        return parsed_json(dvc.api.read(path, rev=revision))
     except (DvcException, OSError, ValueError) as error:
         raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `dvc exp pull` brings it") from None
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages.checkpoint.delta import Change, read_block, write_block
@@ -62,7 +62,12 @@ class Journal:
 
     def _is_undamaged(self, index: int) -> bool:
         path = self.delta_path(index)
-        return path.is_file() and sha256(path) == read_json(self.record_path(index))["sha256"]
+        try:
+            record = read_json(self.record_path(index))
+        except SparsesweepError:  # damaged as well: the block is pruned again
+            return False
+        whole = isinstance(record, dict) and isinstance(record.get("seconds"), int | float)
+        return whole and path.is_file() and sha256(path) == record.get("sha256")
 
     def delta_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
@@ -77,13 +82,16 @@ class Journal:
             compute: returns named tensors; called by all processes or by none. All use the tensors of the first process.
 
         Raises:
-            SparsesweepError: the disk is full.
+            SparsesweepError: the disk is full, or what an interrupted run wrote is damaged.
         """
         path, started = self.directory / EVIDENCE, time.perf_counter()
         if distributed.broadcast(torch.tensor(int(path.is_file())), 0):
-            with safe_open(path, framework="pt") as file:
-                self.evidence_seconds = float(file.metadata()["seconds"])
-                return {name: file.get_tensor(name) for name in sorted(file.keys())}
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.evidence_seconds = float((file.metadata() or {})["seconds"])
+                    return {name: file.get_tensor(name) for name in sorted(file.keys())}
+            except (SafetensorError, LookupError, ValueError) as error:
+                raise SparsesweepError(f"{path}: damaged ({error!r}); remove {self.directory} and run again") from error
         evidence = {name: distributed.broadcast(tensor.contiguous(), 0) for name, tensor in sorted(compute().items())}
         if distributed.rank() == 0:
             with full_disk(self.directory, "nothing was pruned"):
@@ -182,7 +190,7 @@ def _lock(lock: int, directory: Path) -> None:
 def _require_fingerprint(directory: Path, fingerprint: dict[str, Any]) -> None:
     """Keep the directory if it has this fingerprint; else empty it and write the fingerprint."""
     path = directory / FINGERPRINT
-    if path.is_file() and path.read_text(encoding="utf8") == _text(fingerprint):
+    if path.is_file() and path.read_bytes() == _text(fingerprint).encode():
         return
     if path.is_file():
         log.info("%s: an interrupted run of something else (%s); starting afresh", directory, _difference(path, fingerprint))
@@ -200,7 +208,12 @@ def _text(fingerprint: dict[str, Any]) -> str:
 
 def _difference(path: Path, fingerprint: dict[str, Any]) -> str:
     """Name the entries in which a fingerprint on disk differs from this one."""
-    stored = read_json(path)
+    try:
+        stored = read_json(path)
+    except SparsesweepError:
+        stored = None
+    if not isinstance(stored, dict):
+        return "its fingerprint is damaged"
     names = [name for name in sorted({*stored, *fingerprint}) if stored.get(name) != fingerprint.get(name)]
     return ", ".join(names) + " differ"
 

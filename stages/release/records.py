@@ -195,7 +195,7 @@ class Records:
 def _measurements(path: Path) -> list[Measurement]:
     try:
         return from_rows(read_json(path))
-    except (TypeError, KeyError) as error:
+    except ValueError as error:
         raise ReleaseError(f"{path}: found no measurements ({error}), wanted those of {EVALUATE_DENSE}, then {EVALUATE_SPARSE}") from None
 
 

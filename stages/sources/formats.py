@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.errors import SourceError
+from stages.files import parsed_json
 from stages.rows import Row, shown
+from stages.sources.bounds import LARGEST, LONGEST_LINE, read_whole, too_large
 
 TEXT_ENDING = ".txt"
 LINES = (".jsonl", ".json", ".csv", TEXT_ENDING)
@@ -35,7 +37,6 @@ MAGIC = {  # the first bytes of what is no text
 }
 ENCODINGS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 UTF8 = "wanted text in UTF-8, such as `iconv -f LATIN1 -t UTF-8` makes of Latin-1"
-LONGEST_CELL = 2**31 - 1  # characters of a CSV cell
 BATCH = 1024  # rows of a Parquet file that are in memory together
 
 Located = tuple[str, Row]
@@ -77,7 +78,7 @@ def read_text(path: Path) -> str:
         SourceError: the file is not text in UTF-8, or its first line is a JSON object; names file and line.
     """
     with _readable(path), _opened(path) as stream:
-        lines = [f"{line[:-2]}\n" if line.endswith("\r\n") else line for line in _lines(stream, path)]
+        lines = [f"{line[:-2]}\n" if line.endswith("\r\n") else line for line in _held(_lines(stream, path), path)]
     first = next((line for line in lines if line.strip()), "")
     if first.startswith("{") and _is_json(first):
         raise SourceError(f"{path.name}: found a JSON object in its first line, wanted plain text; name it {path.stem}.jsonl")
@@ -120,9 +121,11 @@ def _lines(stream: io.BufferedReader, path: Path) -> Iterator[str]:
         raise SourceError(f"{path.name}: found the bytes of {magic}, wanted text; give the file the ending of its format")
     encoding = next((encoding for mark, encoding in ENCODINGS.items() if head.startswith(mark)), None)
     if encoding is not None:
-        yield from io.StringIO(stream.read().decode(encoding), newline="\n")
+        yield from io.StringIO(read_whole(stream, path.name).decode(encoding), newline="\n")
         return
-    for number, data in enumerate(stream, start=1):
+    for number, data in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+        if len(data) > LONGEST_LINE:
+            raise too_large(f"{path.name}, line {number}", LONGEST_LINE)
         try:
             line = data.decode("utf8")
         except UnicodeDecodeError as error:
@@ -130,6 +133,20 @@ def _lines(stream: io.BufferedReader, path: Path) -> Iterator[str]:
         if "\0" in line:
             raise SourceError(f"{path.name}, line {number}: found a zero byte, as UTF-16 has them, {UTF8}")
         yield line.removeprefix("\ufeff") if number == 1 else line
+
+
+def _held(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """The same lines, of a text that is held in memory as a whole.
+
+    Raises:
+        SourceError: they are too large for that.
+    """
+    size = 0
+    for line in lines:
+        size += len(line)
+        if size > LARGEST:
+            raise too_large(path.name, LARGEST)
+        yield line
 
 
 def _json(path: Path, _: Collection[str] | None) -> Iterator[Located]:
@@ -140,7 +157,7 @@ def _json(path: Path, _: Collection[str] | None) -> Iterator[Located]:
         if not first:
             return
         if first.lstrip().startswith("[") or first.strip().startswith("{") and not first.strip().endswith("}"):
-            rest = [line for _, line in lines]
+            rest = list(_held((line for _, line in lines), path))
             if rest or first.lstrip().startswith("["):
                 yield from _whole(first + "".join(rest), path)
                 return
@@ -180,22 +197,32 @@ def _parsed(text: str, location: str, advice: str) -> Any:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parsed_json(text)
+    except ValueError:
         return False
     return True
 
 
 def _csv(path: Path, _: Collection[str] | None) -> Iterator[Located]:
     """Comma-separated values; the first line names the columns, and every value is a string."""
-    csv.field_size_limit(LONGEST_CELL)
+    csv.field_size_limit(LONGEST_LINE)
+    size = 0  # of the row that is being read
+
+    def counted(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal size
+        for number, line in enumerate(lines, start=1):
+            size += len(line)
+            if size > LONGEST_LINE:
+                raise too_large(f"{path.name}, the row that ends in line {number} or later", LONGEST_LINE)
+            yield line
+
     with _opened(path) as stream:
-        reader = csv.reader(_lines(stream, path), strict=True)
+        reader = csv.reader(counted(_lines(stream, path)), strict=True)
         header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
             raise SourceError(f"{path.name}, line 1: found the columns {', '.join(map(shown, header))}, wanted each once")
         for cells in reader:
-            location = f"{path.name}, line {reader.line_num} (line 1 names the columns)"
+            size, location = 0, f"{path.name}, line {reader.line_num} (line 1 names the columns)"
             if not cells:
                 continue
             if len(cells) != len(header):

@@ -1,6 +1,7 @@
 """Download files of a model hub's repositories: revisions are resolved to commits, files are checked against their hashes."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ from huggingface_hub.errors import (
 
 from stages.errors import SourceError
 from stages.files import is_inner_path, require_free_disk, sha256
+from stages.rows import shown
 
 log = logging.getLogger(__name__)
+
+OTHER_ANSWERS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)  # what huggingface_hub raises on answers of another form
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +82,9 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
         raise SourceError(f"hub {kind} {repo}: not found; it may be private, or misspelled") from None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise SourceError(f"hub {kind} {repo}: the hub does not answer ({error})") from error
+    except OTHER_ANSWERS as error:
+        raise SourceError(f"hub {kind} {repo}: found an answer that describes no repository ({error})") from error
+    _require_described(info, f"hub {kind} {repo}")
     if info.gated and get_token() is None:
         raise SourceError(_gated(repo, kind))
     siblings = info.siblings or []
@@ -79,11 +92,26 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
     return Repository(
         repo=repo,
         kind=kind,
-        commit=info.sha or revision,
+        commit=info.sha,
         license=getattr(card, "license", None) if card else None,
         sizes={file.rfilename: file.size or 0 for file in siblings},
         hashes={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs},
     )
+
+
+def _require_described(info: Any, location: str) -> None:
+    """Refuse an answer whose commit, which becomes the name of a directory, or whose files are not what a hub states."""
+    if not (isinstance(info.sha, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", info.sha)):
+        raise SourceError(f"{location}: found the commit {shown(info.sha)}, wanted 40 or 64 hexadecimal digits")
+    for file in info.siblings or []:
+        hashed = file.lfs is None or isinstance(file.lfs.sha256, str)
+        if not (isinstance(file.rfilename, str) and isinstance(file.size, int | None) and (file.size or 0) >= 0 and hashed):
+            raise SourceError(
+                f"{location}: found the file {shown(file.rfilename)} of {shown(file.size)} bytes, wanted a name, a size, a hash"
+            )
+    license_name = getattr(info.card_data, "license", None) if info.card_data else None
+    if not isinstance(license_name, str | list | None):
+        raise SourceError(f"{location}: found the licence {shown(license_name)} on its card, wanted a name")
 
 
 def _gated(repo: str, kind: str) -> str:
@@ -111,7 +139,7 @@ def download(repository: Repository, files: list[str], directory: Path) -> None:
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)
-        except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, httpx2.HTTPError, OSError, *OTHER_ANSWERS) as error:
             raise SourceError(f"{location}, file {name}: {error}") from error
         expected_sha256 = repository.hashes.get(name)
         if expected_sha256 is not None and (actual_sha256 := sha256(Path(path))) != expected_sha256:

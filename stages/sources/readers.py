@@ -2,7 +2,7 @@
 
 import gzip
 import html
-import json
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from stages.files import parsed_json
 from stages.rows import Row
 from stages.schema import Entry, Table
+from stages.sources.bounds import read_whole
 from stages.sources.wikitext import mediawiki_dump
 
 
@@ -43,18 +45,29 @@ RESIDUE = re.compile(r"formula_\d|\[\[|\]\]|https?://|:$")  # formulas, markup, 
 
 
 def _prose(line: str) -> str:
-    """Remove tags, and the brackets and spaces that removed markup leaves."""
-    line = re.sub(r"<[^>]*>|\bref>", "", line)
-    line = re.sub(r" ?\(\s*[,;]?\s*\)", "", line)
+    """Remove tags, and the brackets and spaces that removed markup leaves. The time that each pattern takes grows with the line's length
+    alone, whatever is in it: no tag is sought where no end of one follows."""
+    tags, end, rest = line.rpartition(">")
+    line = re.sub(r"<[^>]*>|\bref>", "", tags + end) + rest
+    line = re.sub(r" ?\(\s*(?:[,;]\s*)?\)", "", line)
     line = re.sub(r"\(\s*[,;]?\s*", "(", line)
-    return re.sub(r" +([,.;:)])", r"\1", line)
+    return re.sub(r"(?<! ) +([,.;:)])", r"\1", line)
+
+
+DOCUMENT = re.compile(r'<doc id="\d+" url="[^"]*" title="([^"]*)">\n')
+
+
+def _documents(text: str) -> Iterator[tuple[str, str]]:
+    """Title and body of each <doc>, the body without the line feeds at its end."""
+    end = 0
+    while (start := DOCUMENT.search(text, end)) and (end := text.find("</doc>", start.end())) >= 0:
+        yield start[1], text[start.end() : end].rstrip("\n")
 
 
 def wikiextractor(data: bytes) -> list[Row]:
     """Wikipedia articles from WikiExtractor's <doc> format: the title, an empty line, the paragraphs."""
     rows = []
-    documents = re.finditer(r'<doc id="\d+" url="[^"]*" title="([^"]*)">\n(.*?)\n*</doc>', data.decode("utf8"), re.S)
-    for title, body in (document.groups() for document in documents):
+    for title, body in _documents(data.decode("utf8")):
         paragraphs = [_prose(line.strip()) for line in html.unescape(body).split("\n")[1:]]
         kept = [line for line in paragraphs if len(line) >= SHORTEST_PARAGRAPH and not RESIDUE.search(line)]
         if len("\n".join(kept)) >= SHORTEST_ARTICLE:
@@ -64,7 +77,10 @@ def wikiextractor(data: bytes) -> list[Row]:
 
 def arrow(data: bytes) -> list[Row]:
     """An Arrow stream, with the hub's columns."""
-    return pa.ipc.open_stream(data).read_all().to_pylist()
+    try:
+        return pa.ipc.open_stream(data).read_all().to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not an Arrow stream: {error}") from error
 
 
 def mmlu_arrow(files: dict[str, bytes]) -> list[Row]:
@@ -77,7 +93,9 @@ def mmlu_arrow(files: dict[str, bytes]) -> list[Row]:
 
 
 def _requests(data: bytes) -> list[Row]:
-    return [json.loads(line) for line in gzip.decompress(data).decode("utf8").splitlines()]
+    with gzip.open(io.BytesIO(data)) as stream:
+        lines = read_whole(stream, "its decompressed lines").decode("utf8").splitlines()
+    return [parsed_json(line) for line in lines]
 
 
 def lambada_requests(data: bytes) -> list[Row]:
@@ -131,7 +149,7 @@ def gsm8k_chat(data: bytes) -> list[Row]:
     """GSM8K questions and worked answers, calculator marks removed."""
     rows = []
     for row in _requests(data):
-        answer = re.sub(r"\n#### (.*)$", r"\nThe answer is \1.", re.sub(r"<<[^>]*>>", "", row["doc"]["answer"]))
+        answer = re.sub(r"\n#### (.*)$", r"\nThe answer is \1.", re.sub(r"<<[^>]{0,1000}>>", "", row["doc"]["answer"]))
         rows.append({"messages": _dialogue(row["doc"]["question"], answer)})
     return rows
 
@@ -156,7 +174,8 @@ def coqa_chat(data: bytes) -> list[Row]:
     for turns in conversations.values():
         utterances: list[str] = []
         for _, document in sorted(turns, key=lambda turn: turn[0]):
-            question = re.findall(r"Question: (.*?)\nAnswer:", document["query"], re.S)[-1]
+            asked, answer, _ = document["query"].rpartition("\nAnswer:")
+            question = re.findall(r"Question: (.*?)\nAnswer:", asked + answer, re.S)[-1]
             utterances += [question if utterances else document["story"].strip() + "\n\n" + question, document["choices"][0]]
         rows.append({"messages": _dialogue(*utterances)})
     return rows

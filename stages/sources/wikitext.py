@@ -11,6 +11,7 @@ from mwparserfromhell.nodes import Tag, Template, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
 from stages.rows import Row
+from stages.sources.bounds import read_whole
 
 SHORTEST_ARTICLE = 3000  # characters
 SHORTEST_PARAGRAPH = 60  # characters; what is shorter is a caption or an item of a list
@@ -47,10 +48,15 @@ def mediawiki_dump(data: bytes) -> list[Row]:
         ValueError: the data are something else.
     """
     try:
-        articles = (_article(title, source) for title, source in _pages(bz2.decompress(data)))
+        articles = (_article(title, source) for title, source in _pages(_decompressed(data)))
         return [{"text": text} for text in articles if len(text) >= SHORTEST_ARTICLE]
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, EOFError, ElementTree.ParseError) as error:
         raise ValueError(f"not a MediaWiki dump compressed by bzip2: {error}") from error
+
+
+def _decompressed(data: bytes) -> bytes:
+    with bz2.BZ2File(io.BytesIO(data)) as stream:
+        return read_whole(stream, "its decompressed XML")
 
 
 def _pages(xml: bytes) -> Iterator[tuple[str, str]]:
@@ -117,5 +123,5 @@ def _tidy(line: str) -> str:
     line = re.sub(r"[\xa0\u200b]", " ", line).lstrip("*#:; ")
     line = re.sub(r" ?\([\s,;:–]*\)", "", line)
     line = re.sub(r"\(\s*[,;:]?\s*", "(", line)
-    line = re.sub(r"\s+([,.;:)])", r"\1", line)
+    line = re.sub(r"(?<!\s)\s+([,.;:)])", r"\1", line)
     return re.sub(r" {2,}", " ", line).strip()

@@ -257,3 +257,9 @@ def test_a_tensor_in_two_files_is_refused(written):
     write_manifest(directory, recipe=deltas.recipe(), summary={}, matrices=[])
     with pytest.raises(CheckpointError, match=f"block-00001.safetensors: tensor a.weight: found in {BLOCK}, too, wanted it once"):
         list(SparseDelta(directory, "base1"))
+
+
+def test_metadata_that_are_nested_without_end_are_named(tmp_path):
+    save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata={"sparsesweep": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="block-00000.safetensors: found metadata that is not JSON .*nested too deeply"):
+        read_block(tmp_path / BLOCK)

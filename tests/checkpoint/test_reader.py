@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages.checkpoint.model import load_model
-from stages.checkpoint.reader import INDEX, Checkpoint, all_finite, fingerprint, read_weight_map, shard_header
+from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, all_finite, fingerprint, read_weight_map, shard_header
 from stages.errors import CheckpointError, ConfigError
 from tests import tiny
 
@@ -171,3 +171,24 @@ def test_a_single_value_that_is_not_finite_is_seen(dtype, value):
 def test_integers_and_empty_tensors_are_finite():
     assert all_finite(torch.tensor([2**31 - 1]))
     assert all_finite(torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"files": 7}', '{"files": {"a": 7}}', '{"files": {"../../a": "0"}}', '{"files": {"/a": "0"}}']
+)
+def test_a_record_without_hashes_of_files_beside_it_is_refused(copy, content):
+    (copy / PROVENANCE).write_text(content)
+    with pytest.raises(CheckpointError, match="provenance.json: found"):
+        _ = Checkpoint(copy).fingerprint
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "null"])
+def test_a_config_that_is_no_object_is_named(copy, content):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="config.json: found a .*, wanted an object"):
+        _ = Checkpoint(copy).context_length
+
+
+def test_a_section_that_is_none_states_nothing(copy):
+    (copy / "config.json").write_text('{"text_config": 7}')
+    assert Checkpoint(copy).context_length is None

@@ -175,3 +175,21 @@ def test_other_versions_than_params_yaml_names_are_refused(directory):
 
 def test_params_is_read_from_the_current_directory():
     assert Path("params.yaml") == params.PARAMS
+
+
+LAUGHS = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 5000, "in more than 100 levels"),
+        (LAUGHS, "more than 100,000 values"),
+        ("a: " + "9" * 6000, "digits"),
+        ("? [1, 2]\n: 3", "not plain YAML"),
+        ("a: !!timestamp 99999-99-99", "not plain YAML"),
+    ],
+)
+def test_what_cannot_be_held_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=f"params.yaml: not plain YAML .*{message}|params.yaml: {message}"):
+        read_params(written(tmp_path, text))

@@ -49,3 +49,13 @@ def test_a_second_run_is_refused(tmp_path):
     directory, wanted = tmp_path / "journal", "journal: another run is evaluating here; wait for it or stop it"
     with opened(directory, {}), pytest.raises(SparsesweepError, match=wanted), opened(directory, {}):
         pass
+
+
+def test_damaged_windows_are_named_and_a_damaged_fingerprint_begins_afresh(tmp_path):
+    directory = tmp_path / "journal"
+    fail(directory, {"a": 1}, lambda journal: (directory / "windows.safetensors").write_bytes(b"no tensors"))
+    with pytest.raises(SparsesweepError, match="windows.safetensors: damaged .*; remove .*journal and run again"):
+        fail(directory, {"a": 1}, lambda journal: journal.observed(dict))
+    (directory / "fingerprint.json").write_bytes(b"\xff")
+    with opened(directory, {"a": 1}) as journal:
+        assert journal.observed(dict) == {}

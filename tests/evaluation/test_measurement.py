@@ -35,8 +35,10 @@ def test_metrics_are_sections_of_names_of_numbers():
 def test_rows_are_read_back_as_they_were():
     measured = [Measurement(**FACTS, value=4.0, difference=Difference(value=1.0)), Measurement(**FACTS, value=1.0)]
     assert from_rows(as_rows(measured)) == measured
-    with pytest.raises((TypeError, KeyError)):
+    with pytest.raises(ValueError, match=r"measurements\[0\]: found \"value\", wanted the keys of a Measurement"):
         from_rows([{"value": 1.0}])
+    with pytest.raises(ValueError, match=r"measurements\[0\].value: found \"4\", wanted float"):
+        from_rows([{**as_rows(measured)[0], "value": "4"}])
 
 
 def test_a_value_is_shown_with_its_error_and_unit():

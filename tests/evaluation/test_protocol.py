@@ -88,15 +88,15 @@ def test_a_protocol_is_read_as_it_was_written(tmp_path):
         ('{"corpus": "a", "tokens": 8}', "protocol.json: found a protocol of corpus, tokens, wanted base, bos, corpora"),
         (
             json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": {"boolq": {"rows": 4}}}),
-            r"protocol.json: tasks: found {'boolq': {'rows': 4}}, wanted tasks by name \(.*missing",
+            r'protocol.json: protocol.tasks.boolq: found "rows", wanted the keys of a TaskProtocol; missing: few_shot, metrics',
         ),
         (
             json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "tasks": ["boolq"]}),
-            r"protocol.json: tasks: found \['boolq'\], wanted tasks by name",
+            r'protocol.json: protocol.tasks: found \["boolq"\], wanted dict',
         ),
         (
             json.dumps({**asdict(PROTOCOL), "evaluation": {}, "delta": None, "corpora": {"articles": 7}}),
-            r"protocol.json: corpora: found {'articles': 7}, wanted corpora by name",
+            "protocol.json: protocol.corpora.articles: found 7, wanted CorpusProtocol",
         ),
     ],
 )

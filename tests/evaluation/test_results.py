@@ -1,8 +1,10 @@
 import pytest
 
+from stages.errors import ComparisonError
 from stages.evaluation.measurement import Better
-from stages.evaluation.protocol import TaskProtocol
-from stages.evaluation.results import aggregate_measurements, mean_accuracy, task_measurements
+from stages.evaluation.protocol import Protocol, TaskProtocol
+from stages.evaluation.results import aggregate_measurements, mean_accuracy, read_results, task_measurements
+from stages.files import write_json, write_lines
 
 GROUP = TaskProtocol(rows=4, sha256="", few_shot=0, metrics=["acc"], better={"acc": "higher", "loss": "lower"}, macro=["acc"])
 
@@ -37,3 +39,46 @@ def test_the_mean_accuracy_is_of_accuracies_of_one_style():
     assert (raw.value, raw.count, raw.style) == (0.5, 1, "raw")
     assert (chat.value, chat.count, chat.style) == (0.0, 1, "chat")
     assert mean_accuracy([made[-1]]) == []
+
+
+PROTOCOL = Protocol(
+    base="b",
+    tokenizer_sha256=None,
+    bos=None,
+    corpora={},
+    metrics=[],
+    tasks={"a": TaskProtocol(rows=1, sha256="", few_shot=0, metrics=["acc"])},
+    prompts=[],
+    new_tokens=0,
+    dtype="float32",
+    versions={},
+)
+ROW = {"row": 0, "cluster": 0, "task": "a", "values": {"acc": 1.0}}
+
+
+def read(details, row: dict, aggregates: object = None):
+    for name, data in (("windows", {}), ("generations", []), ("aggregates", {} if aggregates is None else aggregates)):
+        write_json(details / f"{name}.json", data)
+    write_lines(details / "samples-a.jsonl", [row])
+    return read_results(details, PROTOCOL)
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    found = read(tmp_path, ROW, {"raw": {"a": {"f1": {"value": 0.5, "count": 1}}}})
+    assert (found.samples, found.aggregates) == ({"a": [ROW]}, {"raw": {"a": {"f1": {"value": 0.5, "count": 1}}}})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cluster": {"a": 1}}, {"cluster": None}, {"task": [1]}, {"row": 0.5}, {"values": [1]}, {"values": {"acc": 10**400}}]
+)
+def test_a_row_of_another_form_is_named(tmp_path, changes):
+    with pytest.raises(ComparisonError, match="samples-a.jsonl: wanted 1 rows in order, each with acc"):
+        read(tmp_path, ROW | changes)
+
+
+@pytest.mark.parametrize(
+    "aggregates", [[], {"raw": 7}, {"raw": {"a": {"f1": {"value": "x", "count": 1}}}}, {"raw": {"a": {"f1": {"value": 1}}}}]
+)
+def test_aggregates_of_another_form_are_named(tmp_path, aggregates):
+    with pytest.raises(ComparisonError, match="aggregates.json: aggregates"):
+        read(tmp_path, ROW, aggregates)

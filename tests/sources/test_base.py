@@ -459,3 +459,33 @@ def test_a_gated_dataset_is_called_a_dataset(hub_repository):
 def test_other_versions_than_those_that_dequantise_are_refused_before_anything_is_read(base, tmp_path):
     with pytest.raises(ConfigError, match="base.dequantised_by: found 'transformers 5.* installed', wanted x: install them, or compose"):
         checkpoints.fetch(base, tmp_path / "out", downloads=tmp_path / "downloads")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.block_count", 2**31, "tiny.gguf: found 12 tensors, wanted those of 2147483648 blocks"),
+        ("llama.embedding_length", 2**20, "tiny.gguf: found .* weights, wanted the .* of the model that its head describes"),
+        ("llama.vocab_size", 2**31, "tiny.gguf: found .* weights, wanted the .* of the model that its head describes"),
+    ],
+)
+def test_a_gguf_file_that_describes_a_larger_model_than_it_holds_is_refused(tmp_path, out, gguf, key, value, message):
+    start = gguf.index(key.encode()) + len(key) + 4
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(gguf[:start] + value.to_bytes(4, "little") + gguf[start + 4 :])
+    facts = {**DEQUANTISED, "source": "gguf", "path": str(path), "dequantised_by": checkpoints.dequantisers()}
+    with pytest.raises(SourceError, match=message):
+        checkpoints.fetch(GgufBase(**{**facts, "sha256": sha256(path)}), out, downloads=tmp_path / "downloads")
+
+
+def test_a_config_with_more_blocks_than_tensors_is_refused(copy, out, tmp_path):
+    changed_config(copy, num_hidden_layers=10**9)
+    with pytest.raises(SourceError, match="config.json: found 1000000000 blocks, wanted no more than the checkpoint's .* tensors"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+
+
+@pytest.mark.parametrize("architectures", [7, [7], {"a": 1}, "MistralForCausalLM"])
+def test_architectures_that_are_no_list_of_names_are_refused(copy, out, tmp_path, architectures):
+    changed_config(copy, architectures=architectures)
+    with pytest.raises(SourceError, match="as architectures in config.json, wanted a list of names"):
+        checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")

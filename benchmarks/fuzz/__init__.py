@@ -1,0 +1,5 @@
+"""Damaged and hostile inputs for every reader of what comes from outside; see __main__.py."""
+
+from benchmarks.fuzz import checkpoints, corpora, hub, records
+
+READERS = (*checkpoints.READERS, *corpora.READERS, *records.READERS, *hub.READERS)

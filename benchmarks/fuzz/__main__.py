@@ -1,0 +1,115 @@
+"""Feed every reader of what comes from outside with damaged and hostile inputs.
+
+python -m benchmarks.fuzz                                          100,000 inputs; writes benchmarks/fuzz.json and a table in SECURITY.md
+python -m benchmarks.fuzz --reader deltas --inputs 500 --seed 7    one reader alone, other inputs; writes nothing
+
+Inputs are made from valid files by seeds, so a run has the same as the run before. Every reader has a process of its own, one after the
+other. Prints the first input of each kind for which a property of guard.py does not hold, a table, and the number of inputs; fails where
+there was such an input.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fuzz import READERS
+from benchmarks.fuzz.reader import Reader
+from benchmarks.fuzz.tally import feed
+from benchmarks.markers import write_between
+from stages.files import read_json, write_json
+
+FILE, DOCUMENT = Path("benchmarks/fuzz.json"), Path("SECURITY.md")
+START, END = "<!-- fuzz: python -m benchmarks.fuzz -->", "<!-- end of fuzz -->"
+INPUTS = 100_000
+LIBRARIES = (
+    "hypothesis",
+    "safetensors",
+    "gguf",
+    "pyarrow",
+    "transformers",
+    "huggingface-hub",
+    "lm-eval",
+    "datasets",
+    "PyYAML",
+    "omegaconf",
+)
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.result is not None:
+        arguments.result.write_text(json.dumps(vars(feed(_named(arguments.reader), arguments.inputs, arguments.seed))))
+        return
+    chosen = [reader for reader in READERS if arguments.reader in (None, reader.name)] or [_named(arguments.reader)]
+    shares = sum(reader.share for reader in chosen)
+    rows = []
+    for reader in chosen:
+        inputs = -int(-arguments.inputs * reader.share // shares)
+        rows.append(
+            {"reader": reader.name, "code": reader.code, "bound_mib": reader.memory, **_in_a_process(reader, inputs, arguments.seed)}
+        )
+        print(f"{reader.name}: {rows[-1]['inputs']} inputs, {rows[-1]['faults']} faults", file=sys.stderr, flush=True)
+    made = {"machine": _machine(), "versions": {library: version(library) for library in LIBRARIES}, "readers": rows}
+    print(table(made))
+    if arguments.reader is None and arguments.inputs >= INPUTS:
+        write_json(FILE, made)
+        write_between(DOCUMENT, START, END, table(read_json(FILE)))
+    if faults := sum(row["faults"] for row in rows):
+        sys.exit(f"found {faults} inputs for which a property does not hold")
+
+
+def _in_a_process(reader: Reader, inputs: int, seed: int) -> dict[str, Any]:
+    """Feed a reader in a process of its own, which a fault of a library in C may end."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "result.json"
+        command = [sys.executable, "-X", "faulthandler", "-m", "benchmarks.fuzz", "--reader", reader.name, "--inputs", str(inputs)]
+        done = subprocess.run([*command, "--seed", str(seed), "--result", str(result)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            sys.exit(f"{reader.name}: an input ended the process with {done.returncode}")
+        tally: dict[str, Any] = read_json(result)
+        return tally
+
+
+def table(made: dict[str, Any]) -> str:
+    """Markdown: a line a reader, the number of inputs, and what they were measured on."""
+    lines = [
+        "| reader | code below `stages/` | inputs | refused with a message | accepted | slowest | memory, at most | bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in made["readers"]:
+        numbers = f"{row['inputs']:,} | {row['refused']:,} | {row['accepted']:,} | {row['slowest']:.2f} s | {row['peak'] / 2**20:.0f} MiB"
+        lines.append(f"| {row['reader']} | `{row['code']}` | {numbers} | {row['bound_mib']} MiB |")
+    total = sum(row["inputs"] for row in made["readers"])
+    versions = ", ".join(f"{library} {number}" for library, number in made["versions"].items())
+    return "\n".join(lines) + f"\n\n{total:,} inputs in all. On {made['machine']}; {versions}."
+
+
+def _machine() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    system = f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    return f"{names[0] if names else platform.machine()}, one thread, {system}"
+
+
+def _named(name: str) -> Reader:
+    found = next((reader for reader in READERS if reader.name == name), None)
+    return found or sys.exit(f"found no reader {name!r}, wanted one of: {'; '.join(reader.name for reader in READERS)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description="Feed readers with damaged and hostile inputs.")
+    parser.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help="in all; default: %(default)s")
+    parser.add_argument("--reader", metavar="NAME", help="one alone; default: all")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one reader, for the process that started this one
+    return parser
+
+
+if __name__ == "__main__":
+    main()
