@@ -69,7 +69,7 @@ def read_experiments() -> tuple[list[Experiment], list[Missing]]:
     """
     commits = list(dict.fromkeys(ref.removeprefix(EXPERIMENTS).rpartition("/")[0].replace("/", "") for ref in _references()))
     revisions = [argument for commit in commits if len(commit) == DIGITS for argument in ("--rev", commit)]
-    shown = json.loads(_output("dvc", "exp", "show", "--json", *revisions))
+    shown = json.loads(output("dvc", "exp", "show", "--json", *revisions))
     found, missing = [], []
     entries = [(state["name"] or state["rev"], state) for commit in shown for state in _experiments(commit)]
     entries += [("workspace", commit) for commit in shown if commit["rev"] == "workspace"]
@@ -148,10 +148,15 @@ def _read(path: str, revision: str | None) -> Any:
 
 
 def _references() -> list[str]:
-    return _output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()
+    return output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a command of git or dvc prints.
+
+    Raises:
+        SparsesweepError: it fails, with its words; or it is not installed.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
