@@ -1,22 +1,22 @@
 """Read every experiment that DVC keeps in this clone, of all commits, and the workspace."""
 
 import json
-import subprocess
 from dataclasses import dataclass
 from typing import Any
 
 import dvc.api
 from dvc.exceptions import DvcException
 
-from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
+from stages.experiments.command_output import output
+from stages.experiments.lock import PARAMS, other_run, read_lock
 from stages.files import PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
 from stages.recipe import fingerprint
 
-PARAMS = "params.yaml"
 METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
 PROTOCOL, MEASUREMENTS = (str(SPARSE_RESULTS / "details" / name) for name in ("protocol.json", "measurements.json"))
 POINT = str(SPARSE_RESULTS / "frontier.json")
+EVALUATION = "evaluate_sparse"  # the stage that writes these
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 DIGITS = 40  # of a commit
 
@@ -113,6 +113,8 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     protocol = _read(PROTOCOL, revision)
     if revision is None:
         _require_of_delta(protocol)
+    else:
+        _require_of_experiment(read_lock(revision), params)
     return Experiment(
         name=name,
         revision=revision,
@@ -123,6 +125,12 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
         method=point["method"],
         pattern=point["pattern"],
     )
+
+
+def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> None:
+    """Refuse scores that a run of other stages left in an experiment; see `read_lock`."""
+    if EVALUATION in stages and (reason := other_run(stages, params, EVALUATION)):
+        raise Unreadable(f"its scores are of another run ({reason}); `dvc exp run {EVALUATION}` with its overrides scores it")
 
 
 def _require_of_delta(protocol: dict[str, Any]) -> None:
@@ -149,18 +157,3 @@ def _read(path: str, revision: str | None) -> Any:
 
 def _references() -> list[str]:
     return output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()
-
-
-def output(*command: str) -> str:
-    """What a command of git or dvc prints.
-
-    Raises:
-        SparsesweepError: it fails, with its words; or it is not installed.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise SparsesweepError(f"{command[0]}: not found on PATH; is the project's virtual environment active?") from None
-    if done.returncode:
-        raise SparsesweepError(f"{' '.join(command[:3])} failed: {' '.join(done.stderr.split())}")
-    return done.stdout

@@ -1,20 +1,16 @@
 """Receive experiments: their git references and their results, which the numbers and the page need; no weights unless asked."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import yaml
-from dvc.repo import Repo
-from dvc_data.hashfile.hash_info import HashInfo
 
 from stages.errors import SharingError
-from stages.experiments.reading import output
-from stages.files import DENSE_RESULTS, RELEASE, read_json
+from stages.experiments.lock import PARAMS, other_run, read_lock, read_yaml
+from stages.files import DENSE_RESULTS, RELEASE
+from stages.sharing.files import bring
 from stages.sharing.references import Reference, counted, of_clone, of_origin
 from stages.sharing.remote import Remotes, checked, project
 
 RESULTS = DENSE_RESULTS.parent  # what is brought of every experiment
-LOCK = "dvc.lock"
+PUBLISH = "publish"  # the stage that writes a release
 
 
 def receive(names: Sequence[str]) -> Iterator[str]:
@@ -29,13 +25,13 @@ def receive(names: Sequence[str]) -> Iterator[str]:
     """
     with project() as repo:
         remotes = checked(repo, writable=False)
-        wanted = _named(of_origin(remotes.git), names, remotes)
+        wanted = _named(of_origin(remotes.git), names, remotes.git)
         here = {reference.path: reference for reference in of_clone()}
         diverged = [one for one in wanted if one.path in here and here[one.path].commit != one.commit]
         received = [one for one in wanted if one not in diverged]
         repo.experiments.pull(remotes.git, [one.path for one in received], pull_cache=False)
-        files = 0 if remotes.dvc is None else _fetch(repo, [one.commit for one in received], RESULTS)
-    yield f"received from {remotes}: {counted([one for one in received if one.path not in here])}, {files} files of results"
+        brought = "" if remotes.dvc is None else f", {bring(repo, [one.commit for one in received], RESULTS)} of results"
+    yield f"received from {remotes}: {counted([one for one in received if one.path not in here])}{brought}"
     if known := [one for one in received if one.path in here]:
         yield f"here already: {counted(known)}"
     if diverged:
@@ -53,56 +49,40 @@ def apply(name: str, *, release: bool) -> Iterator[str]:
     """
     with project() as repo:
         remotes = checked(repo, writable=False)
-        (one,) = _named(of_clone(), [name], remotes)
+        one = _only(of_clone(), name)
         if release:
-            if not _outputs(one.commit, RELEASE):
-                raise SharingError(f"{name}: found no release, wanted an experiment that was published: `dvc exp run` with all its stages")
+            _require_release(one)
             if remotes.dvc is not None:
-                _fetch(repo, [one.commit], RELEASE)
+                brought = bring(repo, [one.commit], RELEASE)
+                yield f"received its release: {brought}"
         repo.experiments.apply(one.commit, allow_missing=True)
     yield f"applied {name}: params.yaml, dvc.lock and {RESULTS}/{f', and {RELEASE}/' if release else ''}"
 
 
-def _named(references: Sequence[Reference], names: Sequence[str], remotes: Remotes) -> list[Reference]:
+def _require_release(one: Reference) -> None:
+    """Refuse an experiment without a release, or with one that another run left."""
+    lock = read_lock(one.commit)
+    params = read_yaml(one.commit, PARAMS)
+    reason = other_run(lock, params, PUBLISH) if PUBLISH in lock else "it was not published"
+    if reason:
+        advice = "`dvc exp run` with its overrides and without naming a stage publishes it"
+        raise SharingError(f"{one.name}: found no release of it, wanted one ({reason}); {advice}")
+
+
+def _named(references: Sequence[Reference], names: Sequence[str], git_remote: str) -> list[Reference]:
+    if not references:
+        raise SharingError(f"found no experiment on {git_remote}, wanted one that was shared: `make share` shares those of a clone")
     known = sorted({one.name for one in references})
     if absent := [name for name in names if name not in known]:
-        raise SharingError(f"found no experiment {', '.join(absent)} on {remotes.git}, wanted one of {known}")
-    if not references:
-        raise SharingError(f"found no experiment on {remotes.git}, wanted one that was shared: `make share` shares those of a clone")
+        raise SharingError(f"found no experiment {', '.join(absent)} on {git_remote}, wanted one of {', '.join(known)}")
     return [one for one in references if not names or one.name in names]
 
 
-def _fetch(repo: Repo, commits: Sequence[str], path: Path) -> int:
-    """Bring the outputs of commits that lie under a path into the cache, all at once; how many files came.
-
-    `dvc fetch` reads dvc.yaml anew for every output of every commit, which takes minutes for a sweep.
-    """
-    outputs = {entry for commit in commits for entry in _outputs(commit, path)}
-    hashes = {HashInfo("md5", entry) for entry in outputs}
-    brought = _pull(repo, hashes)
-    files = {HashInfo("md5", oid) for directory in hashes if directory.isdir for oid in _files(repo, directory)}
-    return brought + _pull(repo, files)
-
-
-def _pull(repo: Repo, hashes: set[HashInfo]) -> int:
-    result = repo.cloud.pull(hashes)
-    if result.failed:
-        names = ", ".join(sorted(str(one.value) for one in result.failed)[:3])
-        raise SharingError(f"found {len(result.failed)} files that did not come or are damaged ({names}, ...), wanted all; try again")
-    return len(result.transferred)
-
-
-def _files(repo: Repo, directory: HashInfo) -> list[str]:
-    """The hashes of the files of a directory in the cache; none if the remote does not have it, which DVC has said."""
-    path = Path(repo.cache.local.oid_to_path(directory.value))
-    return [entry["md5"] for entry in read_json(path)] if path.exists() else []
-
-
-def _outputs(commit: str, path: Path) -> list[str]:
-    """The hashes of the outputs under a path that a commit's lock names."""
-    lock = yaml.load(output("git", "show", f"{commit}:{LOCK}"), Loader=yaml.CSafeLoader)
-    entries = [entry for stage in lock.get("stages", {}).values() for entry in stage.get("outs", [])]
-    return [entry["md5"] for entry in entries if path in (Path(entry["path"]), *Path(entry["path"]).parents)]
+def _only(references: Sequence[Reference], name: str) -> Reference:
+    found = [one for one in references if one.name == name]
+    if len(found) != 1:
+        raise SharingError(f"found {len(found)} experiments {name} in this clone, wanted one; `dvc exp rename` tells them apart")
+    return found[0]
 
 
 def _divergence(one: Reference, remotes: Remotes) -> str:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.experiments.reading import EXPERIMENTS, output
+from stages.experiments.command_output import output
+from stages.experiments.reading import EXPERIMENTS
 
 REFERENCE = re.compile(rf"{EXPERIMENTS}[0-9a-f]{{2}}/[0-9a-f]{{38}}/[^/]+")  # others are DVC's own, such as those of its queue
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
+from dvc.repo import Repo
+
 from stages.errors import SharingError
 from stages.experiments.exporting import selected
 from stages.experiments.reading import Experiment, Missing
+from stages.sharing.files import send
 from stages.sharing.references import Reference, counted, of_clone, of_origin
 from stages.sharing.remote import Remotes, checked, project
 
@@ -31,20 +34,27 @@ def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: 
         there = {reference.path: reference for reference in of_origin(remotes.git)}
         diverged = [one for one in ours if one.path in there and there[one.path].commit != one.commit]
         sent = [one for one in ours if one not in diverged]
-        result = repo.experiments.push(
-            remotes.git, [one.path for one in sent], push_cache=remotes.dvc is not None, run_cache=remotes.dvc is not None
-        )
+        files = _send_files(repo, remotes, sent)
+        result = repo.experiments.push(remotes.git, [one.path for one in sent], push_cache=False)
     if late := set(result.get("diverged", [])):  # another member has pushed since
         diverged += [one for one in sent if one.name in late]
-    yield from _report(remotes, [one for one in sent if one not in diverged], set(there.values()), result["uploaded"])
+    yield from _report(remotes, [one for one in sent if one not in diverged], set(there.values()), files)
     if not names:
         yield from (f"left out {one.name}: {one.reason}" for one in missing)
     if diverged:
         raise SharingError("; ".join(_divergence(one, remotes) for one in diverged))
 
 
-def _report(remotes: Remotes, sent: Sequence[Reference], there: set[Reference], uploaded: int) -> Iterator[str]:
-    files = "" if remotes.dvc is None else f", {uploaded} files (run records are sent each time)"
+def _send_files(repo: Repo, remotes: Remotes, sent: Sequence[Reference]) -> str:
+    """Send files and run records before the references, which then name nothing that is not there; what was sent, in words."""
+    if remotes.dvc is None:
+        return ""
+    files = send(repo, [one.commit for one in sent])
+    records = repo.stage_cache.push(None)
+    return f", {files} files, {len(records)} run records (sent each time)"
+
+
+def _report(remotes: Remotes, sent: Sequence[Reference], there: set[Reference], files: str) -> Iterator[str]:
     yield f"sent to {remotes}: {counted([one for one in sent if one not in there])}{files}"
     if known := [one for one in sent if one in there]:
         yield f"there already: {counted(known)}"
