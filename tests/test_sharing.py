@@ -1,10 +1,12 @@
 """The promise to a team: what one member has computed, another has by one command, bit for bit, and computes only what is new."""
 
+import contextlib
 import filecmp
 import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.recipe import fingerprint
 from tests import project as projects
 from tests import servers
 from tests.project import Project
@@ -160,3 +163,196 @@ def test_what_one_member_has_computed_another_has(remote, sweep, tmp_path):
             assert pulled <= allowed
             assert len(pulled) > 5
         assert "there already: 2 experiments (half, sparser)" in team.share()
+
+
+def test_a_member_without_a_shared_experiment_is_told(team):
+    assert "error: found no experiment on origin, wanted one that was shared: `make share`" in team.receive(fails=True)
+    assert "error: found no evaluated experiment, wanted one to share" in team.print(team.second, "share", fails=True)
+    assert "error: experiment 'absent': not found, wanted one of half, sparser" in team.share("absent", fails=True)
+
+
+def test_a_release_that_another_run_left_is_not_taken_for_the_experiments_own(team):
+    team.share("sparser")
+    output = team.receive("--release", "sparser", fails=True)
+    assert "error: sparser: found no release of it, wanted one (publish read another artifacts/sparse than prune wrote)" in output
+    assert not (team.second.root / "release").exists()
+    assert "error: found no experiment half on origin, wanted one of sparser" in team.receive("half", fails=True)
+
+
+# Nothing wrong is picked up.
+
+
+def numbers(project: Project) -> dict:
+    """What was scored in the workspace; without seconds and memory, which differ from run to run."""
+    return json.loads((project.root / "results/sparse/metrics.json").read_text())
+
+
+def require_of_one_run(project: Project) -> None:
+    """The scores in the workspace are of the delta in the workspace."""
+    manifest = json.loads((project.root / "artifacts/sparse/delta.json").read_text())
+    protocol = json.loads((project.root / "results/sparse/details/protocol.json").read_text())
+    assert protocol["delta"] == fingerprint(manifest["recipe"], manifest["shards"])
+
+
+def test_a_point_that_was_run_twice_is_shared_twice_and_computed_by_nobody_else(team):
+    point = [*POINT, "-S", "pattern.sparsity=0.75"]
+    team.first.run("dvc", *point, "-n", "again", "--force", "--single-item", "prune")
+    team.first.run("dvc", *point, "-n", "again_scored", "--force", "--single-item", "evaluate_sparse")
+    before = numbers(team.first)
+    team.share()
+    assert "3 experiments" in team.receive()
+    assert team.second.stages_run(*point, "--pull", "--allow-missing", "evaluate_sparse") == []
+    assert numbers(team.second) == before
+    require_of_one_run(team.second)
+
+
+def test_another_experiment_of_the_same_name_replaces_none(team):
+    """Two members call different points "half": each is told, each keeps its own, and the others' arrive."""
+    team.share()
+    other = projects.clone(team.first, team.second.root.with_name("c"))
+    other.run("dvc", *NEW_POINT, "-n", "half")
+    before = other.run("git", "for-each-ref", "refs/exps")
+    output = team.print(other, "share", fails=True)
+    assert "half: found another experiment of this name on origin, wanted none or the same: `dvc exp rename half NEW_NAME`" in output
+    output = team.print(other, "receive", fails=True)
+    assert "1 experiment (sparser)" in output
+    assert "half: found another experiment of this name here than on origin" in output
+    assert before.splitlines()[0] in other.run("git", "for-each-ref", "refs/exps")
+    other.run("dvc", "exp", "rename", "half", "quarter")
+    assert "2 experiments" in team.print(other, "share")
+    assert "(half)" in team.print(other, "receive")
+    assert "3 experiments" in team.receive()
+
+
+def test_results_of_another_version_of_torch_are_not_taken(team):
+    team.share()
+    team.receive()
+    other = [*POINT, "-S", "environment.torch=9.9.9", "--pull", "--allow-missing", "evaluate_sparse"]
+    output = team.second.run("dvc", *other, fails=True)
+    assert "Stage 'sample' is cached" in output
+    assert re.search(r"environment.torch: found '\d.*', wanted 9.9.9", output)
+    assert "Stage 'prune' is cached" not in output
+    assert not (team.second.root / "results/sparse").exists()
+
+
+# What is damaged or cleaned away comes again.
+
+
+def test_a_file_that_was_written_through_a_link_is_found_and_comes_again(team):
+    team.share()
+    metrics = team.first.root / "results/prune/metrics.json"
+    before = metrics.read_bytes()
+    team.first.run("dvc", "checkout", "--relink", "results/prune/metrics.json")
+    metrics.chmod(0o644)
+    with metrics.open("r+b") as file:
+        file.write(before.replace(b"0.7", b"0.8"))
+    metrics.chmod(0o444)
+    output = team.print(team.first, "verify_cache", fails=True)
+    assert "results/prune/metrics.json of workspace, results/prune/metrics.json of sparser" in output
+    assert re.search(r"error: .*/\.dvc/cache: found 1 damaged files, wanted none; `python -m stages.verify_cache --drop`", output)
+    output = team.print(team.first, "verify_cache", "--drop")
+    assert "removed 1 files of the cache, and of the workspace: results/prune/metrics.json" in output
+    team.first.run("dvc", "pull", "results/prune/metrics.json")
+    assert metrics.read_bytes() == before
+    assert ": 0 damaged" in team.print(team.first, "verify_cache")
+
+
+def commit_of(project: Project, name: str) -> str:
+    return project.run("git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").strip()
+
+
+def test_a_file_that_is_damaged_on_the_remote_is_not_taken(team):
+    team.share()
+    lock = yaml.safe_load(team.first.run("git", "show", f"{commit_of(team.first, 'half')}:dvc.lock"))
+    (oid,) = [entry["md5"] for entry in lock["stages"]["evaluate_sparse"]["outs"] if entry["path"] == "results/sparse/metrics.json"]
+    stored = team.first.root.with_name("remote") / "files/md5" / oid[:2] / oid[2:]
+    stored.chmod(0o644)
+    stored.write_bytes(stored.read_bytes().replace(b"1", b"2"))
+    output = team.receive(fails=True)
+    assert re.search(rf"error: found that 1 of \d+ files did not come \({oid}\), wanted all; on the remote they are damaged", output)
+    assert oid not in objects(team.second)
+
+
+def test_what_no_experiment_names_is_cleaned_away_and_no_more(team):
+    """`dvc gc` by all experiments keeps them; by the workspace it loses them, and they come from the remote again."""
+    team.share()
+    every = objects(team.first)
+    team.first.run("dvc", "gc", "--force", "--all-commits", "--all-experiments")
+    assert objects(team.first) == every
+    team.first.run("dvc", "gc", "--force", "--workspace")
+    assert objects(team.first) < every
+    team.print(team.first, "receive", "--release", "half")
+    assert (team.first.root / "release/README.md").is_file()
+
+
+def test_a_remote_is_cleaned_by_a_clone_that_has_received_everything(team):
+    """One that has not received an experiment removes its files; the member who has them sends them again."""
+    remote = team.first.root.with_name("remote") / "files/md5"
+    clean = ["dvc", "gc", "--force", "--cloud", "--all-commits", "--all-experiments"]
+    team.share()
+    every = files_in(remote)
+    team.receive()
+    team.second.run(*clean)
+    assert files_in(remote) == every
+    team.second.run("dvc", "exp", "remove", "sparser")
+    team.second.run(*clean)
+    assert files_in(remote) < every
+    team.share()
+    assert files_in(remote) == every
+
+
+def files_in(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+# No secret leaves config.local or the environment.
+
+
+def test_no_secret_reaches_git_or_what_is_written(sweep, tmp_path, monkeypatch):
+    secrets = {"HF_TOKEN": "hf_the-token-of-a-member", "AWS_ACCESS_KEY_ID": "a-key-of-the-second", "AWS_SECRET_ACCESS_KEY": "its-secret"}
+    for team in team_by("s3", sweep, tmp_path):
+        local = team.second.root / ".dvc/config.local"
+        local.unlink()  # the second member's are in the environment
+        for name, value in secrets.items():
+            monkeypatch.setitem(projects.ENVIRONMENT, name, value)
+        team.output.append(team.first.run("dvc", *POINT, "-n", "third", "-S", "pattern.sparsity=0.3"))
+        team.share()
+        team.receive("--release", "third")
+        team.print(team.first, "show", "--commands")
+        kept = (team.first.root / ".dvc/config.local").read_text()
+        hidden = [*secrets.values(), *re.findall(r"(?:access_key_id|secret_access_key) = (\S+)", kept)]
+        assert len(hidden) == 5
+        assert (team.second.root / "release/README.md").is_file()
+        for where, content in everything(team):
+            assert [secret for secret in hidden if secret.encode() in content] == [], where
+
+
+def everything(team: Team) -> Iterator[tuple[str, bytes]]:
+    """All files of both clones but config.local, all objects of git's, and all that was printed."""
+    yield "output", "".join(team.output).encode()
+    for member in (team.first, team.second, Project(team.first.root.with_name("origin.git"))):
+        yield f"git's objects in {member.root}", git_objects(member)
+        for path in member.root.rglob("*"):
+            if path.is_file() and path.name != "config.local":
+                yield str(path), path.read_bytes()
+
+
+def git_objects(project: Project) -> bytes:
+    command = ["git", "cat-file", "--batch-all-objects", "--batch"]
+    return subprocess.run(command, cwd=project.root, env=projects.ENVIRONMENT, capture_output=True, check=True).stdout
+
+
+# Disk.
+
+
+def test_a_worker_of_the_queue_links_the_base_and_copies_it_not(team):
+    command = ["dvc", *POINT, "--temp", "-S", "pattern.sparsity=0.2", "prune"]
+    worker = subprocess.Popen(command, cwd=team.first.root, env=projects.ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    linked: dict[str, bool] = {}
+    while worker.poll() is None:
+        for path in (team.first.root / ".dvc/tmp/exps").glob("*/artifacts/base/*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                linked[path.name] = path.is_symlink() or path.stat().st_nlink > 1
+    assert worker.returncode == 0
+    assert linked.keys() == {path.name for path in (team.first.root / "artifacts/base").glob("*.safetensors")}
+    assert all(linked.values())
