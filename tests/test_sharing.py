@@ -121,17 +121,21 @@ def objects(project: Project) -> set[str]:
     return {"".join(path.parts[-2:]) for path in (project.root / ".dvc/cache/files/md5").glob("??/*")}
 
 
-def hashes(project: Project, outs: tuple[str, ...]) -> set[str]:
-    """The hashes of outputs in the lock of a clone, and of the files in them."""
+def hashes(project: Project, lock: str, outs: tuple[str, ...] = ()) -> set[str]:
+    """The hashes of outputs in a lock, all of them if none is named, and of the files in them; of those that are in the cache."""
     found = set()
-    for stage in yaml.safe_load((project.root / "dvc.lock").read_text())["stages"].values():
-        for entry in stage["outs"] + stage.get("deps", []):
-            if entry["path"] in outs:
+    for stage in yaml.safe_load(lock)["stages"].values():
+        for entry in stage["outs"] + (stage.get("deps", []) if outs else []):
+            if not outs or entry["path"] in outs:
                 found.add(entry["md5"])
                 listed = project.root / ".dvc/cache/files/md5" / entry["md5"][:2] / entry["md5"][2:]
                 if entry["md5"].endswith(".dir") and listed.exists():
                     found |= {file["md5"] for file in json.loads(listed.read_text())}
     return found
+
+
+def files_in(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
 def table(output: str) -> list[str]:
@@ -154,12 +158,12 @@ def test_what_one_member_has_computed_another_has(remote, sweep, tmp_path):
         names = [path.name for path in (first / "release").iterdir()]
         assert filecmp.cmpfiles(first / "release", second / "release", names, shallow=False) == (names, [], [])
         assert sorted(path.name for path in (second / "release").iterdir()) == sorted(names)
-        assert not (second / "artifacts").exists()  # no stage was executed, and no weights were brought but the release's
+        assert files_in(second / "artifacts") == set()  # no stage was executed, and no weights were brought but the release's
         before = objects(team.second)
         assert team.second.stages_run(*NEW_POINT) == ["prune", "evaluate_sparse"]
         if remote != "shared cache":
             pulled = (objects(team.second) - before) & objects(team.first)
-            allowed = hashes(team.second, (*READ_BY_A_NEW_POINT, "results/dense/metrics.json"))
+            allowed = hashes(team.second, (team.second.root / "dvc.lock").read_text(), (*READ_BY_A_NEW_POINT, "results/dense/metrics.json"))
             assert pulled <= allowed
             assert len(pulled) > 5
         assert "there already: 2 experiments (half, sparser)" in team.share()
@@ -188,7 +192,7 @@ def numbers(project: Project) -> dict:
 
 
 def require_of_one_run(project: Project) -> None:
-    """The scores in the workspace are of the delta in the workspace."""
+    """The scores in the workspace are of the delta there."""
     manifest = json.loads((project.root / "artifacts/sparse/delta.json").read_text())
     protocol = json.loads((project.root / "results/sparse/details/protocol.json").read_text())
     assert protocol["delta"] == fingerprint(manifest["recipe"], manifest["shards"])
@@ -301,10 +305,6 @@ def test_a_remote_is_cleaned_by_a_clone_that_has_received_everything(team):
     assert files_in(remote) == every
 
 
-def files_in(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-
-
 # No secret leaves config.local or the environment.
 
 
@@ -343,6 +343,16 @@ def git_objects(project: Project) -> bytes:
 
 
 # Disk.
+
+
+def test_a_point_of_a_mask_only_method_adds_its_mask_and_small_records(sweep):
+    """One bit for each weight: ten sparsities of a model in bfloat16 add at most 10/16 of its matrices, and no copy of them."""
+    half, sparser = (hashes(sweep, sweep.run("git", "show", f"{commit_of(sweep, name)}:dvc.lock")) for name in ("half", "sparser"))
+    cache = sweep.root / ".dvc/cache/files/md5"
+    added = sum((cache / oid[:2] / oid[2:]).stat().st_size for oid in sparser - half)
+    size = numbers(sweep)["size"]["matrices"]
+    assert size["mask_bytes"] <= size["dense_bytes"] / 16
+    assert size["mask_bytes"] < size["delta_bytes"] < added < size["mask_bytes"] + 150_000
 
 
 def test_a_worker_of_the_queue_links_the_base_and_copies_it_not(team):
