@@ -151,7 +151,6 @@ def test_what_one_member_has_computed_another_has(remote, sweep, tmp_path):
         received = team.receive("--release", "half")
         assert re.search(r"^received from origin and the .*: 2 experiments \(half, sparser\)", received, re.M)
         first, second = team.first.root, team.second.root
-        assert table(team.print(team.first, "show")) == table(team.print(team.second, "show")) != []
         page = (second / "comparison/index.html").read_text()
         assert "half" in page
         assert "sparser" in page
@@ -166,7 +165,21 @@ def test_what_one_member_has_computed_another_has(remote, sweep, tmp_path):
             allowed = hashes(team.second, (team.second.root / "dvc.lock").read_text(), (*READ_BY_A_NEW_POINT, "results/dense/metrics.json"))
             assert pulled <= allowed
             assert len(pulled) > 5
-        assert "there already: 2 experiments (half, sparser)" in team.share()
+
+
+def test_the_numbers_are_the_same_and_nothing_is_sent_twice(team):
+    team.share()
+    team.receive()
+    assert table(team.print(team.first, "show")) == table(team.print(team.second, "show")) != []
+    assert re.search(r"^sent to .*: 0 experiments, 0 files, .*\nthere already: 2 experiments \(half, sparser\)", team.share(), re.M)
+    assert re.search(
+        r"^received from .*: 0 experiments, 0 files, .*\nhere already: 2 experiments", team.receive("--apply", "sparser"), re.M
+    )
+    assert numbers(team.second) == numbers(team.first)
+    assert not (team.second.root / "release").exists()
+    (team.second.root / "params.yaml").write_text("of: mine\n")
+    output = team.receive("--apply", "half", fails=True)
+    assert "error: params.yaml, dvc.lock: found changes that no experiment has, wanted none that would be lost" in output
 
 
 def test_a_member_without_a_shared_experiment_is_told(team):

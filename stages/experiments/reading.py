@@ -152,7 +152,7 @@ def _read(path: str, revision: str | None) -> Any:
     try:
         return json.loads(dvc.api.read(path, rev=revision))
     except (DvcException, OSError, ValueError) as error:
-        raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `dvc exp pull` brings it") from None
+        raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `make receive` brings it") from None
 
 
 def _references() -> list[str]:

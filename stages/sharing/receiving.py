@@ -1,9 +1,11 @@
 """Receive experiments: their git references and their results, which the numbers and the page need; no weights unless asked."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from stages.errors import SharingError
-from stages.experiments.lock import PARAMS, other_run, read_lock, read_yaml
+from stages.experiments.command_output import output
+from stages.experiments.lock import LOCK, PARAMS, other_run, read_lock, read_yaml
 from stages.files import DENSE_RESULTS, RELEASE
 from stages.sharing.files import bring
 from stages.sharing.references import Reference, counted, of_clone, of_origin
@@ -41,11 +43,13 @@ def receive(names: Sequence[str]) -> Iterator[str]:
 def apply(name: str, *, release: bool) -> Iterator[str]:
     """Bring an experiment of this clone into the workspace: its parameters, lock and results. No stage is executed.
 
+    Code and configuration stay as they are; `dvc exp apply` brings those of the commit from which the experiment started, too.
+
     Args:
         release: whether its release comes, too.
 
     Raises:
-        SharingError: it is not there, or it was not published; or a remote fails.
+        SharingError: it is not there, or it was not published; what would be lost is in no experiment; or a remote fails.
     """
     with project() as repo:
         remotes = checked(repo, writable=False)
@@ -55,8 +59,22 @@ def apply(name: str, *, release: bool) -> Iterator[str]:
             if remotes.dvc is not None:
                 brought = bring(repo, [one.commit], RELEASE)
                 yield f"received its release: {brought}"
-        repo.experiments.apply(one.commit, allow_missing=True)
+    _require_saved()
+    for path in (PARAMS, LOCK):
+        Path(path).write_text(output("git", "show", f"{one.commit}:{path}"), encoding="utf8")
+    with project() as repo:
+        repo.checkout(allow_missing=True)
     yield f"applied {name}: params.yaml, dvc.lock and {RESULTS}/{f', and {RELEASE}/' if release else ''}"
+
+
+def _require_saved() -> None:
+    """Refuse to replace parameters and a lock that neither HEAD nor an experiment has."""
+    states = ["HEAD", *(one.commit for one in of_clone())]
+    saved = output("git", "rev-parse", *(f"{state}:{path}" for state in states for path in (PARAMS, LOCK))).split()
+    here = output("git", "hash-object", PARAMS, LOCK).split()
+    if here not in [saved[start : start + 2] for start in range(0, len(saved), 2)]:
+        advice = "`dvc exp save -n NAME` keeps them, `git checkout` drops them"
+        raise SharingError(f"{PARAMS}, {LOCK}: found changes that no experiment has, wanted none that would be lost: {advice}")
 
 
 def _require_release(one: Reference) -> None:

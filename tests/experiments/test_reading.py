@@ -24,3 +24,13 @@ def test_an_experiment_that_runs_is_none_yet():
         reading._experiment("a", running)
     commit = {"experiments": [{"name": "a", "executor": {"state": "running"}, "revs": [{"rev": "workspace", "data": None}]}]}
     assert reading._experiments(commit) == [{"rev": "workspace", "data": None, "name": "a", "executor": {"state": "running"}}]
+
+
+def test_scores_that_an_earlier_run_left_in_an_experiment_are_refused():
+    """`dvc exp run -S pattern.sparsity=0.6 prune` leaves the scores of the run before as they are."""
+    pruned = {"params": {"params.yaml": {"pattern": {"sparsity": 0.6}}}, "outs": [{"path": "artifacts/sparse", "md5": "new"}]}
+    params = {"pattern": {"sparsity": 0.6}}
+    reading._require_of_experiment({"prune": pruned}, params)
+    stages = {"prune": pruned, "evaluate_sparse": {"deps": [{"path": "artifacts/sparse", "md5": "old"}]}}
+    with pytest.raises(Unreadable, match="its scores are of another run .evaluate_sparse read another artifacts/sparse than prune wrote"):
+        reading._require_of_experiment(stages, params)
