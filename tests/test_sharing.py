@@ -105,7 +105,7 @@ def with_remote(first: Project, directory: Path, server: servers.Server) -> Team
     publish_configuration(first)
     second = projects.clone(first, directory / "b")
     for member in (first, second):
-        for name, value in server.secrets.items():
+        for name, value in ({"url": server.url} | server.secrets if server.secrets else {}).items():
             member.run("dvc", "remote", "modify", "--local", "shared", name, value)
     return Team(first, second, [])
 
@@ -157,7 +157,8 @@ def test_what_one_member_has_computed_another_has(remote, sweep, tmp_path):
         names = [path.name for path in (first / "release").iterdir()]
         assert filecmp.cmpfiles(first / "release", second / "release", names, shallow=False) == (names, [], [])
         assert sorted(path.name for path in (second / "release").iterdir()) == sorted(names)
-        assert files_in(second / "artifacts") == set()  # no stage was executed, and no weights were brought but the release's
+        if remote != "shared cache":  # where what is in the cache is linked
+            assert files_in(second / "artifacts") == set()  # no stage was executed, and no weights were brought but the release's
         before = objects(team.second)
         assert team.second.stages_run(*NEW_POINT) == ["prune", "evaluate_sparse"]
         if remote != "shared cache":

@@ -98,7 +98,7 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     if (state.get("executor") or {}).get("state") == "running":
         raise Unreadable("it is running")
     if data is None:
-        raise Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
+        raise Unreadable(f"DVC cannot read it: {_reason((state['error'] or {}).get('msg', 'no reason given'))}")
     try:
         params, _, prune_metrics = (
             data[kind][path]["data"] for kind, path in (("params", PARAMS), ("metrics", METRICS), ("metrics", PRUNE_METRICS))
@@ -125,6 +125,14 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
         method=point["method"],
         pattern=point["pattern"],
     )
+
+
+def _reason(message: str) -> str:
+    """Why DVC cannot read an experiment. It reads the configuration of the experiment's commit, and lays this clone's own over it."""
+    if not message.startswith("config file error"):
+        return message
+    advice = "a remote was set after it ran: `dvc remote modify --local REMOTE url URL` repeats its url beside your own settings"
+    return f"{message}; {advice}"
 
 
 def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> None:

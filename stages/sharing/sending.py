@@ -26,7 +26,8 @@ def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: 
     chosen = [one for one in selected(list(experiments), list(missing), list(names)) if one.revision is not None]
     if not chosen:
         advice = "`dvc exp run -n NAME` runs one, and `dvc exp save -n NAME` makes one of the workspace"
-        raise SharingError(f"found no evaluated experiment, wanted one to share: {advice}")
+        reasons = "".join(f"\nleft out {one.name}: {one.reason}" for one in missing)
+        raise SharingError(f"found no evaluated experiment, wanted one to share: {advice}{reasons}")
     commits = {one.revision for one in chosen}
     ours = [reference for reference in of_clone() if reference.commit in commits]
     with project() as repo:

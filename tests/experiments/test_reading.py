@@ -34,3 +34,11 @@ def test_scores_that_an_earlier_run_left_in_an_experiment_are_refused():
     stages = {"prune": pruned, "evaluate_sparse": {"deps": [{"path": "artifacts/sparse", "md5": "old"}]}}
     with pytest.raises(Unreadable, match="its scores are of another run .evaluate_sparse read another artifacts/sparse than prune wrote"):
         reading._require_of_experiment(stages, params)
+
+
+def test_why_an_experiment_from_before_the_remote_cannot_be_read_is_said_with_the_way_out():
+    state = {"rev": "a" * 40, "data": None, "error": {"msg": "config file error: expected 'url' for dictionary value"}}
+    with pytest.raises(Unreadable, match="expected 'url' .*a remote was set after it ran: `dvc remote modify --local REMOTE url URL`"):
+        reading._experiment("a", state)
+    with pytest.raises(Unreadable, match="DVC cannot read it: broken$"):
+        reading._experiment("a", state | {"error": {"msg": "broken"}})
