@@ -31,7 +31,8 @@ def receive(names: Sequence[str]) -> Iterator[str]:
         here = {reference.path: reference for reference in of_clone()}
         diverged = [one for one in wanted if one.path in here and here[one.path].commit != one.commit]
         received = [one for one in wanted if one not in diverged]
-        repo.experiments.pull(remotes.git, [one.path for one in received], pull_cache=False)
+        if paths := [one.path for one in received]:  # without a path DVC takes all of HEAD's
+            repo.experiments.pull(remotes.git, paths, pull_cache=False)
         brought = "" if remotes.dvc is None else f", {bring(repo, [one.commit for one in received], RESULTS)} of results"
     yield f"received from {remotes}: {counted([one for one in received if one.path not in here])}{brought}"
     if known := [one for one in received if one.path in here]:

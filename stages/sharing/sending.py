@@ -36,8 +36,9 @@ def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: 
         diverged = [one for one in ours if one.path in there and there[one.path].commit != one.commit]
         sent = [one for one in ours if one not in diverged]
         files = _send_files(repo, remotes, sent)
-        result = repo.experiments.push(remotes.git, [one.path for one in sent], push_cache=False)
-    if late := set(result.get("diverged", [])):  # another member has pushed since
+        paths = [one.path for one in sent]
+        pushed = repo.experiments.push(remotes.git, paths, push_cache=False) if paths else {}  # without a path DVC takes all of HEAD's
+    if late := set(pushed.get("diverged", [])):  # another member has pushed since
         diverged += [one for one in sent if one.name in late]
     yield from _report(remotes, [one for one in sent if one not in diverged], set(there.values()), files)
     if not names:
