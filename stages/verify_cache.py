@@ -6,7 +6,7 @@ python -m stages.verify_cache --drop   removes them, so that `dvc pull` or `dvc 
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.errors import SharingError, SparsesweepError
@@ -35,11 +35,15 @@ def _lines(*, drop: bool) -> Iterator[str]:
     yield f"rehashed {count} files of {cache}, {size / 1e6:.1f} MB: {len(found)} damaged"
     if found and not drop:
         advice = "`python -m stages.verify_cache --drop` removes them, then `dvc pull` or `dvc repro` brings them again"
-        raise SharingError(f"{cache}: found {len(found)} damaged files, wanted none; {advice}")
+        raise SharingError(f"{cache}: found {_files(found)} damaged, wanted none; {advice}")
     if found:
         removed = objects.drop(cache, found)
-        yield f"removed {len(found)} files of the cache, and of the workspace: {', '.join(removed) or 'nothing'}"
+        yield f"removed {_files(found)} of the cache, and of the workspace: {', '.join(removed) or 'nothing'}"
         yield "`dvc pull` brings them from the remote, `dvc repro` computes them"
+
+
+def _files(found: Sequence[objects.Damaged]) -> str:
+    return f"{len(found)} file{'s' * (len(found) != 1)}"
 
 
 if __name__ == "__main__":

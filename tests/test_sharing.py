@@ -267,9 +267,9 @@ def test_a_file_that_was_written_through_a_link_is_found_and_comes_again(team):
     metrics.chmod(0o444)
     output = team.print(team.first, "verify_cache", fails=True)
     assert "results/prune/metrics.json of workspace, results/prune/metrics.json of sparser" in output
-    assert re.search(r"error: .*/\.dvc/cache: found 1 damaged files, wanted none; `python -m stages.verify_cache --drop`", output)
+    assert re.search(r"error: .*/\.dvc/cache: found 1 file damaged, wanted none; `python -m stages.verify_cache --drop`", output)
     output = team.print(team.first, "verify_cache", "--drop")
-    assert "removed 1 files of the cache, and of the workspace: results/prune/metrics.json" in output
+    assert "removed 1 file of the cache, and of the workspace: results/prune/metrics.json" in output
     team.first.run("dvc", "pull", "results/prune/metrics.json")
     assert metrics.read_bytes() == before
     assert ": 0 damaged" in team.print(team.first, "verify_cache")

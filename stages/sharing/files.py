@@ -4,7 +4,7 @@
 team set a remote they send nothing, and do not say so. Here it is the remote that is set now.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Brought:
         return f"{self.files} files, {self.size / 1e6:.1f} MB"
 
 
-def send(repo: Repo, commits: Iterable[str]) -> int:
+def send(repo: Repo, commits: Sequence[str]) -> int:
     """Send all outputs of commits; how many files were not there yet.
 
     Raises:
@@ -49,15 +49,17 @@ def send(repo: Repo, commits: Iterable[str]) -> int:
     return len(result.transferred)
 
 
-def bring(repo: Repo, commits: Iterable[str], path: Path) -> Brought:
-    """Bring the outputs of commits that lie under a path into the cache.
+def bring(repo: Repo, commits: Sequence[str], path: Path) -> Brought:
+    """Bring the outputs of commits that lie under a path into the cache; and of all other directories the lists of their files.
+
+    Without a list `dvc gc --cloud` takes the files in it for unused, and deletes them on the remote.
 
     Raises:
         SharingError: a file did not come, or is damaged on the remote.
         DvcException, OSError: the remote refuses.
     """
     hashes = _outputs(commits, path)
-    came = _pull(repo, hashes)
+    came = _pull(repo, hashes | {one for one in _outputs(commits, Path()) if one.isdir})
     came |= _pull(repo, _members(repo, hashes))
     return Brought(files=len(came), size=sum(_path(repo, one).stat().st_size for one in came))
 
@@ -71,7 +73,7 @@ def _pull(repo: Repo, hashes: set[HashInfo]) -> set[HashInfo]:
     return came
 
 
-def _outputs(commits: Iterable[str], path: Path) -> set[HashInfo]:
+def _outputs(commits: Sequence[str], path: Path) -> set[HashInfo]:
     """The outputs under a path that the locks of commits name."""
     entries = [entry for commit in commits for stage in read_lock(commit).values() for entry in stage.get("outs", [])]
     return {HashInfo("md5", entry["md5"]) for entry in entries if Path(entry["path"]).is_relative_to(path)}
