@@ -86,6 +86,9 @@ def checked(repo: Repo, *, writable: bool) -> Remotes:
                 "`dvc remote modify shared verify true`, and commit .dvc/config"
             )
         return Remotes(git=git_remote, dvc=None)
+    if name not in repo.config["remote"]:
+        known = ", ".join(repo.config["remote"]) or "(none)"
+        raise SharingError(f"core.remote: found {name}, wanted one of the remotes that are set: {known}; `dvc remote default` chooses one")
     if not repo.config["remote"][name].get("verify"):
         advice = f"`dvc remote modify {name} verify true` sets it"
         raise SharingError(f"remote {name}: found no verify, wanted true, without which a damaged file is taken as it is: {advice}")

@@ -44,6 +44,13 @@ def test_without_a_remote_its_command_is_said(configured):
         configured("")
 
 
+def test_a_default_that_is_no_remote_is_named(configured, tmp_path):
+    with pytest.raises(
+        SharingError, match="core.remote: found shraed, wanted one of the remotes that are set: shared; `dvc remote default`"
+    ):
+        configured(remote(tmp_path, "verify = true").replace("remote = shared", "remote = shraed"))
+
+
 def test_clones_with_one_cache_need_no_remote(configured, tmp_path):
     assert configured("", f"[cache]\ndir = {tmp_path / 'cache'}\n") == Remotes(git="origin", dvc=None)
 
