@@ -319,6 +319,16 @@ def test_a_remote_is_cleaned_by_a_clone_that_has_received_everything(team):
     assert files_in(remote) == every
 
 
+def test_in_a_shared_cache_the_clones_whose_files_stay_are_named(sweep, tmp_path):
+    for team in team_by("shared cache", sweep, tmp_path):
+        cache, clean = tmp_path / "cache/files/md5", ["dvc", "gc", "--force", "--all-commits", "--all-experiments"]
+        every = files_in(cache)
+        team.second.run(*clean, "--projects", str(team.first.root))
+        assert files_in(cache) == every
+        team.second.run(*clean)
+        assert files_in(cache) == set()
+
+
 # No secret leaves config.local or the environment.
 
 
