@@ -178,7 +178,8 @@ def test_the_numbers_are_the_same_and_nothing_is_sent_twice(team):
     )
     assert numbers(team.second) == numbers(team.first)
     assert not (team.second.root / "release").exists()
-    (team.second.root / "params.yaml").write_text("of: mine\n")
+    with (team.second.root / "params.yaml").open("a") as file:
+        file.write("# mine\n")
     output = team.receive("--apply", "half", fails=True)
     assert "error: params.yaml, dvc.lock: found changes that no experiment has, wanted none that would be lost" in output
 
