@@ -1,4 +1,5 @@
-# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page. make test: the tests. Twice does no work twice.
+# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page. make share,
+# make receive: with the team. make verify-cache: rehash what DVC keeps. make test: the tests. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -15,6 +16,15 @@ show: .venv/ready
 compare: .venv/ready
 	python -m stages.compare
 
+share: .venv/ready
+	python -m stages.share
+
+receive: .venv/ready
+	python -m stages.receive
+
+verify-cache: .venv/ready
+	python -m stages.verify_cache
+
 test: .venv/ready
 	python -m pytest
 
@@ -30,4 +40,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro show compare test check
+.PHONY: repro show compare share receive verify-cache test check

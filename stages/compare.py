@@ -20,15 +20,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=COMPARISON, metavar="DIR", help=f"where it is written, {COMPARISON} by default")
     directory = parser.parse_args().out
     try:
-        experiments, missing = read_experiments()
-        groups, unread = read_groups(experiments)
-        if not groups:
-            reasons = "".join(f"\nleft out {one.name}: {one.reason}" for one in (*missing, *unread))
-            raise SparsesweepError(f"found no evaluated experiment, wanted at least one; `dvc exp run` runs one{reasons}")
-        write(directory, groups, [*missing, *unread])
+        print(write_page(directory))
     except SparsesweepError as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {directory / 'index.html'}: {sum(len(group.results) for group in groups)} experiments")
+
+
+def write_page(directory: Path) -> str:
+    """Write the page of all experiments; returns what was written, in words.
+
+    Raises:
+        SparsesweepError: there is no evaluated experiment; names what was left out and why.
+    """
+    experiments, missing = read_experiments()
+    groups, unread = read_groups(experiments)
+    if not groups:
+        reasons = "".join(f"\nleft out {one.name}: {one.reason}" for one in (*missing, *unread))
+        raise SparsesweepError(f"found no evaluated experiment, wanted at least one; `dvc exp run` runs one{reasons}")
+    write(directory, groups, [*missing, *unread])
+    return f"wrote {directory / 'index.html'}: {sum(len(group.results) for group in groups)} experiments"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ SparsesweepError
 ├── CalibrationError  text that is too short for the windows, or windows that are not those that were drawn
 ├── PruningError      a model, layer or statistic that cannot be pruned
 ├── ComparisonError   two results with different protocols, or a result that cannot be read
-└── ReleaseError      a release that failed its checks
+├── ReleaseError      a release that failed its checks
+└── SharingError      experiments that cannot be shared or received
 """
 
 from collections.abc import Iterator
@@ -63,3 +64,7 @@ class ComparisonError(SparsesweepError):
 
 class ReleaseError(SparsesweepError):
     """A written release failed its checks."""
+
+
+class SharingError(SparsesweepError):
+    """Experiments cannot be shared or received."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, frontier, gpu, llama_cpp_divergence, quality, random_checkpoint, table
+from benchmarks import behaviour, contenders, disk, frontier, gpu, llama_cpp_divergence, quality, random_checkpoint, table
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
@@ -440,3 +440,13 @@ def test_the_frontier_is_a_sweep_of_five_sparsities_by_three_methods_of_one_prot
     assert len({(one["method"].name, one["pattern"].sparsity) for one in sections}) == 15
     assert len({str(one["evaluation"]) for one in sections}) == 1
     assert sections[0]["ruler"].types == ["Q8_0", "Q4_0", "Q2_K"]
+
+
+def test_what_experiments_share_is_counted_once_on_the_disk():
+    def lock(**sizes: int) -> dict:
+        paths = {"base": "artifacts/base", "sparse": "artifacts/sparse", "metrics": "results/sparse/metrics.json", "release": "release"}
+        return {"all": {"outs": [{"path": paths[name], "md5": f"{name} {size}", "size": size} for name, size in sizes.items()]}}
+
+    first, second = disk.growth([("a", lock(base=100, sparse=6, metrics=1, release=99)), ("b", lock(base=100, sparse=5, metrics=1))])
+    assert (first.others, first.delta, first.results, first.release, first.total) == (100, 6, 1, 99, 206)
+    assert (second.base, second.delta, second.total) == (100, 5, 5)

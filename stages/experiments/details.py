@@ -136,7 +136,7 @@ class _Files:
             content: str = self.files.read_text(path.as_posix(), encoding="utf8")
         except (DvcException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise Unreadable(f"{path} is not there ({reason}); `dvc exp pull` brings it, or evaluating it again writes it") from None
+            raise Unreadable(f"{path} is not there ({reason}); `make receive` brings it, or evaluating it again writes it") from None
         return content
 
     def json(self, path: Path) -> Any:

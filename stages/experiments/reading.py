@@ -1,23 +1,23 @@
 """Read every experiment that DVC keeps in this clone, of all commits, and the workspace."""
 
 import json
-import subprocess
 from dataclasses import dataclass, field
 from typing import Any
 
 import dvc.api
 from dvc.exceptions import DvcException
 
-from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
+from stages.experiments.command_output import output
+from stages.experiments.lock import PARAMS, other_run, read_lock
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, parsed_json, read_json
 from stages.recipe import fingerprint
 
-PARAMS = "params.yaml"
 METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
 PROTOCOL, MEASUREMENTS = (str(SPARSE_RESULTS / "details" / name) for name in ("protocol.json", "measurements.json"))
 DENSE_MEASUREMENTS = str(DENSE_RESULTS / "details" / "measurements.json")
 POINT = str(SPARSE_RESULTS / "frontier.json")
+EVALUATION = "evaluate_sparse"  # the stage that writes these
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 DIGITS = 40  # of a commit
 
@@ -79,7 +79,7 @@ def read_experiments() -> tuple[list[Experiment], list[Missing]]:
     """
     commits = list(dict.fromkeys(ref.removeprefix(EXPERIMENTS).rpartition("/")[0].replace("/", "") for ref in _references()))
     revisions = [argument for commit in commits if len(commit) == DIGITS for argument in ("--rev", commit)]
-    shown = json.loads(_output("dvc", "exp", "show", "--json", *revisions))
+    shown = json.loads(output("dvc", "exp", "show", "--json", *revisions))
     found, missing = [], []
     entries = [(state["name"] or state["rev"], state) for commit in shown for state in _experiments(commit)]
     entries += [("workspace", commit) for commit in shown if commit["rev"] == "workspace"]
@@ -108,7 +108,7 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     if (state.get("executor") or {}).get("state") == "running":
         raise Unreadable("it is running")
     if data is None:
-        raise Unreadable(f"DVC cannot read it: {(state['error'] or {}).get('msg', 'no reason given')}")
+        raise Unreadable(f"DVC cannot read it: {_reason((state['error'] or {}).get('msg', 'no reason given'))}")
     try:
         params, _, prune_metrics = (
             data[kind][path]["data"] for kind, path in (("params", PARAMS), ("metrics", METRICS), ("metrics", PRUNE_METRICS))
@@ -123,6 +123,8 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
     protocol = _read(PROTOCOL, revision)
     if revision is None:
         _require_of_delta(protocol)
+    else:
+        _require_of_experiment(read_lock(revision), params)
     return Experiment(
         name=name,
         revision=revision,
@@ -144,6 +146,20 @@ def _dense(revision: str | None) -> list[Measurement]:
         return []
 
 
+def _reason(message: str) -> str:
+    """Why DVC cannot read an experiment. It reads the configuration of the experiment's commit, and lays this clone's own over it."""
+    if not message.startswith("config file error"):
+        return message
+    advice = "a remote was set after it ran: `dvc remote modify --local REMOTE url URL` repeats its url beside your own settings"
+    return f"{message}; {advice}"
+
+
+def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> None:
+    """Refuse scores that a run of other stages left in an experiment; see `read_lock`."""
+    if EVALUATION in stages and (reason := other_run(stages, params, EVALUATION)):
+        raise Unreadable(f"its scores are of another run ({reason}); `dvc exp run {EVALUATION}` with its overrides scores it")
+
+
 def _require_of_delta(protocol: dict[str, Any]) -> None:
     """Refuse scores in the workspace that are of another delta than the one there: it was pruned again since.
 
@@ -163,18 +179,8 @@ def _read(path: str, revision: str | None) -> Any:
     try:
         return parsed_json(dvc.api.read(path, rev=revision))
     except (DvcException, OSError, ValueError) as error:
-        raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `dvc exp pull` brings it") from None
+        raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `make receive` brings it") from None
 
 
 def _references() -> list[str]:
-    return _output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()
-
-
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise SparsesweepError(f"{command[0]}: not found on PATH; is the project's virtual environment active?") from None
-    if done.returncode:
-        raise SparsesweepError(f"{' '.join(command[:3])} failed: {' '.join(done.stderr.split())}")
-    return done.stdout
+    return output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()

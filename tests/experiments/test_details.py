@@ -104,7 +104,7 @@ def test_a_ruler_is_read_where_there_is_one(experiment, repository):
 @pytest.mark.parametrize(
     ("path", "content", "reason"),
     [
-        ("results/sparse/details/windows.json", None, "windows.json is not there .*; `dvc exp pull` brings it"),
+        ("results/sparse/details/windows.json", None, "windows.json is not there .*; `make receive` brings it"),
         ("results/sparse/details/windows.json", "{", "windows.json: not JSON"),
         (
             "results/dense/details/samples-boolq.jsonl",

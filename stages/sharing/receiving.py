@@ -1,0 +1,109 @@
+"""Receive experiments: their git references and their results, which the numbers and the page need; no weights unless asked."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stages.errors import SharingError
+from stages.experiments.command_output import output
+from stages.experiments.lock import LOCK, PARAMS, other_run, read_lock, read_yaml
+from stages.files import DENSE_RESULTS, RELEASE
+from stages.sharing.files import bring
+from stages.sharing.references import Reference, counted, of_clone, of_origin
+from stages.sharing.remote import Remotes, checked, project
+
+RESULTS = DENSE_RESULTS.parent  # what is brought of every experiment
+PUBLISH = "publish"  # the stage that writes a release
+
+
+def receive(names: Sequence[str]) -> Iterator[str]:
+    """Receive experiments and their results, and say what was brought and what was here already. No stage is executed.
+
+    Args:
+        names: which; none: all that are on the git remote.
+
+    Raises:
+        SharingError: an experiment is not there; a remote cannot be shared by, or fails; or another experiment of the same name is here,
+            after the others were received.
+    """
+    with project() as repo:
+        remotes = checked(repo, writable=False)
+        wanted = _named(of_origin(remotes.git), names, remotes.git)
+        here = {reference.path: reference for reference in of_clone()}
+        diverged = [one for one in wanted if one.path in here and here[one.path].commit != one.commit]
+        received = [one for one in wanted if one not in diverged]
+        if paths := [one.path for one in received]:  # without a path DVC takes all of HEAD's
+            repo.experiments.pull(remotes.git, paths, pull_cache=False)
+        brought = "" if remotes.dvc is None else f", {bring(repo, [one.commit for one in received], RESULTS)} of results"
+    yield f"received from {remotes}: {counted([one for one in received if one.path not in here])}{brought}"
+    if known := [one for one in received if one.path in here]:
+        yield f"here already: {counted(known)}"
+    if diverged:
+        raise SharingError("; ".join(_divergence(one, remotes) for one in diverged))
+
+
+def apply(name: str, *, release: bool) -> Iterator[str]:
+    """Bring an experiment of this clone into the workspace: its parameters, lock and results. No stage is executed.
+
+    Code and configuration stay as they are; `dvc exp apply` brings those of the commit from which the experiment started, too.
+
+    Args:
+        release: whether its release comes, too.
+
+    Raises:
+        SharingError: it is not there, or it was not published; what would be lost is in no experiment; or a remote fails.
+    """
+    with project() as repo:
+        remotes = checked(repo, writable=False)
+        one = _only(of_clone(), name)
+        if release:
+            _require_release(one)
+            if remotes.dvc is not None:
+                brought = bring(repo, [one.commit], RELEASE)
+                yield f"received its release: {brought}"
+    _require_saved()
+    for path in (PARAMS, LOCK):
+        Path(path).write_text(output("git", "show", f"{one.commit}:{path}"), encoding="utf8")
+    with project() as repo:
+        repo.checkout(allow_missing=True)
+    yield f"applied {name}: params.yaml, dvc.lock and {RESULTS}/{f', and {RELEASE}/' if release else ''}"
+
+
+def _require_saved() -> None:
+    """Refuse to replace parameters and a lock that neither HEAD nor an experiment has."""
+    states = ["HEAD", *(one.commit for one in of_clone())]
+    saved = output("git", "rev-parse", *(f"{state}:{path}" for state in states for path in (PARAMS, LOCK))).split()
+    here = output("git", "hash-object", PARAMS, LOCK).split()
+    if here not in [saved[start : start + 2] for start in range(0, len(saved), 2)]:
+        advice = "`dvc exp save -n NAME` keeps them, `git checkout` drops them"
+        raise SharingError(f"{PARAMS}, {LOCK}: found changes that no experiment has, wanted none that would be lost: {advice}")
+
+
+def _require_release(one: Reference) -> None:
+    """Refuse an experiment without a release, or with one that another run left."""
+    lock = read_lock(one.commit)
+    params = read_yaml(one.commit, PARAMS)
+    reason = other_run(lock, params, PUBLISH) if PUBLISH in lock else "it was not published"
+    if reason:
+        advice = "`dvc exp run` with its overrides and without naming a stage publishes it"
+        raise SharingError(f"{one.name}: found no release of it, wanted one ({reason}); {advice}")
+
+
+def _named(references: Sequence[Reference], names: Sequence[str], git_remote: str) -> list[Reference]:
+    if not references:
+        raise SharingError(f"found no experiment on {git_remote}, wanted one that was shared: `make share` shares those of a clone")
+    known = sorted({one.name for one in references})
+    if absent := [name for name in names if name not in known]:
+        raise SharingError(f"found no experiment {', '.join(absent)} on {git_remote}, wanted one of {', '.join(known)}")
+    return [one for one in references if not names or one.name in names]
+
+
+def _only(references: Sequence[Reference], name: str) -> Reference:
+    found = [one for one in references if one.name == name]
+    if len(found) != 1:
+        raise SharingError(f"found {len(found)} experiments {name} in this clone, wanted one; `dvc exp rename` tells them apart")
+    return found[0]
+
+
+def _divergence(one: Reference, remotes: Remotes) -> str:
+    both = f"`dvc exp rename {one.name} NEW_NAME` and receiving again keeps both"
+    return f"{one.name}: found another experiment of this name here than on {remotes.git}, wanted none or the same: {both}"

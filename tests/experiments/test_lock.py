@@ -1,0 +1,55 @@
+"""Which outputs of an experiment are of another run."""
+
+import subprocess
+
+import pytest
+
+from stages.experiments.lock import other_run, read_lock
+from tests.project import ENVIRONMENT
+
+
+def lock(**changed: object) -> dict:
+    """Of two stages: prune, and the evaluation of what it wrote."""
+    return {
+        "prune": {"params": {"params.yaml": {"pattern": {"sparsity": 0.5}}}, "outs": [{"path": "sparse", "md5": "a"}]},
+        "evaluate": {
+            "params": {"params.yaml": {"environment.torch": "2.0", "evaluation": {"rows": 3}}},
+            "deps": [{"path": "sparse", "md5": "a"}, {"path": "stages/evaluate.py", "md5": "c"}],
+        },
+        **changed,
+    }
+
+
+PARAMS = {"pattern": {"sparsity": 0.5}, "environment": {"torch": "2.0"}, "evaluation": {"rows": 3}}
+
+
+def test_an_experiment_that_ran_all_stages_is_one_run():
+    assert other_run(lock(), PARAMS, "evaluate") is None
+
+
+def test_scores_of_what_another_run_pruned_are_of_another_run():
+    pruned = {"params": {"params.yaml": {"pattern": {"sparsity": 0.5}}}, "outs": [{"path": "sparse", "md5": "b"}]}
+    assert other_run(lock(prune=pruned), PARAMS, "evaluate") == "evaluate read another sparse than prune wrote"
+    assert other_run(lock(prune=pruned), PARAMS, "prune") is None
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"pattern": {"sparsity": 0.6}}, "prune read pattern={'sparsity': 0.5}, and the experiment has {'sparsity': 0.6}"),
+        ({"environment": {"torch": "2.1"}}, "evaluate read environment.torch=2.0, and the experiment has 2.1"),
+        ({"environment": {}}, "evaluate read environment.torch=2.0, and the experiment has None"),
+    ],
+)
+def test_scores_by_other_parameters_are_of_another_run(section, reason):
+    assert other_run(lock(), PARAMS | section, "evaluate") == reason
+
+
+def test_a_lock_is_read_as_dvc_wrote_it(tmp_path, monkeypatch):
+    values = "{a: 1e-05, b: 2:4, c: off, d: 0.5, e: 3, f: true, g: null, h: '1', i: 2026-01-01, j: }"
+    (tmp_path / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  prune: {values}\n")
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "A lock"]):
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
+    monkeypatch.chdir(tmp_path)
+    wanted = {"a": 1e-5, "b": "2:4", "c": "off", "d": 0.5, "e": 3, "f": True, "g": None, "h": "1", "i": "2026-01-01", "j": None}
+    assert read_lock("HEAD") == {"prune": wanted}
