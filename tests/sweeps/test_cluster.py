@@ -1,0 +1,95 @@
+"""A sweep on a Ray cluster: what listens where, and what a kill of a worker, the driver or a node costs. All of it on loopback."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.sweeps.conftest import Project
+
+pytest.importorskip("ray._version")
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def file(project: Project, name: str, sparsities: str) -> str:
+    return project.write(f"{name}.yaml", f"overrides: [evaluation=sweep]\ngrid: {{pattern.sparsity: {sparsities}}}\n")
+
+
+def workers(process: psutil.Process) -> list[psutil.Process]:
+    """The Ray workers above a stage."""
+    return [parent for parent in process.parents() if parent.name().startswith("ray::")]
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """The addresses on which processes accept connections."""
+    found = set()
+    for process in processes:
+        found |= {connection.laddr.ip for connection in process.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_all_listens_on_loopback_alone(project):
+    project.held.touch()
+    sweep = project.sweep(file(project, "worker", "[0.5, 0.6]"), "--ray", STAND_IN_HOLDS="prune")
+    sweep.until(lambda: project.executing("prune"))
+    assert listening(sweep.tree()) <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    (worker,) = workers(project.executing("prune")[0])
+    worker.kill()
+    project.held.unlink()
+    code, output = sweep.finished()
+    assert code == 0, output
+    assert "2/2 worker-" in output
+    assert "ran prune, evaluate_dense, evaluate_sparse" in output  # what was computed before the kill is not computed again
+    assert len({name for name in project.experiments() if name.startswith("worker-")}) == 2
+    assert list((project.root / ".dvc/tmp/sweeps").iterdir()) == []
+
+
+def test_what_a_killed_driver_left_is_ended_and_the_same_command_goes_on(project):
+    project.held.touch()
+    points = file(project, "driver", "[0.3, 0.4]")
+    sweep = project.sweep(points, "--ray", STAND_IN_HOLDS="prune")
+    sweep.until(lambda: project.executing("prune"))
+    tree = sweep.tree()
+    sweep.kill()
+    psutil.wait_procs([one for one in tree if "ray" in one.name() or "gcs" in one.name()], timeout=60)
+    assert not [one for one in tree if one.is_running() and ("ray" in one.name() or "gcs" in one.name())]
+    project.held.unlink()
+    code, output = project.sweep(points, "--ray").finished()
+    assert code == 0, output
+    assert "0 there already, 2 to run" in output
+    code, output = project.sweep(points, "--ray").finished()
+    assert code == 0, output
+    assert "2 there already, 0 to run" in output
+
+
+def test_a_cluster_that_is_there_shares_every_point_and_survives_the_loss_of_a_node(project, tmp_path):
+    """A head that computes nothing, and one node after another."""
+    port = "6397"
+    common = ["--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block", f"--object-store-memory={10**8}"]
+    head = project.start(RAY, "start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", *common, **LOOPBACK)
+    head.until(lambda: "Ray runtime started" in head.output)
+    project.held.touch()
+    hold = {**LOOPBACK, "STAND_IN_HOLDS": "prune"}
+    node = project.start(RAY, "start", f"--address=127.0.0.1:{port}", "--num-cpus=1", *common, **hold)
+    node.until(lambda: "Ray runtime started" in node.output)
+    points = file(project, "node", "[0.8]")
+    arguments = [points, "--address", f"127.0.0.1:{port}", "--node-directory", str(tmp_path / "node")]
+    sweep = project.sweep(*arguments, **LOOPBACK)
+    sweep.until(lambda: project.executing("prune"))
+    os.killpg(node.process.pid, signal.SIGKILL)
+    project.start(RAY, "start", f"--address=127.0.0.1:{port}", "--num-cpus=1", *common, **hold)
+    project.held.unlink()
+    code, output = sweep.finished()
+    assert code == 0, output
+    (name,) = {name for name in project.experiments() if name.startswith("node-")}
+    assert name in project.experiments("ls-remote", "origin")
+    assert list((project.root.parent / "remote/runs").iterdir())
+    head_commit = project.git("rev-parse", "HEAD").strip()
+    project.git("update-ref", "-d", f"refs/exps/{head_commit[:2]}/{head_commit[2:]}/{name}")
+    code, output = project.sweep(*arguments, **LOOPBACK).finished()
+    assert code == 0, output
+    assert "1 there already, 0 to run" in output
