@@ -1,4 +1,5 @@
-# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page. make test: the tests. Twice does no work twice.
+# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page. make test: the tests.
+# make sweep FILE=sweeps/example.yaml: many points. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -15,6 +16,9 @@ show: .venv/ready
 compare: .venv/ready
 	python -m stages.compare
 
+sweep: .venv/ready
+	python -m stages.sweep $(or $(FILE),$(error FILE=sweeps/example.yaml, or another sweep file, is wanted))
+
 test: .venv/ready
 	python -m pytest
 
@@ -30,4 +34,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro show compare test check
+.PHONY: repro show compare sweep test check

@@ -50,7 +50,10 @@ def test_the_library_of_an_extra_is_pinned_within_its_bounds():
     assert Requirement(line).specifier.contains(pins[quantisation.PACKAGE])
 
 
-@pytest.mark.parametrize("line", [line for extra in ("mlflow", "wandb", "energy", "ray") for line in PROJECT["optional-dependencies"][extra]])
+OPTIONAL = [line for extra in ("mlflow", "wandb", "energy", "ray") for line in PROJECT["optional-dependencies"][extra]]
+
+
+@pytest.mark.parametrize("line", OPTIONAL)
 def test_the_library_of_an_optional_part_is_pinned_within_its_bounds(line):
     pins = {
         canonicalize_name(name): version for name, version in (pin.split("==") for pin in (ROOT / "constraints.txt").read_text().split())

@@ -12,7 +12,7 @@ from stages.schema import require
 from stages.sweeps import cluster, git, local, slurm, worker
 from stages.sweeps.file import Resources, Sweep, read_sweep
 from stages.sweeps.plan import Plan, Point, plan, points_of, summary, text
-from stages.sweeps.running import progress
+from stages.sweeps.running import executed, progress
 from stages.sweeps.worker import Outcome, Task
 
 REMOTE = "origin"
@@ -90,7 +90,7 @@ def _one_point(sweep: Sweep, wanted: str, resources: Resources, revision: str, *
     point = _point(sweep, wanted)
     task = local.tasks([point], sweep.target, resources, revision, share=share)[point.name]
     outcome = worker.run(replace(task, origin=git.url(REMOTE)) if share else task)
-    _say(f"{outcome.name}: {outcome.error or 'done'}")
+    _say(f"{outcome.name}: {f'failed: {outcome.error}' if outcome.error else f'done, {executed(outcome)}'}")
     return int(outcome.error is not None)
 
 
@@ -113,6 +113,7 @@ def _script(plan: Plan, resources: Resources, path: Path, revision: str, *, shar
     if not plan.to_run:
         _say(summary(plan, at_once=None))
         return 0
+    local.DIRECTORY.mkdir(parents=True, exist_ok=True)  # in which SLURM writes its logs, if it is there
     path.write_text(slurm.script(plan, slurm.with_gpus(plan, resources), revision, path, share=share), encoding="utf8")
     _say(f"{summary(plan, at_once=None)}\nwrote {path}; submit it by")
     for line in slurm.submission(plan, path):

@@ -45,10 +45,11 @@ def progress(plan: Plan, outcomes: Iterator[Outcome], *, say: Callable[[str], No
     for outcome in outcomes:
         made.append(outcome)
         left = (time.monotonic() - started) / len(made) * (total - len(made))
-        came = "failed" if outcome.error else f"done in {duration(outcome.seconds)}, {_executed(outcome)}"
+        came = "failed" if outcome.error else f"done in {duration(outcome.seconds)}, {executed(outcome)}"
         say(f"{len(made)}/{total} {outcome.name}: {came}" + (f"; about {duration(left)} left" if len(made) < total else ""))
     return made
 
 
-def _executed(outcome: Outcome) -> str:
+def executed(outcome: Outcome) -> str:
+    """Which stages of a point were executed and not restored."""
     return f"ran {', '.join(outcome.stages)}" if outcome.stages else "computed nothing"
