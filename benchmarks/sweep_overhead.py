@@ -5,7 +5,7 @@ python -m benchmarks.sweep_overhead --points 5 --ways one-by-one,ray
 
 Runs points whose stages only wait (stand_in.py), for 0 seconds, and writes a row for each way into benchmarks/sweep_overhead.json: wall
 seconds of the first call and of a second one, which finds everything there; processor seconds of both; files and bytes of the cache. Rows
-of other ways, numbers of points and machines stay.
+of other ways, numbers of points and machines stay. The table of docs/sweeps.md is written anew.
 """
 
 import argparse
@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from benchmarks import stand_in
+from benchmarks.markers import write_between
 from stages.devices import device_name
 from stages.files import read_json, write_json
 
 FILE = Path("benchmarks/sweep_overhead.json")
 WAYS = {"one-by-one": [], "two-at-once": ["--jobs", "2"], "ray": ["--ray"]}
 KEY = ("way", "points", "machine")
+DOCUMENT = Path("docs/sweeps.md")
+MARKERS = ("<!-- overhead: python -m benchmarks.sweep_overhead -->", "<!-- end of overhead -->")
+HEADERS = ("way", "points", "seconds a point", "processor seconds a point", "second call, seconds", "files in the cache", "machine, load")
 
 
 def main() -> None:
@@ -39,6 +44,24 @@ def main() -> None:
         print(row, flush=True)
         rows = read_json(FILE) if FILE.is_file() else []
         write_json(FILE, [*(old for old in rows if any(old[key] != row[key] for key in KEY)), row])
+    write_between(DOCUMENT, *MARKERS, table(read_json(FILE)))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    cells = [
+        [
+            row["way"],
+            row["points"],
+            row["seconds_a_point"],
+            row["processor_seconds_a_point"] or "not counted",
+            f"{row['second_call_seconds']} ({row['second_call_processor_seconds']} of a processor)",
+            row["cache_files"],
+            f"{row['machine']}, {row['load_before']}",
+        ]
+        for row in rows
+    ]
+    return tabulate(cells, HEADERS, tablefmt="github", disable_numparse=True)
 
 
 def measured(way: str, points: int) -> dict[str, Any]:
@@ -59,7 +82,7 @@ def measured(way: str, points: int) -> dict[str, Any]:
         "load_before": round(load, 1),
         "seconds": round(first[0], 1),
         "seconds_a_point": round(first[0] / points, 2),
-        "processor_seconds_a_point": round(first[1] / points, 2),
+        "processor_seconds_a_point": None if way == "ray" else round(first[1] / points, 2),  # Ray's workers are not our children
         "second_call_seconds": round(second[0], 1),
         "second_call_processor_seconds": round(second[1], 1),
         "cache_files": len(cache),

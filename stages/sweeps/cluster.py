@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,20 +22,27 @@ RETRIES = 3  # of a point whose worker or node was lost
 STORE = 100 * 2**20  # bytes of memory for objects on their way; there are none but the tasks
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # as the next, read when Ray is imported
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's switch, on every system, for clusters of one machine: all listens on loopback
+AUTHENTICATION, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it, too
 
 
 def client(address: str | None) -> Any:
     """Import Ray, which reports nothing to its maker.
 
     Args:
-        address: of a cluster that is there; None: one on this machine, which then is bound to loopback.
+        address: of a cluster that is there, to which the user's token is shown if there is one; None: one on this machine, which then is
+            bound to loopback and lets in nobody without a token made for it.
 
     Raises:
         ConfigError: it is not installed; names the command that installs it.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("found no package ray, wanted it for --ray and --address: pip install -c constraints.txt -e '.[ray]' brings it")
-    os.environ.update(QUIET if address else QUIET | LOOPBACK)
+    os.environ.update(QUIET)
+    if address is None:
+        os.environ.update(LOOPBACK | {AUTHENTICATION: "token", TOKEN: secrets.token_hex(32)})
+    elif any(name in os.environ for name in (TOKEN, TOKEN_PATH)) or TOKEN_FILE.expanduser().is_file():
+        os.environ.setdefault(AUTHENTICATION, "token")
     return importlib.import_module("ray")
 
 
