@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stages.errors import ConfigError
 from stages.experiments import table
-from stages.experiments.reading import read_experiments
+from stages.experiments.reading import Experiment, Missing, read_experiments
 from stages.schema import require
 from stages.sweeps import cluster, git, local, slurm, worker
 from stages.sweeps.file import Resources, Sweep, read_sweep
@@ -41,14 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
         return _one_point(sweep, arguments.point, resources, revision, share=share)
     if share:
         git.fetch_experiments(REMOTE, [point.name for point in points_of(sweep)])
-    made = plan(sweep, read_experiments()[0])
+    read = read_experiments()
+    made = plan(sweep, read[0])
     if arguments.slurm is not None:
         return _script(made, resources, arguments.slurm, revision, share=share)
     _say(summary(made, at_once=None if arguments.ray or arguments.address else arguments.jobs))
     outcomes = progress(made, _outcomes(made, resources, arguments, revision, share=share), say=_say) if made.to_run else []
     if share:
         git.fetch_experiments(REMOTE, [point.name for point in made.points])
-    return _report(made, outcomes)
+    return _report(made, outcomes, *(read_experiments() if outcomes else read))
 
 
 def _resources(declared: Resources, arguments: argparse.Namespace) -> Resources:
@@ -121,9 +122,8 @@ def _script(plan: Plan, resources: Resources, path: Path, revision: str, *, shar
     return 0
 
 
-def _report(plan: Plan, outcomes: Sequence[Outcome]) -> int:
+def _report(plan: Plan, outcomes: Sequence[Outcome], experiments: Sequence[Experiment], missing: Sequence[Missing]) -> int:
     """Show the points of the sweep that have results, best first, and why the others have none."""
-    experiments, missing = read_experiments()
     names = {*(point.name for point in plan.points), *plan.there.values()}
     own = [experiment for experiment in experiments if experiment.name in names]
     _say("\n" + table.text(own, [one for one in missing if one.name in names], commands=False))

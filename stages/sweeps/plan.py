@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import dvc.api
@@ -71,6 +72,7 @@ class Plan:
         return [[point for point in self.to_run if waves[point.name] == wave] for wave in range(1 + max(waves.values(), default=-1))]
 
 
+@cache
 def points_of(sweep: Sweep) -> tuple[Point, ...]:
     """Compose every point; two that compose the same are one.
 
