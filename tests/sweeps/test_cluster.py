@@ -1,5 +1,6 @@
 """A sweep on a Ray cluster: what listens where, and what a kill of a worker, the driver or a node costs. All of it on loopback."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -7,9 +8,14 @@ import sys
 import psutil
 import pytest
 
+from stages.errors import ConfigError
+from stages.sweeps import cluster
+from stages.sweeps.file import Resources
+from stages.sweeps.plan import Plan, Point
 from tests.sweeps.conftest import PATIENCE, Project
 
-pytest.importorskip("ray._version")
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is not installed", allow_module_level=True)
 # Ray keeps to loopback where it may have one node alone; a second one is let in here, with loopback as the address of every node.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 RAY = """
@@ -110,3 +116,51 @@ def test_a_cluster_that_is_there_shares_every_point_and_survives_the_loss_of_a_n
     code, output = project.sweep(*arguments, **LOOPBACK).finished()
     assert code == 0, output
     assert "1 there already, 0 to run" in output
+
+
+# What is declared, on clusters that are made up.
+
+
+class _Ray:
+    """A cluster with these nodes."""
+
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        self.resources = nodes
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "Resources": node} for node in self.resources]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": sum(node.get("GPU", 0) for node in self.resources)}
+
+
+def _plan(device: str) -> Plan:
+    point = Point(index=0, name="a", overrides=(), varied=(), params={"prune": {"device": device}, "evaluation": {"device": device}})
+    return Plan(sweep=None, points=(point,), there={}, after={"a": frozenset()}, seconds={})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "declared", "gpus"),
+    [
+        ([{"GPU": 4}], "auto", None, 1),
+        ([{"GPU": 4}], "cpu", None, 0),
+        ([{"CPU": 4}], "auto", None, 0),
+        ([{"GPU": 4}], "auto", 2, 2),
+    ],
+)
+def test_a_point_has_one_gpu_where_the_cluster_has_any_and_it_would_use_it(nodes, device, declared, gpus):
+    assert cluster.gpus_of_each(_Ray(*nodes), _plan(device), Resources(gpus=declared)) == gpus
+
+
+def test_a_point_that_no_single_node_can_take_is_refused():
+    ray = _Ray({"CPU": 2, "memory": 2**30}, {"CPU": 8, "GPU": 1, "memory": 2**32})
+    cluster._require_fits(ray, Resources(cpus=8, memory_gib=4), 1)
+    message = r"found 2 CPUs, 2 GPUs, 4 GiB, wanted what one node has: 2 CPUs, 0 GPUs, 1.0 GiB; 8 CPUs, 1 GPUs, 4.0 GiB"
+    with pytest.raises(ConfigError, match=message):
+        cluster._require_fits(ray, Resources(cpus=2, memory_gib=4), 2)
+
+
+def test_without_ray_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"found no package ray, wanted it for --ray and --address: pip install .*\[ray\]"):
+        cluster.client(None)
