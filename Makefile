@@ -1,5 +1,6 @@
-# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page. make share,
-# make receive: with the team. make verify-cache: rehash what DVC keeps. make test: the tests. Twice does no work twice.
+# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page.
+# make sweep FILE=sweeps/example.yaml: many points. make share, make receive: with the team. make verify-cache: rehash what DVC keeps.
+# make test: the tests. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -15,6 +16,9 @@ show: .venv/ready
 
 compare: .venv/ready
 	python -m stages.compare
+
+sweep: .venv/ready
+	python -m stages.sweep $(or $(FILE),$(error FILE=sweeps/example.yaml, or another sweep file, is wanted))
 
 share: .venv/ready
 	python -m stages.share
@@ -40,4 +44,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro show compare share receive verify-cache test check
+.PHONY: repro show compare sweep share receive verify-cache test check

@@ -50,7 +50,9 @@ def test_the_library_of_an_extra_is_pinned_within_its_bounds():
     assert Requirement(line).specifier.contains(pins[quantisation.PACKAGE])
 
 
-OPTIONAL = [line for extra in ("mlflow", "wandb", "energy", "s3", "ssh", "remotes") for line in PROJECT["optional-dependencies"][extra]]
+OPTIONAL = [
+    line for extra in ("mlflow", "wandb", "energy", "ray", "s3", "ssh", "remotes") for line in PROJECT["optional-dependencies"][extra]
+]
 
 
 @pytest.mark.parametrize("line", [line for line in OPTIONAL if not line.startswith(PROJECT["name"])])

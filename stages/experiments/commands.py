@@ -135,15 +135,15 @@ def _differing(wanted: dict[str, Any], got: dict[str, Any]) -> list[str]:
 
 def _values(group: str, wanted: dict[str, Any], got: dict[str, Any]) -> list[str]:
     """Overrides of single values."""
-    return [f"{group}.{key}={_text(value)}" for key, value in wanted.items() if key not in got or got[key] != value]
+    return [f"{group}.{key}={in_grammar(value)}" for key, value in wanted.items() if key not in got or got[key] != value]
 
 
-def _text(value: Any) -> str:
+def in_grammar(value: Any) -> str:
     """A value in Hydra's grammar."""
     if isinstance(value, str):
         return value if PLAIN.fullmatch(value) and value.lower() not in WORDS else QUOTED.format(value.replace("'", "\\'"))
     if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(map(in_grammar, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_text(inner)}' for key, inner in value.items())}}}"
+        return f"{{{','.join(f'{key}:{in_grammar(inner)}' for key, inner in value.items())}}}"
     return json.dumps(value)

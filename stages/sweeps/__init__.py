@@ -1,0 +1,1 @@
+"""Sweeps: many points of one project, on this machine or on others, each computed once."""

@@ -1,0 +1,137 @@
+"""What `python -m stages.sweep` does, by its arguments."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from stages.errors import ConfigError
+from stages.experiments import table
+from stages.experiments.reading import Experiment, Missing, read_experiments
+from stages.schema import require
+from stages.sweeps import cluster, git, local, slurm, worker
+from stages.sweeps.file import Resources, Sweep, read_sweep
+from stages.sweeps.plan import Plan, Point, plan, points_of, summary, text
+from stages.sweeps.running import executed, progress
+from stages.sweeps.worker import Outcome, Task
+
+REMOTE = "origin"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments ask.
+
+    Returns:
+        The exit code: 1 if a point failed.
+
+    Raises:
+        SparsesweepError: the sweep cannot start.
+    """
+    sweep = read_sweep(arguments.file)
+    resources = _resources(sweep.resources, arguments)
+    require(arguments.jobs >= 1, "--jobs", arguments.jobs, "1 or more")
+    if arguments.dry_run:
+        print(text(plan(sweep, read_experiments()[0]), at_once=arguments.jobs))
+        return 0
+    revision = arguments.revision or git.require_committed()
+    share = arguments.share or arguments.address is not None
+    if share:
+        _require_shared(revision)
+    if arguments.point is not None:
+        return _one_point(sweep, arguments.point, resources, revision, share=share)
+    if share:
+        git.fetch_experiments(REMOTE, [point.name for point in points_of(sweep)])
+    read = read_experiments()
+    made = plan(sweep, read[0])
+    if arguments.slurm is not None:
+        return _script(made, resources, arguments.slurm, revision, share=share)
+    _say(summary(made, at_once=None if arguments.ray or arguments.address else arguments.jobs))
+    outcomes = progress(made, _outcomes(made, resources, arguments, revision, share=share), say=_say) if made.to_run else []
+    if share:
+        git.fetch_experiments(REMOTE, [point.name for point in made.points])
+    return _report(made, outcomes, *(read_experiments() if outcomes else read))
+
+
+def _resources(declared: Resources, arguments: argparse.Namespace) -> Resources:
+    """What the file declares, where the command line does not say otherwise."""
+    given = {"gpus": arguments.gpus, "cpus": arguments.cpus, "memory_gib": arguments.memory, "threads": arguments.threads}
+    resources = Resources(**{**asdict(declared), **{key: value for key, value in given.items() if value is not None}})
+    resources.check("command line: resources")
+    return resources
+
+
+def _require_shared(revision: str) -> None:
+    """Refuse to share what others cannot clone, or without a DVC remote for the data."""
+    git.require_at(REMOTE, revision)
+    require(local.has_remote(), "dvc remote", "no default remote", "one for data and run records: `dvc remote add -d NAME URL`, committed")
+
+
+def _outcomes(plan: Plan, resources: Resources, arguments: argparse.Namespace, revision: str, *, share: bool) -> Iterator[Outcome]:
+    tasks = local.tasks(plan.to_run, plan.sweep.target, resources, revision, share=share)
+    if arguments.address is not None:
+        tasks = _elsewhere(tasks, arguments.node_directory)
+    elif share:
+        tasks = {name: replace(task, origin=git.url(REMOTE)) for name, task in tasks.items()}
+    if not (arguments.ray or arguments.address):
+        yield from local.run(plan, tasks, resources, at_once=arguments.jobs)
+        return
+    ray = cluster.client(arguments.address)
+    with cluster.cluster(ray, arguments.address):
+        yield from cluster.run(ray, plan, tasks, resources)
+
+
+def _elsewhere(tasks: dict[str, Task], directory: str) -> dict[str, Task]:
+    """The same tasks for machines that share nothing with this one but the remotes: each has a cache of its own."""
+    url, work, cache = git.url(REMOTE), f"{directory}/work", f"{directory}/cache"
+    return {name: replace(task, origin=url, directory=work, cache=cache, configuration={}) for name, task in tasks.items()}
+
+
+def _one_point(sweep: Sweep, wanted: str, resources: Resources, revision: str, *, share: bool) -> int:
+    """Run one point in this process, with the cards that this process sees."""
+    point = _point(sweep, wanted)
+    task = local.tasks([point], sweep.target, resources, revision, share=share)[point.name]
+    outcome = worker.run(replace(task, origin=git.url(REMOTE)) if share else task)
+    _say(f"{outcome.name}: {f'failed: {outcome.error}' if outcome.error else f'done, {executed(outcome)}'}")
+    return int(outcome.error is not None)
+
+
+def _point(sweep: Sweep, wanted: str) -> Point:
+    """A point by its number or its name.
+
+    Raises:
+        ConfigError: there is none; the sweep file or conf/ may have changed.
+    """
+    points = points_of(sweep)
+    for point in points:
+        if wanted in (point.name, str(point.index)):
+            return point
+    names = f"a number from 0 to {len(points) - 1} or a name that --dry-run shows"
+    raise ConfigError(f"--point: found {wanted!r}, wanted {names}; has the sweep file or conf/ changed since?")
+
+
+def _script(plan: Plan, resources: Resources, path: Path, revision: str, *, share: bool) -> int:
+    """Write the script for SLURM, and say how it is submitted."""
+    if not plan.to_run:
+        _say(summary(plan, at_once=None))
+        return 0
+    local.DIRECTORY.mkdir(parents=True, exist_ok=True)  # in which SLURM writes its logs, if it is there
+    path.write_text(slurm.script(plan, slurm.with_gpus(plan, resources), revision, path, share=share), encoding="utf8")
+    _say(f"{summary(plan, at_once=None)}\nwrote {path}; submit it by")
+    for line in slurm.submission(plan, path):
+        _say(f"  {line}")
+    return 0
+
+
+def _report(plan: Plan, outcomes: Sequence[Outcome], experiments: Sequence[Experiment], missing: Sequence[Missing]) -> int:
+    """Show the points of the sweep that have results, best first, and why the others have none."""
+    names = {*(point.name for point in plan.points), *plan.there.values()}
+    own = [experiment for experiment in experiments if experiment.name in names]
+    _say("\n" + table.text(own, [one for one in missing if one.name in names], commands=False))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        _say(f"failed {outcome.name}: {outcome.error}\n")
+    return int(bool(failed))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,67 @@
+"""What a sweep asks git: whether what the points need is committed, and what of it an experiment has."""
+
+import subprocess
+from collections.abc import Sequence
+
+from stages.errors import SparsesweepError
+
+NEEDED = ("conf", "stages", "tasks", "hydra_plugins", "dvc.yaml", ".dvc/config")  # what a point is made of, besides its parameters
+
+
+def output(*arguments: str) -> str:
+    """What a git command prints.
+
+    Raises:
+        SparsesweepError: it failed; with its words.
+    """
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SparsesweepError(f"git {' '.join(arguments[:2])} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def same(first: str, second: str, paths: Sequence[str]) -> bool:
+    """Whether two revisions have the same files at some paths."""
+    return subprocess.run(["git", "diff", "--quiet", first, second, "--", *paths], capture_output=True).returncode == 0
+
+
+def require_committed(paths: Sequence[str] = NEEDED) -> str:
+    """The current commit, which has everything that a point needs: each point runs in a clone of it.
+
+    Raises:
+        SparsesweepError: a file is new to git or differs from the commit; names all of them.
+    """
+    changed = output("status", "--porcelain", "--untracked-files=all", "--", *paths).splitlines()
+    if changed:
+        files = ", ".join(line[3:] + (" (new)" if line.startswith("??") else "") for line in changed)
+        raise SparsesweepError(
+            f"found {files}, wanted them committed: each point runs in a clone of the commit; `git add` and `git commit`"
+        )
+    return output("rev-parse", "HEAD").strip()
+
+
+def require_at(remote: str, revision: str) -> None:
+    """Refuse a revision that other machines cannot clone from a git remote.
+
+    Raises:
+        SparsesweepError: there is no such remote, or the revision was not pushed to it.
+    """
+    if remote not in output("remote").split():
+        raise SparsesweepError(f"found no git remote {remote!r}, wanted one from which other machines clone: `git remote add {remote} URL`")
+    if not any(name.strip().startswith(f"{remote}/") for name in output("branch", "--remotes", "--contains", revision).splitlines()):
+        raise SparsesweepError(
+            f"found commit {revision[:12]} on no branch of {remote}, wanted it there for other machines: `git push {remote}`"
+        )
+
+
+def fetch_experiments(remote: str, names: Sequence[str]) -> None:
+    """Bring those experiments of these names that a remote has: what git keeps of them, not their data."""
+    references = [line.split("\t")[1] for line in output("ls-remote", remote, "refs/exps/*").splitlines()]
+    wanted = [f"+{reference}:{reference}" for reference in references if reference.rpartition("/")[2] in set(names)]
+    if wanted:
+        output("fetch", "--quiet", "--no-tags", remote, *wanted)
+
+
+def url(remote: str) -> str:
+    """Where a git remote is."""
+    return output("remote", "get-url", remote).strip()

@@ -1,0 +1,110 @@
+"""Run a sweep on this machine, several points at once if asked; each point in a clone of its own, all with this clone's cache."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from dvc.repo import Repo
+
+from stages.errors import ConfigError
+from stages.sweeps import running, worker
+from stages.sweeps.file import Resources
+from stages.sweeps.plan import Plan, Point
+from stages.sweeps.worker import Outcome, Task
+
+DIRECTORY = Path(".dvc/tmp/sweeps")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def tasks(points: Sequence[Point], target: str, resources: Resources, revision: str, *, share: bool) -> dict[str, Task]:
+    """The tasks of points for workers that reach this clone and its cache, by name.
+
+    Args:
+        share: whether each goes to the DVC remote, too, when it is done.
+    """
+    with Repo() as repo:
+        cache, configuration = str(repo.cache.local_cache_dir), repo.config.read("local")
+        remotes = repo.config["remote"]  # paths of them are relative to this clone in its files, and absolute here
+    configuration["remote"] = {name: {**configuration.get("remote", {}).get(name, {}), "url": of["url"]} for name, of in remotes.items()}
+    made = {}
+    for point in points:
+        made[point.name] = Task(
+            name=point.name,
+            overrides=point.overrides,
+            target=target,
+            origin=str(Path.cwd()),
+            revision=revision,
+            directory=str(DIRECTORY.absolute()),
+            cache=cache,
+            share=share,
+            threads=resources.threads or resources.cpus,
+            cards=None,
+            configuration=configuration,
+        )
+    return made
+
+
+def has_remote() -> bool:
+    """Whether a DVC remote is configured to which data goes by default."""
+    with Repo() as repo:
+        return "remote" in repo.config["core"]
+
+
+def uses_gpu(point: Point) -> bool:
+    """Whether a point computes on a GPU where there is one."""
+    return any(point.params[section]["device"] != "cpu" for section in ("prune", "evaluation"))
+
+
+def visible_cards() -> list[str]:
+    """The GPUs of this machine that its user lets us see, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get(VISIBLE)
+    return [str(index) for index in range(torch.cuda.device_count())] if named is None else [name for name in named.split(",") if name]
+
+
+def cards_of_each(plan: Plan, resources: Resources, cards: Sequence[str], at_once: int) -> int:
+    """How many cards each point gets, so that no two share one.
+
+    Raises:
+        ConfigError: there are not as many.
+    """
+    wanted = resources.gpus
+    if wanted is None:
+        wanted = int(bool(cards) and any(map(uses_gpu, plan.to_run)))
+    if wanted * at_once > len(cards):
+        raise ConfigError(f"{at_once} points at once: found {len(cards)} GPUs, wanted {wanted} for each: lower --jobs or --gpus")
+    return wanted
+
+
+def run(plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int) -> Iterator[Outcome]:
+    """Run the points of a plan.
+
+    Args:
+        made: their tasks, by name. at_once: how many run at once.
+    """
+    cards = visible_cards()
+    each = cards_of_each(plan, resources, cards, at_once)
+    free: SimpleQueue[str] = SimpleQueue()
+    for card in cards:
+        free.put(card)
+
+    def with_cards(point: Point) -> Outcome:
+        own = [free.get() for _ in range(each)]
+        try:
+            return worker.run(replace(made[point.name], cards=",".join(own) if cards else None))
+        finally:
+            for card in own:
+                free.put(card)
+
+    executor = ThreadPoolExecutor(at_once)
+
+    def submit(point: Point) -> "Future[Outcome]":
+        return executor.submit(with_cards, point)
+
+    try:
+        yield from running.run(plan, submit, (OSError,))
+    finally:
+        executor.shutdown(cancel_futures=True)

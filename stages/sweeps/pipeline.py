@@ -1,0 +1,97 @@
+"""Which stages of dvc.yaml a point needs, and what tells their results apart."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DVC_YAML = Path("dvc.yaml")
+OUTPUTS = ("outs", "metrics", "plots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of dvc.yaml.
+
+    parameters: keys of params.yaml that it is handed. code: the paths it depends on that no stage writes. inputs: paths that it reads,
+    each with the stage that writes it.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    code: tuple[str, ...]
+    inputs: dict[str, str]
+
+    def values(self, params: dict[str, Any]) -> dict[str, Any]:
+        """What these sections say of its parameters; None for what is not there."""
+        return {key: _at(params, key) for key in self.parameters}
+
+
+def stages_of(target: str, dvc_yaml: Path = DVC_YAML) -> list[Stage]:
+    """The stages that a target needs, itself included, each after those that it reads from."""
+    described = yaml.safe_load(dvc_yaml.read_text(encoding="utf8"))["stages"]
+    writers = {path: name for name, stage in described.items() for kind in OUTPUTS for path in _paths(stage.get(kind, []))}
+    found: dict[str, Stage] = {}
+
+    def add(name: str) -> None:
+        if name not in found:
+            stage = _stage(name, described[name], writers)
+            for writer in sorted(set(stage.inputs.values())):
+                add(writer)
+            found[name] = stage
+
+    add(target)
+    return list(found.values())
+
+
+def keys(stages: list[Stage], params: dict[str, Any]) -> dict[str, str]:
+    """Of each stage, a hash of all the parameters on which its result depends, those of the stages that it reads from included."""
+    made: dict[str, str] = {}
+    for stage in stages:
+        facts = [stage.name, stage.values(params), sorted(made[writer] for writer in set(stage.inputs.values()))]
+        made[stage.name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return made
+
+
+def has_result(target: Stage, params: dict[str, Any], lock: dict[str, Any]) -> bool:
+    """Whether the result of a stage in a dvc.lock is of these parameters, and of what the lock's other stages wrote."""
+    stages = lock.get("stages") or {}
+    if target.name not in stages:
+        return False
+    own = stages[target.name]
+    tracked = (own.get("params") or {}).get("params.yaml", {})
+    written = {output["path"]: output.get("md5") for stage in stages.values() for output in stage.get("outs", [])}
+    read = {dependency["path"]: dependency.get("md5") for dependency in own.get("deps", [])}
+    same_inputs = all(read[path] == written[path] for path in target.inputs if path in read and path in written)
+    return same_inputs and all(tracked.get(key) == value for key, value in target.values(params).items())
+
+
+def _stage(name: str, described: dict[str, Any], writers: dict[str, str]) -> Stage:
+    dependencies = list(described.get("deps", []))
+    inputs = {path: writer for path in dependencies if (writer := _writer(path, writers)) is not None}
+    return Stage(
+        name=name,
+        parameters=tuple(described.get("params", [])),
+        code=tuple(path for path in dependencies if path not in inputs),
+        inputs=inputs,
+    )
+
+
+def _writer(path: str, writers: dict[str, str]) -> str | None:
+    """The stage that writes a path, or what lies above it."""
+    return next((name for output, name in writers.items() if Path(path).is_relative_to(output)), None)
+
+
+def _paths(entries: list[Any]) -> list[str]:
+    """The paths of a list of dvc.yaml, in which an entry may be a mapping of a path to its options."""
+    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
+
+
+def _at(params: dict[str, Any], key: str) -> Any:
+    value: Any = params
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

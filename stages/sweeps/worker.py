@@ -1,0 +1,190 @@
+"""Run one point in a clone of its own, which any machine can do that has git, this environment and a place for the data.
+
+The clone of a point stays until its experiment has been handed over. So a point that was interrupted, by whatever, goes on where its
+stages' journals left off when it is run again on the same machine. This module reads nothing but what it is told, and imports nothing of
+the project, so that a cluster can be sent it.
+"""
+
+import fcntl
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from dvc.config import Config
+
+TAIL = 12  # lines of a log that tell why a point failed
+PAUSE = 1.0  # seconds between two looks at what still runs in a clone
+AUTHOR = {"user.name": "sweep", "user.email": "sweep@localhost"}  # of experiments, where git knows nobody
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """All that a worker is told.
+
+    name: of the experiment. overrides: for -S of `dvc exp run`. target: the stage up to which it runs. origin: the path or URL of the
+    repository that has the revision and gets the experiment. directory: for clones and logs; cache: of DVC; both of this machine, "~" is
+    its user's home. configuration: of the clone's config.local, as DVC reads it. share: whether data and run records go to the
+    DVC remote, too. threads: of each process. cards: for CUDA_VISIBLE_DEVICES; None: as the machine has it.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    target: str
+    origin: str
+    revision: str
+    directory: str
+    cache: str
+    share: bool
+    threads: int
+    cards: str | None
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a point.
+
+    error: why it failed; None if it did not. stages: those that were executed and not restored. seconds: of wall time.
+    """
+
+    name: str
+    error: str | None
+    stages: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+class CommandError(Exception):
+    """A command failed; says which, and the end of its output."""
+
+
+def run(task: Task) -> Outcome:
+    """Run a point, hand its experiment to the origin, and remove its clone; what is there already is restored and not computed."""
+    started = time.monotonic()
+    directory = Path(task.directory).expanduser().absolute()
+    clone, log = directory / task.name, directory / f"{task.name}.log"
+    directory.mkdir(parents=True, exist_ok=True)
+    with _alone(clone), log.open("w", encoding="utf8") as output:
+        shell = _Shell(clone, output, _environment(task))
+        try:
+            _prepare(task, clone, shell)
+            _experiment(task, shell)
+            _hand_over(task, shell)
+        except CommandError as error:
+            return Outcome(name=task.name, error=str(error), stages=_executed(log), seconds=time.monotonic() - started)
+        stages = _executed(log)
+        shutil.rmtree(clone)
+    for leftover in (log, clone.with_suffix(clone.suffix + ".lock")):
+        leftover.unlink(missing_ok=True)
+    return Outcome(name=task.name, error=None, stages=stages, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """Runs commands in a clone, their output in a log."""
+
+    clone: Path
+    log: io.TextIOWrapper
+    environment: dict[str, str]
+
+    def __call__(self, *command: str, cwd: Path | None = None) -> None:
+        print(f"$ {' '.join(command)}", file=self.log, flush=True)
+        code = subprocess.run(
+            command, cwd=cwd or self.clone, env=self.environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT
+        ).returncode
+        if code:
+            lines = Path(self.log.name).read_text(encoding="utf8", errors="replace").split("\n$ ")[-1].strip().splitlines()[1:]
+            said = "\n".join(line for line in lines[-TAIL:] if line.strip())
+            raise CommandError(f"{' '.join(command[:3])} exited with {code}: {said}\nits log: {self.log.name}")
+
+    def succeeds(self, *command: str) -> bool:
+        return subprocess.run(command, cwd=self.clone, env=self.environment, capture_output=True).returncode == 0
+
+
+@contextmanager
+def _alone(clone: Path) -> Iterator[None]:
+    """Wait until no other worker, and nothing that a killed one left behind, runs in a clone."""
+    with clone.with_suffix(clone.suffix + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while _processes_in(clone):
+            time.sleep(PAUSE)
+        yield
+
+
+def _processes_in(directory: Path) -> list[int]:
+    """The processes of this machine whose working directory is a directory, or is in it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(directory):
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def _environment(task: Task) -> dict[str, str]:
+    """Of the commands: this interpreter's own programs first, and no more threads and cards than the task has."""
+    made = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "OMP_NUM_THREADS": str(task.threads),
+        "DVC_NO_ANALYTICS": "1",
+    }
+    if task.cards is not None:
+        made["CUDA_VISIBLE_DEVICES"] = task.cards
+    return made
+
+
+def _prepare(task: Task, clone: Path, shell: _Shell) -> None:
+    """The revision, checked out in the point's clone; one that an earlier run left goes on being used."""
+    if clone.is_dir():
+        shell("git", "fetch", "-q", "origin")
+    else:
+        part = clone.with_suffix(clone.suffix + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shell("git", "clone", "-q", "--no-checkout", task.origin, str(part), cwd=clone.parent)
+        part.rename(clone)
+    shell("git", "checkout", "-q", "--force", "--detach", task.revision)
+    for key, value in AUTHOR.items():
+        if not shell.succeeds("git", "config", key):
+            shell("git", "config", key, value)
+    (clone / ".dvc/config.local").unlink(missing_ok=True)
+    with Config(str(clone / ".dvc")).edit("local") as settings:
+        settings.update(task.configuration)
+        settings["cache"] = {**settings.get("cache", {}), "dir": str(Path(task.cache).expanduser().absolute())}
+        settings["exp"] = {**settings.get("exp", {}), "auto_push": False, "git_remote": "origin"}
+
+
+def _experiment(task: Task, shell: _Shell) -> None:
+    """Run the experiment, unless a run that was interrupted afterwards has recorded it."""
+    if shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task)):
+        return
+    overrides = [argument for override in task.overrides for argument in ("-S", override)]
+    shell("dvc", "exp", "run", "--pull", "--allow-missing", "--name", task.name, *overrides, task.target)
+
+
+def _hand_over(task: Task, shell: _Shell) -> None:
+    """Give the experiment to the origin. Where another gave it the same point meanwhile, the last one stays: both are whole."""
+    if task.share:
+        shell("dvc", "exp", "push", "--force", "--run-cache", "origin", task.name)
+    else:
+        reference = _reference(task)
+        shell("git", "push", "-q", "--force", "origin", f"{reference}:{reference}")
+
+
+def _reference(task: Task) -> str:
+    return f"refs/exps/{task.revision[:2]}/{task.revision[2:]}/{task.name}"
+
+
+def _executed(log: Path) -> tuple[str, ...]:
+    return tuple(re.findall(r"^Running stage '([^']+)'", log.read_text(encoding="utf8", errors="replace"), re.M))
