@@ -27,6 +27,7 @@ from stages.errors import LONGEST_MESSAGE, SparsesweepError
 DEADLINE = 20.0  # seconds of a case; most take milliseconds, and machines are busy
 ADDRESSES = 4 * 2**30  # bytes by which the address space of a case may grow: allocations that are never touched
 SECRETS = {"HF_TOKEN": "hf_fuzzTokenThatNobodyMayPrint0000000", "AWS_SECRET_ACCESS_KEY": "fuzzSecretKeyThatNobodyMayPrint"}
+LOGGERS = (None, "transformers", "huggingface_hub", "datasets", "lm_eval")  # None: the root; the others keep what they log from it
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename": 2, "os.link": 2, "os.symlink": 2, "os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.chmod": 1, "os.truncate": 1}
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pickle.find_class")
@@ -210,14 +211,16 @@ def _is_inside(path: object, guard: Guard) -> bool:
 @contextmanager
 def _captured(output: io.StringIO) -> Iterator[None]:
     """Take what is printed and logged; warnings are left out."""
-    handler, logger = logging.StreamHandler(output), logging.getLogger()
-    logger.addHandler(handler)
+    handler, loggers = logging.StreamHandler(output), [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 @contextmanager
