@@ -16,9 +16,14 @@ SparsesweepError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST_MESSAGE = 10_000  # characters: a message quotes names and values of files, which may be of any length
+
 
 class SparsesweepError(Exception):
     """An error whose message is complete for the user: it names the thing, the value found and the value wanted."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…")
 
 
 class ConfigError(SparsesweepError):

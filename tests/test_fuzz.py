@@ -50,7 +50,6 @@ def test_what_is_taken_and_what_is_refused_with_a_name_is_no_fault(guard):
     [
         (lambda: {}["x"], "KeyError"),
         (refuse("no"), "the message names none of b.txt"),
-        (refuse("b.txt " + "x" * 30_000), "a message of 30006 characters"),
         (refuse(f"b.txt {SECRETS['HF_TOKEN']}"), "HF_TOKEN was printed or written"),
         (lambda: print(os.environ["HF_TOKEN"]), "HF_TOKEN was printed or written"),
         (lambda: Path("a/c.txt").write_text(os.environ["HF_TOKEN"]), "HF_TOKEN was printed or written"),

@@ -1,7 +1,8 @@
 """Feed every reader of what comes from outside with damaged and hostile inputs.
 
-python -m benchmarks.fuzz                                          100,000 inputs; writes benchmarks/fuzz.json and a table in SECURITY.md
-python -m benchmarks.fuzz --reader deltas --inputs 500 --seed 7    one reader alone, other inputs; writes nothing
+python -m benchmarks.fuzz                        100,000 inputs; writes benchmarks/fuzz.json and a table in SECURITY.md
+python -m benchmarks.fuzz --reader deltas        the share of one reader anew
+python -m benchmarks.fuzz --inputs 500 --seed 7  other inputs, fewer or more; writes nothing
 
 Inputs are made from valid files by seeds, so a run has the same as the run before. Every reader has a process of its own, one after the
 other. Prints the first input of each kind for which a property of guard.py does not hold, a table, and the number of inputs; fails where
@@ -10,11 +11,13 @@ there was such an input.
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,22 +50,35 @@ def main() -> None:
     if arguments.result is not None:
         arguments.result.write_text(json.dumps(vars(feed(_named(arguments.reader), arguments.inputs, arguments.seed))))
         return
-    chosen = [reader for reader in READERS if arguments.reader in (None, reader.name)] or [_named(arguments.reader)]
-    shares = sum(reader.share for reader in chosen)
-    rows = []
-    for reader in chosen:
-        inputs = -int(-arguments.inputs * reader.share // shares)
-        rows.append(
-            {"reader": reader.name, "code": reader.code, "bound_mib": reader.memory, **_in_a_process(reader, inputs, arguments.seed)}
-        )
+    chosen = READERS if arguments.reader is None else (_named(arguments.reader),)
+    rows, kept = [], {row["reader"]: row for row in read_json(FILE)["readers"]} if FILE.is_file() else {}
+    for reader, inputs in zip(chosen, _numbers(chosen, arguments.inputs), strict=True):
+        facts = {"reader": reader.name, "code": reader.code, "bound_mib": reader.memory}
+        rows.append({**facts, **_in_a_process(reader, inputs, arguments.seed)})
         print(f"{reader.name}: {rows[-1]['inputs']} inputs, {rows[-1]['faults']} faults", file=sys.stderr, flush=True)
-    made = {"machine": _machine(), "versions": {library: version(library) for library in LIBRARIES}, "readers": rows}
-    print(table(made))
-    if arguments.reader is None and arguments.inputs >= INPUTS:
-        write_json(FILE, made)
-        write_between(DOCUMENT, START, END, table(read_json(FILE)))
+        kept[reader.name] = rows[-1]
+        if arguments.inputs is None and not rows[-1]["faults"]:
+            write_json(FILE, _made([kept[each.name] for each in READERS if each.name in kept]))
+    print(table(_made(rows)))
     if faults := sum(row["faults"] for row in rows):
         sys.exit(f"found {faults} inputs for which a property does not hold")
+    if arguments.inputs is None:
+        write_between(DOCUMENT, START, END, table(read_json(FILE)))
+
+
+def _numbers(chosen: Sequence[Reader], inputs: int | None) -> list[int]:
+    """How many inputs each reader is fed with.
+
+    Args:
+        inputs: of all that are chosen; None: each has its share of INPUTS.
+    """
+    shares = sum(reader.share for reader in (READERS if inputs is None else chosen))
+    return [math.ceil((INPUTS if inputs is None else inputs) * reader.share / shares) for reader in chosen]
+
+
+def _made(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows with what they were measured on."""
+    return {"machine": _machine(), "versions": {library: version(library) for library in LIBRARIES}, "readers": rows}
 
 
 def _in_a_process(reader: Reader, inputs: int, seed: int) -> dict[str, Any]:
@@ -104,7 +120,7 @@ def _named(name: str) -> Reader:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description="Feed readers with damaged and hostile inputs.")
-    parser.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help="in all; default: %(default)s")
+    parser.add_argument("--inputs", type=int, metavar="N", help=f"in all; default: {INPUTS}, or of one reader its share of them")
     parser.add_argument("--reader", metavar="NAME", help="one alone; default: all")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one reader, for the process that started this one

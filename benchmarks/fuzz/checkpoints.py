@@ -232,7 +232,7 @@ READERS = (
         inputs=checkpoints(),
         read=read_checkpoint,
         names=("shard ", INDEX, "config.json", PROVENANCE, "tensor ", "does not fit"),
-        share=15,
+        share=8,
     ),
     Reader(
         name="checkpoint directories",
@@ -240,7 +240,7 @@ READERS = (
         inputs=checkpoints(),
         read=read_local_base,
         names=("shard ", INDEX, "config.json", "local checkpoint", "tensor "),
-        share=5,
+        share=4,
     ),
     Reader(
         name="deltas",
@@ -248,9 +248,9 @@ READERS = (
         inputs=deltas(),
         read=read_delta,
         names=(BLOCK, "delta.json", "delta"),
-        share=13,
+        share=12,
     ),
     Reader(
-        name="GGUF files", code="sources/base.py", inputs=ggufs(), read=read_gguf, names=("tiny.gguf", "tensor "), memory=128, share=1.5
+        name="GGUF files", code="sources/base.py", inputs=ggufs(), read=read_gguf, names=("tiny.gguf", "tensor "), memory=128, share=0.8
     ),
 )

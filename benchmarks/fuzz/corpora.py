@@ -274,14 +274,14 @@ READERS = (
         share=5,
         around=small_limits,
     ),
-    Reader(name="rows of corpora", code="rows.py", inputs=rows(), read=read_rows, names=("a.jsonl",), share=15),
+    Reader(name="rows of corpora", code="rows.py", inputs=rows(), read=read_rows, names=("a.jsonl",), share=20),
     Reader(
         name="rows of tasks",
         code="evaluation/tasks.py",
         inputs=task_rows(),
         read=read_task_rows,
         names=tuple(f"{name}.jsonl" for name in TASK_ROWS),
-        share=15,
+        share=20,
     ),
     Reader(
         name="wheels and what is in them",
@@ -290,7 +290,7 @@ READERS = (
         read=read_wheel,
         names=("text.evaluation.a",),
         memory=128,
-        share=2.5,
+        share=1.8,
         around=small_limits,
     ),
 )

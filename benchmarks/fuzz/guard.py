@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.mutations import Files
-from stages.errors import SparsesweepError
+from stages.errors import LONGEST_MESSAGE, SparsesweepError
 
 DEADLINE = 20.0  # seconds of a case; most take milliseconds, and machines are busy
 ADDRESSES = 4 * 2**30  # bytes by which the address space of a case may grow: allocations that are never touched
-LONGEST_MESSAGE = 20_000  # characters
 SECRETS = {"HF_TOKEN": "hf_fuzzTokenThatNobodyMayPrint0000000", "AWS_SECRET_ACCESS_KEY": "fuzzSecretKeyThatNobodyMayPrint"}
+LOGGERS = (None, "transformers", "huggingface_hub", "datasets", "lm_eval")  # None: the root; the others keep what they log from it
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename": 2, "os.link": 2, "os.symlink": 2, "os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.chmod": 1, "os.truncate": 1}
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pickle.find_class")
@@ -120,7 +120,7 @@ class Guard:
             raise Fault(f"{where(error)}: {type(error).__name__}: {str(error)[:200]}") from error
         if error is not None and not any(name in str(error) for name in names):
             raise Fault(f"{where(error)}: the message names none of {', '.join(names)}: {str(error)[:200]}") from error
-        if len(str(error or "")) > LONGEST_MESSAGE:
+        if len(str(error or "")) > LONGEST_MESSAGE + 1:
             raise Fault(f"{where(error)}: a message of {len(str(error))} characters: {str(error)[:100]}") from error
         told = "".join(traceback.format_exception(error)) + printed if error is not None else printed
         written = b"".join(path.read_bytes() for path in self.directory.rglob("*") if path.is_file() and not path.is_symlink())
@@ -211,14 +211,16 @@ def _is_inside(path: object, guard: Guard) -> bool:
 @contextmanager
 def _captured(output: io.StringIO) -> Iterator[None]:
     """Take what is printed and logged; warnings are left out."""
-    handler, logger = logging.StreamHandler(output), logging.getLogger()
-    logger.addHandler(handler)
+    handler, loggers = logging.StreamHandler(output), [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 @contextmanager

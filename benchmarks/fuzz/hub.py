@@ -166,7 +166,7 @@ READERS = (
         read=read_answers,
         names=("hub model org/tiny",),
         memory=64,
-        share=0.7,
+        share=0.6,
         around=two_hubs,
     ),
 )

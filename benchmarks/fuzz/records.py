@@ -296,7 +296,7 @@ READERS = (
         inputs=params(),
         read=read_configuration,
         names=("params.yaml", *(f"{name}" for name in sections.SECTIONS)),
-        share=0.7,
+        share=0.4,
     ),
     Reader(
         name="task files of one's own",
@@ -305,7 +305,7 @@ READERS = (
         read=read_own_tasks,
         names=("evaluation.tasks",),
         memory=128,
-        share=0.6,
+        share=0.4,
         around=without_lm_evals_index,
     ),
     Reader(
@@ -314,7 +314,7 @@ READERS = (
         inputs=manifests(),
         read=read_task_manifest,
         names=("manifest.json",),
-        share=8,
+        share=10,
     ),
     Reader(
         name="results of the dense model",
@@ -322,7 +322,7 @@ READERS = (
         inputs=results(),
         read=read_dense_results,
         names=("protocol.json", "windows.json", "generations.json", "aggregates.json", "samples-piqa.jsonl"),
-        share=8,
+        share=9,
     ),
     Reader(
         name="records of a release",
@@ -330,7 +330,7 @@ READERS = (
         inputs=records(),
         read=read_records,
         names=("provenance.json", "protocol.json", "measurements.json", "paired.json", "generations.json"),
-        share=4,
+        share=3,
     ),
     Reader(
         name="journals",
@@ -338,6 +338,6 @@ READERS = (
         inputs=journals(),
         read=read_journals,
         names=("prune", "evaluate"),
-        share=6,
+        share=5,
     ),
 )

@@ -5,6 +5,7 @@ rows and columns only if they were reordered. It consists of one safetensors fil
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ MANIFEST_KEYS = {"format", "recipe", "summary", "shards", "matrices"}
 METADATA = "sparsesweep"  # one key: safetensors writes several in an order that changes from run to run
 METADATA_KEYS = {"format", "base", "polarity", "shapes"}
 ORDERS = ("rows", "columns")
+LARGEST = 2**31 - 1  # rows, columns or experts: orders are 32-bit integers
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -176,13 +178,17 @@ class _BlockFile:
             if not isinstance(facts[key], kind):
                 raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted a {kind.__name__}")
         for name, shape in facts["shapes"].items():
-            if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
+            if (
+                not isinstance(shape, list)
+                or len(shape) not in (2, 3)
+                or not all(type(size) is int and 0 < size <= LARGEST for size in shape)
+            ):
                 raise CheckpointError(f"delta file {self.path}: tensor {name}: found shape {shape!r}, wanted 2 or 3 sizes")
         return facts
 
     def _stored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]]) -> _StoredChange:
         """Check the headers of one tensor's change."""
-        count = torch.Size(shape).numel()
+        count = math.prod(shape)
         dtypes = {"mask": ("U8",), "values": FLOATS, "rows": ("I32",), "columns": ("I32",)}
         lengths: dict[str, int | None] = {"mask": -(-count // 8), "values": None, "rows": None, "columns": None}
         if len(shape) == 2:

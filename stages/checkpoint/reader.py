@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stages.errors import CheckpointError, ConfigError
-from stages.files import is_plain_name, read_json, sha256
+from stages.files import is_inner_path, is_plain_name, read_json, sha256
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "provenance.json"
@@ -197,8 +197,10 @@ class Checkpoint:
         path = self.directory / PROVENANCE
         data = _object(path)
         files = data.get("files")
-        if not isinstance(files, dict) or not all(is_plain_name(name) and is_plain_name(digest) for name, digest in files.items()):
-            raise CheckpointError(f"{path}: found no files beside it with their hashes; is this a checkpoint written by the fetch stage?")
+        if not isinstance(files, dict) or not all(is_inner_path(name) and is_plain_name(digest) for name, digest in files.items()):
+            raise CheckpointError(
+                f"{path}: found no files in its directory with their hashes; is this a checkpoint written by the fetch stage?"
+            )
         return data
 
     @cached_property

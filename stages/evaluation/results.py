@@ -36,6 +36,7 @@ class Aggregate:
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that the mean over tasks is made of
 AGGREGATES = "aggregates.json"
 RAW = "raw"
+LARGEST_SCORE = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +389,7 @@ def _are_windows(data: Any, counts: dict[str, int]) -> bool:
 
 def _are_losses(data: Any, count: int) -> bool:
     losses = data.get("nll") if isinstance(data, dict) else None
-    return isinstance(losses, list) and len(losses) == count and all(is_finite(loss) for loss in losses)
+    return isinstance(losses, list) and len(losses) == count and all(map(_is_score, losses))
 
 
 def _are_samples(rows: list[dict[str, Any]], count: int, metrics: Sequence[str]) -> bool:
@@ -398,7 +399,12 @@ def _are_samples(rows: list[dict[str, Any]], count: int, metrics: Sequence[str])
 
 
 def _are_values(values: Any, metrics: Sequence[str]) -> bool:
-    return isinstance(values, dict) and list(values) == list(metrics) and all(map(is_finite, values.values()))
+    return isinstance(values, dict) and list(values) == list(metrics) and all(map(_is_score, values.values()))
+
+
+def _is_score(value: Any) -> bool:
+    """Whether a value is a number whose fourth power, as errors of errors need it, a float holds."""
+    return is_finite(value) and abs(value) <= LARGEST_SCORE
 
 
 def _are_generations(data: Any, prompts: list[str]) -> bool:

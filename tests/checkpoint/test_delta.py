@@ -263,3 +263,20 @@ def test_metadata_that_are_nested_without_end_are_named(tmp_path):
     save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata={"sparsesweep": "[" * 100_000})
     with pytest.raises(CheckpointError, match="block-00000.safetensors: found metadata that is not JSON .*nested too deeply"):
         read_block(tmp_path / BLOCK)
+
+
+@pytest.mark.parametrize("shape", [[True, 1], [2**64, 1], [2**31, 1], [0, 1], [1.0, 1], [1]])
+def test_a_shape_that_no_mask_has_is_named(tmp_path, shape):
+    facts = {"format": "sparsesweep-delta/1", "base": "base1", "polarity": "1 = kept", "shapes": {"a": shape}}
+    metadata = {"sparsesweep": json.dumps(facts)}
+    save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata=metadata)
+    with pytest.raises(CheckpointError, match="tensor a: found shape .*, wanted 2 or 3 sizes"):
+        read_block(tmp_path / BLOCK)
+
+
+def test_a_shape_far_larger_than_its_mask_is_named(tmp_path):
+    facts = {"format": "sparsesweep-delta/1", "base": "base1", "polarity": "1 = kept", "shapes": {"a": [2**31 - 1] * 3}}
+    metadata = {"sparsesweep": json.dumps(facts)}
+    save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"tensor a.mask: found shape \[1\], wanted"):
+        read_block(tmp_path / BLOCK)

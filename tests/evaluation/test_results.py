@@ -69,7 +69,16 @@ def test_results_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cluster": {"a": 1}}, {"cluster": None}, {"task": [1]}, {"row": 0.5}, {"values": [1]}, {"values": {"acc": 10**400}}]
+    "changes",
+    [
+        {"cluster": {"a": 1}},
+        {"cluster": None},
+        {"task": [1]},
+        {"row": 0.5},
+        {"values": [1]},
+        {"values": {"acc": 10**400}},
+        {"values": {"acc": 1e200}},
+    ],
 )
 def test_a_row_of_another_form_is_named(tmp_path, changes):
     with pytest.raises(ComparisonError, match="samples-a.jsonl: wanted 1 rows in order, each with acc"):
