@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz import READERS
+from benchmarks.fuzz.__main__ import DOCUMENT, FILE, INPUTS, table
 from benchmarks.fuzz.guard import SECRETS, Fault, prepared
 from benchmarks.fuzz.tally import feed
 from stages.errors import SourceError
+from stages.files import read_json
+from tests.project import ROOT
 
 SLOW = {"GGUF files": 40, "params.yaml": 40, "task files of one's own": 40, "wheels and what is in them": 100, "answers of a hub": 40}
 
@@ -74,3 +77,11 @@ def test_a_reader_that_hangs_is_stopped(guard, monkeypatch):
 
     with pytest.raises(Fault, match="it was not done after 0.2 s"):
         run(guard, spin)
+
+
+def test_the_table_of_the_document_is_that_of_the_last_run():
+    made = read_json(ROOT / FILE)
+    assert table(made) in (ROOT / DOCUMENT).read_text()
+    assert [row["reader"] for row in made["readers"]] == [reader.name for reader in READERS]
+    assert sum(row["inputs"] for row in made["readers"]) >= INPUTS
+    assert not any(row["faults"] for row in made["readers"])
