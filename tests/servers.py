@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 
 HOST = "127.0.0.1"
 SSHD = shutil.which("sshd", path=f"/usr/sbin{os.pathsep}{os.environ['PATH']}")
@@ -62,8 +63,8 @@ def s3() -> Iterator[Server]:
         endpoint = f"http://{HOST}:{port}"
         with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/team", method="PUT")):
             pass
-        secrets = {"access_key_id": "the-name-of-a-key", "secret_access_key": "the-secret-of-that-key"}
-        yield Server(url="s3://team/store", settings={"endpointurl": endpoint}, secrets=secrets)
+        keys = {"access_key_id": token_hex(), "secret_access_key": token_hex()}
+        yield Server(url="s3://team/store", settings={"endpointurl": endpoint}, secrets=keys)
 
 
 def _free_port() -> int:
