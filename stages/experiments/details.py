@@ -16,7 +16,7 @@ from stages.experiments.reading import Experiment, Missing, Unreadable
 from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS, parsed_json
 
 RUN = "run.json"
-RULER = RULER_RESULTS / "measurements.json"
+RULER, RULER_PROTOCOL = RULER_RESULTS / "measurements.json", RULER_RESULTS / "protocol.json"
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
 Row = dict[str, Any]
 
@@ -181,11 +181,11 @@ def _speed(files: _Files) -> dict[str, Row]:
 
 
 def _ruler(files: _Files, experiment: Experiment) -> list[Row]:
-    """The measurements of quantised models, if they are of the same base and text: one may be left of another run."""
+    """The measurements of quantised models, if they say that they are of the same base and text: one may be left of another run."""
     rows: list[Row] = files.json(RULER) if files.has(RULER) else []
-    if not rows:
+    if not rows or not files.has(RULER_PROTOCOL):
         return []
-    protocol = files.json(RULER.with_name("protocol.json"))
+    protocol = files.json(RULER_PROTOCOL)
     return rows if all(protocol[key] == experiment.protocol[key] for key in OF_TEXT) else []
 
 

@@ -96,9 +96,10 @@ def test_a_ruler_is_read_where_there_is_one(experiment, repository):
         ((of_base,), _, _) = read_details([here])
         found.append(of_base.ruler)
     ruler.with_name("protocol.json").unlink()
+    ((without_protocol,), _, _) = read_details([here])
     ruler.unlink()
     ruler.parent.rmdir()
-    assert found == [[{"type": "Q4_0"}], []]
+    assert [*found, without_protocol.ruler] == [[{"type": "Q4_0"}], [], []]
 
 
 @pytest.mark.parametrize(
