@@ -171,14 +171,19 @@ def _is_full_disk(error: OSError | SafetensorError) -> bool:
     return any(f"(os error {number})" in str(error) for number in full)
 
 
+def free_disk(path: Path) -> int:
+    """Bytes that are free on the disk of a path, which need not be there yet."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_free_disk(path: Path, needed: int) -> None:
     """Refuse to write `needed` bytes at `path` if the disk has less space.
 
     Raises:
         SparsesweepError: names the path, the bytes free and the bytes needed.
     """
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(path)
     if free < needed:
         raise SparsesweepError(f"{path}: found {free / 1e9:.2f} GB free on its disk, wanted {needed / 1e9:.2f} GB")
 

@@ -16,7 +16,6 @@ from tests.project import ENVIRONMENT, Project
 
 POINT = ["exp", "run", "-S", "experiment=tiny", "-S", "pattern.sparsity=0.5"]
 SLOW = [*POINT, "-S", "method=admm", "-S", "calibration.windows=24"]
-RESULTS = ["results/sparse/metrics.json", "results/sparse/details/windows.json", "release/README.md"]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ an experiment without its results. A stage that fails is not recorded.
 
 import configparser
 import os
-import shutil
 from pathlib import Path
 
 import yaml
 
 from stages.errors import SparsesweepError
+from stages.files import free_disk
 
 STAGE, ROOT = "DVC_STAGE", "DVC_ROOT"  # variables that DVC sets for a stage: its name, and the directory of dvc.yaml
 CACHE = ".dvc/cache"
@@ -30,8 +30,7 @@ def require_room_in_cache() -> None:
     stage = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf8"))["stages"].get(name, {})
     results = [root / path for path in [*stage.get("outs", []), *stage.get("metrics", [])]]
     cache, needed = cache_directory(root), sum(map(_size, results))
-    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(cache)
     if free < needed:
         found = (
             f"found {free / 1e9:.2f} GB free on its disk, wanted {needed / 1e9:.2f} GB for the results of {name}, which DVC copies there"

@@ -67,7 +67,7 @@ def _differences(stages: dict[str, Any], params: dict[str, Any], stage: str) -> 
     """What a stage, and those before it, read that is not what the experiment has."""
     writers = {entry["path"]: (name, entry["md5"]) for name, of in stages.items() for entry in of.get("outs", [])}
     for key, value in stages[stage].get("params", {}).get(PARAMS, {}).items():
-        if (wanted := _at(params, key)) != value:
+        if (wanted := value_at(params, key)) != value:
             yield f"{stage} read {key}={value}, and the experiment has {wanted}"
     for dependency in stages[stage].get("deps", []):
         writer, written = writers.get(dependency["path"], (None, None))
@@ -77,7 +77,7 @@ def _differences(stages: dict[str, Any], params: dict[str, Any], stage: str) -> 
         yield from _differences(stages, params, before)
 
 
-def _at(params: dict[str, Any], key: str) -> Any:
+def value_at(params: dict[str, Any], key: str) -> Any:
     """The value at a dotted key; None if there is none."""
     value: Any = params
     for name in key.split("."):

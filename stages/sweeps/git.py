@@ -4,20 +4,10 @@ import subprocess
 from collections.abc import Sequence
 
 from stages.errors import SparsesweepError
+from stages.experiments.command_output import output
+from stages.sharing.references import of_origin
 
 NEEDED = ("conf", "stages", "tasks", "hydra_plugins", "dvc.yaml", ".dvc/config")  # what a point is made of, besides its parameters
-
-
-def output(*arguments: str) -> str:
-    """What a git command prints.
-
-    Raises:
-        SparsesweepError: it failed; with its words.
-    """
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SparsesweepError(f"git {' '.join(arguments[:2])} failed: {' '.join(done.stderr.split())}")
-    return done.stdout
 
 
 def same(first: str, second: str, paths: Sequence[str]) -> bool:
@@ -31,13 +21,13 @@ def require_committed(paths: Sequence[str] = NEEDED) -> str:
     Raises:
         SparsesweepError: a file is new to git or differs from the commit; names all of them.
     """
-    changed = output("status", "--porcelain", "--untracked-files=all", "--", *paths).splitlines()
+    changed = output("git", "status", "--porcelain", "--untracked-files=all", "--", *paths).splitlines()
     if changed:
         files = ", ".join(line[3:] + (" (new)" if line.startswith("??") else "") for line in changed)
         raise SparsesweepError(
             f"found {files}, wanted them committed: each point runs in a clone of the commit; `git add` and `git commit`"
         )
-    return output("rev-parse", "HEAD").strip()
+    return output("git", "rev-parse", "HEAD").strip()
 
 
 def require_at(remote: str, revision: str) -> None:
@@ -46,9 +36,9 @@ def require_at(remote: str, revision: str) -> None:
     Raises:
         SparsesweepError: there is no such remote, or the revision was not pushed to it.
     """
-    if remote not in output("remote").split():
+    if remote not in output("git", "remote").split():
         raise SparsesweepError(f"found no git remote {remote!r}, wanted one from which other machines clone: `git remote add {remote} URL`")
-    if not any(name.strip().startswith(f"{remote}/") for name in output("branch", "--remotes", "--contains", revision).splitlines()):
+    if not any(name.strip().startswith(f"{remote}/") for name in output("git", "branch", "--remotes", "--contains", revision).splitlines()):
         raise SparsesweepError(
             f"found commit {revision[:12]} on no branch of {remote}, wanted it there for other machines: `git push {remote}`"
         )
@@ -56,12 +46,11 @@ def require_at(remote: str, revision: str) -> None:
 
 def fetch_experiments(remote: str, names: Sequence[str]) -> None:
     """Bring those experiments of these names that a remote has: what git keeps of them, not their data."""
-    references = [line.split("\t")[1] for line in output("ls-remote", remote, "refs/exps/*").splitlines()]
-    wanted = [f"+{reference}:{reference}" for reference in references if reference.rpartition("/")[2] in set(names)]
+    wanted = [f"+{reference.path}:{reference.path}" for reference in of_origin(remote) if reference.name in set(names)]
     if wanted:
-        output("fetch", "--quiet", "--no-tags", remote, *wanted)
+        output("git", "fetch", "--quiet", "--no-tags", remote, *wanted)
 
 
 def url(remote: str) -> str:
     """Where a git remote is."""
-    return output("remote", "get-url", remote).strip()
+    return output("git", "remote", "get-url", remote).strip()

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from stages.experiments.lock import other_run, value_at
+
 DVC_YAML = Path("dvc.yaml")
 OUTPUTS = ("outs", "metrics", "plots")
 
@@ -27,7 +29,7 @@ class Stage:
 
     def values(self, params: dict[str, Any]) -> dict[str, Any]:
         """What these sections say of its parameters; None for what is not there."""
-        return {key: _at(params, key) for key in self.parameters}
+        return {key: value_at(params, key) for key in self.parameters}
 
 
 def stages_of(target: str, dvc_yaml: Path = DVC_YAML) -> list[Stage]:
@@ -56,17 +58,9 @@ def keys(stages: list[Stage], params: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def has_result(target: Stage, params: dict[str, Any], lock: dict[str, Any]) -> bool:
-    """Whether the result of a stage in a dvc.lock is of these parameters, and of what the lock's other stages wrote."""
-    stages = lock.get("stages") or {}
-    if target.name not in stages:
-        return False
-    own = stages[target.name]
-    tracked = (own.get("params") or {}).get("params.yaml", {})
-    written = {output["path"]: output.get("md5") for stage in stages.values() for output in stage.get("outs", [])}
-    read = {dependency["path"]: dependency.get("md5") for dependency in own.get("deps", [])}
-    same_inputs = all(read[path] == written[path] for path in target.inputs if path in read and path in written)
-    return same_inputs and all(tracked.get(key) == value for key, value in target.values(params).items())
+def has_result(target: Stage, params: dict[str, Any], stages: dict[str, Any]) -> bool:
+    """Whether the result of a stage is of these parameters, and of what the other stages wrote. stages: see lock.read_lock."""
+    return target.name in stages and other_run(stages, params, target.name) is None
 
 
 def _stage(name: str, described: dict[str, Any], writers: dict[str, str]) -> Stage:
@@ -88,10 +82,3 @@ def _writer(path: str, writers: dict[str, str]) -> str | None:
 def _paths(entries: list[Any]) -> list[str]:
     """The paths of a list of dvc.yaml, in which an entry may be a mapping of a path to its options."""
     return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
-
-
-def _at(params: dict[str, Any], key: str) -> Any:
-    value: Any = params
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value

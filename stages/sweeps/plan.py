@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import dvc.api
-import yaml
 from dvc.exceptions import DvcException
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -19,6 +18,7 @@ from tabulate import tabulate
 from stages.config.compose import composed
 from stages.errors import ConfigError
 from stages.experiments.commands import leaves
+from stages.experiments.lock import read_lock
 from stages.experiments.reading import Experiment
 from stages.files import SPARSE_RESULTS
 from stages.sweeps import git
@@ -179,7 +179,7 @@ def _found(point: Point, experiments: Sequence[Experiment], stages: list[Stage])
     target, wanted = stages[-1], [stage.values(point.params) for stage in stages]
     for experiment in experiments:
         same = [stage.values(experiment.params) for stage in stages] == wanted
-        if same and has_result(target, point.params, yaml.safe_load(git.output("show", f"{experiment.revision}:dvc.lock"))):
+        if same and has_result(target, point.params, read_lock(str(experiment.revision))):
             return experiment.name
     return None
 

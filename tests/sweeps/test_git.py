@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from stages.errors import SparsesweepError
+from stages.experiments.command_output import output
 from stages.sweeps import git
 from tests.project import IDENTITY, NO_CONFIGURATION
 
@@ -20,15 +21,15 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     (root / "conf").mkdir()
     (root / "conf/a.yaml").write_text("a: 1\n")
-    git.output("add", "-A")
-    git.output("commit", "-q", "-m", "First")
-    git.output("remote", "add", "origin", str(tmp_path / "origin.git"))
+    output("git", "add", "-A")
+    output("git", "commit", "-q", "-m", "First")
+    output("git", "remote", "add", "origin", str(tmp_path / "origin.git"))
     return root
 
 
 def test_a_clean_clone_is_a_commit(repository):
     (repository / "elsewhere.txt").write_text("not needed")
-    assert git.require_committed() == git.output("rev-parse", "HEAD").strip()
+    assert git.require_committed() == output("git", "rev-parse", "HEAD").strip()
 
 
 def test_new_and_changed_files_are_named_and_ignored_ones_are_not(repository):
@@ -43,20 +44,20 @@ def test_a_commit_that_others_cannot_clone_is_refused(repository):
     commit = git.require_committed()
     with pytest.raises(SparsesweepError, match=f"found commit {commit[:12]} on no branch of origin, .*`git push origin`"):
         git.require_at("origin", commit)
-    git.output("push", "-q", "origin", "main")
+    output("git", "push", "-q", "origin", "main")
     git.require_at("origin", commit)
     with pytest.raises(SparsesweepError, match="found no git remote 'team', wanted one from which other machines clone"):
         git.require_at("team", commit)
 
 
 def test_experiments_are_fetched_by_name(repository):
-    git.output("push", "-q", "origin", "main")
+    output("git", "push", "-q", "origin", "main")
     for name in ("ours", "theirs"):
-        git.output("push", "-q", "origin", f"HEAD:refs/exps/ab/{'c' * 38}/{name}")
+        output("git", "push", "-q", "origin", f"HEAD:refs/exps/ab/{'c' * 38}/{name}")
     git.fetch_experiments("origin", ["ours", "absent"])
-    assert git.output("for-each-ref", "--format=%(refname)", "refs/exps").split() == [f"refs/exps/ab/{'c' * 38}/ours"]
+    assert output("git", "for-each-ref", "--format=%(refname)", "refs/exps").split() == [f"refs/exps/ab/{'c' * 38}/ours"]
 
 
 def test_an_error_has_gits_words(repository):
     with pytest.raises(SparsesweepError, match="git show absent failed: fatal: .*absent"):
-        git.output("show", "absent")
+        output("git", "show", "absent")

@@ -9,14 +9,12 @@ from tests.project import ROOT
 
 STAGES = stages_of("evaluate_sparse", ROOT / "dvc.yaml")
 PARAMS = {"method": {"name": "wanda"}, "calibration": {"seed": 0}, "publish": {"name": None}, "environment": {"torch": "2"}}
-LOCK = {
-    "stages": {
-        "prune": {"outs": [{"path": "artifacts/sparse", "md5": "a"}]},
-        "evaluate_sparse": {
-            "deps": [{"path": "artifacts/sparse", "md5": "a"}, {"path": "stages/files.py", "md5": "c"}],
-            "params": {"params.yaml": STAGES[-1].values(PARAMS)},
-        },
-    }
+LOCKED = {
+    "prune": {"outs": [{"path": "artifacts/sparse", "md5": "a"}]},
+    "evaluate_sparse": {
+        "deps": [{"path": "artifacts/sparse", "md5": "a"}, {"path": "stages/files.py", "md5": "c"}],
+        "params": {"params.yaml": STAGES[-1].values(PARAMS)},
+    },
 }
 
 
@@ -39,11 +37,11 @@ def test_a_value_tells_apart_the_stages_that_depend_on_it():
 
 def test_a_lock_has_a_result_only_of_its_parameters_and_inputs():
     target = STAGES[-1]
-    assert has_result(target, PARAMS, LOCK)
-    assert not has_result(target, {**PARAMS, "environment": {"torch": "3"}}, LOCK)
-    assert not has_result(target, PARAMS, {"schema": "2.0"})
-    stale = copy.deepcopy(LOCK)
-    stale["stages"]["prune"]["outs"][0]["md5"] = "b"
+    assert has_result(target, PARAMS, LOCKED)
+    assert not has_result(target, {**PARAMS, "environment": {"torch": "3"}}, LOCKED)
+    assert not has_result(target, PARAMS, {})
+    stale = copy.deepcopy(LOCKED)
+    stale["prune"]["outs"][0]["md5"] = "b"
     assert not has_result(target, PARAMS, stale)
 
 
