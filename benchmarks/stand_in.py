@@ -5,33 +5,17 @@ STAND_IN_SECONDS, and while the file that STAND_IN_HELD names is there if it is 
 STAND_IN_FAILS.
 """
 
-import atexit
-import os
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.unconfigured import ENVIRONMENT
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("conf", "stages", "hydra_plugins", "tasks", "params.yaml", ".gitignore", ".dvc/.gitignore")
-IDENTITY = {f"GIT_{who}_{what}": "sweep@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-NO_CONFIGURATION = tempfile.mkdtemp(prefix="unconfigured-")
-atexit.register(shutil.rmtree, NO_CONFIGURATION, ignore_errors=True)
-PLAIN = {f"DVC_{scope}_CONFIG_DIR": NO_CONFIGURATION for scope in ("GLOBAL", "SYSTEM")} | {
-    f"GIT_CONFIG_{scope}": os.devnull for scope in ("GLOBAL", "SYSTEM")
-}
-ENVIRONMENT = {
-    **os.environ,
-    **IDENTITY,
-    **PLAIN,
-    "DVC_NO_ANALYTICS": "1",
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
 CONFIG = """[core]
     analytics = false
     remote = shared

@@ -23,6 +23,7 @@ from tabulate import tabulate
 
 from benchmarks import stand_in
 from benchmarks.markers import write_between
+from benchmarks.unconfigured import ENVIRONMENT
 from stages.devices import device_name
 from stages.files import read_json, write_json
 
@@ -93,7 +94,7 @@ def measured(way: str, points: int) -> dict[str, Any]:
 def _run(command: list[str], root: Path) -> tuple[float, float]:
     """Wall and processor seconds of a command and of the children that it waited for."""
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, cwd=root, env=stand_in.ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=root, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -1,36 +1,19 @@
 """A clone of this repository whose configuration names small local files: the real pipeline, in about a minute."""
 
-import atexit
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import unconfigured
 from stages.files import sha256
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-IDENTITY = {f"GIT_{who}_{what}": "tests@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-CONFIGURED = ("DVC_", "GIT_", "HYDRA_", "AWS_")  # variables by which a user may have configured what the tests run
-UNCONFIGURED = tempfile.mkdtemp(prefix="unconfigured-")
-atexit.register(shutil.rmtree, UNCONFIGURED, ignore_errors=True)
-NO_CONFIGURATION = {f"DVC_{scope}_CONFIG_DIR": UNCONFIGURED for scope in ("GLOBAL", "SYSTEM")} | {
-    f"GIT_CONFIG_{scope}": os.devnull for scope in ("GLOBAL", "SYSTEM")
-}
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(CONFIGURED)},
-    **IDENTITY,
-    **NO_CONFIGURATION,
-    "DVC_NO_ANALYTICS": "1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "default",
-}
+ENVIRONMENT = {**unconfigured.ENVIRONMENT, "PYTHONWARNINGS": "default"}
 
 
 # Files of which a user may have another version, as a fresh clone of the template has them.

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from benchmarks import stand_in
+from benchmarks.unconfigured import ENVIRONMENT
 
 PATIENCE = 300  # seconds
 EXPERIMENTS = re.compile(r"refs/exps/../[0-9a-f]{38}/(\S+)")
@@ -70,7 +71,7 @@ class Project:
             process = subprocess.Popen(
                 command,
                 cwd=self.root,
-                env={**stand_in.ENVIRONMENT, "STAND_IN_HELD": str(self.held), **environment},
+                env={**ENVIRONMENT, "STAND_IN_HELD": str(self.held), **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -88,7 +89,7 @@ class Project:
         return str(path)
 
     def git(self, *arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=self.root, env=stand_in.ENVIRONMENT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=self.root, env=ENVIRONMENT, capture_output=True, text=True, check=True)
         return done.stdout
 
     def experiments(self, *where: str) -> set[str]:

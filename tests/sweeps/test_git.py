@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
+from benchmarks.unconfigured import IDENTITY, NO_CONFIGURATION
 from stages.errors import SparsesweepError
 from stages.experiments.command_output import output
 from stages.sweeps import git
-from tests.project import IDENTITY, NO_CONFIGURATION
 
 
 @pytest.fixture()

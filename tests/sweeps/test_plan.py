@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.unconfigured import IDENTITY, NO_CONFIGURATION
 from stages.errors import ConfigError
 from stages.experiments.reading import Experiment
 from stages.sweeps import plan as plans
 from stages.sweeps.file import read_sweep
 from stages.sweeps.plan import Plan, plan, points_of, summary, text
-from tests.project import IDENTITY, NO_CONFIGURATION, ROOT
+from tests.project import ROOT
 
 GRID = "overrides: [evaluation=smoke]\ngrid: {calibration.seed: [0, 1], pattern.sparsity: [0.5, 0.6]}\n"
 
