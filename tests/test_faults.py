@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -102,6 +103,43 @@ def test_a_damaged_object_of_a_remote_is_not_taken(project, tmp_path):
 
 def outs_of(lock: str) -> list[dict]:
     return [out for stage in yaml.safe_load(lock)["stages"].values() for out in stage["outs"]]
+
+
+def test_after_a_kill_of_dvc_its_stage_goes_on_alone_and_a_second_run_is_refused_until_its_end(project):
+    """DVC forgets the lock of a process that is gone; the journal's own lock does not."""
+    process = start(project, "dvc", *SLOW, "prune")
+    journal = project.root / "artifacts/.prune"
+    wait_for(lambda: journal.is_dir() and any(journal.glob("block-*")))
+    orphans = descendants(process.pid)
+    for pid in orphans:
+        os.kill(pid, signal.SIGSTOP)  # else it might end before the second run begins
+    process.kill()
+    process.wait()
+    process.stdout.close()  # the stage holds its other end
+    try:
+        assert "another run" in project.run("dvc", "repro", "prune", fails=True)
+    finally:
+        for pid in orphans:
+            os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not any(map(alive, orphans)))
+    project.stages_run(*SLOW, "prune")
+    completed = hashes(project)
+    project.stages_run("repro", "-f", "-s", "prune")
+    assert hashes(project) == completed
+    project.stages_run(*POINT)
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of a process, and theirs."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [found for child in map(int, listed) for found in (child, *descendants(child))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_of_two_runs_at_once_the_second_is_refused(project):
