@@ -249,9 +249,11 @@ def records() -> SearchStrategy[Files]:
     files |= {f"{PRUNE_RESULTS}/provenance.json": _json(provenance)}
     for results_of in ("results/dense", "results/sparse"):
         files |= {f"{results_of}/details/protocol.json": _json(PROTOCOL), f"{results_of}/details/measurements.json": _json([MEASUREMENT])}
+        files |= {f"{results_of}/run.json": _json({"device": "cpu", "generation": None})}
     files |= {
         "results/sparse/details/paired.json": _json([{"task": "piqa"}]),
         "results/sparse/details/generations.json": _json(GENERATIONS),
+        "results/sparse/details/prompt_sensitivity.json": _json([]),
     }
     return _one_edited(files)
 
@@ -329,7 +331,15 @@ READERS = (
         code="release/records.py",
         inputs=records(),
         read=read_records,
-        names=("provenance.json", "protocol.json", "measurements.json", "paired.json", "generations.json"),
+        names=(
+            "provenance.json",
+            "protocol.json",
+            "measurements.json",
+            "paired.json",
+            "generations.json",
+            "run.json",
+            "prompt_sensitivity.json",
+        ),
         share=3,
     ),
     Reader(
