@@ -35,6 +35,9 @@ SPARSE_RESULTS = Path("results/sparse")
 PROMPT_SENSITIVITY = "details/prompt_sensitivity.json"  # below SPARSE_RESULTS, where tasks were asked in several styles
 RULER_RESULTS = Path("results/ruler")
 RELEASE = Path("release")
+SUMS = "SHA256SUMS"  # below RELEASE: of all its other files
+UPLOAD = Path("results/upload.json")
+CREATED_REPOSITORIES = Path("artifacts/.repositories.json")  # those on a hub that uploads created
 COMPARISON = Path("comparison")
 
 

@@ -16,27 +16,29 @@ from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
 from stages.release.card import write_card
+from stages.release.licence import require_derivable
 from stages.release.naming import default_name
 from stages.release.packing import pack, write_sums
 from stages.release.params import local_paths, write_params
 from stages.release.records import Records
-from stages.release.section import Publish
 from stages.release.verification import verify
 
 log = logging.getLogger(__name__)
 
 
-@stage("publish", "environment")
-def main(publish: Publish, environment: Environment) -> None:
+@stage("publish.name", "publish.any_license", "environment")
+def main(publish_name: str | None, publish_any_license: bool, environment: Environment) -> None:
     base = Checkpoint(BASE)
     delta = SparseDelta(SPARSE, base.fingerprint)
     records = Records.read()
     records.require_of(delta)
     records.require_versions(environment)
+    require_derivable(records.base["license"], any_license=publish_any_license)
     delta.require_hashes()
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
-    name = publish.name or default_name(records.base["name"], delta.recipe)
-    sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
+    name = publish_name or default_name(records.base["name"], delta.recipe)
+    of_publish = {"name": publish_name, "any_license": publish_any_license}
+    sections = records.sections(delta.recipe, publish=of_publish, environment=asdict(environment))
     require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)

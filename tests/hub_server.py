@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from tests.hub_uploads import LARGE, Uploads, blob
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".bin", ".parquet", ".gz")
 
 
 @dataclass
 class FakeRepository:
     """files: name -> bytes. break_after: bytes of a file sent before the connection is cut, or None.
-    budget: bytes sent in all before every connection is cut, or None."""
+    budget: bytes sent in all before every connection is cut, or None. commit: the newest one."""
 
     files: dict[str, bytes]
     gated: bool | str = False
@@ -23,6 +24,8 @@ class FakeRepository:
     break_after: int | None = None
     budget: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    private: bool = False
+    commit: str = COMMIT
 
 
 class Hub(ThreadingHTTPServer):
@@ -31,6 +34,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, FakeRepository] = {}
+        self.uploads = Uploads(self.repositories, FakeRepository)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -50,10 +54,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        self.server.uploads.post(self)
+
+    def do_PUT(self) -> None:
+        self.server.uploads.put(self)
+
     def _answer(self, body: bool) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[0] == "api" and parts[4:5] == ["tree"]:
-            self._tree("/".join(parts[1:4]), "/".join(parts[6:]), recursive="recursive=true" in self.path.lower())
+            self._tree("/".join(parts[1:4]).removeprefix("models/"), "/".join(parts[6:]), recursive="recursive=true" in self.path.lower())
         elif parts[0] == "api":
             self._info(parts[1], "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
         elif parts[0] == "datasets":
@@ -61,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._file("/".join(parts[:2]), "/".join(parts[4:]), body)
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool = True) -> None:
+    def send(self, status: int, content: bytes, headers: dict[str, str], body: bool = True) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
@@ -73,27 +83,27 @@ class _Handler(BaseHTTPRequestHandler):
         key = name if kind == "models" else f"{kind}/{name}"
         repository = self.server.repositories.get(key)
         if repository is None:
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "Content-Type": "application/json"})
+            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound", "Content-Type": "application/json"})
         is_commit = len(revision) == 40 and set(revision) <= set("0123456789abcdef")
         if revision not in ("main", "v1") and not is_commit:
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "Content-Type": "application/json"})
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "Content-Type": "application/json"})
         siblings = []
         for file, content in repository.files.items():
-            entry: dict[str, object] = {"rfilename": file, "size": len(content), "blobId": "0" * 40}
+            entry: dict[str, object] = {"rfilename": file, "size": len(content), "blobId": blob(content)}
             if file.endswith(LARGE):
                 digest = hashlib.sha256(content).hexdigest() if not repository.wrong_hashes else "f" * 64
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
         info = {
             "id": name,
-            "sha": revision if is_commit else COMMIT,
-            "private": False,
+            "sha": revision if is_commit else repository.commit,
+            "private": repository.private,
             "gated": repository.gated,
             "siblings": siblings,
             "tags": [],
         }
         info |= {"downloads": 0, "likes": 0, "cardData": {"license": repository.license}}
-        self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         return None
 
     def _tree(self, key: str, folder: str, recursive: bool) -> None:
@@ -102,24 +112,24 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = folder and f"{folder}/"
         names = [name for name in repository.files if name.startswith(prefix)] if repository else []
         if repository is None or not names:
-            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "Content-Type": "application/json"})
+            return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound", "Content-Type": "application/json"})
         rows: dict[str, dict[str, object]] = {}
         for name in names:
             first, _, rest = name.removeprefix(prefix).partition("/")
             if rest:
                 rows[prefix + first] = {"type": "directory", "path": prefix + first, "oid": "0" * 40, "size": 0}
             if recursive or not rest:
-                rows[name] = {"type": "file", "path": name, "oid": "0" * 40, "size": len(repository.files[name])}
-        self._send(200, json.dumps(list(rows.values())).encode(), {"Content-Type": "application/json"})
+                rows[name] = {"type": "file", "path": name, "oid": blob(repository.files[name]), "size": len(repository.files[name])}
+        self.send(200, json.dumps(list(rows.values())).encode(), {"Content-Type": "application/json"})
         return None
 
     def _file(self, key: str, name: str, body: bool) -> None:
         repository = self.server.repositories.get(key)
         if repository is None or name not in repository.files:
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
         content, wanted = repository.files[name], self.headers.get("Range")
         repository.requests.append((self.command, name, wanted))
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
         status, sent = 200, content
         if wanted and body:
             start = int(wanted.removeprefix("bytes=").split("-")[0])
@@ -138,4 +148,4 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if body and repository.budget is not None:
             repository.budget -= len(sent)
-        return self._send(status, sent, headers, body)
+        return self.send(status, sent, headers, body)

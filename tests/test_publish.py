@@ -43,10 +43,11 @@ from stages.files import (
     write_json,
 )
 from stages.release.naming import default_name
-from stages.release.section import Publish
+from stages.release.section import Hub, Publish
 from stages.schema import check
 
 ROOT = CONF.parent
+NOWHERE = {"repo": None, "private": True, "existing": False, "dry_run": False}
 DATA_FILE = {"reader": "rows", "text": "text", "messages": "messages", "role": "role", "content": "content"}
 TEXTS = {
     "calibration": {"pages": {**DATA_FILE, "source": "local", "path": None, "sha256": "1" * 64, "license": "cc0-1.0"}},
@@ -176,11 +177,11 @@ def edit(path: Path, **changes: Any) -> None:
     write_json(path, {**read_json(path), **changes})
 
 
-def run(name: str | None = None) -> None:
+def run(name: str | None = None, *, any_license: bool = False) -> None:
     """Run the publish stage."""
-    section = Publish(name=name)
-    check(section, "publish")
-    publish.main.function(publish=section, environment=Environment(**{field.name: installed(field.name) for field in fields(Environment)}))
+    check(Publish(name=name, any_license=any_license, hub=Hub(**NOWHERE)), "publish")
+    environment = Environment(**{field.name: installed(field.name) for field in fields(Environment)})
+    publish.main.function(publish_name=name, publish_any_license=any_license, environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def test_the_release_has_what_every_stage_recorded(project):
     assert written["base"] == read_json(BASE / "provenance.json")["section"]
     assert (written["text"], written["calibration"], written["evaluation"]) == (TEXTS, DRAWN, EVALUATION)
     assert {name: written[name] for name in delta.recipe.sections} == sections_on_any_machine(delta)
-    assert written["publish"] == {"name": None}
+    assert written["publish"] == {"name": None, "any_license": False, "hub": NOWHERE}
     assert "# tiny-wanda-sparse50\n" in (RELEASE / "README.md").read_text()
     assert (RELEASE / "provenance.json").is_file()
 
@@ -498,3 +499,15 @@ def test_the_command_publishes_what_was_recorded_and_not_what_params_yaml_says(p
     assert "ReleaseError: artifacts/calibration/provenance.json: found windows with SHA-256 ffffffffffff, wanted" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert json.loads((RELEASE / "provenance.json").read_text())["recipe"]["pattern"]["sparsity"] == 0.5
+
+
+# What its licence allows.
+
+
+def test_a_base_that_may_not_be_changed_is_not_published_unless_told(project):
+    edit(BASE / "provenance.json", license="cc-by-nd-4.0")
+    with pytest.raises(ReleaseError, match="licence of the base: found 'cc-by-nd-4.0', which forbids changed copies"):
+        run()
+    assert not RELEASE.exists()
+    run(any_license=True)
+    assert params()["publish"]["any_license"] is True

@@ -1,24 +1,11 @@
-"""The release's name: what a hub allows, and what it is where the user gives none."""
+"""The release's name where the user gives none."""
 
 import hashlib
 import re
 
 from stages.pruning.patterns import PATTERNS
 from stages.recipe import Recipe
-
-LONGEST = 96  # characters of a repository's name on the hub
-LEGAL = "a name of letters, digits, -, _ and ., at most 96, without -- and .., - or . at an end, and .git"
-
-
-def is_legal(name: object) -> bool:
-    """Whether the hub takes it as a repository's name, with or without ORG/ before it."""
-    if not isinstance(name, str) or name.count("/") > 1:
-        return False
-    return all(_is_legal_segment(segment) for segment in name.split("/")) and not name.endswith(".git")
-
-
-def _is_legal_segment(segment: str) -> bool:
-    return re.fullmatch(r"(?![-.])(?!.*(--|\.\.))[A-Za-z0-9_.-]{1,96}(?<![-.])", segment) is not None
+from stages.release.names import LONGEST, is_legal
 
 
 def default_name(base: str, recipe: Recipe) -> str:

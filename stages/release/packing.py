@@ -9,9 +9,7 @@ from tqdm import tqdm
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ReleaseError
-from stages.files import sha256
-
-SUMS = "SHA256SUMS"
+from stages.files import SUMS, sha256
 
 
 def pack(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:

@@ -40,6 +40,7 @@ RUN_FACTS = (
     "code",
     "versions",
 )
+NOWHERE = {"repo": None, "private": True, "existing": False, "dry_run": False}  # who replays a release does not send it
 
 Data = dict[str, Any]
 
@@ -183,7 +184,7 @@ class Records:
             "prune": {**ANY_MACHINE, **recipe.prune},
             "evaluation": self.protocol["evaluation"],
             "ruler": {"types": [], "tasks": False},  # a release is not compared with quantised models
-            "publish": publish,
+            "publish": {**publish, "hub": NOWHERE},
         }
 
     @property
