@@ -445,7 +445,7 @@ def test_a_name_that_the_hub_does_not_take_is_refused(project, name):
 def test_a_name_that_the_user_gave_is_used(project):
     run("org/mine_sparse05")
     assert "# org/mine_sparse05\n" in (RELEASE / "README.md").read_text()
-    assert params()["publish"] == {"name": "org/mine_sparse05"}
+    assert params()["publish"] == {"name": "org/mine_sparse05", "any_license": False, "hub": NOWHERE}
 
 
 # Nothing of the machine, and nothing that runs.

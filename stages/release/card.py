@@ -1,7 +1,9 @@
 """The model card: what was done, what it cost, what it scores next to the dense model. Every number is read from results."""
 
+import re
 from collections.abc import Iterable
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
 from stages.release.records import Records
 from stages.release.verification import Verified
-from stages.schema import Table
+from stages.schema import Citation, Table
 
+TEMPLATE = "templates/card.md"
+ARXIV = "https://arxiv.org/abs/"
 Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
@@ -353,6 +357,48 @@ def checkout(code: str) -> str:
     return f"git checkout {code}"
 
 
+def bibtex(citation: Citation) -> str:
+    """An entry with all that the tables know of a publication: authors as they are cited, year and number; no title."""
+    found = re.fullmatch(r"(.+) (\d{4})", citation.text)
+    if found is None:
+        return ""
+    authors, year = found.groups()
+    cited = authors.replace(" et al.", " and others").replace(" & ", " and ")
+    number = citation.url.removeprefix(ARXIV)
+    of_arxiv = f"  eprint = {{{number}}},\n  archiveprefix = {{arXiv}},\n" if number != citation.url else ""
+    key = re.sub(r"\W", "", f"{authors.split()[0]}{year}_{number}".lower()) if of_arxiv else f"{authors.split()[0].lower()}{year}"
+    return f"@misc{{{key},\n  author = {{{cited}}},\n  year = {{{year}}},\n{of_arxiv}  url = {{{citation.url}}},\n}}"
+
+
+def citations(recipe: Recipe) -> list[Citation]:
+    """Of every part of the recipe that has one, each once."""
+    parts: list[tuple[Table[Any], Section]] = [
+        (SCORES, recipe.method["score"]),
+        (UPDATES, recipe.method["update"]),
+        (PATTERNS, recipe.pattern),
+        (ALLOCATIONS, recipe.allocation),
+        (RECONSTRUCTIONS, recipe.reconstruction),
+    ]
+    found = [table[section["name"]].citation for table, section in parts]
+    return list(dict.fromkeys(citation for citation in found if citation is not None))
+
+
+def cited(recipe: Recipe) -> str:
+    """The publications of the method, by name; that there is none."""
+    names = [citation.markdown for citation in citations(recipe)]
+    return f"The method is of {', '.join(names)}." if names else "No part of the method has a publication."
+
+
+def drawn_from(calibration: dict[str, Any], text: dict[str, Any]) -> str:
+    """The corpora of the calibration windows with their licences, and how many documents of each were read."""
+    named = []
+    for name, source in calibration["sources"].items():
+        documents = {span[0] for window in source.get("windows", []) for span in window}
+        counted = f", {limits.counted(len(documents), 'document')}" if documents else ""
+        named.append(f"{corpora(text, 'calibration', [name])}{counted}")
+    return "; ".join(named)
+
+
 def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, to_be_set: list[str]) -> None:
     """Write the whole card.
 
@@ -360,102 +406,80 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
         verified: what the release's checks found.
         to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
-    recipe, base, run = delta.recipe, records.base, records.run
-    begun = words(records.calibration["bos"]["token"])
-    notes = exceptions(delta.matrices, recipe.method, run)
-    says = generations_table(records.generations) if records.generations else "(not generated in this evaluation)"
-    competing = PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"])
+    facts = {
+        "name": name,
+        **of_method(delta, records, verified),
+        **of_results(records),
+        **of_run(delta, records, to_be_set),
+    }
+    template = files("stages.release").joinpath(TEMPLATE).read_text(encoding="utf8")
+    card = ModelCard.from_template(metadata(name, delta.recipe, records), template_str=template, **facts)
+    card.save(path)
+
+
+def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[str, str | int]:
+    """What the template says of what was done."""
+    recipe, base = delta.recipe, records.base
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
-    measured = ", before the last blocks were trained together" if together else ""
+    return {
+        "base": base["name"],
+        "origin": origin(base),
+        "base_fingerprint": base["fingerprint"],
+        "licence": licence(base),
+        "percent": f"{100 * delta.summary['sparsity']:.4g}",
+        "method": recipe.label,
+        "score": described(SCORES, recipe.method["score"]),
+        "competing": PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"]),
+        "update": described(UPDATES, recipe.method["update"]),
+        "allocation": described(ALLOCATIONS, recipe.allocation),
+        "reconstruction": described(RECONSTRUCTIONS, recipe.reconstruction),
+        "kept_weights": kept_weights(verified),
+        "pattern": recipe.pattern_label,
+        "pattern_reference": reference(PATTERNS, recipe.pattern),
+        "matrices": verified.matrices,
+        "other_tensors": verified.other_tensors,
+        "sparsity": f"{verified.sparsity:.6f}",
+        "propagate": recipe.prune["propagate"],
+        "calibration": drawn_from(records.calibration, records.text),
+        "windows_sha256": recipe.calibration,
+        "begun": words(records.calibration["bos"]["token"]),
+        "before_training": ", before the last blocks were trained together" if together else "",
+        "errors": errors(delta.summary, recipe.prune.get("error_tokens")),
+        "exceptions": exceptions(delta.matrices, recipe.method, records.run),
+        "cited": cited(recipe),
+        "bibtex": "\n".join(filter(None, map(bibtex, citations(recipe)))),
+    }
+
+
+def of_results(records: Records) -> dict[str, str]:
+    """What the template says of what came of it."""
+    return {
+        "results": results_table(records),
+        "lm_eval": records.run["versions"]["lm-eval"],
+        "limitation": limitation(records.protocol),
+        "sensitivity": sensitivity_table(records),
+        "generations": generations_table(records.generations) if records.generations else "(not generated in this evaluation)",
+        "degeneration": degeneration_table(records),
+        "sizes": size_table(records),
+        "speed": speed(records),
+        "evaluated_on": corpora(records.text, "evaluation", records.evaluated_on),
+    }
+
+
+def of_run(delta: SparseDelta, records: Records, to_be_set: list[str]) -> dict[str, Any]:
+    """What the template says of the run, and of how to make it again."""
+    run = records.run
+    took = f"{run['seconds']:.0f} s on {run['device']} in {run['dtype']}, peak memory {run['peak_memory_gib']:.2f} GiB."
     local = f"\nSet {', '.join(to_be_set)} to copies of your own: these files came from a disk.\n" if to_be_set else ""
-    content = f"""---
-{metadata(name, recipe, records).to_yaml()}
----
-
-# {name}
-
-[{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * delta.summary["sparsity"]:.4g}% of the weights of its decoder
-blocks' linear layers set to zero, in one shot, without training on a task. The tensors are plain dense ones with exact zeros: any
-client loads them. Zeros alone make no file smaller and no client faster.
-
-## What was done
-
-- Base: {base["name"]}, {origin(base)}, weights with fingerprint `{base["fingerprint"]}`.
-- Method: {recipe.label}.
-- Score: {described(SCORES, recipe.method["score"])}.
-- Comparison group: {competing}.
-- Update: {described(UPDATES, recipe.method["update"])}.
-- Allocation: {described(ALLOCATIONS, recipe.allocation)}.
-- Reconstruction: {described(RECONSTRUCTIONS, recipe.reconstruction)}.
-- Kept weights: {kept_weights(verified)}.
-- Pattern: {recipe.pattern_label} ({reference(PATTERNS, recipe.pattern)}); recomputed from the recipe and counted on the written bytes of
-  each of {verified.matrices} matrices.
-- Fraction of zeros in these matrices' bytes: {verified.sparsity:.6f} (weights that were zero before included).
-- Order: block after block, each for the inputs that its {recipe.prune["propagate"]} predecessors give it.
-- Calibration: {corpora(records.text, "calibration", records.calibration["sources"])}; windows with SHA-256 `{recipe.calibration}`{begun}.
-  provenance.json has every document and offset.
-- Mean relative output error over the matrices, ||(W - W')X|| / ||WX||{measured}: {errors(delta.summary, recipe.prune.get("error_tokens"))}.
-{notes}- Untouched, bit for bit: embeddings, output head, norms, biases, routers ({verified.other_tensors} tensors).
-
-## Results
-
-{results_table(records)}
-
-± is one standard error: over windows for perplexity and divergence, over rows for tasks; windows and rows that share a document count as
-one draw. Sparse against dense is measured on the same windows and rows; in brackets stands an interval of 95%. Where it holds 0, these
-rows do not tell the models apart. Lost and gained are rows that only the dense, and only the sparse, model answers rightly.
-Tasks are scored by lm-eval {run["versions"]["lm-eval"]}; accuracy is without length normalisation.
-{limitation(records.protocol)}{sensitivity_table(records)}
-## Generations
-
-Greedy continuations, dense and sparse.
-
-{says}
-{degeneration_table(records)}
-## Size and speed
-
-{size_table(records)}
-
-Packed is one bit a weight and the kept weights as stored; no file here is packed. {speed(records)} That is no comparison of speed: the
-tensors are dense, zeros in them make no client faster, and no speed-up was measured or is claimed.
-
-## Intended use
-
-Research into pruning: comparing methods, patterns and recovery. Not a replacement for the base model in an application.
-
-## Limitations and risks
-
-Pruning chose weights by an approximate criterion, on few tokens. Fluent text may hide lost knowledge; behaviours that the base
-was tuned for, refusals among them, may have been weakened and were not measured here. All limits and biases of the base model remain.
-The figures hold for this text alone, for its languages and domains, and for this window length:
-{corpora(records.text, "evaluation", records.evaluated_on)}.
-
-## How to load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-Checked after writing: stock transformers {version("transformers")} loads it without missing tensors and gives the
-logits of base + delta.
-
-## Cost of pruning
-
-{run["seconds"]:.0f} s on {run["device"]} in {run["dtype"]}, peak memory {run["peak_memory_gib"]:.2f} GiB. {energy_of(run)}
-
-## How to reproduce it
-
-In a clone of sparsesweep, with this release's params.yaml in place of its own. It is plain data, read as values alone:
-
-```sh
-{checkout(run["code"])}
-cp RELEASE/params.yaml params.yaml
-dvc repro
-```
-{local}
-Licence: {licence(base)}.
-"""
-    ModelCard(content).save(path)
+    return {
+        "transformers": version("transformers"),
+        "cost": f"{took} {energy_of(run)}",
+        "checkout": checkout(run["code"]),
+        "to_be_set": local,
+        "hashes": [
+            ("base, fingerprint", records.base["fingerprint"]),
+            ("calibration windows, SHA-256", delta.recipe.calibration),
+            ("delta, fingerprint", delta.fingerprint),
+            ("code, git commit", run["code"]),
+        ],
+    }

@@ -1,15 +1,19 @@
 from dataclasses import asdict, replace
 
+import jinja2
 import pytest
+import yaml
 from huggingface_hub import ModelCard
+from jinja2 import meta
 
 from stages.config.compose import read
 from stages.config.params import CONF
 from stages.evaluation.measurement import Difference, Kind, Measurement
-from stages.release.card import exceptions, origin, write_card
+from stages.release.card import bibtex, exceptions, origin, write_card
 from stages.release.naming import default_name
 from stages.release.records import Records
 from stages.release.verification import Verified
+from stages.schema import Citation
 from tests import deltas
 
 
@@ -90,7 +94,7 @@ class Delta:
     """What a card reads of a delta."""
 
     def __init__(self, **changes: object) -> None:
-        self.recipe, self.matrices, self.summary = deltas.recipe(**changes), MATRICES, SUMMARY
+        self.recipe, self.matrices, self.summary, self.fingerprint = deltas.recipe(**changes), MATRICES, SUMMARY, "de17a"
 
 
 @pytest.fixture()
@@ -221,10 +225,8 @@ def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):
 def test_the_card_names_the_documents_of_the_licence(written):
     card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "gemma", "documents": ["GEMMA_TERMS.html", "NOTICE"]}))
     assert (card.data.license, card.data.license_name) == ("gemma", None)
-    assert (
-        "Licence: gemma, inherited from the base; its terms and notices: [GEMMA_TERMS.html](GEMMA_TERMS.html), [NOTICE](NOTICE).\n"
-        in f"{card.content}\n"
-    )
+    licence = "Licence: gemma, inherited from the base; its terms and notices: [GEMMA_TERMS.html](GEMMA_TERMS.html), [NOTICE](NOTICE).\n"
+    assert licence in card.content
 
 
 def test_a_base_without_licence_documents_names_none(written):
@@ -349,3 +351,44 @@ def test_the_card_says_when_the_errors_were_measured_where_blocks_were_trained_t
     content = written(**of("reconstruction=distilled")).content
     assert "||(W - W')X|| / ||WX||, before the last blocks were trained together: 0.2000" in content
     assert "share 0.5, epochs 1" in content
+
+
+def test_the_template_is_handed_every_fact_that_it_names(written, monkeypatch):
+    """The client's own rendering leaves out what it is not handed, and does not say so."""
+    handed = {}
+    render = ModelCard.from_template.__func__
+
+    def noted(cls: type, data: object, **facts: object) -> ModelCard:
+        handed.update(facts)
+        return render(cls, data, **facts)
+
+    monkeypatch.setattr(ModelCard, "from_template", classmethod(noted))
+    written()
+    template = handed.pop("template_str")
+    assert meta.find_undeclared_variables(jinja2.Environment().parse(template)) == {"card_data", *handed}
+    assert "stages/release/templates" in yaml.safe_load((CONF.parent / "dvc.yaml").read_text())["stages"]["publish"]["deps"]
+
+
+def test_the_card_cites_what_the_method_is_made_of(written):
+    content = written(**of("method=sparsegpt")).content
+    assert "The method is of [Frantar & Alistarh 2023](https://arxiv.org/abs/2301.00774)." in content
+    entry = "@misc{frantar2023_230100774,\n  author = {Frantar and Alistarh},\n  year = {2023},\n  eprint = {2301.00774},\n"
+    assert entry + "  archiveprefix = {arXiv},\n  url = {https://arxiv.org/abs/2301.00774},\n}" in content
+    assert content.count("@misc") == 1
+    assert "author = {Sun and others}" in written().content
+
+
+def test_a_publication_that_is_not_on_arxiv_has_no_number():
+    entry = bibtex(Citation(text="Author 1989", url="https://example.org/paper"))
+    assert entry == "@misc{author1989,\n  author = {Author},\n  year = {1989},\n  url = {https://example.org/paper},\n}"
+
+
+def test_the_card_counts_the_documents_of_the_calibration(written):
+    source = {"windows": [[[3, 0, 32], [4, 0, 32]], [[3, 64, 64]]]}
+    content = written(records=replace(RECORDS, calibration={**RECORDS.calibration, "sources": {"pages": source}})).content
+    assert "- Calibration: pages (cc0-1.0), 2 documents; windows with SHA-256" in content
+
+
+def test_the_card_has_the_hashes_of_what_made_it(written):
+    assert "| delta, fingerprint | `de17a` |\n" in written().content
+    assert "| code, git commit | `abc123` |\n" in written().content
