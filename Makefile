@@ -1,5 +1,6 @@
-# make repro: the whole pipeline on the embedded default. make show: all experiments so far. make compare: on one page.
-# make sweep FILE=sweeps/example.yaml: many points. make share, make receive: with the team. make verify-cache: rehash what DVC keeps.
+# make repro: the whole pipeline on the embedded default. make prune MODEL=ORG/NAME OUT=DIRECTORY: one model, once, beside DVC.
+# make show: all experiments so far. make compare: on one page. make sweep FILE=sweeps/example.yaml: many points.
+# make share, make receive: with the team. make verify-cache: rehash what DVC keeps.
 # make test: the tests. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -10,6 +11,14 @@ repro: .venv/ready
 	@if git rev-parse --quiet --verify HEAD >/dev/null 2>&1 && ! git grep -q '^stages:' HEAD -- dvc.lock; then \
 	    git update-index --skip-worktree dvc.lock; fi
 	dvc repro
+
+# make prune MODEL=ORG/NAME OUT=DIRECTORY QUALITY=best SPARSITY=0.6: from a model to its release, beside DVC.
+# MODEL: of a hub, a directory, a GGUF file, or a base of conf/base. LICENSE: of a directory or file.
+prune: .venv/ready
+	@python -m stages.make_release '$(or $(MODEL),$(error MODEL=ORG/NAME, or a directory, is wanted))' \
+	    '$(or $(OUT),$(error OUT=DIRECTORY, for the release, is wanted))' \
+	    $(if $(QUALITY),--quality '$(QUALITY)') $(if $(SPARSITY),--sparsity '$(SPARSITY)') $(if $(REVISION),--revision '$(REVISION)') \
+	    $(if $(LICENSE),--license '$(LICENSE)') $(if $(NAME),--name '$(NAME)')
 
 show: .venv/ready
 	@python -m stages.show
@@ -44,4 +53,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro show compare sweep share receive verify-cache test check
+.PHONY: repro prune show compare sweep share receive verify-cache test check

@@ -39,7 +39,8 @@ def code_sha256(*names: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    done = subprocess.run(["git", *arguments], cwd=CODE.parent, capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout.strip()
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,180 @@
+"""The pipeline of dvc.yaml, run once for one model, without DVC; the release is all that is left of it.
+
+Each stage runs as dvc.yaml says, in a directory of its own beside the release's. An interrupted run leaves that directory, and the same
+command goes on in it: a stage that ended is not run again, and prune and evaluate go on within themselves.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from tabulate import tabulate
+
+from stages.config.compose import composed
+from stages.config.params import CONF
+from stages.errors import ConfigError, SparsesweepError
+from stages.files import DENSE_RESULTS, OWN_TASKS, PRUNE_RESULTS, RELEASE, SPARSE_RESULTS, read_json, remove, sha256, write_json
+from stages.record import Stopwatch
+from stages.sources import hub
+from stages.sweeps.pipeline import DVC_YAML, stages_of
+
+TARGET = "publish"
+DONE = "done.json"  # in the directory of a run: the stages that ended
+BEST = {"2:4": "2_4", "4:8": "4_8", "0.5": "50", "0.6": "60", "0.7": "70"}  # --sparsity -> of conf/experiment/best_*.yaml
+PATTERNS = {"2:4": "nm_2_4", "4:8": "nm_4_8"}
+QUALITIES = ("fast", "best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What was asked for; see stages.make_release."""
+
+    model: str
+    out: Path
+    quality: str
+    sparsity: str
+    revision: str | None = None
+    license: str | None = None
+    name: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+def make(order: Order) -> str:
+    """Make the release; returns what came of it, in words.
+
+    Raises:
+        ConfigError: the model, the sparsity or a choice is none, or OUT is there already; nothing was run.
+        SparsesweepError: a stage failed; it has said why.
+    """
+    if order.out.exists() or order.out.is_symlink():
+        raise ConfigError(f"{order.out}: found there already, wanted a path that is free for the release")
+    stopwatch = Stopwatch()
+    sections = OmegaConf.to_container(composed(*overrides(order)))
+    run = order.out.absolute().with_name(f".{order.out.name}-run")
+    _prepare(run, sections)
+    commands = list(_commands())
+    for number, (name, description, command) in enumerate(commands, start=1):
+        _run(run, name, command, f"[{number}/{len(commands)}] {description}")
+    summary = _summary(run)
+    (run / RELEASE).rename(order.out)
+    remove(run)
+    return f"{summary}\n\n{order.out}: the release, after {stopwatch.seconds / 60:.1f} minutes in all"
+
+
+# What is run.
+
+
+def overrides(order: Order) -> list[str]:
+    """The choices, as for `dvc exp run -S`.
+
+    Raises:
+        ConfigError: the sparsity is no fraction and no pattern; the model is nothing that there is, or has no licence.
+    """
+    return [*_of_model(order), *_of_quality(order), *order.overrides]
+
+
+def _of_quality(order: Order) -> list[str]:
+    sparsity = order.sparsity
+    if sparsity not in BEST:
+        try:
+            wanted = float(sparsity)
+        except ValueError:
+            raise ConfigError(f"--sparsity: found {sparsity!r}, wanted a fraction or one of {', '.join(PATTERNS)}") from None
+        nearest = min((name for name in BEST if name not in PATTERNS), key=lambda name: abs(float(name) - wanted))
+    else:
+        nearest = sparsity
+    chosen = [f"experiment=best_{BEST[nearest]}"] if order.quality == "best" else ["experiment=fast"]
+    if sparsity not in PATTERNS:
+        return [*chosen, f"pattern.sparsity={sparsity}"]
+    return chosen if order.quality == "best" else [*chosen, f"pattern={PATTERNS[sparsity]}"]
+
+
+def _of_model(order: Order) -> list[str]:
+    path = Path(order.model)
+    if (CONF / "base" / f"{order.model}.yaml").is_file():
+        return [f"base={order.model}"]
+    if path.is_dir():
+        return ["base=local", *_own(order, path), f"base.path={_quoted(str(path.absolute()))}"]
+    if path.is_file():
+        return ["base=gguf", *_own(order, path), f"base.path={_quoted(str(path.absolute()))}", f"base.sha256={sha256(path)}"]
+    if order.model.count("/") != 1:
+        wanted = "ORG/NAME of a model hub, a directory, a GGUF file, or a base of conf/base"
+        raise ConfigError(f"MODEL: found {order.model!r}, wanted {wanted}")
+    commit = hub.resolve(order.model, order.revision or "main", "model").commit
+    licence = [] if order.license is None else [f"base.license={_quoted(order.license)}"]
+    return ["base=hub", f"base.repo={_quoted(order.model)}", f"base.revision={commit}", *licence]
+
+
+def _own(order: Order, path: Path) -> list[str]:
+    """What a model on this disk does not say of itself."""
+    if order.license is None:
+        raise ConfigError(f"--license: not given, wanted the licence of {path}: the release and its card pass it on")
+    return [f"base.name={_quoted(order.name or path.absolute().stem)}", f"base.license={_quoted(order.license)}"]
+
+
+def _quoted(text: str) -> str:
+    """As a value of an override."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+# How it is run.
+
+
+def _prepare(run: Path, sections: Any) -> None:
+    """The directory of the run, with its params.yaml; of a run that was interrupted what it has, if it was of the same choices."""
+    params = run / "params.yaml"
+    text = yaml.safe_dump(sections, sort_keys=False)
+    if params.is_file() and params.read_text(encoding="utf8") == text:
+        print(f"going on in {run}")
+        return
+    remove(run)
+    run.mkdir(parents=True)
+    (run / OWN_TASKS).symlink_to(CONF.parent / OWN_TASKS)
+    params.write_text(text, encoding="utf8")
+
+
+def _commands() -> Iterator[tuple[str, str, list[str]]]:
+    """Name, description and command of every stage up to the release, in order."""
+    described = yaml.safe_load((CONF.parent / DVC_YAML).read_text(encoding="utf8"))["stages"]
+    for stage in stages_of(TARGET, CONF.parent / DVC_YAML):
+        python, *arguments = shlex.split(described[stage.name]["cmd"])
+        yield stage.name, described[stage.name]["desc"], [sys.executable if python == "python" else python, *arguments]
+
+
+def _run(run: Path, name: str, command: list[str], title: str) -> None:
+    done = read_json(run / DONE) if (run / DONE).is_file() else []
+    if name in done:
+        print(f"{title} (done before)", flush=True)
+        return
+    print(title, flush=True)
+    stopwatch = Stopwatch()
+    path = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
+    ended = subprocess.run(command, cwd=run, env={**os.environ, "PYTHONPATH": path})
+    if ended.returncode:
+        raise SparsesweepError(f"{name} failed, and nothing is at the place of the release; the same command goes on from here, in {run}")
+    write_json(run / DONE, [*done, name])
+    print(f"    {stopwatch.seconds:.0f} s", flush=True)
+
+
+def _summary(run: Path) -> str:
+    """Sparsity, perplexities with standard errors, and what pruning took."""
+    pruned = read_json(run / PRUNE_RESULTS / "metrics.json")
+    dense, sparse = (read_json(run / directory / "metrics.json") for directory in (DENSE_RESULTS, SPARSE_RESULTS))
+    rows = [["sparsity", f"{pruned['sparsity']:.4f}"]]
+    for corpus, scores in sparse["corpora"].items():
+        for label, metrics in (("dense", dense["corpora"][corpus]), ("sparse", scores)):
+            rows.append([f"perplexity on {corpus}, {label}", f"{metrics['perplexity']:.2f} ± {metrics['perplexity_stderr']:.2f}"])
+    for label, metrics in (("dense", dense), ("sparse", sparse)):
+        mean = metrics.get("mean", {}).get("tasks", {})
+        if "accuracy" in mean:
+            rows.append([f"mean accuracy, {label}", f"{mean['accuracy']:.3f} ± {mean['accuracy_stderr']:.3f}"])
+    rows.append(["pruning", f"{pruned['seconds']:.0f} s, peak memory {pruned['peak_memory_gib']:.2f} GiB"])
+    return "\n" + tabulate(rows, tablefmt="plain", disable_numparse=True)

@@ -1,0 +1,154 @@
+"""From a model to its release by one command."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.config.compose import read
+from stages.errors import ConfigError
+from stages.files import sha256
+from stages.release import making
+from stages.release.making import Order, overrides
+from tests import project as projects
+from tests.project import ROOT, Project
+
+COMPARED = ("*.safetensors", "*.json", "*.jinja", "params.yaml")  # the card and provenance have the seconds of each run
+
+
+def order(model: str = "smollm2_135m", **changes: object) -> Order:
+    return Order(**{"model": model, "out": Path("out"), "quality": "fast", "sparsity": "0.5", **changes})
+
+
+# What is asked for becomes choices of conf/.
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ["base=smollm2_135m", "experiment=fast", "pattern.sparsity=0.5"]),
+        ({"quality": "best"}, ["base=smollm2_135m", "experiment=best_50", "pattern.sparsity=0.5"]),
+        ({"quality": "best", "sparsity": "0.62"}, ["base=smollm2_135m", "experiment=best_60", "pattern.sparsity=0.62"]),
+        ({"quality": "best", "sparsity": "4:8"}, ["base=smollm2_135m", "experiment=best_4_8"]),
+        ({"sparsity": "2:4"}, ["base=smollm2_135m", "experiment=fast", "pattern=nm_2_4"]),
+        ({"overrides": ["calibration.seed=3"]}, ["base=smollm2_135m", "experiment=fast", "pattern.sparsity=0.5", "calibration.seed=3"]),
+    ],
+)
+def test_a_quality_and_a_sparsity_are_choices_that_compose(changes, wanted):
+    assert overrides(order(**changes)) == wanted
+    assert read(*wanted)
+
+
+def test_a_repository_is_pinned_to_its_commit(hub_repository):
+    hub_repository("org/tiny", {"config.json": b"{}"})
+    chosen = overrides(order("org/tiny", license="mit"))
+    assert chosen[:4] == [
+        "base=hub",
+        "base.repo='org/tiny'",
+        "base.revision=0123456789abcdef0123456789abcdef01234567",
+        "base.license='mit'",
+    ]
+
+
+def test_a_directory_with_odd_letters_in_its_name_is_found(tmp_path):
+    directory = tmp_path / "it's, a=model"
+    directory.mkdir()
+    base = read(*overrides(order(str(directory), license="mit", name="org/mine")))["base"]
+    assert (base.path, base.name, base.license) == (str(directory), "org/mine", "mit")
+
+
+def test_a_gguf_file_is_pinned_by_its_hash(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    base = read(*overrides(order(str(file), license="mit")))["base"]
+    assert (base.source, base.sha256, base.name) == ("gguf", sha256(file), "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nothing"}, "MODEL: found 'nothing', wanted ORG/NAME of a model hub, a directory, a GGUF file, or a base of conf/base"),
+        ({"model": "."}, "--license: not given, wanted the licence of \\."),
+        ({"sparsity": "half"}, "--sparsity: found 'half', wanted a fraction or one of 2:4, 4:8"),
+    ],
+)
+def test_what_is_no_model_and_no_sparsity_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides(order(**changes))
+
+
+def test_a_release_that_is_there_is_left_alone(tmp_path):
+    with pytest.raises(ConfigError, match="found there already, wanted a path that is free for the release"):
+        making.make(order(out=tmp_path))
+
+
+def test_the_costs_on_the_page_are_those_of_the_readme():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/publish.md").read_text()
+    for command, quality in (("dvc exp run -S prune=one_pass", "fast"), ("dvc exp run -S experiment=best_50", "best")):
+        (row,) = [line.split(" | ") for line in readme.splitlines() if line.endswith(f"| `{command}` |")]
+        (own,) = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(f"| `{quality}` |")]
+        assert own[2:] == [row[3], row[6]]
+    assert re.search(r"^\| dense \| +\| 0 \| (\S+) ", readme, re.M)[1] in page
+
+
+# What comes of it.
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """A clone with small corpora, in which the pipeline has run with the choices of the tests below."""
+    made = projects.make(tmp_path_factory.mktemp("making"))
+    chosen = ["experiment=tiny", "prune=one_pass", "pattern.sparsity=0.25"]
+    made.run("dvc", "exp", "run", *(word for choice in chosen for word in ("-S", choice)), "publish")
+    return made
+
+
+def make(project: Project, out: Path, *more: str, fails: bool = False) -> str:
+    command = [
+        "-m",
+        "stages.make_release",
+        "tiny",
+        str(out),
+        "--sparsity",
+        "0.25",
+        "-S",
+        "calibration=tiny",
+        "-S",
+        "evaluation=tiny",
+        *more,
+    ]
+    return project.run(sys.executable, *command, fails=fails)
+
+
+def test_the_release_is_that_of_the_pipeline_byte_for_byte(project, tmp_path):
+    out = tmp_path / "out"
+    said = make(project, out)
+    theirs = project.root / "release"
+    assert {path.name for path in out.iterdir()} == {path.name for path in theirs.iterdir()}
+    names = {path.name for pattern in COMPARED for path in theirs.glob(pattern)} - {"provenance.json"}
+    assert len(names) > 5
+    for name in names:
+        assert (out / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert re.search(r"^sparsity +0\.25\d*$", said, re.M)
+    assert re.search(r"^perplexity on tiny_articles, dense +\d+\.\d\d ± \d+\.\d\d$", said, re.M)
+    assert re.search(r"^perplexity on tiny_articles, sparse +\d+\.\d\d ± \d+\.\d\d$", said, re.M)
+    assert re.search(r"^pruning +\d+ s, peak memory", said, re.M)
+    assert f"{out}: the release, after" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "found there already" in make(project, out, fails=True)
+
+
+def test_a_stage_that_fails_leaves_no_release_and_the_same_command_goes_on(project, tmp_path):
+    out, checkpoint = tmp_path / "out", project.root.parent / "data/checkpoint"
+    hidden = checkpoint.rename(checkpoint.with_name("hidden"))
+    said = make(project, out, fails=True)
+    assert "failed, and nothing is at the place of the release; the same command goes on from here" in said
+    assert not out.exists()
+    hidden.rename(checkpoint)
+    assert "(done before)" in make(project, out) or out.is_dir()
+    assert (out / "SHA256SUMS").is_file()
+
+
+def test_the_project_is_left_as_it_was(project):
+    assert project.run("git", "status", "--porcelain", "--", "params.yaml", "dvc.yaml").split() == ["M", "params.yaml"]  # by dvc exp run
