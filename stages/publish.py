@@ -15,6 +15,7 @@ from stages.config.environment import Environment
 from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
+from stages.release.benchmarks import write_eval_results
 from stages.release.card import write_card
 from stages.release.licence import require_derivable
 from stages.release.naming import default_name
@@ -47,6 +48,7 @@ def main(publish_name: str | None, publish_any_license: bool, environment: Envir
         verified = verify(release, base, delta)
         log.info("checked %d matrices and %d other tensors", verified.matrices, verified.other_tensors)
         write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, to_be_set=local_paths(sections))
+        write_eval_results(release, records)
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)
 
