@@ -171,10 +171,16 @@ def _summary(run: Path) -> str:
     rows = [["sparsity", f"{pruned['sparsity']:.4f}"]]
     for corpus, scores in sparse["corpora"].items():
         for label, metrics in (("dense", dense["corpora"][corpus]), ("sparse", scores)):
-            rows.append([f"perplexity on {corpus}, {label}", f"{metrics['perplexity']:.2f} ± {metrics['perplexity_stderr']:.2f}"])
+            rows.append([f"perplexity on {corpus}, {label}", _shown(metrics, "perplexity", 2)])
     for label, metrics in (("dense", dense), ("sparse", sparse)):
         mean = metrics.get("mean", {}).get("tasks", {})
         if "accuracy" in mean:
-            rows.append([f"mean accuracy, {label}", f"{mean['accuracy']:.3f} ± {mean['accuracy_stderr']:.3f}"])
+            rows.append([f"mean accuracy, {label}", _shown(mean, "accuracy", 3)])
     rows.append(["pruning", f"{pruned['seconds']:.0f} s, peak memory {pruned['peak_memory_gib']:.2f} GiB"])
     return "\n" + tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _shown(metrics: dict[str, float], name: str, digits: int) -> str:
+    """A value with its standard error, where that is known."""
+    error = metrics.get(f"{name}_stderr")
+    return f"{metrics[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
