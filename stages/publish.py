@@ -16,6 +16,7 @@ from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
 from stages.release.card import write_card
+from stages.release.llama_cpp.writing import GgufWriter, write_checked
 from stages.release.naming import default_name
 from stages.release.packing import pack, write_sums
 from stages.release.params import local_paths, write_params
@@ -37,14 +38,17 @@ def main(publish: Publish, environment: Environment) -> None:
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
     name = publish.name or default_name(records.base["name"], delta.recipe)
     sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
-    require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
+    gguf = [GgufWriter(base, delta, of) for of in publish.written_gguf_types]
+    require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers) + sum(writer.size for writer in gguf))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)
         write_json(release / PROVENANCE, provenance(delta.recipe, records))
         pack(base, delta, release)
         verified = verify(release, base, delta)
         log.info("checked %d matrices and %d other tensors", verified.matrices, verified.other_tensors)
-        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, to_be_set=local_paths(sections))
+        files = write_checked(gguf, release, name)
+        to_be_set = local_paths(sections)
+        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, gguf=files, to_be_set=to_be_set)
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)
 

@@ -26,7 +26,7 @@ from stages.config import sections as configuration
 from stages.config.compose import composed, read
 from stages.config.environment import Environment, installed
 from stages.config.params import CONF
-from stages.errors import CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
+from stages.errors import ArchitectureError, CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
 from stages.evaluation.measurement import Difference, Kind, Measurement, as_rows
 from stages.evaluation.protocol import versions
 from stages.files import (
@@ -176,9 +176,9 @@ def edit(path: Path, **changes: Any) -> None:
     write_json(path, {**read_json(path), **changes})
 
 
-def run(name: str | None = None) -> None:
+def run(name: str | None = None, **changes: Any) -> None:
     """Run the publish stage."""
-    section = Publish(name=name)
+    section = Publish(**{**asdict(read()["publish"]), "name": name, **changes})
     check(section, "publish")
     publish.main.function(publish=section, environment=Environment(**{field.name: installed(field.name) for field in fields(Environment)}))
 
@@ -241,7 +241,7 @@ def test_the_release_has_what_every_stage_recorded(project):
     assert written["base"] == read_json(BASE / "provenance.json")["section"]
     assert (written["text"], written["calibration"], written["evaluation"]) == (TEXTS, DRAWN, EVALUATION)
     assert {name: written[name] for name in delta.recipe.sections} == sections_on_any_machine(delta)
-    assert written["publish"] == {"name": None}
+    assert written["publish"] == asdict(read()["publish"])
     assert "# tiny-wanda-sparse50\n" in (RELEASE / "README.md").read_text()
     assert (RELEASE / "provenance.json").is_file()
 
@@ -444,7 +444,44 @@ def test_a_name_that_the_hub_does_not_take_is_refused(project, name):
 def test_a_name_that_the_user_gave_is_used(project):
     run("org/mine_sparse05")
     assert "# org/mine_sparse05\n" in (RELEASE / "README.md").read_text()
-    assert params()["publish"] == {"name": "org/mine_sparse05"}
+    assert params()["publish"]["name"] == "org/mine_sparse05"
+
+
+# Files for llama.cpp.
+
+
+def test_files_for_llama_cpp_stand_beside_the_checkpoint_under_its_name_and_on_its_card(project):
+    run(formats=["safetensors", "gguf"], gguf_types=["BF16", "F16"])
+    card = (RELEASE / "README.md").read_text()
+    delta = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
+    zeros = sum(row["zeros"] for row in delta.matrices)
+    for name in ("tiny-wanda-sparse50-BF16.gguf", "tiny-wanda-sparse50-F16.gguf"):
+        assert (RELEASE / name).is_file()
+        assert f"| `{name}` |" in card
+    assert re.search(rf"BF16.gguf` \| [\d,]+ \| {zeros:,} \| {2 * zeros:,} \|", card)
+    assert "BF16.gguf\n" in (RELEASE / "SHA256SUMS").read_text()
+
+
+def test_what_llama_cpp_has_no_type_for_is_refused_before_anything_is_written(project):
+    rows = r"found a matrix of shape \[112, 32\]|found a matrix of shape \[32, 112\], wanted columns in multiples of 32 for Q8_0"
+    with pytest.raises(ArchitectureError, match=rows):
+        run(formats=["safetensors", "gguf"], gguf_types=["Q8_0"])
+    assert not list(project.glob("*release*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"formats": ["gguf"], "gguf_types": ["F16"]}, r"publish.formats: found \['gguf'\], wanted safetensors among them"),
+        ({"formats": ["safetensors", "onnx"]}, "publish.formats: found 'onnx', wanted one of safetensors, gguf"),
+        ({"formats": ["safetensors"] * 2}, "publish.formats: found .*, wanted each of them once"),
+        ({"gguf_types": ["Q4_K"]}, "publish.gguf_types: found 'Q4_K', wanted one of F32, .*, Q3_K, in which zeros stay exactly zero"),
+        ({"formats": ["safetensors", "gguf"], "gguf_types": []}, r"publish.gguf_types: found \[\], wanted at least one type for gguf"),
+    ],
+)
+def test_formats_that_there_are_not_and_types_that_lose_zeros_are_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(**changes)
 
 
 # Nothing of the machine, and nothing that runs.

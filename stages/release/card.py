@@ -18,6 +18,7 @@ from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.scores import SCORES
 from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
+from stages.release.llama_cpp.writing import Counted
 from stages.release.records import Records
 from stages.release.verification import Verified
 from stages.schema import Table
@@ -343,6 +344,20 @@ def _pace(run: dict[str, Any]) -> str:
     return f"{made['tokens_per_second']:.2f} tokens a second ({made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']})"
 
 
+def gguf_files(gguf: list[Counted]) -> str:
+    """Markdown: the files for llama.cpp, and what was counted in each; nothing where there is none."""
+    if not gguf:
+        return ""
+    lines = ["", "| for llama.cpp | bytes | zeros | of weights in scope |", "|---|---|---|---|"]
+    lines += [f"| `{one.file}`{_otherwise(one)} | {one.bytes:,} | {one.zeros:,} | {one.weights:,} |" for one in gguf]
+    read_back = "Every file was read back: each pruned weight is exactly zero in it. Rounding makes zeros of some kept weights, too."
+    return "\n".join([*lines, "", f"{read_back} The results above are those of the checkpoint, not of these files.", ""])
+
+
+def _otherwise(one: Counted) -> str:
+    return f" ({one.otherwise} matrices of another type, since their rows do not divide into its blocks)" if one.otherwise else ""
+
+
 # How to make it again.
 
 
@@ -353,11 +368,13 @@ def checkout(code: str) -> str:
     return f"git checkout {code}"
 
 
-def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, to_be_set: list[str]) -> None:
+def write_card(
+    path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, gguf: list[Counted], to_be_set: list[str]
+) -> None:
     """Write the whole card.
 
     Args:
-        verified: what the release's checks found.
+        verified: what the release's checks found. gguf: what was read back from the files for llama.cpp.
         to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
     recipe, base, run = delta.recipe, records.base, records.run
@@ -441,7 +458,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 Checked after writing: stock transformers {version("transformers")} loads it without missing tensors and gives the
 logits of base + delta.
-
+{gguf_files(gguf)}
 ## Cost of pruning
 
 {run["seconds"]:.0f} s on {run["device"]} in {run["dtype"]}, peak memory {run["peak_memory_gib"]:.2f} GiB. {energy_of(run)}

@@ -7,6 +7,7 @@ from stages.config.compose import read
 from stages.config.params import CONF
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.release.card import exceptions, origin, write_card
+from stages.release.llama_cpp.writing import Counted
 from stages.release.naming import default_name
 from stages.release.records import Records
 from stages.release.verification import Verified
@@ -97,9 +98,15 @@ class Delta:
 def written(tmp_path):
     """A function that writes the card of a recipe and reads it."""
 
-    def write(records: Records = RECORDS, verified: Verified = VERIFIED, to_be_set: tuple[str, ...] = (), **changes: object) -> ModelCard:
-        path = tmp_path / "README.md"
-        write_card(path, name="small", delta=Delta(**changes), records=records, verified=verified, to_be_set=list(to_be_set))
+    def write(
+        records: Records = RECORDS,
+        verified: Verified = VERIFIED,
+        gguf: tuple[Counted, ...] = (),
+        to_be_set: tuple[str, ...] = (),
+        **changes: object,
+    ) -> ModelCard:
+        path, delta = tmp_path / "README.md", Delta(**changes)
+        write_card(path, name="small", delta=delta, records=records, verified=verified, gguf=list(gguf), to_be_set=list(to_be_set))
         return ModelCard.load(path)
 
     return write
@@ -349,3 +356,12 @@ def test_the_card_says_when_the_errors_were_measured_where_blocks_were_trained_t
     content = written(**of("reconstruction=distilled")).content
     assert "||(W - W')X|| / ||WX||, before the last blocks were trained together: 0.2000" in content
     assert "share 0.5, epochs 1" in content
+
+
+def test_the_files_for_llama_cpp_stand_with_the_zeros_that_were_counted_in_them(written):
+    assert "llama.cpp" not in written().content
+    counted = Counted(type="Q3_K", file="small-Q3_K.gguf", bytes=12345, zeros=51, weights=100, otherwise=2)
+    card = written(gguf=(counted,)).content
+    cell = "`small-Q3_K.gguf` (2 matrices of another type, since their rows do not divide into its blocks)"
+    assert f"| {cell} | 12,345 | 51 | 100 |" in card
+    assert "The results above are those of the checkpoint, not of these files." in card
