@@ -15,7 +15,8 @@ from stages.config.environment import Environment
 from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
-from stages.release.card import write_card
+from stages.release.card import Others, write_card
+from stages.release.float8 import require_float8, write_float8
 from stages.release.llama_cpp.writing import GgufWriter, write_checked
 from stages.release.naming import default_name
 from stages.release.packing import pack, write_sums
@@ -36,6 +37,10 @@ def main(publish: Publish, environment: Environment) -> None:
     records.require_versions(environment)
     delta.require_hashes()
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
+    rounded = publish.dtype == "float8"
+    float8_results = records.float8(delta) if rounded else []
+    if rounded:
+        require_float8(delta)
     name = publish.name or default_name(records.base["name"], delta.recipe)
     sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
     gguf = [GgufWriter(base, delta, of) for of in publish.written_gguf_types]
@@ -46,9 +51,11 @@ def main(publish: Publish, environment: Environment) -> None:
         pack(base, delta, release)
         verified = verify(release, base, delta)
         log.info("checked %d matrices and %d other tensors", verified.matrices, verified.other_tensors)
+        float8 = write_float8(release, base, delta) if rounded else None
         files = write_checked(gguf, release, name)
         to_be_set = local_paths(sections)
-        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, gguf=files, to_be_set=to_be_set)
+        others = Others(gguf=files, float8=float8, float8_results=float8_results)
+        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, others=others, to_be_set=to_be_set)
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)
 

@@ -33,6 +33,7 @@ from stages.files import (
     BASE,
     CALIBRATION,
     DENSE_RESULTS,
+    FLOAT8_RESULTS,
     PRUNE_RESULTS,
     RELEASE,
     SPARSE,
@@ -482,6 +483,34 @@ def test_what_llama_cpp_has_no_type_for_is_refused_before_anything_is_written(pr
 def test_formats_that_there_are_not_and_types_that_lose_zeros_are_refused_by_name(changes, message):
     with pytest.raises(ConfigError, match=message):
         run(**changes)
+
+
+# Float8.
+
+
+def evaluate_rounded(delta: str, perplexity: float = 46.0) -> None:
+    """What evaluate part=float8 leaves."""
+    FLOAT8_RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(FLOAT8_RESULTS / "measurements.json", as_rows(measurements("sparse", perplexity)))
+    write_json(FLOAT8_RESULTS / "protocol.json", {**read_json(SPARSE_RESULTS / "details/protocol.json"), "delta": delta})
+
+
+def test_a_release_in_float8_has_its_own_results_on_its_card(project):
+    pytest.importorskip("compressed_tensors")
+    evaluate_rounded(SparseDelta(SPARSE, Checkpoint(BASE).fingerprint).fingerprint)
+    run(dtype="float8")
+    assert read_json(RELEASE / "config.json")["quantization_config"]["format"] == "float-quantized"
+    assert "| news, perplexity | 45.00 ± 1.00 | 46.00 ± 1.00 |" in (RELEASE / "README.md").read_text()
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=RELEASE, check=True)
+
+
+def test_results_in_float8_that_are_missing_or_of_another_delta_are_refused(project):
+    with pytest.raises(ReleaseError, match="results/float8/protocol.json: not found, wanted .*; run python -m stages.evaluate part=float8"):
+        run(dtype="float8")
+    evaluate_rounded("f" * 64)
+    with pytest.raises(ReleaseError, match="results/float8/protocol.json: found results of delta f{12}, wanted [0-9a-f]{12}; run"):
+        run(dtype="float8")
+    assert not list(project.glob("*release*"))
 
 
 # Nothing of the machine, and nothing that runs.

@@ -1,6 +1,7 @@
 """The model card: what was done, what it cost, what it scores next to the dense model. Every number is read from results."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,25 @@ from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.scores import SCORES
 from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
+from stages.release.float8 import CountedFloat8
 from stages.release.llama_cpp.writing import Counted
 from stages.release.records import Records
 from stages.release.verification import Verified
 from stages.schema import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Others:
+    """What a release holds beside the checkpoint in the base's dtype, or in its place.
+
+    gguf: what was read back from the files for llama.cpp. float8: what was from a checkpoint in float8, or None; float8_results: its
+    measurements.
+    """
+
+    gguf: list[Counted]
+    float8: CountedFloat8 | None
+    float8_results: list[Measurement]
+
 
 Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
@@ -344,6 +360,38 @@ def _pace(run: dict[str, Any]) -> str:
     return f"{made['tokens_per_second']:.2f} tokens a second ({made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']})"
 
 
+def stored_as(others: Others) -> str:
+    """What the tensors are."""
+    if others.float8 is None:
+        return "The tensors are plain dense ones with exact zeros: any client loads them."
+    stored = (
+        "The weights of these layers are stored as float8 (E4M3) with a scale for each output channel, in the layout of compressed-tensors"
+    )
+    return f"{stored}; zeros are exact. All up to the section Float8 is of the weights before they were rounded."
+
+
+def float8_table(records: Records, others: Others) -> str:
+    """Markdown: the pruned model in float8 beside itself before rounding; nothing where the release is not rounded."""
+    if others.float8 is None:
+        return ""
+    before = {measured.key: measured for measured in records.sparse if measured.style == "raw"}
+    known = shown_measurements()
+    lines = ["", "## Float8", "", "| | before rounding | float8 |", "|---|---|---|"]
+    for measured in others.float8_results:
+        of_corpus = measured.kind == Kind.CORPUS
+        shown = known.get(measured.metric) if of_corpus else None
+        if measured.style != "raw" or measured.key not in before or (of_corpus and not (shown and shown.headline)):
+            continue
+        digits = 3 if shown is None else shown.digits
+        lines.append(f"| {measured.name}, {measured.label} | {before[measured.key].shown(digits)} | {measured.shown(digits)} |")
+    scored = "Both were scored by the same evaluation, the right one with the written codes times their scales."
+    zeros = (
+        f"{others.float8.zeros:,} of {others.float8.weights:,} weights in scope are zero in the written bytes, among them all pruned ones."
+    )
+    size = f"The tensors have {others.float8.bytes:,} bytes. Loading needs compressed-tensors."
+    return "\n".join([*lines, "", f"{scored} {zeros} {size}", ""])
+
+
 def gguf_files(gguf: list[Counted]) -> str:
     """Markdown: the files for llama.cpp, and what was counted in each; nothing where there is none."""
     if not gguf:
@@ -369,12 +417,12 @@ def checkout(code: str) -> str:
 
 
 def write_card(
-    path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, gguf: list[Counted], to_be_set: list[str]
+    path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, others: Others, to_be_set: list[str]
 ) -> None:
     """Write the whole card.
 
     Args:
-        verified: what the release's checks found. gguf: what was read back from the files for llama.cpp.
+        verified: what the release's checks found. others: what else the release holds.
         to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
     recipe, base, run = delta.recipe, records.base, records.run
@@ -392,8 +440,8 @@ def write_card(
 # {name}
 
 [{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * delta.summary["sparsity"]:.4g}% of the weights of its decoder
-blocks' linear layers set to zero, in one shot, without training on a task. The tensors are plain dense ones with exact zeros: any
-client loads them. Zeros alone make no file smaller and no client faster.
+blocks' linear layers set to zero, in one shot, without training on a task.
+{stored_as(others)} Zeros alone make no file smaller and no client faster.
 
 ## What was done
 
@@ -458,7 +506,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 Checked after writing: stock transformers {version("transformers")} loads it without missing tensors and gives the
 logits of base + delta.
-{gguf_files(gguf)}
+{float8_table(records, others)}{gguf_files(others.gguf)}
 ## Cost of pruning
 
 {run["seconds"]:.0f} s on {run["device"]} in {run["dtype"]}, peak memory {run["peak_memory_gib"]:.2f} GiB. {energy_of(run)}

@@ -6,7 +6,8 @@ from huggingface_hub import ModelCard
 from stages.config.compose import read
 from stages.config.params import CONF
 from stages.evaluation.measurement import Difference, Kind, Measurement
-from stages.release.card import exceptions, origin, write_card
+from stages.release.card import Others, exceptions, origin, write_card
+from stages.release.float8 import CountedFloat8
 from stages.release.llama_cpp.writing import Counted
 from stages.release.naming import default_name
 from stages.release.records import Records
@@ -84,6 +85,7 @@ MATRICES = [
     {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True, "refined": True},
 ]
 VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501)
+NO_OTHERS = Others(gguf=[], float8=None, float8_results=[])
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
 
 
@@ -101,12 +103,12 @@ def written(tmp_path):
     def write(
         records: Records = RECORDS,
         verified: Verified = VERIFIED,
-        gguf: tuple[Counted, ...] = (),
+        others: Others = NO_OTHERS,
         to_be_set: tuple[str, ...] = (),
         **changes: object,
     ) -> ModelCard:
         path, delta = tmp_path / "README.md", Delta(**changes)
-        write_card(path, name="small", delta=delta, records=records, verified=verified, gguf=list(gguf), to_be_set=list(to_be_set))
+        write_card(path, name="small", delta=delta, records=records, verified=verified, others=others, to_be_set=list(to_be_set))
         return ModelCard.load(path)
 
     return write
@@ -361,7 +363,20 @@ def test_the_card_says_when_the_errors_were_measured_where_blocks_were_trained_t
 def test_the_files_for_llama_cpp_stand_with_the_zeros_that_were_counted_in_them(written):
     assert "llama.cpp" not in written().content
     counted = Counted(type="Q3_K", file="small-Q3_K.gguf", bytes=12345, zeros=51, weights=100, otherwise=2)
-    card = written(gguf=(counted,)).content
+    card = written(others=replace(NO_OTHERS, gguf=[counted])).content
     cell = "`small-Q3_K.gguf` (2 matrices of another type, since their rows do not divide into its blocks)"
     assert f"| {cell} | 12,345 | 51 | 100 |" in card
     assert "The results above are those of the checkpoint, not of these files." in card
+
+
+def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rounding(written):
+    assert "any client loads them" in written().content
+    scores = [replace(measured, value=measured.value * 1.5) for measured in RECORDS.sparse]
+    float8 = CountedFloat8(bytes=1234, zeros=51, weights=100)
+    card = written(others=Others(gguf=[], float8=float8, float8_results=scores)).content
+    assert "any client loads them" not in card
+    section = card[card.index("## Float8") :]
+    measured = next(one for one in RECORDS.sparse if one.metric == "perplexity")
+    assert f"| {measured.name}, perplexity | {measured.shown(2)} | {scores[RECORDS.sparse.index(measured)].shown(2)} |" in section
+    assert "51 of 100 weights in scope are zero in the written bytes, among them all pruned ones." in section
+    assert "The tensors have 1,234 bytes." in section
