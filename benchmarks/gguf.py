@@ -56,7 +56,8 @@ def by_llama_cpp(path: Path, windows: torch.Tensor) -> tuple[torch.Tensor, str]:
     from llama_cpp import Llama
 
     length = windows.shape[1]
-    model = Llama(model_path=str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+    sizes = {"n_ctx": length, "n_batch": length, "n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
+    model = Llama(model_path=str(path), **sizes, logits_all=True, verbose=False)
     try:
         scored = []
         for window in windows:
