@@ -12,48 +12,69 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
 from stages.config.entry import stage
 from stages.config.environment import Environment
+from stages.errors import ReleaseError
 from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
 from stages.release.benchmarks import write_eval_results
-from stages.release.card import write_card
+from stages.release.card import Others, write_card
+from stages.release.float8 import require_float8, write_float8
 from stages.release.licence import require_derivable
+from stages.release.llama_cpp.writing import GgufWriter, write_checked
 from stages.release.naming import default_name
+from stages.release.packed import pack_release
 from stages.release.packing import pack, write_sums
 from stages.release.params import local_paths, write_params
 from stages.release.records import Records
-from stages.release.verification import verify
+from stages.release.section import CONTENTS, Contents
+from stages.release.verification import Verified, verify
+from stages.release.zeros import write_zeros
 
 log = logging.getLogger(__name__)
 
 
-@stage("publish.name", "publish.any_license", "environment")
-def main(publish_name: str | None, publish_any_license: bool, environment: Environment) -> None:
+@stage(*(f"publish.{key}" for key in CONTENTS), "environment")
+def main(environment: Environment, **contents: Any) -> None:
+    publish = Contents(**{key: contents[f"publish_{key}"] for key in CONTENTS})
     base = Checkpoint(BASE)
     delta = SparseDelta(SPARSE, base.fingerprint)
     records = Records.read()
     records.require_of(delta)
     records.require_versions(environment)
-    require_derivable(records.base["license"], any_license=publish_any_license)
+    require_derivable(records.base["license"], any_license=publish.any_license)
     delta.require_hashes()
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
-    name = publish_name or default_name(records.base["name"], delta.recipe)
-    of_publish = {"name": publish_name, "any_license": publish_any_license}
-    sections = records.sections(delta.recipe, publish=of_publish, environment=asdict(environment))
-    require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
+    if publish.masks_only and not delta.masks_alone:
+        raise ReleaseError(f"publish.masks_only: found true, and kept weights of {SPARSE} that are not the base's, wanted false")
+    rounded = publish.dtype == "float8"
+    float8_results = records.float8(delta) if rounded else []
+    if rounded:
+        require_float8(delta)
+    name = publish.name or default_name(records.base["name"], delta.recipe)
+    sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
+    gguf = [GgufWriter(base, delta, of) for of in publish.written_gguf_types]
+    shards = sum((BASE / shard).stat().st_size for shard in base.headers)
+    require_free_disk(RELEASE, shards * (1 + publish.packed) + sum(writer.size for writer in gguf))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)
-        write_json(release / PROVENANCE, provenance(delta.recipe, records))
         pack(base, delta, release)
         verified = verify(release, base, delta)
-        log.info("checked %d matrices and %d other tensors", verified.matrices, verified.other_tensors)
-        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, to_be_set=local_paths(sections))
+        log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loading)
+        write_json(release / PROVENANCE, provenance(delta.recipe, records, verified))
+        write_zeros(release, delta)
+        float8 = write_float8(release, base, delta) if rounded else None
+        files = write_checked(gguf, release, name)
+        others = Others(gguf=files, float8=float8, float8_results=float8_results, packed=publish.packed)
+        to_be_set = local_paths(sections)
+        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, others=others, to_be_set=to_be_set)
         write_eval_results(release, records)
+        if publish.packed:
+            pack_release(release, base if publish.masks_only else None)
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)
 
 
-def provenance(recipe: Recipe, records: Records) -> dict[str, Any]:
+def provenance(recipe: Recipe, records: Records, verified: Verified) -> dict[str, Any]:
     """Where everything in the release comes from."""
     return {
         "base": records.base,
@@ -62,7 +83,7 @@ def provenance(recipe: Recipe, records: Records) -> dict[str, Any]:
         "recipe": recipe.as_dict(),
         "prune": records.run,
         "evaluation": {"protocol": records.protocol, "dense": as_rows(records.dense), "sparse": as_rows(records.sparse)},
-        "publish": {"code": record.code_revision(), "versions": record.versions()},
+        "publish": {"code": record.code_revision(), "versions": record.versions(), "verified": asdict(verified)},
     }
 
 

@@ -22,8 +22,8 @@ from tests.project import ROOT, Project
 
 SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ALL = set(SPEC)
-RERUN_BY_PRUNING = ["prune", "evaluate_sparse", "publish", "upload"]
-EVALUATIONS = ["evaluate_dense", "evaluate_sparse", "evaluate_quantised"]
+RERUN_BY_PRUNING = ["prune", "evaluate_sparse", "evaluate_float8", "publish", "upload"]
+EVALUATIONS = ["evaluate_dense", "evaluate_sparse", "evaluate_quantised", "evaluate_float8"]
 
 
 # What dvc.yaml declares is what the code uses.
@@ -70,6 +70,7 @@ def test_when_nothing_changed_nothing_runs(project):
         (["method=sparsegpt"], RERUN_BY_PRUNING),
         (["evaluation.rows=3"], [*EVALUATIONS, "publish", "upload"]),
         (["publish.name=small"], ["publish", "upload"]),
+        (["publish.dtype=float8"], ["evaluate_float8", "publish", "upload"]),
         (["publish.hub.private=false"], ["upload"]),
         (["ruler.types=[Q3_K]"], ["evaluate_quantised"]),
     ],
@@ -115,10 +116,10 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
         ("stages/pruning/block_loop.py", {"prune"}),
         ("stages/evaluation/metrics/perplexity.py", {*EVALUATIONS, "publish"}),
         ("stages/evaluation/comparison.py", {"evaluate_sparse"}),
-        ("stages/evaluation/quantisation.py", {"evaluate_quantised"}),
+        ("stages/evaluation/quantisation.py", {"evaluate_quantised", "publish"}),
         ("stages/release/card.py", {"publish"}),
         ("stages/release/uploading.py", {"upload"}),
-        ("stages/checkpoint/delta.py", {"prune", "evaluate_sparse", "publish"}),
+        ("stages/checkpoint/delta.py", {"prune", "evaluate_sparse", "evaluate_float8", "publish"}),
         ("stages/config/entry.py", ALL),
         ("stages/config/sections.py", set()),
         ("stages/config/checks.py", set()),
@@ -321,7 +322,7 @@ def test_what_several_processes_made_is_taken_as_the_stages_result(project):
 
 def test_a_second_clone_computes_nothing_that_the_first_has_shared(project, tmp_path):
     point = ["exp", "run", "-S", "experiment=tiny", "-S", "calibration.seed=7"]
-    assert project.stages_run(*point, "-n", "shared") == ["sample", "prune", "evaluate_sparse", "publish", "upload"]
+    assert project.stages_run(*point, "-n", "shared") == ["sample", "prune", "evaluate_sparse", "evaluate_float8", "publish", "upload"]
     project.run("dvc", "exp", "push", "origin", "shared", "--run-cache")
     other = projects.clone(project, tmp_path / "b")
     assert other.stages_run(*point, "--pull", "--allow-missing") == []

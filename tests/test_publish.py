@@ -26,13 +26,14 @@ from stages.config import sections as configuration
 from stages.config.compose import composed, read
 from stages.config.environment import Environment, installed
 from stages.config.params import CONF
-from stages.errors import CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
+from stages.errors import ArchitectureError, CheckpointError, ComparisonError, ConfigError, ReleaseError, SparsesweepError
 from stages.evaluation.measurement import Difference, Kind, Measurement, as_rows
 from stages.evaluation.protocol import versions
 from stages.files import (
     BASE,
     CALIBRATION,
     DENSE_RESULTS,
+    FLOAT8_RESULTS,
     PRUNE_RESULTS,
     RELEASE,
     SPARSE,
@@ -42,12 +43,13 @@ from stages.files import (
     sha256,
     write_json,
 )
+from stages.release.__main__ import main as release_commands
 from stages.release.naming import default_name
-from stages.release.section import Hub, Publish
+from stages.release.section import CONTENTS, Publish
+from stages.release.zeros import read_zeros
 from stages.schema import check
 
 ROOT = CONF.parent
-NOWHERE = {"repo": None, "private": True, "existing": False, "dry_run": False}
 DATA_FILE = {"reader": "rows", "text": "text", "messages": "messages", "role": "role", "content": "content"}
 TEXTS = {
     "calibration": {"pages": {**DATA_FILE, "source": "local", "path": None, "sha256": "1" * 64, "license": "cc0-1.0"}},
@@ -177,11 +179,12 @@ def edit(path: Path, **changes: Any) -> None:
     write_json(path, {**read_json(path), **changes})
 
 
-def run(name: str | None = None, *, any_license: bool = False) -> None:
+def run(name: str | None = None, **changes: Any) -> None:
     """Run the publish stage."""
-    check(Publish(name=name, any_license=any_license, hub=Hub(**NOWHERE)), "publish")
+    section = Publish(**{**asdict(read()["publish"]), "name": name, **changes})
+    check(section, "publish")
     environment = Environment(**{field.name: installed(field.name) for field in fields(Environment)})
-    publish.main.function(publish_name=name, publish_any_license=any_license, environment=environment)
+    publish.main.function(environment=environment, **{f"publish_{key}": getattr(section, key) for key in CONTENTS})
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +245,7 @@ def test_the_release_has_what_every_stage_recorded(project):
     assert written["base"] == read_json(BASE / "provenance.json")["section"]
     assert (written["text"], written["calibration"], written["evaluation"]) == (TEXTS, DRAWN, EVALUATION)
     assert {name: written[name] for name in delta.recipe.sections} == sections_on_any_machine(delta)
-    assert written["publish"] == {"name": None, "any_license": False, "hub": NOWHERE}
+    assert written["publish"] == asdict(read()["publish"])
     assert "# tiny-wanda-sparse50\n" in (RELEASE / "README.md").read_text()
     assert (RELEASE / "provenance.json").is_file()
 
@@ -445,7 +448,119 @@ def test_a_name_that_the_hub_does_not_take_is_refused(project, name):
 def test_a_name_that_the_user_gave_is_used(project):
     run("org/mine_sparse05")
     assert "# org/mine_sparse05\n" in (RELEASE / "README.md").read_text()
-    assert params()["publish"] == {"name": "org/mine_sparse05", "any_license": False, "hub": NOWHERE}
+    assert params()["publish"] == {**asdict(read()["publish"]), "name": "org/mine_sparse05"}
+
+
+# Files for llama.cpp.
+
+
+def test_files_for_llama_cpp_stand_beside_the_checkpoint_under_its_name_and_on_its_card(project):
+    run(formats=["safetensors", "gguf"], gguf_types=["BF16", "F16"])
+    card = (RELEASE / "README.md").read_text()
+    delta = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
+    zeros = sum(row["zeros"] for row in delta.matrices)
+    for name in ("tiny-wanda-sparse50-BF16.gguf", "tiny-wanda-sparse50-F16.gguf"):
+        assert (RELEASE / name).is_file()
+        assert f"| `{name}` |" in card
+    assert re.search(rf"BF16.gguf` \| [\d,]+ \| {zeros:,} \| {2 * zeros:,} \|", card)
+    assert "BF16.gguf\n" in (RELEASE / "SHA256SUMS").read_text()
+
+
+def test_what_llama_cpp_has_no_type_for_is_refused_before_anything_is_written(project):
+    rows = r"found a matrix of shape \[112, 32\]|found a matrix of shape \[32, 112\], wanted columns in multiples of 32 for Q8_0"
+    with pytest.raises(ArchitectureError, match=rows):
+        run(formats=["safetensors", "gguf"], gguf_types=["Q8_0"])
+    assert not list(project.glob("*release*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"formats": ["gguf"], "gguf_types": ["F16"]}, r"publish.formats: found \['gguf'\], wanted safetensors among them"),
+        ({"formats": ["safetensors", "onnx"]}, "publish.formats: found 'onnx', wanted one of safetensors, gguf"),
+        ({"formats": ["safetensors"] * 2}, "publish.formats: found .*, wanted each of them once"),
+        ({"gguf_types": ["Q4_K"]}, "publish.gguf_types: found 'Q4_K', wanted one of F32, .*, Q3_K, in which zeros stay exactly zero"),
+        ({"formats": ["safetensors", "gguf"], "gguf_types": []}, r"publish.gguf_types: found \[\], wanted at least one type for gguf"),
+    ],
+)
+def test_formats_that_there_are_not_and_types_that_lose_zeros_are_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(**changes)
+
+
+# Float8.
+
+
+def evaluate_rounded(delta: str, perplexity: float = 46.0) -> None:
+    """What evaluate part=float8 leaves."""
+    FLOAT8_RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(FLOAT8_RESULTS / "measurements.json", as_rows(measurements("sparse", perplexity)))
+    write_json(FLOAT8_RESULTS / "protocol.json", {**read_json(SPARSE_RESULTS / "details/protocol.json"), "delta": delta})
+
+
+def test_a_release_in_float8_has_its_own_results_on_its_card(project):
+    pytest.importorskip("compressed_tensors")
+    evaluate_rounded(SparseDelta(SPARSE, Checkpoint(BASE).fingerprint).fingerprint)
+    run(dtype="float8")
+    assert read_json(RELEASE / "config.json")["quantization_config"]["format"] == "float-quantized"
+    assert "| news, perplexity | 45.00 ± 1.00 | 46.00 ± 1.00 |" in (RELEASE / "README.md").read_text()
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=RELEASE, check=True)
+
+
+def test_results_in_float8_that_are_missing_or_of_another_delta_are_refused(project):
+    with pytest.raises(ReleaseError, match="results/float8/protocol.json: not found, wanted .*; run python -m stages.evaluate part=float8"):
+        run(dtype="float8")
+    evaluate_rounded("f" * 64)
+    with pytest.raises(ReleaseError, match="results/float8/protocol.json: found results of delta f{12}, wanted [0-9a-f]{12}; run"):
+        run(dtype="float8")
+    assert not list(project.glob("*release*"))
+
+
+# Packed, and the zeros for machines.
+
+
+def unpacked(*arguments: str) -> Path:
+    """What `python -m stages.release unpack` restores of the release."""
+    release_commands(["unpack", str(RELEASE), "--out", "unpacked", *arguments])
+    return Path("unpacked")
+
+
+@pytest.mark.parametrize("masks_only", [False, True])
+def test_a_packed_release_unpacks_to_the_shards_of_the_plain_one(project, masks_only):
+    run()
+    plain = {path.name: path.read_bytes() for path in RELEASE.iterdir()}
+    run(packed=True, masks_only=masks_only)
+    assert "The shards here are packed without loss" in (RELEASE / "README.md").read_text()
+    assert not list(RELEASE.glob("*.safetensors"))
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=RELEASE, check=True)
+    restored = unpacked(*(["--base", str(BASE)] if masks_only else []))
+    assert {path.name for path in restored.iterdir()} == set(plain)
+    differing = {name for name, content in plain.items() if (restored / name).read_bytes() != content}
+    assert differing == {"README.md", "params.yaml", "SHA256SUMS"}
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=restored, check=True)
+
+
+def test_masks_alone_are_refused_where_kept_weights_changed(project):
+    prune_by_hand("method=sparsegpt")
+    evaluate("sparse", 45.0)
+    with pytest.raises(ReleaseError, match="publish.masks_only: found true, and kept weights of artifacts/sparse that are not the base's"):
+        run(packed=True, masks_only=True)
+    assert not list(project.glob("*release*"))
+
+
+def test_masks_alone_that_are_not_packed_are_refused(project):
+    with pytest.raises(ConfigError, match="publish.masks_only: found True, wanted false, or publish.packed true as well"):
+        run(masks_only=True)
+
+
+def test_the_release_states_its_zeros(project):
+    run()
+    delta, zeros = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint), read_zeros(RELEASE)
+    assert (zeros.pattern, zeros.comparison_group) == ({"name": "unstructured", "sparsity": 0.5}, "row")
+    assert set(zeros.tensors) == set(delta)
+    assert zeros.pruned == sum(row["zeros"] for row in delta.matrices) <= zeros.zeros
+    assert not {"sparsity_config", "quantization_config", "compression_config"} & set(read_json(RELEASE / "config.json"))
+    release_commands(["check", str(RELEASE)])
 
 
 # Nothing of the machine, and nothing that runs.

@@ -15,7 +15,7 @@ package libggml-python brings, the extra `ruler`.
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
@@ -71,6 +71,7 @@ TYPES = {
     of.name: of
     for of in (
         QuantisationType(name="F16"),
+        QuantisationType(name="BF16"),
         QuantisationType(name="Q8_0"),
         QuantisationType(name="Q6_K", otherwise="Q8_0", native=True),
         QuantisationType(name="Q5_K", otherwise="Q5_1", native=True),
@@ -109,6 +110,18 @@ def quantised(weight: torch.Tensor, of: QuantisationType) -> torch.Tensor:
         ValueError: the columns do not divide into blocks, or a value or scale is beyond float16.
         ConfigError: the type needs libggml-base, and its package is not installed.
     """
+    _, dequantised = _quantised(weight, of)
+    return torch.from_numpy(dequantised.astype(np.float32, copy=False)).to(weight.device, weight.dtype)
+
+
+def blocks_of(weight: torch.Tensor, of: QuantisationType) -> np.ndarray:
+    """Quantise a matrix, [rows, columns] -> [rows, ...]: the bytes of a row are those of a GGUF file. Raises as `quantised` does."""
+    blocks, _ = _quantised(weight, of)
+    return blocks
+
+
+def _quantised(weight: torch.Tensor, of: QuantisationType) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks of a matrix, and the values that they stand for."""
     if not of.fits(weight.shape[-1]):
         raise ValueError(f"{of.name}: found a matrix of shape {list(weight.shape)}, wanted columns in multiples of {of.block}")
     values = weight.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -117,7 +130,7 @@ def quantised(weight: torch.Tensor, of: QuantisationType) -> torch.Tensor:
         dequantised = gguf.dequantize(blocks, of.code)
     if not np.isfinite(dequantised).all():
         raise ValueError(f"{of.name}: found weights up to {np.abs(values).max():.3g}, wanted weights whose scales float16 can represent")
-    return torch.from_numpy(dequantised.astype(np.float32, copy=False)).to(weight.device, weight.dtype)
+    return blocks, dequantised
 
 
 class Quantiser:
@@ -190,12 +203,17 @@ def fitting(matrix: Matrix, wanted: QuantisationType) -> QuantisationType:
     Raises:
         ArchitectureError: the rows do not divide into blocks, and llama.cpp has no other type; names the matrix.
     """
-    columns = matrix.shape[1]
+    return fitting_shape(matrix.name, matrix.shape, wanted)
+
+
+def fitting_shape(name: str, shape: Sequence[int], wanted: QuantisationType) -> QuantisationType:
+    """The same of a matrix of this name and shape, [rows, columns]."""
+    columns = shape[1]
     if wanted.fits(columns):
         return wanted
     if wanted.otherwise is None:
-        found = f"found a matrix of shape {list(matrix.shape)}, wanted columns in multiples of {wanted.block}"
-        raise ArchitectureError(f"{matrix.name}: {found} for {wanted.name}, for which llama.cpp has no other type")
+        found = f"found a matrix of shape {list(shape)}, wanted columns in multiples of {wanted.block}"
+        raise ArchitectureError(f"{name}: {found} for {wanted.name}, for which llama.cpp has no other type")
     otherwise = TYPES[wanted.otherwise]
     return otherwise if otherwise.fits(columns) else LAST_RESORT
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -20,12 +21,29 @@ from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.scores import SCORES
 from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
+from stages.release.float8 import CountedFloat8
+from stages.release.llama_cpp.writing import Counted
 from stages.release.records import Records
 from stages.release.verification import Verified
 from stages.schema import Citation, Table
 
 TEMPLATE = "templates/card.md"
 ARXIV = "https://arxiv.org/abs/"
+
+@dataclass(frozen=True, kw_only=True)
+class Others:
+    """What a release holds beside the checkpoint in the base's dtype, or in its place.
+
+    gguf: what was read back from the files for llama.cpp. float8: what was from a checkpoint in float8, or None; float8_results: its
+    measurements. packed: whether its shards are packed.
+    """
+
+    gguf: list[Counted]
+    float8: CountedFloat8 | None
+    float8_results: list[Measurement]
+    packed: bool
+
+
 Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
@@ -101,6 +119,15 @@ def kept_weights(verified: Verified) -> str:
     if verified.changed:
         return f"changed in {verified.changed} tensors, of the base's values elsewhere"
     return "the base's values, bit for bit"
+
+
+def loaded(verified: Verified) -> str:
+    """Which check of loading was made, see loading.check_loading."""
+    stock = f"stock transformers {version('transformers')}"
+    if verified.loading == "whole":
+        return f"{stock} loads it without missing tensors and gives the\nlogits of base + delta."
+    checked = "and the logits\nof the release, computed block by block, are those of base + delta."
+    return f"{stock} finds all tensors that it wants, in their shapes, {checked} It was not loaded whole: memory did not suffice."
 
 
 def origin(base: dict[str, Any]) -> str:
@@ -347,6 +374,52 @@ def _pace(run: dict[str, Any]) -> str:
     return f"{made['tokens_per_second']:.2f} tokens a second ({made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']})"
 
 
+def stored_as(others: Others) -> str:
+    """What the tensors are."""
+    if others.float8 is None:
+        return f"The tensors are plain dense ones with exact zeros: any client loads them{', once they are unpacked' * others.packed}."
+    stored = (
+        "The weights of these layers are stored as float8 (E4M3) with a scale for each output channel, in the layout of compressed-tensors"
+    )
+    return f"{stored}; zeros are exact. All up to the section Float8 is of the weights before they were rounded."
+
+
+def float8_table(records: Records, others: Others) -> str:
+    """Markdown: the pruned model in float8 beside itself before rounding; nothing where the release is not rounded."""
+    if others.float8 is None:
+        return ""
+    before = {measured.key: measured for measured in records.sparse if measured.style == "raw"}
+    known = shown_measurements()
+    lines = ["", "## Float8", "", "| | before rounding | float8 |", "|---|---|---|"]
+    for measured in others.float8_results:
+        of_corpus = measured.kind == Kind.CORPUS
+        shown = known.get(measured.metric) if of_corpus else None
+        if measured.style != "raw" or measured.key not in before or (of_corpus and not (shown and shown.headline)):
+            continue
+        digits = 3 if shown is None else shown.digits
+        lines.append(f"| {measured.name}, {measured.label} | {before[measured.key].shown(digits)} | {measured.shown(digits)} |")
+    scored = "Both were scored by the same evaluation, the right one with the written codes times their scales."
+    zeros = (
+        f"{others.float8.zeros:,} of {others.float8.weights:,} weights in scope are zero in the written bytes, among them all pruned ones."
+    )
+    size = f"The tensors have {others.float8.bytes:,} bytes. Loading needs compressed-tensors."
+    return "\n".join([*lines, "", f"{scored} {zeros} {size}", ""])
+
+
+def gguf_files(gguf: list[Counted]) -> str:
+    """Markdown: the files for llama.cpp, and what was counted in each; nothing where there is none."""
+    if not gguf:
+        return ""
+    lines = ["", "| for llama.cpp | bytes | zeros | of weights in scope |", "|---|---|---|---|"]
+    lines += [f"| `{one.file}`{_otherwise(one)} | {one.bytes:,} | {one.zeros:,} | {one.weights:,} |" for one in gguf]
+    read_back = "Every file was read back: each pruned weight is exactly zero in it. Rounding makes zeros of some kept weights, too."
+    return "\n".join([*lines, "", f"{read_back} The results above are those of the checkpoint, not of these files.", ""])
+
+
+def _otherwise(one: Counted) -> str:
+    return f" ({one.otherwise} matrices of another type, since their rows do not divide into its blocks)" if one.otherwise else ""
+
+
 # How to make it again.
 
 
@@ -399,11 +472,26 @@ def drawn_from(calibration: dict[str, Any], text: dict[str, Any]) -> str:
     return "; ".join(named)
 
 
-def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, to_be_set: list[str]) -> None:
+def unpacking(name: str) -> str:
+    """Markdown: how a packed release is restored."""
+    command = f"python -m stages.release unpack {name} --revision COMMIT --out {name.rsplit('/', 1)[-1]}"
+    return f"""The shards here are packed without loss, and no client loads them so. In a clone of sparsesweep, this restores the plain
+checkpoint byte for byte, from the repository at a commit or from a directory:
+
+```sh
+{command}
+```
+
+"""
+
+
+def write_card(
+    path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, others: Others, to_be_set: list[str]
+) -> None:
     """Write the whole card.
 
     Args:
-        verified: what the release's checks found.
+        verified: what the release's checks found. others: what else the release holds.
         to_be_set: keys of params.yaml that name files of the machine that made the release.
     """
     facts = {
@@ -411,6 +499,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
         **of_method(delta, records, verified),
         **of_results(records),
         **of_run(delta, records, to_be_set),
+        **of_files(name, records, verified, others),
     }
     template = files("stages.release").joinpath(TEMPLATE).read_text(encoding="utf8")
     card = ModelCard.from_template(metadata(name, delta.recipe, records), template_str=template, **facts)
@@ -472,7 +561,6 @@ def of_run(delta: SparseDelta, records: Records, to_be_set: list[str]) -> dict[s
     took = f"{run['seconds']:.0f} s on {run['device']} in {run['dtype']}, peak memory {run['peak_memory_gib']:.2f} GiB."
     local = f"\nSet {', '.join(to_be_set)} to copies of your own: these files came from a disk.\n" if to_be_set else ""
     return {
-        "transformers": version("transformers"),
         "cost": f"{took} {energy_of(run)}",
         "checkout": checkout(run["code"]),
         "to_be_set": local,
@@ -482,4 +570,16 @@ def of_run(delta: SparseDelta, records: Records, to_be_set: list[str]) -> dict[s
             ("delta, fingerprint", delta.fingerprint),
             ("code, git commit", run["code"]),
         ],
+    }
+
+
+def of_files(name: str, records: Records, verified: Verified, others: Others) -> dict[str, str]:
+    """What the template says of the files."""
+    return {
+        "stored_as": stored_as(others),
+        "packed": "the files here are packed further" if others.packed else "no file here is packed",
+        "unpacking": unpacking(name) if others.packed else "",
+        "loaded": loaded(verified),
+        "float8": float8_table(records, others),
+        "gguf": gguf_files(others.gguf),
     }

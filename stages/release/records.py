@@ -16,7 +16,17 @@ from stages.config.environment import Environment
 from stages.errors import ReleaseError
 from stages.evaluation.measurement import Measurement, from_rows
 from stages.evaluation.protocol import EMBEDDED, read_protocol, require_same
-from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, SPARSE_RESULTS, TEXT, read_json
+from stages.files import (
+    BASE,
+    CALIBRATION,
+    DENSE_RESULTS,
+    FLOAT8_RESULTS,
+    PROMPT_SENSITIVITY,
+    PRUNE_RESULTS,
+    SPARSE_RESULTS,
+    TEXT,
+    read_json,
+)
 from stages.pruning.section import ANY_MACHINE
 from stages.recipe import Recipe
 
@@ -167,6 +177,20 @@ class Records:
                 version = data["versions"].get(library.replace("_", "-"))
                 if version is not None:
                     _require(path, f"results of {library}", Version(version).public, wanted, command)
+
+    def float8(self, delta: SparseDelta) -> list[Measurement]:
+        """The measurements of the pruned model as float8.
+
+        Raises:
+            ReleaseError: there are none, or they are of another delta. ComparisonError: their protocol is another.
+        """
+        path, command = FLOAT8_RESULTS / "protocol.json", "python -m stages.evaluate part=float8"
+        if not path.is_file():
+            raise ReleaseError(f"{path}: not found, wanted results of the pruned model in float8; run {command}")
+        _require(path, "results of delta", read_json(path).get("delta"), delta.fingerprint, command)
+        sparse = SPARSE_RESULTS / PROTOCOL
+        require_same(read_protocol(path), read_protocol(sparse), names=(str(path), str(sparse)), remedy=f"run {command}")
+        return _measurements(FLOAT8_RESULTS / "measurements.json")
 
     @property
     def evaluated_on(self) -> list[str]:

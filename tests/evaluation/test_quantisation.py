@@ -21,8 +21,8 @@ from tests.pruning.test_architectures import fetched
 CPU = torch.device("cpu")
 K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 TYPES_OF_32 = ["Q4_0", "Q5_0", "Q5_1", "Q8_0"]
-KEEP_ZEROS = {"F16", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q3_K"}
-BITS = dict(F16=16, Q8_0=8.5, Q6_K=6.5625, Q5_K=5.5, Q5_1=6, Q5_0=5.5, Q4_K=4.5, Q4_0=4.5, Q3_K=3.4375, Q2_K=2.625)
+KEEP_ZEROS = {"F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q3_K"}
+BITS = dict(F16=16, BF16=16, Q8_0=8.5, Q6_K=6.5625, Q5_K=5.5, Q5_1=6, Q5_0=5.5, Q4_K=4.5, Q4_0=4.5, Q3_K=3.4375, Q2_K=2.625)
 LARGEST_ERROR = {"Q2_K": 0.0075, "Q3_K": 0.004}  # of test-quantize-fns of llama.cpp, of which the others' is 0.002
 GATE, DOWN = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"
 
@@ -126,7 +126,7 @@ def test_scales_beyond_float16_are_refused(name):
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(ConfigError, match="^quantisation type: found 'Q7', wanted one of F16, Q8_0, Q6_K"):
+    with pytest.raises(ConfigError, match="^quantisation type: found 'Q7', wanted one of F16, BF16, Q8_0, Q6_K"):
         type_named("Q7")
 
 

@@ -9,7 +9,9 @@ from jinja2 import meta
 from stages.config.compose import read
 from stages.config.params import CONF
 from stages.evaluation.measurement import Difference, Kind, Measurement
-from stages.release.card import bibtex, exceptions, origin, write_card
+from stages.release.card import Others, bibtex, exceptions, loaded, origin, write_card
+from stages.release.float8 import CountedFloat8
+from stages.release.llama_cpp.writing import Counted
 from stages.release.naming import default_name
 from stages.release.records import Records
 from stages.release.verification import Verified
@@ -86,7 +88,8 @@ MATRICES = [
     {"block": 0, "calibrated_on": "all tokens", "damping": 0.01, "trained": True, "refined": True},
     {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True, "refined": True},
 ]
-VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501)
+VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501, loading="whole")
+NO_OTHERS = Others(gguf=[], float8=None, float8_results=[], packed=False)
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
 
 
@@ -101,9 +104,16 @@ class Delta:
 def written(tmp_path):
     """A function that writes the card of a recipe and reads it."""
 
-    def write(records: Records = RECORDS, verified: Verified = VERIFIED, to_be_set: tuple[str, ...] = (), **changes: object) -> ModelCard:
+    def write(
+        records: Records = RECORDS,
+        verified: Verified = VERIFIED,
+        others: Others = NO_OTHERS,
+        to_be_set: tuple[str, ...] = (),
+        **changes: object,
+    ) -> ModelCard:
         path = tmp_path / "README.md"
-        write_card(path, name="small", delta=Delta(**changes), records=records, verified=verified, to_be_set=list(to_be_set))
+        made = {"delta": Delta(**changes), "records": records, "verified": verified, "others": others, "to_be_set": list(to_be_set)}
+        write_card(path, name="small", **made)
         return ModelCard.load(path)
 
     return write
@@ -392,3 +402,33 @@ def test_the_card_counts_the_documents_of_the_calibration(written):
 def test_the_card_has_the_hashes_of_what_made_it(written):
     assert "| delta, fingerprint | `de17a` |\n" in written().content
     assert "| code, git commit | `abc123` |\n" in written().content
+
+
+def test_the_files_for_llama_cpp_stand_with_the_zeros_that_were_counted_in_them(written):
+    assert "llama.cpp" not in written().content
+    counted = Counted(type="Q3_K", file="small-Q3_K.gguf", bytes=12345, zeros=51, weights=100, otherwise=2)
+    card = written(others=replace(NO_OTHERS, gguf=[counted])).content
+    cell = "`small-Q3_K.gguf` (2 matrices of another type, since their rows do not divide into its blocks)"
+    assert f"| {cell} | 12,345 | 51 | 100 |" in card
+    assert "The results above are those of the checkpoint, not of these files." in card
+
+
+def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rounding(written):
+    assert "any client loads them" in written().content
+    scores = [replace(measured, value=measured.value * 1.5) for measured in RECORDS.sparse]
+    float8 = CountedFloat8(bytes=1234, zeros=51, weights=100)
+    card = written(others=replace(NO_OTHERS, float8=float8, float8_results=scores)).content
+    assert "any client loads them" not in card
+    section = card[card.index("## Float8") :]
+    measured = next(one for one in RECORDS.sparse if one.metric == "perplexity")
+    assert f"| {measured.name}, perplexity | {measured.shown(2)} | {scores[RECORDS.sparse.index(measured)].shown(2)} |" in section
+    assert "51 of 100 weights in scope are zero in the written bytes, among them all pruned ones." in section
+    assert "The tensors have 1,234 bytes." in section
+
+
+@pytest.mark.parametrize(
+    ("loading", "said"),
+    [("whole", "loads it without missing tensors and gives the\nlogits of base + delta."), ("streamed", "It was not loaded whole: memory")],
+)
+def test_the_card_says_which_check_of_loading_was_made(loading, said):
+    assert said in loaded(replace(VERIFIED, loading=loading))

@@ -1,0 +1,118 @@
+"""A release in the hands of someone without sparsesweep: stock transformers loads it, and lm-eval's own command scores it.
+
+python -m benchmarks.stock_client [TASK ...]
+
+Runs `lm_eval run --model hf` on release/, in float32, in a process in which the package stages cannot be imported: Python isolated from
+the environment and the working directory (-I), without the links of editable installations (-S). The rows are those that the evaluation
+of results/sparse scored, and each score must be that of results/sparse within 1e-4. Reads release/, results/sparse and artifacts/text as
+the stages left them, writes benchmarks/stock_client.json and the table in docs/release.md. Takes minutes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.markers import write_between
+from stages.errors import ComparisonError
+from stages.evaluation.questions import Source, embedded_source
+from stages.evaluation.tasks import TASKS, read_task
+from stages.files import RELEASE, SPARSE_RESULTS, TEXT, read_json, sha256, write_json
+
+FILE, DOCUMENT = Path("benchmarks/stock_client.json"), Path("docs/release.md")
+START, END = "<!-- stock client: python -m benchmarks.stock_client -->", "<!-- end of stock client -->"
+DEFAULT = ("piqa", "arc_easy")
+WITHIN = 1e-4
+LIBRARIES = ("transformers", "lm_eval", "torch", "tokenizers", "safetensors")
+ISOLATED = """
+import sys
+from importlib.util import find_spec
+sys.path.append(sys.argv.pop(1))
+if find_spec("stages") is not None:
+    raise SystemExit("found the package stages, wanted a process that cannot import it")
+"""
+EVALUATE = """
+from lm_eval.__main__ import cli_evaluate
+sys.argv[0] = "lm_eval"
+cli_evaluate()
+"""
+
+
+def isolated(code: str, *arguments: object) -> None:
+    """Run code in a process of the same libraries that cannot import sparsesweep."""
+    command = [sys.executable, "-I", "-S", "-c", ISOLATED + code, sysconfig.get_path("purelib"), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run(command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SystemExit(f"a stock client ended with {done.returncode}: {done.stdout[-3000:]}")
+
+
+def scored(release: Path, sources: list[Source], scratch: Path) -> dict[str, dict[str, float]]:
+    """The scores of a release by lm-eval's own command: task -> metric -> value."""
+    definitions, out = scratch / "definitions", scratch / "out"
+    definitions.mkdir()
+    names = {}
+    for source in sources:
+        for number, definition in enumerate(source.tasks.values()):
+            names[name := f"stock_{source.name}_{number}"] = source.name
+            settings = {"task": name, "num_fewshot": source.few_shot}
+            (definitions / f"{name}.yaml").write_text(yaml.safe_dump({**definition, **settings}, sort_keys=False), encoding="utf8")
+    model = ("--model", "hf", "--model_args", f"pretrained={release.absolute()},dtype=float32", "--device", "cpu", "--batch_size", 4)
+    tasks = ("--tasks", ",".join(names), "--include_path", definitions.absolute())
+    isolated(EVALUATE, "run", *model, *tasks, "--output_path", out.absolute())
+    (results,) = out.rglob("results*.json")
+    of_tasks = json.loads(results.read_text(encoding="utf8"))["results"]
+    return {names[name]: {key.split(",")[0]: value for key, value in of_tasks[name].items() if ",none" in key} for name in names}
+
+
+def compared(task: str, metric: str, ours: float, theirs: float) -> dict[str, Any]:
+    """A row of the table.
+
+    Raises:
+        ComparisonError: the scores differ; names the task and both.
+    """
+    if abs(ours - theirs) > WITHIN:
+        raise ComparisonError(f"{task}, {metric}: found {theirs} by lm-eval's command, wanted {ours} as in {SPARSE_RESULTS}")
+    return {"task": task, "metric": metric, "ours": ours, "stock": theirs}
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| task | rows | metric | ours | stock client |", "|---|---|---|---|---|"]
+    lines += [f"| {row['task']} | {facts['rows']} | {row['metric']} | {row['ours']:.6f} | {row['stock']:.6f} |" for row in facts["scores"]]
+    versions = ", ".join(f"{library} {value}" for library, value in facts["versions"].items())
+    return "\n".join([*lines, "", f"{facts['model']}, in float32 on a CPU, with {versions}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score release/ by lm-eval's own command, without sparsesweep.")
+    parser.add_argument("tasks", nargs="*", default=DEFAULT)
+    names = parser.parse_args().tasks
+    protocol = read_json(SPARSE_RESULTS / "details/protocol.json")
+    rows = protocol["evaluation"]["rows"]
+    with tempfile.TemporaryDirectory() as directory:
+        scratch, sources = Path(directory), []
+        for name in names:
+            path = TEXT / f"evaluation/{name}.jsonl"
+            asked = read_task(TASKS[name], path, rows)
+            sources.append(embedded_source(TASKS[name], asked, [], few_shot=0, sha256=sha256(path), scratch=scratch))
+        theirs = scored(RELEASE, sources, scratch)
+    ours = {row["task"]: row for row in read_json(SPARSE_RESULTS / "details/paired.json")}
+    scores = [compared(name, ours[name]["metric"], ours[name]["sparse"], theirs[name][ours[name]["metric"]]) for name in names]
+    versions = {library: version(library) for library in LIBRARIES}
+    facts = {"model": read_json(RELEASE / "provenance.json")["base"]["name"], "rows": rows, "scores": scores, "versions": versions}
+    write_json(FILE, facts)
+    text = table(facts)
+    print(text)
+    write_between(DOCUMENT, START, END, text)
+
+
+if __name__ == "__main__":
+    main()
