@@ -21,7 +21,7 @@ from stages.release.packing import pack, write_sums
 from stages.release.params import local_paths, write_params
 from stages.release.records import Records
 from stages.release.section import Publish
-from stages.release.verification import verify
+from stages.release.verification import Verified, verify
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +40,16 @@ def main(publish: Publish, environment: Environment) -> None:
     require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)
-        write_json(release / PROVENANCE, provenance(delta.recipe, records))
         pack(base, delta, release)
         verified = verify(release, base, delta)
-        log.info("checked %d matrices and %d other tensors", verified.matrices, verified.other_tensors)
+        log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loading)
+        write_json(release / PROVENANCE, provenance(delta.recipe, records, verified))
         write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, to_be_set=local_paths(sections))
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)
 
 
-def provenance(recipe: Recipe, records: Records) -> dict[str, Any]:
+def provenance(recipe: Recipe, records: Records, verified: Verified) -> dict[str, Any]:
     """Where everything in the release comes from."""
     return {
         "base": records.base,
@@ -58,7 +58,7 @@ def provenance(recipe: Recipe, records: Records) -> dict[str, Any]:
         "recipe": recipe.as_dict(),
         "prune": records.run,
         "evaluation": {"protocol": records.protocol, "dense": as_rows(records.dense), "sparse": as_rows(records.sparse)},
-        "publish": {"code": record.code_revision(), "versions": record.versions()},
+        "publish": {"code": record.code_revision(), "versions": record.versions(), "verified": asdict(verified)},
     }
 
 

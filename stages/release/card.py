@@ -99,6 +99,15 @@ def kept_weights(verified: Verified) -> str:
     return "the base's values, bit for bit"
 
 
+def loaded(verified: Verified) -> str:
+    """Which check of loading was made, see loading.check_loading."""
+    stock = f"stock transformers {version('transformers')}"
+    if verified.loading == "whole":
+        return f"{stock} loads it without missing tensors and gives the\nlogits of base + delta."
+    checked = "and the logits\nof the release, computed block by block, are those of base + delta."
+    return f"{stock} finds all tensors that it wants, in their shapes, {checked} It was not loaded whole: memory did not suffice."
+
+
 def origin(base: dict[str, Any]) -> str:
     """Where the weights came from; that they may have been quantised, where they may."""
     match base:
@@ -439,8 +448,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-Checked after writing: stock transformers {version("transformers")} loads it without missing tensors and gives the
-logits of base + delta.
+Checked after writing: {loaded(verified)}
 
 ## Cost of pruning
 

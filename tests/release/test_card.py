@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from stages.config.compose import read
 from stages.config.params import CONF
 from stages.evaluation.measurement import Difference, Kind, Measurement
-from stages.release.card import exceptions, origin, write_card
+from stages.release.card import exceptions, loaded, origin, write_card
 from stages.release.naming import default_name
 from stages.release.records import Records
 from stages.release.verification import Verified
@@ -82,7 +82,7 @@ MATRICES = [
     {"block": 0, "calibrated_on": "all tokens", "damping": 0.01, "trained": True, "refined": True},
     {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True, "refined": True},
 ]
-VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501)
+VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501, loading="whole")
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
 
 
@@ -349,3 +349,11 @@ def test_the_card_says_when_the_errors_were_measured_where_blocks_were_trained_t
     content = written(**of("reconstruction=distilled")).content
     assert "||(W - W')X|| / ||WX||, before the last blocks were trained together: 0.2000" in content
     assert "share 0.5, epochs 1" in content
+
+
+@pytest.mark.parametrize(
+    ("loading", "said"),
+    [("whole", "loads it without missing tensors and gives the\nlogits of base + delta."), ("streamed", "It was not loaded whole: memory")],
+)
+def test_the_card_says_which_check_of_loading_was_made(loading, said):
+    assert said in loaded(replace(VERIFIED, loading=loading))
