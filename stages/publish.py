@@ -12,16 +12,19 @@ from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
 from stages.config.entry import stage
 from stages.config.environment import Environment
+from stages.errors import ReleaseError
 from stages.evaluation.measurement import as_rows
 from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, write_json
 from stages.recipe import Recipe
 from stages.release.card import write_card
 from stages.release.naming import default_name
+from stages.release.packed import pack_release
 from stages.release.packing import pack, write_sums
 from stages.release.params import local_paths, write_params
 from stages.release.records import Records
 from stages.release.section import Publish
 from stages.release.verification import Verified, verify
+from stages.release.zeros import write_zeros
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +38,29 @@ def main(publish: Publish, environment: Environment) -> None:
     records.require_versions(environment)
     delta.require_hashes()
     log.info("read %s, %s and the results of pruning and evaluation", BASE, SPARSE)
+    if publish.masks_only and not delta.masks_alone:
+        raise ReleaseError(f"publish.masks_only: found true, and kept weights of {SPARSE} that are not the base's, wanted false")
     name = publish.name or default_name(records.base["name"], delta.recipe)
     sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
-    require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers))
+    require_free_disk(RELEASE, sum((BASE / shard).stat().st_size for shard in base.headers) * (1 + publish.packed))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)
         pack(base, delta, release)
         verified = verify(release, base, delta)
         log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loading)
         write_json(release / PROVENANCE, provenance(delta.recipe, records, verified))
-        write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, to_be_set=local_paths(sections))
+        write_zeros(release, delta)
+        write_card(
+            release / "README.md",
+            name=name,
+            delta=delta,
+            records=records,
+            verified=verified,
+            to_be_set=local_paths(sections),
+            packed=publish.packed,
+        )
+        if publish.packed:
+            pack_release(release, base if publish.masks_only else None)
         write_sums(release)
     log.info("wrote %s: %s", RELEASE, name)
 

@@ -42,8 +42,10 @@ from stages.files import (
     sha256,
     write_json,
 )
+from stages.release.__main__ import main as release_commands
 from stages.release.naming import default_name
 from stages.release.section import Publish
+from stages.release.zeros import read_zeros
 from stages.schema import check
 
 ROOT = CONF.parent
@@ -176,9 +178,9 @@ def edit(path: Path, **changes: Any) -> None:
     write_json(path, {**read_json(path), **changes})
 
 
-def run(name: str | None = None) -> None:
+def run(name: str | None = None, packed: bool = False, masks_only: bool = False) -> None:
     """Run the publish stage."""
-    section = Publish(name=name)
+    section = Publish(name=name, packed=packed, masks_only=masks_only)
     check(section, "publish")
     publish.main.function(publish=section, environment=Environment(**{field.name: installed(field.name) for field in fields(Environment)}))
 
@@ -241,7 +243,7 @@ def test_the_release_has_what_every_stage_recorded(project):
     assert written["base"] == read_json(BASE / "provenance.json")["section"]
     assert (written["text"], written["calibration"], written["evaluation"]) == (TEXTS, DRAWN, EVALUATION)
     assert {name: written[name] for name in delta.recipe.sections} == sections_on_any_machine(delta)
-    assert written["publish"] == {"name": None}
+    assert written["publish"] == {"name": None, "packed": False, "masks_only": False}
     assert "# tiny-wanda-sparse50\n" in (RELEASE / "README.md").read_text()
     assert (RELEASE / "provenance.json").is_file()
 
@@ -444,7 +446,54 @@ def test_a_name_that_the_hub_does_not_take_is_refused(project, name):
 def test_a_name_that_the_user_gave_is_used(project):
     run("org/mine_sparse05")
     assert "# org/mine_sparse05\n" in (RELEASE / "README.md").read_text()
-    assert params()["publish"] == {"name": "org/mine_sparse05"}
+    assert params()["publish"]["name"] == "org/mine_sparse05"
+
+
+# Packed, and the zeros for machines.
+
+
+def unpacked(*arguments: str) -> Path:
+    """What `python -m stages.release unpack` restores of the release."""
+    release_commands(["unpack", str(RELEASE), "--out", "unpacked", *arguments])
+    return Path("unpacked")
+
+
+@pytest.mark.parametrize("masks_only", [False, True])
+def test_a_packed_release_unpacks_to_the_shards_of_the_plain_one(project, masks_only):
+    run()
+    plain = {path.name: path.read_bytes() for path in RELEASE.iterdir()}
+    run(packed=True, masks_only=masks_only)
+    assert "The shards here are packed without loss" in (RELEASE / "README.md").read_text()
+    assert not list(RELEASE.glob("*.safetensors"))
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=RELEASE, check=True)
+    restored = unpacked(*(["--base", str(BASE)] if masks_only else []))
+    assert {path.name for path in restored.iterdir()} == set(plain)
+    differing = {name for name, content in plain.items() if (restored / name).read_bytes() != content}
+    assert differing == {"README.md", "params.yaml", "SHA256SUMS"}
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=restored, check=True)
+
+
+def test_masks_alone_are_refused_where_kept_weights_changed(project):
+    prune_by_hand("method=sparsegpt")
+    evaluate("sparse", 45.0)
+    with pytest.raises(ReleaseError, match="publish.masks_only: found true, and kept weights of artifacts/sparse that are not the base's"):
+        run(packed=True, masks_only=True)
+    assert not list(project.glob("*release*"))
+
+
+def test_masks_alone_that_are_not_packed_are_refused(project):
+    with pytest.raises(ConfigError, match="publish.masks_only: found True, wanted false, or publish.packed true as well"):
+        run(masks_only=True)
+
+
+def test_the_release_states_its_zeros(project):
+    run()
+    delta, zeros = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint), read_zeros(RELEASE)
+    assert (zeros.pattern, zeros.comparison_group) == ({"name": "unstructured", "sparsity": 0.5}, "row")
+    assert set(zeros.tensors) == set(delta)
+    assert zeros.pruned == sum(row["zeros"] for row in delta.matrices) <= zeros.zeros
+    assert not {"sparsity_config", "quantization_config", "compression_config"} & set(read_json(RELEASE / "config.json"))
+    release_commands(["check", str(RELEASE)])
 
 
 # Nothing of the machine, and nothing that runs.

@@ -362,12 +362,28 @@ def checkout(code: str) -> str:
     return f"git checkout {code}"
 
 
-def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, to_be_set: list[str]) -> None:
+def unpacking(name: str) -> str:
+    """Markdown: how a packed release is restored."""
+    command = f"python -m stages.release unpack {name} --revision COMMIT --out {name.rsplit('/', 1)[-1]}"
+    return f"""The shards here are packed without loss, and no client loads them so. In a clone of sparsesweep, this restores the plain
+checkpoint byte for byte, from the repository at a commit or from a directory:
+
+```sh
+{command}
+```
+
+"""
+
+
+def write_card(
+    path: Path, *, name: str, delta: SparseDelta, records: Records, verified: Verified, to_be_set: list[str], packed: bool
+) -> None:
     """Write the whole card.
 
     Args:
         verified: what the release's checks found.
         to_be_set: keys of params.yaml that name files of the machine that made the release.
+        packed: whether the shards are packed.
     """
     recipe, base, run = delta.recipe, records.base, records.run
     begun = words(records.calibration["bos"]["token"])
@@ -376,6 +392,7 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
     competing = PATTERNS.section(recipe.pattern, "recipe.pattern").competing(recipe.method["comparison_group"])
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
     measured = ", before the last blocks were trained together" if together else ""
+    stored = "the files here are packed further" if packed else "no file here is packed"
     local = f"\nSet {', '.join(to_be_set)} to copies of your own: these files came from a disk.\n" if to_be_set else ""
     content = f"""---
 {metadata(name, recipe, records).to_yaml()}
@@ -385,7 +402,8 @@ def write_card(path: Path, *, name: str, delta: SparseDelta, records: Records, v
 
 [{base["name"]}](https://huggingface.co/{base["name"]}) with {100 * delta.summary["sparsity"]:.4g}% of the weights of its decoder
 blocks' linear layers set to zero, in one shot, without training on a task. The tensors are plain dense ones with exact zeros: any
-client loads them. Zeros alone make no file smaller and no client faster.
+client loads them{", once they are unpacked" * packed}. Zeros alone make no file smaller and no client faster. Machines read pattern
+and zeros in `sparsity.json`.
 
 ## What was done
 
@@ -425,7 +443,7 @@ Greedy continuations, dense and sparse.
 
 {size_table(records)}
 
-Packed is one bit a weight and the kept weights as stored; no file here is packed. {speed(records)} That is no comparison of speed: the
+Packed is one bit a weight and the kept weights as stored; {stored}. {speed(records)} That is no comparison of speed: the
 tensors are dense, zeros in them make no client faster, and no speed-up was measured or is claimed.
 
 ## Intended use
@@ -441,7 +459,7 @@ The figures hold for this text alone, for its languages and domains, and for thi
 
 ## How to load it
 
-```python
+{unpacking(name) * packed}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")

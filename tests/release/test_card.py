@@ -99,7 +99,7 @@ def written(tmp_path):
 
     def write(records: Records = RECORDS, verified: Verified = VERIFIED, to_be_set: tuple[str, ...] = (), **changes: object) -> ModelCard:
         path = tmp_path / "README.md"
-        write_card(path, name="small", delta=Delta(**changes), records=records, verified=verified, to_be_set=list(to_be_set))
+        write_card(path, name="small", delta=Delta(**changes), records=records, verified=verified, to_be_set=list(to_be_set), packed=False)
         return ModelCard.load(path)
 
     return write
