@@ -295,7 +295,7 @@ class _Container:
 
     def __init__(self, file: BinaryIO, names: Sequence[str], largest: int) -> None:
         self.file, self.ranges, self.end = file, dict[str, tuple[int, int]](), 0
-        self.length = len(_header(dict.fromkeys(names, (largest, largest))))
+        self.length = len(_header(dict.fromkeys(names, (largest, 2 * largest))))
         file.seek(LENGTH + self.length)
 
     def append(self, streams: Streams) -> None:

@@ -88,6 +88,16 @@ def test_random_weights_of_which_half_are_zero_take_less_than_half(tmp_path):
     assert (tmp_path / "packed").stat().st_size < 0.065 * (tmp_path / "pruned.safetensors").stat().st_size
 
 
+def test_a_header_has_room_for_every_size_that_its_streams_may_have(tmp_path):
+    contents = {f"stream.{number}": bytes([number]) * 12345 for number in range(80)}
+    with (tmp_path / "packed").open("wb") as file:
+        container = codec._Container(file, list(contents), largest=sum(map(len, contents.values())))
+        container.append(contents)
+        container.finish()
+    with safe_open(tmp_path / "packed", framework="np") as file:
+        assert {name: file.get_tensor(name).tobytes() for name in contents} == contents
+
+
 # Refused.
 
 
