@@ -11,7 +11,6 @@ used again. Keeps what it measures in benchmarks/release.json, and writes the ta
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,49 +37,60 @@ from stages.streaming.decoder import Decoder
 FILE, CHECKS, SIZES = Path("benchmarks/release.json"), Path("docs/release.md"), Path("docs/packed.md")
 MARKERS = "<!-- {}: python -m benchmarks.release -->", "<!-- end of {} -->"
 SPARSITY = 0.5
-STEPS = ("write", "verify", "verify streamed", "pack values", "unpack values", "pack masks", "unpack masks")
+SIZES_SO_FAR = "sizes.json"
+CHECKS_ALONE = ("write", "verify streamed")
+STEPS = (*CHECKS_ALONE, "pack values", "unpack values", "pack masks", "unpack masks", "verify")
 PLENTY = 2**50  # bytes of memory, where a model is to be loaded whole
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     if arguments.step is not None:
-        _step(arguments.step, arguments.base, arguments.scratch, arguments.blocks)
+        _step(arguments.step, arguments.base, arguments.scratch)
         return
     model = f"random, {arguments.blocks} blocks of zephyr-7b-beta" if arguments.blocks else read_json(BASE / PROVENANCE)["name"]
     base = arguments.scratch / f"base-{arguments.blocks}" if arguments.blocks else BASE
     rows = read_json(FILE) if FILE.is_file() else {}
-    rows[model] = _measured(base, arguments.scratch, arguments.blocks, STEPS[:3] if arguments.checks else STEPS)
-    write_json(FILE, rows)
+    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
+    prepare(base, arguments.scratch, arguments.blocks)
+    rows[model] = {"machine": machine, "imports": asdict(imports()), "steps": {}, "sizes": {"base": _size(base)}}
+    for step in CHECKS_ALONE if arguments.checks else STEPS:
+        if step == "verify" and arguments.blocks:
+            continue  # loads the model whole, which is the embedded model's check
+        print(step, file=sys.stderr, flush=True)
+        rows[model]["steps"][step] = cost_of(step, base, arguments.scratch)
+        rows[model]["sizes"] |= read_json(arguments.scratch / SIZES_SO_FAR)
+        write_json(FILE, rows)
+    remove(arguments.scratch / "plain")
     for document, name, text in ((CHECKS, "checks", checks_table(rows)), (SIZES, "sizes", sizes_table(rows))):
         print(text)
         write_between(document, *(marker.format(name) for marker in MARKERS), text)
 
 
-def _measured(base: Path, scratch: Path, blocks: int | None, steps: Sequence[str]) -> dict[str, Any]:
-    """Run every step, and keep what it cost."""
+def prepare(base: Path, scratch: Path, blocks: int | None) -> None:
+    """The base, unless it is there, and the delta."""
     scratch.mkdir(parents=True, exist_ok=True)
+    for name in ("plain", "values", "masks"):  # of a run that was interrupted
+        remove(scratch / name)
+    write_json(scratch / SIZES_SO_FAR, {})
     if blocks and not (base / PROVENANCE).is_file():
         random_checkpoint.write(base, blocks)
         files = {path.name: sha256(path) for path in sorted(base.iterdir())}
         write_json(base / PROVENANCE, {"source": "local", "name": "random", "files": files})
     make_delta(Checkpoint(base), scratch / "delta")
-    costs: dict[str, Any] = {}
-    for step in steps:
-        if step == "verify" and blocks:
-            continue  # loads the model whole, which is the embedded model's check
-        print(step, file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "benchmarks.release", "--step", step, "--base", str(base), "--scratch", str(scratch)]
-        cost = measure(command, log=scratch / "log.txt")
-        if cost.exit_code:
-            raise SystemExit(f"{step}: exit code {cost.exit_code}; see {scratch / 'log.txt'}")
-        costs[step] = asdict(cost)
-    packed = read_json(scratch / "sizes.json") if len(steps) == len(STEPS) else {}
-    sizes = packed | {"base": _size(base)}
-    for name in ("plain", "values", "masks", "delta"):
-        remove(scratch / name)
-    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"machine": machine, "imports": asdict(imports()), "steps": costs, "sizes": sizes}
+
+
+def cost_of(step: str, base: Path, scratch: Path) -> dict[str, Any]:
+    """Run a step in a process of its own.
+
+    Raises:
+        SystemExit: it failed; names its log.
+    """
+    command = [sys.executable, "-m", "benchmarks.release", "--step", step, "--base", str(base), "--scratch", str(scratch)]
+    cost = measure(command, log=scratch / "log.txt")
+    if cost.exit_code:
+        raise SystemExit(f"{step}: exit code {cost.exit_code}; see {scratch / 'log.txt'}")
+    return asdict(cost)
 
 
 def make_delta(base: Checkpoint, directory: Path, fraction: float = SPARSITY) -> SparseDelta:
@@ -108,7 +118,7 @@ def _recipe(base: Checkpoint, fraction: float) -> Recipe:
     return Recipe(**sections, base=base.fingerprint, calibration="none", label="magnitude", pattern_label="unstructured")
 
 
-def _step(step: str, directory: Path, scratch: Path, blocks: int | None) -> None:
+def _step(step: str, directory: Path, scratch: Path) -> None:
     """Run one step; what it leaves is what the next starts from."""
     base, plain = Checkpoint(directory), scratch / "plain"
     delta = SparseDelta(scratch / "delta", base.fingerprint)
@@ -127,8 +137,7 @@ def _step(step: str, directory: Path, scratch: Path, blocks: int | None) -> None
             packed = scratch / form
             plain.rename(packed)
             pack_release(packed, theirs)
-            sizes = scratch / "sizes.json"
-            write_json(sizes, (read_json(sizes) if sizes.is_file() else {}) | {form: _size(packed / FOLDER)})
+            write_json(scratch / SIZES_SO_FAR, read_json(scratch / SIZES_SO_FAR) | {form: _size(packed / FOLDER)})
         case "unpack":
             remove(plain)
             unpack_release(scratch / form, plain, directory)
@@ -144,7 +153,7 @@ def checks_table(rows: dict[str, Any]) -> str:
     """Markdown: a line for each model and step of writing and checking."""
     lines = ["| model | checkpoint | step | peak anonymous memory | peak resident memory | seconds |", "|---|---|---|---|---|---|"]
     for model, row in rows.items():
-        for step in ("write", "verify", "verify streamed"):
+        for step in (*CHECKS_ALONE, "verify"):
             if cost := row["steps"].get(step):
                 memory = f"{cost['peak_anonymous'] / 1e9:.2f} GB | {cost['peak_resident'] / 1e9:.2f} GB"
                 lines.append(f"| {model} | {row['sizes']['base'] / 1e9:.2f} GB | {step} | {memory} | {cost['seconds']:.0f} |")
@@ -156,10 +165,12 @@ def sizes_table(rows: dict[str, Any]) -> str:
     """Markdown: a line for each model and form."""
     lines = ["| model | form | bytes of the shards | of dense | seconds to pack | to unpack | peak anonymous memory |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for model, row in ((model, row) for model, row in rows.items() if "values" in row["sizes"]):
+    for model, row in rows.items():
         dense = row["sizes"]["base"]
         lines.append(f"| {model} | dense | {dense:,} | 1 | | | |")
         for form in ("values", "masks"):
+            if f"unpack {form}" not in row["steps"]:
+                continue
             costs = [row["steps"][f"{action} {form}"] for action in ("pack", "unpack")]
             seconds = " | ".join(f"{cost['seconds']:.0f}" for cost in costs)
             peak = max(cost["peak_anonymous"] for cost in costs) / 1e9

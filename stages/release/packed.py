@@ -62,7 +62,8 @@ def pack_release(directory: Path, base: Checkpoint | None) -> None:
     """Pack the shards of a release in place, and unpack each once to see that it comes back byte for byte.
 
     Args:
-        directory: the release, with all its files but SHA256SUMS. base: to store masks alone; None: masks and values.
+        directory: the release, with all its files; SHA256SUMS is written anew afterwards.
+        base: to store masks alone; None: masks and values.
 
     Raises:
         ReleaseError: masks alone do not do; names the tensor.
@@ -71,7 +72,7 @@ def pack_release(directory: Path, base: Checkpoint | None) -> None:
     files = {
         name: _file(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in (*shards, CARD)
+        if path.is_file() and (name := path.relative_to(directory).as_posix()) not in (*shards, CARD, SUMS)
     }
     (directory / FOLDER).mkdir()
     for name, file in shards.items():

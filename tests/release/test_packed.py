@@ -31,9 +31,9 @@ def plain(base, tmp_path):
 def packed_from(plain, base=None):
     """A packed copy; plain has its checksums afterwards."""
     packed = plain.with_name("packed")
+    write_sums(plain)
     shutil.copytree(plain, packed)
     pack_release(packed, base)
-    write_sums(plain)
     write_sums(packed)
     return packed
 
