@@ -1,5 +1,5 @@
 """Damaged and hostile inputs for every reader of what comes from outside; see __main__.py."""
 
-from benchmarks.fuzz import checkpoints, corpora, hub, records
+from benchmarks.fuzz import checkpoints, corpora, hub, records, releases
 
-READERS = (*checkpoints.READERS, *corpora.READERS, *records.READERS, *hub.READERS)
+READERS = (*checkpoints.READERS, *corpora.READERS, *records.READERS, *hub.READERS, *releases.READERS)

@@ -42,6 +42,7 @@ LIBRARIES = (
     "datasets",
     "PyYAML",
     "omegaconf",
+    "zstandard",
 )
 
 

@@ -285,6 +285,11 @@ class SparseDelta:
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
+    @property
+    def masks_alone(self) -> bool:
+        """Whether every kept weight has the base's value, in the base's place."""
+        return not any(stored.keys for stored in self._stored.values())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the mask."""
         return self._stored[name].shape

@@ -16,6 +16,7 @@ from stages.errors import CheckpointError, ConfigError
 from stages.files import is_inner_path, is_plain_name, read_json, sha256
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # the only shard where there is no index
 PROVENANCE = "provenance.json"
 DTYPES = {
     "F64": torch.float64,
@@ -119,28 +120,33 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A directory of safetensors shards with an index.
+    """A directory of safetensors shards with an index, or of one shard.
 
     Args:
-        directory: holds model.safetensors.index.json and the shards that it names. The constructor checks the header of every
-            shard, before any weight is read.
+        directory: holds model.safetensors.index.json and the shards that it names, or model.safetensors. The constructor checks the
+            header of every shard, before any weight is read.
 
     Attributes:
         shard_of: tensor name -> file name of its shard. headers: file name -> tensor name -> StoredTensor.
 
     Raises:
-        CheckpointError: there is no index, a shard is missing or damaged, or a shard lacks one of its tensors.
+        CheckpointError: there is neither, a shard is missing or damaged, or a shard lacks one of its tensors.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        if not (directory / INDEX).is_file():
-            raise CheckpointError(f"{directory}: no {INDEX}; is this a checkpoint written by the fetch stage?")
-        self.shard_of: dict[str, str] = read_weight_map(directory / INDEX)
+        self.shard_of: dict[str, str] = self._weight_map()
         self.headers = {shard: shard_header(directory / shard) for shard in sorted(set(self.shard_of.values()))}
         for name, shard in self.shard_of.items():
             if name not in self.headers[shard]:
                 raise CheckpointError(f"shard {directory / shard}: no tensor {name}, though the index says so")
+
+    def _weight_map(self) -> dict[str, str]:
+        if (self.directory / INDEX).is_file():
+            return read_weight_map(self.directory / INDEX)
+        if (self.directory / SINGLE).is_file():
+            return dict.fromkeys(shard_header(self.directory / SINGLE), SINGLE)
+        raise CheckpointError(f"{self.directory}: no {INDEX} and no {SINGLE}; is this a checkpoint in safetensors?")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shard_of)

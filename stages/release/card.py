@@ -30,6 +30,7 @@ from stages.schema import Citation, Table
 TEMPLATE = "templates/card.md"
 ARXIV = "https://arxiv.org/abs/"
 
+
 @dataclass(frozen=True, kw_only=True)
 class Others:
     """What a release holds beside the checkpoint in the base's dtype, or in its place.

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.shard import write_shard
 from stages.errors import ReleaseError
 from stages.files import SUMS, sha256
 
@@ -15,13 +15,13 @@ from stages.files import SUMS, sha256
 def pack(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:
     """Write every shard of the base with the delta applied, and the other files that were fetched with it as they are.
 
+    One tensor is in memory at a time.
+
     Raises:
         ReleaseError: one of those is not the one that was fetched; names it.
     """
-    for shard, header in tqdm(base.headers.items(), desc="writing shards", unit="shard"):
-        names = [name for name in header if name != "__metadata__"]
-        tensors = {name: delta.apply(name, base.tensor(name)) for name in names}
-        save_file(tensors, directory / shard, metadata={"format": "pt"})
+    for shard, stored in tqdm(base.headers.items(), desc="writing shards", unit="shard"):
+        write_shard(directory / shard, stored, (delta.apply(name, base.tensor(name)) for name in stored))
     for name, wanted in base.provenance["files"].items():
         if name in base.headers:
             continue

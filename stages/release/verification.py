@@ -20,17 +20,15 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.delta import Change, SparseDelta
-from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ReleaseError
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS, ComparisonGroup, PatternSection
 from stages.recipe import Recipe
+from stages.release.loading import Loading, check_loading
 
-PROBE_TOKENS = 32
 ROW_KEYS = ("matrix", "tensor", "expert", "shape", "transposed", "weights", "zeros")
 
 Row = dict[str, Any]  # of the manifest, see prune.matrix_row
@@ -43,23 +41,27 @@ class Verified:
     matrices: in scope. changed: tensors in scope whose kept weights are not the base's. other_tensors: out of scope.
     sparsity: fraction of zeros in the bytes of the matrices in scope; above the sparsity asked for where kept weights were
         zero before, or became zero when they were rounded.
+    loading: which check of loading was made.
     """
 
     matrices: int
     changed: int
     other_tensors: int
     sparsity: float
+    loading: Loading
 
 
-def verify(release: Path, base: Checkpoint, delta: SparseDelta) -> Verified:
-    """Check every tensor, then load the release in stock transformers and compare its logits with base + delta.
+def verify(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> Verified:
+    """Check every tensor, then that stock transformers loads the release, and that its logits are those of base + delta.
+
+    Args:
+        free_memory: bytes, by which check_loading decides whether the model is loaded whole; None: what is free now.
 
     Raises:
         ReleaseError: names the tensor or the check that failed.
     """
-    verified = _check_tensors(Checkpoint(release), base, delta)
-    _check_loading(release, base, delta)
-    return verified
+    facts = _check_tensors(Checkpoint(release), base, delta)
+    return Verified(**facts, loading=check_loading(release, base, delta, free_memory))
 
 
 # What was asked.
@@ -119,7 +121,8 @@ def _group_name(rows: int, columns: int, group_size: int, index: int) -> str:
 # What is there.
 
 
-def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) -> Verified:
+def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) -> dict[str, Any]:
+    """Compare tensor by tensor, with one of each in memory; returns what Verified has of them."""
     if set(written) != set(base):
         raise ReleaseError(f"{written.directory}: found tensors {sorted(set(written) ^ set(base))[:3]} on one side only")
     rows, asked = _rows_of_tensors(base, delta), Asked.by(delta.recipe)
@@ -140,7 +143,8 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
         zeros, changed = zeros + int(zero.sum()), changed + (change.values is not None)
     _check_total(delta, asked)
     weights = sum(row["weights"] for row in delta.matrices)
-    return Verified(matrices=len(delta.matrices), changed=changed, other_tensors=len(set(base)) - len(rows), sparsity=zeros / weights)
+    others = len(set(base)) - len(rows)
+    return {"matrices": len(delta.matrices), "changed": changed, "other_tensors": others, "sparsity": zeros / weights}
 
 
 def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row]]:
@@ -254,25 +258,3 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.bool:
         return tensor
     return tensor.contiguous().view(getattr(torch, f"int{8 * tensor.itemsize}"))
-
-
-@torch.no_grad()
-def _check_loading(release: Path, base: Checkpoint, delta: SparseDelta) -> None:
-    stock, report = AutoModelForCausalLM.from_pretrained(
-        release, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
-    )
-    problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
-    if problems:
-        raise ReleaseError(f"{release}: stock transformers reports {problems}")
-    config = stock.config
-    if getattr(config, "quantization_config", None) or getattr(config, "sparsity_config", None):
-        raise ReleaseError(f"{release}: its config names a quantisation or sparsity format, wanted the base's plain config")
-    output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
-    if getattr(config, "tie_word_embeddings", False) and output.weight.data_ptr() != inputs.weight.data_ptr():
-        raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
-    probe = torch.arange(1, PROBE_TOKENS + 1)[None] % config.vocab_size
-    logits, dtype = stock.eval()(input_ids=probe).logits, stock.dtype
-    del stock, output, inputs  # two models of 7B do not fit where one does
-    ours = load_model(base, delta.apply, dtype=dtype, device=torch.device("cpu"))
-    if not torch.equal(logits, ours(input_ids=probe).logits):
-        raise ReleaseError(f"{release}: logits in stock transformers differ from those of base + delta")

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from stages import schema
-from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, fingerprint, read_weight_map, shard_header
+from stages.checkpoint.reader import INDEX, PROVENANCE, SINGLE, Checkpoint, fingerprint, read_weight_map, shard_header
 from stages.config.environment import installed
 from stages.errors import SourceError
 from stages.files import is_plain_name, read_json, remove, require_free_disk, scratch_directory, sha256, write_json
@@ -29,7 +29,6 @@ from stages.sources.wheel import WheelFile
 
 log = logging.getLogger(__name__)
 
-SINGLE = "model.safetensors"
 SHARD = "2GB"  # of the shards that we write; a release holds one in memory
 GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4-bit weights, and a reserve
 LARGEST_DOCUMENT = 2**24  # bytes of a licence document inside a wheel

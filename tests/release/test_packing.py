@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stages.checkpoint.delta import Change
 from stages.checkpoint.reader import Checkpoint
@@ -26,6 +27,15 @@ def test_the_same_model_is_the_same_bytes(base, delta, tmp_path):
         pack(base, delta, tmp_path / directory)
     for path in (tmp_path / "release").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_shards_are_those_that_safetensors_itself_writes(base, delta, tmp_path):
+    (tmp_path / "release").mkdir()
+    pack(base, delta, tmp_path / "release")
+    for shard, stored in base.headers.items():
+        tensors = {name: delta.apply(name, base.tensor(name)) for name in stored}
+        save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+        assert (tmp_path / "release" / shard).read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
 def test_a_release_has_the_files_that_were_fetched_with_the_base_and_no_others(base, delta, tmp_path):

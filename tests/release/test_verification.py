@@ -15,6 +15,7 @@ from stages.release.packing import pack
 from stages.release.verification import Asked, count_in_each_group, verify
 from stages.sources import base as checkpoints
 from stages.sources.base import LocalBase
+from stages.streaming.decoder import Decoder
 from tests import architectures, deltas, tiny
 
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
@@ -371,11 +372,45 @@ def test_a_release_that_stock_transformers_does_not_find_whole_is_refused(releas
         verify(release, base, delta)
 
 
-def test_logits_that_differ_from_base_and_delta_are_found(release, base, delta):
+NOTHING, PLENTY = 0, 2**40  # bytes of free memory
+
+
+@pytest.mark.parametrize(("free", "message"), [(PLENTY, "in stock transformers"), (NOTHING, "of the release, block by block,")])
+def test_logits_that_differ_from_base_and_delta_are_found(release, base, delta, free, message):
     config = json.loads((release / "config.json").read_text())
     (release / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    with pytest.raises(ReleaseError, match="logits in stock transformers differ"):
-        verify(release, base, delta)
+    with pytest.raises(ReleaseError, match=f"logits {message} differ"):
+        verify(release, base, delta, free)
+
+
+def test_a_model_is_loaded_whole_where_its_weights_take_at_most_half_of_the_free_memory(release, base, delta):
+    size = sum(base.stored(name).nbytes for name in base)
+    assert verify(release, base, delta, 2 * size).loading == "whole"
+    assert verify(release, base, delta, 2 * size - 1).loading == "streamed"
+
+
+def test_a_tensor_that_the_release_lacks_is_found_without_loading_it(release, base, delta, tmp_path):
+    config = json.loads((release / "config.json").read_text())
+    (release / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ReleaseError, match=r"stock transformers reports \{'missing_keys': \['model.layers.3."):
+        verify(release, base, delta, NOTHING)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "granitemoe", "deepseek_v3"])
+def test_releases_of_other_architectures_are_streamed_too(tmp_path, kind):
+    """Tied and untied heads, transposed matrices, experts in a tensor each and in one."""
+    base = fetched(kind, tmp_path)
+    layout = Decoder(base, torch.float32, torch.device("cpu"))
+    changes, rows = {}, []
+    for matrix in (matrix for of_block in layout.matrices for matrix in of_block):
+        if matrix.tensor not in changes:
+            changes[matrix.tensor] = Change(mask=torch.ones(base.shape(matrix.tensor), dtype=torch.bool))
+        matrix.stored_in(changes[matrix.tensor].mask)[:, ::2] = False
+    for matrix in (matrix for of_block in layout.matrices for matrix in of_block):
+        mask = changes[matrix.tensor].mask
+        rows.append(deltas.row(matrix.tensor, mask, expert=matrix.expert, transposed=matrix.transposed))
+    release, delta = written(tmp_path, deltas.recipe(base=base.fingerprint), changes, base, rows)
+    assert verify(release, base, delta, NOTHING).loading == "streamed"
 
 
 def test_the_sparsity_of_a_recipe_is_that_of_the_decimal_written():

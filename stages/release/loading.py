@@ -1,0 +1,86 @@
+"""Does stock transformers load the release, and does the release say what base + delta says?
+
+Whole: where the weights take at most half of the memory that is free, stock transformers loads the release, and its logits are compared
+with those of base + delta in memory. Streamed: else transformers loads it without memory for weights (on the meta device), which shows
+missing, unexpected and misshapen tensors and ties; and the logits of the release and of base + delta are both computed here, one block
+in memory at a time.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.model import Apply, load_model
+from stages.checkpoint.reader import Checkpoint
+from stages.errors import ReleaseError
+from stages.evaluation.scoring import StreamedModels
+from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import release_free_memory
+
+PROBE_TOKENS = 32
+SHARE = 0.5  # of the free memory that weights may take where they are loaded whole
+CPU = torch.device("cpu")
+
+Loading = Literal["whole", "streamed"]
+
+
+@torch.no_grad()
+def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> Loading:
+    """Load the release and compare its logits with base + delta.
+
+    Args:
+        free_memory: bytes; None: what is free now.
+
+    Returns:
+        Which check was made.
+
+    Raises:
+        ReleaseError: names the check that failed.
+    """
+    free = psutil.virtual_memory().available if free_memory is None else free_memory
+    whole = sum(base.stored(name).nbytes for name in base) <= SHARE * free
+    stock = _loaded(release, whole=whole)
+    probe, dtype = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size, stock.dtype
+    if whole:
+        logits = stock.eval()(input_ids=probe).logits
+        del stock  # two models of 7B do not fit where one does
+        ours = load_model(base, delta.apply, dtype=dtype, device=CPU)(input_ids=probe).logits
+    else:
+        logits = _streamed(Checkpoint(release), None, probe, dtype, release)
+        ours = _streamed(base, delta.apply, probe, dtype, release)
+    if not torch.equal(logits, ours):
+        by = "in stock transformers" if whole else "of the release, block by block,"
+        raise ReleaseError(f"{release}: logits {by} differ from those of base + delta")
+    return "whole" if whole else "streamed"
+
+
+def _loaded(release: Path, *, whole: bool) -> PreTrainedModel:
+    """The release in stock transformers, on the meta device unless whole; refused where anything is missing or no longer tied."""
+    options: dict[str, Any] = {} if whole else {"device_map": "meta"}
+    stock, report = AutoModelForCausalLM.from_pretrained(
+        release, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
+    )
+    problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
+    if problems:
+        raise ReleaseError(f"{release}: stock transformers reports {problems}")
+    config = stock.config
+    if getattr(config, "quantization_config", None) or getattr(config, "sparsity_config", None):
+        raise ReleaseError(f"{release}: its config names a quantisation or sparsity format, wanted the base's plain config")
+    output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
+    if getattr(config, "tie_word_embeddings", False) and output.weight is not inputs.weight:
+        raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
+    return stock
+
+
+def _streamed(checkpoint: Checkpoint, apply: Apply | None, probe: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:
+    """Logits, [tokens, vocabulary], with one block in memory at a time."""
+    models = StreamedModels(decoder=Decoder(checkpoint, dtype, CPU), variants={"": apply}, scratch=scratch)
+    (hidden,) = models.hidden([probe], batch=1)[""]
+    with models.head() as logits:
+        computed: torch.Tensor = logits(hidden[0])
+    release_free_memory()
+    return computed
