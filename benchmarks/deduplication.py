@@ -28,7 +28,7 @@ from stages.release.packing import pack
 
 DOCUMENT = Path("docs/packed.md")
 START, END = "<!-- deduplication: python -m benchmarks.deduplication -->", "<!-- end of deduplication -->"
-SPARSITIES = (0.5, 0.55, 0.6)
+SPARSITIES = (0.5, 0.55)
 FORMS = {
     "dense": "dense, after the base",
     "values": "packed, masks and values",
