@@ -31,6 +31,11 @@ class Contents:
     packed: bool
     masks_only: bool
 
+    @property
+    def written_gguf_types(self) -> list[str]:
+        """Those of the files that are written."""
+        return self.gguf_types if "gguf" in self.formats else []
+
     def check(self, key: str) -> None:
         for name in self.formats:
             require_one_of(f"{key}.formats", name, FORMATS)
