@@ -51,7 +51,9 @@ def test_the_library_of_an_extra_is_pinned_within_its_bounds():
 
 
 OPTIONAL = [
-    line for extra in ("mlflow", "wandb", "energy", "ray", "s3", "ssh", "remotes") for line in PROJECT["optional-dependencies"][extra]
+    line
+    for extra in ("mlflow", "wandb", "energy", "ray", "search", "s3", "ssh", "remotes")
+    for line in PROJECT["optional-dependencies"][extra]
 ]
 
 
