@@ -52,7 +52,7 @@ def test_the_library_of_an_extra_is_pinned_within_its_bounds():
 
 OPTIONAL = [
     line
-    for extra in ("llama-cpp", "float8", "mlflow", "wandb", "energy", "ray", "s3", "ssh", "remotes")
+    for extra in ("llama-cpp", "float8", "mlflow", "wandb", "energy", "ray", "search", "s3", "ssh", "remotes")
     for line in PROJECT["optional-dependencies"][extra]
 ]
 

@@ -31,6 +31,7 @@ from stages.pruning import journal as pruning_journal
 from stages.release.records import Records
 from stages.sources import tasks
 from stages.sources.tasks import fetch
+from stages.sweeps.file import read_sweep
 
 
 def yaml_of(value: Any) -> SearchStrategy[bytes]:
@@ -42,7 +43,10 @@ def yaml_of(value: Any) -> SearchStrategy[bytes]:
 def _as_yaml(draw: st.DrawFn, value: Any) -> bytes:
     if draw(st.integers(0, 3)) == 0:
         return text_of(value)
-    text = yaml.dump(value, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=draw(st.booleans()))
+    try:
+        text = yaml.dump(value, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=draw(st.booleans()))
+    except UnicodeEncodeError:  # half a surrogate pair, which libyaml does not write
+        return text_of(value)
     for name, raw in RAW.items():
         text = text.replace(f"'{name}'", raw if raw else "~")
     if draw(st.integers(0, 2)) == 0:
@@ -103,6 +107,33 @@ def params() -> SearchStrategy[Files]:
 
 def read_configuration(_: Files) -> None:
     sections.read(OmegaConf.create(read_params(Path("params.yaml"))))
+
+
+# Sweep files
+
+RESOURCES = {"gpus": None, "cpus": 1, "memory_gib": 1.5, "threads": None}
+SWEEPS = (
+    {
+        "target": "evaluate_sparse",
+        "overrides": ["evaluation=sweep"],
+        "grid": {"method": ["wanda", "ria"], "pattern.sparsity": [0.5, 0.6]},
+        "points": [["method=wanda", "pattern=nm_2_4"]],
+        "resources": RESOURCES,
+    },
+    {
+        "overrides": ["evaluation=sweep"],
+        "search": {"parameter": "pattern.sparsity", "low": 0.3, "high": 0.8, "metric": "perplexity", "limit": 1.5, "points": 6},
+        "resources": RESOURCES,
+    },
+)
+
+
+def sweeps() -> SearchStrategy[Files]:
+    return st.sampled_from(SWEEPS).flatmap(yaml_of).map(lambda content: {"sweep.yaml": content})
+
+
+def read_sweep_file(_: Files) -> None:
+    read_sweep(Path("sweep.yaml"))
 
 
 # Tasks of one's own, and the manifest of those that were fetched.
@@ -299,6 +330,14 @@ READERS = (
         read=read_configuration,
         names=("params.yaml", *(f"{name}" for name in sections.SECTIONS)),
         share=0.4,
+    ),
+    Reader(
+        name="sweep files",
+        code="sweeps/file.py",
+        inputs=sweeps(),
+        read=read_sweep_file,
+        names=("sweep.yaml",),
+        share=2,
     ),
     Reader(
         name="task files of one's own",

@@ -5,6 +5,7 @@ different versions apart, and a stage runs only where the versions that params.y
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 from packaging.version import Version
@@ -24,6 +25,7 @@ class Environment:
     lm_eval: str
 
 
+@cache
 def installed(library: str) -> str:
     """The public version of a library, such as "2.13.0"; `library` is a field of Environment.
 

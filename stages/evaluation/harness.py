@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
+from stages.evaluation.bootstrap import RESAMPLES, Items, bootstrap_error
 from stages.evaluation.encoding import encode
 from stages.evaluation.questions import SEED, Questions, all_requests, grouped, is_mean, metric_name
 from stages.evaluation.results import Answers
@@ -79,6 +80,7 @@ def answers(questions: Questions) -> Answers:
     """What a model said to questions that it was asked, with the values of lm-eval's metrics."""
     rows: list[dict[str, Any]] = []
     collected: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(dict)  # score -> task -> values of its rows
+    shared: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(dict)  # score -> task -> their clusters
     first_cluster = 0
     for name, task in questions.tasks.items():
         task.apply_filters()
@@ -93,6 +95,7 @@ def answers(questions: Questions) -> Answers:
             for key in questions.metrics:
                 if key in scores:
                     collected[key].setdefault(name, []).append(scores[key])
+                    shared[key].setdefault(name, []).append(clusters[number])
             row: dict[str, Any] = {
                 "row": len(rows),
                 "cluster": first_cluster + clusters[number],
@@ -106,7 +109,7 @@ def answers(questions: Questions) -> Answers:
     of_rows = [key for key in questions.metrics if _is_of_rows(questions, key, rows)]
     for row in rows:
         row["values"] = {metric_name(*key): float(row["values"][key]) for key in of_rows}
-    others = {metric_name(*key): _aggregate(questions, key, values) for key, values in collected.items() if key not in of_rows}
+    others = {metric_name(*key): _aggregate(questions, key, values, shared[key]) for key, values in collected.items() if key not in of_rows}
     return Answers(rows=rows, aggregates=others)
 
 
@@ -126,12 +129,25 @@ def _is_of_rows(questions: Questions, key: tuple[str, str], rows: list[dict[str,
     return all(isinstance(value, (int, float, np.number)) and math.isfinite(value) for value in values)
 
 
-def _aggregate(questions: Questions, key: tuple[str, str], values: dict[str, list[Any]]) -> dict[str, Any]:
-    """lm-eval's own value of a score, with the number of rows that it is made of."""
-    of_tasks = [float(questions.tasks[name].aggregation()[key[0]](items)) for name, items in values.items()]
-    sizes = [len(items) for items in values.values()]
-    value = aggregate_subtask_metrics(of_tasks, sizes, questions.source.aggregated.get(key[0], True))
-    return {"value": float(value), "count": sum(sizes)}
+def _aggregate(questions: Questions, key: tuple[str, str], values: dict[str, list[Any]], clusters: dict[str, list[int]]) -> dict[str, Any]:
+    """lm-eval's own value of a score, with the number of rows and clusters that it is made of, and its error by the bootstrap.
+
+    Args:
+        values: task -> what lm-eval aggregates, of each row. clusters: task -> of each row.
+    """
+
+    def score(items: Items) -> float:
+        of_tasks = [float(questions.tasks[name].aggregation()[key[0]](list(of))) for name, of in items.items()]
+        return float(aggregate_subtask_metrics(of_tasks, list(map(len, items.values())), questions.source.aggregated.get(key[0], True)))
+
+    error = bootstrap_error(score, values, clusters)
+    return {
+        "value": score(values),
+        "count": sum(map(len, values.values())),
+        "stderr": None if error is None or not math.isfinite(error) else error,
+        "clusters": sum(len(set(of)) for of in clusters.values()),
+        "resamples": RESAMPLES,
+    }
 
 
 def numbered(documents: Sequence[Hashable]) -> list[int]:

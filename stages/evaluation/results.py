@@ -22,15 +22,22 @@ the names of the metrics, the task's own first; what the model said; "task", whi
 context."""
 
 Aggregates = dict[str, dict[str, dict[str, Any]]]
-"""Task -> score that is no mean of rows, such as a corpus's F1 -> "value", lm-eval's own, and "count", the number of its rows."""
+"""Task -> score that is no mean of rows, such as a corpus's F1 -> see Aggregate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate:
-    """A score that is no mean of rows, as the file of aggregates has it. count: number of its rows."""
+    """A score that is no mean of rows, as the file of aggregates has it.
+
+    value: lm-eval's own. count: number of its rows. stderr: its standard error by the bootstrap, see bootstrap.py; None: not known.
+    clusters: how many of the rows are independent; None: not known. resamples: of the bootstrap.
+    """
 
     value: float
     count: int
+    stderr: float | None = None
+    clusters: int | None = None
+    resamples: int = 0
 
 
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that the mean over tasks is made of
@@ -234,17 +241,20 @@ def _over_tasks(rows: list[dict[str, Any]], ours: list[float], theirs: list[floa
 def aggregate_measurements(
     task: str, ours: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]], facts: TaskProtocol, style: str
 ) -> list[Measurement]:
-    """The scores of a task that are no means of rows: lm-eval's own values, without an error."""
+    """The scores of a task that are no means of rows: lm-eval's own values, with errors by the bootstrap.
+
+    The difference to the dense model has none: its rows' parts are not kept.
+    """
     return [
         Measurement(
             kind=Kind.TASK,
             name=task,
             metric=metric,
             label=LABELS.get(metric, metric),
-            value=scored["value"],
+            **estimated(_of_aggregate(scored)),
             count=scored["count"],
             counted="rows",
-            clusters=scored["count"],
+            clusters=scored.get("clusters") or scored["count"],
             better=_better(facts, metric),
             dense=dense[metric]["value"] if metric in dense else None,
             difference=Difference(value=scored["value"] - dense[metric]["value"]) if metric in dense else None,
@@ -252,6 +262,11 @@ def aggregate_measurements(
         )
         for metric, scored in ours.items()
     ]
+
+
+def _of_aggregate(scored: dict[str, Any]) -> Estimate:
+    count = scored["count"]
+    return Estimate(value=scored["value"], stderr=scored.get("stderr"), count=count, clusters=scored.get("clusters") or count)
 
 
 def own_measurements(measurements: Sequence[Measurement], style: str = RAW) -> list[Measurement]:

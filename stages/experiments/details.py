@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvc.api import DVCFileSystem
-from dvc.exceptions import DvcException
-
 from stages.evaluation.measurement import Kind, Measurement, as_rows
 from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
-from stages.experiments.reading import Experiment, Missing, Unreadable
-from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS, parsed_json
+from stages.experiments.files import Files, Unreadable, cache_directory
+from stages.experiments.reading import Experiment, Missing
+from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
 RUN = "run.json"
 RULER, RULER_PROTOCOL = RULER_RESULTS / "measurements.json", RULER_RESULTS / "protocol.json"
@@ -88,9 +86,10 @@ def read_details(experiments: Sequence[Experiment]) -> tuple[list[Details], Scor
     found: list[Details] = []
     missing: list[Missing] = []
     dense: Scores | None = None
+    cache = cache_directory()
     for experiment in experiments:
         try:
-            files = _Files(experiment.revision)
+            files = Files(experiment.revision, cache)
             details = _details(experiment, files)
             dense = dense or of_dense(_scores(files, DENSE_RESULTS / "details", _tasks(experiment.measurements)))
             require_same_pieces(details.scores, dense)
@@ -125,38 +124,7 @@ def require_same_pieces(scores: Scores, dense: Scores) -> None:
                 raise Unreadable(f"{numbers}; evaluate both again")
 
 
-class _Files:
-    """The files of a revision, None for the workspace."""
-
-    def __init__(self, revision: str | None) -> None:
-        self.files = DVCFileSystem(rev=revision)
-
-    def text(self, path: Path) -> str:
-        try:
-            content: str = self.files.read_text(path.as_posix(), encoding="utf8")
-        except (DvcException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise Unreadable(f"{path} is not there ({reason}); `make receive` brings it, or evaluating it again writes it") from None
-        return content
-
-    def json(self, path: Path) -> Any:
-        return _parsed(self.text(path), path)
-
-    def lines(self, path: Path) -> list[Row]:
-        return [_parsed(line, path) for line in self.text(path).splitlines()]
-
-    def has(self, path: Path) -> bool:
-        return bool(self.files.exists(path.as_posix()))
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        return parsed_json(text)
-    except ValueError as error:
-        raise Unreadable(f"{path}: not JSON ({error})") from None
-
-
-def _details(experiment: Experiment, files: _Files) -> Details:
+def _details(experiment: Experiment, files: Files) -> Details:
     directory, made = SPARSE_RESULTS / "details", experiment.measurements
     sensitivity = SPARSE_RESULTS / PROMPT_SENSITIVITY
     return Details(
@@ -173,14 +141,14 @@ def _details(experiment: Experiment, files: _Files) -> Details:
     )
 
 
-def _speed(files: _Files) -> dict[str, Row]:
+def _speed(files: Files) -> dict[str, Row]:
     """What the evaluations say of generating text; earlier versions say nothing."""
     paths = {"dense": DENSE_RESULTS / RUN, "sparse": SPARSE_RESULTS / RUN}
     runs = {name: files.json(path) for name, path in paths.items() if files.has(path)}
     return {name: {**run["generation"], "device": run["device"]} for name, run in runs.items() if run.get("generation")}
 
 
-def _ruler(files: _Files, experiment: Experiment) -> list[Row]:
+def _ruler(files: Files, experiment: Experiment) -> list[Row]:
     """The measurements of quantised models, if they say that they are of the same base and text: one may be left of another run."""
     rows: list[Row] = files.json(RULER) if files.has(RULER) else []
     if not rows or not files.has(RULER_PROTOCOL):
@@ -199,7 +167,7 @@ def _tasks(measurements: Sequence[Measurement]) -> dict[str, tuple[str, str]]:
     return {name_of(measured): (measured.name, measured.style) for measured in measurements if measured.kind == Kind.TASK}
 
 
-def _scores(files: _Files, directory: Path, tasks: dict[str, tuple[str, str]]) -> Scores:
+def _scores(files: Files, directory: Path, tasks: dict[str, tuple[str, str]]) -> Scores:
     windows: dict[str, dict[str, Any]] = files.json(directory / "windows.json")
     samples = {name: files.lines(samples_file(directory, task, style)) for name, (task, style) in tasks.items()}
     samples = {name: rows for name, rows in samples.items() if rows[0]["values"]}  # others have no score of a row

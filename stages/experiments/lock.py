@@ -6,6 +6,7 @@ the run before, `dvc exp run evaluate_sparse` its release.
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import yaml
@@ -35,8 +36,12 @@ for tag, pattern, first in PLAIN:
     )
 
 
+@cache
 def read_yaml(commit: str, path: str) -> Any:
-    """A YAML file of a commit.
+    """A YAML file of a commit, which is parsed once and must not be changed.
+
+    Args:
+        commit: 40 hex digits.
 
     Raises:
         SparsesweepError: the commit does not have it.

@@ -21,6 +21,8 @@ from stages.evaluation.results import RAW, own_accuracies
 from stages.evaluation.statistics import Estimate, difference, difference_of_rows, mean_of_independent
 from stages.experiments.details import Details, Scores, name_of
 
+NEITHER = "neither"  # direction of a number that does not improve, such as a size
+
 
 class Verdict(StrEnum):
     """What the interval of a difference says."""
@@ -35,7 +37,8 @@ class Verdict(StrEnum):
 class Metric:
     """A number by which experiments are compared.
 
-    kind, name, metric: see evaluation.measurement.Measurement. label: what it is in words. unit: "" for none. better: "lower" or "higher".
+    kind, name, metric: see evaluation.measurement.Measurement. label: what it is in words. unit: "" for none. better: "lower", "higher" or
+    NEITHER.
     tasks: those that a mean is over, each with its own metric.
     digits: decimals in which it is written. kept, is_ratio, scale, itself: of a metric of text, see evaluation.metric.Shown.
     """
@@ -81,6 +84,21 @@ def others(results: Sequence[Details]) -> list[Metric]:
     """The metrics of text that are shown but have no plots, on each corpus, as far as any experiment has them."""
     named = {name for name, shown in shown_measurements().items() if not shown.headline}
     return _found(results, lambda row: row["kind"] == "corpus" and row["metric"] in named)
+
+
+def every(results: Sequence[Details]) -> list[Metric]:
+    """All metrics that any experiment has: those of headline and others, then the rest in the order of their measurements."""
+    found = {metric.id: metric for metric in (*headline(results), *others(results))}
+    for row in (row for details in results for row in details.measurements):
+        metric = _unshown(row)
+        found.setdefault(metric.id, metric)
+    return list(found.values())
+
+
+def _unshown(row: dict[str, Any]) -> Metric:
+    """The metric of a measurement that has no plots: in its own unit, and as it is."""
+    facts = {key: row[key] for key in ("kind", "name", "metric", "label", "unit")}
+    return Metric(**facts, better=row["better"] or NEITHER)
 
 
 def _found(results: Sequence[Details], wanted: Callable[[dict[str, Any]], bool]) -> list[Metric]:
@@ -143,12 +161,14 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
 
 
 def verdict(metric: Metric, estimate: Estimate) -> Verdict:
-    """Whether a difference is one: its interval holds no 0; unknown without an interval."""
+    """Whether a difference is one: its interval holds no 0; unknown without an interval, or where neither direction is better."""
     interval = estimate.interval
     if interval is None:
         return Verdict.UNKNOWN
     if interval[0] <= 0 <= interval[1]:
         return Verdict.NOISE
+    if metric.better == NEITHER:
+        return Verdict.UNKNOWN
     return Verdict.BETTER if (interval[1] < 0) == (metric.better == "lower") else Verdict.WORSE
 
 

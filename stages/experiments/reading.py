@@ -1,25 +1,33 @@
 """Read every experiment that DVC keeps in this clone, of all commits, and the workspace."""
 
-import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-import dvc.api
-from dvc.exceptions import DvcException
+import yaml
+from dvc.repo import Repo
+from dvc.repo.experiments.collect import collect_active, collect_failed, collect_queued
 
+from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
 from stages.experiments.command_output import output
-from stages.experiments.lock import PARAMS, other_run, read_lock
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, parsed_json, read_json
+from stages.experiments.files import Files, Unreadable, cache_directory
+from stages.experiments.lock import PARAMS, Loader, other_run, read_lock, read_yaml
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
 from stages.recipe import fingerprint
 
-METRICS, PRUNE_METRICS = (str(directory / "metrics.json") for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
-PROTOCOL, MEASUREMENTS = (str(SPARSE_RESULTS / "details" / name) for name in ("protocol.json", "measurements.json"))
-DENSE_MEASUREMENTS = str(DENSE_RESULTS / "details" / "measurements.json")
-POINT = str(SPARSE_RESULTS / "frontier.json")
+METRICS, PRUNE_METRICS = (directory / "metrics.json" for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
+PROTOCOL, MEASUREMENTS = (SPARSE_RESULTS / "details" / name for name in ("protocol.json", "measurements.json"))
+DENSE_MEASUREMENTS = DENSE_RESULTS / "details" / "measurements.json"
+POINT = SPARSE_RESULTS / "frontier.json"
 EVALUATION = "evaluate_sparse"  # the stage that writes these
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
-DIGITS = 40  # of a commit
+REFERENCE = re.compile(rf"{EXPERIMENTS}([0-9a-f]{{2}})/([0-9a-f]{{38}})/([^/]+)")  # others are DVC's own, such as those of its queue
+NO_RESULTS = "it has no results of prune and evaluate: it has not come that far, or they are on no remote"
+WORKSPACE = "workspace"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,50 +85,64 @@ def read_experiments() -> tuple[list[Experiment], list[Missing]]:
     Raises:
         SparsesweepError: this is no DVC project, or git or dvc fails; with their words.
     """
-    commits = list(dict.fromkeys(ref.removeprefix(EXPERIMENTS).rpartition("/")[0].replace("/", "") for ref in _references()))
-    revisions = [argument for commit in commits if len(commit) == DIGITS for argument in ("--rev", commit)]
-    shown = json.loads(output("dvc", "exp", "show", "--json", *revisions))
-    found, missing = [], []
-    entries = [(state["name"] or state["rev"], state) for commit in shown for state in _experiments(commit)]
-    entries += [("workspace", commit) for commit in shown if commit["rev"] == "workspace"]
-    for name, state in entries:
-        try:
-            found.append(_experiment(name, state))
-        except Unreadable as error:
-            missing.append(Missing(name=name, reason=str(error)))
-    return found, missing
+    cache, references = cache_directory(), _references()
+    read = [_read(one.name, one.commit, cache) for one in references] + [_read(WORKSPACE, None, cache)]
+    baselines = dict.fromkeys([*output("git", "rev-parse", "--revs-only", "HEAD").split(), *(one.baseline for one in references)])
+    missing = [*_unfinished(list(baselines)), *(one for one in read if isinstance(one, Missing))]
+    return [one for one in read if isinstance(one, Experiment)], missing
 
 
-class Unreadable(Exception):
-    """A state of the project that is not an evaluated experiment, or not all of one; says why."""
-
-
-def _experiments(commit: dict[str, Any]) -> list[dict[str, Any]]:
-    """The last states of the experiments that started from a commit, each with its experiment's name."""
-    return [
-        {**experiment["revs"][0], "name": experiment["name"], "executor": experiment.get("executor")}
-        for experiment in commit["experiments"] or []
-    ]
-
-
-def _experiment(name: str, state: dict[str, Any]) -> Experiment:
-    data, revision = state["data"], None if state["rev"] == "workspace" else state["rev"]
-    if (state.get("executor") or {}).get("state") == "running":
-        raise Unreadable("it is running")
-    if data is None:
-        raise Unreadable(f"DVC cannot read it: {_reason((state['error'] or {}).get('msg', 'no reason given'))}")
+def _read(name: str, revision: str | None, cache: Path) -> Experiment | Missing:
+    """Read an experiment, or say why it cannot be compared."""
     try:
-        params, _, prune_metrics = (
-            data[kind][path]["data"] for kind, path in (("params", PARAMS), ("metrics", METRICS), ("metrics", PRUNE_METRICS))
-        )
-    except KeyError:
-        raise Unreadable("it has no results of prune and evaluate: it has not come that far, or they are on no remote") from None
-    point, *_ = _read(POINT, revision)
+        return _experiment(name, revision, Files(revision, cache))
+    except Unreadable as error:
+        return Missing(name=name, reason=str(error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """An experiment as git knows it. baseline: the commit from which it started. seconds: when it was made [seconds since 1970]."""
+
+    name: str
+    commit: str
+    baseline: str
+    seconds: int
+
+
+def _references() -> list[_Reference]:
+    """The experiments of this clone: the baseline with the newest first, of each baseline the newest first."""
+    lines = output("git", "for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", "--sort=-creatordate", EXPERIMENTS)
+    found = []
+    for commit, seconds, path in (line.split(maxsplit=2) for line in lines.splitlines()):
+        if match := REFERENCE.fullmatch(path):
+            found.append(_Reference(name=match[3], commit=commit, baseline=match[1] + match[2], seconds=int(seconds)))
+    order = {baseline: position for position, baseline in enumerate(dict.fromkeys(one.baseline for one in found))}
+    newest = sorted(found, key=lambda one: (one.seconds, one.commit), reverse=True)
+    return sorted(newest, key=lambda one: order[one.baseline])
+
+
+def _unfinished(baselines: Sequence[str]) -> Iterator[Missing]:
+    """What DVC runs, has queued, or ran and failed, from these commits: experiments that git does not know yet."""
+    with Repo() as repo:
+        for collected, reason in ((collect_active, "it is running"), (collect_queued, NO_RESULTS), (collect_failed, NO_RESULTS)):
+            for one in chain.from_iterable(collected(repo, baselines).values()):
+                yield Missing(name=one.name or one.revs[0].name or one.revs[0].rev, reason=reason)
+
+
+def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
     try:
-        measurements = from_rows(_read(MEASUREMENTS, revision))
+        params, prune_metrics = _params(revision), files.json(PRUNE_METRICS)
+    except (Unreadable, SparsesweepError, OSError, yaml.YAMLError):
+        raise Unreadable(NO_RESULTS) from None
+    if not files.has(METRICS):
+        raise Unreadable(NO_RESULTS)
+    point, *_ = files.json(POINT)
+    try:
+        measurements = from_rows(files.json(MEASUREMENTS))
     except ValueError as error:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
-    protocol = _read(PROTOCOL, revision)
+    protocol = files.json(PROTOCOL)
     if revision is None:
         _require_of_delta(protocol)
     else:
@@ -134,24 +156,23 @@ def _experiment(name: str, state: dict[str, Any]) -> Experiment:
         protocol=protocol,
         method=point["method"],
         pattern=point["pattern"],
-        dense=_dense(revision),
+        dense=_dense(files),
     )
 
 
-def _dense(revision: str | None) -> list[Measurement]:
+def _params(revision: str | None) -> dict[str, Any]:
+    """The sections of a revision's params.yaml."""
+    sections: dict[str, Any]
+    sections = yaml.load(Path(PARAMS).read_text(encoding="utf8"), Loader=Loader) if revision is None else read_yaml(revision, PARAMS)
+    return sections
+
+
+def _dense(files: Files) -> list[Measurement]:
     """The dense model's measurements, as far as they can be read: a table without them says less, and is right all the same."""
     try:
-        return from_rows(_read(DENSE_MEASUREMENTS, revision))
+        return from_rows(files.json(DENSE_MEASUREMENTS))
     except (Unreadable, TypeError, KeyError):
         return []
-
-
-def _reason(message: str) -> str:
-    """Why DVC cannot read an experiment. It reads the configuration of the experiment's commit, and lays this clone's own over it."""
-    if not message.startswith("config file error"):
-        return message
-    advice = "a remote was set after it ran: `dvc remote modify --local REMOTE url URL` repeats its url beside your own settings"
-    return f"{message}; {advice}"
 
 
 def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> None:
@@ -172,15 +193,3 @@ def _require_of_delta(protocol: dict[str, Any]) -> None:
     facts = read_json(manifest)
     if fingerprint(facts["recipe"], facts["shards"]) != protocol["delta"]:
         raise Unreadable("what was pruned last is not evaluated yet; `dvc repro evaluate_sparse` does that")
-
-
-def _read(path: str, revision: str | None) -> Any:
-    """A JSON file of a revision, from the workspace, the cache or a remote."""
-    try:
-        return parsed_json(dvc.api.read(path, rev=revision))
-    except (DvcException, OSError, ValueError) as error:
-        raise Unreadable(f"{path} is not there ({' '.join(str(error).split())}); `make receive` brings it") from None
-
-
-def _references() -> list[str]:
-    return output("git", "for-each-ref", "--format=%(refname)", "--sort=-creatordate", EXPERIMENTS).split()

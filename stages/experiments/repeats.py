@@ -3,7 +3,8 @@
     mean         over seeds, each counting alike; of perplexity exp(mean of ln)
     sd           standard deviation between seeds, n - 1 degrees of freedom; of perplexity that of ln, times the mean (delta method)
     interval     of the mean over seeds: Student's t with n - 1 degrees of freedom
-    difference   of two settings: Welch's t, variances of their own, Welch and Satterthwaite's degrees of freedom
+    difference   of two settings that ran the same seeds: the paired t, Student's t of the differences seed by seed
+                 of others: Welch's t, variances of their own, Welch and Satterthwaite's degrees of freedom
                  f = (v/n + w/m)^2 / ((v/n)^2 / (n - 1) + (w/m)^2 / (m - 1))          # Welch 1947, Biometrika 34
 
 All seeds are scored on the same text. The error over that text is another one: it stands beside, and is in none of these. Of one seed
@@ -14,11 +15,20 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from scipy.stats import t
 
 from stages.evaluation.statistics import LEVEL, Adjusted, Estimate, mean
+
+
+class TTest(StrEnum):
+    """How two settings are compared over their seeds."""
+
+    PAIRED = "paired t"
+    WELCH = "Welch's t"
+
 
 Found = TypeVar("Found")
 Params = dict[str, Any]
@@ -109,11 +119,24 @@ def spread(values: Sequence[float], errors: Sequence[float | None], *, is_ratio:
     return Spread(scores=[math.log(value) if is_ratio else value for value in values], is_ratio=is_ratio, over_text=over_text)
 
 
-def welch(ours: Sequence[float], theirs: Sequence[float]) -> Adjusted | None:
-    """The difference of two means over seeds, ours less theirs, with the 95% interval of Welch's t; None where either has one seed.
+def between(ours: Sequence[float], theirs: Sequence[float], *, same_seeds: bool) -> tuple[Estimate | None, TTest]:
+    """The difference of two means over seeds, ours less theirs, with its 95% interval, and how it was made.
 
-    The two need not have the same seeds, and are not paired by them.
+    A seed draws the same calibration windows for every method, so that the same seeds are paired: what the windows make of both falls out.
+
+    Args:
+        ours, theirs: of each seed. same_seeds: whether both have the same ones, in the same order.
+
+    Returns:
+        None where either has one seed.
     """
+    if not same_seeds:
+        return welch(ours, theirs), TTest.WELCH
+    return (mean([here - there for here, there in zip(ours, theirs, strict=True)]) if len(ours) > 1 else None), TTest.PAIRED
+
+
+def welch(ours: Sequence[float], theirs: Sequence[float]) -> Adjusted | None:
+    """The difference of two means over seeds that are not paired, with the 95% interval of Welch's t; None where either has one seed."""
     if min(len(ours), len(theirs)) < 2:
         return None
     here, there = mean(ours), mean(theirs)

@@ -17,12 +17,12 @@ import yaml
 from dvc.utils import dict_sha256
 from tqdm import tqdm
 
+from stages.experiments.files import DIRECTORY, OUTPUTS
 from stages.experiments.lock import LOCK, Loader, read_lock
 from stages.files import read_json
 from stages.sharing.references import of_clone
 
-FILES, RECORDS = Path("files/md5"), Path("runs")  # in the cache: outputs by MD5, and DVC's records of runs by SHA-256
-DIRECTORY = ".dir"  # suffix of a list of the files of a directory
+RECORDS = Path("runs")  # in the cache: DVC's records of runs by SHA-256
 SIZES = ["size", "nfiles"]  # keys of a record that its hash leaves out
 WORKSPACE = "workspace"
 
@@ -46,7 +46,7 @@ def damaged(cache: Path) -> tuple[list[Damaged], int, int]:
     Returns:
         The damaged files, and how many files and bytes were read.
     """
-    outputs = {path: path.stat().st_size for path in (cache / FILES).glob("??/*") if path.suffix in ("", DIRECTORY)}
+    outputs = {path: path.stat().st_size for path in (cache / OUTPUTS).glob("??/*") if path.suffix in ("", DIRECTORY)}
     records = list((cache / RECORDS).glob("??/*/*"))
     found = []
     bar = tqdm(total=sum(outputs.values()), desc="rehashing", unit="B", unit_scale=True)
@@ -126,6 +126,6 @@ def _entries(cache: Path, lock: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for entry in (entry for stage in lock.values() for entry in stage.get("outs", [])):
         oid, path = entry["md5"], entry["path"]
         yield oid, path
-        listed = cache / FILES / oid[:2] / oid[2:]
+        listed = cache / OUTPUTS / oid[:2] / oid[2:]
         if oid.endswith(DIRECTORY) and _digest(listed) == oid.removesuffix(DIRECTORY):
             yield from ((file["md5"], f"{path}/{file['relpath']}") for file in read_json(listed))

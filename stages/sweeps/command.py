@@ -5,14 +5,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, SparsesweepError
 from stages.experiments import table
 from stages.experiments.reading import Experiment, Missing, read_experiments
 from stages.schema import require
-from stages.sweeps import cluster, git, local, slurm, worker
-from stages.sweeps.file import Resources, Sweep, read_sweep
+from stages.sharing.references import of_origin
+from stages.sweeps import cluster, git, local, search, slurm, worker
+from stages.sweeps.file import Resources, Search, Sweep, read_sweep
 from stages.sweeps.plan import Plan, Point, plan, points_of, summary, text
 from stages.sweeps.running import executed, progress
+from stages.sweeps.search import Step
 from stages.sweeps.worker import Outcome, Task
 
 REMOTE = "origin"
@@ -30,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     sweep = read_sweep(arguments.file)
     resources = _resources(sweep.resources, arguments)
     require(arguments.jobs >= 1, "--jobs", arguments.jobs, "1 or more")
+    if sweep.search is not None:
+        return _search(sweep, sweep.search, resources, arguments)
     if arguments.dry_run:
         print(text(plan(sweep, read_experiments()[0]), at_once=arguments.jobs))
         return 0
@@ -50,6 +54,36 @@ def run(arguments: argparse.Namespace) -> int:
     if share:
         git.fetch_experiments(REMOTE, [point.name for point in made.points])
     return _report(made, outcomes, *(read_experiments() if outcomes else read))
+
+
+def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argparse.Namespace) -> int:
+    """Run the points of a search, or say what is there of it and which is next."""
+    alone = arguments.slurm is None and arguments.point is None
+    require(alone, "--slurm, --point", "one of them", "neither: each point of a search waits for the one before")
+    optuna = search.client()
+    if arguments.dry_run:
+        print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None))))
+        return 0
+    revision = arguments.revision or git.require_committed()
+    share = arguments.share or arguments.address is not None
+    if share:
+        _require_shared(revision)
+        git.fetch_experiments(REMOTE, [one.name for one in of_origin(REMOTE) if one.name.startswith(f"{sweep.name}-")])
+
+    def run_point(made: Plan) -> Sequence[Experiment]:
+        for outcome in progress(made, _outcomes(made, resources, arguments, revision, share=share), say=_say):
+            if outcome.error is not None:
+                raise SparsesweepError(f"{outcome.name}: {outcome.error}")
+        if share:
+            git.fetch_experiments(REMOTE, [point.name for point in made.points])
+        return read_experiments()[0]
+
+    found: list[Step] = []
+    for step in search.steps(sweep, wanted, read_experiments()[0], run_point):
+        found.append(step)
+        _say(f"{wanted.parameter}={step.value}: {search.answer(wanted, found)}")
+    _say(f"\n{search.text(wanted, found)}\nOptuna's study: {search.record(optuna, sweep, wanted, found)}")
+    return 0
 
 
 def _resources(declared: Resources, arguments: argparse.Namespace) -> Resources:

@@ -7,6 +7,7 @@ grid:                            every combination of these is a point
   pattern.sparsity: [0.5, 0.6]
 points:                          and these, each a list of overrides
   - [method=wanda, pattern=nm_2_4]
+search: {parameter: pattern.sparsity, low: 0.3, high: 0.8, metric: perplexity, limit: 1.5, points: 6}   instead of both, see search.py
 resources: {gpus: null, cpus: 1, memory_gib: null, threads: null}
 """
 
@@ -25,8 +26,9 @@ from stages.experiments.commands import in_grammar
 from stages.schema import require, require_one_of
 
 TARGETS = ("evaluate_sparse", "publish")
-KEYS = ("target", "overrides", "grid", "points", "resources")
+KEYS = ("target", "overrides", "grid", "points", "search", "resources")
 MOST = 10_000  # points: a longer list is a slip of the pen
+MOST_STEPS = 20  # of a search: each halves the interval, to a millionth by then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +57,40 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search:
+    """The highest value of a parameter at which the damage keeps within a limit.
+
+    parameter: a dotted key of params.yaml. low, high: between them it lies. metric: name of a measurement of the first corpus, or of the
+    mean over tasks, such as "perplexity" or "accuracy". limit: its ratio to the dense model's value: the most where lower is better, the
+    least where higher is. points: how many are computed.
+    """
+
+    parameter: str
+    low: float
+    high: float
+    metric: str
+    limit: float
+    points: int
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError where a value is out of range, naming it."""
+        for key in ("parameter", "metric"):
+            value = getattr(self, key)
+            require(isinstance(value, str) and bool(value), f"{where}.{key}", value, "a name")
+        for key in ("low", "high", "limit"):
+            value = getattr(self, key)
+            require(type(value) in (int, float) and math.isfinite(value), f"{where}.{key}", value, "a finite number")
+        require(self.low < self.high, f"{where}.low", self.low, f"less than high, {self.high}")
+        require(self.limit > 0, f"{where}.limit", self.limit, "more than 0")
+        require(type(self.points) is int and 1 <= self.points <= MOST_STEPS, f"{where}.points", self.points, f"1 to {MOST_STEPS}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """A sweep file.
 
-    name: of the file, without its ending. varied: of each point, the overrides in which it differs from the others. shared: those of
-    all points.
+    name: of the file, without its ending. varied: of each point, the overrides in which it differs from the others; of a search none.
+    shared: those of all points.
     """
 
     path: Path
@@ -68,6 +99,7 @@ class Sweep:
     shared: tuple[str, ...]
     varied: tuple[tuple[str, ...], ...]
     resources: Resources
+    search: Search | None = None
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -84,12 +116,27 @@ def read_sweep(path: Path) -> Sweep:
     require_one_of(f"{path}: target", target, TARGETS)
     shared = _overrides(data.get("overrides", []), f"{path}: overrides")
     varied = [*_grid(data.get("grid"), f"{path}: grid"), *_points(data.get("points"), f"{path}: points")]
-    require(bool(varied), str(path), "no points", "a grid, or points")
+    search = _search(data.get("search"), f"{path}: search")
+    require(bool(varied) or search is not None, str(path), "no points", "a grid, or points, or a search")
+    require(not varied or search is None, str(path), "a search beside points", "one of them: a search finds its own points")
     resources = data.get("resources", {})
     _require_keys(resources, tuple(Resources.__dataclass_fields__), f"{path}: resources")
     made = Resources(**resources)
     made.check(f"{path}: resources")
-    return Sweep(path=path, name=path.stem, target=target, shared=shared, varied=tuple(varied), resources=made)
+    return Sweep(path=path, name=path.stem, target=target, shared=shared, varied=tuple(varied), resources=made, search=search)
+
+
+def _search(data: Any, where: str) -> Search | None:
+    if data is None:
+        return None
+    keys = tuple(Search.__dataclass_fields__)
+    _require_keys(data, keys, where)
+    missing = [key for key in keys if key not in data]
+    require(not missing, where, f"no {', '.join(missing)}", f"all of {', '.join(keys)}")
+    made = Search(**data)
+    made.check(where)
+    _require_single([f"{made.parameter}={made.low}"], f"{where}.parameter")
+    return made
 
 
 def _require_keys(data: Any, allowed: tuple[str, ...], where: str) -> None:

@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
-import dvc.api
-from dvc.exceptions import DvcException
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +16,7 @@ from tabulate import tabulate
 from stages.config.compose import composed
 from stages.errors import ConfigError
 from stages.experiments.commands import leaves
+from stages.experiments.files import Files, Unreadable, cache_directory
 from stages.experiments.lock import read_lock
 from stages.experiments.reading import Experiment
 from stages.files import SPARSE_RESULTS
@@ -27,7 +26,8 @@ from stages.sweeps.pipeline import DVC_YAML, Stage, has_result, keys, stages_of
 
 HASH = 8  # hexadecimal digits of a point's parameters in its name
 LONGEST = 60  # characters of what a name says of its point
-RUN = (SPARSE_RESULTS / "run.json").as_posix()
+RUN = SPARSE_RESULTS / "run.json"
+Values: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,8 @@ def plan(sweep: Sweep, experiments: Sequence[Experiment]) -> Plan:
     points, stages = points_of(sweep), stages_of(sweep.target)
     evaluated = [experiment for experiment in experiments if experiment.revision is not None]
     current = _of_current_code(evaluated, stages)
-    there = {point.name: name for point in points if (name := _found(point, current, stages)) is not None}
+    results = [(experiment, _values(experiment.params, stages)) for experiment in current]
+    there = {point.name: name for point in points if (name := _found(point, results, stages)) is not None}
     to_run = [point for point in points if point.name not in there]
     available = {key for point in points if point.name in there for key in keys(stages, point.params).values()}
     available |= {key for experiment in current for key in keys(stages, experiment.params).values()}
@@ -174,14 +175,18 @@ def _of_current_code(experiments: Sequence[Experiment], stages: list[Stage]) -> 
     return [experiment for experiment in experiments if experiment.revision and git.same("HEAD", experiment.revision, paths)]
 
 
-def _found(point: Point, experiments: Sequence[Experiment], stages: list[Stage]) -> str | None:
-    """The experiment that has a point's result."""
-    target, wanted = stages[-1], [stage.values(point.params) for stage in stages]
-    for experiment in experiments:
-        same = [stage.values(experiment.params) for stage in stages] == wanted
-        if same and has_result(target, point.params, read_lock(str(experiment.revision))):
+def _found(point: Point, results: Sequence[tuple[Experiment, Values]], stages: list[Stage]) -> str | None:
+    """The experiment that has a point's result. results: experiments with their values, see _values."""
+    target, wanted = stages[-1], _values(point.params, stages)
+    for experiment, values in results:
+        if values == wanted and has_result(target, point.params, read_lock(str(experiment.revision))):
             return experiment.name
     return None
+
+
+def _values(params: dict[str, Any], stages: list[Stage]) -> Values:
+    """The values of the parameters of each stage."""
+    return [stage.values(params) for stage in stages]
 
 
 def _after(points: Sequence[Point], stages: list[Stage], available: set[str]) -> dict[str, frozenset[str]]:
@@ -217,6 +222,6 @@ class _Seconds:
 def _seconds_of_evaluation(experiment: Experiment) -> float:
     """As its record says; 0 where that is not to be had."""
     try:
-        return float(json.loads(dvc.api.read(RUN, rev=experiment.revision))["seconds"])
-    except (DvcException, OSError, ValueError, KeyError):
+        return float(Files(experiment.revision, cache_directory()).json(RUN)["seconds"])
+    except (Unreadable, TypeError, KeyError):
         return 0.0

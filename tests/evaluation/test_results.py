@@ -31,6 +31,14 @@ def test_a_score_that_is_no_mean_of_rows_has_lm_evals_value_and_no_error():
     assert (measured.dense, measured.difference.value, measured.difference.stderr) == (1.5, 0.5, None)
 
 
+def test_such_a_score_has_the_error_and_the_interval_of_its_bootstrap():
+    scored = {"value": 2.0, "count": 7, "stderr": 0.1, "clusters": 3, "resamples": 200}
+    (measured,) = aggregate_measurements("a", {"loss": scored}, {}, GROUP, "raw")
+    reach = 4.302653 * 0.1  # Student's t with 2 degrees of freedom
+    assert (measured.stderr, measured.clusters) == (0.1, 3)
+    assert (measured.low, measured.high) == (pytest.approx(2 - reach), pytest.approx(2 + reach))
+
+
 def test_the_mean_accuracy_is_of_accuracies_of_one_style():
     made = task_measurements("a", rows(("a", 1.0), ("a", 0.0)), None)
     made += task_measurements("a", rows(("a", 0.0), ("a", 0.0)), None, style="chat")
@@ -65,7 +73,8 @@ def read(details, row: dict, aggregates: object = None):
 
 def test_results_are_read_as_they_were_written(tmp_path):
     found = read(tmp_path, ROW, {"raw": {"a": {"f1": {"value": 0.5, "count": 1}}}})
-    assert (found.samples, found.aggregates) == ({"a": [ROW]}, {"raw": {"a": {"f1": {"value": 0.5, "count": 1}}}})
+    unknown = {"stderr": None, "clusters": None, "resamples": 0}  # of an earlier evaluation
+    assert (found.samples, found.aggregates) == ({"a": [ROW]}, {"raw": {"a": {"f1": {"value": 0.5, "count": 1, **unknown}}}})
 
 
 @pytest.mark.parametrize(

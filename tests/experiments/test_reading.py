@@ -1,5 +1,8 @@
 """Which states of a project are evaluated experiments."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
 from stages.evaluation.measurement import Measurement, as_rows
@@ -19,24 +22,47 @@ def test_scores_of_another_delta_than_the_workspaces_are_refused(base, tmp_path,
         reading._require_of_delta(protocol)
 
 
-def test_an_experiment_that_runs_is_none_yet():
-    running = {"rev": "workspace", "data": {}, "executor": {"state": "running", "name": "workspace"}}
-    with pytest.raises(Unreadable, match="it is running"):
-        reading._experiment("a", running)
-    commit = {"experiments": [{"name": "a", "executor": {"state": "running"}, "revs": [{"rev": "workspace", "data": None}]}]}
-    assert reading._experiments(commit) == [{"rev": "workspace", "data": None, "name": "a", "executor": {"state": "running"}}]
+def test_an_experiment_that_runs_waits_or_failed_is_none_yet(monkeypatch):
+    state = SimpleNamespace(name=None, rev="beef")
+
+    def collected(*names):
+        return lambda repo, baselines: {"f00d": [SimpleNamespace(name=name, revs=[state]) for name in names]}
+
+    monkeypatch.setattr(reading, "Repo", nullcontext)
+    for function, names in (("collect_active", ["a"]), ("collect_queued", ["b", None]), ("collect_failed", [])):
+        monkeypatch.setattr(reading, function, collected(*names))
+    assert [(one.name, one.reason) for one in reading._unfinished(["f00d"])] == [
+        ("a", "it is running"),
+        ("b", reading.NO_RESULTS),
+        ("beef", reading.NO_RESULTS),
+    ]
 
 
-def test_a_dense_model_that_cannot_be_read_leaves_its_error_out(monkeypatch):
-    def missing(path, revision):
-        raise Unreadable(f"{path} is not there")
+def test_the_experiments_of_a_commit_stand_together_newest_first(monkeypatch):
+    made = [("1" * 40, "b"), ("2" * 40, "a"), ("1" * 40, "c")]
+    lines = [f"{number:040x} {9 - number} refs/exps/{of[:2]}/{of[2:]}/{name}" for number, (of, name) in enumerate(made)]
+    lines.append(f"{'9' * 40} 5 refs/exps/celery/stash")
+    monkeypatch.setattr(reading, "output", lambda *command: "\n".join(lines))
+    assert [one.name for one in reading._references()] == ["b", "c", "a"]
 
-    monkeypatch.setattr(reading, "_read", missing)
-    assert reading._dense(None) == []
+
+class _Written:
+    """Files that are these."""
+
+    def __init__(self, **contents):
+        self.contents = contents
+
+    def json(self, path):
+        if path.name not in self.contents:
+            raise Unreadable(f"{path} is not there")
+        return self.contents[path.name]
+
+
+def test_a_dense_model_that_cannot_be_read_leaves_its_error_out():
+    assert reading._dense(_Written()) == []
     facts = {"kind": "corpus", "name": "news", "label": "", "count": 8, "counted": "tokens", "clusters": 2, "value": 10.0, "stderr": 0.5}
     rows = as_rows([Measurement(**facts, metric="perplexity")])
-    monkeypatch.setattr(reading, "_read", lambda path, revision: rows if path == "results/dense/details/measurements.json" else None)
-    assert [measured.stderr for measured in reading._dense("f00d")] == [0.5]
+    assert [measured.stderr for measured in reading._dense(_Written(**{"measurements.json": rows}))] == [0.5]
 
 
 def test_scores_that_an_earlier_run_left_in_an_experiment_are_refused():
@@ -47,11 +73,3 @@ def test_scores_that_an_earlier_run_left_in_an_experiment_are_refused():
     stages = {"prune": pruned, "evaluate_sparse": {"deps": [{"path": "artifacts/sparse", "md5": "old"}]}}
     with pytest.raises(Unreadable, match="its scores are of another run .evaluate_sparse read another artifacts/sparse than prune wrote"):
         reading._require_of_experiment(stages, params)
-
-
-def test_why_an_experiment_from_before_the_remote_cannot_be_read_is_said_with_the_way_out():
-    state = {"rev": "a" * 40, "data": None, "error": {"msg": "config file error: expected 'url' for dictionary value"}}
-    with pytest.raises(Unreadable, match="expected 'url' .*a remote was set after it ran: `dvc remote modify --local REMOTE url URL`"):
-        reading._experiment("a", state)
-    with pytest.raises(Unreadable, match="DVC cannot read it: broken$"):
-        reading._experiment("a", state | {"error": {"msg": "broken"}})

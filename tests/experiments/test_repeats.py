@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import t, ttest_ind
+from scipy.stats import t, ttest_ind, ttest_rel
 
-from stages.experiments.repeats import seed_of, settings, spread, welch
+from stages.experiments.repeats import TTest, between, seed_of, settings, spread, welch
 
 OURS, THEIRS = [31.2, 30.1, 33.9], [29.0, 29.9, 28.3, 30.4]
 
@@ -81,3 +81,14 @@ def test_two_settings_are_compared_by_welchs_t():
 def test_settings_that_no_seed_changes_differ_by_what_they_differ():
     assert welch([2.0, 2.0], [1.0, 1.0]).interval == (1.0, 1.0)
     assert welch([1.0, 1.0], [1.0, 1.0, 1.0]).interval == (0.0, 0.0)
+
+
+def test_settings_that_ran_the_same_seeds_are_paired():
+    theirs = THEIRS[:3]
+    found, test = between(OURS, theirs, same_seeds=True)
+    wanted = ttest_rel(OURS, theirs)
+    assert test == TTest.PAIRED
+    assert found.value / found.stderr == pytest.approx(wanted.statistic)
+    assert found.interval == pytest.approx(tuple(wanted.confidence_interval(0.95)))
+    assert between(OURS, THEIRS, same_seeds=False) == (welch(OURS, THEIRS), TTest.WELCH)
+    assert between([1.0], [2.0], same_seeds=True) == (None, TTest.PAIRED)

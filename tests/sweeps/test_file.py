@@ -6,6 +6,8 @@ from stages.errors import ConfigError
 from stages.sweeps.file import MOST, Resources, read_sweep
 from tests.project import ROOT
 
+SEARCH = "{parameter: pattern.sparsity, low: 0.3, high: 0.8, metric: perplexity, limit: 1.5, points: 6}"
+
 
 @pytest.fixture()
 def sweep(tmp_path):
@@ -41,9 +43,9 @@ def test_values_are_written_in_the_grammar_of_overrides(sweep):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "mine.yaml: found 'no points', wanted a grid, or points"),
+        ("{}", "mine.yaml: found 'no points', wanted a grid, or points, or a search"),
         ("[]", "mine.yaml: found list, wanted a mapping"),
-        ("grd: {method: [wanda]}", "mine.yaml: found 'grd', wanted only the keys target, overrides, grid, points, resources"),
+        ("grd: {method: [wanda]}", "mine.yaml: found 'grd', wanted only the keys target, overrides, grid, points, search, resources"),
         ("target: prune\ngrid: {method: [wanda]}", "mine.yaml: target: found 'prune', wanted one of evaluate_sparse, publish"),
         ("grid: {method: []}", "mine.yaml: grid.method: found .., wanted a list of at least one option or value"),
         ("grid: {method: wanda}", "mine.yaml: grid.method: found 'wanda', wanted a list of at least one"),
@@ -60,6 +62,12 @@ def test_values_are_written_in_the_grammar_of_overrides(sweep):
         ("points: [[a=1]]\nresources: {cpu: 2}", "mine.yaml: resources: found 'cpu', wanted only the keys gpus, cpus, memory_gib, threads"),
         ("points: [[a=1]]\nresources: {cpus: 0}", "mine.yaml: resources.cpus: found 0, wanted a whole number, 1 or more"),
         ("points: [[a=1]]\nresources: {gpus: 0.5}", "mine.yaml: resources.gpus: found 0.5, wanted null or a whole number, 0 or more"),
+        (f"points: [[a=1]]\nsearch: {SEARCH}", "mine.yaml: found 'a search beside points', wanted one of them"),
+        ("search: {parameter: a.b}", "mine.yaml: search: found 'no low, high, metric, limit, points', wanted all of parameter, low"),
+        (f"search: {SEARCH.replace('low: 0.3', 'low: 0.9')}", "mine.yaml: search.low: found 0.9, wanted less than high, 0.8"),
+        (f"search: {SEARCH.replace('points: 6', 'points: 0')}", "mine.yaml: search.points: found 0, wanted 1 to 20"),
+        (f"search: {SEARCH.replace('limit: 1.5', 'limit: .nan')}", "mine.yaml: search.limit: found nan, wanted a finite number"),
+        (f"search: {SEARCH.replace('pattern.sparsity', 'a b')}", "mine.yaml: search.parameter: found 'a b=0.3', wanted KEY=VALUE"),
         ("points: [[a=1]]\nresources: {memory_gib: .nan}", "mine.yaml: resources.memory_gib: found nan, wanted null or more than 0"),
     ],
 )
@@ -81,4 +89,5 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "sweeps").iterdir()))
 def test_every_file_of_ours_is_read(name):
-    assert read_sweep(ROOT / "sweeps" / name).varied
+    made = read_sweep(ROOT / "sweeps" / name)
+    assert made.varied or made.search

@@ -1,6 +1,5 @@
 """The plan: names, what is there, what waits for what, and how long it takes."""
 
-import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +57,8 @@ def repository(tmp_path, monkeypatch):
         return Experiment(name=name, revision=git("rev-parse", "HEAD"), params=point.params, prune_metrics={"seconds": seconds}, **facts)
 
     git("init", "-q")
-    monkeypatch.setattr(plans.dvc.api, "read", lambda path, rev: json.dumps({"seconds": 5.0}))
+    monkeypatch.setattr(plans, "cache_directory", lambda: root)
+    monkeypatch.setattr(plans.Files, "json", lambda self, path: {"seconds": 5.0})
     return commit
 
 

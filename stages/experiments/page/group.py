@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.evaluation.protocol import compared, differences
 from stages.experiments.details import Details, Scores, read_details
-from stages.experiments.paired import Metric, headline, others
+from stages.experiments.paired import Metric, every, headline, others
 from stages.experiments.reading import Experiment, Missing
 from stages.experiments.table import base_name, by_protocol, short
 
@@ -33,6 +33,11 @@ class Group:
     def columns(self) -> list[Metric]:
         """Metrics of text that the table shows when they are chosen."""
         return others(self.results)
+
+    @property
+    def every_metric(self) -> list[Metric]:
+        """All that any experiment measured, those of the plots and of the table first."""
+        return every(self.results)
 
     @property
     def base(self) -> str:

@@ -10,7 +10,7 @@ from stages.experiments.details import Details
 from stages.experiments.page.group import Group
 from stages.experiments.page.words import difference_words, number
 from stages.experiments.paired import Metric, Verdict, natural, verdict
-from stages.experiments.repeats import Spread, seed_of, settings, spread, welch
+from stages.experiments.repeats import Spread, TTest, between, seed_of, settings, spread
 
 Row = dict[str, Any]
 TOO_FEW = "too few seeds"
@@ -38,6 +38,10 @@ class Setting:
     def sparsity(self) -> float:
         """The fraction of zeros, as achieved, the mean over seeds."""
         return sum(details.sparsity for details in self.repeats) / len(self.repeats)
+
+    @property
+    def seeds(self) -> list[int | None]:
+        return [seed_of(details.experiment.params) for details in self.repeats]
 
     @property
     def experiments(self) -> str:
@@ -115,9 +119,9 @@ def between_settings(group: Group, metric: Metric) -> list[Between]:
     for asked, members in settings_of(group).items():
         said: dict[bool, list[str]] = {True: [], False: []}
         pairs = list(pairs_of(members, metric))
-        for ours, theirs, estimate in pairs:
+        for ours, theirs, estimate, test in pairs:
             if estimate is not None:
-                words = f"{ours.name} against {theirs.name}: {difference_words(metric, estimate)}"
+                words = f"{ours.name} against {theirs.name}: {difference_words(metric, estimate)} ({test})"
                 said[verdict(metric, estimate) != Verdict.NOISE].append(words)
         if pairs:
             told = len(said[True]) + len(said[False])
@@ -125,18 +129,19 @@ def between_settings(group: Group, metric: Metric) -> list[Between]:
     return found
 
 
-def pairs_of(members: Sequence[Setting], metric: Metric) -> Iterator[tuple[Setting, Setting, Estimate | None]]:
-    """Each pair of settings that have the metric, the worse one first, with their difference; None where one has too few seeds."""
+def pairs_of(members: Sequence[Setting], metric: Metric) -> Iterator[tuple[Setting, Setting, Estimate | None, TTest]]:
+    """Each pair of settings that have the metric, the worse one first, with their difference, None where one has too few seeds, and how
+    it was made."""
     known = [(setting, of) for setting in members if (of := setting.spread(metric)) is not None]
     ordered = sorted(known, key=lambda pair: pair[1].value, reverse=metric.better == "higher")
     for (best, its), (other, of) in combinations(ordered, 2):
-        yield other, best, welch(of.scores, its.scores)
+        yield other, best, *between(of.scores, its.scores, same_seeds=other.seeds == best.seeds)
 
 
 def repeat_rows(group: Group) -> Iterator[Row]:
     """Each setting in each metric: mean, spread and interval over its seeds, which are empty of one seed, and the error over text."""
     for setting in (setting for members in settings_of(group).values() for setting in members):
-        for metric in group.metrics:
+        for metric in group.every_metric:
             of = setting.spread(metric)
             if of is not None:
                 low, high = of.interval or (None, None)
@@ -154,10 +159,10 @@ def repeat_rows(group: Group) -> Iterator[Row]:
 
 
 def repeat_difference_rows(group: Group) -> Iterator[Row]:
-    """Each pair of settings of one pattern and sparsity in each metric, by Welch's t over their seeds; ratios of perplexities."""
-    for metric in group.metrics:
+    """Each pair of settings of one pattern and sparsity in each metric, over their seeds; ratios of perplexities."""
+    for metric in group.every_metric:
         for members in settings_of(group).values():
-            for ours, theirs, estimate in pairs_of(members, metric):
+            for ours, theirs, estimate, test in pairs_of(members, metric):
                 pair = {**_names(ours), "against": theirs.name, "against_seeds": len(theirs.repeats), "metric": metric.id}
                 if estimate is None:
                     yield {**pair, "verdict": TOO_FEW}
@@ -165,7 +170,7 @@ def repeat_difference_rows(group: Group) -> Iterator[Row]:
                     value, ends = natural(metric, estimate)
                     low, high = ends or (None, None)
                     kind = "ratio" if metric.is_ratio else "difference"
-                    yield {**pair, "is": kind, "value": value, "low": low, "high": high, "verdict": verdict(metric, estimate)}
+                    yield {**pair, "is": kind, "value": value, "low": low, "high": high, "verdict": verdict(metric, estimate), "test": test}
 
 
 def _names(setting: Setting) -> Row:

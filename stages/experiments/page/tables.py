@@ -67,8 +67,9 @@ def measurement_rows(group: Group) -> Iterable[Row]:
 
 
 def difference_rows(group: Group) -> Iterable[Row]:
-    """Paired differences of each experiment to the dense model, and of each pair of one pattern and sparsity; ratios of perplexities."""
-    for metric in group.metrics:
+    """Paired differences of each experiment to the dense model, and of each pair of one pattern and sparsity, in every metric
+    of which windows or rows have scores; ratios of perplexities."""
+    for metric in group.every_metric:
         for members in group.cells.values():
             for position, details in enumerate(members):
                 for other in (None, *members[:position]):

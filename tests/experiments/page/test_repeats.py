@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 
 from stages.experiments.page import charts
 from stages.experiments.page.content import group_content
@@ -71,11 +71,28 @@ def test_settings_are_told_apart_where_both_have_seeds():
     assert others == []
     assert (unstructured.asked, unstructured.pairs, unstructured.too_few) == ("unstructured 50%", 3, 2)
     (words,) = unstructured.exceeding + unstructured.within
-    wanted = ttest_ind(np.log(values("wanda")), np.log(values("sparsegpt")), equal_var=False)
+    wanted = ttest_rel(np.log(values("wanda")), np.log(values("sparsegpt")))
     low, high = np.exp(wanted.confidence_interval(0.95))
     ratio = math.exp(np.log(values("wanda")).mean() - np.log(values("sparsegpt")).mean())
-    assert words == f"wanda against sparsegpt: ×{ratio:.3f} [{low:.3f}, {high:.3f}]"
+    assert words == f"wanda against sparsegpt: ×{ratio:.3f} [{low:.3f}, {high:.3f}] (paired t)"
     assert bool(unstructured.exceeding) == (wanted.pvalue < 0.05)
+
+
+def test_settings_of_other_seeds_are_not_paired():
+    results = [details for details in GROUP.results if details.name != "wanda-seed2"]
+    unstructured, *_ = between_settings(replace(GROUP, results=results), PERPLEXITY)
+    wanted = ttest_ind(np.log(values("wanda")[:2]), np.log(values("sparsegpt")), equal_var=False)
+    low, high = np.exp(wanted.confidence_interval(0.95))
+    (words,) = unstructured.exceeding + unstructured.within
+    assert words.endswith(f" [{low:.3f}, {high:.3f}] (Welch's t)")
+
+
+def test_rows_have_every_metric_that_was_measured():
+    measured = {f"{row['kind']}/{row['name']}/{row['metric']}" for row in GROUP.results[0].measurements}
+    assert {row["metric"] for row in repeat_rows(GROUP)} == measured
+    assert len(measured) > len(GROUP.metrics)
+    sizes = [row for row in repeat_difference_rows(GROUP) if row["metric"].startswith("size/") and "value" in row]
+    assert {row["verdict"] for row in sizes} <= {"within noise", "unknown"}
 
 
 def test_equal_settings_differ_within_the_spread_between_seeds():
@@ -112,7 +129,7 @@ def test_rows_of_differences_say_where_seeds_are_too_few():
     rows = [row for row in repeat_difference_rows(GROUP) if row["metric"] == PERPLEXITY.id]
     assert [row["verdict"] for row in rows if "ria" in (row["setting"], row["against"])] == ["too few seeds"] * 2
     (told,) = [row for row in rows if "value" in row]
-    assert (told["setting"], told["against"], told["is"], told["seeds"], told["against_seeds"]) == ("wanda", "sparsegpt", "ratio", 3, 3)
+    assert (told["setting"], told["against"], told["is"], told["seeds"], told["test"]) == ("wanda", "sparsegpt", "ratio", 3, "paired t")
 
 
 def test_the_page_has_a_table_and_words():
