@@ -2,7 +2,7 @@
 
 The model's own forward pass runs with a stand-in module in place of every block, which receives the block's arguments; the model's own
 code runs before and after the blocks. A block is run alone only if the outputs are those of the model: hidden states go from each block
-to the next unchanged, and all other arguments of a block are the same for every window.
+to the next unchanged, nothing else that a block returns is used, and all other arguments of a block are the same for every window.
 """
 
 import enum
@@ -12,12 +12,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.errors import ArchitectureError
 from stages.streaming.architecture import unsupported
+from stages.streaming.products import zeros_in
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum)
 
@@ -26,7 +29,7 @@ CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.
 class Call:
     """The arguments of one call of a block.
 
-    hidden: [windows, tokens, width].
+    hidden: [windows, tokens, width], or [windows, tokens, streams, width] of a model with several streams.
     arguments, keywords: all other arguments, such as masks, positions and rotary embeddings, as they were at the call.
     """
 
@@ -65,9 +68,9 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch
     calls = recording.calls
     if len(calls) != len(blocks):
         raise unsupported(model, f"it runs {len(calls)} of its {len(blocks)} blocks, wanted each of them once and in order")
-    if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() != 3:
+    if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() < 3:
         received = f"its blocks receive hidden states of shape {list(calls[0].hidden.shape)} for {list(input_ids.shape)} tokens"
-        raise unsupported(model, f"{received}, wanted [windows, tokens, width]")
+        raise unsupported(model, f"{received}, wanted [windows, tokens, ...]")
     return calls
 
 
@@ -150,7 +153,10 @@ class _StandIn(nn.Module):
             return getattr(self._of_stand_in[0], name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._of_stand_in[1](arguments, keywords).as_subclass(_Output)
+        block, returns = self._of_stand_in
+        output = returns(arguments, keywords).as_subclass(_Output)
+        output.besides = partial(_besides, block, arguments, keywords)
+        return output
 
 
 class _Recording:
@@ -178,8 +184,9 @@ class _Recording:
             raise _NotPlain(f"block {index} receives other hidden states than block {index - 1} returns")
         for name, value in _named(self.blocks[index], others, keywords).items():
             if (unknown := _changeable(value)) is not None:
-                wanted = "tensors, numbers, strings, None and tuples of them"
-                raise _NotPlain(f"block {index} receives a {unknown} as its argument {name!r}, wanted {wanted}")
+                what = "what another returns besides hidden states" if unknown == _Unused.__qualname__ else f"a {unknown}"
+                wanted = "tensors, numbers, strings, None, and tuples and dicts of them"
+                raise _NotPlain(f"block {index} receives {what} as its argument {name!r}, wanted {wanted}")
         copies = {name: self._copy(value) for name, value in keywords.items()}
         self.calls.append(Call(hidden=hidden, arguments=tuple(map(self._copy, others)), keywords=copies))
         self._version = hidden._version
@@ -191,6 +198,8 @@ class _Recording:
         """Copy a value."""
         if isinstance(value, tuple):
             return tuple(map(self._copy, value))
+        if isinstance(value, dict):
+            return _ReadOnly((key, self._copy(item)) for key, item in value.items())
         if not isinstance(value, torch.Tensor):
             return value
         key = (id(value), value._version)
@@ -199,27 +208,57 @@ class _Recording:
         return self._copies[key][1]
 
 
+class _ReadOnly(dict[Any, Any]):
+    """A dict that a block reads and must not write: it would be state that goes from window to window."""
+
+    def __setitem__(self, key: Any, _: Any) -> None:
+        raise ArchitectureError(f"a block writes {key!r} into a dict that it receives, wanted blocks that only read their arguments")
+
+
+class _Unused:
+    """Stands for what a block returns besides hidden states, which must not be used."""
+
+
+_BESIDES: WeakKeyDictionary[nn.Module, list[_Unused | None] | None] = WeakKeyDictionary()
+
+
+def _besides(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[_Unused | None]:
+    """Stand-ins for what a block returns after the hidden states; a run with zeros for weights, once, shows how many and which are None.
+
+    Raises:
+        _NotPlain: it returns hidden states alone.
+    """
+    if block not in _BESIDES:
+        with torch.no_grad(), zeros_in(block):
+            output = block(*arguments, **keywords)
+        several = isinstance(output, (tuple, list))
+        _BESIDES[block] = [None if value is None else _Unused() for value in output[1:]] if several else None
+    besides = _BESIDES[block]
+    if besides is None:
+        raise _NotPlain("it takes hidden states apart, wanted hidden states that go from block to block unchanged")
+    return besides
+
+
 class _Output(torch.Tensor):
     """The hidden states that a stand-in returns, for models that expect a tensor and for those that expect a tuple that it begins.
 
-    Any other use as a tuple shows that the model needs more of its blocks than hidden states.
+    besides: makes stand-ins for the rest of the tuple.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results of operations are plain tensors
+    besides: Callable[[], list[_Unused | None]]
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> Any:
         hidden = self.as_subclass(torch.Tensor)
-        if not isinstance(index, (int, slice)):
-            return hidden[index]
-        if index != 0:
-            raise _NotPlain("it takes more of what a block returns than the first element, wanted hidden states alone")
-        return hidden
+        if isinstance(index, int) and index == 0:
+            return hidden
+        return (hidden, *self.besides())[index] if isinstance(index, (int, slice)) else hidden[index]
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        raise _NotPlain("it unpacks what a block returns, wanted hidden states alone")
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.as_subclass(torch.Tensor), *self.besides()))
 
     def __len__(self) -> int:
-        raise _NotPlain("it counts what a block returns, wanted hidden states alone")
+        return 1 + len(self.besides())
 
 
 @contextmanager
@@ -247,9 +286,10 @@ def _named(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any
 
 
 def _changeable(value: Any) -> str | None:
-    """The type of a value that may change or hold state; None for tensors, which are compared, constants, and tuples of these."""
-    if type(value) is tuple:
-        return next((name for item in value if (name := _changeable(item)) is not None), None)
+    """The type of a value that may change or hold state; None for tensors, which are compared, constants, and tuples and dicts of these."""
+    if type(value) in (tuple, dict):
+        items = value if type(value) is tuple else (*value, *value.values())
+        return next((name for item in items if (name := _changeable(item)) is not None), None)
     return None if isinstance(value, (torch.Tensor, *CONSTANTS)) else type(value).__qualname__
 
 
@@ -257,8 +297,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in a value."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, tuple):
-        for item in value:
+    elif isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 
@@ -270,6 +310,8 @@ def _repeats(value: Any, single: Any, windows: int) -> bool:
         return value.dtype == single.dtype and _tensor_repeats(value, single, windows)
     if isinstance(value, tuple):
         return len(value) == len(single) and all(_repeats(*pair, windows) for pair in zip(value, single, strict=True))
+    if isinstance(value, dict):
+        return value.keys() == single.keys() and all(_repeats(value[key], single[key], windows) for key in value)
     return value == single
 
 

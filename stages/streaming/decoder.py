@@ -10,8 +10,9 @@ from torch import nn
 from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
 from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
-from stages.streaming.architecture import Layer, Matrix, find_blocks, find_matrices, tensors_by_block, unsupported
+from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
 from stages.streaming.calls import Call, record_calls, run_after_blocks
+from stages.streaming.scope import find_matrices
 
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
 
@@ -38,7 +39,7 @@ class Decoder:
         self.name = self.model.config.model_type
         self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
         self.layout = read_layout(self.model, checkpoint)
-        self._require_blocks_that_run_alone()
+        self._calls_of_zeros = self._require_blocks_that_run_alone()
 
     @cached_property
     def _tensors(self) -> list[dict[str, ParameterSlice]]:
@@ -55,7 +56,7 @@ class Decoder:
         Raises:
             ArchitectureError: see find_matrices.
         """
-        return find_matrices(self.model, self.prefix, self._tensors)
+        return find_matrices(self.model, self.prefix, self._tensors, self._calls_of_zeros)
 
     def layers(self, index: int) -> list[Layer]:
         """The layers of a block that multiply by matrices in scope, without repeats."""
@@ -87,14 +88,14 @@ class Decoder:
         """
         return run_after_blocks(self.model, self.blocks, hidden)
 
-    def _require_blocks_that_run_alone(self) -> None:
-        """Record how the blocks are called with all weights zero; these zeros take no memory."""
+    def _require_blocks_that_run_alone(self) -> list[Call]:
+        """Record how the blocks are called for two tokens with all weights zero; these zeros take no memory."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         names = [name for name in self._outside_blocks().values() if name in parameters]
         zeros = {name: torch.zeros((), dtype=parameter_dtype(self.model, name, self.dtype)) for name in names}
         with self._filled((name, zero.expand(parameters[name].shape)) for name, zero in zeros.items()), torch.no_grad():
             try:
-                record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
+                return record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
             except ValueError as error:
                 if not _raised_in(type(self.model).__module__, error):
                     raise
