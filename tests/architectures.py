@@ -1,10 +1,5 @@
 """Small random checkpoints of many architectures, made from their real config classes and saved by transformers."""
 
-from pathlib import Path
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -89,82 +84,3 @@ CONFIGS: dict[str, dict] = {
         **LATENT_ATTENTION,
     },
 }
-
-# What is refused, and why.
-NO_LINEAR_LAYER = "is neither a linear layer's weight nor experts'"
-UNPACKED = "it unpacks what a block returns, wanted hidden states alone"
-SHARED = "block 0 receives a KVSharingDict as its argument 'shared_kv_states', wanted tensors, numbers, strings, None and tuples of them"
-LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
-SHARING = {**SIZES, **LAYERS, "head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
-REFUSED: dict[str, tuple[dict, str]] = {
-    "mamba": (
-        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
-        f"backbone.layers.0.mixer.A_log of shape [64, 4] {NO_LINEAR_LAYER}",
-    ),
-    "jamba": (
-        {**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False},
-        f"model.layers.0.mamba.A_log of shape [64, 4] {NO_LINEAR_LAYER}",
-    ),
-    "gpt_oss": (
-        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-        f"model.layers.0.mlp.router.weight of shape [4, 32] {NO_LINEAR_LAYER}",
-    ),
-    "llama4_text": (
-        {**SIZES, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
-        f"model.layers.0.feed_forward.experts.gate_up_proj of shape [4, 32, 96] {NO_LINEAR_LAYER}",
-    ),
-    "rwkv": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3}, UNPACKED),
-    "cpmant": ({**SIZES, "dim_head": 8, "dim_ff": 48, "prompt_types": 4, "prompt_length": 4, "segment_types": 4}, UNPACKED),
-    "xlstm": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4}, UNPACKED),
-    "glm_moe_dsa": (
-        {
-            **EXPERTS,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            **LATENT_ATTENTION,
-            "index_topk": 8,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-        },
-        UNPACKED,
-    ),
-    "gemma3n_text": (
-        {**SHARING, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
-        SHARED,
-    ),
-    "gemma4_text": (SHARING, SHARED),
-    "prophetnet": (
-        {
-            "vocab_size": 96,
-            "hidden_size": 32,
-            "num_decoder_layers": 3,
-            "num_encoder_layers": 3,
-            "num_decoder_attention_heads": 4,
-            "num_encoder_attention_heads": 4,
-            "decoder_ffn_dim": 48,
-            "encoder_ffn_dim": 48,
-            "is_encoder_decoder": False,
-            "add_cross_attention": False,
-        },
-        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, width]",
-    ),
-}
-
-
-def model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """With weights large enough for attention and routing to tell tokens apart, norms and biases included."""
-    torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(CONFIGS.get(kind) or REFUSED[kind][0]))).eval()
-    for parameter in made.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        else:
-            parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
-    return made.to(torch.bfloat16)
-
-
-def write(directory: Path, kind: str) -> Path:
-    model(kind).save_pretrained(directory, max_shard_size="30KB")
-    return directory

@@ -35,7 +35,7 @@ from stages.pruning.patterns import ComparisonGroup, Unstructured
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Layer, Matrix, is_linear
-from stages.streaming.calls import run_block
+from stages.streaming.calls import block_outputs, run_block
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
 
@@ -227,7 +227,7 @@ def _observed_pass(stream: Stream, index: int, block: nn.Module) -> list[Inputs[
     """Run all windows through a dense block, and return every distinct input of its layers."""
     observer = observe(stream, block, stream.decoder.layers(index), SquaredNorm)
     for windows, hidden, call in stream.parts(index):
-        stream.put(windows, observer.run(hidden, partial(run_block, block, call=call)))
+        stream.put(index, windows, observer.run(hidden, partial(block_outputs, block, call=call)), call)
     stream.require_finite(index)
     return observer.finish(None)
 

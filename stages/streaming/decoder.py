@@ -11,7 +11,7 @@ from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
 from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
-from stages.streaming.calls import Call, record_calls, run_after_blocks
+from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
 from stages.streaming.scope import find_matrices
 
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
@@ -23,6 +23,9 @@ class Decoder:
     Args:
         checkpoint: its tensors, in the directory of its config.json.
         dtype, device: those of the computation.
+
+    Attributes:
+        hands_on: whether blocks hand on to later ones more than hidden states.
 
     Raises:
         ArchitectureError: the blocks cannot be found or cannot be run alone, or tensors are converted in a way that is not known;
@@ -40,6 +43,7 @@ class Decoder:
         self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
         self.layout = read_layout(self.model, checkpoint)
         self._calls_of_zeros = self._require_blocks_that_run_alone()
+        self.hands_on = any(call.handed_on() for call in self._calls_of_zeros)
 
     @cached_property
     def _tensors(self) -> list[dict[str, ParameterSlice]]:
@@ -97,7 +101,7 @@ class Decoder:
             try:
                 return record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
             except ValueError as error:
-                if not _raised_in(type(self.model).__module__, error):
+                if not raised_in(type(self.model).__module__, error):
                     raise
                 raise unsupported(self.model, f"it does not run on tokens alone ({error})") from error
 
@@ -196,11 +200,3 @@ class Decoder:
         if matrix.tensor not in self._read_again:
             self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
         return matrix.stored_in(self._read_again[matrix.tensor]).to(self.device).float()
-
-
-def _raised_in(module: str, error: BaseException) -> bool:
-    """Whether an error was raised by a statement of the module itself, not by a function of another module that it called."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals.get("__name__") == module

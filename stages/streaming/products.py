@@ -109,18 +109,21 @@ def multiplied_parameters(block: nn.Module, run: Callable[[nn.Module], Any]) -> 
 @contextmanager
 def zeros_in(block: nn.Module) -> Iterator[None]:
     """Let zeros on the CPU stand in for the weights that a block has not. They are never written, so that they take no memory."""
-    weights = {name: parameter for name, parameter in block.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    parameters = {name: parameter for name, parameter in block.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    buffers = {name: buffer for name, buffer in block.named_buffers(remove_duplicate=False) if buffer.is_meta}
     try:
-        for name, parameter in weights.items():
-            put(block, name, _zeros(parameter))
+        for name, tensor in (parameters | buffers).items():
+            put(block, name, _zeros(tensor))
         yield
     finally:
-        for name, parameter in weights.items():  # the same objects, by which tied parameters are known
+        for name, parameter in parameters.items():  # the same objects, by which tied parameters are known
             path, _, leaf = name.rpartition(".")
             block.get_submodule(path)._parameters[leaf] = parameter
+        for name, buffer in buffers.items():
+            put(block, name, buffer)
 
 
-def _zeros(parameter: nn.Parameter) -> torch.Tensor:
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
     """Zeros of a parameter's shape and dtype that are not written; of three dimensions the slices of the first are one."""
     shape = parameter.shape[1:] if parameter.dim() == 3 else parameter.shape
     unwritten = torch.from_numpy(numpy.zeros(max(1, shape.numel()) * parameter.itemsize, dtype=numpy.uint8))

@@ -75,7 +75,7 @@ def _scope(block: nn.Module, call: Call) -> dict[str, bool]:
         elif parameter.dim() in (2, 3):
             others.append(name)
     if others:
-        multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call))
+        multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call.example()))
         known |= {name: multiplied[name] for name in others if name in multiplied}
     experts = [name for name in known if block.get_parameter(name).dim() == 3]
     return {name: transposed for name, transposed in known.items() if not _is_router(block, name, experts)}

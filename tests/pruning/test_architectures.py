@@ -82,17 +82,42 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
 
     def of_experts(module, arguments):
         tokens, chosen, _ = arguments
+        product = torch.matmul if module.is_transposed else linear
+        biases = [getattr(module, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj")]
         for expert in range(len(module.down_proj)):
             own = tokens[(chosen == expert).any(dim=-1)]
-            between = module._apply_gate(linear(own, module.gate_up_proj[expert]))
+            between = product(own, module.gate_up_proj[expert])
+            between = module._apply_gate(between if biases[0] is None else between + biases[0][expert])
             seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(own[None])
             seen.setdefault((names[id(module.down_proj)], expert), []).append(between[None])
+
+    def of_all_experts(module, arguments):
+        """Tokens times the weight of each expert; 0 where it was not chosen."""
+        for expert, tokens in enumerate(arguments[0].view(len(module.down_proj), -1, module.hidden_size)):
+            gate, up = (tokens @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+            seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(tokens[None])
+            seen.setdefault((names[id(module.down_proj)], expert), []).append((up * module.act_fn(gate))[None])
+
+    def of_parallel_experts(module, arguments):
+        for expert, tokens in enumerate(arguments[0].split(arguments[1])):
+            seen.setdefault((names[id(module.weight)], expert), []).append(tokens[None])
+
+    def of_gates(module, arguments):
+        """A matrix for each head, which reads its part of every token."""
+        heads = arguments[0].reshape(-1, module.num_attention_heads, module.block_width).transpose(0, 1)
+        for head, tokens in enumerate(heads):
+            for weight in (module.input_gate_weight, module.recurrent_gate_weight):
+                seen.setdefault((names[id(weight)], head), []).append(tokens[None])
 
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
             hooks.append(module.register_forward_pre_hook(of_linear))
         elif id(getattr(module, "gate_up_proj", None)) in names:
-            hooks.append(module.register_forward_pre_hook(of_experts))
+            hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else of_all_experts))
+        elif id(getattr(module, "weight", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_parallel_experts))
+        elif id(getattr(module, "input_gate_weight", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_gates))
     yield seen
     for hook in hooks:
         hook.remove()
