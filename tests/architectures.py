@@ -1,5 +1,10 @@
 """Small random checkpoints of many architectures, made from their real config classes and saved by transformers."""
 
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -23,6 +28,16 @@ LATENT_ATTENTION = {
     "num_key_value_heads": 4,
 }
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+SHARING = {**SIZES, **LAYERS, "head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 
 # model type -> what differs from its defaults
 CONFIGS: dict[str, dict] = {
@@ -83,4 +98,82 @@ CONFIGS: dict[str, dict] = {
         "first_k_dense_replace": 1,
         **LATENT_ATTENTION,
     },
+    "mamba": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
+    "mamba2": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16, "state_size": 4, "n_groups": 2},
+    "jamba": {**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "falcon_h1": {**SIZES, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "head_dim": 8},
+    "granitemoehybrid": {
+        **EXPERTS,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 48,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 4,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "qwen3_next": {**EXPERTS, **LINEAR_ATTENTION, "num_experts": 4, "shared_expert_intermediate_size": 40, "head_dim": 8},
+    "qwen3_5_text": {**SIZES, **LINEAR_ATTENTION, "head_dim": 8},
+    "lfm2_moe": {**EXPERTS, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["full_attention", "conv", "full_attention"]},
+    "recurrent_gemma": {**SIZES, "lru_width": 32, "head_dim": 8, "attention_window_size": 8},
+    "rwkv": {"vocab_size": 96, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+    "bamba": {**SIZES, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "attn_layer_indices": [1]},
+    "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "llama4_text": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48, "head_dim": 8},
+    "jetmoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "glm_moe_dsa": {
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        **LATENT_ATTENTION,
+        "index_topk": 8,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+    },
+    "gemma4_text": SHARING,
 }
+
+# What is refused, and why.
+REFUSED: dict[str, tuple[dict, str]] = {
+    "gemma3n_text": (
+        {**SHARING, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
+        "its blocks receive hidden states of shape [2, 1, 2, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
+    ),
+    "cpmant": (
+        {**SIZES, "dim_head": 8, "dim_ff": 48, "prompt_types": 4, "prompt_length": 4, "segment_types": 4},
+        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
+    ),
+    "prophetnet": (
+        {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "num_decoder_layers": 3,
+            "num_encoder_layers": 3,
+            "num_decoder_attention_heads": 4,
+            "num_encoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "encoder_ffn_dim": 48,
+            "is_encoder_decoder": False,
+            "add_cross_attention": False,
+        },
+        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
+    ),
+}
+
+
+def model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """With weights large enough for attention and routing to tell tokens apart, norms and biases included."""
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(CONFIGS.get(kind) or REFUSED[kind][0]))).eval()
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        else:
+            parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    return made.to(torch.bfloat16)
+
+
+def write(directory: Path, kind: str) -> Path:
+    model(kind).save_pretrained(directory, max_shard_size="30KB")
+    return directory

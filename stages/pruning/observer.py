@@ -14,7 +14,7 @@ from stages.pruning.distributed import all_reduce, world_size
 from stages.pruning.experts import Experts, FewTokenExperts
 from stages.pruning.inputs import EvenSample, Inputs, Recorder, S
 from stages.pruning.statistics import NoStatistic
-from stages.streaming.architecture import Layer, is_linear
+from stages.streaming.architecture import Layer
 from stages.streaming.stream import Stream
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Observer(Generic[S]):
         self.layers = layers
         sample = EvenSample(max(1, tokens // sampled), first_token)
         self.recorder = Recorder(statistic, sample, max(1, sampled // 8))
-        modules = [layer for layer in layers if is_linear(block.get_submodule(layer.module))]
+        modules = [layer for layer in layers if layer.is_module_of(block)]
         self.linear = LinearLayers(block, modules, self.recorder)
         self.experts = Experts(block, [layer for layer in layers if layer not in set(modules)], self.recorder)
         self.few_token_experts = FewTokenExperts(self.experts)

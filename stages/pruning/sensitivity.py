@@ -34,7 +34,7 @@ from stages.pruning.observer import observe
 from stages.pruning.patterns import ComparisonGroup, Unstructured
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
-from stages.streaming.architecture import Layer, Matrix, is_linear
+from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs, run_block
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
@@ -340,8 +340,8 @@ def _products(block: nn.Module, layers: list[Layer], receive: Callable[[Layer, t
     others = []
     with ExitStack() as stack:
         for layer in layers:
-            module = block.get_submodule(layer.module)
-            if is_linear(module):
+            if layer.is_module_of(block):
+                module = block.get_submodule(layer.module)
                 hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: receive(layer, inputs[0], output))
                 stack.callback(hook.remove)
             else:

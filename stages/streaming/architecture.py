@@ -20,12 +20,18 @@ class Layer(NamedTuple):
     """One matrix product: a linear layer, or a projection of an expert.
 
     name: that of its weight inside the block. expert: index of the expert if the weight holds several, else None.
-    transposed: whether the weight is [..., columns, rows].
+    transposed: whether the weight is [..., columns, rows]. called: False if its module is not called, and tokens are multiplied with the
+    weight elsewhere.
     """
 
     name: str
     expert: int | None
     transposed: bool = False
+    called: bool = True
+
+    def is_module_of(self, block: nn.Module) -> bool:
+        """Whether it is a linear layer of a block that is called with its inputs."""
+        return self.called and is_linear(block.get_submodule(self.module))
 
     @property
     def module(self) -> str:
@@ -41,6 +47,7 @@ class Matrix:
     parameter_slice: its slice of the block's parameter.
     transposed: whether it is stored as [columns, rows], as GPT-2's Conv1D does.
     shape: (rows, columns) = (outputs, inputs).
+    called: see Layer.
     """
 
     tensor: str
@@ -48,6 +55,7 @@ class Matrix:
     parameter_slice: ParameterSlice
     transposed: bool
     shape: tuple[int, int]
+    called: bool = True
 
     @property
     def name(self) -> str:
@@ -61,7 +69,7 @@ class Matrix:
     @property
     def layer(self) -> Layer:
         """The layer that multiplies by this matrix."""
-        return Layer(self.parameter_slice.name, self.parameter_slice.expert, self.transposed)
+        return Layer(self.parameter_slice.name, self.parameter_slice.expert, self.transposed, self.called)
 
     def rows_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """Select this matrix's rows, [rows, ...], of a tensor with one entry for each output of the layer, [outputs, ...]."""

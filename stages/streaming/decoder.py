@@ -10,6 +10,7 @@ from torch import nn
 from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
 from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
+from stages.errors import ArchitectureError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
 from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
 from stages.streaming.scope import find_matrices
@@ -65,6 +66,16 @@ class Decoder:
     def layers(self, index: int) -> list[Layer]:
         """The layers of a block that multiply by matrices in scope, without repeats."""
         return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
+
+    def require_gradients_by_hidden_states(self, option: str) -> None:
+        """Refuse an option that takes gradients from block to block where these hand on more than hidden states.
+
+        Raises:
+            ArchitectureError: names the option.
+        """
+        if self.hands_on:
+            reason = f"its blocks hand on more than hidden states, through which {option} takes no gradients, wanted another option"
+            raise ArchitectureError(f"{self.name}: {reason}")
 
     @torch.no_grad()
     def calls(self, windows: torch.Tensor) -> list[Call]:

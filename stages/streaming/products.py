@@ -15,9 +15,10 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from stages.checkpoint.model import put
+from stages.streaming.architecture import is_linear
 
 Receive = Callable[[Any, torch.Tensor, torch.Tensor], None]
-POSITIONS: dict[Any, tuple[int, int]] = {  # function -> positions of the tokens and of the weight, [columns, rows], among its arguments
+POSITIONS: dict[Any, tuple[int, int]] = {  # function -> positions of both factors among its arguments
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), (0, 1)),
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm), (0, 1)),
     **dict.fromkeys((torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm), (1, 2)),
@@ -25,20 +26,26 @@ POSITIONS: dict[Any, tuple[int, int]] = {  # function -> positions of the tokens
 
 
 class Product(NamedTuple):
-    """A product of tokens, [..., columns], with a weight, [..., rows, columns]."""
+    """A product of tokens, [..., tokens, columns], with a weight, [..., rows, columns].
+
+    by_columns: whether a column of the output, not a row, is a token's.
+    """
 
     tokens: torch.Tensor
     weight: torch.Tensor
+    by_columns: bool = False
 
 
-def product(function: Any, arguments: tuple[Any, ...]) -> Product | None:
-    """The product that a call of a function computes, or None."""
+def products(function: Any, arguments: tuple[Any, ...]) -> list[Product]:
+    """What a call of a function may compute: a product, either factor of which may be the weight."""
     if function is linear:
-        return Product(arguments[0], arguments[1])
+        return [Product(arguments[0], arguments[1])]
     if function not in POSITIONS:
-        return None
-    tokens, weight = (arguments[position] for position in POSITIONS[function])
-    return Product(tokens, weight.mT) if weight.dim() >= 2 else None
+        return []
+    left, right = (arguments[position] for position in POSITIONS[function])
+    if left.dim() < 2 or right.dim() < 2:
+        return []
+    return [Product(left, right.mT), Product(right.mT, left, by_columns=True)]
 
 
 class Products(TorchFunctionMode):
@@ -55,55 +62,75 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         output = function(*arguments, **(keywords or {}))
-        multiplied = product(function, arguments)
-        if multiplied is None or multiplied.weight.data_ptr() not in self.keys:
-            return output
-        tokens, weight = multiplied
-        if weight.dim() == 2:
-            self.receive(self.keys[weight.data_ptr()], tokens, output)
-            return output
-        return torch.stack([self._receive_slice(*of_slice) for of_slice in zip(weight, tokens, output, strict=True)])
+        for product in products(function, arguments):
+            if product.weight.data_ptr() in self.keys:
+                return self._received(product, output)
+        return output
 
-    def _receive_slice(self, weight: torch.Tensor, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Pass on one of several products that are computed together; tokens of zeros were routed to another of them.
+    def _received(self, product: Product, output: torch.Tensor) -> torch.Tensor:
+        """Pass on a product. Returns the output, of which what was passed on is a part, so that its gradients can be seen."""
+        by_rows = output.mT.contiguous() if product.by_columns else output
+        if product.weight.dim() == 2:
+            self.receive(self.keys[product.weight.data_ptr()], product.tokens, by_rows)
+        else:
+            slices = zip(product.weight, product.tokens, by_rows, strict=True)
+            by_rows = torch.stack([self._received_slice(*of_slice) for of_slice in slices])
+        return by_rows.mT if product.by_columns else by_rows
 
-        Returns:
-            The output, of which what was passed on is a part, so that its gradients can be seen.
-        """
+    def _received_slice(self, weight: torch.Tensor, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Pass on one of several products that are computed together; tokens of zeros were routed to another of them."""
         routed = tokens.any(dim=-1)
         routed_output = output[routed]
         self.receive(self.keys[weight.data_ptr()], tokens[routed], routed_output)
         return output.index_put((routed,), routed_output)
 
 
-class _Uses(TorchFunctionMode):
-    """Notes of each parameter whether tokens were multiplied with it, and whether it is stored as [columns, rows]."""
+class Use(NamedTuple):
+    """How tokens are multiplied with a parameter.
 
-    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+    transposed: whether it is stored as [columns, rows]. called: whether it is the weight of a linear layer that is called with the tokens.
+    """
+
+    transposed: bool
+    called: bool = False
+
+
+class _Uses(TorchFunctionMode):
+    """Notes of each parameter whether tokens were multiplied with it, and how."""
+
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.names = {parameter.untyped_storage().data_ptr(): name for name, parameter in parameters.items()}
-        self.transposed: dict[str, bool] = {}
+        self.names = {parameter.untyped_storage().data_ptr(): name for name, parameter in block.named_parameters()}
+        self.uses: dict[str, Use] = {}
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        multiplied = product(function, arguments)
-        if multiplied is not None:
-            weight = multiplied.weight
-            name = self.names.get(weight.untyped_storage().data_ptr())
+        for product in products(function, arguments):
+            name = self.names.get(product.weight.untyped_storage().data_ptr())
             if name is not None:
-                self.transposed[name] = weight.stride(-1) != 1
+                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1)
         return function(*arguments, **(keywords or {}))
 
 
 @torch.no_grad()
-def multiplied_parameters(block: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, bool]:
-    """Find the parameters of a block that tokens are multiplied with: name -> whether it is stored as [columns, rows].
+def multiplied_parameters(block: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Use]:
+    """Find the parameters of a block that tokens are multiplied with: name -> how.
 
     Args:
         block: without weights. run: runs it on the CPU.
     """
-    with zeros_in(block), _Uses(dict(block.named_parameters())) as uses:
-        run(block)
-    return uses.transposed
+    called = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda _, __, name=name: called.add(f"{name}.weight"))
+        for name, module in block.named_modules()
+        if is_linear(module)
+    ]
+    try:
+        with zeros_in(block), _Uses(block) as noted:
+            run(block)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: use._replace(called=name in called) for name, use in noted.uses.items()}
 
 
 @contextmanager

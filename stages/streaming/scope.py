@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.checkpoint.layout import ParameterSlice, tied_names
 from stages.streaming.architecture import Matrix, is_linear, unsupported
 from stages.streaming.calls import Call, run_block
-from stages.streaming.products import multiplied_parameters
+from stages.streaming.products import Use, multiplied_parameters
 
 
 def find_matrices(model: PreTrainedModel, prefix: str, tensors: list[dict[str, ParameterSlice]], calls: list[Call]) -> list[list[Matrix]]:
@@ -51,10 +51,10 @@ class _Scopes:
     """The parameters in scope of blocks; blocks of the same modules and shapes have the same."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, dict[str, bool]] = {}
+        self._known: dict[Any, dict[str, Use]] = {}
 
-    def of(self, block: nn.Module, call: Call) -> dict[str, bool]:
-        """Name of each parameter of a block that is in scope -> whether it is stored as [columns, rows]."""
+    def of(self, block: nn.Module, call: Call) -> dict[str, Use]:
+        """Name of each parameter of a block that is in scope -> how tokens are multiplied with it."""
         modules = tuple((name, type(module)) for name, module in block.named_modules())
         shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
         if (modules, shapes) not in self._known:
@@ -62,34 +62,43 @@ class _Scopes:
         return self._known[modules, shapes]
 
 
-def _scope(block: nn.Module, call: Call) -> dict[str, bool]:
-    """Of linear layers, of experts, and else of what a run with zeros shows; without routers."""
-    known, others = dict[str, bool](), list[str]()
+def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
+    """Weights of linear layers, of experts, and else what a run with zeros shows; without routers."""
+    known, others = dict[str, Use](), list[str]()
     for name, parameter in block.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         module = block.get_submodule(path)
         if parameter.dim() == 2 and leaf == "weight" and is_linear(module):
-            known[name] = isinstance(module, Conv1D)
+            known[name] = Use(transposed=isinstance(module, Conv1D), called=True)
         elif parameter.dim() == 3 and getattr(module, "is_transposed", None) is False:
-            known[name] = False
+            known[name] = Use(transposed=False)
         elif parameter.dim() in (2, 3):
             others.append(name)
     if others:
         multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call.example()))
-        known |= {name: multiplied[name] for name in others if name in multiplied}
+        not_called = [name for name, use in multiplied.items() if not use.called]  # as an expert is that no token chose
+        known |= {name: multiplied[name] for name in not_called if name in known or name in others}
     experts = [name for name in known if block.get_parameter(name).dim() == 3]
-    return {name: transposed for name, transposed in known.items() if not _is_router(block, name, experts)}
+    return {name: use for name, use in known.items() if not _is_router(block, name, experts)}
 
 
-def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, transposed: bool) -> list[Matrix]:
+def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, use: Use) -> list[Matrix]:
     """List the matrices of a tensor: one, or one for each expert of a tensor that holds all experts."""
     parameter = block.get_parameter(parameter_slice.name)
     several = parameter.dim() == 3 and parameter_slice.expert is None
     matrices = []
     for expert in range(len(parameter)) if several else [None]:
         of_matrix = replace(parameter_slice, expert=expert) if several else parameter_slice
-        rows, columns = reversed(of_matrix.of(parameter).shape) if transposed else of_matrix.of(parameter).shape
-        matrices.append(Matrix(tensor=tensor, expert=expert, parameter_slice=of_matrix, transposed=transposed, shape=(rows, columns)))
+        rows, columns = reversed(of_matrix.of(parameter).shape) if use.transposed else of_matrix.of(parameter).shape
+        matrix = Matrix(
+            tensor=tensor,
+            expert=expert,
+            parameter_slice=of_matrix,
+            transposed=use.transposed,
+            shape=(rows, columns),
+            called=use.called or parameter.dim() == 3,
+        )
+        matrices.append(matrix)
     return matrices
 
 
