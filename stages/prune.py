@@ -118,8 +118,11 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, reconstru
 
     Raises:
         ConfigError, PruningError, ArchitectureError: see planning.plan_patterns.
+        ArchitectureError: the blocks hand on more than hidden states, and the last ones are to be trained together.
     """
     training = RECONSTRUCTIONS.of(reconstruction)
+    if training.last_blocks:
+        decoder.require_gradients_by_hidden_states(f"reconstruction={reconstruction.name}")
     return Plan(
         method=method,
         patterns=plan_patterns(decoder, method.compared_within, pattern),

@@ -29,6 +29,16 @@ LATENT_ATTENTION = {
 }
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
 
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+SHARING = {**SIZES, **LAYERS, "head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+
 # model type -> what differs from its defaults
 CONFIGS: dict[str, dict] = {
     "llama": SIZES,
@@ -88,53 +98,52 @@ CONFIGS: dict[str, dict] = {
         "first_k_dense_replace": 1,
         **LATENT_ATTENTION,
     },
+    "mamba": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
+    "mamba2": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16, "state_size": 4, "n_groups": 2},
+    "jamba": {**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "falcon_h1": {**SIZES, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "head_dim": 8},
+    "granitemoehybrid": {
+        **EXPERTS,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 48,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 4,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "qwen3_next": {**EXPERTS, **LINEAR_ATTENTION, "num_experts": 4, "shared_expert_intermediate_size": 40, "head_dim": 8},
+    "qwen3_5_text": {**SIZES, **LINEAR_ATTENTION, "head_dim": 8},
+    "lfm2_moe": {**EXPERTS, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["full_attention", "conv", "full_attention"]},
+    "recurrent_gemma": {**SIZES, "lru_width": 32, "head_dim": 8, "attention_window_size": 8},
+    "rwkv": {"vocab_size": 96, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+    "bamba": {**SIZES, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "attn_layer_indices": [1]},
+    "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "llama4_text": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48, "head_dim": 8},
+    "jetmoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "glm_moe_dsa": {
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        **LATENT_ATTENTION,
+        "index_topk": 8,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+    },
+    "gemma4_text": SHARING,
 }
 
 # What is refused, and why.
-NO_LINEAR_LAYER = "is neither a linear layer's weight nor experts'"
-UNPACKED = "it unpacks what a block returns, wanted hidden states alone"
-SHARED = "block 0 receives a KVSharingDict as its argument 'shared_kv_states', wanted tensors, numbers, strings, None and tuples of them"
-LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
-SHARING = {**SIZES, **LAYERS, "head_dim": 8, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 REFUSED: dict[str, tuple[dict, str]] = {
-    "mamba": (
-        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
-        f"backbone.layers.0.mixer.A_log of shape [64, 4] {NO_LINEAR_LAYER}",
-    ),
-    "jamba": (
-        {**SIZES, "num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False},
-        f"model.layers.0.mamba.A_log of shape [64, 4] {NO_LINEAR_LAYER}",
-    ),
-    "gpt_oss": (
-        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-        f"model.layers.0.mlp.router.weight of shape [4, 32] {NO_LINEAR_LAYER}",
-    ),
-    "llama4_text": (
-        {**SIZES, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
-        f"model.layers.0.feed_forward.experts.gate_up_proj of shape [4, 32, 96] {NO_LINEAR_LAYER}",
-    ),
-    "rwkv": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3}, UNPACKED),
-    "cpmant": ({**SIZES, "dim_head": 8, "dim_ff": 48, "prompt_types": 4, "prompt_length": 4, "segment_types": 4}, UNPACKED),
-    "xlstm": ({"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4}, UNPACKED),
-    "glm_moe_dsa": (
-        {
-            **EXPERTS,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            **LATENT_ATTENTION,
-            "index_topk": 8,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-        },
-        UNPACKED,
-    ),
     "gemma3n_text": (
         {**SHARING, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
-        SHARED,
+        "its blocks receive hidden states of shape [2, 1, 2, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
     ),
-    "gemma4_text": (SHARING, SHARED),
+    "cpmant": (
+        {**SIZES, "dim_head": 8, "dim_ff": 48, "prompt_types": 4, "prompt_length": 4, "segment_types": 4},
+        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
+    ),
     "prophetnet": (
         {
             "vocab_size": 96,
@@ -148,7 +157,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
             "is_encoder_decoder": False,
             "add_cross_attention": False,
         },
-        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, width]",
+        "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
     ),
 }
 

@@ -2,7 +2,8 @@
 
 The names in a checkpoint and in its model may differ: a prefix is missing, or a module is renamed. The experts of a mixture
 are one tensor per matrix on disk and one 3-D parameter in memory. transformers has a table of these conversions, which is read
-here. A conversion that reorders the values within a tensor is refused.
+here; some join other matrices by rows, such as the filters of three convolutions. A conversion that reorders the values within a
+tensor is refused.
 """
 
 import re
@@ -48,7 +49,7 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
 
     Raises:
         CheckpointError: a tensor is only in the checkpoint or only in the model, or its shapes in the two differ; names the tensor.
-        ArchitectureError: a tensor's conversion is not one of renaming, stacking experts and joining their rows.
+        ArchitectureError: a tensor's conversion is not one of renaming, stacking experts and joining rows.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     targets = _targets(model, checkpoint, shapes)
@@ -57,7 +58,7 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
             if not _ignored(model, name):
                 raise CheckpointError(f"{checkpoint.directory} does not fit {type(model).__name__}: tensor {name} is not the model's")
             del targets[name]
-    row_counts = {target: checkpoint.shape(name)[0] for name, target in targets.items() if target.expert is not None}
+    row_counts = {target: checkpoint.shape(name)[0] for name, target in targets.items() if target.matrix is not None}
     slices = {name: _slice(target, row_counts) for name, target in targets.items()}
     _require_all_filled(model, checkpoint, shapes, slices)
     return slices
@@ -69,11 +70,11 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 
 class _Target(NamedTuple):
-    """A parameter, its expert, and which of the matrices that are joined by rows: 0 for the gate, 1 for the up-projection."""
+    """A parameter, its expert, and which of the matrices that are joined by rows: 0 for the gate, 1 for the up-projection; or None."""
 
     name: str
     expert: int | None = None
-    matrix: int = 0
+    matrix: int | None = None
 
 
 def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Target]:
@@ -89,28 +90,40 @@ def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, t
             targets[name] = _Target(parameter)
             continue
         converter = next(converter for converter in converters if pattern in converter.source_patterns)
-        _require_simple(model, name, converter)
-        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), rename_source_key(name, renamings, [])[0])
-        if expert is None:
-            raise CheckpointError(f"{name}: found no expert's number in it, wanted a name like {pattern}")
-        targets[name] = _Target(parameter, int(expert[1]), converter.source_patterns.index(pattern))
+        expert = _expert_number(name, pattern, rename_source_key(name, renamings, [])[0]) if _stacks(model, name, converter) else None
+        targets[name] = _Target(parameter, expert, converter.source_patterns.index(pattern))
     return targets
 
 
+def _expert_number(name: str, pattern: str, renamed: str) -> int:
+    """The number at the star of a pattern, a regular expression otherwise."""
+    expert = re.search(pattern.replace("*", r"(\d+)"), renamed)
+    if expert is None:
+        raise CheckpointError(f"{name}: found no expert's number in it, wanted a name like {pattern}")
+    return int(expert[1])
+
+
 def _slice(target: _Target, row_counts: dict[_Target, int]) -> ParameterSlice:
-    if target.expert is None:
+    if target.matrix is None:
         return ParameterSlice(name=target.name)
     first = sum(row_counts.get(target._replace(matrix=preceding), 0) for preceding in range(target.matrix))
     return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + row_counts[target]))
 
 
-def _require_simple(model: PreTrainedModel, name: str, converter: WeightConverter) -> None:
-    stack, *join = converter.operations
-    stacks = isinstance(stack, MergeModulelist) and stack.dim == 0
-    if not stacks or len(join) > 1 or not all(isinstance(operation, Concatenate) and operation.dim == 1 for operation in join):
+def _stacks(model: PreTrainedModel, name: str, converter: WeightConverter) -> bool:
+    """Whether a tensor's conversion stacks experts; it may join rows, too.
+
+    Raises:
+        ArchitectureError: it does something else.
+    """
+    stacks = isinstance(converter.operations[0], MergeModulelist) and converter.operations[0].dim == 0
+    join = converter.operations[1:] if stacks else converter.operations
+    rows = 1 if stacks else 0  # the dimension that is joined
+    if len(join) > 1 or not all(isinstance(operation, Concatenate) and operation.dim == rows for operation in join):
         steps = ", ".join(type(operation).__name__ for operation in converter.operations)
-        wanted = "wanted experts that are stacked and joined by rows; this architecture is not supported"
+        wanted = "wanted matrices that are joined by rows, or experts that are stacked; this architecture is not supported"
         raise ArchitectureError(f"{model.config.model_type}: {name} is converted by {steps}, {wanted}")
+    return stacks
 
 
 def _ignored(model: PreTrainedModel, name: str) -> bool:
@@ -126,9 +139,9 @@ def _require_all_filled(
     mismatch, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)
     for name, parameter_slice in slices.items():
         parameter = torch.empty(shapes[parameter_slice.name], device="meta")
-        in_bounds = parameter_slice.expert is None or (
-            parameter_slice.expert < len(parameter) and (parameter_slice.rows is None or parameter_slice.rows[1] <= parameter.shape[1])
-        )
+        in_bounds = parameter_slice.expert is None or parameter_slice.expert < len(parameter)
+        if in_bounds and parameter_slice.rows is not None:
+            in_bounds = parameter_slice.rows[1] <= parameter.shape[0 if parameter_slice.expert is None else 1]
         expected_shape = tuple(parameter_slice.of(parameter).shape) if in_bounds else shapes[parameter_slice.name]
         if checkpoint.shape(name) != expected_shape:
             raise CheckpointError(f"{mismatch}: {name} is {checkpoint.shape(name)}, wanted {expected_shape}")

@@ -39,7 +39,7 @@ from stages.pruning.section import Propagation
 from stages.pruning.selection import select
 from stages.pruning.shrinkage import with_shrinkage
 from stages.streaming.architecture import Layer, Matrix
-from stages.streaming.calls import run_block
+from stages.streaming.calls import block_outputs
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream, read_ahead
 
@@ -147,7 +147,7 @@ def prune_blocks(
     with read_ahead(decoder, range(last + 1)) as blocks:
         for index, tensors in enumerate(blocks):
             if teachers and teachers.student_inputs and plan.distillation and index == plan.distillation.first:
-                teachers.student_inputs.hidden.copy_(stream.hidden)
+                teachers.student_inputs.copy_from(stream)
             changes = done(index)
             if changes is not None:
                 _repeat_block(stream, plan, index, tensors, changes, teachers)
@@ -219,9 +219,9 @@ def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> tuple[
 def _run_through(stream: Stream, plan: Plan, index: int, block: nn.Module, observer: Observer[Any], windows: range) -> None:
     propagates = plan.propagate == Propagation.DENSE and index < len(stream.decoder.blocks) - 1
     for members, hidden, call in stream.parts(index, windows):
-        forward = partial(run_block, block, call=call)
+        forward = partial(block_outputs, block, call=call)
         if propagates:
-            stream.put(members, observer.run(hidden, forward))
+            stream.put(index, members, observer.run(hidden, forward), call)
         else:
             observer.run_to_last_input(hidden, forward)
 

@@ -247,14 +247,14 @@ def _step(stream: Stream, window: int, target: torch.Tensor, trained: list[_Trai
     block_inputs, gradient, divergence = [hidden], None, torch.zeros((), dtype=torch.float64)
     for current in trained[:-1]:
         with current.loaded() as block:
-            block_inputs.append(run_block(block, block_inputs[-1], stream.calls[1][current.index]))
+            block_inputs.append(run_block(block, block_inputs[-1], stream.call(current.index, slice(window, window + 1))))
     for current in reversed(trained):
         with current.loaded() as block:
             names = list(dict.fromkeys(matrix.parameter_slice.name for matrix in stream.decoder.matrices[current.index]))
             parameters = [block.get_parameter(name).requires_grad_() for name in names]
             hidden = block_inputs.pop().detach().requires_grad_()
             with torch.enable_grad():
-                output = run_block(block, hidden, stream.calls[1][current.index])
+                output = run_block(block, hidden, stream.call(current.index, slice(window, window + 1)))
             if gradient is None:
                 divergence, gradient = divergence_and_gradient(stream.decoder, output.detach(), target)
             gradient, *by_parameter = torch.autograd.grad(output, [hidden, *parameters], gradient, materialize_grads=True)
@@ -274,7 +274,7 @@ def held_out_divergence(stream: Stream, targets: torch.Tensor, trained: list[_Tr
         hidden, _ = stream.window(trained[0].index, window)
         for current in trained:
             with current.loaded(rounded=True) as block:
-                hidden = run_block(block, hidden, stream.calls[1][current.index])
+                hidden = run_block(block, hidden, stream.call(current.index, slice(window, window + 1)))
         total += torch.tensor([divergence(stream.decoder, hidden, targets[window]), 1], dtype=torch.float64)
     return mean_over_processes(total)
 

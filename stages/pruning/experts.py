@@ -1,69 +1,83 @@
-"""Record the inputs of the experts of a mixture. An expert is a slice of one parameter, recognised by its address in a product.
+"""Record the inputs of layers that are no modules, such as the experts of a mixture, each a slice of one parameter.
 
 An expert to which the router sent few tokens is calibrated on a sample of all tokens that reached the mixture.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from stages.pruning.inputs import CalibratedOn, Inputs, Recorder
 from stages.streaming.architecture import Layer
+from stages.streaming.products import Products
 
 
-class ExpertProducts(TorchFunctionMode):
-    """Passes the input and the output of every product with an expert's weight to a function.
+def products_of(block: nn.Module, layers: list[Layer], receive: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> Products:
+    """Pass the tokens and the output of every product with the weight of some layers, [..., columns] and [..., rows], to a function.
 
     Args:
-        block: loaded. experts: those to observe.
-        receive: called with the layer, [tokens, columns] and [tokens, rows].
+        block: loaded.
     """
+    return Products({layer: _weight(block, layer) for layer in layers}, receive)
 
-    def __init__(self, block: nn.Module, experts: list[Layer], receive: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> None:
-        super().__init__()
-        self.experts = {block.get_parameter(layer.name)[layer.expert].data_ptr(): layer for layer in experts}
-        self.receive = receive
 
-    def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        output = function(*arguments, **(keywords or {}))
-        if function is linear and (layer := self.experts.get(arguments[1].data_ptr())) is not None:
-            self.receive(layer, arguments[0], output)
-        return output
+def _weight(block: nn.Module, layer: Layer) -> torch.Tensor:
+    parameter = block.get_parameter(layer.name)
+    return parameter if layer.expert is None else parameter[layer.expert]
 
 
 class Experts:
-    """Passes the inputs of experts to a recorder.
+    """Passes the inputs of experts, and of other layers that are no modules, to a recorder.
 
     Args:
-        block: loaded. layers: its experts.
+        block: loaded.
     """
 
     def __init__(self, block: nn.Module, layers: list[Layer], recorder: Recorder[Any]) -> None:
         self.block, self.layers, self.recorder = block, layers, recorder
+        self.read: Callable[[Layer, torch.Tensor], None] | None = None  # is told of what experts read, too
 
     def recording(self) -> AbstractContextManager[object]:
         """Record while the block runs."""
-        if not self.layers:
-            return nullcontext()
-        return ExpertProducts(self.block, self.layers, lambda layer, inputs, _: self.recorder.add_tokens(layer, inputs))
+        return products_of(self.block, self.layers, self._record) if self.layers else nullcontext()
+
+    def _record(self, layer: Layer, tokens: torch.Tensor, _: torch.Tensor) -> None:
+        if layer.expert is None:
+            self.recorder.add_windows(layer, tokens)
+            return
+        self.recorder.add_tokens(layer, tokens)
+        if self.read is not None:
+            self.read(layer, tokens)
 
 
 class FewTokenExperts:
     """The rule for experts with few routed tokens: they are calibrated on a sample of all tokens that reached their mixture.
 
-    A statistic over a few tokens is unreliable, and the tokens that a router sends to one expert resemble those of the others.
+    A statistic over a few tokens is unreliable, and the tokens that a router sends to one expert resemble those of the others. A module
+    that is called with tokens and their routing is called with the sample, all of it routed to the expert. Where a module has another
+    form, the sample is of what all experts read at the same place.
     """
 
     def __init__(self, experts: Experts) -> None:
         self.experts, self.sample = experts, experts.recorder.sample
         self._reached: dict[str, list[torch.Tensor]] = {}  # module of a mixture's experts -> sampled tokens
-        modules = {layer.module for layer in experts.layers}
-        self._hooks = [experts.block.get_submodule(path).register_forward_pre_hook(self._hook(path), with_kwargs=True) for path in modules]
+        self._read: dict[str, list[torch.Tensor]] = {}  # parameter that holds experts -> a sample of what they read
+        self._modules = {layer.module for layer in experts.layers if layer.expert is not None and self._is_routed(layer.module)}
+        modules = [experts.block.get_submodule(path) for path in self._modules]
+        self._hooks = [
+            module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            for path, module in zip(self._modules, modules, strict=True)
+        ]
+        if any(layer.expert is not None and layer.module not in self._modules for layer in experts.layers):
+            experts.read = self._keep_read
+
+    def _is_routed(self, path: str) -> bool:
+        """Whether a module is called with tokens, the experts that they chose, and weights."""
+        return len(inspect.signature(self.experts.block.get_submodule(path).forward).parameters) == 3
 
     def _hook(self, path: str) -> Any:
         def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
@@ -71,6 +85,10 @@ class FewTokenExperts:
             self._reached.setdefault(path, []).append(self.sample.of(tokens))
 
         return keep
+
+    def _keep_read(self, layer: Layer, tokens: torch.Tensor) -> None:
+        if layer.module not in self._modules:
+            self._read.setdefault(layer.name, []).append(tokens.detach()[:: self.sample.stride].clone())
 
     def apply(self, counts: dict[Layer, int], minimum: int | None) -> None:
         """Replace the recorded inputs of experts with fewer than `minimum` tokens by the sample.
@@ -81,18 +99,24 @@ class FewTokenExperts:
         """
         for hook in self._hooks:
             hook.remove()
-        few = [layer for layer in self.experts.layers if counts[layer] < max(1, minimum or 0)]
-        for layer in self.experts.layers:
+        experts = [layer for layer in self.experts.layers if layer.expert is not None]
+        few = [layer for layer in experts if counts[layer] < max(1, minimum or 0)]
+        for layer in experts:
             if layer in few:
                 self.experts.recorder.forget(layer)
             else:  # all its tokens may be with other processes
                 self._ensure(layer)
         if minimum is not None:
-            for path, expert in sorted({(layer.module, layer.expert or 0) for layer in few if layer.module in self._reached}):
-                self._run(path, expert)
-                for layer in few:
-                    if (layer.module, layer.expert) == (path, expert):  # this process may have no sampled token
-                        self._ensure(layer).calibrated_on = CalibratedOn.ALL_TOKENS
+            self._replace(few)
+
+    def _replace(self, few: list[Layer]) -> None:
+        for path, expert in sorted({(layer.module, layer.expert or 0) for layer in few if layer.module in self._reached}):
+            self._run(path, expert)
+        for layer in few:
+            if layer.name in self._read:
+                self.experts.recorder.add_tokens(layer, torch.cat(self._read[layer.name]))
+            if layer.name in self._read or layer.module in self._reached:  # this process may have no sampled token
+                self._ensure(layer).calibrated_on = CalibratedOn.ALL_TOKENS
 
     def _ensure(self, layer: Layer) -> Inputs[Any]:
         return self.experts.recorder.ensure(layer, self.experts.block.get_parameter(layer.name))

@@ -139,9 +139,9 @@ class Recorder(Generic[S]):
             self.inputs.pop(layer).layers.remove(layer)
 
     def ensure(self, layer: Layer, weight: torch.Tensor) -> Inputs[S]:
-        """The inputs of a layer with this weight, [..., columns]; empty if it read nothing in this process."""
+        """The inputs of a layer with this weight; empty if it read nothing in this process."""
         if layer not in self.inputs:
-            columns = weight.shape[-1]
+            columns = weight.shape[-2 if layer.transposed else -1]
             statistic = self.statistic(columns, weight.device)
             self.inputs[layer] = Inputs(layers=[layer], statistic=statistic, sample=[weight.new_empty(0, columns)])
         return self.inputs[layer]

@@ -5,7 +5,7 @@ Linear layers are observed by hooks, experts as in experts.py; both pass their i
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from stages.pruning.inputs import EvenSample, Inputs, Recorder, S
 from stages.pruning.statistics import NoStatistic
 from stages.streaming.architecture import Layer
 from stages.streaming.stream import Stream
+
+T = TypeVar("T")
 
 
 class LastInputRead(Exception):
@@ -79,12 +81,13 @@ class Observer(Generic[S]):
         self.layers = layers
         sample = EvenSample(max(1, tokens // sampled), first_token)
         self.recorder = Recorder(statistic, sample, max(1, sampled // 8))
-        self.linear = LinearLayers(block, [layer for layer in layers if layer.expert is None], self.recorder)
-        self.experts = Experts(block, [layer for layer in layers if layer.expert is not None], self.recorder)
+        modules = [layer for layer in layers if layer.is_module_of(block)]
+        self.linear = LinearLayers(block, modules, self.recorder)
+        self.experts = Experts(block, [layer for layer in layers if layer not in set(modules)], self.recorder)
         self.few_token_experts = FewTokenExperts(self.experts)
 
-    def run(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Run some windows through the block and return its output.
+    def run(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], T]) -> T:
+        """Run some windows through the block and return what `forward` does.
 
         Args:
             hidden: [windows, tokens, width]. forward: calls the block with it.
@@ -97,7 +100,7 @@ class Observer(Generic[S]):
             self.recorder.end()
             self.linear.end()
 
-    def run_to_last_input(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def run_to_last_input(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> None:
         """Run some windows through the block; from the second call on stop before the last layer's product. See run."""
         self.linear.stop_at_last = True
         try:

@@ -28,14 +28,14 @@ from torch.nn.functional import cross_entropy
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.allocation import hill_exponent, outlier_share, removal_curve
-from stages.pruning.experts import ExpertProducts
+from stages.pruning.experts import products_of
 from stages.pruning.inputs import Inputs
 from stages.pruning.observer import observe
 from stages.pruning.patterns import ComparisonGroup, Unstructured
 from stages.pruning.scores.wanda import wanda
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Layer, Matrix
-from stages.streaming.calls import run_block
+from stages.streaming.calls import block_outputs, run_block
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
 
@@ -227,7 +227,7 @@ def _observed_pass(stream: Stream, index: int, block: nn.Module) -> list[Inputs[
     """Run all windows through a dense block, and return every distinct input of its layers."""
     observer = observe(stream, block, stream.decoder.layers(index), SquaredNorm)
     for windows, hidden, call in stream.parts(index):
-        stream.put(windows, observer.run(hidden, partial(run_block, block, call=call)))
+        stream.put(index, windows, observer.run(hidden, partial(block_outputs, block, call=call)), call)
     stream.require_finite(index)
     return observer.finish(None)
 
@@ -337,13 +337,15 @@ def _layer_outputs(matrix: Matrix, block: nn.Module) -> int:
 @contextmanager
 def _products(block: nn.Module, layers: list[Layer], receive: Callable[[Layer, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """Call `receive` with the input and the output of every layer's product while the block runs."""
-    experts = [layer for layer in layers if layer.expert is not None]
+    others = []
     with ExitStack() as stack:
         for layer in layers:
-            if layer.expert is None:
+            if layer.is_module_of(block):
                 module = block.get_submodule(layer.module)
                 hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: receive(layer, inputs[0], output))
                 stack.callback(hook.remove)
-        if experts:
-            stack.enter_context(ExpertProducts(block, experts, receive))
+            else:
+                others.append(layer)
+        if others:
+            stack.enter_context(products_of(block, others, receive))
         yield

@@ -1,10 +1,9 @@
-"""The structure of a decoder language model: its blocks, and the matrices in them that are in scope.
+"""The structure of a decoder language model: its blocks, their tensors, and what a matrix in them is; scope.py finds the matrices.
 
 It is derived from names, shapes and types of modules of a model without weights (on the meta device). No model family is named
 anywhere.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.checkpoint.layout import ParameterSlice, tied_names
+from stages.checkpoint.layout import ParameterSlice
 from stages.errors import ArchitectureError
 
 
@@ -21,10 +20,18 @@ class Layer(NamedTuple):
     """One matrix product: a linear layer, or a projection of an expert.
 
     name: that of its weight inside the block. expert: index of the expert if the weight holds several, else None.
+    transposed: whether the weight is [..., columns, rows]. called: False if its module is not called, and tokens are multiplied with the
+    weight elsewhere.
     """
 
     name: str
     expert: int | None
+    transposed: bool = False
+    called: bool = True
+
+    def is_module_of(self, block: nn.Module) -> bool:
+        """Whether it is a linear layer of a block that is called with its inputs."""
+        return self.called and is_linear(block.get_submodule(self.module))
 
     @property
     def module(self) -> str:
@@ -40,6 +47,7 @@ class Matrix:
     parameter_slice: its slice of the block's parameter.
     transposed: whether it is stored as [columns, rows], as GPT-2's Conv1D does.
     shape: (rows, columns) = (outputs, inputs).
+    called: see Layer.
     """
 
     tensor: str
@@ -47,6 +55,7 @@ class Matrix:
     parameter_slice: ParameterSlice
     transposed: bool
     shape: tuple[int, int]
+    called: bool = True
 
     @property
     def name(self) -> str:
@@ -60,7 +69,7 @@ class Matrix:
     @property
     def layer(self) -> Layer:
         """The layer that multiplies by this matrix."""
-        return Layer(self.parameter_slice.name, self.parameter_slice.expert)
+        return Layer(self.parameter_slice.name, self.parameter_slice.expert, self.transposed, self.called)
 
     def rows_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """Select this matrix's rows, [rows, ...], of a tensor with one entry for each output of the layer, [outputs, ...]."""
@@ -79,6 +88,11 @@ class Matrix:
         """View this matrix, [rows, columns], in a tensor that is laid out like the checkpoint's, such as its mask."""
         matrix = tensor if self.expert is None else tensor[self.expert]
         return matrix.T if self.transposed else matrix
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, which multiplies the one tensor that it is called with by its weight."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def unsupported(model: PreTrainedModel, reason: str) -> ArchitectureError:
@@ -123,75 +137,3 @@ def _in_order(tensors: dict[str, ParameterSlice], block: nn.Module) -> dict[str,
     position = {name: number for number, name in enumerate(block.state_dict())}
     ordered = sorted(tensors.items(), key=lambda item: (position[item[1].name], item[1].expert or 0, item[1].rows or (0, 0)))
     return dict(ordered)
-
-
-def find_matrices(model: PreTrainedModel, prefix: str, tensors: list[dict[str, ParameterSlice]]) -> list[list[Matrix]]:
-    """Find the matrices in scope of every block: its linear layers and experts, without routers.
-
-    Args:
-        prefix: path of the blocks in the model. tensors: those of each block, see tensors_by_block.
-
-    Raises:
-        ArchitectureError: a block has no matrices, a weight belongs to no linear layer, expert or router, or a matrix is
-            tied to another tensor; names the block or the tensor.
-    """
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    tied, matrices = tied_names(model), []
-    for index, of_block in enumerate(tensors):
-        path = f"{prefix}.{index}"
-        block, matrices_of_block = model.get_submodule(path), []
-        for tensor, parameter_slice in _weights(block, of_block).items():
-            matrices_of_block += _matrices(model, block, tensor, parameter_slice)
-            if f"{path}.{parameter_slice.name}" in tied or uses[id(block.get_parameter(parameter_slice.name))] > 1:
-                raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone")
-        if not matrices_of_block:
-            raise unsupported(model, f"block {index} has no linear layers to prune")
-        matrices.append(matrices_of_block)
-    return matrices
-
-
-def _weights(block: nn.Module, tensors: dict[str, ParameterSlice]) -> dict[str, ParameterSlice]:
-    """Select the tensors of a block that fill parameters of two dimensions or more, without routers."""
-    parameters = dict(block.named_parameters(remove_duplicate=False))
-    weights = {name for name, parameter in parameters.items() if parameter.dim() >= 2 and not _is_router(block, name)}
-    return {tensor: parameter_slice for tensor, parameter_slice in tensors.items() if parameter_slice.name in weights}
-
-
-def _matrices(model: PreTrainedModel, block: nn.Module, tensor: str, parameter_slice: ParameterSlice) -> list[Matrix]:
-    """List the matrices of a tensor: one, or one for each expert of a tensor that holds all experts."""
-    path, _, leaf = parameter_slice.name.rpartition(".")
-    module, parameter = block.get_submodule(path), block.get_parameter(parameter_slice.name)
-    linear = leaf == "weight" and isinstance(module, (nn.Linear, Conv1D))
-    if not linear and not _is_experts(module, parameter):
-        raise unsupported(model, f"{tensor} of shape {list(parameter.shape)} is neither a linear layer's weight nor experts'")
-    if linear or parameter_slice.expert is not None:
-        transposed = isinstance(module, Conv1D)
-        rows, columns = reversed(parameter_slice.of(parameter).shape) if transposed else parameter_slice.of(parameter).shape
-        return [Matrix(tensor=tensor, expert=None, parameter_slice=parameter_slice, transposed=transposed, shape=(rows, columns))]
-    experts, rows, columns = parameter.shape
-    return [
-        Matrix(
-            tensor=tensor,
-            expert=expert,
-            parameter_slice=replace(parameter_slice, expert=expert),
-            transposed=False,
-            shape=(rows, columns),
-        )
-        for expert in range(experts)
-    ]
-
-
-def _is_router(block: nn.Module, name: str) -> bool:
-    """Whether a weight in the parent module of experts has one output for each of them, or one output, for a shared expert."""
-    path, parameter = name.rpartition(".")[0], block.get_parameter(name)
-    for owner, module in block.named_modules():
-        experts = [weight for weight in module.parameters(recurse=False) if _is_experts(module, weight)]
-        parent = owner.rpartition(".")[0]
-        if experts and owner != path and path.startswith(f"{parent}." if parent else ""):
-            return parameter.dim() == 2 and len(parameter) in (1, len(experts[0]))
-    return False
-
-
-def _is_experts(module: nn.Module, parameter: torch.Tensor) -> bool:
-    """Whether a parameter holds a mixture's experts, [experts, outputs, inputs]."""
-    return parameter.dim() == 3 and getattr(module, "is_transposed", None) is False

@@ -2,31 +2,66 @@
 
 The model's own forward pass runs with a stand-in module in place of every block, which receives the block's arguments; the model's own
 code runs before and after the blocks. A block is run alone only if the outputs are those of the model: hidden states go from each block
-to the next unchanged, and all other arguments of a block are the same for every window.
+to the next unchanged, and every other argument of a block is one of
+
+- the same for every window,
+- a tensor with an entry for each window, known before the first block, such as embeddings of the tokens for this block,
+- something that the block before it returned besides hidden states,
+- an empty mapping that all blocks receive, into which some write for others to read, such as keys and values that blocks share.
+
+The last three go with the windows, see Stream. Anything else is refused.
 """
 
 import enum
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.errors import ArchitectureError
 from stages.streaming.architecture import unsupported
+from stages.streaming.products import zeros_in
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Stands for what the block before returned at this position of its outputs; position 0 are the hidden states.
+
+    example: what it returned to a few tokens with zeros for weights.
+    """
+
+    position: int
+    example: Any = field(compare=False, repr=False)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NotPlain("it uses what a block returns besides hidden states, wanted what only goes to the next block")
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise _NotPlain("it computes with what a block returns besides hidden states, wanted what only goes to the next block")
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Stands for a mapping, empty before the first block, that blocks write into and later ones read from. kind: makes an empty one."""
+
+    kind: type[MutableMapping[Any, Any]]
 
 
 @dataclass(kw_only=True, slots=True)
 class Call:
     """The arguments of one call of a block.
 
-    hidden: [windows, tokens, width].
+    hidden: [windows, tokens, width], or [windows, tokens, streams, width] of a model with several streams.
     arguments, keywords: all other arguments, such as masks, positions and rotary embeddings, as they were at the call.
     """
 
@@ -38,11 +73,40 @@ class Call:
         """The other arguments by the names of the parameters of the block's forward method."""
         return _named(block, self.arguments, self.keywords)
 
+    def example(self) -> "Call":
+        """The call with examples of what earlier blocks hand on, for a run with zeros for weights."""
+        keywords = {name: _example(value) for name, value in self.keywords.items()}
+        return Call(hidden=self.hidden, arguments=tuple(map(_example, self.arguments)), keywords=keywords)
+
+    def handed_on(self) -> list[Carried | Shared]:
+        """What stands for something that an earlier block hands on."""
+        values = (*self.arguments, *self.keywords.values())
+        return [value for value in values if isinstance(value, (Carried, Shared))]
+
+    def replacing(self, block: nn.Module, values: dict[str, Any]) -> "Call":
+        """The call with other values of some arguments, by name."""
+        if not values:
+            return self
+        names = list(_named(block, self.arguments, {}))
+        arguments = tuple(values.get(name, value) for name, value in zip(names, self.arguments, strict=True))
+        keywords = {name: values.get(name, value) for name, value in self.keywords.items()}
+        return Call(hidden=self.hidden, arguments=arguments, keywords=keywords)
+
+
+def block_outputs(block: nn.Module, hidden: torch.Tensor, call: Call) -> tuple[Any, ...]:
+    """Run hidden states, [windows, tokens, width], through one loaded block with the recorded arguments.
+
+    Returns:
+        Hidden states of the same shape, and what else the block returns.
+    """
+    output = block(hidden, *call.arguments, **call.keywords)
+    return tuple(output) if isinstance(output, (tuple, list)) else (output,)
+
 
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """Run hidden states, [windows, tokens, width], through one loaded block with the recorded arguments; returns the same shape."""
-    output = block(hidden, *call.arguments, **call.keywords)
-    return output[0] if isinstance(output, (tuple, list)) else output
+    """The hidden states of block_outputs alone."""
+    output: torch.Tensor = block_outputs(block, hidden, call)[0]
+    return output
 
 
 def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch.Tensor) -> list[Call]:
@@ -65,9 +129,9 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch
     calls = recording.calls
     if len(calls) != len(blocks):
         raise unsupported(model, f"it runs {len(calls)} of its {len(blocks)} blocks, wanted each of them once and in order")
-    if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() != 3:
+    if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() < 3:
         received = f"its blocks receive hidden states of shape {list(calls[0].hidden.shape)} for {list(input_ids.shape)} tokens"
-        raise unsupported(model, f"{received}, wanted [windows, tokens, width]")
+        raise unsupported(model, f"{received}, wanted [windows, tokens, ...]")
     return calls
 
 
@@ -84,29 +148,67 @@ def run_after_blocks(model: PreTrainedModel, blocks: nn.ModuleList, hidden: torc
     # NaN: what comes before the blocks runs, too, and must not reach the logits
     unused = torch.full((*hidden.shape[:2], width), torch.nan, dtype=hidden.dtype, device=hidden.device)
     with _standing_in(model, blocks, lambda *_: hidden):
-        return model(inputs_embeds=unused, use_cache=False).logits
+        try:
+            return model(inputs_embeds=unused, use_cache=False).logits
+        except RuntimeError as error:
+            if not raised_in(type(model).__module__, error):
+                raise
+        return model(input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.int64), use_cache=False).logits  # it wants tokens
 
 
-def require_same(model: PreTrainedModel, blocks: nn.ModuleList, calls: list[Call], single: list[Call], windows: int) -> None:
-    """Refuse a model whose blocks' arguments for several windows do not repeat those for a single window, bit by bit.
+def differing_arguments(
+    model: PreTrainedModel, blocks: nn.ModuleList, calls: list[Call], single: list[Call], windows: int
+) -> list[dict[str, torch.Tensor]]:
+    """Find the arguments of each block that have an entry of its own for each window; all others are the same, bit by bit.
 
     Args:
         calls: one call per block, for `windows` windows. single: one call per block, for one window of other tokens.
 
+    Returns:
+        For each block: name -> [windows, ...].
+
     Raises:
-        ArchitectureError: names the block and the argument.
+        ArchitectureError: an argument differs from window to window and is no such tensor; names the block and the argument.
     """
     same: dict[tuple[int, int], bool] = {}  # blocks receive the same tensors
+    differing: list[dict[str, torch.Tensor]] = []
     for index, (block, call, single_call) in enumerate(zip(blocks, calls, single, strict=True)):
         received, expected = call.named(block), single_call.named(block)
+        differing.append({})
         for name in received | expected:
-            value, other = received.get(name), expected.get(name)
+            value: Any = received.get(name)
+            other: Any = expected.get(name)
             key = (id(value), id(other))
             if key not in same:
                 same[key] = name in received and name in expected and _repeats(value, other, windows)
-            if not same[key]:
+            if same[key]:
+                continue
+            if not _has_windows(value, other, windows):
                 difference = f"the argument {name!r} of block {index} ({type(value).__qualname__}) differs from window to window"
-                raise unsupported(model, f"{difference}, wanted what is the same for all")
+                raise unsupported(model, f"{difference}, wanted what is the same for all, or a tensor with an entry for each")
+            differing[index][name] = value
+    return differing
+
+
+def require_own(model: PreTrainedModel, index: int, name: str, entry: torch.Tensor, alone: torch.Tensor) -> None:
+    """Refuse an argument whose entry for a window depends on the windows beside it, such as an index into them.
+
+    Args:
+        entry: for one window of several, [...]. alone: for the same window alone, [1, ...].
+
+    Raises:
+        ArchitectureError: names the block and the argument.
+    """
+    exact = not entry.is_floating_point()
+    if not (torch.equal(entry, alone[0]) if exact else torch.allclose(entry, alone[0], rtol=1e-2, atol=1e-4)):
+        reason = f"the argument {name!r} of block {index} depends on the windows beside it, wanted entries of the windows themselves"
+        raise unsupported(model, reason)
+
+
+def _has_windows(value: Any, single: Any, windows: int) -> bool:
+    """Whether an argument is a tensor with an entry for each window, like that for one window."""
+    tensors = isinstance(value, torch.Tensor) and isinstance(single, torch.Tensor)
+    return tensors and value.dtype == single.dtype and value.shape == (windows, *single.shape[1:]) and len(single) == 1
 
 
 def require_unchanged(model: PreTrainedModel, index: int, block: nn.Module, calls: list[Call]) -> None:
@@ -122,6 +224,14 @@ def require_unchanged(model: PreTrainedModel, index: int, block: nn.Module, call
         for name, value in call.named(block).items():
             if any(tensor._version for tensor in _tensors(value)):
                 raise unsupported(model, f"block {index} writes into its argument {name!r}, wanted blocks that only read it")
+
+
+def raised_in(module: str, error: BaseException) -> bool:
+    """Whether an error was raised by a statement of the module itself, not by a function of another module that it called."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") == module
 
 
 class _AllRecorded(Exception):
@@ -150,7 +260,10 @@ class _StandIn(nn.Module):
             return getattr(self._of_stand_in[0], name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._of_stand_in[1](arguments, keywords).as_subclass(_Output)
+        block, returns = self._of_stand_in
+        output: Any = returns(arguments, keywords).as_subclass(_Output)
+        output.besides = partial(_besides, block, arguments, keywords)
+        return output
 
 
 class _Recording:
@@ -159,6 +272,7 @@ class _Recording:
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.blocks = blocks
         self.calls: list[Call] = []
+        self._mappings: dict[str, MutableMapping[Any, Any]] = {}  # that blocks share
         self._version = 0  # of the hidden states when they were handed on
         self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # with the original, which keeps its id
 
@@ -178,12 +292,16 @@ class _Recording:
             raise _NotPlain(f"block {index} receives other hidden states than block {index - 1} returns")
         for name, value in _named(self.blocks[index], others, keywords).items():
             if (unknown := _changeable(value)) is not None:
-                wanted = "tensors, numbers, strings, None and tuples of them"
+                wanted = "tensors, numbers, strings, None, and tuples and dicts of them"
                 raise _NotPlain(f"block {index} receives a {unknown} as its argument {name!r}, wanted {wanted}")
+            if isinstance(value, MutableMapping) and not value and self._mappings.setdefault(name, value) is not value:
+                raise _NotPlain(f"block {index} receives another {name!r} than blocks before it, wanted one mapping for all of them")
         copies = {name: self._copy(value) for name, value in keywords.items()}
         self.calls.append(Call(hidden=hidden, arguments=tuple(map(self._copy, others)), keywords=copies))
         self._version = hidden._version
         if len(self.calls) == len(self.blocks):
+            if self.blocks[index - 1] in _BESIDES:
+                _besides(self.blocks[index], arguments, keywords)  # while there are examples for as many tokens
             raise _AllRecorded
         return hidden
 
@@ -191,6 +309,10 @@ class _Recording:
         """Copy a value."""
         if isinstance(value, tuple):
             return tuple(map(self._copy, value))
+        if isinstance(value, MutableMapping) and not value:
+            return Shared(type(value))
+        if isinstance(value, dict):
+            return _ReadOnly((key, self._copy(item)) for key, item in value.items())
         if not isinstance(value, torch.Tensor):
             return value
         key = (id(value), value._version)
@@ -199,27 +321,54 @@ class _Recording:
         return self._copies[key][1]
 
 
+class _ReadOnly(dict[Any, Any]):
+    """A dict that a block reads and must not write: it would be state that goes from window to window."""
+
+    def __setitem__(self, key: Any, _: Any) -> None:
+        raise ArchitectureError(f"a block writes {key!r} into a dict that it receives, wanted blocks that only read their arguments")
+
+
+_BESIDES: WeakKeyDictionary[nn.Module, list[Carried | None] | None] = WeakKeyDictionary()
+
+
+def _besides(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Carried | None]:
+    """Stand-ins for what a block returns after the hidden states; a run with zeros for weights, once, shows how many and which are None.
+
+    Raises:
+        _NotPlain: it returns hidden states alone.
+    """
+    if block not in _BESIDES:
+        with torch.no_grad(), zeros_in(block):
+            output = block(*map(_example, arguments), **{name: _example(value) for name, value in keywords.items()})
+        several = isinstance(output, (tuple, list))
+        numbered = enumerate(output[1:], start=1) if several else ()
+        _BESIDES[block] = [None if value is None else Carried(position, value) for position, value in numbered] if several else None
+    besides = _BESIDES[block]
+    if besides is None:
+        raise _NotPlain("it takes hidden states apart, wanted hidden states that go from block to block unchanged")
+    return besides
+
+
 class _Output(torch.Tensor):
     """The hidden states that a stand-in returns, for models that expect a tensor and for those that expect a tuple that it begins.
 
-    Any other use as a tuple shows that the model needs more of its blocks than hidden states.
+    besides: makes stand-ins for the rest of the tuple.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results of operations are plain tensors
+    besides: Callable[[], list[Carried | None]]
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> Any:
         hidden = self.as_subclass(torch.Tensor)
-        if not isinstance(index, (int, slice)):
-            return hidden[index]
-        if index != 0:
-            raise _NotPlain("it takes more of what a block returns than the first element, wanted hidden states alone")
-        return hidden
+        if isinstance(index, int) and index == 0:
+            return hidden
+        return (hidden, *self.besides())[index] if isinstance(index, (int, slice)) else hidden[index]
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        raise _NotPlain("it unpacks what a block returns, wanted hidden states alone")
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.as_subclass(torch.Tensor), *self.besides()))
 
     def __len__(self) -> int:
-        raise _NotPlain("it counts what a block returns, wanted hidden states alone")
+        return 1 + len(self.besides())
 
 
 @contextmanager
@@ -239,6 +388,11 @@ def _standing_in(
             blocks[index] = block
 
 
+def _example(value: Any) -> Any:
+    """An argument for a run with zeros for weights."""
+    return value.example if isinstance(value, Carried) else value
+
+
 def _named(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """A block's arguments after the hidden states, by parameter name, or by position where there are no more names."""
     names = list(inspect.signature(block.forward).parameters)[1:]
@@ -247,18 +401,21 @@ def _named(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any
 
 
 def _changeable(value: Any) -> str | None:
-    """The type of a value that may change or hold state; None for tensors, which are compared, constants, and tuples of these."""
-    if type(value) is tuple:
-        return next((name for item in value if (name := _changeable(item)) is not None), None)
-    return None if isinstance(value, (torch.Tensor, *CONSTANTS)) else type(value).__qualname__
+    """The type of a value that may change or hold state otherwise than the head of this file says; None for all others."""
+    if isinstance(value, MutableMapping) and not value:
+        return None
+    if type(value) in (tuple, dict):
+        items = value if type(value) is tuple else (*value, *value.values())
+        return next((name for item in items if (name := _changeable(item)) is not None), None)
+    return None if isinstance(value, (torch.Tensor, Carried, *CONSTANTS)) else type(value).__qualname__
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in a value."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, tuple):
-        for item in value:
+    elif isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 
@@ -270,6 +427,8 @@ def _repeats(value: Any, single: Any, windows: int) -> bool:
         return value.dtype == single.dtype and _tensor_repeats(value, single, windows)
     if isinstance(value, tuple):
         return len(value) == len(single) and all(_repeats(*pair, windows) for pair in zip(value, single, strict=True))
+    if isinstance(value, dict):
+        return value.keys() == single.keys() and all(_repeats(value[key], single[key], windows) for key in value)
     return value == single
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from stages.checkpoint.layout import ParameterSlice, read_layout, tied_names
 from stages.checkpoint.model import dematerialize, empty_model, materialize, parameter_dtype, put
 from stages.checkpoint.reader import Checkpoint
-from stages.streaming.architecture import Layer, Matrix, find_blocks, find_matrices, tensors_by_block, unsupported
-from stages.streaming.calls import Call, record_calls, run_after_blocks
+from stages.errors import ArchitectureError
+from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
+from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
+from stages.streaming.scope import find_matrices
 
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
 
@@ -22,6 +24,9 @@ class Decoder:
     Args:
         checkpoint: its tensors, in the directory of its config.json.
         dtype, device: those of the computation.
+
+    Attributes:
+        hands_on: whether blocks hand on to later ones more than hidden states.
 
     Raises:
         ArchitectureError: the blocks cannot be found or cannot be run alone, or tensors are converted in a way that is not known;
@@ -38,7 +43,8 @@ class Decoder:
         self.name = self.model.config.model_type
         self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
         self.layout = read_layout(self.model, checkpoint)
-        self._require_blocks_that_run_alone()
+        self._calls_of_zeros = self._require_blocks_that_run_alone()
+        self.hands_on = any(call.handed_on() for call in self._calls_of_zeros)
 
     @cached_property
     def _tensors(self) -> list[dict[str, ParameterSlice]]:
@@ -55,11 +61,21 @@ class Decoder:
         Raises:
             ArchitectureError: see find_matrices.
         """
-        return find_matrices(self.model, self.prefix, self._tensors)
+        return find_matrices(self.model, self.prefix, self._tensors, self._calls_of_zeros)
 
     def layers(self, index: int) -> list[Layer]:
         """The layers of a block that multiply by matrices in scope, without repeats."""
         return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
+
+    def require_gradients_by_hidden_states(self, option: str) -> None:
+        """Refuse an option that takes gradients from block to block where these hand on more than hidden states.
+
+        Raises:
+            ArchitectureError: names the option.
+        """
+        if self.hands_on:
+            reason = f"its blocks hand on more than hidden states, through which {option} takes no gradients, wanted another option"
+            raise ArchitectureError(f"{self.name}: {reason}")
 
     @torch.no_grad()
     def calls(self, windows: torch.Tensor) -> list[Call]:
@@ -87,16 +103,16 @@ class Decoder:
         """
         return run_after_blocks(self.model, self.blocks, hidden)
 
-    def _require_blocks_that_run_alone(self) -> None:
-        """Record how the blocks are called with all weights zero; these zeros take no memory."""
+    def _require_blocks_that_run_alone(self) -> list[Call]:
+        """Record how the blocks are called for two tokens with all weights zero; these zeros take no memory."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         names = [name for name in self._outside_blocks().values() if name in parameters]
         zeros = {name: torch.zeros((), dtype=parameter_dtype(self.model, name, self.dtype)) for name in names}
         with self._filled((name, zero.expand(parameters[name].shape)) for name, zero in zeros.items()), torch.no_grad():
             try:
-                record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
+                return record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
             except ValueError as error:
-                if not _raised_in(type(self.model).__module__, error):
+                if not raised_in(type(self.model).__module__, error):
                     raise
                 raise unsupported(self.model, f"it does not run on tokens alone ({error})") from error
 
@@ -195,11 +211,3 @@ class Decoder:
         if matrix.tensor not in self._read_again:
             self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
         return matrix.stored_in(self._read_again[matrix.tensor]).to(self.device).float()
-
-
-def _raised_in(module: str, error: BaseException) -> bool:
-    """Whether an error was raised by a statement of the module itself, not by a function of another module that it called."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals.get("__name__") == module

@@ -1,15 +1,17 @@
-"""Hidden states of windows that run through a decoder block by block, while the next block is read ahead."""
+"""Hidden states of windows, and what else blocks hand on, on their way through a decoder block by block; the next block is read ahead."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
 
 from stages.errors import PruningError
-from stages.streaming.calls import Call, require_same, require_unchanged, run_block
+from stages.streaming.architecture import unsupported
+from stages.streaming.calls import Call, Carried, Shared, block_outputs, differing_arguments, require_own, require_unchanged
 from stages.streaming.decoder import Decoder
 from stages.streaming.host_memory import HostMemory, allocate_in_one_heap, release_free_memory
 
@@ -32,9 +34,10 @@ class Stream:
 
     Attributes:
         fitted, held_out: indices of the windows that are fitted to, and of those that are held out.
+        hands_on: whether blocks hand on to later ones more than hidden states.
 
     Raises:
-        ArchitectureError: an argument of a block differs from window to window; names the block and the argument.
+        ArchitectureError: an argument of a block differs from window to window and is no tensor of windows; names both.
         SparsesweepError: the disk has no space for a file of hidden states.
     """
 
@@ -58,12 +61,18 @@ class Stream:
         single = decoder.calls(_other_tokens(decoder, windows[:1]))
         self.hidden, self.location = self._hidden_buffer(single[0].hidden)
         self.calls = {1: [_without_hidden(call) for call in single]}  # by the number of windows, one a block
+        self._differing: list[dict[str, torch.Tensor]] = [{} for _ in single]  # of a block: name of an argument -> [all windows, ...]
+        self._handed_on: dict[tuple[Any, ...], torch.Tensor] = {}  # see put
         for members in self._micro_batches(self.fitted, self.held_out):
             micro_batch = windows[members]
             calls = decoder.calls(micro_batch)
             self.hidden[members] = calls[0].hidden
-            require_same(decoder.model, decoder.blocks, calls, self.calls[1], len(micro_batch))
+            self._keep_differing(members, calls)
+            if members.start == 0 and any(self._differing):
+                self._require_own(members.stop - 1)
             self.calls.setdefault(len(micro_batch), [_without_hidden(call) for call in calls])
+        self._carried = {value.position for call in self.calls[1] for value in call.handed_on() if isinstance(value, Carried)}
+        self.hands_on = decoder.hands_on
 
     def clone(self) -> "Stream":
         """Copy the stream: the same windows before the same block, with their own copy of the hidden states.
@@ -75,7 +84,33 @@ class Stream:
         clone.hidden, clone.location = clone._hidden_buffer(self.hidden)
         clone.hidden.copy_(self.hidden)
         clone._check = self._check.clone()
+        clone._handed_on = {}
+        clone._copy_handed_on(self)
         return clone
+
+    def copy_from(self, other: "Stream") -> None:
+        """Take the hidden states, and what else blocks handed on, of a stream of the same windows."""
+        self.hidden.copy_(other.hidden)
+        self._copy_handed_on(other)
+
+    def _copy_handed_on(self, other: "Stream") -> None:
+        for key, buffer in other._handed_on.items():
+            if key not in self._handed_on:
+                self._handed_on[key] = self.host_buffer(tuple(buffer.shape), buffer.dtype)
+            self._handed_on[key].copy_(buffer)
+
+    def _keep_differing(self, members: slice, calls: list[Call]) -> None:
+        """Keep the arguments of each block that have an entry for each window."""
+        decoder, buffers = self.decoder, dict[int, torch.Tensor]()
+        count = members.stop - members.start
+        for index, of_block in enumerate(differing_arguments(decoder.model, decoder.blocks, calls, self.calls[1], count)):
+            for name, tensor in of_block.items():
+                if name not in self._differing[index]:
+                    if id(tensor) not in buffers:  # that of an earlier block
+                        buffers[id(tensor)] = self.host_buffer((self.shape[0], *tensor.shape[1:]), tensor.dtype)
+                        buffers[id(tensor)].copy_(self.calls[1][index].named(decoder.blocks[index])[name])  # of windows before these
+                    self._differing[index][name] = buffers[id(tensor)]
+                self._differing[index][name][members] = tensor
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate a tensor in host memory or in a file; see HostMemory.buffer."""
@@ -99,6 +134,13 @@ class Stream:
             for start in windows[:: self.batch]:
                 yield slice(start, min(start + self.batch, windows.stop))
 
+    def _require_own(self, window: int) -> None:
+        alone = self.decoder.calls(self.windows[window : window + 1])
+        for index, (of_block, call) in enumerate(zip(self._differing, alone, strict=True)):
+            received = call.named(self.decoder.blocks[index])
+            for name, buffer in of_block.items():
+                require_own(self.decoder.model, index, name, self._on_device(buffer, slice(window, window + 1))[0], received[name])
+
     def parts(self, index: int, *ranges: range) -> Iterator[tuple[slice, torch.Tensor, Call]]:
         """Yield each micro-batch: its windows, its hidden states on the device, [windows, tokens, width], and the call of block `index`.
 
@@ -110,23 +152,79 @@ class Stream:
         """
         for windows in self._micro_batches(*(ranges or (self.fitted, self.held_out))):
             hidden = self.hidden[windows].to(self.decoder.device, non_blocking=True)
-            yield windows, hidden, self.calls[len(hidden)][index]
+            yield windows, hidden, self.call(index, windows)
         require_unchanged(self.decoder.model, index, self.decoder.blocks[index], [calls[index] for calls in self.calls.values()])
 
     def window(self, index: int, window: int) -> tuple[torch.Tensor, Call]:
         """One window's hidden states, [1, tokens, width], on the device, with the call of block `index`."""
-        return self.hidden[window : window + 1].to(self.decoder.device), self.calls[1][index]
+        windows = slice(window, window + 1)
+        return self.hidden[windows].to(self.decoder.device), self.call(index, windows)
+
+    def call(self, index: int, windows: slice) -> Call:
+        """The call of block `index` for some windows."""
+        block, call = self.decoder.blocks[index], self.calls[windows.stop - windows.start][index]
+        values: dict[str, Any] = {name: self._on_device(buffer, windows) for name, buffer in self._differing[index].items()}
+        if self.hands_on:
+            for name, value in call.named(block).items():
+                if isinstance(value, Carried):
+                    values[name] = self._on_device(self._handed_on[("carried", value.position)], windows)
+                elif isinstance(value, Shared):
+                    values[name] = self._shared(name, value, windows)
+        return call.replacing(block, values)
+
+    def _on_device(self, buffer: torch.Tensor, windows: slice) -> torch.Tensor:
+        entries = buffer[windows].to(self.decoder.device, non_blocking=True)
+        return entries if entries.is_cuda else entries.clone()  # into which a block may write
+
+    def _shared(self, name: str, value: Shared, windows: slice) -> Any:
+        """The mapping that blocks share, with what earlier blocks wrote for these windows."""
+        written: dict[Any, list[torch.Tensor]] = {}
+        for (argument, key, *_), buffer in self._handed_on.items():
+            if argument == name:
+                written.setdefault(key, []).append(self._on_device(buffer, windows))
+        mapping = value.kind()
+        for key, tensors in written.items():
+            mapping[key] = tuple(tensors)
+        return mapping
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Run all windows through a loaded block."""
         for windows, hidden, call in self.parts(index):
-            self.put(windows, run_block(block, hidden, call))
+            self.put(index, windows, block_outputs(block, hidden, call), call)
         self.require_finite(index)
 
-    def put(self, windows: slice, output: torch.Tensor) -> None:
-        """Store a block's output, [windows, tokens, width], as the hidden states of some windows."""
+    def put(self, index: int, windows: slice, outputs: tuple[Any, ...], call: Call) -> None:
+        """Store what block `index` returned for some windows: hidden states, and what else it hands on.
+
+        Args:
+            outputs: of block_outputs. call: that gave them; the block may have written into a mapping in it.
+
+        Raises:
+            ArchitectureError: the block wrote something other than a tuple of tensors with an entry for each window; names the argument.
+        """
+        output = outputs[0]
+        for position in self._carried:
+            if position < len(outputs) and outputs[position] is not None:
+                self._hand_on(("carried", position), windows, outputs[position])
+        recorded = self.calls[windows.stop - windows.start][index].named(self.decoder.blocks[index]) if self.hands_on else {}
+        for name, value in call.named(self.decoder.blocks[index]).items() if recorded else ():
+            if isinstance(recorded[name], Shared):
+                for key, tensors in value.items():
+                    for number, tensor in enumerate(tensors):
+                        self._hand_on((name, key, number), windows, tensor)
         self.hidden[windows] = output
         self._check += output.sum(dtype=torch.float32) * 0  # 0, or NaN; read once a block, since a GPU waits for each read
+
+    def _hand_on(self, key: tuple[Any, ...], windows: slice, tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor) or len(tensor) != windows.stop - windows.start:
+            found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__qualname__
+            raise unsupported(
+                self.decoder.model, f"a block hands on {key[:2]}: found {found}, wanted tensors with an entry for each window"
+            )
+        shape = (self.shape[0], *tensor.shape[1:])
+        if key not in self._handed_on or self._handed_on[key].shape != shape:
+            self._handed_on[key] = self.host_buffer(shape, tensor.dtype)
+        self._handed_on[key][windows] = tensor
 
     def require_finite(self, index: int) -> None:
         """Raise PruningError if the outputs of block `index` had NaN or infinity."""

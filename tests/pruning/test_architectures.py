@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from stages import prune
 from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.config import compose
 from stages.errors import ArchitectureError
+from stages.pruning.allocations import loss
 from stages.pruning.block_loop import Plan, prune_blocks
+from stages.pruning.entries import DenseModel
 from stages.pruning.patterns import Nm, Unstructured
 from stages.recipe import Recipe
 from stages.release.packing import pack
@@ -33,7 +37,10 @@ CPU = torch.device("cpu")
 BATCH = 2
 HALF = Unstructured(sparsity=0.5, comparison_group="row")
 WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
-UNTOUCHED = r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe)\.gate\.weight|shared_expert_gate|router|e_score"
+UNTOUCHED = re.compile(
+    r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe|feed_forward)\.gate\.weight|shared_expert_gate|router|e_score"
+    r"|conv\.weight|conv_?1d|A_log|\.D$|dt_bias|time_(decay|first|mix)|ln\d|ln_out|pre_ln|recurrent_param|sinks|layer_scalar|^head\.weight|per_layer_model_projection"
+)
 SPARSEGPT = sparsegpt()
 WANDA_HALF = {
     "method": {"name": "wanda", "comparison_group": "row"},
@@ -82,17 +89,49 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
 
     def of_experts(module, arguments):
         tokens, chosen, _ = arguments
+        product = torch.matmul if module.is_transposed else linear
+        biases = [getattr(module, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj")]
         for expert in range(len(module.down_proj)):
             own = tokens[(chosen == expert).any(dim=-1)]
-            between = module._apply_gate(linear(own, module.gate_up_proj[expert]))
+            between = product(own, module.gate_up_proj[expert])
+            between = module._apply_gate(between if biases[0] is None else between + biases[0][expert])
             seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(own[None])
             seen.setdefault((names[id(module.down_proj)], expert), []).append(between[None])
 
+    def of_all_experts(module, arguments):
+        """Tokens times the weight of each expert; 0 where it was not chosen."""
+        for expert, tokens in enumerate(arguments[0].view(len(module.down_proj), -1, module.hidden_size)):
+            gate, up = (tokens @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+            seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(tokens[None])
+            seen.setdefault((names[id(module.down_proj)], expert), []).append((up * module.act_fn(gate))[None])
+
+    def of_parallel_experts(module, arguments):
+        for expert, tokens in enumerate(arguments[0].split(arguments[1])):
+            seen.setdefault((names[id(module.weight)], expert), []).append(tokens[None])
+
+    def of_gates(module, arguments):
+        """A matrix for each head, which reads its part of every token."""
+        heads = arguments[0].reshape(-1, module.num_attention_heads, module.block_width).transpose(0, 1)
+        for head, tokens in enumerate(heads):
+            for weight in (module.input_gate_weight, module.recurrent_gate_weight):
+                seen.setdefault((names[id(weight)], head), []).append(tokens[None])
+
+    def time_steps_of(mixer):
+        """Mamba multiplies by the weight of this layer, and does not call it."""
+        key = names[id(mixer.dt_proj.weight)], None
+        return lambda _, __, output: seen.setdefault(key, []).append(output[..., : mixer.time_step_rank])
+
     for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
+        if id(getattr(getattr(module, "dt_proj", None), "weight", None)) in names:
+            hooks.append(getattr(module, "dt_layernorm", module.x_proj).register_forward_hook(time_steps_of(module)))
+        elif isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
             hooks.append(module.register_forward_pre_hook(of_linear))
         elif id(getattr(module, "gate_up_proj", None)) in names:
-            hooks.append(module.register_forward_pre_hook(of_experts))
+            hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else of_all_experts))
+        elif id(getattr(module, "weight", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_parallel_experts))
+        elif id(getattr(module, "input_gate_weight", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_gates))
     yield seen
     for hook in hooks:
         hook.remove()
@@ -282,3 +321,16 @@ def test_float16_on_a_bfloat16_checkpoint_scores_the_stored_weights(tmp_path):
         expected = (tensor if matrix.expert is None else tensor[matrix.expert]).float()
         with decoder.loaded(0, decoder.read(0)) as block:
             assert torch.equal(decoder.stored(matrix, block), expected)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "glm_moe_dsa"])
+def test_an_option_that_takes_gradients_through_more_than_hidden_states_is_refused_before_a_block_is_read(kind, tmp_path, monkeypatch):
+    decoder = Decoder(fetched(kind, tmp_path), torch.float32, CPU)
+    monkeypatch.setattr(Decoder, "read", None)
+    reason = f"{kind}: its blocks hand on more than hidden states, through which {{}} takes no gradients"
+    chosen = compose.read("reconstruction=distilled", "allocation=loss")
+    with pytest.raises(ArchitectureError, match=reason.format("reconstruction=distilled")):
+        prune.plan_of(decoder, WANDA, chosen["pattern"], chosen["reconstruction"], chosen["prune"])
+    dense = DenseModel(decoder=decoder, windows=WINDOWS, stream=partial(Stream, decoder, batch=BATCH), comparison_group="row")
+    with pytest.raises(ArchitectureError, match=reason.format("allocation=loss")):
+        loss.evidence(dense, chosen["allocation"])

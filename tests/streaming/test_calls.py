@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from stages.errors import ArchitectureError
-from stages.streaming.calls import Call, record_calls, require_same, require_unchanged, run_after_blocks, run_block
+from stages.streaming.calls import (
+    Call,
+    Carried,
+    Shared,
+    differing_arguments,
+    record_calls,
+    require_own,
+    require_unchanged,
+    run_after_blocks,
+    run_block,
+)
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
@@ -68,24 +78,63 @@ def unpacked(output):
     return hidden
 
 
-@pytest.mark.parametrize(
-    ("take", "reason"),
-    [
-        (unpacked, "it unpacks what a block returns, wanted hidden states alone"),
-        (lambda output: output[1], "it takes more of what a block returns than the first element, wanted hidden states alone"),
-        (lambda output: output[:2][0], "it takes more of what a block returns than the first element, wanted hidden states alone"),
-        (lambda output: output[0] if len(output) > 1 else output, "it counts what a block returns, wanted hidden states alone"),
-    ],
-)
-def test_a_model_that_takes_more_than_hidden_states_is_refused(take, reason):
+TAKES = [unpacked, lambda output: output[:2][0], lambda output: output[0] if len(output) == 2 else None]
+
+
+@pytest.mark.parametrize("take", [*TAKES, lambda output: output[1]])
+def test_hidden_states_are_not_taken_apart(take):
+    reason = "it takes hidden states apart, wanted hidden states that go from block to block unchanged"
     with pytest.raises(ArchitectureError, match=f"^tiny: {reason}; this architecture is not supported$"):
         recorded(lambda block, hidden, ids, index: take(block(hidden)))
+
+
+class Several(Block):
+    """Returns a second tensor, and None."""
+
+    def forward(self, hidden, mask=None, more=None):
+        return hidden + 1, hidden.sum(dim=-1), None
+
+
+def calls_of_several(call) -> list[Call]:
+    model = Tiny(call)
+    for index in range(3):
+        model.blocks[index] = Several()
+    return record_calls(model, model.blocks, IDS)
+
+
+def test_what_else_a_block_returns_is_known_and_may_go_to_the_next_block():
+    carried = []
+
+    def call(block, hidden, ids, index):
+        hidden, sums, nothing = block(hidden, nothing_of(carried), more=carried[-1] if carried else None)
+        carried.append(sums)
+        assert nothing is None
+        return hidden
+
+    def nothing_of(carried):
+        return None
+
+    calls = calls_of_several(call)
+    assert [recorded.keywords["more"] for recorded in calls] == [None, Carried(1, None), Carried(1, None)]
+    assert [recorded.handed_on() for recorded in calls] == [[], [Carried(1, None)], [Carried(1, None)]]
+    assert calls[1].example().keywords["more"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(("use", "verb"), [(lambda sums: sums.mean(), "uses"), (lambda sums: torch.ones(2) * sums, "computes with")])
+def test_what_else_a_block_returns_is_not_computed_with(use, verb):
+    def call(block, hidden, ids, index):
+        hidden, sums, _ = block(hidden)
+        use(sums)
+        return hidden
+
+    with pytest.raises(ArchitectureError, match=f"^tiny: it {verb} what a block returns besides hidden states"):
+        calls_of_several(call)
 
 
 def test_the_blocks_are_in_their_places_again_whatever_happens():
     model = Tiny(lambda block, hidden, ids, index: unpacked(block(hidden)))
     blocks = list(model.blocks)
-    with pytest.raises(ArchitectureError, match="unpacks"):
+    with pytest.raises(ArchitectureError, match="takes hidden states apart"):
         record_calls(model, model.blocks, IDS)
     assert list(model.blocks) == blocks
 
@@ -104,8 +153,7 @@ class Cache:
     ("value", "kind"),
     [
         (Cache(), "Cache"),
-        ({}, "dict"),
-        ({"mask": torch.ones(1)}, "dict"),
+        ({"mask": [torch.ones(1)]}, "list"),
         ([], "list"),
         ((None, (1, [torch.ones(1)])), "list"),
         (lambda: None, "function"),
@@ -114,18 +162,31 @@ class Cache:
 )
 def test_what_blocks_could_keep_a_state_in_is_refused_by_block_argument_and_type(value, kind):
     for call in (lambda block, *rest: block(rest[0], None, value), lambda block, *rest: block(rest[0], more=value)):
-        reason = rf"tiny: block 0 receives a .*{kind} as its argument 'more', wanted tensors, numbers, strings, None and tuples of them"
-        with pytest.raises(ArchitectureError, match=f"^{reason}; this architecture is not supported$"):
+        wanted = "wanted tensors, numbers, strings, None, and tuples and dicts of them"
+        with pytest.raises(
+            ArchitectureError,
+            match=f"^tiny: block 0 receives a .*{kind} as its argument 'more', {wanted}; this architecture is not supported$",
+        ):
             recorded(call)
 
 
-def test_a_dictionary_that_blocks_fill_is_refused_though_it_is_empty_in_every_pass():
-    def call(block, hidden, ids, index):
-        shared = {}
-        return block(hidden, more=shared)
+def test_an_empty_mapping_that_all_blocks_receive_is_one_that_they_share():
+    shared = {}
+    calls = recorded(lambda block, hidden, ids, index: block(hidden, more=shared))
+    assert [call.keywords["more"] for call in calls] == [Shared(dict)] * 3
 
-    with pytest.raises(ArchitectureError, match="block 0 receives a dict as its argument 'more'"):
-        recorded(call)
+
+def test_an_empty_mapping_of_each_block_alone_is_refused():
+    reason = "block 1 receives another 'more' than blocks before it, wanted one mapping for all of them"
+    with pytest.raises(ArchitectureError, match=f"tiny: {reason}"):
+        recorded(lambda block, hidden, ids, index: block(hidden, more={}))
+
+
+def test_a_dictionary_of_tensors_is_recorded_and_blocks_cannot_write_into_it():
+    calls = recorded(lambda block, hidden, ids, index: block(hidden, more={"mask": torch.ones(1)}))
+    assert calls[0].keywords["more"] == {"mask": torch.ones(1)}
+    with pytest.raises(ArchitectureError, match="a block writes 'other' into a dict that it receives"):
+        calls[0].keywords["more"]["other"] = 1
 
 
 def test_a_tensor_is_recorded_as_it_was_when_the_block_was_called():
@@ -161,7 +222,7 @@ def test_blocks_that_do_not_run_once_and_in_order_are_refused(call, reason):
 
 
 def test_hidden_states_that_are_not_one_for_each_token_are_refused():
-    reason = r"its blocks receive hidden states of shape \[2, 4, 4\] for \[2, 3\] tokens, wanted \[windows, tokens, width\]"
+    reason = r"its blocks receive hidden states of shape \[2, 4, 4\] for \[2, 3\] tokens, wanted \[windows, tokens, ...\]"
     with pytest.raises(ArchitectureError, match=f"tiny: {reason}"):
         recorded(lambda block, hidden, ids, index: block(torch.zeros(2, 4, 4)))
 
@@ -171,22 +232,20 @@ def test_hidden_states_come_first():
         recorded(lambda block, hidden, ids, index: block(hidden=hidden))
 
 
-def differing(call) -> None:
+def differing(call) -> list[dict[str, torch.Tensor]]:
     """Compare what blocks receive for two windows with what they receive for one of other tokens."""
     model = Tiny(call)
     calls, single = (record_calls(model, model.blocks, ids) for ids in (IDS, IDS[:1] + 1))
-    require_same(model, model.blocks, calls, single, windows=2)
+    return differing_arguments(model, model.blocks, calls, single, windows=2)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda hidden, ids: ids,
-        lambda hidden, ids: hidden.detach(),
         lambda hidden, ids: (None, (ids[:1],)),
+        lambda hidden, ids: ids.T,
         lambda hidden, ids: ids.sum().item(),
         lambda hidden, ids: len(ids),
-        lambda hidden, ids: torch.arange(len(ids)),
         lambda hidden, ids: None if len(ids) == 1 else torch.ones(1),
         lambda hidden, ids: torch.ones(1, dtype=torch.float32 if len(ids) == 1 else torch.float64),
         lambda hidden, ids: torch.ones(len(ids), len(ids)),
@@ -213,7 +272,21 @@ def test_an_argument_that_only_some_windows_come_with_is_refused_by_name():
     ],
 )
 def test_an_argument_is_the_same_for_all_windows_at_once_or_again_for_each(make):
-    differing(lambda block, hidden, ids, index: block(hidden, more=make(ids)))
+    assert not any(differing(lambda block, hidden, ids, index: block(hidden, more=make(ids))))
+
+
+@pytest.mark.parametrize("make", [lambda hidden, ids: ids, lambda hidden, ids: hidden.detach(), lambda hidden, ids: torch.arange(len(ids))])
+def test_a_tensor_with_an_entry_for_each_window_is_found(make):
+    found = differing(lambda block, hidden, ids, index: block(hidden, more=make(hidden, ids)))
+    assert [(name, len(tensor)) for of_block in found for name, tensor in of_block.items()] == [("more", 2)] * 3
+
+
+def test_an_entry_that_depends_on_the_windows_beside_it_is_refused():
+    model = Tiny(lambda block, hidden, ids, index: block(hidden))
+    require_own(model, 0, "more", torch.ones(3), torch.full((1, 3), 1 + 1e-6))
+    for entry, alone in ((torch.tensor(1), torch.tensor([0])), (torch.ones(3), torch.zeros(1, 3))):
+        with pytest.raises(ArchitectureError, match="tiny: the argument 'more' of block 0 depends on the windows beside it"):
+            require_own(model, 0, "more", entry, alone)
 
 
 def test_a_block_that_writes_into_a_tensor_is_refused_by_name():

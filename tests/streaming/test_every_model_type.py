@@ -63,35 +63,33 @@ OTHERWISE = {
     "glm_moe_dsa": AS_MANY_KEYS,
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "nemotron_h": {"n_groups": 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "attn_layers": ["local"] * 3},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "xmod": {"default_language": "en_XX"},
     "youtu": {"num_key_value_heads": 4, "head_dim": 4, "pad_token_id": None},  # transformers overwrites what it loads for that token
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_ngroups": 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 NOT_SMALL = {  # whose sizes depend on each other in more ways, or that are large whatever their text model's sizes
-    *("blt", "cohere_compass_text", "dbrx", "dots3_note", "dots3_note_text", "gemma3", "gemma3n", "gemma4_assistant", "git", "got_ocr2"),
-    *("moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal", "zamba"),
+    *("blt", "cohere_compass_text", "dbrx", "dots3_note", "dots3_note_text", "gemma3", "gemma3n", "gemma4", "gemma4_assistant"),
+    *("gemma4_unified", "git", "got_ocr2", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal", "zamba"),
 }
 
 # Why it is refused -> model types.
 REFUSED = {
-    "is neither a linear layer's weight nor experts'": """aria_text falcon_h1 falcon_mamba gpt_oss granitemoehybrid inkling_text jamba
-    jetmoe lfm2_moe lfm3 llama4 llama4_text mamba mamba2 nemotron_h qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
-    qwen4_exp qwen4_exp_text recurrent_gemma zamba2""",
-    "it unpacks what a block returns": "bamba cpmant glm_moe_dsa hy_v4 rwkv xlstm",
-    "it takes more of what a block returns than the first element": "xlnet",
-    "receives a KVSharingDict as its argument 'shared_kv_states'": """gemma3n_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_text""",
-    "receives a dict as its argument 'attention_mask'": "zaya",
     "block 0 does not receive hidden states as its first argument": "reformer",
-    "wanted [windows, tokens, width]": "prophetnet",
+    "wanted [windows, tokens, ...]": "cpmant gemma3n_text prophetnet xlnet",
     "it does not run on tokens alone": "gemma4_unified_assistant",
     "wanted one list of decoder blocks": "hrm_text longcat_flash xlm",
-    "wanted experts that are stacked and joined by rows": "bailing_hybrid inkling2_text kimi_linear olmo_hybrid",
-    "found no expert's number in it": "deepseek_v4",
+    "wanted matrices that are joined by rows, or experts that are stacked": "inkling2_text",
     "transformers knows no decoder language model of type": "emu3 mllama",
 }
 REASONS = {kind: reason for reason, kinds in REFUSED.items() for kind in kinds.split()}

@@ -23,7 +23,8 @@ def stream_of(decoder: Decoder, windows: torch.Tensor = WINDOWS, batch: int = 2,
 
 def test_hidden_states_that_are_not_finite_name_the_block(decoder):
     stream = stream_of(decoder)
-    stream.put(slice(0, 1), stream.hidden[:1] * float("inf"))
+    members = slice(0, 1)
+    stream.put(0, members, (stream.hidden[:1] * float("inf"),), stream.call(0, members))
     with pytest.raises(PruningError, match="block 7: found NaN or infinity in its outputs"):
         stream.require_finite(7)
 
@@ -85,16 +86,30 @@ def patched(decoder: Decoder, name: str, make) -> Decoder:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("windows", [WINDOWS, WINDOWS[:1]])
-def test_what_differs_from_window_to_window_is_refused_whatever_the_batch(decoder, batch, windows):
+def test_what_differs_from_window_to_window_goes_with_the_windows_whatever_the_batch(decoder, batch, windows):
     """In one pass alone, or for one window alone, nothing else would show that the argument is made of the tokens."""
-    reason = r"mistral: the argument 'tokens' of block 1 \(Tensor\) differs from window to window, wanted what is the same for all"
-    with pytest.raises(ArchitectureError, match=f"{reason}; this architecture is not supported"):
-        stream_of(patched(decoder, "tokens", lambda windows: windows), windows, batch=batch)
+    stream = stream_of(patched(decoder, "tokens", lambda windows: windows), windows, batch=batch)
+    received = [call.keywords["tokens"] for _, _, call in stream.parts(1)]
+    assert torch.equal(torch.cat(received), windows)
+    assert torch.equal(stream.window(1, len(windows) - 1)[1].keywords["tokens"], windows[-1:])
+    assert "tokens" not in stream.window(0, 0)[1].keywords
 
 
-def test_what_a_window_of_a_batch_receives_is_compared_with_what_a_single_one_receives(decoder):
+def test_an_entry_that_is_the_same_by_chance_in_the_first_windows_is_that_of_these_windows(decoder):
+    stream = stream_of(patched(decoder, "first", lambda windows: (windows == WINDOWS[4]).all(dim=1)))
+    assert torch.cat([call.keywords["first"] for _, _, call in stream.parts(1)]).tolist() == [False] * 4 + [True]
+
+
+def test_a_block_that_writes_into_an_entry_changes_it_for_no_other_pass(decoder):
+    stream = stream_of(patched(decoder, "tokens", lambda windows: windows))
+    for _, _, call in stream.parts(1):
+        call.keywords["tokens"].zero_()
+    assert torch.equal(torch.cat([call.keywords["tokens"] for _, _, call in stream.parts(1)]), WINDOWS)
+
+
+def test_what_depends_on_the_windows_beside_a_window_is_refused(decoder):
     patched(decoder, "scale", lambda windows: torch.full((len(windows), 1), float(len(windows))))
-    with pytest.raises(ArchitectureError, match=r"the argument 'scale' of block 1 \(Tensor\) differs from window to window"):
+    with pytest.raises(ArchitectureError, match="the argument 'scale' of block 1 depends on the windows beside it"):
         stream_of(decoder)
 
 

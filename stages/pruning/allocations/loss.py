@@ -45,7 +45,11 @@ def evidence(dense: DenseModel, section: LossSection) -> Evidence:
     estimate of each output.
 
     An expert to which no token was routed has an empty curve and rows of equal cost.
+
+    Raises:
+        ArchitectureError: blocks hand on more than hidden states; before a weight is read.
     """
+    dense.decoder.require_gradients_by_hidden_states(f"allocation={section.name}")
     windows = dense.windows[: max(section.windows, distributed.world_size())]  # at least one for each process
     weights = section.gradient_weights
     stream = dense.stream(windows)

@@ -1,0 +1,157 @@
+"""Products of tokens with parameters that belong to no linear layer: experts in one tensor, or a matrix that a module multiplies by itself.
+
+A parameter is recognised by its storage, and a slice of it by its address. Which parameters are multiplied with tokens is found by running
+a block of zeros: a filter of a convolution or a decay of a recurrence has two dimensions or more, too, and is no linear map of tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from stages.checkpoint.model import put
+from stages.streaming.architecture import is_linear
+
+Receive = Callable[[Any, torch.Tensor, torch.Tensor], None]
+POSITIONS: dict[Any, tuple[int, int]] = {  # function -> positions of both factors among its arguments
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), (0, 1)),
+    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm), (0, 1)),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm), (1, 2)),
+}
+
+
+class Product(NamedTuple):
+    """A product of tokens, [..., tokens, columns], with a weight, [..., rows, columns].
+
+    by_columns: whether a column of the output, not a row, is a token's.
+    """
+
+    tokens: torch.Tensor
+    weight: torch.Tensor
+    by_columns: bool = False
+
+
+def products(function: Any, arguments: tuple[Any, ...]) -> list[Product]:
+    """What a call of a function may compute: a product, either factor of which may be the weight."""
+    if function is linear:
+        return [Product(arguments[0], arguments[1])]
+    if function not in POSITIONS:
+        return []
+    left, right = (arguments[position] for position in POSITIONS[function])
+    if left.dim() < 2 or right.dim() < 2:
+        return []
+    return [Product(left, right.mT), Product(right.mT, left, by_columns=True)]
+
+
+class Products(TorchFunctionMode):
+    """Passes the tokens and the output of every product with some weights to a function.
+
+    Args:
+        weights: what to pass for a weight -> the weight, [rows, columns] or [columns, rows], a parameter or a slice of one.
+        receive: called with that, with the tokens, [..., columns], and with the output, [..., rows].
+    """
+
+    def __init__(self, weights: dict[Any, torch.Tensor], receive: Receive) -> None:
+        super().__init__()
+        self.keys, self.receive = {weight.data_ptr(): key for key, weight in weights.items()}, receive
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
+        output = function(*arguments, **(keywords or {}))
+        for product in products(function, arguments):
+            if product.weight.data_ptr() in self.keys:
+                return self._received(product, output)
+        return output
+
+    def _received(self, product: Product, output: torch.Tensor) -> torch.Tensor:
+        """Pass on a product. Returns the output, of which what was passed on is a part, so that its gradients can be seen."""
+        by_rows = output.mT.contiguous() if product.by_columns else output
+        if product.weight.dim() == 2:
+            self.receive(self.keys[product.weight.data_ptr()], product.tokens, by_rows)
+        else:
+            slices = zip(product.weight, product.tokens, by_rows, strict=True)
+            by_rows = torch.stack([self._received_slice(*of_slice) for of_slice in slices])
+        return by_rows.mT if product.by_columns else by_rows
+
+    def _received_slice(self, weight: torch.Tensor, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Pass on one of several products that are computed together; tokens of zeros were routed to another of them."""
+        routed = tokens.any(dim=-1)
+        routed_output = output[routed]
+        self.receive(self.keys[weight.data_ptr()], tokens[routed], routed_output)
+        return output.index_put((routed,), routed_output)
+
+
+class Use(NamedTuple):
+    """How tokens are multiplied with a parameter.
+
+    transposed: whether it is stored as [columns, rows]. called: whether it is the weight of a linear layer that is called with the tokens.
+    """
+
+    transposed: bool
+    called: bool = False
+
+
+class _Uses(TorchFunctionMode):
+    """Notes of each parameter whether tokens were multiplied with it, and how."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.names = {parameter.untyped_storage().data_ptr(): name for name, parameter in block.named_parameters()}
+        self.uses: dict[str, Use] = {}
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
+        for product in products(function, arguments):
+            name = self.names.get(product.weight.untyped_storage().data_ptr())
+            if name is not None:
+                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1)
+        return function(*arguments, **(keywords or {}))
+
+
+@torch.no_grad()
+def multiplied_parameters(block: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Use]:
+    """Find the parameters of a block that tokens are multiplied with: name -> how.
+
+    Args:
+        block: without weights. run: runs it on the CPU.
+    """
+    called = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda _, __, name=name: called.add(f"{name}.weight"))
+        for name, module in block.named_modules()
+        if is_linear(module)
+    ]
+    try:
+        with zeros_in(block), _Uses(block) as noted:
+            run(block)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: use._replace(called=name in called) for name, use in noted.uses.items()}
+
+
+@contextmanager
+def zeros_in(block: nn.Module) -> Iterator[None]:
+    """Let zeros on the CPU stand in for the weights that a block has not. They are never written, so that they take no memory."""
+    parameters = {name: parameter for name, parameter in block.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    buffers = {name: buffer for name, buffer in block.named_buffers(remove_duplicate=False) if buffer.is_meta}
+    try:
+        for name, tensor in (parameters | buffers).items():
+            put(block, name, _zeros(tensor))
+        yield
+    finally:
+        for name, parameter in parameters.items():  # the same objects, by which tied parameters are known
+            path, _, leaf = name.rpartition(".")
+            block.get_submodule(path)._parameters[leaf] = parameter
+        for name, buffer in buffers.items():
+            put(block, name, buffer)
+
+
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    """Zeros of a parameter's shape and dtype that are not written; of three dimensions the slices of the first are one."""
+    shape = parameter.shape[1:] if parameter.dim() == 3 else parameter.shape
+    unwritten = torch.from_numpy(numpy.zeros(max(1, shape.numel()) * parameter.itemsize, dtype=numpy.uint8))
+    return unwritten.view(parameter.dtype)[: shape.numel()].view(shape).expand(parameter.shape)

@@ -1,0 +1,117 @@
+"""The matrices of a decoder language model that are in scope: what tokens are multiplied with in its blocks, without routers.
+
+Linear layers and experts are known by their modules. Of other parameters a run of the block with zeros shows whether tokens are multiplied
+with them. Filters of convolutions, decays of recurrences, norms and biases are not in scope.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stages.checkpoint.layout import ParameterSlice, tied_names
+from stages.streaming.architecture import Matrix, is_linear, unsupported
+from stages.streaming.calls import Call, run_block
+from stages.streaming.products import Use, multiplied_parameters
+
+
+def find_matrices(model: PreTrainedModel, prefix: str, tensors: list[dict[str, ParameterSlice]], calls: list[Call]) -> list[list[Matrix]]:
+    """Find the matrices in scope of every block: all that tokens are multiplied with, experts included, without routers.
+
+    Args:
+        prefix: path of the blocks in the model. tensors: those of each block, see tensors_by_block.
+        calls: one for each block, of a few tokens, on the CPU.
+
+    Raises:
+        ArchitectureError: a block has no matrices, or a matrix is tied to another tensor; names the block or the tensor.
+    """
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied, matrices, scopes = tied_names(model), [], _Scopes()
+    for index, of_block in enumerate(tensors):
+        path = f"{prefix}.{index}"
+        block, matrices_of_block = model.get_submodule(path), []
+        scope = scopes.of(block, calls[index])
+        for tensor, parameter_slice in of_block.items():
+            if parameter_slice.name not in scope:
+                continue
+            matrices_of_block += _matrices(block, tensor, parameter_slice, scope[parameter_slice.name])
+            if f"{path}.{parameter_slice.name}" in tied or uses[id(block.get_parameter(parameter_slice.name))] > 1:
+                raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone")
+        if not matrices_of_block:
+            raise unsupported(model, f"block {index} has no linear layers to prune")
+        matrices.append(matrices_of_block)
+    return matrices
+
+
+class _Scopes:
+    """The parameters in scope of blocks; blocks of the same modules and shapes have the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, dict[str, Use]] = {}
+
+    def of(self, block: nn.Module, call: Call) -> dict[str, Use]:
+        """Name of each parameter of a block that is in scope -> how tokens are multiplied with it."""
+        modules = tuple((name, type(module)) for name, module in block.named_modules())
+        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        if (modules, shapes) not in self._known:
+            self._known[modules, shapes] = _scope(block, call)
+        return self._known[modules, shapes]
+
+
+def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
+    """Weights of linear layers, of experts, and else what a run with zeros shows; without routers."""
+    known, others = dict[str, Use](), list[str]()
+    for name, parameter in block.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        module = block.get_submodule(path)
+        if parameter.dim() == 2 and leaf == "weight" and is_linear(module):
+            known[name] = Use(transposed=isinstance(module, Conv1D), called=True)
+        elif parameter.dim() == 3 and getattr(module, "is_transposed", None) is False:
+            known[name] = Use(transposed=False)
+        elif parameter.dim() in (2, 3):
+            others.append(name)
+    if others:
+        multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call.example()))
+        not_called = [name for name, use in multiplied.items() if not use.called]  # as an expert is that no token chose
+        known |= {name: multiplied[name] for name in not_called if name in known or name in others}
+    experts = [name for name in known if block.get_parameter(name).dim() == 3]
+    return {name: use for name, use in known.items() if not _is_router(block, name, experts)}
+
+
+def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, use: Use) -> list[Matrix]:
+    """List the matrices of a tensor: one, or one for each expert of a tensor that holds all experts."""
+    parameter = block.get_parameter(parameter_slice.name)
+    several = parameter.dim() == 3 and parameter_slice.expert is None
+    matrices = []
+    for expert in range(len(parameter)) if several else [None]:
+        of_matrix = replace(parameter_slice, expert=expert) if several else parameter_slice
+        rows, columns = reversed(of_matrix.of(parameter).shape) if use.transposed else of_matrix.of(parameter).shape
+        matrix = Matrix(
+            tensor=tensor,
+            expert=expert,
+            parameter_slice=of_matrix,
+            transposed=use.transposed,
+            shape=(rows, columns),
+            called=use.called or parameter.dim() == 3,
+        )
+        matrices.append(matrix)
+    return matrices
+
+
+def _is_router(block: nn.Module, name: str, experts: list[str]) -> bool:
+    """Whether a weight in the parent module of experts has one output for each of them, or one output, for a shared expert.
+
+    Args:
+        experts: names of parameters that hold a mixture's experts, [experts, ...].
+    """
+    path, parameter = name.rpartition(".")[0], block.get_parameter(name)
+    for expert in experts:
+        owner = expert.rpartition(".")[0]
+        parent = owner.rpartition(".")[0]
+        if owner != path and path.startswith(f"{parent}." if parent else ""):
+            return parameter.dim() == 2 and len(parameter) in (1, len(block.get_parameter(expert)))
+    return False
