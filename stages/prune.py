@@ -5,6 +5,7 @@ torchrun --nnodes 2 ... -m stages.prune       several machines, see docs/engine.
 """
 
 import logging
+import math
 import re
 import sys
 from dataclasses import asdict, replace
@@ -340,7 +341,8 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
         costs |= {"joules": round(sum(run["joules"].values()), 1)} if run["joules"] else {}
         write_json(results / "metrics.json", {**summary, **costs})
         learned = {"distillation": distilled.outcome.as_dict(), "divergences": distilled.divergences} if distilled else {}
-        write_json(results / "provenance.json", {**recipe.as_dict(), **run, **learned})
+        left = {"out_of_scope": out_of_scope(decoder)}
+        write_json(results / "provenance.json", {**recipe.as_dict(), **run, **left, **learned})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
@@ -404,6 +406,21 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
         "relative_error": sum(row["relative_error"] for row in rows) / len(rows),
         **({"relative_error_held_out": sum(held_out) / len(held_out)} if held_out else {}),
     }
+
+
+def out_of_scope(decoder: Decoder) -> dict[str, float]:
+    """What the blocks hold that is no matrix in scope: the kind of tensor -> its fraction of all weights of the blocks, the most first."""
+    sizes: dict[str, int] = {}
+    total = 0
+    for index, matrices in enumerate(decoder.matrices):
+        in_scope = {matrix.tensor for matrix in matrices}
+        for tensor in decoder.tensors(index):
+            size = math.prod(decoder.checkpoint.shape(tensor))
+            total += size
+            if tensor not in in_scope:
+                kind = ".".join(kind_of(tensor))
+                sizes[kind] = sizes.get(kind, 0) + size
+    return {kind: size / total for kind, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))}
 
 
 def error_by_block(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stages import prune
+from stages.checkpoint.reader import Checkpoint
 from stages.config import compose
 from stages.config.compose import read
 from stages.errors import ConfigError
@@ -14,6 +15,7 @@ from stages.pruning.patterns import NmSection, Unstructured, UnstructuredSection
 from stages.pruning.planning import plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.streaming.decoder import Decoder
+from tests import architectures
 from tests.methods import made
 
 
@@ -35,6 +37,15 @@ def test_every_matrix_gets_the_pattern_asked_and_no_embedding_does(decoder):
     assert len(patterns) == 21
     assert set(patterns.values()) == {Unstructured(sparsity=0.3, comparison_group="row")}
     assert all(".layers." in name for name in patterns)
+
+
+def test_what_is_out_of_scope_is_named_with_its_share_of_the_blocks_weights(decoder, tmp_path):
+    in_scope = sum(matrix.size for block in decoder.matrices for matrix in block)
+    total = in_scope + 3 * 2 * 32  # two norms in each block
+    share = 3 * 32 / total
+    assert prune.out_of_scope(decoder) == {"input_layernorm": share, "post_attention_layernorm": share}
+    mamba = Decoder(Checkpoint(architectures.write(tmp_path, "mamba")), torch.float32, torch.device("cpu"))
+    assert {"mixer.A_log", "mixer.conv1d", "mixer.D", "norm"} <= set(prune.out_of_scope(mamba))
 
 
 @pytest.mark.parametrize(

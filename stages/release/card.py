@@ -164,6 +164,23 @@ def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
     )
 
 
+LISTED = 6  # kinds of tensors that are named
+
+
+def left(run: dict[str, Any]) -> str:
+    """Markdown: what share of the blocks' weights is out of scope, and which tensors these are.
+
+    Args:
+        run: what the prune stage recorded of its run; earlier versions did not record it.
+    """
+    shares = run.get("out_of_scope")
+    if not shares:
+        return ""
+    names = ", ".join(f"`{kind}`" for kind in list(shares)[:LISTED])
+    others = f" and {limits.counted(len(shares) - LISTED, 'kind')} more" if len(shares) > LISTED else ""
+    return f"- Out of scope: {100 * sum(shares.values()):.3g}% of the weights in the blocks, of the tensors {names}{others}.\n"
+
+
 def exceptions(matrices: list[dict[str, Any]], method: Section, run: dict[str, Any]) -> str:
     """Markdown: what pruning had to do otherwise than was asked, or decided on the windows held out; nothing where it had not.
 
@@ -535,6 +552,7 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
         "begun": words(records.calibration["bos"]["token"]),
         "before_training": ", before the last blocks were trained together" if together else "",
         "errors": errors(delta.summary, recipe.prune.get("error_tokens")),
+        "left": left(records.run),
         "exceptions": exceptions(delta.matrices, recipe.method, records.run),
         "cited": cited(recipe),
         "bibtex": "\n".join(filter(None, map(bibtex, citations(recipe)))),

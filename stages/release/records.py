@@ -47,6 +47,7 @@ RUN_FACTS = (
     "reconstructions",
     "distillation",
     "divergences",
+    "out_of_scope",
     "code",
     "versions",
 )

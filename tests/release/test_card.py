@@ -432,3 +432,11 @@ def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rou
 )
 def test_the_card_says_which_check_of_loading_was_made(loading, said):
     assert said in loaded(replace(VERIFIED, loading=loading))
+
+
+def test_the_card_says_what_of_the_blocks_was_out_of_scope(written):
+    assert "Out of scope" not in written().content
+    shares = {"mixer.conv1d": 0.01, **{f"norm_{number}": 0.0005 for number in range(7)}}
+    content = written(records=replace(RECORDS, prune={**RECORDS.prune, "out_of_scope": shares})).content
+    assert "- Out of scope: 1.35% of the weights in the blocks, of the tensors `mixer.conv1d`, `norm_0`," in content
+    assert "`norm_4` and 2 kinds more.\n" in content
