@@ -16,6 +16,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read by datasets when impor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from lm_eval.api.model import LM
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages import devices, record
@@ -253,8 +254,11 @@ def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load
         ask_all(StreamedHarness(models, setup.tokenizer, setup.bos, batch_size, whole), waiting, batch_size, journal)
     elif waiting:
         model = whole()
-        for questions in waiting:
-            ask_all(model, [questions], batch_size, journal)
+        with tqdm(total=sum(len(questions.instances) for questions in waiting), desc="all tasks", unit="request") as bar:
+            for questions in waiting:
+                bar.set_postfix_str(questions.name)
+                ask_all(model, [questions], batch_size, journal)
+                bar.update(len(questions.instances))
     return {
         style: {name: Answers(**journal.read("answers", style, name)) for name in of_style} for style, of_style in setup.questions.items()
     }
