@@ -1,6 +1,6 @@
 """Evaluate the dense, the pruned or a quantised model: perplexity, divergence, tasks, generations.
 
-python -m stages.evaluate part=dense|sparse|quantised|float8
+python -m stages.evaluate part=dense|sparse|quantised
 """
 
 import logging
@@ -33,15 +33,13 @@ from stages.evaluation.protocol import write_protocol
 from stages.evaluation.questions import Questions
 from stages.evaluation.results import Answers, Results, Scores, results_of
 from stages.evaluation.scoring import DENSE, StreamedModels, Variants
-from stages.evaluation.section import Evaluation, Ruler
+from stages.evaluation.section import TRACKED, Evaluation, Ruler
 from stages.evaluation.setup import Setup, prepare
 from stages.evaluation.streamed import StreamedHarness
 from stages.files import (
     BASE,
     DENSE_JOURNAL,
     DENSE_RESULTS,
-    FLOAT8_JOURNAL,
-    FLOAT8_RESULTS,
     PROMPT_SENSITIVITY,
     RULER_JOURNALS,
     RULER_RESULTS,
@@ -58,22 +56,18 @@ log = logging.getLogger(__name__)
 
 Load = Callable[[], PreTrainedModel]
 
-TRACKED = ("evaluation", *(f"environment.{library}" for library in ("torch", "transformers", "tokenizers", "datasets", "lm_eval")))
 
-
-@stage(parts={"dense": TRACKED, "sparse": TRACKED, "quantised": ("ruler", *TRACKED), "float8": ("publish.dtype", *TRACKED)})
-def main(part: str, evaluation: Evaluation, ruler: Ruler | None = None, publish_dtype: str | None = None) -> None:
+@stage(parts={"dense": TRACKED, "sparse": TRACKED, "quantised": ("ruler", *TRACKED)})
+def main(part: str, evaluation: Evaluation, ruler: Ruler | None = None) -> None:
     stopwatch = record.Stopwatch()
-    if ruler is not None and not ruler.types or publish_dtype == "base":
-        with replacing(FLOAT8_RESULTS if ruler is None else RULER_RESULTS) as directory:
+    if ruler is not None and not ruler.types:
+        with replacing(RULER_RESULTS) as directory:
             write_json(directory / "measurements.json", [])
         return
     with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
         setup = prepare(evaluation, scratch)
         if ruler is not None:
             evaluate_quantised(setup, ruler, stopwatch)
-        elif part == "float8":
-            evaluate_float8(setup, stopwatch)
         elif part == "dense":
             evaluate_dense(setup, stopwatch)
         else:
@@ -138,27 +132,6 @@ def evaluate_quantised(setup: Setup, ruler: Ruler, stopwatch: record.Stopwatch) 
             write_json(directory / "measurements.json", rows)
             write_protocol(directory / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=None)
             write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
-
-
-def evaluate_float8(setup: Setup, stopwatch: record.Stopwatch) -> None:
-    """Score the pruned model as publish.dtype=float8 rounds it, with the dense model's results; no prompt is continued."""
-    from stages.checkpoint.delta import SparseDelta
-    from stages.evaluation.float8 import Float8
-    from stages.evaluation.reference import read_dense
-
-    dense = replace(read_dense(DENSE_RESULTS, setup.protocol()), generations=[])
-    delta = SparseDelta(SPARSE, setup.base.fingerprint)
-    apply, metrics = Float8(delta), [METRICS[metric] for metric in setup.evaluation.metrics]
-    decoder = Decoder(setup.base, setup.dtype, setup.device)
-    with opened(FLOAT8_JOURNAL, setup.fingerprint(f"{delta.fingerprint} in float8")) as journal:
-        observed = journal.observed(lambda: observe(setup, decoder, {DENSE: None, "float8": apply}, metrics)["float8"])
-        answers = answer_tasks(setup, decoder, apply, loader(setup, apply), journal)
-        measured = measure(setup, observed, metrics, Scores(answers=answers, generations=[]), dense).measurements
-        with replacing(FLOAT8_RESULTS) as directory:
-            write_json(directory / "measurements.json", as_rows(measured))
-            write_protocol(directory / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=delta.fingerprint)
-            write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
-    log.info("float8: %s %s", measured[0].label, measured[0].shown(3))
 
 
 def of_variant(observe_all: Callable[[], dict[str, dict[str, Observed]]], name: str) -> dict[str, Observed]:

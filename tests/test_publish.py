@@ -492,7 +492,7 @@ def test_formats_that_there_are_not_and_types_that_lose_zeros_are_refused_by_nam
 
 
 def evaluate_rounded(delta: str, perplexity: float = 46.0) -> None:
-    """What evaluate part=float8 leaves."""
+    """What evaluate_float8 leaves."""
     FLOAT8_RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(FLOAT8_RESULTS / "measurements.json", as_rows(measurements("sparse", perplexity)))
     write_json(FLOAT8_RESULTS / "protocol.json", {**read_json(SPARSE_RESULTS / "details/protocol.json"), "delta": delta})
@@ -508,7 +508,7 @@ def test_a_release_in_float8_has_its_own_results_on_its_card(project):
 
 
 def test_results_in_float8_that_are_missing_or_of_another_delta_are_refused(project):
-    with pytest.raises(ReleaseError, match="results/float8/protocol.json: not found, wanted .*; run python -m stages.evaluate part=float8"):
+    with pytest.raises(ReleaseError, match="results/float8/protocol.json: not found, wanted .*; run python -m stages.evaluate_float8"):
         run(dtype="float8")
     evaluate_rounded("f" * 64)
     with pytest.raises(ReleaseError, match="results/float8/protocol.json: found results of delta f{12}, wanted [0-9a-f]{12}; run"):

@@ -185,7 +185,7 @@ class Records:
         Raises:
             ReleaseError: there are none, or they are of another delta. ComparisonError: their protocol is another.
         """
-        path, command = FLOAT8_RESULTS / "protocol.json", "python -m stages.evaluate part=float8"
+        path, command = FLOAT8_RESULTS / "protocol.json", "python -m stages.evaluate_float8"
         if not path.is_file():
             raise ReleaseError(f"{path}: not found, wanted results of the pruned model in float8; run {command}")
         _require(path, "results of delta", read_json(path).get("delta"), delta.fingerprint, command)
