@@ -254,7 +254,7 @@ def _notes(rows: Rows, model: Model) -> str:
         f"{model.label}; calibration of 32 windows of 512 C4 tokens, the same for every method; perplexity on {_on_texts(rows)}; on "
         f"{' and '.join(devices)}. Share of the rise: the rise of perplexity over the dense model's, as a share of that by the "
         "better of Wanda and SparseGPT on the same seeds; share of ln: the same of the logarithm of perplexity. Seconds: as a "
-        "multiple of SparseGPT's. ± is the standard deviation over calibration seeds, not over text: "
+        "multiple of SparseGPT's; roughly, since machines with 1 thread did other work meanwhile. ± is the standard deviation over calibration seeds, not over text: "
         f"{', '.join(PUBLISHED)}{more} {have} {len(SEEDS)}, others the first alone. Rows "
         "stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
         "–: does not apply."
