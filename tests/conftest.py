@@ -26,6 +26,14 @@ from tests import tiny
 torch.set_num_threads(1)
 
 
+LONGEST = ("test_sharing", "test_pipeline", "test_making", "test_faults", "test_cluster", "test_local", "test_zephyr")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest run first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch) -> None:
     """No test loses power, and on a busy machine each fsync of a journal may take seconds."""

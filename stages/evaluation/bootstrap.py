@@ -7,6 +7,7 @@ Rows that share a document are drawn together. Tasks of a group are drawn each o
 
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -34,4 +35,6 @@ def bootstrap_error(score: Callable[[Items], float], items: Items, clusters: Map
         return None
     numbers = random.Random(SEED)
     drawn = [{task: sum(numbers.choices(of, k=len(of)), []) for task, of in members.items()} for _ in range(RESAMPLES)]
-    return statistics.stdev(map(score, drawn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sklearn's, of a draw that has none of the labels: its score counts as 0
+        return statistics.stdev(map(score, drawn))
