@@ -8,15 +8,16 @@ tensor is refused.
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
 
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError
+
+if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class ParameterSlice:
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
 
-def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, ParameterSlice]:
+def read_layout(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, ParameterSlice]:
     """Find the slice that every tensor of the checkpoint fills.
 
     Args:
@@ -64,7 +65,7 @@ def read_layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Par
     return slices
 
 
-def tied_names(model: PreTrainedModel) -> set[str]:
+def tied_names(model: "PreTrainedModel") -> set[str]:
     """Names of parameters that share their tensor with another parameter, such as a tied output embedding."""
     return set(getattr(model, "all_tied_weights_keys", {}))
 
@@ -77,7 +78,10 @@ class _Target(NamedTuple):
     matrix: int | None = None
 
 
-def _targets(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Target]:
+def _targets(model: "PreTrainedModel", checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Target]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
@@ -110,12 +114,14 @@ def _slice(target: _Target, row_counts: dict[_Target, int]) -> ParameterSlice:
     return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + row_counts[target]))
 
 
-def _stacks(model: PreTrainedModel, name: str, converter: WeightConverter) -> bool:
+def _stacks(model: "PreTrainedModel", name: str, converter: "WeightConverter") -> bool:
     """Whether a tensor's conversion stacks experts; it may join rows, too.
 
     Raises:
         ArchitectureError: it does something else.
     """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
     stacks = isinstance(converter.operations[0], MergeModulelist) and converter.operations[0].dim == 0
     join = converter.operations[1:] if stacks else converter.operations
     rows = 1 if stacks else 0  # the dimension that is joined
@@ -126,14 +132,14 @@ def _stacks(model: PreTrainedModel, name: str, converter: WeightConverter) -> bo
     return stacks
 
 
-def _ignored(model: PreTrainedModel, name: str) -> bool:
+def _ignored(model: "PreTrainedModel", name: str) -> bool:
     """Whether transformers ignores this tensor of an old checkpoint, such as masks and frequencies, which it computes itself."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
     return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _require_all_filled(
-    model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], slices: dict[str, ParameterSlice]
+    model: "PreTrainedModel", checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], slices: dict[str, ParameterSlice]
 ) -> None:
     """Refuse a checkpoint whose tensors do not fill every parameter, or differ in shape from their slices."""
     mismatch, filled = f"{checkpoint.directory} does not fit {type(model).__name__}", dict.fromkeys(shapes, 0)

@@ -3,31 +3,28 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from stages.checkpoint.layout import read_layout
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError
 
+if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Apply = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor of the checkpoint, by name -> the model's, as SparseDelta.apply does
 
 
-def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Make the model that config.json describes, without weights (on the meta device), its computed buffers on the CPU.
 
     Raises:
         CheckpointError: transformers knows no decoder language model of this type.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"{directory}: transformers knows no decoder language model of type {config.model_type!r}")
@@ -41,7 +38,7 @@ def empty_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+def parameter_dtype(model: "PreTrainedModel", name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter in a model of `dtype`: float32 for the few that transformers keeps in float32, such as routers' biases."""
     dtype_plan = model._get_dtype_plan(dtype)
     return next((planned for pattern, planned in dtype_plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), dtype)
@@ -75,7 +72,7 @@ def put(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     """Load a model for evaluation; one tensor at a time is in memory in addition to the model.
 
     Args:
@@ -95,10 +92,14 @@ def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, dev
         parameter_slice.of(filled[parameter]).copy_(tensor if apply is None else apply(name, tensor))
     model.tie_weights()
     if (base.directory / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
         model.generation_config = GenerationConfig.from_pretrained(base.directory, local_files_only=True)
     return model.to(device)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer in a checkpoint's directory."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

@@ -1,19 +1,21 @@
 """What a base's tokenizer makes of text, checked: dialogues by its chat template, ids against the rows of the embedding."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, TextError
+
+if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template raises
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
+def rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
     """Render a dialogue by the tokenizer's chat template.
 
     Args:
@@ -38,7 +40,7 @@ def embedding_rows(base: Checkpoint) -> int | None:
     return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
-def require_embedded(ids: Collection[int], rows: int | None, tokenizer: PreTrainedTokenizerBase, subject: str) -> None:
+def require_embedded(ids: Collection[int], rows: int | None, tokenizer: "PreTrainedTokenizerBase", subject: str) -> None:
     """Refuse ids of tokens that the embedding has no row for.
 
     Args:
@@ -56,7 +58,7 @@ def require_embedded(ids: Collection[int], rows: int | None, tokenizer: PreTrain
         )
 
 
-def require_requests(requests: list[Any], rows: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_requests(requests: list[Any], rows: int | None, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse tasks with a token beyond the embedding, see require_embedded.
 
     Args:

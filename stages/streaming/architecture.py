@@ -5,15 +5,16 @@ anywhere.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from stages.checkpoint.layout import ParameterSlice
 from stages.errors import ArchitectureError
+
+if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from transformers import PreTrainedModel
 
 
 class Layer(NamedTuple):
@@ -92,15 +93,17 @@ class Matrix:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, which multiplies the one tensor that it is called with by its weight."""
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def unsupported(model: PreTrainedModel, reason: str) -> ArchitectureError:
+def unsupported(model: "PreTrainedModel", reason: str) -> ArchitectureError:
     """Make the error that refuses a model; names its type."""
     return ArchitectureError(f"{model.config.model_type}: {reason}; this architecture is not supported")
 
 
-def find_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: "PreTrainedModel", count: int) -> tuple[str, nn.ModuleList]:
     """Find the decoder blocks: the one outermost list of `count` modules.
 
     Returns:

@@ -18,16 +18,18 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from stages.errors import ArchitectureError
 from stages.streaming.architecture import unsupported
 from stages.streaming.products import zeros_in
+
+if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from transformers import PreTrainedModel
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum)
 
@@ -109,7 +111,7 @@ def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tenso
     return output
 
 
-def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch.Tensor) -> list[Call]:
+def record_calls(model: "PreTrainedModel", blocks: nn.ModuleList, input_ids: torch.Tensor) -> list[Call]:
     """Run the part of the model before the blocks, and record the arguments of each block.
 
     Args:
@@ -135,7 +137,7 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, input_ids: torch
     return calls
 
 
-def run_after_blocks(model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+def run_after_blocks(model: "PreTrainedModel", blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
     """Run the part of the model after the blocks.
 
     Args:
@@ -157,7 +159,7 @@ def run_after_blocks(model: PreTrainedModel, blocks: nn.ModuleList, hidden: torc
 
 
 def differing_arguments(
-    model: PreTrainedModel, blocks: nn.ModuleList, calls: list[Call], single: list[Call], windows: int
+    model: "PreTrainedModel", blocks: nn.ModuleList, calls: list[Call], single: list[Call], windows: int
 ) -> list[dict[str, torch.Tensor]]:
     """Find the arguments of each block that have an entry of its own for each window; all others are the same, bit by bit.
 
@@ -190,7 +192,7 @@ def differing_arguments(
     return differing
 
 
-def require_own(model: PreTrainedModel, index: int, name: str, entry: torch.Tensor, alone: torch.Tensor) -> None:
+def require_own(model: "PreTrainedModel", index: int, name: str, entry: torch.Tensor, alone: torch.Tensor) -> None:
     """Refuse an argument whose entry for a window depends on the windows beside it, such as an index into them.
 
     Args:
@@ -211,7 +213,7 @@ def _has_windows(value: Any, single: Any, windows: int) -> bool:
     return tensors and value.dtype == single.dtype and value.shape == (windows, *single.shape[1:]) and len(single) == 1
 
 
-def require_unchanged(model: PreTrainedModel, index: int, block: nn.Module, calls: list[Call]) -> None:
+def require_unchanged(model: "PreTrainedModel", index: int, block: nn.Module, calls: list[Call]) -> None:
     """Refuse a model whose block wrote into an argument.
 
     Args:
@@ -373,7 +375,7 @@ class _Output(torch.Tensor):
 
 @contextmanager
 def _standing_in(
-    model: PreTrainedModel, blocks: nn.ModuleList, returns: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+    model: "PreTrainedModel", blocks: nn.ModuleList, returns: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 ) -> Iterator[None]:
     """Replace each block by a stand-in; see _StandIn. The first argument of `returns` is the index of the block."""
     originals = list(blocks)

@@ -7,19 +7,20 @@ with them. Filters of convolutions, decays of recurrences, norms and biases are 
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from stages.checkpoint.layout import ParameterSlice, tied_names
 from stages.streaming.architecture import Matrix, is_linear, unsupported
 from stages.streaming.calls import Call, run_block
 from stages.streaming.products import Use, multiplied_parameters
 
+if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from transformers import PreTrainedModel
 
-def find_matrices(model: PreTrainedModel, prefix: str, tensors: list[dict[str, ParameterSlice]], calls: list[Call]) -> list[list[Matrix]]:
+
+def find_matrices(model: "PreTrainedModel", prefix: str, tensors: list[dict[str, ParameterSlice]], calls: list[Call]) -> list[list[Matrix]]:
     """Find the matrices in scope of every block: all that tokens are multiplied with, experts included, without routers.
 
     Args:
@@ -64,6 +65,8 @@ class _Scopes:
 
 def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
     """Weights of linear layers, of experts, and else what a run with zeros shows; without routers."""
+    from transformers.pytorch_utils import Conv1D
+
     known, others = dict[str, Use](), list[str]()
     for name, parameter in block.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
