@@ -1,4 +1,4 @@
-# make repro: the whole pipeline on the embedded default. make prune MODEL=ORG/NAME OUT=DIRECTORY: one model, once, beside DVC.
+# make repro: the whole pipeline on the embedded default. make prune MODEL=ORG/NAME OUT=DIRECTORY: one model, once, without DVC.
 # make show: all experiments so far. make compare: on one page. make sweep FILE=sweeps/example.yaml: many points.
 # make share, make receive: with the team. make verify-cache: rehash what DVC keeps.
 # make test: the tests. Twice does no work twice.
@@ -12,7 +12,7 @@ repro: .venv/ready
 	    git update-index --skip-worktree dvc.lock; fi
 	dvc repro
 
-# make prune MODEL=ORG/NAME OUT=DIRECTORY QUALITY=best SPARSITY=0.6: from a model to its release, beside DVC.
+# make prune MODEL=ORG/NAME OUT=DIRECTORY QUALITY=best SPARSITY=0.6: from a model to its release, without DVC.
 # MODEL: of a hub, a directory, a GGUF file, or a base of conf/base. LICENSE: of a directory or file.
 prune: .venv/ready
 	@python -m stages.make_release '$(or $(MODEL),$(error MODEL=ORG/NAME, or a directory, is wanted))' \

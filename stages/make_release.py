@@ -1,4 +1,4 @@
-"""From a model to its pruned release by one command: the pipeline of dvc.yaml, run once, beside DVC.
+"""From a model to its pruned release by one command: the pipeline of dvc.yaml, run once, without DVC.
 
 python -m stages.make_release ORG/NAME OUT                          a repository of a model hub
 python -m stages.make_release DIR OUT --license mit                 a directory with a safetensors checkpoint

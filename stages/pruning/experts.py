@@ -67,10 +67,8 @@ class FewTokenExperts:
         self._reached: dict[str, list[torch.Tensor]] = {}  # module of a mixture's experts -> sampled tokens
         self._read: dict[str, list[torch.Tensor]] = {}  # parameter that holds experts -> a sample of what they read
         self._modules = {layer.module for layer in experts.layers if layer.expert is not None and self._is_routed(layer.module)}
-        modules = [experts.block.get_submodule(path) for path in self._modules]
         self._hooks = [
-            module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
-            for path, module in zip(self._modules, modules, strict=True)
+            experts.block.get_submodule(path).register_forward_pre_hook(self._hook(path), with_kwargs=True) for path in self._modules
         ]
         if any(layer.expert is not None and layer.module not in self._modules for layer in experts.layers):
             experts.read = self._keep_read

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from stages.checkpoint.reader import SINGLE, Checkpoint
 from stages.errors import ReleaseError
-from stages.files import is_inner_path, is_plain_name, read_json, remove, replacing, require_free_disk, sha256, write_json
-from stages.plain_data import of_type
+from stages.files import is_inner_path, is_plain_name, remove, replacing, require_free_disk, sha256, write_json
 from stages.release.codec import FORMAT, pack_shard, unpack_shard
+from stages.release.manifests import read_manifest_of
 from stages.release.packing import SUMS, write_sums
 from stages.rows import shown
 from stages.sources import hub
@@ -102,15 +102,7 @@ def read_manifest(directory: Path) -> Manifest:
         ReleaseError: the directory holds no packed release, or its manifest has other keys, a path out of the directory or a size below 0.
     """
     path = directory / MANIFEST
-    if not path.is_file():
-        raise ReleaseError(f"{directory}: found no {MANIFEST}, wanted a packed release (publish.packed=true)")
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ReleaseError(f"{path}: found the format {data.get('format') if isinstance(data, dict) else data!r}, wanted {FORMAT!r}")
-    try:
-        manifest: Manifest = of_type(Manifest, data, MANIFEST)
-    except ValueError as error:
-        raise ReleaseError(f"{path}: {error}") from error
+    manifest: Manifest = read_manifest_of(Manifest, path, wanted_format=FORMAT, otherwise="a packed release (publish.packed=true)")
     for name in [*manifest.shards, *(manifest.base.shards if manifest.base else ())]:
         if not (is_plain_name(name) and name.endswith(".safetensors")):
             raise ReleaseError(f"{path}: found the shard {name!r}, wanted the name of a .safetensors file")

@@ -19,8 +19,8 @@ from stages.checkpoint.delta import SparseDelta, pack
 from stages.checkpoint.reader import Checkpoint
 from stages.checkpoint.shard import write_shard
 from stages.errors import ReleaseError
-from stages.files import read_json, replacing, require_free_disk, write_json
-from stages.plain_data import of_type
+from stages.files import replacing, require_free_disk, write_json
+from stages.release.manifests import read_manifest_of
 from stages.release.packing import SUMS, write_sums
 
 MANIFEST = "sparsity.json"
@@ -103,16 +103,8 @@ def read_zeros(release: Path) -> Zeros:
     Raises:
         ReleaseError: the directory has no sparsity.json, or one of another form.
     """
-    path = release / MANIFEST
-    if not path.is_file():
-        raise ReleaseError(f"{release}: found no {MANIFEST}, wanted a release; name the one that this was trained from with --against")
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ReleaseError(f"{path}: found the format {data.get('format') if isinstance(data, dict) else data!r}, wanted {FORMAT!r}")
-    try:
-        zeros: Zeros = of_type(Zeros, data, MANIFEST)
-    except ValueError as error:
-        raise ReleaseError(f"{path}: {error}") from error
+    otherwise = "a release; name the one that this was trained from with --against"
+    zeros: Zeros = read_manifest_of(Zeros, release / MANIFEST, wanted_format=FORMAT, otherwise=otherwise)
     return zeros
 
 

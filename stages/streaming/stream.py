@@ -34,7 +34,6 @@ class Stream:
 
     Attributes:
         fitted, held_out: indices of the windows that are fitted to, and of those that are held out.
-        hands_on: whether blocks hand on to later ones more than hidden states.
 
     Raises:
         ArchitectureError: an argument of a block differs from window to window and is no tensor of windows; names both.
@@ -72,7 +71,6 @@ class Stream:
                 self._require_own(members.stop - 1)
             self.calls.setdefault(len(micro_batch), [_without_hidden(call) for call in calls])
         self._carried = {value.position for call in self.calls[1] for value in call.handed_on() if isinstance(value, Carried)}
-        self.hands_on = decoder.hands_on
 
     def clone(self) -> "Stream":
         """Copy the stream: the same windows before the same block, with their own copy of the hidden states.
@@ -82,18 +80,13 @@ class Stream:
         """
         clone = copy(self)
         clone.hidden, clone.location = clone._hidden_buffer(self.hidden)
-        clone.hidden.copy_(self.hidden)
-        clone._check = self._check.clone()
-        clone._handed_on = {}
-        clone._copy_handed_on(self)
+        clone._check, clone._handed_on = self._check.clone(), {}
+        clone.copy_from(self)
         return clone
 
     def copy_from(self, other: "Stream") -> None:
         """Take the hidden states, and what else blocks handed on, of a stream of the same windows."""
         self.hidden.copy_(other.hidden)
-        self._copy_handed_on(other)
-
-    def _copy_handed_on(self, other: "Stream") -> None:
         for key, buffer in other._handed_on.items():
             if key not in self._handed_on:
                 self._handed_on[key] = self.host_buffer(tuple(buffer.shape), buffer.dtype)
@@ -164,7 +157,7 @@ class Stream:
         """The call of block `index` for some windows."""
         block, call = self.decoder.blocks[index], self.calls[windows.stop - windows.start][index]
         values: dict[str, Any] = {name: self._on_device(buffer, windows) for name, buffer in self._differing[index].items()}
-        if self.hands_on:
+        if self.decoder.hands_on:
             for name, value in call.named(block).items():
                 if isinstance(value, Carried):
                     values[name] = self._on_device(self._handed_on[("carried", value.position)], windows)
@@ -206,7 +199,7 @@ class Stream:
         for position in self._carried:
             if position < len(outputs) and outputs[position] is not None:
                 self._hand_on(("carried", position), windows, outputs[position])
-        recorded = self.calls[windows.stop - windows.start][index].named(self.decoder.blocks[index]) if self.hands_on else {}
+        recorded = self.calls[windows.stop - windows.start][index].named(self.decoder.blocks[index]) if self.decoder.hands_on else {}
         for name, value in call.named(self.decoder.blocks[index]).items() if recorded else ():
             if isinstance(recorded[name], Shared):
                 for key, tensors in value.items():
