@@ -2,8 +2,9 @@
 
 python -m benchmarks.sparse_cpu
 
-Measured are torch's dense product and its product by a CSR matrix, scipy's by a CSR matrix, and OpenVINO's dense product and, for weights
-of 8 bits, with its property CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE. OpenVINO is left out where it is not installed (pip install openvino).
+Measured are torch's dense product and its product by a CSR matrix, scipy's by a CSR matrix, ONNX Runtime's MatMul, and OpenVINO's dense
+product and, for weights of 8 bits, with its property CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE. What is not installed is left out (pip install
+openvino onnxruntime onnx).
 All use one thread and compute y = W x in float32 for 1 and for 32 tokens. Writes benchmarks/sparse_cpu.json and the table in
 docs/release.md. Takes a minute.
 """
@@ -27,7 +28,7 @@ START, END = "<!-- sparse cpu: python -m benchmarks.sparse_cpu -->", "<!-- end o
 ROWS, COLUMNS = 5632, 2048
 SPARSITIES, TOKENS = (0.0, 0.5, 0.9), (1, 32)
 RUNS = 40
-LIBRARIES = ("torch", "scipy", "openvino")
+LIBRARIES = ("torch", "scipy", "onnxruntime", "openvino")
 
 DENSE = "torch, dense"
 
@@ -48,6 +49,22 @@ def torch_csr(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> Produc
 def scipy_csr(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> Product:
     matrix = scipy.sparse.csr_matrix(weight)
     return lambda: matrix @ inputs
+
+
+def onnxruntime_dense(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> Product:
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    constant = numpy_helper.from_array(np.ascontiguousarray(weight), "w")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, inputs.shape[1]]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["w", "x"], ["y"])], "product", [x], [y], [constant])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"x": inputs})[0]
 
 
 def openvino_dense(weight: np.ndarray, inputs: np.ndarray, sparsity: float) -> Product:
@@ -85,10 +102,12 @@ RUNTIMES: dict[str, Runtime] = {
     DENSE: torch_dense,
     "torch, CSR": torch_csr,
     "scipy, CSR": scipy_csr,
+    "ONNX Runtime, dense": onnxruntime_dense,
     "OpenVINO, dense": openvino_dense,
     "OpenVINO, 8 bits": openvino_int8,
     "OpenVINO, 8 bits, sparse decompression": openvino_int8_sparse,
 }
+OPTIONAL = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}  # in the name of a runtime -> its library
 
 
 def installed(library: str) -> str | None:
@@ -97,6 +116,12 @@ def installed(library: str) -> str | None:
         return version(library)
     except PackageNotFoundError:
         return None
+
+
+def missing(name: str) -> str | None:
+    """The library that a runtime needs, if it is not installed."""
+    needed = [library for word, library in OPTIONAL.items() if word in name]
+    return next((library for library in needed if installed(library) is None), None)
 
 
 def milliseconds(product: Product) -> float:
@@ -135,7 +160,7 @@ def table(facts: dict[str, Any]) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     versions = {library: installed(library) for library in LIBRARIES}
-    runtimes = {name: run for name, run in RUNTIMES.items() if versions["openvino"] is not None or "OpenVINO" not in name}
+    runtimes = {name: run for name, run in RUNTIMES.items() if missing(name) is None}
     rows = [
         {"runtime": name, "tokens": tokens, "milliseconds": measured(run, tokens)} for tokens in TOKENS for name, run in runtimes.items()
     ]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.sparse_cpu import RUNTIMES, installed, table
+from benchmarks.sparse_cpu import RUNTIMES, missing, table
 
 FACTS = {
     "rows": [
@@ -16,8 +16,8 @@ FACTS = {
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_runtime_computes_the_product(name):
-    if "OpenVINO" in name and installed("openvino") is None:
-        pytest.skip("OpenVINO is not installed")
+    if (library := missing(name)) is not None:
+        pytest.skip(f"{library} is not installed")
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((48, 32), dtype=np.float32) * (generator.random((48, 32)) > 0.5)
     inputs = generator.standard_normal((32, 3), dtype=np.float32)

@@ -4,6 +4,7 @@ python -m stages.release unpack DIR                                     a packed
 python -m stages.release unpack ORG/NAME --revision COMMIT --out DIR    the same, from the hub
 python -m stages.release check DIR --against RELEASE                    which zeros of the release a checkpoint has lost
 python -m stages.release check DIR --against RELEASE --apply            sets them to zero again
+python -m stages.release kernel DIR macko                               whether a GPU kernel's layout takes a release, and its bytes
 """
 
 import argparse
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from stages.errors import ConfigError, ReleaseError, SparsesweepError
 from stages.files import remove
+from stages.release.kernels.converting import KERNELS
+from stages.release.kernels.converting import check as check_kernel
 from stages.release.naming import is_legal
 from stages.release.packed import download_release, unpack_release
 from stages.release.zeros import Kept, apply, compare
@@ -70,6 +73,20 @@ def _check(arguments: argparse.Namespace) -> Iterator[str]:
         raise ReleaseError(f"{directory}: found {found}, wanted none")
 
 
+def _kernel(arguments: argparse.Namespace) -> Iterator[str]:
+    """Convert a release in memory, and compare its logits."""
+    found = check_kernel(arguments.release, arguments.kernel)
+    conversion = found.conversion
+    yield from (f"{name}: stays dense, {reason}" for name, reason in conversion.left.items())
+    share = conversion.converted / conversion.dense
+    yield f"{len(conversion.layers)} layers: {conversion.converted:,} bytes for {conversion.dense:,} dense ({share:.4f} of them)"
+    if found.changed:
+        yield f"{found.changed:,} weights of the release have another value in the kernel's dtype"
+    if not found.equal:
+        raise ReleaseError(f"{arguments.release}: found other logits after the conversion, wanted those before, bit for bit")
+    yield "logits of 32 tokens: those of the dense layers in that dtype, bit for bit"
+
+
 def _line(kept: Kept) -> str:
     if kept.lost is None:
         return f"{kept.tensor}: other zeros than the release's {kept.wanted}"
@@ -91,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--apply", action="store_true", help="set the zeros again, in DIR or --out")
     check.add_argument("--out", type=Path, metavar="DIR", help="where to; default: DIR, which is replaced when all is done")
     check.set_defaults(lines=_check)
+    kernel = commands.add_parser("kernel", help="convert a release for a kernel in memory, and compare")
+    kernel.add_argument("release", type=Path, metavar="DIR", help="a plain release")
+    kernel.add_argument("kernel", choices=KERNELS)
+    kernel.set_defaults(lines=_kernel)
     return parser
 
 
