@@ -5,6 +5,7 @@ are stored one after the other, each with the number of zeros since the one befo
 value.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -49,10 +50,9 @@ class Macko(torch.nn.Module):
         return torch.nn.functional.linear(inputs, self.dense(), self.bias)
 
     def _by_kernel(self, vector: torch.Tensor) -> torch.Tensor:
-        import macko_spmv  # compiles its kernels; needs CUDA
-
         parts = (self.values, self.deltas, self.row_indices, self.rows, self.columns)
-        outputs: torch.Tensor = macko_spmv.multiply(parts, vector.contiguous())
+        multiply = import_module(PACKAGE).multiply  # the first import compiles its kernels, for which it needs CUDA
+        outputs: torch.Tensor = multiply(parts, vector.contiguous())
         return outputs
 
     def dense(self) -> torch.Tensor:
