@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
@@ -18,14 +19,21 @@ from stages.evaluation.bootstrap import RESAMPLES, Items, bootstrap_error
 from stages.evaluation.encoding import encode
 from stages.evaluation.questions import SEED, Questions, all_requests, grouped, is_mean, metric_name
 from stages.evaluation.results import Answers
+from stages.evaluation.shared_prefix import SharedPrefixes
+
+TOKENS_A_SEQUENCE = 256  # of evaluation.batch_size sequences, so many tokens are computed at once
 
 
 class WholeModel(HFLM):
-    """lm-eval's model, whose texts begin with BOS as decided, and whose progress bars obey TQDM_DISABLE, see stages/__init__.py."""
+    """lm-eval's model, which computes what sequences begin with once.
+
+    Its texts begin with BOS as decided, and its progress bars obey TQDM_DISABLE, see stages/__init__.py.
+    """
 
     def __init__(self, bos: Bos, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.bos, self._rolling = bos, False
+        self._shared = SharedPrefixes(self.model, self.max_length, tokens_at_once=self.batch_size * TOKENS_A_SEQUENCE)
         self.add_bos_token: bool | None = None  # the tokenizer's own way; tok_encode sees to the rest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **arguments: Any) -> list[int]:
@@ -57,9 +65,16 @@ class WholeModel(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
 
-    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Score continuations; see shared_prefix.py. Args: override_bs: not used, what is computed at once is bounded in tokens."""
         require_requests(requests, self.model.get_input_embeddings().num_embeddings, self.tokenizer)
-        return super()._loglikelihood_tokens(requests, *arguments, **options)
+        found: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        asked = [(context, continuation) for _, context, continuation in requests]
+        for number, score in tqdm(self._shared.scores(asked), total=len(asked), desc="continuations", disable=disable_tqdm):
+            found[number] = tuple(score)
+        return found
 
 
 def ask(model: LM, questions: Sequence[Questions]) -> None:

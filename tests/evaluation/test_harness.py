@@ -67,7 +67,7 @@ def test_the_switch_for_progress_bars_holds_for_lm_evals(base, rows, tmp_path, m
     monkeypatch.setenv("TQDM_DISABLE", disabled)
     whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2)
     asked(whole, {"lambada": rows["lambada"]}, tmp_path)
-    assert ("Running loglikelihood requests" in capfd.readouterr().err) == shown
+    assert ("continuations" in capfd.readouterr().err) == shown
 
 
 def test_a_task_that_lm_eval_does_not_have_is_named():
