@@ -6,7 +6,7 @@ The class is the one that config.json names in its architectures, if transformer
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
@@ -55,3 +55,15 @@ def auto_class_of(config: "PretrainedConfig") -> "type[_BaseAutoModelClass] | No
     listed = listed_classes(type(config))
     named = [listed[name] for name in config.architectures or listed if name in listed]
     return named[0] if named else None
+
+
+def joined_parts(model: "PreTrainedModel") -> list[str]:
+    """The parts of a multimodal model beside its text decoder and its output embedding, such as a vision encoder: paths in the model."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if not inner_models(type(model.config)):
+        return []
+    holders = [(name, module) for name, module in model.named_modules() if any(inner is decoder for inner in module.modules())]
+    outside = [(name, module) for name, module in holders if module is not decoder]
+    children = [(f"{name}.{child}".strip("."), part) for name, module in outside for child, part in module.named_children()]
+    on_the_path = {id(module) for _, module in holders} | {id(head)}
+    return [path for path, part in children if id(part) not in on_the_path and any(True for _ in part.parameters())]

@@ -24,7 +24,7 @@ class WholeModel(HFLM):
     """lm-eval's model, whose texts begin with BOS as decided, and whose progress bars obey TQDM_DISABLE, see stages/__init__.py."""
 
     def __init__(self, bos: Bos, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(backend="causal", **arguments)  # which lm-eval guesses wrongly of some multimodal models
         self.bos, self._rolling = bos, False
         self.add_bos_token: bool | None = None  # the tokenizer's own way; tok_encode sees to the rest
 
