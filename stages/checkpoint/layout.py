@@ -28,16 +28,19 @@ class ParameterSlice:
     name: that of the parameter in the model.
     expert: index of the expert along the first dimension, or None if the tensor is the whole parameter.
     rows: (start, stop) of the rows within the expert, or None for all rows.
+    transposed: whether the tensor has rows and columns in the other order than the parameter.
     """
 
     name: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    transposed: bool = False
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """View the slice of the parameter."""
+        """View the slice of the parameter, laid out as the tensor."""
         matrix = parameter if self.expert is None else parameter[self.expert]
-        return matrix if self.rows is None else matrix[slice(*self.rows)]
+        matrix = matrix if self.rows is None else matrix[slice(*self.rows)]
+        return matrix.mT if self.transposed else matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +127,15 @@ def tied_names(model: "PreTrainedModel") -> set[str]:
 
 
 class _Target(NamedTuple):
-    """A parameter, its expert, and which of the matrices that are joined by rows: 0 for the gate, 1 for the up-projection; or None."""
+    """A parameter, its expert, and which of the matrices that are joined by rows: 0 for the gate, 1 for the up-projection; or None.
+
+    transposed: see ParameterSlice.
+    """
 
     name: str
     expert: int | None = None
     matrix: int | None = None
+    transposed: bool = False
 
 
 def _targets(
@@ -150,6 +157,9 @@ def _targets(
             targets[name] = _Target(parameter)
             continue
         converter = next(converter for converter in converters if pattern in converter.source_patterns)
+        if (transposes := _transposes(converter, checkpoint.shape(name), shapes.get(parameter))) is not None:
+            targets[name] = _Target(parameter, transposed=transposes)
+            continue
         stacks = _stacks(converter)
         if stacks is None:
             others.setdefault(parameter, Conversion(tensors={}, target=parameter, converter=converter)).tensors[name] = pattern
@@ -169,9 +179,23 @@ def _expert_number(name: str, pattern: str, renamed: str) -> int:
 
 def _slice(target: _Target, row_counts: dict[_Target, int]) -> ParameterSlice:
     if target.matrix is None:
-        return ParameterSlice(name=target.name)
+        return ParameterSlice(name=target.name, transposed=target.transposed)
     first = sum(row_counts.get(target._replace(matrix=preceding), 0) for preceding in range(target.matrix))
     return ParameterSlice(name=target.name, expert=target.expert, rows=(first, first + row_counts[target]))
+
+
+def _transposes(converter: "WeightConverter", stored: tuple[int, ...], parameter: tuple[int, ...] | None) -> bool | None:
+    """Whether a conversion exchanges the last two dimensions of a tensor, and does nothing else. None: it does something else.
+
+    Args:
+        stored, parameter: the shapes of the tensor and of its parameter. Some conversions only exchange what differs.
+    """
+    from transformers.core_model_loading import Transpose
+
+    (operation, *others), last = converter.operations, {len(stored) - 2, len(stored) - 1}
+    if others or not isinstance(operation, Transpose) or len(stored) < 2 or {operation.dim0 % len(stored), operation.dim1 % len(stored)} != last:
+        return None
+    return not (operation.check_dims and stored == parameter)
 
 
 def _stacks(converter: "WeightConverter") -> bool | None:

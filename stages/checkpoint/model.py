@@ -22,7 +22,7 @@ def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Make the model that config.json describes, without weights (on the meta device), its computed buffers on the CPU.
 
     Raises:
-        CheckpointError: transformers knows no decoder language model of this type.
+        CheckpointError: transformers knows no decoder language model of this type, or wants a package for it that is not installed.
     """
     from transformers import AutoConfig
 
@@ -30,8 +30,12 @@ def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     auto_class = auto_class_of(config)
     if auto_class is None:
         raise CheckpointError(f"{directory}: transformers knows no decoder language model of type {config.model_type!r}")
-    with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: transformers makes no {config.model_type!r} without another package ({reason})") from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

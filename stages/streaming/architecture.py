@@ -70,7 +70,8 @@ class Matrix:
     @property
     def layer(self) -> Layer:
         """The layer that multiplies by this matrix."""
-        return Layer(self.parameter_slice.name, self.parameter_slice.expert, self.transposed, self.called)
+        transposed = self.transposed != self.parameter_slice.transposed  # the parameter, not the tensor
+        return Layer(self.parameter_slice.name, self.parameter_slice.expert, transposed, self.called)
 
     def rows_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """Select this matrix's rows, [rows, ...], of a tensor with one entry for each output of the layer, [outputs, ...]."""
