@@ -20,7 +20,7 @@ SIZES = {
     96: "vocab_size",
 }
 ENCODER = {name: value for value, names in SIZES.items() for name in names.split()}
-TIME_HEIGHT_WIDTH = "cosmos3_edge glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl".split()
+TIME_HEIGHT_WIDTH = "cosmos3_edge glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl"
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")  # tokens that no window has
 PLACEHOLDER = 91
 
@@ -32,7 +32,7 @@ def rope(*sections: int, **others: Any) -> dict[str, Any]:
 
 # Model type, part of its configuration -> what it wants otherwise.
 OTHERWISE: dict[tuple[str, str], dict[str, Any]] = {
-    **{(kind, "text_config"): rope(2, 1, 1) for kind in TIME_HEIGHT_WIDTH},
+    **{(kind, "text_config"): rope(2, 1, 1) for kind in TIME_HEIGHT_WIDTH.split()},
     ("fun_asr_nano", "adaptor_config"): {"intermediate_size": 8},
     ("gemma3", ""): {"mm_tokens_per_image": 4},
     ("gemma4", ""): {"vision_config": {"model_type": "gemma4_vision", "pooling_kernel_size": 2, "position_embedding_size": 8, **ENCODER}},

@@ -192,8 +192,10 @@ def _transposes(converter: "WeightConverter", stored: tuple[int, ...], parameter
     """
     from transformers.core_model_loading import Transpose
 
-    (operation, *others), last = converter.operations, {len(stored) - 2, len(stored) - 1}
-    if others or not isinstance(operation, Transpose) or len(stored) < 2 or {operation.dim0 % len(stored), operation.dim1 % len(stored)} != last:
+    operation, *others = converter.operations
+    if others or not isinstance(operation, Transpose) or len(stored) < 2:
+        return None
+    if {operation.dim0 % len(stored), operation.dim1 % len(stored)} != {len(stored) - 2, len(stored) - 1}:
         return None
     return not (operation.check_dims and stored == parameter)
 

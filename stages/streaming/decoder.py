@@ -13,8 +13,8 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
 from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
-from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 from stages.streaming.scope import find_matrices
+from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
 
@@ -153,7 +153,7 @@ class Decoder:
             yield
 
     def outside_blocks(self) -> dict[str, str]:
-        """The tensors outside the blocks that tokens alone need: name in the checkpoint -> parameter or buffer, tied ones under one name."""
+        """The tensors outside the blocks that tokens alone need: name in the checkpoint -> parameter or buffer, ties under one name."""
         names = {tensor: parameter_slice.name for tensor, parameter_slice in self.layout.items()}
         tied, other = tied_names(self.model), (f"{self.prefix}.", *self._idle)
         return {tensor: name for tensor, name in names.items() if not name.startswith(other) and name not in tied}
