@@ -44,28 +44,6 @@ REFUSED = {
 REASONS = {kind: reason for reason, kinds in REFUSED.items() for kind in kinds.split()}
 SAMPLE = """aria blip diffusion_gemma fuyu gemma3 gemma4 git idefics idefics3 kimi_k25 llama4 llava mistral3 mllama molmo2 pi0 qwen2_5_vl
     qwen2_audio qwen3_5 qwen3_vl qwen3_vl_moe"""
-BUILT = {
-    "its encoder wants packages that are not installed": "fast_vlm gemma3n perception_lm",
-    "its sizes depend on each other in more ways": """chameleon deepseek_ocr2 dots3_note emu3 ernie4_5_vl_moe glm5_next granite4_vision
-        kyutai_speech_to_text muse_spark nemo_speechlm nemotron_h_omni qwen3_omni_moe""",
-    "it is large whatever its sizes": "cohere_compass janus muse_glimmer qwen2_5_omni vibevoice_asr",
-    "transformers' auto classes list no class of its own for it": "evolla shieldgemma2",
-}
-NOT_MADE = {kind for kinds in NOT_BUILT.values() for kind in kinds.split()}
-
-# Why it is refused -> model types.
-REFUSED = {
-    "it does not run on tokens alone": "blip blip-2 instructblip instructblipvideo kosmos-2 voxtral_realtime",
-    "wanted blocks that share no weights with other modules": "diffusion_gemma",
-    "wanted one list of decoder blocks": "idefics",
-    "wanted matrices that are joined by rows, or experts that are stacked": "inkling2 inkling_mm_model molmo2",
-    "found no num_hidden_layers in its config": "pi0",
-}
-REASONS = {kind: reason for reason, kinds in REFUSED.items() for kind in kinds.split()}
-SAMPLE = set(
-    """aria blip diffusion_gemma fuyu gemma3 gemma4 git idefics idefics3 kimi_k25 llama4 llava mistral3 mllama molmo2 pi0 qwen2_5_vl
-    qwen2_audio qwen3_5 qwen3_vl qwen3_vl_moe""".split()
-)
 BUILT = [kind for kind in TYPES if kind not in ENCODER_DECODERS | NOT_MADE]
 RUN = BUILT if os.environ.get("EVERY_MODEL_TYPE") else [kind for kind in BUILT if kind in SAMPLE.split()]
 
