@@ -165,7 +165,7 @@ def test_tasks_and_texts_are_scored_on_the_text_path_whole_or_streamed_alike(roo
 def test_a_packed_release_is_unpacked_to_the_same_bytes(root, tmp_path):
     plain = {path.name: path.read_bytes() for path in RELEASE.glob("*.safetensors")}
     run_publish(packed=True)
-    assert not {path.name: path.read_bytes() for path in RELEASE.glob("*.safetensors")} == plain
+    assert {path.name: path.read_bytes() for path in RELEASE.glob("*.safetensors")} != plain
     release_commands(["unpack", str(RELEASE), "--out", str(tmp_path / "unpacked")])
     assert {path.name: path.read_bytes() for path in (tmp_path / "unpacked").glob("*.safetensors")} == plain
 
