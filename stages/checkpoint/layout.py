@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from stages.checkpoint.model_class import text_decoder
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, CheckpointError
 
@@ -113,7 +114,7 @@ def path_of(model: "PreTrainedModel", module: torch.nn.Module) -> str:
 
 
 def _require_outside_decoder(model: "PreTrainedModel", conversions: list[Conversion]) -> None:
-    decoder = path_of(model, model.get_decoder())
+    decoder = path_of(model, text_decoder(model))
     for conversion in conversions:
         if conversion.target.startswith(decoder):
             name, wanted = next(iter(conversion.tensors)), "wanted matrices that are joined by rows, or experts that are stacked"

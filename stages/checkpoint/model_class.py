@@ -6,6 +6,7 @@ The class is the one that config.json names in its architectures, if transformer
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -57,11 +58,14 @@ def auto_class_of(config: "PretrainedConfig") -> "type[_BaseAutoModelClass] | No
     return named[0] if named else None
 
 
+def text_decoder(model: "PreTrainedModel") -> "nn.Module":
+    """The part of a model that generates text: what a multimodal model calls its decoder, or else the whole model."""
+    return model.get_decoder() if inner_models(type(model.config)) else model
+
+
 def joined_parts(model: "PreTrainedModel") -> list[str]:
     """The parts of a multimodal model beside its text decoder and its output embedding, such as a vision encoder: paths in the model."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if not inner_models(type(model.config)):
-        return []
+    decoder, head = text_decoder(model), model.get_output_embeddings()
     holders = [(name, module) for name, module in model.named_modules() if any(inner is decoder for inner in module.modules())]
     outside = [(name, module) for name, module in holders if module is not decoder]
     children = [(f"{name}.{child}".strip("."), part) for name, module in outside for child, part in module.named_children()]

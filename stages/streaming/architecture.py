@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stages.checkpoint.layout import ParameterSlice, path_of
+from stages.checkpoint.model_class import text_decoder
 from stages.errors import ArchitectureError
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
@@ -105,7 +106,7 @@ def unsupported(model: "PreTrainedModel", reason: str) -> ArchitectureError:
 
 
 def find_blocks(model: "PreTrainedModel", count: int | None = None) -> tuple[str, nn.ModuleList]:
-    """Find the decoder blocks: the one outermost list of `count` modules in what the model calls its decoder.
+    """Find the decoder blocks: the one outermost list of `count` modules in the model, or in the text decoder of a multimodal one.
 
     Args:
         count: None: as many as the config of the text decoder states.
@@ -119,7 +120,7 @@ def find_blocks(model: "PreTrainedModel", count: int | None = None) -> tuple[str
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None) if count is None else count
     if count is None:
         raise unsupported(model, "found no num_hidden_layers in its config, wanted the number of decoder blocks")
-    prefix = path_of(model, model.get_decoder())
+    prefix = path_of(model, text_decoder(model))
     inner = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
     lists = {name: module for name, module in inner.items() if isinstance(module, nn.ModuleList) and len(module) == count}
     outermost = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]

@@ -125,6 +125,9 @@ class Decoder:
                 with idle_models(self.model, self.prefix) as idle:
                     calls = record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
                 self._idle = tuple(idle)
+                if others := [name for name in converted if not name.startswith(self._idle)]:
+                    wanted = "wanted such conversions only in models that tokens alone do not run"
+                    raise unsupported(self.model, f"{others[0]} is converted by more than renaming, stacking and joining rows, {wanted}")
                 return calls
             except ValueError as error:
                 if not raised_in(type(self.model).__module__, error):

@@ -25,7 +25,7 @@ def test_blocks_that_are_not_one_list_are_refused_by_name(decoder):
         ArchitectureError, match="mistral: found 0 lists of 99 modules, wanted one list of decoder blocks; .* not supported"
     ):
         find_blocks(decoder.model, 99)
-    decoder.model.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
+    decoder.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
     with pytest.raises(ArchitectureError, match="mistral: found 2 lists of 3 modules, wanted one list of decoder blocks; .* not supported"):
         find_blocks(decoder.model, 3)
 
