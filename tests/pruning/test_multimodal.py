@@ -4,14 +4,16 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from stages import prune
 from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.model_class import auto_class_of
-from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.reader import INDEX, Checkpoint
 from stages.config import compose
+from stages.files import write_json
 from stages.pruning.allocations import loss
 from stages.pruning.entries import DenseModel
 from stages.recipe import Recipe
@@ -127,3 +129,23 @@ def test_methods_allocations_and_training_take_a_text_decoder_as_any_other(tmp_p
     errors = [{one.matrix.name: one.relative_error for one in blocks[0].matrices} for blocks in (swept, cut)]
     assert sum(errors[0].values()) < sum(errors[1].values())
     assert prune.plan_of(decoder, WANDA, chosen["pattern"], chosen["reconstruction"], chosen["prune"])
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_names_of_published_checkpoints_are_those_that_transformers_renames(kind, tmp_path):
+    """As google/gemma-3-4b-it and llava-hf/llava-1.5-7b-hf have them."""
+    base = Checkpoint(multimodal.write(tmp_path, kind))
+    old = re.compile("^vision_tower[.]")
+    assert any(map(old.match, base))
+    for shard in base.headers:
+        tensors = load_file(tmp_path / shard)
+        save_file({old.sub("vision_tower.vision_model.", name): one for name, one in tensors.items()}, tmp_path / shard, {"format": "pt"})
+    table = {old.sub("vision_tower.vision_model.", name): shard for name, shard in base.shard_of.items()}
+    write_json(tmp_path / INDEX, {"metadata": {}, "weight_map": table})
+    published = Checkpoint(tmp_path)
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in published
+    assert all(Decoder(published, torch.float32, CPU).matrices)
+    stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    ours = load_model(published, None, dtype=torch.float32, device=CPU).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in stock.state_dict().items())
