@@ -59,7 +59,7 @@ def main(environment: Environment, **contents: Any) -> None:
         write_params(release / "params.yaml", sections)
         pack(base, delta, release)
         verified = verify(release, base, delta)
-        log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loading)
+        log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loaded.loading)
         write_json(release / PROVENANCE, provenance(delta.recipe, records, verified))
         write_zeros(release, delta)
         float8 = write_float8(release, base, delta) if rounded else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.checkpoint.layout import read_layout
+from stages.checkpoint.model_class import auto_class_of
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError
 
@@ -21,15 +22,20 @@ def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Make the model that config.json describes, without weights (on the meta device), its computed buffers on the CPU.
 
     Raises:
-        CheckpointError: transformers knows no decoder language model of this type.
+        CheckpointError: transformers knows no decoder language model of this type, or wants a package for it that is not installed.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    auto_class = auto_class_of(config)
+    if auto_class is None:
         raise CheckpointError(f"{directory}: transformers knows no decoder language model of type {config.model_type!r}")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: transformers makes no {config.model_type!r} without another package ({reason})") from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -84,12 +90,19 @@ def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, dev
     """
     model = empty_model(base.directory, dtype)
     filled: dict[str, torch.Tensor] = {}
-    for name, parameter_slice in read_layout(model, base).items():
+    layout = read_layout(model, base)
+
+    def changed(name: str) -> torch.Tensor:
+        return base.tensor(name) if apply is None else apply(name, base.tensor(name))
+
+    for name, parameter_slice in layout.slices.items():
         parameter = parameter_slice.name
         if parameter not in filled:
             filled[parameter] = materialize(model, parameter, dtype=parameter_dtype(model, parameter, dtype), device=device)
-        tensor = base.tensor(name)
-        parameter_slice.of(filled[parameter]).copy_(tensor if apply is None else apply(name, tensor))
+        parameter_slice.of(filled[parameter]).copy_(changed(name))
+    for conversion in layout.conversions:
+        for parameter, value in conversion.of(model, {name: changed(name) for name in conversion.tensors}).items():
+            materialize(model, parameter, dtype=parameter_dtype(model, parameter, dtype), device=device).copy_(value)
     model.tie_weights()
     if (base.directory / "generation_config.json").is_file():
         from transformers import GenerationConfig

@@ -31,7 +31,7 @@ class WholeModel(HFLM):
     """
 
     def __init__(self, bos: Bos, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(backend="causal", **arguments)  # which lm-eval guesses wrongly of some multimodal models
         self.bos, self._rolling = bos, False
         self._shared = SharedPrefixes(self.model, self.max_length, tokens_at_once=self.batch_size * TOKENS_A_SEQUENCE)
         self.add_bos_token: bool | None = None  # the tokenizer's own way; tok_encode sees to the rest

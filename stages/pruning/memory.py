@@ -83,8 +83,7 @@ def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
 
 def _head_bytes(decoder: Decoder) -> int:
     """The parameters outside the blocks, and the logits of some tokens."""
-    outside = sum(_weights(decoder, name) for name in decoder.layout)
-    outside -= sum(_block_weights(decoder, index) for index in range(len(decoder.blocks)))
+    outside = sum(_weights(decoder, name) for name in decoder.outside_blocks())
     logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
     return outside * decoder.dtype.itemsize + logits
 

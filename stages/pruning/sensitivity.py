@@ -331,7 +331,7 @@ class _Products:
 def _layer_outputs(matrix: Matrix, block: nn.Module) -> int:
     """Number of outputs of a matrix's layer: a fused gate and up projection has those of both matrices."""
     shape = block.get_parameter(matrix.parameter_slice.name).shape[0 if matrix.parameter_slice.expert is None else 1 :]
-    return shape[1 if matrix.transposed else 0]
+    return shape[1 if matrix.layer.transposed else 0]
 
 
 @contextmanager

@@ -45,11 +45,16 @@ class Others:
     packed: bool
 
 
+PIPELINES = {  # name of an auto class -> the pipeline of transformers that loads it
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+}
 Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
 
-def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
+def metadata(name: str, recipe: Recipe, records: Records, verified: Verified) -> ModelCardData:
     """The card's YAML: licence and base model as the base states them, the measured results as a model index."""
     protocol, base = records.protocol, records.base
     known = shown_measurements()
@@ -82,7 +87,7 @@ def metadata(name: str, recipe: Recipe, records: Records) -> ModelCardData:
         license=base["license"] if listed else "other",
         license_name=None if listed else base["license"],
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES[verified.loaded.auto_class],
         tags=[
             "pruned",
             "sparse",
@@ -125,7 +130,7 @@ def kept_weights(verified: Verified) -> str:
 def loaded(verified: Verified) -> str:
     """Which check of loading was made, see loading.check_loading."""
     stock = f"stock transformers {version('transformers')}"
-    if verified.loading == "whole":
+    if verified.loaded.loading == "whole":
         return f"{stock} loads it without missing tensors and gives the\nlogits of base + delta."
     checked = "and the logits\nof the release, computed block by block, are those of base + delta."
     return f"{stock} finds all tensors that it wants, in their shapes, {checked} It was not loaded whole: memory did not suffice."
@@ -165,6 +170,17 @@ def corpora(text: dict[str, Any], split: str, names: Iterable[str]) -> str:
 
 
 LISTED = 6  # kinds of tensors that are named
+
+
+def scope(verified: Verified) -> str:
+    """Markdown: the share of all weights that is in scope; of a multimodal model also which part that is, and the parts beside it."""
+    share = f"{100 * verified.share:.3g}% of all weights of the checkpoint"
+    if not verified.loaded.joined:
+        return f"- In scope: {share}.\n"
+    parts = ", ".join(f"`{part}`" for part in verified.loaded.joined)
+    model = f"the text decoder of this multimodal model ({verified.loaded.model_class}) alone, {share}"
+    calibrated = "calibrated and evaluated on text, without images or sound"
+    return f"- In scope: {model}; {calibrated}.\n- Parts of other modalities, untouched bit for bit: {parts}.\n"
 
 
 def left(run: dict[str, Any]) -> str:
@@ -520,7 +536,7 @@ def write_card(
         **of_files(name, records, verified, others),
     }
     template = files("stages.release").joinpath(TEMPLATE).read_text(encoding="utf8")
-    card = ModelCard.from_template(metadata(name, delta.recipe, records), template_str=template, **facts)
+    card = ModelCard.from_template(metadata(name, delta.recipe, records, verified), template_str=template, **facts)
     card.save(path)
 
 
@@ -552,6 +568,7 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
         "begun": words(records.calibration["bos"]["token"]),
         "before_training": ", before the last blocks were trained together" if together else "",
         "errors": errors(delta.summary, recipe.prune.get("error_tokens")),
+        "scope": scope(verified),
         "left": left(records.run),
         "exceptions": exceptions(delta.matrices, recipe.method, records.run),
         "cited": cited(recipe),
@@ -599,6 +616,9 @@ def of_files(name: str, records: Records, verified: Verified, others: Others) ->
         "packed": "the files here are packed further" if others.packed else "no file here is packed",
         "unpacking": unpacking(name) if others.packed else "",
         "loaded": loaded(verified),
+        "auto_class": verified.loaded.auto_class,
+        "auto_inputs": "AutoProcessor" if verified.loaded.joined else "AutoTokenizer",
+        "inputs": "processor" if verified.loaded.joined else "tokenizer",
         "float8": float8_table(records, others),
         "gguf": gguf_files(others.gguf),
     }

@@ -14,14 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.delta import SparseDelta
+from stages.checkpoint.layout import read_layout
 from stages.checkpoint.model import empty_model, load_model
 from stages.checkpoint.reader import INDEX, Checkpoint
 from stages.errors import ConfigError, ReleaseError
 from stages.evaluation.float8 import DTYPE, Float8, quantise, require_linear
 from stages.files import read_json, write_json
+from stages.release.loading import require_auto_class
 
 PACKAGE = "compressed_tensors"
 SIGN = 0x7F  # the bits of a float8 without its sign
@@ -92,6 +93,8 @@ def _file_bytes(path: Path) -> int:
 def quantization_config(base: Checkpoint, delta: SparseDelta) -> dict[str, Any]:
     """The section of config.json. Linear layers out of scope, such as the output head, are in `ignore`."""
     model = empty_model(base.directory, torch.float32)
+    slices = read_layout(model, base).slices
+    in_scope = {slices[name].name for name in delta}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None, "output_activations": None}
     return {
@@ -99,7 +102,7 @@ def quantization_config(base: Checkpoint, delta: SparseDelta) -> dict[str, Any]:
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [name for name in linear if f"{name}.weight" not in delta],
+        "ignore": [name for name in linear if f"{name}.weight" not in in_scope],
         "kv_cache_scheme": None,
     }
 
@@ -144,13 +147,13 @@ def _check_codes(name: str, codes: torch.Tensor, scales: torch.Tensor, weight: t
 
 @torch.no_grad()
 def _check_loading(directory: Path, base: Checkpoint, delta: SparseDelta) -> None:
-    stock, report = AutoModelForCausalLM.from_pretrained(
+    stock, report = require_auto_class(directory).from_pretrained(
         directory, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
     problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
     if problems:
         raise ReleaseError(f"{directory}: stock transformers reports {problems}")
-    probe = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.vocab_size
+    probe = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size
     logits, dtype = stock.eval()(input_ids=probe).logits, stock.dtype
     del stock
     ours = load_model(base, Float8(delta), dtype=dtype, device=torch.device("cpu"))(input_ids=probe).logits

@@ -6,15 +6,17 @@ missing, unexpected and misshapen tensors and ties; and the logits of the releas
 in memory at a time.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import Apply, load_model
+from stages.checkpoint.model_class import auto_class_of, joined_parts
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ReleaseError
 from stages.evaluation.scoring import StreamedModels
@@ -28,22 +30,40 @@ CPU = torch.device("cpu")
 Loading = Literal["whole", "streamed"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """How stock transformers loads a release.
+
+    loading: which check was made. auto_class: name of the class that loads it. model_class: of which it is.
+    joined: the parts of a multimodal model beside its text decoder, such as a vision encoder, by their paths in the model.
+    """
+
+    loading: Loading
+    auto_class: str
+    model_class: str
+    joined: list[str]
+
+
 @torch.no_grad()
-def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> Loading:
+def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> Loaded:
     """Load the release and compare its logits with base + delta.
 
     Args:
         free_memory: bytes; None: what is free now.
-
-    Returns:
-        Which check was made.
 
     Raises:
         ReleaseError: names the check that failed.
     """
     free = psutil.virtual_memory().available if free_memory is None else free_memory
     whole = sum(base.stored(name).nbytes for name in base) <= SHARE * free
-    stock = _loaded(release, whole=whole)
+    auto_class = require_auto_class(release)
+    stock = _loaded(auto_class, release, whole=whole)
+    loaded = Loaded(
+        loading="whole" if whole else "streamed",
+        auto_class=auto_class.__name__,
+        model_class=type(stock).__name__,
+        joined=joined_parts(stock),
+    )
     probe, dtype = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size, stock.dtype
     if whole:
         logits = stock.eval()(input_ids=probe).logits
@@ -55,13 +75,27 @@ def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memo
     if not torch.equal(logits, ours):
         by = "in stock transformers" if whole else "of the release, block by block,"
         raise ReleaseError(f"{release}: logits {by} differ from those of base + delta")
-    return "whole" if whole else "streamed"
+    return loaded
 
 
-def _loaded(release: Path, *, whole: bool) -> PreTrainedModel:
+def require_auto_class(release: Path) -> Any:
+    """The auto class of transformers that loads the release as the class that its config names.
+
+    Raises:
+        ReleaseError: there is none.
+    """
+    config = AutoConfig.from_pretrained(release, trust_remote_code=False, local_files_only=True)
+    auto_class = auto_class_of(config)
+    if auto_class is None:
+        raise ReleaseError(f"{release}: transformers lists no class that generates text for {config.architectures}")
+    return auto_class
+
+
+def _loaded(auto_class: Any, release: Path, *, whole: bool) -> PreTrainedModel:
     """The release in stock transformers, on the meta device unless whole; refused where anything is missing or no longer tied."""
     options: dict[str, Any] = {} if whole else {"device_map": "meta"}
-    stock, report = AutoModelForCausalLM.from_pretrained(
+    stock: PreTrainedModel
+    stock, report = auto_class.from_pretrained(
         release, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
     )
     problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}

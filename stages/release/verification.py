@@ -27,7 +27,7 @@ from stages.errors import ReleaseError
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS, ComparisonGroup, PatternSection
 from stages.recipe import Recipe
-from stages.release.loading import Loading, check_loading
+from stages.release.loading import Loaded, check_loading
 
 ROW_KEYS = ("matrix", "tensor", "expert", "shape", "transposed", "weights", "zeros")
 
@@ -41,14 +41,16 @@ class Verified:
     matrices: in scope. changed: tensors in scope whose kept weights are not the base's. other_tensors: out of scope.
     sparsity: fraction of zeros in the bytes of the matrices in scope; above the sparsity asked for where kept weights were
         zero before, or became zero when they were rounded.
-    loading: which check of loading was made.
+    share: of the weights of all tensors, the fraction that is in scope.
+    loaded: how stock transformers loads it.
     """
 
     matrices: int
     changed: int
     other_tensors: int
     sparsity: float
-    loading: Loading
+    share: float
+    loaded: Loaded
 
 
 def verify(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> Verified:
@@ -61,7 +63,7 @@ def verify(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int
         ReleaseError: names the tensor or the check that failed.
     """
     facts = _check_tensors(Checkpoint(release), base, delta)
-    return Verified(**facts, loading=check_loading(release, base, delta, free_memory))
+    return Verified(**facts, loaded=check_loading(release, base, delta, free_memory))
 
 
 # What was asked.
@@ -143,8 +145,9 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
         zeros, changed = zeros + int(zero.sum()), changed + (change.values is not None)
     _check_total(delta, asked)
     weights = sum(row["weights"] for row in delta.matrices)
+    share = weights / sum(torch.Size(base.shape(name)).numel() for name in base)
     others = len(set(base)) - len(rows)
-    return {"matrices": len(delta.matrices), "changed": changed, "other_tensors": others, "sparsity": zeros / weights}
+    return {"matrices": len(delta.matrices), "changed": changed, "other_tensors": others, "sparsity": zeros / weights, "share": share}
 
 
 def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row]]:

@@ -39,12 +39,14 @@ SMALL = (
     "generation_config.json",
     "tokenizer*.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jin*",
     "chat_template.json",
+    "*processor_config.json",  # of images, videos and audio
     *LEGAL,
 )
 UNREADABLE = (

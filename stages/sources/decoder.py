@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 
+from stages.checkpoint.model_class import listed_classes
 from stages.errors import SourceError
 from stages.rows import shown
 
 
 def require_decoder(config: Any, location: str) -> None:
-    """Refuse a checkpoint that is not a single decoder language model that transformers implements itself.
+    """Refuse a checkpoint that is no decoder language model, alone or joined with others to a multimodal model, of transformers itself.
 
     Args:
         config: the content of config.json. location: name of the checkpoint, for the error.
@@ -27,28 +28,26 @@ def require_decoder(config: Any, location: str) -> None:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise SourceError(f"{location}: model_type {kind!r} is unknown to transformers, and code of a repository is not run")
     config_class = CONFIG_MAPPING[kind]
-    if config.get("is_encoder_decoder", getattr(config_class, "is_encoder_decoder", False)):
+    if _is_encoder_decoder(config, config_class):
         raise SourceError(f"{location}: {architectures or kind} is an encoder-decoder, wanted a decoder language model")
-    if models := _inner_models(config_class):
-        raise SourceError(
-            f"{location}: {architectures or kind} joins several models ({', '.join(models)}), wanted one decoder; "
-            "the text decoder of a multimodal checkpoint is not supported yet"
-        )
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
-    if model is None or model.__name__ not in architectures:
-        expected = "a decoder language model" if model is None else model.__name__
+    listed = listed_classes(config_class)
+    if not set(listed) & set(architectures):
+        expected = " or ".join(listed) or "a decoder language model"
         raise SourceError(f"{location}: found architecture {architectures} of type {kind!r}, wanted {expected}")
+
+
+def _is_encoder_decoder(config: dict[str, Any], config_class: type) -> bool:
+    """Whether the model, or the language model that a multimodal one joins with others, reads its text by an encoder."""
+    if config.get("is_encoder_decoder", getattr(config_class, "is_encoder_decoder", False)):
+        return True
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return False
+    kind = inner.get("model_type")
+    default = isinstance(kind, str) and kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False)
+    return bool(inner.get("is_encoder_decoder", default))
 
 
 def _quantiser(config: dict[str, Any]) -> Any:
     quantization_config = config["quantization_config"]
     return quantization_config.get("quant_method") if isinstance(quantization_config, dict) else quantization_config
-
-
-def _inner_models(config: type) -> list[str]:
-    """Keys of a configuration class for the configuration of another model, such as a vision encoder or the text decoder.
-
-    Nested settings of the decoder itself, such as those of its attention, are left out: transformers lists no model for them.
-    """
-    nested: dict[str, type] = getattr(config, "sub_configs", {})
-    return [key for key, inner in nested.items() if inner is AutoConfig or getattr(inner, "model_type", None) in CONFIG_MAPPING]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from stages.checkpoint.layout import ParameterSlice
+from stages.checkpoint.layout import ParameterSlice, path_of
+from stages.checkpoint.model_class import text_decoder
 from stages.errors import ArchitectureError
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
@@ -70,7 +71,8 @@ class Matrix:
     @property
     def layer(self) -> Layer:
         """The layer that multiplies by this matrix."""
-        return Layer(self.parameter_slice.name, self.parameter_slice.expert, self.transposed, self.called)
+        transposed = self.transposed != self.parameter_slice.transposed  # the parameter, not the tensor
+        return Layer(self.parameter_slice.name, self.parameter_slice.expert, transposed, self.called)
 
     def rows_of(self, outputs: torch.Tensor) -> torch.Tensor:
         """Select this matrix's rows, [rows, ...], of a tensor with one entry for each output of the layer, [outputs, ...]."""
@@ -103,20 +105,32 @@ def unsupported(model: "PreTrainedModel", reason: str) -> ArchitectureError:
     return ArchitectureError(f"{model.config.model_type}: {reason}; this architecture is not supported")
 
 
-def find_blocks(model: "PreTrainedModel", count: int) -> tuple[str, nn.ModuleList]:
-    """Find the decoder blocks: the one outermost list of `count` modules.
+def find_blocks(model: "PreTrainedModel", count: int | None = None) -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks: the one outermost list of `count` modules in the model, or in the text decoder of a multimodal one.
+
+    Args:
+        count: None: as many as the config of the text decoder states.
 
     Returns:
         Its path in the model, and the list.
 
     Raises:
-        ArchitectureError: there is no such list, or there are several.
+        ArchitectureError: there is no such list, or there are several; or the blocks share weights with other modules.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None) if count is None else count
+    if count is None:
+        raise unsupported(model, "found no num_hidden_layers in its config, wanted the number of decoder blocks")
+    prefix = path_of(model, text_decoder(model))
+    inner = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
+    lists = {name: module for name, module in inner.items() if isinstance(module, nn.ModuleList) and len(module) == count}
     outermost = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outermost) != 1:
         raise unsupported(model, f"found {len(outermost)} lists of {count} modules, wanted one list of decoder blocks")
-    return outermost[0]
+    path, blocks = outermost[0]
+    for name, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if name.startswith(f"{path}.") != other.startswith(f"{path}."):
+            raise unsupported(model, f"{name} is tied to {other}, wanted blocks that share no weights with other modules")
+    return path, blocks
 
 
 def tensors_by_block(layout: dict[str, ParameterSlice], prefix: str, blocks: nn.ModuleList) -> list[dict[str, ParameterSlice]]:

@@ -14,6 +14,7 @@ from stages.errors import ArchitectureError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
 from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
 from stages.streaming.scope import find_matrices
+from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
 
@@ -26,6 +27,8 @@ class Decoder:
         dtype, device: those of the computation.
 
     Attributes:
+        layout: name in the checkpoint -> slice of a parameter, without tensors of which transformers computes parameters outside the text
+            decoder, see read_layout.
         hands_on: whether blocks hand on to later ones more than hidden states.
 
     Raises:
@@ -41,9 +44,11 @@ class Decoder:
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one expert after another, each by its own product
         self.name = self.model.config.model_type
-        self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
-        self.layout = read_layout(self.model, checkpoint)
-        self._calls_of_zeros = self._require_blocks_that_run_alone()
+        self.prefix, self.blocks = find_blocks(self.model)
+        layout = read_layout(self.model, checkpoint)
+        self.layout = layout.slices
+        self._idle: tuple[str, ...] = ()
+        self._calls_of_zeros = self._require_blocks_that_run_alone(layout.converted)
         self.hands_on = any(call.handed_on() for call in self._calls_of_zeros)
 
     @cached_property
@@ -103,14 +108,27 @@ class Decoder:
         """
         return run_after_blocks(self.model, self.blocks, hidden)
 
-    def _require_blocks_that_run_alone(self) -> list[Call]:
-        """Record how the blocks are called for two tokens with all weights zero; these zeros take no memory."""
+    def _require_blocks_that_run_alone(self, converted: list[str]) -> list[Call]:
+        """Record how the blocks are called for two tokens with all weights zero; these zeros take no memory.
+
+        Notes, too, which inner models tokens alone do not run, such as vision encoders: their weights are not loaded.
+
+        Args:
+            converted: parameters that are not in the layout.
+        """
+        require_tokens_alone(self.model)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        names = [name for name in self._outside_blocks().values() if name in parameters]
+        names = [name for name in (*self.outside_blocks().values(), *converted) if name in parameters]
         zeros = {name: torch.zeros((), dtype=parameter_dtype(self.model, name, self.dtype)) for name in names}
         with self._filled((name, zero.expand(parameters[name].shape)) for name, zero in zeros.items()), torch.no_grad():
             try:
-                return record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
+                with idle_models(self.model, self.prefix) as idle:
+                    calls = record_calls(self.model, self.blocks, torch.zeros(1, 2, dtype=torch.int64))
+                self._idle = tuple(idle)
+                if others := [name for name in converted if not name.startswith(self._idle)]:
+                    wanted = "wanted such conversions only in models that tokens alone do not run"
+                    raise unsupported(self.model, f"{others[0]} is converted by more than renaming, stacking and joining rows, {wanted}")
+                return calls
             except ValueError as error:
                 if not raised_in(type(self.model).__module__, error):
                     raise
@@ -126,7 +144,7 @@ class Decoder:
         skipped = {id(parameter) for parameter in output.parameters()} if output is not None else set()
         skipped -= {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        needed = {tensor: name for tensor, name in self._outside_blocks().items() if id(parameters.get(name)) not in skipped}
+        needed = {tensor: name for tensor, name in self.outside_blocks().items() if id(parameters.get(name)) not in skipped}
         tables = {f"{name}.weight" for name, module in self.model.named_modules() if type(module) is nn.Embedding}
         with self._filled(self._stored(needed, uncast=tables)):
             yield
@@ -134,17 +152,23 @@ class Decoder:
     @contextmanager
     def after_blocks(self) -> Iterator[None]:
         """Load all weights outside the blocks, while `logits` is needed."""
-        with self._filled(self._stored(self._outside_blocks(), uncast=set())):
+        with self._filled(self._stored(self.outside_blocks(), uncast=set())):
             yield
 
-    def _outside_blocks(self) -> dict[str, str]:
-        """The tensors outside the blocks: name in the checkpoint -> parameter or buffer, tied parameters under one name."""
+    def outside_blocks(self) -> dict[str, str]:
+        """The tensors outside the blocks that tokens alone need: name in the checkpoint -> parameter or buffer, ties under one name."""
         names = {tensor: parameter_slice.name for tensor, parameter_slice in self.layout.items()}
-        tied = tied_names(self.model)
-        return {tensor: name for tensor, name in names.items() if not name.startswith(f"{self.prefix}.") and name not in tied}
+        tied, other = tied_names(self.model), (f"{self.prefix}.", *self._idle)
+        return {tensor: name for tensor, name in names.items() if not name.startswith(other) and name not in tied}
 
     def _stored(self, names: dict[str, str], uncast: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield parameters and buffers with the values of the checkpoint, on the device, in the compute dtype except for `uncast`."""
+        """Yield parameters and buffers with the values of the checkpoint, on the device, in the compute dtype except for `uncast`.
+
+        Parameters of idle models are NaN and take no memory: models ask the first parameter for their device.
+        """
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(self._idle):
+                yield name, torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(parameter.shape)
         for tensor, name in names.items():
             value = self.checkpoint.tensor(tensor)
             if name not in uncast and value.is_floating_point():

@@ -89,15 +89,16 @@ def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, us
     """List the matrices of a tensor: one, or one for each expert of a tensor that holds all experts."""
     parameter = block.get_parameter(parameter_slice.name)
     several = parameter.dim() == 3 and parameter_slice.expert is None
+    transposed = use.transposed != parameter_slice.transposed
     matrices = []
     for expert in range(len(parameter)) if several else [None]:
         of_matrix = replace(parameter_slice, expert=expert) if several else parameter_slice
-        rows, columns = reversed(of_matrix.of(parameter).shape) if use.transposed else of_matrix.of(parameter).shape
+        rows, columns = reversed(of_matrix.of(parameter).shape) if transposed else of_matrix.of(parameter).shape
         matrix = Matrix(
             tensor=tensor,
             expert=expert,
             parameter_slice=of_matrix,
-            transposed=use.transposed,
+            transposed=transposed,
             shape=(rows, columns),
             called=use.called or parameter.dim() == 3,
         )

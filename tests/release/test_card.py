@@ -12,6 +12,7 @@ from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.release.card import Others, bibtex, exceptions, loaded, origin, write_card
 from stages.release.float8 import CountedFloat8
 from stages.release.llama_cpp.writing import Counted
+from stages.release.loading import Loaded
 from stages.release.naming import default_name
 from stages.release.records import Records
 from stages.release.verification import Verified
@@ -88,7 +89,8 @@ MATRICES = [
     {"block": 0, "calibrated_on": "all tokens", "damping": 0.01, "trained": True, "refined": True},
     {"block": 1, "calibrated_on": "its tokens", "damping": 1.0, "trained": True, "refined": True},
 ]
-VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501, loading="whole")
+LOADED = Loaded(loading="whole", auto_class="AutoModelForCausalLM", model_class="MistralForCausalLM", joined=[])
+VERIFIED = Verified(matrices=21, changed=0, other_tensors=9, sparsity=0.501, share=0.75, loaded=LOADED)
 NO_OTHERS = Others(gguf=[], float8=None, float8_results=[], packed=False)
 NM = {"name": "nm", "kept": 2, "group": 4, "permutation_rounds": None}
 
@@ -431,7 +433,7 @@ def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rou
     [("whole", "loads it without missing tensors and gives the\nlogits of base + delta."), ("streamed", "It was not loaded whole: memory")],
 )
 def test_the_card_says_which_check_of_loading_was_made(loading, said):
-    assert said in loaded(replace(VERIFIED, loading=loading))
+    assert said in loaded(replace(VERIFIED, loaded=replace(LOADED, loading=loading)))
 
 
 def test_the_card_says_what_of_the_blocks_was_out_of_scope(written):

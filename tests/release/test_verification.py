@@ -385,8 +385,8 @@ def test_logits_that_differ_from_base_and_delta_are_found(release, base, delta, 
 
 def test_a_model_is_loaded_whole_where_its_weights_take_at_most_half_of_the_free_memory(release, base, delta):
     size = sum(base.stored(name).nbytes for name in base)
-    assert verify(release, base, delta, 2 * size).loading == "whole"
-    assert verify(release, base, delta, 2 * size - 1).loading == "streamed"
+    assert verify(release, base, delta, 2 * size).loaded.loading == "whole"
+    assert verify(release, base, delta, 2 * size - 1).loaded.loading == "streamed"
 
 
 def test_a_tensor_that_the_release_lacks_is_found_without_loading_it(release, base, delta, tmp_path):
@@ -410,7 +410,7 @@ def test_releases_of_other_architectures_are_streamed_too(tmp_path, kind):
         mask = changes[matrix.tensor].mask
         rows.append(deltas.row(matrix.tensor, mask, expert=matrix.expert, transposed=matrix.transposed))
     release, delta = written(tmp_path, deltas.recipe(base=base.fingerprint), changes, base, rows)
-    assert verify(release, base, delta, NOTHING).loading == "streamed"
+    assert verify(release, base, delta, NOTHING).loaded.loading == "streamed"
 
 
 def test_the_sparsity_of_a_recipe_is_that_of_the_decimal_written():
