@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stages.errors import ReleaseError
 from stages.release.kernels import macko, semi_structured
+from stages.release.loading import require_auto_class
 from stages.release.zeros import read_zeros
 
 Kernel = Literal["semi_structured", "macko"]
@@ -87,7 +88,7 @@ def check(release: Path, kernel: Kernel) -> Check:
         ReleaseError: no release; or it has no layer that the kernel takes.
     """
     read_zeros(release)
-    model = AutoModelForCausalLM.from_pretrained(release, dtype="auto", local_files_only=True, trust_remote_code=False).eval()
+    model = require_auto_class(release).from_pretrained(release, dtype="auto", local_files_only=True, trust_remote_code=False).eval()
     changed = 0
     if kernel == "macko":
         stored = {name: parameter.detach() for name, parameter in model.named_parameters()}
