@@ -154,7 +154,7 @@ def _check_loading(directory: Path, base: Checkpoint, delta: SparseDelta) -> Non
     if problems:
         raise ReleaseError(f"{directory}: stock transformers reports {problems}")
     probe = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size
-    logits, dtype = stock.eval()(input_ids=probe).logits, stock.dtype
+    logits, dtype = stock.eval().requires_grad_(False)(input_ids=probe).logits, stock.dtype
     del stock
     ours = load_model(base, Float8(delta), dtype=dtype, device=torch.device("cpu"))(input_ids=probe).logits
     if not torch.equal(logits, ours):

@@ -107,7 +107,7 @@ def _loaded(auto_class: Any, release: Path, *, whole: bool) -> PreTrainedModel:
     output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
     if getattr(config, "tie_word_embeddings", False) and output.weight is not inputs.weight:
         raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
-    return stock
+    return stock.requires_grad_(False)  # as ours: torch.matmul computes otherwise where a weight wants a gradient, by the last bit
 
 
 def _streamed(checkpoint: Checkpoint, apply: Apply | None, probe: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:

@@ -140,7 +140,7 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
 @torch.no_grad()
 def plain_wanda(decoder: Decoder, sparsity: float, auto_class: type = AutoModelForCausalLM):
     """The published procedure, the whole model run anew for every block (arXiv:2306.11695, algorithm 1)."""
-    model = auto_class.from_pretrained(decoder.checkpoint.directory, dtype=torch.float32).eval()
+    model = auto_class.from_pretrained(decoder.checkpoint.directory, dtype=torch.float32).eval().requires_grad_(False)
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     all_parameters, masks = dict(model.named_parameters()), {}

@@ -138,6 +138,7 @@ def streamed_logits(decoder: Decoder) -> torch.Tensor:
 @torch.no_grad()
 def whole_logits(directory: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model.requires_grad_(False)  # as our parameters: torch.matmul computes otherwise where a weight wants a gradient
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return torch.cat([model(part, use_cache=False).logits for part in WINDOWS.split(BATCH)])

@@ -65,7 +65,7 @@ def test_a_streamed_text_decoder_gives_the_logits_of_the_whole_model_on_tokens_a
     decoder = Decoder(checkpoint, torch.float32, CPU)
     assert all(decoder.matrices)
     streamed = streamed_logits(decoder)
-    whole = auto_class_of(AutoConfig.from_pretrained(tmp_path)).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    whole = auto_class_of(AutoConfig.from_pretrained(tmp_path)).from_pretrained(tmp_path, dtype=torch.float32).eval().requires_grad_(False)
     assert type(whole).__name__ == checkpoint.config["architectures"][0]
     if whole._can_set_experts_implementation():
         whole.set_experts_implementation("eager")
