@@ -106,8 +106,9 @@ def damaged(delta: SparseDelta, name: str, change) -> SparseDelta:
     """The delta with another mask of one tensor, and a manifest whose counts are those of that mask."""
     block = delta.directory / "block-00000.safetensors"
     changes = read_block(block)
-    change(changes[name].mask)
-    changes[name].values = None
+    mask = changes[name].mask
+    change(mask)
+    changes[name] = Change(mask=mask)
     write_block(block, changes, delta.recipe.base)
     rows = [deltas.row(row["tensor"], changes[row["tensor"]].mask) for row in delta.matrices]
     sparsity = sum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
@@ -162,7 +163,9 @@ def allocated(base, odd: int = 0) -> dict[str, Change]:
         mask = torch.ones(base.shape(name), dtype=torch.bool)
         mask[:, :pruned] = False
         changes[name] = Change(mask=mask)
-    changes[Q].mask[0, 10 : 10 + odd] = False
+    mask = changes[Q].mask
+    mask[0, 10 : 10 + odd] = False
+    changes[Q] = Change(mask=mask)
     return changes
 
 
@@ -233,8 +236,10 @@ def test_each_expert_of_a_tensor_is_a_matrix(tmp_path):
     release, delta = written(tmp_path, recipe, changes, base, rows)
     assert verify(release, base, delta).matrices == len(rows)
 
-    changes[names[0]].mask[2, 1, 0] = True
-    changes[names[0]].mask[3, 1, 1] = False  # the tensor as a whole has the right count
+    mask = changes[names[0]].mask
+    mask[2, 1, 0] = True
+    mask[3, 1, 1] = False  # the tensor as a whole has the right count
+    changes[names[0]] = Change(mask=mask)
     rows = [deltas.row(name, changes[name].mask, expert=expert) for name in names for expert in range(base.shape(name)[0])]
     release, delta = written(tmp_path, recipe, changes, base, rows)
     with pytest.raises(ReleaseError, match=re.escape(f"{names[0]}[2], row 1: found")):
