@@ -103,8 +103,8 @@ def unsupported(model: "PreTrainedModel", reason: str) -> ArchitectureError:
     return ArchitectureError(f"{model.config.model_type}: {reason}; this architecture is not supported")
 
 
-def find_blocks(model: "PreTrainedModel", count: int) -> tuple[str, nn.ModuleList]:
-    """Find the decoder blocks: the one outermost list of `count` modules.
+def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks: the one outermost list of as many modules as the model has layers.
 
     Returns:
         Its path in the model, and the list.
@@ -112,11 +112,14 @@ def find_blocks(model: "PreTrainedModel", count: int) -> tuple[str, nn.ModuleLis
     Raises:
         ArchitectureError: there is no such list, or there are several.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
-    outermost = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
-        raise unsupported(model, f"found {len(outermost)} lists of {count} modules, wanted one list of decoder blocks")
-    return outermost[0]
+    config = model.config.get_text_config()
+    found: list[tuple[str, nn.ModuleList]] = []
+    for count in dict.fromkeys((config.num_hidden_layers, getattr(config, "num_layers", None))):  # a block may count as two layers
+        lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count}
+        found = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        if len(found) == 1:
+            return found[0]
+    raise unsupported(model, f"found {len(found)} lists of {config.num_hidden_layers} modules, wanted one list of decoder blocks")
 
 
 def tensors_by_block(layout: dict[str, ParameterSlice], prefix: str, blocks: nn.ModuleList) -> list[dict[str, ParameterSlice]]:

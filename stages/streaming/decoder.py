@@ -46,7 +46,7 @@ class Decoder:
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one expert after another, each by its own product
         self.name = self.model.config.model_type
-        self.prefix, self.blocks = find_blocks(self.model, self.model.config.get_text_config().num_hidden_layers)
+        self.prefix, self.blocks = find_blocks(self.model)
         self.layout = read_layout(self.model, checkpoint)
         self._calls_of_zeros = self._require_blocks_that_run_alone()
         self.hands_on = any(call.handed_on() for call in self._calls_of_zeros)
@@ -131,7 +131,7 @@ class Decoder:
         Returns:
             [windows, tokens, vocabulary], compute dtype.
         """
-        return run_after_blocks(self.model, self.blocks, hidden)
+        return run_after_blocks(self.model, self.blocks, hidden, streams_first=self._calls_of_zeros[0].streams_first)
 
     def _require_blocks_that_run_alone(self) -> list[Call]:
         """Record how the blocks are called for two tokens with all weights zero; these zeros take no memory."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -235,7 +236,7 @@ def _other_tokens(decoder: Decoder, windows: torch.Tensor) -> torch.Tensor:
 
 
 def _without_hidden(call: Call) -> Call:
-    return Call(hidden=call.hidden.new_empty(0), arguments=call.arguments, keywords=call.keywords)
+    return replace(call, hidden=call.hidden.new_empty(0))
 
 
 @contextmanager
