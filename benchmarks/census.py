@@ -114,7 +114,8 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         "# Every causal language model of transformers",
         "",
         f"`make census` made this page: of the {len(outcomes)} types of causal language models that transformers "
-        f"{transformers.__version__} knows, {counts}. A small random checkpoint of each type, made from its real configuration class, was pruned to 50% by each "
+        f"{transformers.__version__} knows, {counts}. A small random checkpoint of each type, made from its real configuration class, was "
+        "pruned to 50% by each "
         "method, and every matrix has exactly half of its weights; `tests/streaming/test_every_model_type.py` compares the streamed "
         "logits with the whole model's.",
         "",
