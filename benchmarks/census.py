@@ -72,7 +72,10 @@ def outcome(kind: str) -> dict[str, str]:
             other = "transformers knows no decoder language model" in reason
             return {"state": "not a decoder" if other else "refused", "reason": reason.removeprefix(f"{kind}: ")}
         names = [matrix.name for of_block in matrices for matrix in of_block]
-        return {"state": "pruned", **{label: pruned(decoder, names, method(name), training) for label, (name, training) in METHODS.items()}}
+        by_method = {label: pruned(decoder, names, method(name), training) for label, (name, training) in METHODS.items()}
+        if by_method["Wanda"] != "yes":
+            return {"state": "refused", "reason": by_method["Wanda"].removeprefix("refused: ")}
+        return {"state": "pruned", **by_method}
 
 
 def pruned(decoder: Decoder, names: list[str], by: Method, training: Reconstruction | None) -> str:
