@@ -41,6 +41,9 @@ verify-cache: .venv/ready
 test: .venv/ready
 	python -m pytest
 
+census: .venv/ready
+	python -m benchmarks.census
+
 check: .venv/ready
 	ruff check .
 	ruff format --check .
@@ -53,4 +56,4 @@ check: .venv/ready
 	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch .venv/ready
 
-.PHONY: repro prune show compare sweep share receive verify-cache test check
+.PHONY: repro prune show compare sweep share receive verify-cache test census check

@@ -102,6 +102,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
         log.info("%d windows a pass; hidden states are in %s", batch, locations)
         run: dict[str, Any] = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished}
+        run |= {"blocks_by_expert": len(decoder.apart)}
         run |= {"hidden_states": locations, "allocation_judged": judgement and judgement.as_dict()}
         prune_all(stream, plan, journal, teachers)
         del stream  # its hidden states are of no more use
@@ -215,11 +216,28 @@ def require_free_disk_for(decoder: Decoder, plan: Plan, journal: Journal) -> Non
 def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | None, tokens: int) -> int:
     """Bytes of host memory for the hidden states of this process: its part of the budget less all that pruning needs otherwise.
 
+    Where that is more than the budget, and something that is asked for does not need whole blocks, experts are loaded one at a time.
+
     Args:
         asked: `prune.memory_budget`, GiB; None: what is free. tokens: of a pass.
     """
+    bytes_needed = partial(needed_bytes, decoder, plan, allocation, tokens)
+    available = memory_budget(asked) // distributed.local_world_size()
+    if (needed := bytes_needed()) > available and decoder.has_experts:
+        if option := needs_whole_blocks(decoder, plan, allocation):
+            message = "pruning needs up to %.1f GB of host memory, of which %.1f GB are there: with %s experts are not loaded one at a time"
+            log.warning(message, needed / 1e9, available / 1e9, option)
+        elif decoder.take_experts_apart():
+            before, needed = needed, bytes_needed()
+            message = "loading experts one at a time: %.1f GB of host memory are there, %.1f are needed, and %.1f for whole blocks"
+            log.info(message, available / 1e9, needed / 1e9, before / 1e9)
+    return max(0, available - needed)
+
+
+def needed_bytes(decoder: Decoder, plan: Plan, allocation: Any, tokens: int) -> int:
+    """See memory.host_bytes."""
     budgeted = ALLOCATIONS.of(allocation).budgeted
-    needed = host_bytes(
+    return host_bytes(
         decoder,
         plan,
         tokens,
@@ -227,7 +245,18 @@ def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | No
         takes_gradients=budgeted is not None and budgeted.takes_gradients,
         judges=budgeted is not None,
     )
-    return max(0, memory_budget(asked) // distributed.local_world_size() - needed)
+
+
+def needs_whole_blocks(decoder: Decoder, plan: Plan, allocation: Any) -> str | None:
+    """The option for which blocks are loaded with all of their experts, or None."""
+    reasons = {
+        f"prune.device={decoder.device.type}": decoder.device.type != "cpu",
+        f"prune.processes={distributed.world_size()}": distributed.world_size() > 1,
+        f"allocation={allocation.name}": ALLOCATIONS.of(allocation).budgeted is not None,
+        "a reconstruction": plan.trains,
+        "a permuted pattern": plan.permutation_rounds is not None,
+    }
+    return next((option for option, needs in reasons.items() if needs), None)
 
 
 def require_held_out(judged: list[str], held_out: torch.Tensor) -> None:
@@ -374,9 +403,7 @@ def memory_budget(asked: float | None) -> int:
 def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, Pattern]) -> dict[str, Any]:
     """One matrix in sparsity.json: sparsity asked and achieved, the relative output error, and what it was calibrated on."""
     matrix = finished.matrix
-    mask = block.changes[matrix.tensor].mask
-    mask = mask if matrix.expert is None else mask[matrix.expert]
-    weights, kept = mask.numel(), int(mask.sum())
+    weights, kept = matrix.size, finished.kept
     return {
         "block": block.index,
         "matrix": matrix.name,

@@ -132,14 +132,17 @@ CONFIGS: dict[str, dict] = {
         "index_n_heads": 2,
     },
     "gemma4_text": SHARING,
+    "gemma3n_text": {
+        **SHARING,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
 }
 
 # What is refused, and why.
 REFUSED: dict[str, tuple[dict, str]] = {
-    "gemma3n_text": (
-        {**SHARING, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
-        "its blocks receive hidden states of shape [2, 1, 2, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",
-    ),
     "cpmant": (
         {**SIZES, "dim_head": 8, "dim_ff": 48, "prompt_types": 4, "prompt_length": 4, "segment_types": 4},
         "its blocks receive hidden states of shape [1, 6, 32] for [1, 2] tokens, wanted [windows, tokens, ...]",

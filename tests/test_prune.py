@@ -152,3 +152,24 @@ def test_the_label_tells_models_apart_in_a_plot(overrides, expected):
     sections = read(*overrides)
     parts = (sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune"))
     assert prune.label(*parts) == expected
+
+
+def test_experts_are_loaded_one_at_a_time_where_the_budget_does_not_hold_the_block(tmp_path, caplog):
+    def budgeted(bytes_asked: float, *overrides: str) -> tuple[Decoder, int]:
+        mixture = Decoder(Checkpoint(directory), torch.float32, torch.device("cpu"))
+        chosen = read(*overrides)
+        plan = prune.plan_of(mixture, chosen["method"], chosen["pattern"], chosen["reconstruction"], chosen["prune"])
+        return mixture, prune.host_budget(mixture, plan, chosen["allocation"], bytes_asked / 2**30, 100)
+
+    directory = architectures.write(tmp_path, "mixtral")
+    whole, left = budgeted(2**31)
+    assert not whole.apart
+    needed = 2**31 - left
+    assert not budgeted(needed)[0].apart
+    apart, left = budgeted(needed - 1)
+    assert len(apart.apart) == 3
+    assert left > 0
+    caplog.clear()
+    for overrides, option in ((["allocation=owl"], "allocation=owl"), (["reconstruction=block"], "a reconstruction")):
+        assert not budgeted(1, *overrides)[0].apart
+        assert f"with {option} experts are not loaded one at a time" in caplog.messages[-1]

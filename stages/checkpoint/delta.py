@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 from stages.errors import CheckpointError
 from stages.files import parsed_json, read_json, sha256, write_json
 from stages.recipe import Recipe, fingerprint
+
+if TYPE_CHECKING:
+    from stages.streaming.host_memory import HostMemory
 
 FORMAT = "sparsesweep-delta/2"
 BLOCK_FORMAT = "sparsesweep-delta/1"  # of a block's file
@@ -51,20 +54,75 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(bits).bool().view(shape)
 
 
-@dataclass(kw_only=True, slots=True)
 class Change:
-    """The change of one tensor: a matrix, or all experts in one tensor.
+    """The change of one tensor: a matrix, or all experts in one tensor. Its mask takes a bit of memory for each weight.
 
-    mask: [rows, columns] or [experts, rows, columns], bool, True = kept.
-    values: [kept weights], their new values in row-major order in the base's dtype; None if they did not change.
-    rows: [rows], int32, the order of the mask's rows: row i of the mask is row rows[i] of the base; None if the order is the base's.
-    columns: [columns], int32, likewise.
+    Args:
+        mask: [rows, columns] or [experts, rows, columns], bool, on the CPU, True = kept.
+        values: [kept weights], their new values in row-major order in the base's dtype; None if they did not change.
+        rows: [rows], int32, the order of the mask's rows: row i of the mask is row rows[i] of the base; None if the order is the base's.
+        columns: [columns], int32, likewise.
+
+    Attributes:
+        packed: the mask, see pack. shape: that of the mask.
     """
 
-    mask: torch.Tensor
-    values: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-    columns: torch.Tensor | None = None
+    __slots__ = ("columns", "packed", "rows", "shape", "values")
+
+    def __init__(
+        self,
+        *,
+        mask: torch.Tensor,
+        values: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> None:
+        self.packed, self.shape = pack(mask), tuple(mask.shape)
+        self.values, self.rows, self.columns = values, rows, columns
+
+    @classmethod
+    def of_packed(cls, packed: torch.Tensor, shape: tuple[int, ...], **others: torch.Tensor | None) -> "Change":
+        """A change whose mask is packed already; others: values, rows and columns."""
+        change = cls.__new__(cls)
+        change.packed, change.shape = packed, shape
+        change.values, change.rows, change.columns = (others.get(key) for key in ("values", *ORDERS))
+        return change
+
+    @classmethod
+    def stacked(cls, changes: "list[Change]", files: "HostMemory | None" = None) -> "Change":
+        """Stack the changes of the experts in one tensor, in order; none of them reorders anything.
+
+        Args:
+            files: holds their values; None: they are in memory.
+        """
+        shape, kept = changes[0].shape, [change.values for change in changes if change.values is not None]
+        values = None
+        if kept:
+            room = files.buffer((sum(map(len, kept)),), kept[0].dtype)[0] if files else None
+            values = torch.cat(kept, out=room)
+        if math.prod(shape) % 8:
+            return cls(mask=torch.stack([change.mask for change in changes]), values=values)
+        packed = torch.cat([change.packed for change in changes])  # the bits of each begin with a byte
+        return cls.of_packed(packed, (len(changes), *shape), values=values)
+
+    def with_values(self, values: torch.Tensor) -> "Change":
+        """The same mask and order with other values."""
+        return Change.of_packed(self.packed, self.shape, values=values, rows=self.rows, columns=self.columns)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The mask, unpacked into a new tensor."""
+        return unpack(self.packed, self.shape)
+
+    def by_expert(self) -> Iterator["Change"]:
+        """Yield the change of each expert of those in one tensor, in order."""
+        count, kept = math.prod(self.shape[1:]), 0
+        for expert in range(self.shape[0]):
+            bits = self.packed[expert * count // 8 : -(-(expert + 1) * count // 8)]
+            offset = expert * count % 8
+            mask = unpack(bits, (offset + count,))[offset:].view(self.shape[1:])
+            first, kept = kept, kept + int(mask.sum()) if self.values is not None else 0
+            yield Change(mask=mask, values=None if self.values is None else self.values[first:kept])
 
     def reorder(self, weight: torch.Tensor) -> torch.Tensor:
         """Reorder the base's matrix into the order of the mask's rows and columns."""
@@ -83,8 +141,8 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, change in changes.items():
-        shapes[name] = list(change.mask.shape)
-        tensors[f"{name}.mask"] = pack(change.mask)
+        shapes[name] = list(change.shape)
+        tensors[f"{name}.mask"] = change.packed
         if change.values is not None:
             tensors[f"{name}.values"] = change.values
         for key, order in (("rows", change.rows), ("columns", change.columns)):
@@ -123,14 +181,15 @@ class _StoredChange:
             CheckpointError: the values are not as many as the kept weights, or an order is no permutation.
         """
         with safe_open(self.path, framework="pt") as file:
-            mask = unpack(file.get_tensor(f"{self.name}.mask"), self.shape)
+            packed = file.get_tensor(f"{self.name}.mask")
             tensors = {key: file.get_tensor(f"{self.name}.{key}") for key in self.keys}
-        if "values" in tensors and len(tensors["values"]) != (kept := int(mask.sum())):
-            raise self._damaged("values", f"{len(tensors['values'])} values", f"one for each of {kept} kept weights")
+        change = Change.of_packed(packed, self.shape, **tensors)
+        if change.values is not None and len(change.values) != (kept := int(change.mask.sum())):
+            raise self._damaged("values", f"{len(change.values)} values", f"one for each of {kept} kept weights")
         for order in (key for key in ORDERS if key in tensors):
             if not torch.equal(tensors[order].sort().values, torch.arange(len(tensors[order]), dtype=torch.int32)):
                 raise self._damaged(order, "an order that names some twice", "each once")
-        return Change(mask=mask, **tensors)
+        return change
 
     def _damaged(self, key: str, actual: str, expected: str) -> CheckpointError:
         return CheckpointError(f"delta file {self.path}: tensor {self.name}.{key}: found {actual}, wanted {expected}")

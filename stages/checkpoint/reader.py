@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import RawIOBase
 from pathlib import Path
@@ -49,6 +49,11 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def entry(self, index: int) -> "StoredTensor":
+        """An entry of the first dimension, 0 <= index < shape[0]."""
+        entry = replace(self, shape=self.shape[1:])
+        return replace(entry, offset=self.offset + index * entry.nbytes)
 
 
 def shard_header(path: Path) -> dict[str, StoredTensor]:
@@ -167,18 +172,21 @@ class Checkpoint:
         """Bytes of all tensors in this dtype."""
         return sum(math.prod(self.shape(name)) for name in self) * dtype.itemsize
 
-    def tensor(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """Read a tensor as stored into new CPU memory.
+    def tensor(self, name: str, *, pinned: bool = False, entry: int | None = None) -> torch.Tensor:
+        """Read a tensor as stored, or one entry of its first dimension, into new CPU memory.
 
         The file is not mapped: access to a map of a truncated file kills the process without a message.
 
         Args:
             pinned: whether to use page-locked memory, from which a GPU copies asynchronously.
+            entry: index of the entry, such as an expert of those in one tensor; None: the whole tensor.
 
         Raises:
             CheckpointError: the shard was removed or truncated, or the tensor has NaN or infinity.
         """
         path, stored = self.directory / self.shard_of[name], self.stored(name)
+        if entry is not None:
+            stored = stored.entry(entry)
         buffer = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
         try:
             with path.open("rb", buffering=0) as shard:

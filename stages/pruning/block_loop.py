@@ -41,6 +41,9 @@ from stages.pruning.shrinkage import with_shrinkage
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
 from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
+from stages.streaming.mixture import Routing, loaded_in_turn, replay
+from stages.streaming.mixture import advance as advance_by_expert
 from stages.streaming.stream import Stream, read_ahead
 
 ROWS_AT_ONCE = 2048  # of a matrix that is written back
@@ -55,6 +58,7 @@ class MatrixResult:
     held_out_error: the same on tokens of the windows held out; None if none of them reached the layer.
     damping, refined: see entries.Pruned.
     tokens: how many the layer read, in all processes.
+    kept: number of kept weights.
     """
 
     matrix: Matrix
@@ -64,6 +68,7 @@ class MatrixResult:
     refined: bool | None
     tokens: int
     calibrated_on: CalibratedOn
+    kept: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,26 +149,44 @@ def prune_blocks(
     """
     decoder, last = stream.decoder, len(stream.decoder.blocks) - 1
     teachers, outcomes = teachers or TeacherStreams.of(stream, plan), list(trained)
+    routing = Routing(stream)
     with read_ahead(decoder, range(last + 1)) as blocks:
         for index, tensors in enumerate(blocks):
             if teachers and teachers.student_inputs and plan.distillation and index == plan.distillation.first:
                 teachers.student_inputs.copy_from(stream)
             changes = done(index)
             if changes is not None:
-                _repeat_block(stream, plan, index, tensors, changes, teachers)
+                _repeat_block(stream, plan, index, tensors, changes, teachers, routing)
                 continue
             with decoder.loaded(index, tensors) as block:
                 if teachers:
                     teachers.teacher.advance(index, block)
-                pruned = _prune_block(stream, plan, index, block, teachers, outcomes)
+                if index in decoder.apart:
+                    pruned = _prune_by_expert(stream, plan, index, block, routing)
+                else:
+                    pruned = _prune_block(stream, plan, index, block, teachers, outcomes)
                 outcomes += [pruned.training] if pruned.training else []
                 yield pruned
                 if index < last and plan.propagate == Propagation.PRUNED:
-                    stream.advance(index, block)
+                    _advance(stream, index, block, routing, pruned.changes)
+
+
+def _advance(stream: Stream, index: int, block: nn.Module, routing: Routing, changes: dict[str, Change]) -> None:
+    """Run all windows through a loaded block. changes: with which its experts are loaded, where these are not."""
+    if index in stream.decoder.apart:
+        advance_by_expert(stream, index, block, routing, changes)
+    else:
+        stream.advance(index, block)
 
 
 def _repeat_block(
-    stream: Stream, plan: Plan, index: int, tensors: dict[str, torch.Tensor], changes: dict[str, Change], teachers: TeacherStreams | None
+    stream: Stream,
+    plan: Plan,
+    index: int,
+    tensors: dict[str, torch.Tensor],
+    changes: dict[str, Change],
+    teachers: TeacherStreams | None,
+    routing: Routing,
 ) -> None:
     """Run all windows through a block that an earlier run pruned, as far as a later block or a distillation needs its outputs."""
     decoder, is_last = stream.decoder, index == len(stream.decoder.blocks) - 1
@@ -172,11 +195,11 @@ def _repeat_block(
             teachers.teacher.advance(index, block)
     if is_last:
         return
-    if plan.propagate == Propagation.PRUNED:
-        for name, change in changes.items():
-            tensors[name] = change.apply(tensors[name])
+    changes = changes if plan.propagate == Propagation.PRUNED else {}
+    for name in changes.keys() & tensors.keys():
+        tensors[name] = changes[name].apply(tensors[name])
     with decoder.loaded(index, tensors) as block:
-        stream.advance(index, block)
+        _advance(stream, index, block, routing, changes)
 
 
 def _prune_block(
@@ -189,7 +212,7 @@ def _prune_block(
     reconstruction = plan.reconstruction_of(index)
     training = BlockTraining(reconstruction, block, teachers.teacher.hidden) if teachers and reconstruction else None
     pruner = _BlockPruner(stream.decoder, plan, index, block, orders, held_out, training)
-    pruner.prune(inputs)
+    pruner.prune(inputs, stream.decoder.layers(index))
     if training is not None:
         pruner.reconstruct(stream, training, trained)
     return pruner.pruned_block()
@@ -209,11 +232,47 @@ def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> tuple[
     held_out = observe_held_out(stream, block, layers, plan.error_tokens)
     _run_through(stream, plan, index, block, held_out, stream.held_out)
     stream.require_finite(index)
-    samples: dict[Layer, torch.Tensor] = {}
-    for distinct in held_out.finish(None):
-        if distinct.sample:
-            samples.update(dict.fromkeys(distinct.layers, torch.cat(distinct.sample)))
-    return inputs, samples
+    return inputs, _samples(held_out.finish(None))
+
+
+def _samples(held_out: list[Inputs]) -> dict[Layer, torch.Tensor]:
+    """The sample of each layer, [tokens, columns], compute dtype."""
+    return {layer: torch.cat(distinct.sample) for distinct in held_out if distinct.sample for layer in distinct.layers}
+
+
+def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, routing: Routing) -> PrunedBlock:
+    """Prune a dense block that is loaded without its experts: one after another is loaded, observed and pruned."""
+    decoder, mixture, layers = stream.decoder, stream.decoder.apart[index], stream.decoder.layers(index)
+    propagates = plan.propagate == Propagation.DENSE and index < len(decoder.blocks) - 1
+    others = [layer for layer in layers if layer.module != mixture.path]
+
+    def observed(observer: Observer[Any], windows: range, minimum: int | None) -> list[Inputs]:
+        with routing.recording(block, mixture):
+            for members, hidden, call in stream.parts(index, windows):
+                routing.running(members)
+                observer.run(hidden, partial(block_outputs, block, call=call))
+        return observer.finish(minimum, others)
+
+    observer = observe(stream, block, layers, plan.method.statistic, plan.error_tokens)
+    inputs = observed(observer, stream.fitted, plan.expert_tokens)
+    held_out = observe_held_out(stream, block, layers, plan.error_tokens)
+    samples, files = _samples(observed(held_out, stream.held_out, None)), HostMemory(0, stream.memory.scratch)
+    pruner = _BlockPruner(decoder, plan, index, block, {}, samples, None, files)
+    pruner.prune(inputs, others)
+    observers: list[tuple[Observer[Any], range]] = [(observer, stream.fitted), (held_out, stream.held_out)]
+    module = block.get_submodule(mixture.path)
+    for expert in loaded_in_turn(decoder, index, range(mixture.count)):
+        for observing, windows in observers:
+            for members in stream.micro_batches(windows):
+                observing.run_expert(expert, partial(routing.run_expert, module, expert, members, add=propagates))
+        of_expert = [layer for layer in layers if layer.module == mixture.path and layer.expert == expert]
+        pruner.held_out = _samples(held_out.finish(None, of_expert))
+        pruner.prune(observer.finish(plan.expert_tokens, of_expert), of_expert)
+        for observing, _ in observers:
+            observing.forget(of_expert)
+    if propagates:
+        replay(stream, index, block, routing)
+    return pruner.pruned_block()
 
 
 def _run_through(stream: Stream, plan: Plan, index: int, block: nn.Module, observer: Observer[Any], windows: range) -> None:
@@ -253,6 +312,7 @@ class _BlockPruner:
         orders: matrix name -> the order of its rows and columns.
         held_out: layer -> some of its inputs in the windows held out, in the order of the checkpoint; see _collect.
         training: gathers what a reconstruction starts from, or None where none follows.
+        files: holds the new values of kept weights, where they may be more than the memory; None: they are in memory.
     """
 
     def __init__(
@@ -264,9 +324,10 @@ class _BlockPruner:
         orders: dict[str, Order],
         held_out: dict[Layer, torch.Tensor],
         training: BlockTraining | None,
+        files: HostMemory | None = None,
     ) -> None:
         self.decoder, self.plan, self.index, self.block = decoder, plan, index, block
-        self.orders, self.held_out, self.training = orders, held_out, training
+        self.orders, self.held_out, self.training, self.files = orders, held_out, training, files
         self.outcome: Outcome | None = None
         self.results: dict[str, MatrixResult] = {}
         self.changes: dict[str, Change] = {}
@@ -274,12 +335,16 @@ class _BlockPruner:
         for matrix in decoder.matrices[index]:
             self.matrices_of.setdefault(matrix.layer, []).append(matrix)
 
-    def prune(self, inputs: list[Inputs]) -> None:
-        """Prune all matrices; each input is taken out of the list, so that its statistic is freed before the next is factored."""
+    def prune(self, inputs: list[Inputs], layers: list[Layer]) -> None:
+        """Prune the matrices of some layers.
+
+        Args:
+            inputs: of these layers; each is taken out of the list, so that its statistic is freed before the next is factored.
+        """
         reached = {layer for distinct in inputs for layer in distinct.layers}
-        for layer, matrices in self.matrices_of.items():
+        for layer in layers:
             if layer not in reached:
-                raise PruningError(f"layer {matrices[0].name}: no calibration token reached it")
+                raise PruningError(f"layer {self.matrices_of[layer][0].name}: no calibration token reached it")
         solved = parallel.solve_own(inputs, lambda distinct: self.solve(distinct, self._weights(distinct)))
         for number in range(len(inputs)):
             self._prune_group(inputs.pop(0), solved.pop(number, None), parallel.source_of(number))
@@ -301,7 +366,9 @@ class _BlockPruner:
                 self.training.add(matrix, weight, pruned, samples, dtype)
             target = matrix.of(self.block) if self.plan.propagate == Propagation.PRUNED else None
             squared_errors = write_back(weight, pruned, dtype, target, samples)
-            self.changes[matrix.name] = _change(matrix, pruned, order, dtype)
+            change = self.changes[matrix.name] = _change(matrix, pruned, order, dtype)
+            if self.files is not None and change.values is not None:
+                change.values = self.files.buffer(tuple(change.values.shape), dtype)[0].copy_(change.values)
             relative_error, held_out_error = measure(matrix, squared_errors)
             self.results[matrix.name] = MatrixResult(
                 matrix=matrix,
@@ -311,6 +378,7 @@ class _BlockPruner:
                 refined=pruned.refined,
                 tokens=inputs.tokens,
                 calibrated_on=inputs.calibrated_on,
+                kept=int(pruned.mask.count_nonzero()),
             )
 
     def _held_out(self, inputs: Inputs) -> torch.Tensor:
@@ -399,9 +467,8 @@ class _BlockPruner:
         """The change of a tensor: that of its one matrix, or those of the experts that it holds."""
         if matrices[0].expert is None:
             return self.changes[matrices[0].name]
-        changes = [self.changes[matrix.name] for matrix in sorted(matrices, key=lambda matrix: matrix.expert or 0)]
-        values = [change.values for change in changes if change.values is not None]
-        return Change(mask=torch.stack([change.mask for change in changes]), values=torch.cat(values) if values else None)
+        ordered = sorted(matrices, key=lambda matrix: matrix.expert or 0)
+        return Change.stacked([self.changes[matrix.name] for matrix in ordered], self.files)
 
 
 def write_back(

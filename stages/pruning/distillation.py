@@ -15,7 +15,7 @@ Weights are learned in balanced coordinates, and the windows held out judge, see
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -135,7 +135,7 @@ class _TrainedBlock:
 
     def __init__(self, stream: Stream, index: int, changes: dict[str, Change], tensors: dict[str, torch.Tensor]) -> None:
         self.decoder, self.index = stream.decoder, index
-        self.shapes = {name: change.mask.shape for name, change in changes.items()}
+        self.shapes = {name: change.shape for name, change in changes.items()}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.untrained = {name: tensor for name, tensor in tensors.items() if name not in changes}
@@ -231,7 +231,7 @@ class _TrainedBlock:
         values = {name: piece.to(self.decoder.checkpoint.dtype(name)) for name, piece in pieces}
         if not all(torch.isfinite(kept).all() for kept in values.values()):
             raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
-        return {name: replace(initial[name], values=kept) for name, kept in values.items()}
+        return {name: initial[name].with_values(kept) for name, kept in values.items()}
 
 
 def _trained_blocks(stream: Stream, settings: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_TrainedBlock]:

@@ -41,9 +41,10 @@ class Experts:
         self.block, self.layers, self.recorder = block, layers, recorder
         self.read: Callable[[Layer, torch.Tensor], None] | None = None  # is told of what experts read, too
 
-    def recording(self) -> AbstractContextManager[object]:
-        """Record while the block runs."""
-        return products_of(self.block, self.layers, self._record) if self.layers else nullcontext()
+    def recording(self, expert: int | None = None) -> AbstractContextManager[object]:
+        """Record while the block runs, or while one expert of it does."""
+        layers = self.layers if expert is None else [layer for layer in self.layers if layer.expert == expert]
+        return products_of(self.block, layers, self._record) if layers else nullcontext()
 
     def _record(self, layer: Layer, tokens: torch.Tensor, _: torch.Tensor) -> None:
         if layer.expert is None:
@@ -92,12 +93,12 @@ class FewTokenExperts:
         """Replace the recorded inputs of experts with fewer than `minimum` tokens by the sample.
 
         Args:
-            counts: number of tokens routed to each expert, over all processes.
+            counts: number of tokens routed to each expert, over all processes; those not in it are left as they are.
             minimum: None: recorded inputs are not replaced, and experts without tokens are left out.
         """
         for hook in self._hooks:
             hook.remove()
-        experts = [layer for layer in self.experts.layers if layer.expert is not None]
+        experts = [layer for layer in self.experts.layers if layer.expert is not None and layer in counts]
         few = [layer for layer in experts if counts[layer] < max(1, minimum or 0)]
         for layer in experts:
             if layer in few:
@@ -123,5 +124,5 @@ class FewTokenExperts:
         """Send all sampled tokens of a mixture to one expert."""
         tokens = torch.cat(self._reached[path])
         top_k_index = torch.full((len(tokens), 1), expert, device=tokens.device)
-        with self.experts.recording():
+        with self.experts.recording(expert):
             self.experts.block.get_submodule(path)(tokens, top_k_index, torch.ones_like(top_k_index, dtype=tokens.dtype))

@@ -14,6 +14,7 @@ COPIES_TRAINED = 10  # of a block's weights in float32: initial, current, best, 
 COPIES_DISTILLED = 10  # likewise: weights and gradients of a block and of the one before it, gradients and indices of kept weights
 COPIES_OF_ACTIVATIONS = 3  # in float32: inputs and outputs of a block's matrices for the tokens of a pass, where gradients are taken
 EXPERTS_CHOSEN = 8  # for a token; few mixtures choose more
+COPIES_OF_MASKS = 2  # a bit of each weight of a block: of the block that is pruned and of the one that is written
 COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, intermediate results
 COPIES_SCORED = 4  # of a block's weights in float32: scores of each matrix and of all together, these in float64 for their mean
 COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 the matrix, its factor and the inverse; the inverse in float32
@@ -23,9 +24,9 @@ COPIES_MASKED, COPIES_UPDATED = 8, 12  # of a layer's weights in float32: while 
 def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, takes_gradients: bool, judges: bool = False) -> int:
     """An upper bound on host memory in bytes, without hidden states.
 
-    It counts the libraries and two copies of the largest block as stored, for the current block and the one read ahead; on a CPU also
-    the memory in which the block loop computes, or an allocation or a distillation if that is more. A distillation needs copies of a
-    block on the host on every device.
+    It counts the libraries, masks, and two copies of the largest block as stored, for the current block and the one read ahead, of
+    experts that are loaded one at a time those of three; on a CPU also the memory in which the block loop computes, or an allocation or
+    a distillation if that is more. A distillation needs copies of a block on the host on every device.
 
     Args:
         tokens: number of tokens in a forward pass.
@@ -33,8 +34,9 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
         takes_gradients: whether an allocation takes gradients of the loss. judges: whether an allocation is judged.
     """
     blocks = range(len(decoder.blocks))
-    largest = max(_block_weights(decoder, index) for index in blocks)
+    largest = max(_loaded_weights(decoder, index) for index in blocks)
     host = LIBRARIES + 2 * max(_stored_bytes(decoder, index) for index in blocks)
+    host += COPIES_OF_MASKS * max(map(_size, decoder.matrices)) // 8
     if plan.distillation:
         host += COPIES_DISTILLED * 4 * largest
     if decoder.device.type != "cpu":
@@ -61,22 +63,24 @@ def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
 
 def _loop_bytes(decoder: Decoder, plan: Plan, index: int) -> int:
     """A block in the compute dtype and its copies for training, float32 copies of the largest layer for the method, a Gram matrix of
-    every layer, and the copies for factoring the widest."""
-    matrices, weights = decoder.matrices[index], _block_weights(decoder, index)
+    every layer, and the copies for factoring the widest; of experts that are loaded one at a time those of one."""
+    matrices, weights = decoder.matrices[index], _loaded_weights(decoder, index)
     needs_gram = plan.method.statistic is Gram
     copies = COPIES_UPDATED if needs_gram or plan.method.statistic is Moments else COPIES_MASKED
     total = weights * decoder.dtype.itemsize + copies * 4 * max(matrix.size for matrix in matrices)
     if plan.reconstruction:
         total += COPIES_TRAINED * 4 * weights
     if needs_gram:
-        grams = {matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}
+        apart = decoder.apart[index].parameters if index in decoder.apart else ()
+        at_once = [matrix for matrix in matrices if not matrix.parameter_slice.expert or matrix.parameter_slice.name not in apart]
+        grams = {matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in at_once}
         total += sum(grams.values()) + COPIES_FACTORED * max(grams.values())
     return total
 
 
 def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
     """A block's weights, gradients and activations, the parameters outside the blocks, and the logits of some tokens."""
-    largest = max(_block_weights(decoder, index) for index in range(len(decoder.blocks)))
+    largest = max(_loaded_weights(decoder, index) for index in range(len(decoder.blocks)))
     activations = COPIES_OF_ACTIVATIONS * 4 * tokens * max(map(_channels, decoder.matrices))
     return 2 * largest * decoder.dtype.itemsize + activations + _head_bytes(decoder)
 
@@ -100,8 +104,25 @@ def _block_weights(decoder: Decoder, index: int) -> int:
     return sum(_weights(decoder, name) for name in decoder.tensors(index))
 
 
+def _loaded_weights(decoder: Decoder, index: int) -> int:
+    """Weights of a block that are loaded at once; of experts that are loaded one at a time those of three."""
+    return sum(_weights(decoder, name) for name in decoder.tensors_loaded(index)) + 3 * _expert_weights(decoder, index)
+
+
+def _expert_weights(decoder: Decoder, index: int) -> int:
+    """Weights of an expert of those that are loaded one at a time."""
+    if index not in decoder.apart:
+        return 0
+    experts = set(decoder.tensors(index)) - set(decoder.tensors_loaded(index))
+    return sum(_weights(decoder, name) for name in experts) // decoder.apart[index].count
+
+
+def _size(matrices: list[Matrix]) -> int:
+    return sum(matrix.size for matrix in matrices)
+
+
 def _stored_bytes(decoder: Decoder, index: int) -> int:
-    return sum(_weights(decoder, name) * decoder.checkpoint.dtype(name).itemsize for name in decoder.tensors(index))
+    return sum(_weights(decoder, name) * decoder.checkpoint.dtype(name).itemsize for name in decoder.tensors_loaded(index))
 
 
 def _weights(decoder: Decoder, name: str) -> int:

@@ -100,6 +100,18 @@ class Observer(Generic[S]):
             self.recorder.end()
             self.linear.end()
 
+    def run_expert(self, expert: int, run: Callable[[], None]) -> None:
+        """Observe one expert alone while `run` runs it, on windows whose other layers have been observed."""
+        self.recorder.begin(0, 0)
+        with self.experts.recording(expert):
+            run()
+        self.recorder.end()
+
+    def forget(self, layers: list[Layer]) -> None:
+        """Drop the inputs of some layers, and free their statistics."""
+        for layer in layers:
+            self.recorder.forget(layer)
+
     def run_to_last_input(self, hidden: torch.Tensor, forward: Callable[[torch.Tensor], Any]) -> None:
         """Run some windows through the block; from the second call on stop before the last layer's product. See run."""
         self.linear.stop_at_last = True
@@ -110,18 +122,20 @@ class Observer(Generic[S]):
         finally:
             self.linear.stop_at_last = False
 
-    def finish(self, minimum: int | None) -> list[Inputs[S]]:
+    def finish(self, minimum: int | None, layers: list[Layer] | None = None) -> list[Inputs[S]]:
         """Add up over all processes, and return every distinct input in the same order in each process.
 
         Args:
             minimum: tokens, see FewTokenExperts.apply.
+            layers: of which no others read the same inputs, and after which none are observed but experts; None: all.
         """
         self.linear.remove()
-        local_counts = [self.recorder.inputs[layer].tokens if self.recorder.records(layer) else 0 for layer in self.layers]
-        counts = dict(zip(self.layers, all_reduce(torch.tensor(local_counts)).tolist(), strict=True))
+        layers = self.layers if layers is None else layers
+        local_counts = [self.recorder.inputs[layer].tokens if self.recorder.records(layer) else 0 for layer in layers]
+        counts = dict(zip(layers, all_reduce(torch.tensor(local_counts)).tolist(), strict=True))
         self.few_token_experts.apply(counts, minimum)
         distinct = []
-        for layer in self.layers:
+        for layer in layers:
             if self.recorder.records(layer):
                 inputs = self.recorder.inputs[layer]
                 inputs.statistic.finish(all_reduce)

@@ -185,7 +185,7 @@ def _gradients(
         output = run_block(training.block, hidden, call)
         target = training.targets[window : window + 1].to(hidden.device)
         error = relative_errors(output.view_as(hidden), target, hidden).mean()
-        computed = torch.autograd.grad(error, list(parameters.values()))
+        computed = torch.autograd.grad(error, list(parameters.values()), materialize_grads=True)  # zeros of what only chooses tokens
     gradients = {name: gradient.float() for name, gradient in zip(parameters, computed, strict=True)}
     training.balance.multiply(training.views(gradients))
     return {name: distributed.all_reduce_mean(gradient.mul_(training.masks[name])) for name, gradient in gradients.items()}

@@ -128,4 +128,4 @@ def _in_float32(call: Call) -> Call:
             return type(value)(map(cast, value))
         return value
 
-    return Call(hidden=call.hidden, arguments=cast(call.arguments), keywords={key: cast(value) for key, value in call.keywords.items()})
+    return replace(call, arguments=cast(call.arguments), keywords={key: cast(value) for key, value in call.keywords.items()})

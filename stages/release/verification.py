@@ -137,10 +137,11 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
             continue
         change = delta.change(name)
         _check_kept(name, change, base, after)
-        pruned, zero = ~change.mask, after == 0
+        mask, zero = change.mask, after == 0
+        pruned = ~mask
         for row in rows[name]:
             _check_matrix(row, _matrix(pruned, row), _matrix(zero, row), asked)
-        if not (zero | change.mask).all():
+        if not (zero | mask).all():
             raise ReleaseError(f"{name}: found {int((pruned & ~zero).sum())} pruned weights that are not zero, wanted none")
         zeros, changed = zeros + int(zero.sum()), changed + (change.values is not None)
     _check_total(delta, asked)

@@ -105,11 +105,8 @@ def unsupported(model: "PreTrainedModel", reason: str) -> ArchitectureError:
     return ArchitectureError(f"{model.config.model_type}: {reason}; this architecture is not supported")
 
 
-def find_blocks(model: "PreTrainedModel", count: int | None = None) -> tuple[str, nn.ModuleList]:
-    """Find the decoder blocks: the one outermost list of `count` modules in the model, or in the text decoder of a multimodal one.
-
-    Args:
-        count: None: as many as the config of the text decoder states.
+def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks: the one outermost list of as many modules as the model, or the text decoder of a multimodal one, has layers.
 
     Returns:
         Its path in the model, and the list.
@@ -117,16 +114,20 @@ def find_blocks(model: "PreTrainedModel", count: int | None = None) -> tuple[str
     Raises:
         ArchitectureError: there is no such list, or there are several; or the blocks share weights with other modules.
     """
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None) if count is None else count
-    if count is None:
+    config, prefix = model.config.get_text_config(), path_of(model, text_decoder(model))
+    counts = [getattr(config, key, None) for key in ("num_hidden_layers", "num_layers")]  # a block may count as two layers
+    if counts[0] is None:
         raise unsupported(model, "found no num_hidden_layers in its config, wanted the number of decoder blocks")
-    prefix = path_of(model, text_decoder(model))
-    inner = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
-    lists = {name: module for name, module in inner.items() if isinstance(module, nn.ModuleList) and len(module) == count}
-    outermost = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
-        raise unsupported(model, f"found {len(outermost)} lists of {count} modules, wanted one list of decoder blocks")
-    path, blocks = outermost[0]
+    inner = {name: module for name, module in model.named_modules() if name.startswith(prefix) and isinstance(module, nn.ModuleList)}
+    found: list[tuple[str, nn.ModuleList]] = []
+    for count in dict.fromkeys(counts):
+        lists = {name: module for name, module in inner.items() if len(module) == count}
+        found = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        if len(found) == 1:
+            break
+    else:
+        raise unsupported(model, f"found {len(found)} lists of {counts[0]} modules, wanted one list of decoder blocks")
+    path, blocks = found[0]
     for name, other in getattr(model, "all_tied_weights_keys", {}).items():
         if name.startswith(f"{path}.") != other.startswith(f"{path}."):
             raise unsupported(model, f"{name} is tied to {other}, wanted blocks that share no weights with other modules")

@@ -16,7 +16,7 @@ import enum
 import inspect
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -65,11 +65,13 @@ class Call:
 
     hidden: [windows, tokens, width], or [windows, tokens, streams, width] of a model with several streams.
     arguments, keywords: all other arguments, such as masks, positions and rotary embeddings, as they were at the call.
+    streams_first: whether the block itself wants and returns hidden states as [streams, windows, tokens, width].
     """
 
     hidden: torch.Tensor
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    streams_first: bool = False
 
     def named(self, block: nn.Module) -> dict[str, Any]:
         """The other arguments by the names of the parameters of the block's forward method."""
@@ -78,7 +80,7 @@ class Call:
     def example(self) -> "Call":
         """The call with examples of what earlier blocks hand on, for a run with zeros for weights."""
         keywords = {name: _example(value) for name, value in self.keywords.items()}
-        return Call(hidden=self.hidden, arguments=tuple(map(_example, self.arguments)), keywords=keywords)
+        return replace(self, arguments=tuple(map(_example, self.arguments)), keywords=keywords)
 
     def handed_on(self) -> list[Carried | Shared]:
         """What stands for something that an earlier block hands on."""
@@ -92,7 +94,7 @@ class Call:
         names = list(_named(block, self.arguments, {}))
         arguments = tuple(values.get(name, value) for name, value in zip(names, self.arguments, strict=True))
         keywords = {name: values.get(name, value) for name, value in self.keywords.items()}
-        return Call(hidden=self.hidden, arguments=arguments, keywords=keywords)
+        return replace(self, arguments=arguments, keywords=keywords)
 
 
 def block_outputs(block: nn.Module, hidden: torch.Tensor, call: Call) -> tuple[Any, ...]:
@@ -101,8 +103,14 @@ def block_outputs(block: nn.Module, hidden: torch.Tensor, call: Call) -> tuple[A
     Returns:
         Hidden states of the same shape, and what else the block returns.
     """
-    output = block(hidden, *call.arguments, **call.keywords)
-    return tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    output = block(_streams_first(hidden) if call.streams_first else hidden, *call.arguments, **call.keywords)
+    outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    return (outputs[0].movedim(0, 2), *outputs[1:]) if call.streams_first else outputs
+
+
+def _streams_first(hidden: torch.Tensor) -> torch.Tensor:
+    """From [windows, tokens, streams, width] to [streams, windows, tokens, width]."""
+    return hidden.movedim(2, 0).contiguous()
 
 
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -131,17 +139,20 @@ def record_calls(model: "PreTrainedModel", blocks: nn.ModuleList, input_ids: tor
     calls = recording.calls
     if len(calls) != len(blocks):
         raise unsupported(model, f"it runs {len(calls)} of its {len(blocks)} blocks, wanted each of them once and in order")
+    if calls[0].hidden.dim() == 4 and calls[0].hidden.shape[1:3] == input_ids.shape:
+        calls = [replace(call, hidden=call.hidden.movedim(0, 2), streams_first=True) for call in calls]
     if calls[0].hidden.shape[:2] != input_ids.shape or calls[0].hidden.dim() < 3:
         received = f"its blocks receive hidden states of shape {list(calls[0].hidden.shape)} for {list(input_ids.shape)} tokens"
         raise unsupported(model, f"{received}, wanted [windows, tokens, ...]")
     return calls
 
 
-def run_after_blocks(model: "PreTrainedModel", blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+def run_after_blocks(model: "PreTrainedModel", blocks: nn.ModuleList, hidden: torch.Tensor, *, streams_first: bool = False) -> torch.Tensor:
     """Run the part of the model after the blocks.
 
     Args:
         model: with the weights after the blocks. hidden: [windows, tokens, width], the last block's output, on the model's device.
+        streams_first: see Call.
 
     Returns:
         [windows, tokens, vocabulary], compute dtype.
@@ -149,13 +160,22 @@ def run_after_blocks(model: "PreTrainedModel", blocks: nn.ModuleList, hidden: to
     width = model.get_input_embeddings().weight.shape[1]
     # NaN: what comes before the blocks runs, too, and must not reach the logits
     unused = torch.full((*hidden.shape[:2], width), torch.nan, dtype=hidden.dtype, device=hidden.device)
-    with _standing_in(model, blocks, lambda *_: hidden):
-        try:
-            return model(inputs_embeds=unused, use_cache=False).logits
-        except RuntimeError as error:
-            if not raised_in(type(model).__module__, error):
-                raise
-        return model(input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.int64), use_cache=False).logits  # it wants tokens
+
+    def run(last: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        last = _streams_first(last) if streams_first else last
+        with _standing_in(model, blocks, lambda *_: last):
+            logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
+    try:
+        return run(hidden, inputs_embeds=unused)
+    except RuntimeError as error:
+        if not raised_in(type(model).__module__, error):
+            raise
+    first, other = (run(hidden[:1, :1], input_ids=hidden.new_full((1, 1), token, dtype=torch.int64)) for token in (0, 1))  # it wants tokens
+    if not torch.equal(first, other):
+        raise unsupported(model, "its logits depend on tokens otherwise than through its blocks, wanted logits of hidden states alone")
+    return run(hidden, input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.int64))
 
 
 def differing_arguments(
@@ -264,7 +284,7 @@ class _StandIn(nn.Module):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         block, returns = self._of_stand_in
         output: Any = returns(arguments, keywords).as_subclass(_Output)
-        output.besides = partial(_besides, block, arguments, keywords)
+        output.returned = partial(_returned, block, arguments, keywords)
         return output
 
 
@@ -303,7 +323,7 @@ class _Recording:
         self._version = hidden._version
         if len(self.calls) == len(self.blocks):
             if self.blocks[index - 1] in _BESIDES:
-                _besides(self.blocks[index], arguments, keywords)  # while there are examples for as many tokens
+                _returned(self.blocks[index], arguments, keywords)  # while there are examples for as many tokens
             raise _AllRecorded
         return hidden
 
@@ -333,11 +353,10 @@ class _ReadOnly(dict[Any, Any]):
 _BESIDES: WeakKeyDictionary[nn.Module, list[Carried | None] | None] = WeakKeyDictionary()
 
 
-def _besides(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Carried | None]:
-    """Stand-ins for what a block returns after the hidden states; a run with zeros for weights, once, shows how many and which are None.
+def _returned(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Carried | None] | None:
+    """Stand-ins for what a block returns after the hidden states, or None where it returns these alone and no tuple.
 
-    Raises:
-        _NotPlain: it returns hidden states alone.
+    A run with zeros for weights, once, shows how many there are and which are None.
     """
     if block not in _BESIDES:
         with torch.no_grad(), zeros_in(block):
@@ -345,32 +364,43 @@ def _besides(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, A
         several = isinstance(output, (tuple, list))
         numbered = enumerate(output[1:], start=1) if several else ()
         _BESIDES[block] = [None if value is None else Carried(position, value) for position, value in numbered] if several else None
-    besides = _BESIDES[block]
-    if besides is None:
-        raise _NotPlain("it takes hidden states apart, wanted hidden states that go from block to block unchanged")
-    return besides
+    return _BESIDES[block]
 
 
 class _Output(torch.Tensor):
     """The hidden states that a stand-in returns, for models that expect a tensor and for those that expect a tuple that it begins.
 
-    besides: makes stand-ins for the rest of the tuple.
+    Of several streams of hidden states, an index may be meant for a stream or for the tuple: the block shows which.
+
+    returned: makes stand-ins for the rest of the tuple; None where the block returns no tuple.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results of operations are plain tensors
-    besides: Callable[[], list[Carried | None]]
+    returned: Callable[[], list[Carried | None] | None]
+
+    @property
+    def besides(self) -> list[Carried | None]:
+        """Stand-ins for the rest of the tuple.
+
+        Raises:
+            _NotPlain: the block returns hidden states alone.
+        """
+        besides = self.returned()
+        if besides is None:
+            raise _NotPlain("it takes hidden states apart, wanted hidden states that go from block to block unchanged")
+        return besides
 
     def __getitem__(self, index: Any) -> Any:
         hidden = self.as_subclass(torch.Tensor)
-        if isinstance(index, int) and index == 0:
-            return hidden
-        return (hidden, *self.besides())[index] if isinstance(index, (int, slice)) else hidden[index]
+        if not isinstance(index, (int, slice)) or (hidden.dim() > 3 and self.returned() is None):
+            return hidden[index]
+        return hidden if index == 0 else (hidden, *self.besides)[index]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter((self.as_subclass(torch.Tensor), *self.besides()))
+        return iter((self.as_subclass(torch.Tensor), *self.besides))
 
     def __len__(self) -> int:
-        return 1 + len(self.besides())
+        return 1 + len(self.besides)
 
 
 @contextmanager

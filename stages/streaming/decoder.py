@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -13,6 +14,8 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
 from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
+from stages.streaming.host_memory import ReservedTensor
+from stages.streaming.mixture import Mixture, find_mixture
 from stages.streaming.scope import find_matrices
 from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 
@@ -30,6 +33,7 @@ class Decoder:
         layout: name in the checkpoint -> slice of a parameter, without tensors of which transformers computes parameters outside the text
             decoder, see read_layout.
         hands_on: whether blocks hand on to later ones more than hidden states.
+        apart: index of a block -> its mixture, whose experts are not loaded with it but one at a time, see take_experts_apart.
 
     Raises:
         ArchitectureError: the blocks cannot be found or cannot be run alone, or tensors are converted in a way that is not known;
@@ -39,7 +43,8 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self._read_again: dict[str, torch.Tensor] = {}  # of the block that is loaded, see stored
+        self.apart: dict[int, Mixture] = {}
+        self._reserved: dict[str, ReservedTensor] = {}  # parameter of the loaded block -> room for its experts
         self.model = empty_model(checkpoint.directory, dtype)
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one expert after another, each by its own product
@@ -71,6 +76,31 @@ class Decoder:
     def layers(self, index: int) -> list[Layer]:
         """The layers of a block that multiply by matrices in scope, without repeats."""
         return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any block has experts in one parameter."""
+        return any(matrix.parameter_slice.expert is not None for matrices in self.matrices for matrix in matrices)
+
+    def take_experts_apart(self) -> bool:
+        """Load the experts of mixtures one at a time from now on, wherever a block allows it; see mixture.py.
+
+        Returns:
+            Whether any block does.
+        """
+        for index, call in enumerate(self._calls_of_zeros):
+            mixture = find_mixture(self.blocks[index], self.layers(index), call)
+            if mixture is not None:
+                self.apart[index] = mixture
+        return bool(self.apart)
+
+    def _of_experts(self, index: int, tensor: str) -> bool:
+        """Whether a tensor of a block belongs to experts that are not loaded with it."""
+        return index in self.apart and self._tensors[index][tensor].name in self.apart[index].parameters
+
+    def tensors_loaded(self, index: int) -> list[str]:
+        """Names in the checkpoint of the tensors that are loaded with a block."""
+        return [tensor for tensor in self._tensors[index] if not self._of_experts(index, tensor)]
 
     def require_gradients_by_hidden_states(self, option: str) -> None:
         """Refuse an option that takes gradients from block to block where these hand on more than hidden states.
@@ -106,7 +136,7 @@ class Decoder:
         Returns:
             [windows, tokens, vocabulary], compute dtype.
         """
-        return run_after_blocks(self.model, self.blocks, hidden)
+        return run_after_blocks(self.model, self.blocks, hidden, streams_first=self._calls_of_zeros[0].streams_first)
 
     def _require_blocks_that_run_alone(self, converted: list[str]) -> list[Call]:
         """Record how the blocks are called for two tokens with all weights zero; these zeros take no memory.
@@ -199,7 +229,15 @@ class Decoder:
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """Read a block's tensors as stored, on the host: name in the checkpoint -> tensor. Safe to call in another thread."""
-        return {tensor: self.checkpoint.tensor(tensor, pinned=self.device.type == "cuda") for tensor in self._tensors[index]}
+        return {tensor: self.checkpoint.tensor(tensor, pinned=self.device.type == "cuda") for tensor in self.tensors_loaded(index)}
+
+    def read_expert(self, index: int, expert: int) -> dict[str, torch.Tensor]:
+        """Read what belongs to one expert of a block, likewise: name in the checkpoint -> tensor, or its entry for the expert."""
+        read = {}
+        for tensor, parameter_slice in self._tensors[index].items():
+            if self._of_experts(index, tensor) and parameter_slice.expert in (None, expert):
+                read[tensor] = self.checkpoint.tensor(tensor, entry=expert if parameter_slice.expert is None else None)
+        return read
 
     @contextmanager
     def loaded(self, index: int, tensors: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
@@ -209,18 +247,45 @@ class Decoder:
             tensors: from `read`; removed from the dictionary one after another, so that only one is in memory twice.
         """
         block, parameters = self.blocks[index], {}
-        for tensor, parameter_slice in self._tensors[index].items():
+        for tensor in self.tensors_loaded(index):
+            parameter_slice = self._tensors[index][tensor]
             name = parameter_slice.name
             if name not in parameters:
-                dtype = parameter_dtype(self.model, f"{self.prefix}.{index}.{name}", self.dtype)
-                parameters[name] = materialize(block, name, dtype=dtype, device=self.device)
+                parameters[name] = materialize(block, name, dtype=self._dtype_of(index, name), device=self.device)
             parameter_slice.of(parameters[name]).copy_(tensors.pop(tensor), non_blocking=True)
+        if index in self.apart:
+            for name in self.apart[index].parameters:
+                self._reserved[name] = ReservedTensor(block.get_parameter(name).shape, self._dtype_of(index, name))
+                parameters[name] = self._reserved[name].tensor
+                put(block, name, parameters[name])
         try:
             yield block
         finally:
             for name in parameters:
                 dematerialize(block, name)
-            self._read_again.clear()
+            self._reserved.clear()
+
+    def _dtype_of(self, index: int, name: str) -> torch.dtype:
+        """The dtype of a block's parameter, by its name in the block."""
+        return parameter_dtype(self.model, f"{self.prefix}.{index}.{name}", self.dtype)
+
+    @contextmanager
+    def loaded_expert(self, index: int, expert: int, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Load an expert of a block that is loaded without its experts, and free it at the end.
+
+        Args:
+            tensors: from `read_expert`.
+        """
+        for tensor, value in tensors.items():
+            parameter_slice = self._tensors[index][tensor]
+            of_expert = replace(parameter_slice, expert=expert)
+            of_expert.of(self._reserved[parameter_slice.name].tensor).copy_(value)
+        tensors.clear()
+        try:
+            yield
+        finally:
+            for reserved in self._reserved.values():
+                reserved.free(expert)
 
     def stored(self, matrix: Matrix, block: nn.Module) -> torch.Tensor:
         """A matrix of a loaded block with the values of the checkpoint, [rows, columns], float32.
@@ -230,8 +295,5 @@ class Decoder:
         stored = self.checkpoint.dtype(matrix.tensor)
         if self.dtype in (stored, torch.float32):
             return matrix.of(block).float()
-        if matrix.expert is None:
-            return matrix.stored_in(self.checkpoint.tensor(matrix.tensor)).to(self.device).float()
-        if matrix.tensor not in self._read_again:
-            self._read_again[matrix.tensor] = self.checkpoint.tensor(matrix.tensor)
-        return matrix.stored_in(self._read_again[matrix.tensor]).to(self.device).float()
+        weight = self.checkpoint.tensor(matrix.tensor, entry=matrix.expert).to(self.device).float()
+        return weight.T if matrix.transposed else weight

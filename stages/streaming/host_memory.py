@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import mmap
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import torch
 from stages.files import full_disk, require_free_disk
 
 M_ARENA_MAX = -8  # malloc.h
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # sys/mman.h
 
 
 class HostMemory:
@@ -51,6 +53,29 @@ class HostMemory:
             os.posix_fallocate(file.fileno(), 0, needed_bytes)  # writing to a map of a file that the disk cannot hold kills the process
             path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
             return torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+
+
+class ReservedTensor:
+    """A tensor on the CPU that takes memory only where it is written, until this is freed.
+
+    Args:
+        shape, dtype: of the tensor.
+
+    Attributes:
+        tensor: zeros until it is written.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._map = mmap.mmap(-1, max(1, shape.numel() * dtype.itemsize), flags=flags)
+        self.tensor = torch.frombuffer(self._map, dtype=dtype, count=shape.numel()).view(shape)
+
+    def free(self, index: int) -> None:
+        """Free the memory of an entry of the first dimension, which is undefined then, up to a page that it shares with others."""
+        size = self.tensor[0].numel() * self.tensor.itemsize
+        start, end = -(-index * size // mmap.PAGESIZE) * mmap.PAGESIZE, (index + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def release_free_memory() -> None:

@@ -18,10 +18,12 @@ from stages.checkpoint.model import put
 from stages.streaming.architecture import is_linear
 
 Receive = Callable[[Any, torch.Tensor, torch.Tensor], None]
-POSITIONS: dict[Any, tuple[int, int]] = {  # function -> positions of both factors among its arguments
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), (0, 1)),
-    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm), (0, 1)),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm), (1, 2)),
+FACTORS: dict[Any, tuple[str, ...]] = {  # function -> its parameters up to both factors, which are the last two
+    linear: ("input", "weight"),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ("input", "other")),
+    **dict.fromkeys((torch.mm, torch.bmm, torch.Tensor.mm, torch.Tensor.bmm), ("input", "mat2")),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), ("input", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ("input", "batch1", "batch2")),
 }
 
 
@@ -36,13 +38,14 @@ class Product(NamedTuple):
     by_columns: bool = False
 
 
-def products(function: Any, arguments: tuple[Any, ...]) -> list[Product]:
+def products(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> list[Product]:
     """What a call of a function may compute: a product, either factor of which may be the weight."""
-    if function is linear:
-        return [Product(arguments[0], arguments[1])]
-    if function not in POSITIONS:
+    if function not in FACTORS:
         return []
-    left, right = (arguments[position] for position in POSITIONS[function])
+    given = dict(zip(FACTORS[function], arguments, strict=False)) | (keywords or {})
+    left, right = (given[name] for name in FACTORS[function][-2:])
+    if function is linear:
+        return [Product(left, right)]
     if left.dim() < 2 or right.dim() < 2:
         return []
     return [Product(left, right.mT), Product(right.mT, left, by_columns=True)]
@@ -62,7 +65,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         output = function(*arguments, **(keywords or {}))
-        for product in products(function, arguments):
+        for product in products(function, arguments, keywords):
             if product.weight.data_ptr() in self.keys:
                 return self._received(product, output)
         return output
@@ -104,7 +107,7 @@ class _Uses(TorchFunctionMode):
         self.uses: dict[str, Use] = {}
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        for product in products(function, arguments):
+        for product in products(function, arguments, keywords):
             name = self.names.get(product.weight.untyped_storage().data_ptr())
             if name is not None:
                 self.uses[name] = Use(transposed=product.weight.stride(-1) != 1)

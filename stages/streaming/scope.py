@@ -107,12 +107,15 @@ def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, us
 
 
 def _is_router(block: nn.Module, name: str, experts: list[str]) -> bool:
-    """Whether a weight in the parent module of experts has one output for each of them, or one output, for a shared expert.
+    """Whether a weight belongs to a module that is called a router, or routes to experts: in the parent module of these it has one output
+    for each of them, or one output, for a shared expert.
 
     Args:
         experts: names of parameters that hold a mixture's experts, [experts, ...].
     """
     path, parameter = name.rpartition(".")[0], block.get_parameter(name)
+    if any(word.endswith("router") for word in path.split(".")):
+        return True
     for expert in experts:
         owner = expert.rpartition(".")[0]
         parent = owner.rpartition(".")[0]

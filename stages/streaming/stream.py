@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Stream:
         self.calls = {1: [_without_hidden(call) for call in single]}  # by the number of windows, one a block
         self._differing: list[dict[str, torch.Tensor]] = [{} for _ in single]  # of a block: name of an argument -> [all windows, ...]
         self._handed_on: dict[tuple[Any, ...], torch.Tensor] = {}  # see put
-        for members in self._micro_batches(self.fitted, self.held_out):
+        for members in self.micro_batches():
             micro_batch = windows[members]
             calls = decoder.calls(micro_batch)
             self.hidden[members] = calls[0].hidden
@@ -121,9 +122,13 @@ class Stream:
             return torch.empty(shape, dtype=like.dtype, device=like.device), "GPU memory"
         return self.memory.buffer(shape, like.dtype)
 
-    def _micro_batches(self, *ranges: range) -> Iterator[slice]:
-        """Yield the windows of each micro-batch; the windows of a micro-batch are all of one range."""
-        for windows in ranges:
+    def micro_batches(self, *ranges: range) -> Iterator[slice]:
+        """Yield the windows of each micro-batch; the windows of a micro-batch are all of one range.
+
+        Args:
+            ranges: `fitted`, `held_out`, or both, which is the default.
+        """
+        for windows in ranges or (self.fitted, self.held_out):
             for start in windows[:: self.batch]:
                 yield slice(start, min(start + self.batch, windows.stop))
 
@@ -143,7 +148,7 @@ class Stream:
         Raises:
             ArchitectureError: after the last micro-batch, if the block wrote into an argument; names the block and the argument.
         """
-        for windows in self._micro_batches(*(ranges or (self.fitted, self.held_out))):
+        for windows in self.micro_batches(*ranges):
             hidden = self.hidden[windows].to(self.decoder.device, non_blocking=True)
             yield windows, hidden, self.call(index, windows)
         require_unchanged(self.decoder.model, index, self.decoder.blocks[index], [calls[index] for calls in self.calls.values()])
@@ -231,7 +236,7 @@ def _other_tokens(decoder: Decoder, windows: torch.Tensor) -> torch.Tensor:
 
 
 def _without_hidden(call: Call) -> Call:
-    return Call(hidden=call.hidden.new_empty(0), arguments=call.arguments, keywords=call.keywords)
+    return replace(call, hidden=call.hidden.new_empty(0))
 
 
 @contextmanager

@@ -35,6 +35,20 @@ def test_a_change_zeroes_what_is_pruned_and_moves_what_moved():
     assert moved.tolist() == [[0, 5], [6, 0]]
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (3, 5), (1, 1)])
+@pytest.mark.parametrize("moved", [True, False])
+def test_the_changes_of_experts_are_stacked_and_come_back_one_by_one(shape, moved):
+    masks = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    values = [torch.randn(int(mask.sum())) if moved else None for mask in masks]
+    stacked = Change.stacked([Change(mask=mask, values=kept) for mask, kept in zip(masks, values, strict=True)])
+    assert stacked.shape == (3, *shape)
+    assert torch.equal(stacked.mask, masks)
+    assert (stacked.values is not None) == moved
+    for change, mask, kept in zip(stacked.by_expert(), masks, values, strict=True):
+        assert torch.equal(change.mask, mask)
+        assert torch.equal(change.values, kept) if moved else change.values is None
+
+
 def test_the_mask_lies_on_the_rows_and_columns_in_their_new_order():
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     change = Change(mask=torch.tensor([[True, False], [True, True]]), columns=torch.tensor([1, 0], dtype=torch.int32))

@@ -24,6 +24,11 @@ def copy(base, tmp_path):
     return shutil.copytree(base.directory, tmp_path / "copy")
 
 
+def test_an_entry_of_the_first_dimension_is_read_alone(base):
+    for name in base:
+        assert torch.equal(base.tensor(name, entry=3), base.tensor(name)[3])
+
+
 def test_a_truncated_shard_is_named_before_any_tensor_is_read(copy):
     shard = sorted(copy.glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:5])

@@ -39,7 +39,7 @@ HALF = Unstructured(sparsity=0.5, comparison_group="row")
 WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(0))
 UNTOUCHED = re.compile(
     r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe|feed_forward)\.gate\.weight|shared_expert_gate|router|e_score"
-    r"|conv\.weight|conv_?1d|A_log|\.D$|dt_bias|time_(decay|first|mix)|ln\d|ln_out|pre_ln|recurrent_param|sinks|layer_scalar|^head\.weight|per_layer_model_projection"
+    r"|conv\.weight|conv_?1d|A_log|\.D$|dt_bias|time_(decay|first|mix)|ln\d|ln_out|pre_ln|recurrent_param|sinks|layer_scalar|^head\.weight|per_layer_model_projection|altup_(unembed_)?projections|correct_output_scale"
 )
 SPARSEGPT = sparsegpt()
 WANDA_HALF = {

@@ -1,6 +1,5 @@
 import json
 import re
-from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -106,8 +105,9 @@ def damaged(delta: SparseDelta, name: str, change) -> SparseDelta:
     """The delta with another mask of one tensor, and a manifest whose counts are those of that mask."""
     block = delta.directory / "block-00000.safetensors"
     changes = read_block(block)
-    change(changes[name].mask)
-    changes[name].values = None
+    mask = changes[name].mask
+    change(mask)
+    changes[name] = Change(mask=mask)
     write_block(block, changes, delta.recipe.base)
     rows = [deltas.row(row["tensor"], changes[row["tensor"]].mask) for row in delta.matrices]
     sparsity = sum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
@@ -162,7 +162,9 @@ def allocated(base, odd: int = 0) -> dict[str, Change]:
         mask = torch.ones(base.shape(name), dtype=torch.bool)
         mask[:, :pruned] = False
         changes[name] = Change(mask=mask)
-    changes[Q].mask[0, 10 : 10 + odd] = False
+    mask = changes[Q].mask
+    mask[0, 10 : 10 + odd] = False
+    changes[Q] = Change(mask=mask)
     return changes
 
 
@@ -233,8 +235,10 @@ def test_each_expert_of_a_tensor_is_a_matrix(tmp_path):
     release, delta = written(tmp_path, recipe, changes, base, rows)
     assert verify(release, base, delta).matrices == len(rows)
 
-    changes[names[0]].mask[2, 1, 0] = True
-    changes[names[0]].mask[3, 1, 1] = False  # the tensor as a whole has the right count
+    mask = changes[names[0]].mask
+    mask[2, 1, 0] = True
+    mask[3, 1, 1] = False  # the tensor as a whole has the right count
+    changes[names[0]] = Change(mask=mask)
     rows = [deltas.row(name, changes[name].mask, expert=expert) for name in names for expert in range(base.shape(name)[0])]
     release, delta = written(tmp_path, recipe, changes, base, rows)
     with pytest.raises(ReleaseError, match=re.escape(f"{names[0]}[2], row 1: found")):
@@ -248,7 +252,7 @@ def test_each_expert_of_a_tensor_is_a_matrix(tmp_path):
 def test_groups_are_of_consecutive_columns_in_the_order_that_the_release_has_them_in(base, tmp_path):
     changes = every_second_column(base)
     order = torch.arange(base.shape(Q)[1], dtype=torch.int32).flip(0)
-    changes[Q] = replace(changes[Q], columns=order)
+    changes[Q].columns = order
     recipe = deltas.recipe(base=base.fingerprint, pattern={**NM, "permutation_rounds": 1})
     release, delta = written(tmp_path, recipe, changes, base)
     assert verify(release, base, delta).matrices == 21
@@ -288,7 +292,7 @@ def test_a_pruned_weight_that_is_not_zero_is_found_where_a_kept_one_is(base, tmp
     changes = every_second_column(base)
     kept = base.tensor(Q)[changes[Q].mask]
     kept[0] = 0
-    changes[Q] = replace(changes[Q], values=kept)
+    changes[Q].values = kept
     release, delta = written(tmp_path, deltas.recipe(base=base.fingerprint), changes, base)
     assert verify(release, base, delta).changed == 2
     spoil(release, Q, lambda tensor: tensor[0, 1].fill_(3))
@@ -401,14 +405,13 @@ def test_releases_of_other_architectures_are_streamed_too(tmp_path, kind):
     """Tied and untied heads, transposed matrices, experts in a tensor each and in one."""
     base = fetched(kind, tmp_path)
     layout = Decoder(base, torch.float32, torch.device("cpu"))
-    changes, rows = {}, []
+    masks, rows = {}, []
     for matrix in (matrix for of_block in layout.matrices for matrix in of_block):
-        if matrix.tensor not in changes:
-            changes[matrix.tensor] = Change(mask=torch.ones(base.shape(matrix.tensor), dtype=torch.bool))
-        matrix.stored_in(changes[matrix.tensor].mask)[:, ::2] = False
+        masks.setdefault(matrix.tensor, torch.ones(base.shape(matrix.tensor), dtype=torch.bool))
+        matrix.stored_in(masks[matrix.tensor])[:, ::2] = False
+    changes = {name: Change(mask=mask) for name, mask in masks.items()}
     for matrix in (matrix for of_block in layout.matrices for matrix in of_block):
-        mask = changes[matrix.tensor].mask
-        rows.append(deltas.row(matrix.tensor, mask, expert=matrix.expert, transposed=matrix.transposed))
+        rows.append(deltas.row(matrix.tensor, masks[matrix.tensor], expert=matrix.expert, transposed=matrix.transposed))
     release, delta = written(tmp_path, deltas.recipe(base=base.fingerprint), changes, base, rows)
     assert verify(release, base, delta, NOTHING).loaded.loading == "streamed"
 

@@ -17,17 +17,18 @@ def decoder(base) -> Decoder:
 
 
 def test_blocks_are_the_one_outermost_list_of_their_number(decoder):
-    assert find_blocks(decoder.model, 3) == ("model.layers", decoder.blocks)
+    assert find_blocks(decoder.model) == ("model.layers", decoder.blocks)
 
 
 def test_blocks_that_are_not_one_list_are_refused_by_name(decoder):
+    decoder.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
+    with pytest.raises(ArchitectureError, match="mistral: found 2 lists of 3 modules, wanted one list of decoder blocks; .* not supported"):
+        find_blocks(decoder.model)
+    decoder.model.config.num_hidden_layers = 99
     with pytest.raises(
         ArchitectureError, match="mistral: found 0 lists of 99 modules, wanted one list of decoder blocks; .* not supported"
     ):
-        find_blocks(decoder.model, 99)
-    decoder.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
-    with pytest.raises(ArchitectureError, match="mistral: found 2 lists of 3 modules, wanted one list of decoder blocks; .* not supported"):
-        find_blocks(decoder.model, 3)
+        find_blocks(decoder.model)
 
 
 def test_a_linear_layer_is_one_matrix_named_as_in_the_checkpoint(decoder):

@@ -62,6 +62,7 @@ OTHERWISE = {
     "glm4_moe_lite": AS_MANY_KEYS,
     "glm_moe_dsa": AS_MANY_KEYS,
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
     "nemotron_h": {"n_groups": 2},
@@ -86,9 +87,9 @@ NOT_SMALL = {  # whose sizes depend on each other in more ways, or that are larg
 # Why it is refused -> model types.
 REFUSED = {
     "block 0 does not receive hidden states as its first argument": "reformer",
-    "wanted [windows, tokens, ...]": "cpmant gemma3n_text prophetnet xlnet",
+    "wanted [windows, tokens, ...]": "cpmant prophetnet xlnet",
     "it does not run on tokens alone": "gemma4_unified_assistant",
-    "wanted one list of decoder blocks": "hrm_text longcat_flash xlm",
+    "wanted one list of decoder blocks": "hrm_text xlm",
     "wanted matrices that are joined by rows, or experts that are stacked": "inkling2_text",
     "transformers knows no decoder language model of type": "emu3 mllama",
 }
