@@ -120,7 +120,7 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
         raise unsupported(model, "found no num_hidden_layers in its config, wanted the number of decoder blocks")
     inner = {name: module for name, module in model.named_modules() if name.startswith(prefix) and isinstance(module, nn.ModuleList)}
     found: list[tuple[str, nn.ModuleList]] = []
-    for count in dict.fromkeys(counts):
+    for count in dict.fromkeys(filter(None, counts)):
         lists = {name: module for name, module in inner.items() if len(module) == count}
         found = [(name, module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
         if len(found) == 1:
