@@ -62,7 +62,7 @@ class Stream:
         self.calls = {1: [_without_hidden(call) for call in single]}  # by the number of windows, one a block
         self._differing: list[dict[str, torch.Tensor]] = [{} for _ in single]  # of a block: name of an argument -> [all windows, ...]
         self._handed_on: dict[tuple[Any, ...], torch.Tensor] = {}  # see put
-        for members in self._micro_batches(self.fitted, self.held_out):
+        for members in self.micro_batches():
             micro_batch = windows[members]
             calls = decoder.calls(micro_batch)
             self.hidden[members] = calls[0].hidden
@@ -121,9 +121,13 @@ class Stream:
             return torch.empty(shape, dtype=like.dtype, device=like.device), "GPU memory"
         return self.memory.buffer(shape, like.dtype)
 
-    def _micro_batches(self, *ranges: range) -> Iterator[slice]:
-        """Yield the windows of each micro-batch; the windows of a micro-batch are all of one range."""
-        for windows in ranges:
+    def micro_batches(self, *ranges: range) -> Iterator[slice]:
+        """Yield the windows of each micro-batch; the windows of a micro-batch are all of one range.
+
+        Args:
+            ranges: `fitted`, `held_out`, or both, which is the default.
+        """
+        for windows in ranges or (self.fitted, self.held_out):
             for start in windows[:: self.batch]:
                 yield slice(start, min(start + self.batch, windows.stop))
 
@@ -138,14 +142,25 @@ class Stream:
         """Yield each micro-batch: its windows, its hidden states on the device, [windows, tokens, width], and the call of block `index`.
 
         Args:
-            ranges: `fitted`, `held_out`, or both, which is the default.
+            ranges: see micro_batches.
 
         Raises:
-            ArchitectureError: after the last micro-batch, if the block wrote into an argument; names the block and the argument.
+            ArchitectureError: after the last micro-batch, see require_unchanged.
         """
-        for windows in self._micro_batches(*(ranges or (self.fitted, self.held_out))):
-            hidden = self.hidden[windows].to(self.decoder.device, non_blocking=True)
-            yield windows, hidden, self.call(index, windows)
+        for windows in self.micro_batches(*ranges):
+            yield windows, *self.part(index, windows)
+        self.require_unchanged(index)
+
+    def part(self, index: int, windows: slice) -> tuple[torch.Tensor, Call]:
+        """The hidden states of some windows on the device, [windows, tokens, width], and the call of block `index`."""
+        return self.hidden[windows].to(self.decoder.device, non_blocking=True), self.call(index, windows)
+
+    def require_unchanged(self, index: int) -> None:
+        """Refuse a model whose block `index` wrote into an argument.
+
+        Raises:
+            ArchitectureError: names the block and the argument.
+        """
         require_unchanged(self.decoder.model, index, self.decoder.blocks[index], [calls[index] for calls in self.calls.values()])
 
     def window(self, index: int, window: int) -> tuple[torch.Tensor, Call]:
