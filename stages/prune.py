@@ -124,6 +124,8 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, reconstru
     training = RECONSTRUCTIONS.of(reconstruction)
     if training.last_blocks:
         decoder.require_gradients_by_hidden_states(f"reconstruction={reconstruction.name}")
+    if prune.propagate == Propagation.SEQUENTIAL:
+        decoder.require_reading_orders()
     return Plan(
         method=method,
         patterns=plan_patterns(decoder, method.compared_within, pattern),
@@ -162,7 +164,7 @@ def label(method: Method, pattern: PatternSection, allocation: Any, reconstructi
     words = [method.label(grouped=pattern.grouped)]
     words += [f"{allocation.name} allocation{'' if taken else ' not taken'}"] if ALLOCATIONS.of(allocation).budgeted else []
     words += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
-    words += ["one pass"] if prune.propagate == Propagation.DENSE else []
+    words += {Propagation.DENSE: ["one pass"], Propagation.SEQUENTIAL: ["sequential"]}.get(Propagation(prune.propagate), [])
     return ", ".join(words)
 
 

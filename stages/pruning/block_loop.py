@@ -147,7 +147,7 @@ def prune_blocks(
     decoder, last = stream.decoder, len(stream.decoder.blocks) - 1
     teachers, outcomes = teachers or TeacherStreams.of(stream, plan), list(trained)
     if plan.propagate == Propagation.SEQUENTIAL:
-        require_one_pass(decoder)
+        decoder.require_reading_orders()
     with read_ahead(decoder, range(last + 1)) as blocks:
         for index, tensors in enumerate(blocks):
             if teachers and teachers.student_inputs and plan.distillation and index == plan.distillation.first:
@@ -164,16 +164,6 @@ def prune_blocks(
                 yield pruned
                 if index < last and not plan.propagates_while_pruning(index):
                     stream.advance(index, block)
-
-
-def require_one_pass(decoder: Decoder) -> None:
-    """Refuse a model that sequential propagation does not prune in one pass, before a weight is read.
-
-    Raises:
-        ArchitectureError: see Decoder.distinct_inputs.
-    """
-    if not decoder.distinct_inputs:
-        raise PruningError(f"{decoder.name}: found no blocks, wanted at least one")
 
 
 def _repeat_block(

@@ -33,7 +33,7 @@ from stages.streaming.activations import Activations
 from stages.streaming.architecture import Layer
 from stages.streaming.calls import block_outputs
 from stages.streaming.products import Factors
-from stages.streaming.reading import Identity
+from stages.streaming.reading import MISSING, Identity, restore
 from stages.streaming.stream import Stream
 from stages.streaming.turns import Turns
 
@@ -68,7 +68,7 @@ class _Pass:
 
     activations: that it holds, or None where nothing bounds them; held: their bytes in memory while it waits. sample: of its tokens.
     read: number of a distinct input -> the tensor. waits_for: the distinct inputs whose layers it waits for.
-    chosen: path of a module of experts -> those that its tokens chose, once it has been called.
+    noted: what modules noted in this pass, see ReadingOrder. chosen: path of a module of experts -> those that its tokens chose, once it has been called.
     """
 
     windows: slice
@@ -80,6 +80,7 @@ class _Pass:
     read: dict[int, Identity] = field(default_factory=dict)
     waits_for: list[_DistinctInput] = field(default_factory=list)
     chosen: dict[str, set[int]] = field(default_factory=dict)
+    noted: list[Any] = field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
@@ -134,10 +135,12 @@ class SequentialPass:
         routed = {
             layer.module for layer in stream.decoder.layers(index) if layer.expert is not None and _is_routed(block.get_submodule(layer.module))
         }
-        numbered = enumerate(stream.decoder.distinct_inputs[index])
+        order = stream.decoder.reading_orders[index]
         self.distinct = [
-            _DistinctInput(number, layers, layers[0].module if layers[0].module in routed else None) for number, layers in numbered
+            _DistinctInput(number, layers, layers[0].module if layers[0].module in routed else None)
+            for number, layers in enumerate(order.inputs)
         ]
+        self.noted = [(block.get_submodule(path), name) for path, name in order.noted]
         self.distinct_of = {layer: distinct for distinct in self.distinct for layer in distinct.layers}
         self.routed = routed
         self.reached: dict[str, list[torch.Tensor]] = {path: [] for path in routed}  # sampled tokens that reached a mixture
@@ -206,10 +209,16 @@ class SequentialPass:
         if activations is not None:
             activations.bring_back()
         self.running, of_micro_batch.waits_for, of_micro_batch.held = of_micro_batch, [], 0
+        before = [module.__dict__.get(name, MISSING) for module, name in self.noted]
+        for (module, name), value in zip(self.noted, of_micro_batch.noted or before, strict=True):
+            restore(module, name, value)
         try:
             of_micro_batch.turns.resume()
         finally:
             self.running = None
+            of_micro_batch.noted = [module.__dict__.get(name, MISSING) for module, name in self.noted]
+            for (module, name), value in zip(self.noted, before, strict=True):
+                restore(module, name, value)
         if activations is not None and not of_micro_batch.turns.ended:
             of_micro_batch.held = activations.bytes()
             if sum(other.held for other in self.passes) > self._budget:

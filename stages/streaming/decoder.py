@@ -13,7 +13,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
 from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
-from stages.streaming.reading import reading_orders
+from stages.streaming.reading import ReadingOrder, reading_orders
 from stages.streaming.scope import find_matrices
 
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
@@ -64,15 +64,17 @@ class Decoder:
         """
         return find_matrices(self.model, self.prefix, self._tensors, self._calls_of_zeros)
 
-    @cached_property
-    def distinct_inputs(self) -> list[list[list[Layer]]]:
-        """Of each block, for each distinct input the layers in scope that read it, in the order in which they are first read.
-
-        To be asked for before a block is loaded.
+    def require_reading_orders(self) -> None:
+        """Refuse a model whose blocks cannot be pruned layer after layer in one pass; to be called before a block is loaded.
 
         Raises:
             ArchitectureError: see reading_orders.
         """
+        _ = self.reading_orders
+
+    @cached_property
+    def reading_orders(self) -> list[ReadingOrder]:
+        """How the layers in scope of each block read their inputs; see require_reading_orders."""
         layers = [self.layers(index) for index in range(len(self.blocks))]
         return reading_orders(self.model, self.blocks, layers, self._calls_of_zeros)
 

@@ -1,7 +1,11 @@
-"""In which order the layers of a block read their inputs, and which of them read the same; found by a run with zeros for weights."""
+"""In which order the layers of a block read their inputs, which of them read the same, and what its modules note while it runs.
+
+All is found by a run with zeros for weights.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +38,22 @@ class Identity:
         return hash(self._facts)
 
 
-def reading_orders(model: "PreTrainedModel", blocks: nn.ModuleList, layers: list[list[Layer]], calls: list[Call]) -> list[list[list[Layer]]]:
-    """Find the distinct inputs of each block: for each the layers that read it, in the order in which they are first read.
+@dataclass(frozen=True, kw_only=True)
+class ReadingOrder:
+    """How a block reads.
+
+    inputs: for each distinct input the layers that read it, in the order in which they are first read.
+    noted: (path of a module, name of an attribute) of what modules set while the block runs, such as the state of a recurrence.
+    """
+
+    inputs: list[list[Layer]]
+    noted: list[tuple[str, str]]
+
+
+def reading_orders(
+    model: "PreTrainedModel", blocks: nn.ModuleList, layers: list[list[Layer]], calls: list[Call]
+) -> list[ReadingOrder]:
+    """Find how each block reads.
 
     Experts read tokens that depend on the router: which of their matrices read the same tokens is that of one expert for all, they come
     one after another, and those of a module whose experts were not called come last.
@@ -44,9 +62,10 @@ def reading_orders(model: "PreTrainedModel", blocks: nn.ModuleList, layers: list
         blocks: without weights. layers: of each block, those of interest. calls: one for each block, of a few tokens, on the CPU.
 
     Raises:
-        ArchitectureError: a layer reads two inputs in one call of its block; names both.
+        ArchitectureError: a layer reads two inputs in one call of its block, or a module writes into a buffer or a container of its own;
+            names it.
     """
-    known: dict[Any, list[list[Layer]]] = {}
+    known: dict[Any, ReadingOrder] = {}
     shared: dict[type, Any] = {}  # mappings into which blocks write what later ones read, so that all of them must run
     orders = []
     for index, block in enumerate(blocks):
@@ -59,7 +78,7 @@ def reading_orders(model: "PreTrainedModel", blocks: nn.ModuleList, layers: list
     return orders
 
 
-def _reading_order(model: "PreTrainedModel", index: int, block: nn.Module, layers: list[Layer], call: Call) -> list[list[Layer]]:
+def _reading_order(model: "PreTrainedModel", index: int, block: nn.Module, layers: list[Layer], call: Call) -> ReadingOrder:
     experts = {layer.name for layer in layers if layer.expert is not None}
     first: dict[str, Identity] = {}  # name of a layer -> what it read first
     kept = []  # so that nothing is written where these were
@@ -73,12 +92,51 @@ def _reading_order(model: "PreTrainedModel", index: int, block: nn.Module, layer
         first.setdefault(name, identity)
 
     with torch.no_grad(), zeros_in(block), reads(block, layers, receive):
+        before = _attributes(block)
+        written = _written(block)
         run_block(block, call.hidden, call)
+        if (names := written.symmetric_difference(_written(block))):
+            reason = f"block {index} writes into {sorted(name for name, *_ in names)[0]} while it runs, wanted modules that keep what they have"
+            raise unsupported(model, f"{reason} with prune.propagate = sequential; prune=exact runs one micro-batch after another")
+        after = _attributes(block)
+    noted = [key for key in after if key not in before or after[key] is not before[key]]
+    for path, name in noted:
+        restore(block.get_submodule(path), name, before.get((path, name), MISSING))
     names = [*first, *(name for name in dict.fromkeys(layer.name for layer in layers) if name not in first)]
     inputs: dict[Any, list[str]] = {}
     for name in names:
         inputs.setdefault(first.get(name, name), []).append(name)
-    return _in_order(list(inputs.values()), layers)
+    return ReadingOrder(inputs=_in_order(list(inputs.values()), layers), noted=noted)
+
+
+MISSING = object()  # stands for an attribute that is not there
+
+
+def restore(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute of a module, or delete it where the value is MISSING."""
+    if value is MISSING:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = value
+
+
+def _attributes(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """(path of a module, name) -> value of all attributes that are no parameters, buffers, modules or hooks."""
+    of_all = nn.Module().__dict__.keys()
+    return {
+        (path, name): value for path, module in block.named_modules() for name, value in module.__dict__.items() if name not in of_all
+    }
+
+
+def _written(block: nn.Module) -> set[tuple[Any, ...]]:
+    """What changes where a module writes into a buffer or a container that it has."""
+    buffers = {(name, buffer._version) for name, buffer in block.named_buffers()}
+    containers = {
+        (f"{path}.{name}", id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
+        for (path, name), value in _attributes(block).items()
+        if isinstance(value, (dict, list, set))
+    }
+    return buffers | containers
 
 
 def _in_order(inputs: list[list[str]], layers: list[Layer]) -> list[list[Layer]]:
