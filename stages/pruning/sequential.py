@@ -294,6 +294,10 @@ class SequentialPass:
         with running.not_noting():
             for layer, tensor in inputs:
                 distinct, identity = self.distinct_of[layer], Identity(tensor)
+                tokens = tensor.reshape(-1, tensor.shape[-1])
+                tokens = tokens[tokens.any(dim=-1)] if several else tokens
+                if distinct.is_expert and not several and not len(tokens):
+                    continue  # nothing is multiplied by it; in one product with others it is pruned as they are
                 if distinct.number in running.read:
                     if running.read[distinct.number] != identity:
                         raise _otherwise(layer, f"reads another input than {distinct.layers[0].name} before it, or reads a second one")
@@ -301,8 +305,7 @@ class SequentialPass:
                     raise _otherwise(layer, "is called by one micro-batch after others have gone on without it")
                 else:
                     running.read[distinct.number] = identity
-                    tokens = tensor.reshape(-1, tensor.shape[-1])
-                    self._record(running, distinct, layer, tokens[tokens.any(dim=-1)] if several else tokens)
+                    self._record(running, distinct, layer, tokens)
                     running.waits_for.append(distinct)
         if running.waits_for:
             running.turns.pause()
