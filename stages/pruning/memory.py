@@ -5,6 +5,7 @@ import math
 import torch
 
 from stages.pruning.plan import Plan
+from stages.pruning.section import Propagation
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Matrix
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
@@ -70,7 +71,8 @@ def _loop_bytes(decoder: Decoder, plan: Plan, index: int) -> int:
         total += COPIES_TRAINED * 4 * weights
     if needs_gram:
         grams = {matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in matrices}
-        total += sum(grams.values()) + COPIES_FACTORED * max(grams.values())
+        together = max if plan.propagate == Propagation.SEQUENTIAL else sum  # one at a time
+        total += together(grams.values()) + COPIES_FACTORED * max(grams.values())
     return total
 
 

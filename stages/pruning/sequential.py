@@ -68,7 +68,8 @@ class _Pass:
 
     activations: that it holds, or None where nothing bounds them; held: their bytes in memory while it waits. sample: of its tokens.
     read: number of a distinct input -> the tensor. waits_for: the distinct inputs whose layers it waits for.
-    noted: what modules noted in this pass, see ReadingOrder. chosen: path of a module of experts -> those that its tokens chose, once it has been called.
+    noted: what modules noted in this pass, see ReadingOrder.
+    chosen: path of a module of experts -> those that its tokens chose, once it has been called.
     """
 
     windows: slice
@@ -133,7 +134,9 @@ class SequentialPass:
         self.statistic, self.minimum, self.propagates = statistic, expert_tokens, propagates
         self.tokens_of_expert = max(1, error_tokens // 8)
         routed = {
-            layer.module for layer in stream.decoder.layers(index) if layer.expert is not None and _is_routed(block.get_submodule(layer.module))
+            layer.module
+            for layer in stream.decoder.layers(index)
+            if layer.expert is not None and _is_routed(block.get_submodule(layer.module))
         }
         order = stream.decoder.reading_orders[index]
         self.distinct = [
@@ -437,4 +440,6 @@ def _columns_of(block: nn.Module, layer: Layer) -> torch.Tensor:
 
 def _otherwise(layer: Layer, found: str) -> PruningError:
     name = layer.name if layer.expert is None else f"{layer.name}[{layer.expert}]"
-    return PruningError(f"layer {name}: it {found}, wanted one input in a fixed order with prune.propagate = sequential; prune=exact takes it")
+    return PruningError(
+        f"layer {name}: it {found}, wanted one input in a fixed order with prune.propagate = sequential; prune=exact takes it"
+    )

@@ -50,9 +50,7 @@ class ReadingOrder:
     noted: list[tuple[str, str]]
 
 
-def reading_orders(
-    model: "PreTrainedModel", blocks: nn.ModuleList, layers: list[list[Layer]], calls: list[Call]
-) -> list[ReadingOrder]:
+def reading_orders(model: "PreTrainedModel", blocks: nn.ModuleList, layers: list[list[Layer]], calls: list[Call]) -> list[ReadingOrder]:
     """Find how each block reads.
 
     Experts read tokens that depend on the router: which of their matrices read the same tokens is that of one expert for all, they come
@@ -87,7 +85,9 @@ def _reading_order(model: "PreTrainedModel", index: int, block: nn.Module, layer
         identity = Identity(tensor)
         kept.append(tensor)
         if name not in experts and first.setdefault(name, identity) != identity:
-            reason = f"layer {name} of block {index} reads two inputs in one call of its block, wanted one with prune.propagate = sequential"
+            reason = (
+                f"layer {name} of block {index} reads two inputs in one call of its block, wanted one with prune.propagate = sequential"
+            )
             raise unsupported(model, f"{reason}; prune=exact takes both")
         first.setdefault(name, identity)
 
@@ -95,13 +95,14 @@ def _reading_order(model: "PreTrainedModel", index: int, block: nn.Module, layer
         before = _attributes(block)
         written = _written(block)
         run_block(block, call.hidden, call)
-        if (names := written.symmetric_difference(_written(block))):
-            reason = f"block {index} writes into {sorted(name for name, *_ in names)[0]} while it runs, wanted modules that keep what they have"
+        if changed := written.symmetric_difference(_written(block)):
+            name = min(name for name, *_ in changed)
+            reason = f"block {index} writes into {name} while it runs, wanted modules that keep what they have"
             raise unsupported(model, f"{reason} with prune.propagate = sequential; prune=exact runs one micro-batch after another")
         after = _attributes(block)
     noted = [key for key in after if key not in before or after[key] is not before[key]]
-    for path, name in noted:
-        restore(block.get_submodule(path), name, before.get((path, name), MISSING))
+    for path, attribute in noted:
+        restore(block.get_submodule(path), attribute, before.get((path, attribute), MISSING))
     names = [*first, *(name for name in dict.fromkeys(layer.name for layer in layers) if name not in first)]
     inputs: dict[Any, list[str]] = {}
     for name in names:
@@ -123,9 +124,7 @@ def restore(module: nn.Module, name: str, value: Any) -> None:
 def _attributes(block: nn.Module) -> dict[tuple[str, str], Any]:
     """(path of a module, name) -> value of all attributes that are no parameters, buffers, modules or hooks."""
     of_all = nn.Module().__dict__.keys()
-    return {
-        (path, name): value for path, module in block.named_modules() for name, value in module.__dict__.items() if name not in of_all
-    }
+    return {(path, name): value for path, module in block.named_modules() for name, value in module.__dict__.items() if name not in of_all}
 
 
 def _written(block: nn.Module) -> set[tuple[Any, ...]]:
@@ -156,7 +155,7 @@ def _in_order(inputs: list[list[str]], layers: list[Layer]) -> list[list[Layer]]
 @contextmanager
 def reads(block: nn.Module, layers: list[Layer], receive: Any) -> Iterator[None]:
     """Pass the name of each layer that reads, and what it reads, to a function; weights may be zeros that experts have in common."""
-    others = {}
+    others: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         for layer in layers:
             if layer.is_module_of(block):

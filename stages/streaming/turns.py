@@ -32,7 +32,7 @@ class Turns:
             self._function()
         except Cancelled:
             pass
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised again by resume
             self._error = error
         self.ended = True
         self._stopped.release()

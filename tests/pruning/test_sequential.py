@@ -32,8 +32,24 @@ WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(
 SPARSEGPT = sparsegpt()
 # attention and MLP one after the other; side by side, on one input and on two; transposed; Mamba; hybrids, one after the other and side by
 # side; a recurrence with state; what goes from block to block; experts one by one, all in one product, of attention, beside a shared one
-KINDS = """llama phi cohere gpt_neox gpt2 mamba jamba falcon_h1 recurrent_gemma gemma4_text mixtral llama4_text jetmoe qwen2_moe
-deepseek_v3 qwen3_next""".split()
+KINDS = [
+    "llama",
+    "phi",
+    "cohere",
+    "gpt_neox",
+    "gpt2",
+    "mamba",
+    "jamba",
+    "falcon_h1",
+    "recurrent_gemma",
+    "gemma4_text",
+    "mixtral",
+    "llama4_text",
+    "jetmoe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "qwen3_next",
+]
 
 
 def pruned(base: Checkpoint, method=WANDA, pattern=HALF, batch: int = 2, windows=WINDOWS, held_out: int = 0, memory=None, **how):
@@ -83,8 +99,12 @@ def plain(decoder: Decoder, method, batch: int = 2, windows=WINDOWS, last: str =
                 weight = matrix.parameter_slice.of(parameters[layer[0]])
                 weight = weight.T if matrix.transposed else weight
                 if method.statistic is WANDA.statistic:
-                    norm = sum(piece.reshape(-1, windows.shape[1] if layer[1] is None else max(1, piece.shape[1]), piece.shape[-1])
-                               .square().sum(dim=(0, 1)) for piece in tokens)
+                    norm = sum(
+                        piece.reshape(-1, windows.shape[1] if layer[1] is None else max(1, piece.shape[1]), piece.shape[-1])
+                        .square()
+                        .sum(dim=(0, 1))
+                        for piece in tokens
+                    )
                     order = torch.sort(weight.abs() * norm.sqrt(), dim=1, stable=True).indices
                     masks[matrix.name] = torch.ones(weight.shape, dtype=torch.bool).scatter_(1, order[:, : weight.shape[1] // 2], False)
                     weight[~masks[matrix.name]] = 0
@@ -109,7 +129,9 @@ def test_masks_and_hidden_states_are_those_of_the_plain_order(kind, tmp_path):
         assert torch.equal(masks[name], mask), name
         assert ((~mask).sum(dim=1) == mask.shape[1] // 2).all()
     received = []
-    model.get_submodule(decoder.prefix)[-1].register_forward_pre_hook(lambda _, arguments, __: received.append(arguments[0]), with_kwargs=True)
+    model.get_submodule(decoder.prefix)[-1].register_forward_pre_hook(
+        lambda _, arguments, __: received.append(arguments[0]), with_kwargs=True
+    )
     with torch.no_grad():
         for start in range(0, len(WINDOWS), 2):
             model(WINDOWS[start : start + 2], use_cache=False)
@@ -138,7 +160,9 @@ def test_sparsegpt_is_that_of_the_plain_order_but_for_one_bit_in_two_hundred(kin
     assert differing(masks, expected) <= 1 / 200
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {name: int(mask.sum()) for name, mask in expected.items()}
     received = []
-    model.get_submodule(decoder.prefix)[-1].register_forward_pre_hook(lambda _, arguments, __: received.append(arguments[0]), with_kwargs=True)
+    model.get_submodule(decoder.prefix)[-1].register_forward_pre_hook(
+        lambda _, arguments, __: received.append(arguments[0]), with_kwargs=True
+    )
     with torch.no_grad():
         model(WINDOWS, use_cache=False)
     lost = (stream.hidden - received[0]).norm() / received[0].norm()
@@ -150,7 +174,9 @@ def test_it_is_not_the_published_order(tmp_path):
     decoder, blocks, _ = pruned(base)
     _, published, _ = pruned(base, propagate="pruned")
     masks, others = masks_of(decoder, blocks), masks_of(decoder, published)
-    same = {name.removeprefix("model.layers.0.") for name, mask in masks.items() if ".layers.0." in name and torch.equal(mask, others[name])}
+    same = {
+        name.removeprefix("model.layers.0.") for name, mask in masks.items() if ".layers.0." in name and torch.equal(mask, others[name])
+    }
     assert same == {f"self_attn.{kind}_proj.weight" for kind in "qkv"}  # before which nothing is pruned
 
 
@@ -257,7 +283,9 @@ def test_experts_that_micro_batches_call_in_different_orders_are_refused_by_name
     base = fetched("mixtral", tmp_path)
     descending = experts_in(lambda tokens, chosen: sorted(chosen, reverse=bool(tokens.sum() > 0)))
     monkeypatch.setattr(MixtralExperts, "forward", descending)
-    wanted = r"layer mlp.experts.gate_up_proj\[\d\]: it is called by one micro-batch after others have gone on without it, wanted one .* order"
+    wanted = (
+        r"layer mlp.experts.gate_up_proj\[\d\]: it is called by one micro-batch after others have gone on without it, wanted one .* order"
+    )
     with pytest.raises(PruningError, match=wanted):
         pruned(base, batch=1)
 
@@ -308,7 +336,9 @@ def test_a_block_that_writes_into_a_container_of_its_own_is_refused_before_a_wei
     decoder = Decoder(base, torch.float32, CPU)
     for block in decoder.blocks:
         block.mlp.sums = {}
-    with pytest.raises(ArchitectureError, match="mistral: block 0 writes into mlp.sums while it runs, .* prune=exact runs one micro-batch after"):
+    with pytest.raises(
+        ArchitectureError, match="mistral: block 0 writes into mlp.sums while it runs, .* prune=exact runs one micro-batch after"
+    ):
         decoder.require_reading_orders()
 
 
