@@ -117,6 +117,7 @@ def main() -> None:
         Peer(name="llm-compressor", command=[str(llm_compressor(arguments.venv)), str(PEERS / "llm_compressor.py")]),
         Ours(option="exact"),
         Ours(option="one_pass"),
+        Ours(option="sequential"),
     )
     rows = []
     for repeat, method, contender in product(range(arguments.repeats), METHODS, contenders):

@@ -125,6 +125,8 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, reconstru
     training = RECONSTRUCTIONS.of(reconstruction)
     if training.last_blocks:
         decoder.require_gradients_by_hidden_states(f"reconstruction={reconstruction.name}")
+    if prune.propagate == Propagation.SEQUENTIAL:
+        decoder.require_reading_orders()
     return Plan(
         method=method,
         patterns=plan_patterns(decoder, method.compared_within, pattern),
@@ -163,7 +165,7 @@ def label(method: Method, pattern: PatternSection, allocation: Any, reconstructi
     words = [method.label(grouped=pattern.grouped)]
     words += [f"{allocation.name} allocation{'' if taken else ' not taken'}"] if ALLOCATIONS.of(allocation).budgeted else []
     words += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
-    words += ["one pass"] if prune.propagate == Propagation.DENSE else []
+    words += {Propagation.DENSE: ["one pass"], Propagation.SEQUENTIAL: ["sequential"]}.get(Propagation(prune.propagate), [])
     return ", ".join(words)
 
 
@@ -255,6 +257,7 @@ def needs_whole_blocks(decoder: Decoder, plan: Plan, allocation: Any) -> str | N
         f"allocation={allocation.name}": ALLOCATIONS.of(allocation).budgeted is not None,
         "a reconstruction": plan.trains,
         "a permuted pattern": plan.permutation_rounds is not None,
+        f"prune.propagate={Propagation.SEQUENTIAL}": plan.propagate == Propagation.SEQUENTIAL,
     }
     return next((option for option, needs in reasons.items() if needs), None)
 

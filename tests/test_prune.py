@@ -144,6 +144,7 @@ def test_the_context_length_is_found_under_the_names_that_configs_use(base, tmp_
         (["method=swaps", "method/update=none"], "swaps (wanda, per row)"),
         (["method=wanda_variant", "method/score=wanda"], "wanda_variant (wanda, per matrix)"),
         (["prune=one_pass"], "wanda, one pass"),
+        (["prune=sequential"], "wanda, sequential"),
         (["reconstruction=block"], "wanda, reconstructed"),
         (["reconstruction=distilled"], "wanda, distilled"),
     ],

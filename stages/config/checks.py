@@ -50,6 +50,6 @@ def _check_pruning(sections: dict[str, Any]) -> None:
     for choice in judged_choices(sections["method"], allocation, reconstruction):
         require(held_out > 0, "calibration.held_out", held_out, f"at least 1 with {choice}: windows held out judge it")
     trains = RECONSTRUCTIONS.of(reconstruction).trains
-    propagates_pruned = prune.propagate == Propagation.PRUNED
+    runs_pruned = prune.propagate != Propagation.DENSE
     wanted = f"none with prune.propagate = {prune.propagate}: no block is run pruned"
-    require(propagates_pruned or not trains, "reconstruction.name", reconstruction.name, wanted)
+    require(runs_pruned or not trains, "reconstruction.name", reconstruction.name, wanted)

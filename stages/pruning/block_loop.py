@@ -9,7 +9,8 @@
         propagate run the windows through the pruned block; its outputs are the next block's inputs
 
 With dense propagation the outputs of the dense block, from the pass that collects, are the next block's inputs: one pass instead of
-two, but every block is then pruned for inputs that the pruned model does not give it.
+two, but every block is then pruned for inputs that the pruned model does not give it. With sequential propagation one pass does all of
+this layer after layer, each pruned for what the pruned layers before it give; see sequential.
 """
 
 import math
@@ -37,6 +38,7 @@ from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
 from stages.pruning.section import Propagation
 from stages.pruning.selection import select
+from stages.pruning.sequential import SequentialPass
 from stages.pruning.shrinkage import with_shrinkage
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
@@ -150,6 +152,8 @@ def prune_blocks(
     decoder, last = stream.decoder, len(stream.decoder.blocks) - 1
     teachers, outcomes = teachers or TeacherStreams.of(stream, plan), list(trained)
     routing = Routing(stream)
+    if plan.propagate == Propagation.SEQUENTIAL:
+        decoder.require_reading_orders()
     with read_ahead(decoder, range(last + 1)) as blocks:
         for index, tensors in enumerate(blocks):
             if teachers and teachers.student_inputs and plan.distillation and index == plan.distillation.first:
@@ -167,7 +171,7 @@ def prune_blocks(
                     pruned = _prune_block(stream, plan, index, block, teachers, outcomes)
                 outcomes += [pruned.training] if pruned.training else []
                 yield pruned
-                if index < last and plan.propagate == Propagation.PRUNED:
+                if index < last and not plan.propagates_while_pruning(index):
                     _advance(stream, index, block, routing, pruned.changes)
 
 
@@ -195,7 +199,7 @@ def _repeat_block(
             teachers.teacher.advance(index, block)
     if is_last:
         return
-    changes = changes if plan.propagate == Propagation.PRUNED else {}
+    changes = {} if plan.propagate == Propagation.DENSE else changes
     for name in changes.keys() & tensors.keys():
         tensors[name] = changes[name].apply(tensors[name])
     with decoder.loaded(index, tensors) as block:
@@ -207,15 +211,33 @@ def _prune_block(
 ) -> PrunedBlock:
     """Prune a loaded dense block; the teacher's hidden states are those after it. trained: how reconstructions before it went."""
     permutation_groups = _permutation_groups(stream, plan, index, block)
-    inputs, held_out = _collect(stream, plan, index, block)
-    orders = _find_orders(stream.decoder, plan, block, permutation_groups, inputs)
     reconstruction = plan.reconstruction_of(index)
     training = BlockTraining(reconstruction, block, teachers.teacher.hidden) if teachers and reconstruction else None
-    pruner = _BlockPruner(stream.decoder, plan, index, block, orders, held_out, training)
-    pruner.prune(inputs, stream.decoder.layers(index))
+    pruner = _BlockPruner(stream.decoder, plan, index, block, permutation_groups, training)
+    if plan.propagate == Propagation.SEQUENTIAL:
+        _prune_in_one_pass(stream, plan, index, block, pruner)
+    else:
+        inputs, held_out = _collect(stream, plan, index, block)
+        pruner.require_reached(inputs, stream.decoder.layers(index))
+        pruner.prune(inputs, held_out)
+    pruner.finish()
     if training is not None:
         pruner.reconstruct(stream, training, trained)
     return pruner.pruned_block()
+
+
+def _prune_in_one_pass(stream: Stream, plan: Plan, index: int, block: nn.Module, pruner: "_BlockPruner") -> None:
+    """Run all windows through a block whose layers are pruned one after another meanwhile; see sequential."""
+    SequentialPass(
+        stream,
+        index,
+        block,
+        pruner.prune,
+        statistic=plan.method.statistic,
+        error_tokens=plan.error_tokens,
+        expert_tokens=plan.expert_tokens,
+        propagates=index < len(stream.decoder.blocks) - 1 and plan.propagates_while_pruning(index),
+    ).run()
 
 
 def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> tuple[list[Inputs], dict[Layer, torch.Tensor]]:
@@ -257,8 +279,9 @@ def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, r
     inputs = observed(observer, stream.fitted, plan.expert_tokens)
     held_out = observe_held_out(stream, block, layers, plan.error_tokens)
     samples, files = _samples(observed(held_out, stream.held_out, None)), HostMemory(0, stream.memory.scratch)
-    pruner = _BlockPruner(decoder, plan, index, block, {}, samples, None, files)
-    pruner.prune(inputs, others)
+    pruner = _BlockPruner(decoder, plan, index, block, [], None, files)
+    pruner.require_reached(inputs, others)
+    pruner.prune(inputs, samples)
     observers: list[tuple[Observer[Any], range]] = [(observer, stream.fitted), (held_out, stream.held_out)]
     module = block.get_submodule(mixture.path)
     for expert in loaded_in_turn(decoder, index, range(mixture.count)):
@@ -266,8 +289,9 @@ def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, r
             for members in stream.micro_batches(windows):
                 observing.run_expert(expert, partial(routing.run_expert, module, expert, members, add=propagates))
         of_expert = [layer for layer in layers if layer.module == mixture.path and layer.expert == expert]
-        pruner.held_out = _samples(held_out.finish(None, of_expert))
-        pruner.prune(observer.finish(plan.expert_tokens, of_expert), of_expert)
+        inputs = observer.finish(plan.expert_tokens, of_expert)
+        pruner.require_reached(inputs, of_expert)
+        pruner.prune(inputs, _samples(held_out.finish(None, of_expert)))
         for observing, _ in observers:
             observing.forget(of_expert)
     if propagates:
@@ -305,12 +329,24 @@ def _find_orders(
     return find_orders(groups, weights, read, plan.patterns, plan.method, plan.permutation_rounds)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Solved:
+    """A matrix that is pruned, with its rows as stored.
+
+    weight: the dense one, [rows, columns], float32. samples: of its inputs.
+    """
+
+    matrix: Matrix
+    weight: torch.Tensor
+    pruned: Pruned
+    samples: Sequence[torch.Tensor]
+
+
 class _BlockPruner:
     """Prunes the matrices of one loaded block, those that read the same inputs together.
 
     Args:
-        orders: matrix name -> the order of its rows and columns.
-        held_out: layer -> some of its inputs in the windows held out, in the order of the checkpoint; see _collect.
+        permutation_groups: whose channels are permuted.
         training: gathers what a reconstruction starts from, or None where none follows.
         files: holds the new values of kept weights, where they may be more than the memory; None: they are in memory.
     """
@@ -321,13 +357,15 @@ class _BlockPruner:
         plan: Plan,
         index: int,
         block: nn.Module,
-        orders: dict[str, Order],
-        held_out: dict[Layer, torch.Tensor],
+        permutation_groups: list[PermutationGroup],
         training: BlockTraining | None,
         files: HostMemory | None = None,
     ) -> None:
         self.decoder, self.plan, self.index, self.block = decoder, plan, index, block
-        self.orders, self.held_out, self.training, self.files = orders, held_out, training, files
+        self.permutation_groups, self.training, self.files = permutation_groups, training, files
+        self.orders: dict[str, Order] = {}  # matrix name -> the order of its rows and columns
+        self.held_out: dict[Layer, torch.Tensor] = {}
+        self.solved: list[_Solved] = []  # in a sequential pass, matrices whose rows a later input may permute
         self.outcome: Outcome | None = None
         self.results: dict[str, MatrixResult] = {}
         self.changes: dict[str, Change] = {}
@@ -335,16 +373,25 @@ class _BlockPruner:
         for matrix in decoder.matrices[index]:
             self.matrices_of.setdefault(matrix.layer, []).append(matrix)
 
-    def prune(self, inputs: list[Inputs], layers: list[Layer]) -> None:
-        """Prune the matrices of some layers.
-
-        Args:
-            inputs: of these layers; each is taken out of the list, so that its statistic is freed before the next is factored.
-        """
+    def require_reached(self, inputs: list[Inputs], layers: list[Layer]) -> None:
+        """Raise PruningError if one of the layers read none of the inputs."""
         reached = {layer for distinct in inputs for layer in distinct.layers}
         for layer in layers:
             if layer not in reached:
                 raise PruningError(f"layer {self.matrices_of[layer][0].name}: no calibration token reached it")
+
+    def prune(self, inputs: list[Inputs], held_out: dict[Layer, torch.Tensor]) -> None:
+        """Prune the matrices that read some inputs; each is taken out of the list, so that its statistic is freed before the next is
+        factored.
+
+        Args:
+            held_out: layer -> some of its inputs in the windows held out, in the order of the checkpoint; see _collect.
+        """
+        self.held_out = held_out
+        for name, order in _find_orders(self.decoder, self.plan, self.block, self.permutation_groups, inputs).items():
+            known = self.orders.get(name, UNCHANGED)
+            rows, columns = (known.rows if order.rows is None else order.rows, known.columns if order.columns is None else order.columns)
+            self.orders[name] = Order(rows=rows, columns=columns)
         solved = parallel.solve_own(inputs, lambda distinct: self.solve(distinct, self._weights(distinct)))
         for number in range(len(inputs)):
             self._prune_group(inputs.pop(0), solved.pop(number, None), parallel.source_of(number))
@@ -361,14 +408,13 @@ class _BlockPruner:
             masks, scales = self._masks_of_scores(inputs, weights), self._row_scales(inputs, weights)
             solved = without_harm(weights, solved, masks, scales, samples[1])
         for matrix, weight, pruned in zip(self._matrices(inputs), weights, solved, strict=True):
-            order, dtype = self.orders.get(matrix.name, UNCHANGED), self.decoder.checkpoint.dtype(matrix.tensor)
-            if self.training is not None:
-                self.training.add(matrix, weight, pruned, samples, dtype)
-            target = matrix.of(self.block) if self.plan.propagate == Propagation.PRUNED else None
-            squared_errors = write_back(weight, pruned, dtype, target, samples)
-            change = self.changes[matrix.name] = _change(matrix, pruned, order, dtype)
-            if self.files is not None and change.values is not None:
-                change.values = self.files.buffer(tuple(change.values.shape), dtype)[0].copy_(change.values)
+            dtype = self.decoder.checkpoint.dtype(matrix.tensor)
+            if self.permutation_groups and self.plan.propagate == Propagation.SEQUENTIAL:
+                squared_errors = self._write_back_in_old_order(matrix, weight, pruned, samples)
+            else:
+                self._keep(matrix, weight, pruned, samples)
+                target = None if self.plan.propagate == Propagation.DENSE else matrix.of(self.block)
+                squared_errors = write_back(weight, pruned, dtype, target, samples)
             relative_error, held_out_error = measure(matrix, squared_errors)
             self.results[matrix.name] = MatrixResult(
                 matrix=matrix,
@@ -380,6 +426,42 @@ class _BlockPruner:
                 calibrated_on=inputs.calibrated_on,
                 kept=int(pruned.mask.count_nonzero()),
             )
+
+    def _keep(self, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, samples: Sequence[torch.Tensor]) -> None:
+        """Keep the change of a matrix, and what its training starts from. weight: before it is pruned, see write_back."""
+        dtype = self.decoder.checkpoint.dtype(matrix.tensor)
+        if self.training is not None:
+            self.training.add(matrix, weight, pruned, samples, dtype)
+        change = self.changes[matrix.name] = _change(matrix, pruned, self.orders.get(matrix.name, UNCHANGED), dtype)
+        if self.files is not None and change.values is not None:
+            change.values = self.files.buffer(tuple(change.values.shape), dtype)[0].copy_(change.values)
+
+    def _write_back_in_old_order(
+        self, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, samples: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Put a matrix whose columns are reordered into the block as the layers before it expect it, which are not; see finish.
+
+        Returns:
+            See write_back.
+        """
+        columns = self.orders.get(matrix.name, UNCHANGED).columns
+        columns = torch.arange(weight.shape[1], device=weight.device) if columns is None else columns
+        values, dense = torch.empty_like(weight), weight.clone()
+        squared_errors = write_back(weight, pruned, self.decoder.checkpoint.dtype(matrix.tensor), values, samples)
+        matrix.of(self.block)[:, columns] = values.to(self.decoder.dtype)
+        self.solved.append(_Solved(matrix=matrix, weight=dense, pruned=pruned, samples=samples))
+        return squared_errors
+
+    def finish(self) -> None:
+        """After all inputs: reorder what a sequential pass left in the old order, since the order of a layer's rows comes of later ones."""
+        for solved in self.solved:
+            order, pruned = self.orders.get(solved.matrix.name, UNCHANGED), solved.pruned
+            rows = Order(rows=order.rows)
+            pruned = replace(pruned, mask=rows.of(pruned.mask), values=None if pruned.values is None else rows.of(pruned.values))
+            self._keep(solved.matrix, rows.of(solved.weight), pruned, solved.samples)
+            in_block = solved.matrix.of(self.block)
+            in_block.copy_(order.of(in_block))
+        self.solved.clear()
 
     def _held_out(self, inputs: Inputs) -> torch.Tensor:
         """Some of these inputs in the windows held out, reordered likewise, [tokens, columns], float32; perhaps none of an expert's."""

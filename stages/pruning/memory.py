@@ -5,6 +5,7 @@ import math
 import torch
 
 from stages.pruning.plan import Plan
+from stages.pruning.section import Propagation
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Matrix
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
@@ -74,7 +75,8 @@ def _loop_bytes(decoder: Decoder, plan: Plan, index: int) -> int:
         apart = decoder.apart[index].parameters if index in decoder.apart else ()
         at_once = [matrix for matrix in matrices if not matrix.parameter_slice.expert or matrix.parameter_slice.name not in apart]
         grams = {matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in at_once}
-        total += sum(grams.values()) + COPIES_FACTORED * max(grams.values())
+        together = max if plan.propagate == Propagation.SEQUENTIAL else sum  # one at a time
+        total += together(grams.values()) + COPIES_FACTORED * max(grams.values())
     return total
 
 

@@ -148,14 +148,25 @@ class Observer(Generic[S]):
 
 def observe_held_out(stream: Stream, block: nn.Module, layers: list[Layer], sampled: int) -> Observer[NoStatistic]:
     """Make an observer that keeps about `sampled` tokens of each layer's inputs in the windows held out, at all places in a window."""
-    length = stream.shape[1]
-    stride = max(1, len(stream.held_out) * length * world_size() // sampled)
-    while gcd(stride, length) > 1:  # else the first token of every window, which has enormous activations, is one of them
-        stride += 1
-    return Observer(block, layers, NoStatistic, stride * sampled, sampled)
+    return Observer(block, layers, NoStatistic, even_sample_of_held_out(stream, sampled).stride * sampled, sampled)
 
 
 def observe(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[S], sampled: int = 1) -> Observer[S]:
     """Make an observer of some layers of a loaded block for a stream's windows; see Observer."""
     length = stream.shape[1]
     return Observer(block, layers, statistic, stream.all_windows * length, sampled, stream.first_window * length)
+
+
+def even_sample(stream: Stream, sampled: int) -> EvenSample:
+    """About `sampled` of the tokens that all processes together run through a block, from this process's first on."""
+    length = stream.shape[1]
+    return EvenSample(max(1, stream.all_windows * length // sampled), stream.first_window * length)
+
+
+def even_sample_of_held_out(stream: Stream, sampled: int) -> EvenSample:
+    """About `sampled` of the tokens of the windows held out, from the first on, at all places in a window."""
+    length = stream.shape[1]
+    stride = max(1, len(stream.held_out) * length * world_size() // sampled)
+    while gcd(stride, length) > 1:  # else the first token of every window, which has enormous activations, is one of them
+        stride += 1
+    return EvenSample(stride, 0)

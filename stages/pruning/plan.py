@@ -16,7 +16,7 @@ class Plan:
     """What to do to every block.
 
     patterns: matrix name -> the pattern of its mask.
-    propagate: whose outputs the next block's statistics are collected on.
+    propagate: whose outputs statistics are collected on, see Propagation.
     error_tokens: about how many calibration tokens the relative error is measured on, evenly spread; for an expert the first
         eighth of that number that chose it.
     expert_tokens: an expert that fewer tokens chose is calibrated on a sample of all tokens.
@@ -57,6 +57,15 @@ class Plan:
     def changes_weights(self) -> bool:
         """Whether kept weights change."""
         return self.method.changes_weights or self.trains
+
+    def propagates_while_pruning(self, index: int) -> bool:
+        """Whether the pass in which a block is pruned gives the next block's inputs, too.
+
+        The outputs of a sequential pass are those of the pruned block, if neither training nor a permutation changes it afterwards.
+        """
+        if self.propagate == Propagation.SEQUENTIAL:
+            return self.reconstruction_of(index) is None and self.permutation_rounds is None
+        return self.propagate == Propagation.DENSE
 
     def reconstruction_of(self, index: int) -> Reconstruction | None:
         """How a block is trained alone."""

@@ -10,10 +10,11 @@ ANY_MACHINE: dict[str, str | None] = {"device": "auto", "memory_budget": None}  
 
 
 class Propagation(StrEnum):
-    """Whose outputs are the next block's inputs while statistics are collected."""
+    """Whose outputs are the inputs of what is pruned next: the pruned block's, the dense block's, or the pruned layers' one by one."""
 
     PRUNED = "pruned"
     DENSE = "dense"
+    SEQUENTIAL = "sequential"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,7 +22,8 @@ class Prune:
     """device, dtype: of the arithmetic; statistics are float32 always.
 
     micro_batch: windows per forward pass; null: by the kind of device.
-    propagate: whose outputs the next block is pruned for, the pruned block's or the dense one's.
+    propagate: whose outputs the next block is pruned for, the pruned block's or the dense one's; sequential: likewise, and each layer is
+        pruned for what the pruned layers before it in its block give.
     error_tokens: calibration tokens on which the relative output error is measured.
     expert_tokens: an expert that fewer calibration tokens chose is calibrated on a sample of all.
     memory_budget: of host memory, GiB; null: what is free.

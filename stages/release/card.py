@@ -19,6 +19,7 @@ from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.scores import SCORES
+from stages.pruning.section import Propagation
 from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
 from stages.release.float8 import CountedFloat8
@@ -29,6 +30,11 @@ from stages.schema import Citation, Table
 
 TEMPLATE = "templates/card.md"
 ARXIV = "https://arxiv.org/abs/"
+ORDERS = {
+    Propagation.PRUNED: "block after block, each for the inputs that its pruned predecessors give it",
+    Propagation.DENSE: "block after block, each for the inputs that its dense predecessors give it",
+    Propagation.SEQUENTIAL: "layer after layer, each for the inputs that the pruned layers before it, in its own block, too, give it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -562,7 +568,7 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
         "matrices": verified.matrices,
         "other_tensors": verified.other_tensors,
         "sparsity": f"{verified.sparsity:.6f}",
-        "propagate": recipe.prune["propagate"],
+        "order": ORDERS[Propagation(recipe.prune["propagate"])],
         "calibration": drawn_from(records.calibration, records.text),
         "windows_sha256": recipe.calibration,
         "begun": words(records.calibration["bos"]["token"]),

@@ -77,10 +77,20 @@ class Call:
         """The other arguments by the names of the parameters of the block's forward method."""
         return _named(block, self.arguments, self.keywords)
 
-    def example(self) -> "Call":
-        """The call with examples of what earlier blocks hand on, for a run with zeros for weights."""
-        keywords = {name: _example(value) for name, value in self.keywords.items()}
-        return replace(self, arguments=tuple(map(_example, self.arguments)), keywords=keywords)
+    def example(self, shared: dict[type, Any] | None = None) -> "Call":
+        """The call with examples of what earlier blocks hand on, for a run with zeros for weights.
+
+        Args:
+            shared: the mappings that blocks share, by their kind; those that are not there yet are added. None: they stay stand-ins.
+        """
+
+        def example(value: Any) -> Any:
+            if isinstance(value, Shared) and shared is not None:
+                return shared.setdefault(value.kind, value.kind())
+            return _example(value)
+
+        keywords = {name: example(value) for name, value in self.keywords.items()}
+        return replace(self, arguments=tuple(map(example, self.arguments)), keywords=keywords)
 
     def handed_on(self) -> list[Carried | Shared]:
         """What stands for something that an earlier block hands on."""

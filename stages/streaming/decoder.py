@@ -16,6 +16,7 @@ from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by
 from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
 from stages.streaming.host_memory import ReservedTensor
 from stages.streaming.mixture import Mixture, find_mixture
+from stages.streaming.reading import ReadingOrder, reading_orders
 from stages.streaming.scope import find_matrices
 from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 
@@ -72,6 +73,20 @@ class Decoder:
             ArchitectureError: see find_matrices.
         """
         return find_matrices(self.model, self.prefix, self._tensors, self._calls_of_zeros)
+
+    def require_reading_orders(self) -> None:
+        """Refuse a model whose blocks cannot be pruned layer after layer in one pass; to be called before a block is loaded.
+
+        Raises:
+            ArchitectureError: see reading_orders.
+        """
+        _ = self.reading_orders
+
+    @cached_property
+    def reading_orders(self) -> list[ReadingOrder]:
+        """How the layers in scope of each block read their inputs; see require_reading_orders."""
+        layers = [self.layers(index) for index in range(len(self.blocks))]
+        return reading_orders(self.model, self.blocks, layers, self._calls_of_zeros)
 
     def layers(self, index: int) -> list[Layer]:
         """The layers of a block that multiply by matrices in scope, without repeats."""

@@ -43,11 +43,17 @@ class HostMemory:
         """
         needed_bytes = torch.Size(shape).numel() * dtype.itemsize
         if needed_bytes > self.left:
-            return self._in_file(shape, dtype, needed_bytes), f"a file of {needed_bytes / 1e9:.2f} GB in {self.scratch}"
+            return self.in_file(shape, dtype), f"a file of {needed_bytes / 1e9:.2f} GB in {self.scratch}"
         self.left -= needed_bytes
         return torch.empty(shape, dtype=dtype), "memory"
 
-    def _in_file(self, shape: tuple[int, ...], dtype: torch.dtype, needed_bytes: int) -> torch.Tensor:
+    def in_file(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate a tensor in an unnamed file, uninitialised, whatever the budget.
+
+        Raises:
+            SparsesweepError: the disk has no space for the file.
+        """
+        needed_bytes = torch.Size(shape).numel() * dtype.itemsize
         require_free_disk(self.scratch, needed_bytes)
         with full_disk(self.scratch, "nothing was computed"), tempfile.TemporaryFile(dir=self.scratch) as file:
             os.posix_fallocate(file.fileno(), 0, needed_bytes)  # writing to a map of a file that the disk cannot hold kills the process

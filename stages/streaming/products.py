@@ -88,6 +88,28 @@ class Products(TorchFunctionMode):
         return output.index_put((routed,), routed_output)
 
 
+class Factors(TorchFunctionMode):
+    """Passes the tokens of products with some weights to a function before they are multiplied.
+
+    Args:
+        weights: see Products.
+        receive: called before each product with all weights that it multiplies by, and the tokens of each, [..., columns].
+    """
+
+    def __init__(self, weights: dict[Any, torch.Tensor], receive: Callable[[list[tuple[Any, torch.Tensor]]], None]) -> None:
+        super().__init__()
+        self.keys, self.receive = {weight.data_ptr(): key for key, weight in weights.items()}, receive
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
+        for product in products(function, arguments):
+            if product.weight.data_ptr() in self.keys:
+                weights = product.weight if product.weight.dim() == 3 else [product.weight]
+                tokens = product.tokens if product.weight.dim() == 3 else [product.tokens]
+                self.receive([(self.keys[weight.data_ptr()], of_weight) for weight, of_weight in zip(weights, tokens, strict=True)])
+                break
+        return function(*arguments, **(keywords or {}))
+
+
 class Use(NamedTuple):
     """How tokens are multiplied with a parameter.
 

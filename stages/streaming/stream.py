@@ -143,14 +143,25 @@ class Stream:
         """Yield each micro-batch: its windows, its hidden states on the device, [windows, tokens, width], and the call of block `index`.
 
         Args:
-            ranges: `fitted`, `held_out`, or both, which is the default.
+            ranges: see micro_batches.
 
         Raises:
-            ArchitectureError: after the last micro-batch, if the block wrote into an argument; names the block and the argument.
+            ArchitectureError: after the last micro-batch, see require_unchanged.
         """
         for windows in self.micro_batches(*ranges):
-            hidden = self.hidden[windows].to(self.decoder.device, non_blocking=True)
-            yield windows, hidden, self.call(index, windows)
+            yield windows, *self.part(index, windows)
+        self.require_unchanged(index)
+
+    def part(self, index: int, windows: slice) -> tuple[torch.Tensor, Call]:
+        """The hidden states of some windows on the device, [windows, tokens, width], and the call of block `index`."""
+        return self.hidden[windows].to(self.decoder.device, non_blocking=True), self.call(index, windows)
+
+    def require_unchanged(self, index: int) -> None:
+        """Refuse a model whose block `index` wrote into an argument.
+
+        Raises:
+            ArchitectureError: names the block and the argument.
+        """
         require_unchanged(self.decoder.model, index, self.decoder.blocks[index], [calls[index] for calls in self.calls.values()])
 
     def window(self, index: int, window: int) -> tuple[torch.Tensor, Call]:

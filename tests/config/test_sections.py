@@ -94,7 +94,7 @@ def test_every_experiment_opens_with_the_command_that_runs_it():
             ["method=sparsegpt", "pattern=nm_4_8", "method.update.block_size=100"],
             "method.update.block_size: found 100, wanted a multiple of pattern.group = 8",
         ),
-        (["prune.propagate=sparse"], "prune.propagate: found 'sparse', wanted one of pruned, dense"),
+        (["prune.propagate=sparse"], "prune.propagate: found 'sparse', wanted one of pruned, dense, sequential"),
         (
             ["reconstruction=distilled", "prune=one_pass"],
             "reconstruction.name: found 'distilled', wanted none with prune.propagate = dense",

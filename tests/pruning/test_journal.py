@@ -21,7 +21,7 @@ from stages.config.compose import read
 from stages.errors import CalibrationError, SparsesweepError
 from stages.files import CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, read_json, write_json
 from stages.pruning import journal as journals
-from stages.pruning.patterns import UnstructuredSection
+from stages.pruning.patterns import NmSection, UnstructuredSection
 from stages.pruning.reconstructions.block import BlockSection
 from stages.pruning.reconstructions.distilled import DistilledSection
 from tests.methods import made
@@ -30,6 +30,7 @@ METHOD = made("obs", "sparsegpt", comparison_group="matrix", block_size=16)
 PATTERN = UnstructuredSection(name="unstructured", sparsity=0.5)
 DEFAULTS = read()
 PRUNE = replace(DEFAULTS["prune"], device="cpu", dtype="float32", micro_batch=2, error_tokens=60, expert_tokens=0)
+SEQUENTIAL = replace(PRUNE, propagate="sequential")
 DISTILLED = DistilledSection(
     name="distilled", share=0.5, epochs=1, learning_rate=1e-3, block_epochs=1, block_learning_rate=1e-3, search=True
 )
@@ -176,8 +177,11 @@ def test_a_run_that_is_killed_again_and_again_at_random_moments_arrives_with_the
         {"prune": replace(PRUNE, propagate="dense")},
         {"reconstruction": BlockSection(name="block", epochs=1, learning_rate=1e-3, search=True)},
         {"reconstruction": DISTILLED},
+        {"prune": SEQUENTIAL},
+        {"prune": SEQUENTIAL, "reconstruction": BlockSection(name="block", epochs=1, learning_rate=1e-3, search=True)},
+        {"prune": SEQUENTIAL, "pattern": NmSection(name="nm", kept=2, group=4, permutation_rounds=2)},
     ],
-    ids=["dense propagation", "reconstructed", "distilled"],
+    ids=["dense propagation", "reconstructed", "distilled", "sequential", "sequential, reconstructed", "sequential, permuted"],
 )
 def test_a_run_resumes_whatever_the_blocks_are_pruned_for(project, how):
     expected = run(**how)

@@ -26,7 +26,7 @@ def test_an_unknown_propagation_is_refused():
 
 
 def test_propagations_are_the_words_of_the_configuration():
-    assert [str(propagation) for propagation in Propagation] == ["pruned", "dense"]
+    assert [str(propagation) for propagation in Propagation] == ["pruned", "dense", "sequential"]
 
 
 def test_a_plan_says_whether_kept_weights_are_trained_and_whether_they_change():
