@@ -28,7 +28,7 @@ from stages.config.compose import read
 from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, read_json, write_json
 
 FILE = Path("benchmarks/behaviour.json")
-TOLERANCES = {"error": 0.01, "left": 0.01, "output": 0.03, "revision": 0.0}  # relative; another processor moved an output by 0.022
+TOLERANCES = {"error": 0.03, "left": 0.01, "output": 0.03, "revision": 0.0}  # relative; another kind of processor moves them by up to 0.025
 REVISIONS = {  # raised by hand where a part of a cell's overrides prunes real models otherwise, which the small one does not show
     "allocation=loss": 1,  # how much gradients weigh tokens is judged
     "reconstruction=": 2,  # blocks search for the rate

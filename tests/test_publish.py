@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stages import prune, publish
-from stages.checkpoint.delta import SparseDelta, read_block, write_block, write_manifest
+from stages.checkpoint.delta import Change, SparseDelta, read_block, write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.config import sections as configuration
 from stages.config.compose import composed, read
@@ -425,9 +425,11 @@ def test_a_release_whose_pattern_is_short_of_one_weight_is_not_written(project):
     delta = SparseDelta(SPARSE, Checkpoint(BASE).fingerprint)
     block, rows = SPARSE / "block-00000.safetensors", delta.matrices
     changes = read_block(block)
-    mask = changes[rows[0]["tensor"]].mask
+    change = changes[rows[0]["tensor"]]
+    mask = change.mask
     column = int((~mask[0]).nonzero()[0])
     mask[0, column] = True
+    changes[rows[0]["tensor"]] = Change(mask=mask, values=change.values, rows=change.rows, columns=change.columns)
     write_block(block, changes, delta.recipe.base)
     rows[0]["zeros"] -= 1
     rows[0]["sparsity"] = rows[0]["zeros"] / rows[0]["weights"]
