@@ -17,7 +17,7 @@ import hf_xet
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from benchmarks.release import make_delta
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.delta import pack as packed_bits
@@ -53,9 +53,7 @@ def main() -> None:
             for form in FORMS:
                 rows.append({"sparsity": sparsity, "form": form, **_store(storages / form, sorted((point / form).iterdir()))})
             remove(point)
-    text = table(rows, base.provenance["name"])
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(rows, base.provenance["name"]))
 
 
 def write_forms(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from stages import devices
 from stages.bos import decide
 from stages.checkpoint.model import load_model, load_tokenizer
@@ -105,9 +105,7 @@ def main() -> None:
     row = {"model": model, "device": device, "rows": arguments.rows, "batch": arguments.batch, "tasks": tasks}
     known = read_json(FILE) if FILE.is_file() else []
     write_json(FILE, facts := [*(other for other in known if (other["model"], other["device"]) != (model, device)), row])
-    text = table(facts)
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(facts))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from benchmarks.measure import measure
 from benchmarks.memory import write_windows
 from benchmarks.random_checkpoint import INDEX, STANDARD_DEVIATION
@@ -55,9 +55,7 @@ def main() -> None:
         write_json(done, {"machine": machine, **asked, **measurement(project, arguments.budget)})
         remove(project)
     rows = [read_json(path) for path in sorted(arguments.scratch.glob("*.json"))]
-    text = table(rows)
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(rows))
 
 
 def deepseek(experts: int, blocks: int) -> DeepseekV3Config:

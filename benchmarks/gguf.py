@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from stages import devices
 from stages.bos import decide
 from stages.checkpoint.delta import SparseDelta
@@ -127,9 +127,7 @@ def main() -> None:
         "device": devices.device_name(CPU),
     }
     write_json(FILE, known)
-    text = table(known)
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(known))
 
 
 if __name__ == "__main__":

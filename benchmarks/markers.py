@@ -17,3 +17,9 @@ def write_between(document: Path, start: str, end: str, text: str) -> None:
     if end not in rest:
         raise ValueError(f"{document}: found {end} before {start}, wanted it after")
     document.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf8")
+
+
+def show_between(document: Path, start: str, end: str, text: str) -> None:
+    """Print a text, and replace what stands between the markers; see write_between."""
+    print(text)
+    write_between(document, start, end, text)

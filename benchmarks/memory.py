@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from benchmarks import random_checkpoint
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from benchmarks.measure import measure
 from benchmarks.speed import ENVIRONMENT
 from stages.config.compose import composed
@@ -44,9 +44,7 @@ def main() -> None:
             write_json(done, {"machine": machine, **measurement(project, method)})
         rows.append({"method": method, "blocks": blocks, **read_json(done)})
     remove(project)
-    text = table(rows)
-    print(text)
-    write_between(README, START, END, text)
+    show_between(README, START, END, table(rows))
 
 
 def make_base(project: Path, blocks: int) -> None:

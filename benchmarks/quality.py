@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import behaviour
 from benchmarks.contenders import MODELS, PATTERNS, PUBLISHED, SEEDS, TEXTS, Contender, Model, Point, points
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from benchmarks.table import the_default_afterwards
 from stages.bos import words
 from stages.files import PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
@@ -109,9 +109,7 @@ def main() -> None:
         with the_default_afterwards():
             measure(rows, models, patterns, arguments.stale, arguments.minutes)
     FULL.write_text(full_table(rows), encoding="utf8")
-    text = tables(rows)
-    print(text)
-    write_between(README, START, END, text)
+    show_between(README, START, END, tables(rows))
 
 
 def due(rows: Rows, model: Model) -> list[Point]:

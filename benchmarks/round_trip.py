@@ -22,8 +22,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from benchmarks.markers import write_between
-from benchmarks.stock_client import LIBRARIES, isolated, scored
+from benchmarks.markers import show_between
+from benchmarks.stock_client import LIBRARIES, in_words, isolated, scored
 from stages.config.compose import read
 from stages.errors import ComparisonError
 from stages.evaluation.questions import Source, embedded_source
@@ -86,8 +86,7 @@ def table(facts: dict[str, Any]) -> str:
     for row in facts["rows"]:
         continued = row["continued"].replace("\n", " ").replace("|", "\\|")
         lines.append(f"| {row['model']} | {row['files']} | {row['class']} | {row['card']:.4f} | {row['stock']:.6f} | {continued} |")
-    versions = ", ".join(f"{library} {value}" for library, value in facts["versions"].items())
-    return "\n".join([*lines, "", f"{facts['scored']} rows, float32 on a CPU, with {versions}."])
+    return "\n".join([*lines, "", f"{facts['scored']} rows, float32 on a CPU, with {in_words(facts['versions'])}."])
 
 
 def main() -> None:
@@ -105,9 +104,7 @@ def main() -> None:
             rows.append(round_trip(release.absolute(), hub, source, scratch))
     facts = {"rows": rows, "scored": count, "versions": {library: version(library) for library in (*LIBRARIES, "huggingface_hub")}}
     write_json(FILE, facts)
-    text = table(facts)
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(facts))
 
 
 if __name__ == "__main__":

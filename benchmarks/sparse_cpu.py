@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from stages import devices
 from stages.files import write_json
 
@@ -166,9 +166,7 @@ def main() -> None:
     ]
     facts = {"rows": rows, "versions": versions, "device": devices.device_name(torch.device("cpu"))}
     write_json(FILE, facts)
-    text = table(facts)
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(facts))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from benchmarks.measure import imports, measure
 from benchmarks.whole_model import window_losses
 from stages.bos import BosSetting, decide
@@ -128,9 +128,7 @@ def main() -> None:
             found = measurement(contender, method, arguments.scratch / "project", evaluation if repeat == 0 else None)
             write_json(done, {"asked": asked, **found})
         rows.append(read_json(done))
-    text = f"{table(rows, [contender.name for contender in contenders])}\n\n{note(rows, evaluation)}"
-    print(text)
-    write_between(README, START, END, text)
+    show_between(README, START, END, f"{table(rows, [contender.name for contender in contenders])}\n\n{note(rows, evaluation)}")
 
 
 def inputs() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from stages.errors import ComparisonError
 from stages.evaluation.questions import Source, embedded_source
 from stages.evaluation.tasks import TASKS, read_task
@@ -83,12 +83,16 @@ def compared(task: str, metric: str, ours: float, theirs: float) -> dict[str, An
     return {"task": task, "metric": metric, "ours": ours, "stock": theirs}
 
 
+def in_words(versions: dict[str, str]) -> str:
+    """Library -> version, as a list in a sentence."""
+    return ", ".join(f"{library} {value}" for library, value in versions.items())
+
+
 def table(facts: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| task | rows | metric | ours | stock client |", "|---|---|---|---|---|"]
     lines += [f"| {row['task']} | {facts['rows']} | {row['metric']} | {row['ours']:.6f} | {row['stock']:.6f} |" for row in facts["scores"]]
-    versions = ", ".join(f"{library} {value}" for library, value in facts["versions"].items())
-    return "\n".join([*lines, "", f"{facts['model']}, in float32 on a CPU, with {versions}."])
+    return "\n".join([*lines, "", f"{facts['model']}, in float32 on a CPU, with {in_words(facts['versions'])}."])
 
 
 def main() -> None:
@@ -109,9 +113,7 @@ def main() -> None:
     versions = {library: version(library) for library in LIBRARIES}
     facts = {"model": read_json(RELEASE / "provenance.json")["base"]["name"], "rows": rows, "scores": scores, "versions": versions}
     write_json(FILE, facts)
-    text = table(facts)
-    print(text)
-    write_between(DOCUMENT, START, END, text)
+    show_between(DOCUMENT, START, END, table(facts))
 
 
 if __name__ == "__main__":

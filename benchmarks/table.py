@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markers import write_between
+from benchmarks.markers import show_between
 from stages.bos import words
 from stages.evaluation import limits
 from stages.evaluation.measurement import from_rows
@@ -47,9 +47,7 @@ def main() -> None:
             print("$", *command(point), flush=True)
             subprocess.run([*command(point), "--quiet", "evaluate_sparse"], check=True, stdout=sys.stderr)
             rows.append(row(point))
-    text = table(rows)
-    print(text)
-    write_between(README, START, END, text)
+    show_between(README, START, END, table(rows))
 
 
 @contextmanager

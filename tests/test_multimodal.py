@@ -16,37 +16,19 @@ from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
 from stages.config.environment import Environment, installed
 from stages.errors import ArchitectureError
-from stages.evaluation.section import Evaluation, Generations, Windows
 from stages.files import BASE, DENSE_RESULTS, RELEASE, SPARSE_RESULTS, read_json, sha256
 from stages.release.__main__ import main as release_commands
 from stages.release.section import CONTENTS, Publish
 from stages.sources.base import LocalBase
 from stages.sources.text import LocalText, Text
 from tests import multimodal, tiny
-from tests.test_evaluate import BOOLQ, PIQA
+from tests.test_evaluate import BOOLQ, EVALUATION, PIQA
 
 KIND, MODEL_CLASS = "mistral3", "Mistral3ForConditionalGeneration"
 PROCESSOR = {
     "preprocessor_config.json": '{"image_processor_type": "PixtralImageProcessor",  "patch_size": 14}\n',
     "processor_config.json": '{"processor_class": "PixtralProcessor"}',
 }
-EVALUATION = Evaluation(
-    name="tiny",
-    device="cpu",
-    dtype="float32",
-    bos="auto",
-    corpora={"articles": Windows(window_length=64, windows=4, evenly=False)},
-    metrics=["perplexity", "divergence"],
-    tasks=["boolq", "piqa"],
-    rows=4,
-    few_shot=None,
-    styles=["raw"],
-    examples=2,
-    system_prompt="Answer briefly.",
-    batch_size=4,
-    streamed=False,
-    generations=Generations(new_tokens=3, prompts=["river stone"]),
-)
 CALIBRATION = Calibration(
     name="tiny",
     windows=6,

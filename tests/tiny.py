@@ -9,6 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from stages.bos import Bos
+from stages.checkpoint.reader import Checkpoint
+from stages.sources import base as checkpoints
+from stages.sources.base import LocalBase
 
 NO_BOS = Bos(token=None, reason="of the tests")
 WORDS = [
@@ -111,3 +114,11 @@ def write_checkpoint(directory: Path, seed: int = 0, shard: str = "40KB", **chan
     model(seed, **changes).save_pretrained(directory, max_shard_size=shard)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def fetched(source: Path, directory: Path) -> Checkpoint:
+    """A checkpoint of a directory as the fetch stage writes it, in `directory`/base."""
+    local = LocalBase(source="local", path=str(source), name=f"tests/{source.name}", fingerprint=None, license="mit")
+    (directory / "base").mkdir()
+    checkpoints.fetch(local, directory / "base", downloads=directory / "unused")
+    return Checkpoint(directory / "base")

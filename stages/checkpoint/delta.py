@@ -98,8 +98,8 @@ class Change:
         shape, kept = changes[0].shape, [change.values for change in changes if change.values is not None]
         values = None
         if kept:
-            room = files.buffer((sum(map(len, kept)),), kept[0].dtype)[0] if files else None
-            values = torch.cat(kept, out=room)
+            buffer = files.buffer((sum(map(len, kept)),), kept[0].dtype)[0] if files else None
+            values = torch.cat(kept, out=buffer)
         if math.prod(shape) % 8:
             return cls(mask=torch.stack([change.mask for change in changes]), values=values)
         packed = torch.cat([change.packed for change in changes])  # the bits of each begin with a byte

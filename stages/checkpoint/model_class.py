@@ -64,7 +64,7 @@ def text_decoder(model: "PreTrainedModel") -> "nn.Module":
 
 
 def joined_parts(model: "PreTrainedModel") -> list[str]:
-    """The parts of a multimodal model beside its text decoder and its output embedding, such as a vision encoder: paths in the model."""
+    """The parts of a multimodal model other than its text decoder and its output embedding, such as a vision encoder, by path."""
     decoder, head = text_decoder(model), model.get_output_embeddings()
     holders = [(name, module) for name, module in model.named_modules() if any(inner is decoder for inner in module.modules())]
     outside = [(name, module) for name, module in holders if module is not decoder]

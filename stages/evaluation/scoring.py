@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -26,6 +26,21 @@ MEMORY_SHARE = 0.5  # of what is free, for hidden states; beyond it they lie in 
 DENSE = "dense"
 
 Variants = Mapping[str, Apply | None]  # name of a model -> what makes its tensors of the base's; None: they are the base's
+
+
+class Score(NamedTuple):
+    """likelihood: sum of the log-probabilities of a continuation's tokens, nats. greedy: whether each was the likeliest."""
+
+    likelihood: float
+    greedy: bool
+
+
+def score_of(logits: torch.Tensor, tokens: list[int]) -> Score:
+    """Score a continuation. Args: logits: [tokens, vocabulary], before each of `tokens`."""
+    wanted = torch.tensor(tokens, device=logits.device)
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    total = log_probabilities.gather(1, wanted[:, None]).sum().item()
+    return Score(likelihood=total, greedy=bool((log_probabilities.argmax(dim=-1) == wanted).all()))
 
 
 @dataclass(frozen=True, kw_only=True)

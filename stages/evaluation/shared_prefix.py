@@ -10,9 +10,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from stages.evaluation.scoring import Score, score_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,13 +24,6 @@ log = logging.getLogger(__name__)
 SHORTEST = 8  # tokens: a shorter beginning is not worth a pass of its own
 LOGITS_AT_ONCE = 2**26  # numbers
 TOLERANCE = 1e-3, 1e-2  # absolute and relative, between the two ways on the first sequences that share a beginning
-
-
-class Score(NamedTuple):
-    """likelihood: sum of the log-probabilities of a continuation's tokens, nats. greedy: whether each was the likeliest."""
-
-    likelihood: float
-    greedy: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +167,7 @@ class SharedPrefixes:
             logits = logits[:, start:]
         for row, of_row in zip(rows, logits, strict=True):
             for one in row.asked:
-                yield one.number, _score(of_row[one.first - shared - start :][: len(one.tokens)], one.tokens)
+                yield one.number, score_of(of_row[one.first - shared - start :][: len(one.tokens)], one.tokens)
 
     def _cache(self, batch: list[_Group]) -> Any:
         """Keys and values of the shared tokens, once for each row."""
@@ -183,14 +178,6 @@ class SharedPrefixes:
         if which != list(range(len(batch))):
             cache.batch_select_indices(torch.tensor(which, device=self.model.device))
         return cache
-
-
-def _score(logits: torch.Tensor, tokens: list[int]) -> Score:
-    """Args: logits: [tokens, vocabulary], before each of `tokens`."""
-    wanted = torch.tensor(tokens, device=logits.device)
-    known = logits.float()
-    chosen = known.gather(1, wanted[:, None])[:, 0] - known.logsumexp(dim=-1)
-    return Score(likelihood=float(chosen.sum()), greedy=bool((known.argmax(dim=-1) == wanted).all()))
 
 
 def _grouped(rows: list[_Row]) -> list[_Group]:

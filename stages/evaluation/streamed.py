@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.bos import Bos
 from stages.checkpoint.tokens import embedding_rows, require_requests
 from stages.evaluation.encoding import Encoder
-from stages.evaluation.scoring import StreamedModels
+from stages.evaluation.scoring import StreamedModels, score_of
 
 BUCKET = 32  # tokens: sequences are padded on the right to a multiple of it
 
@@ -26,7 +26,7 @@ def continuation_scores(models: StreamedModels, sequences: list[tuple[list[int],
         batch: sequences per forward pass.
 
     Returns:
-        For each sequence the summed log-probability [nats], and whether every scored token is the most likely one.
+        One of each sequence.
     """
     buckets: dict[int, list[int]] = defaultdict(list)
     for number, (tokens, _) in enumerate(sequences):
@@ -42,10 +42,7 @@ def continuation_scores(models: StreamedModels, sequences: list[tuple[list[int],
             for number, states in zip(members, hidden, strict=True):
                 tokens, scored_tokens = sequences[number]
                 end = len(tokens) - 1
-                targets = torch.tensor(tokens[-scored_tokens:], device=models.decoder.device)
-                log_probabilities = torch.log_softmax(logits(states[end - scored_tokens : end]).float(), dim=-1)
-                total = log_probabilities.gather(1, targets[:, None]).sum().item()
-                scores[number] = total, bool((log_probabilities.argmax(dim=-1) == targets).all())
+                scores[number] = score_of(logits(states[end - scored_tokens : end]), tokens[-scored_tokens:])
     return [scores[number] for number in range(len(sequences))]
 
 

@@ -22,12 +22,25 @@ def products_of(block: nn.Module, layers: list[Layer], receive: Callable[[Layer,
     Args:
         block: loaded.
     """
-    return Products({layer: _weight(block, layer) for layer in layers}, receive)
+    return Products({layer: weight_of(block, layer) for layer in layers}, receive)
 
 
-def _weight(block: nn.Module, layer: Layer) -> torch.Tensor:
+def weight_of(block: nn.Module, layer: Layer) -> torch.Tensor:
+    """The weight of a layer that is no module, as stored."""
     parameter = block.get_parameter(layer.name)
     return parameter if layer.expert is None else parameter[layer.expert]
+
+
+def routed_modules(block: nn.Module, layers: list[Layer]) -> set[str]:
+    """The paths of modules that are called with tokens, the experts that they chose, and weights."""
+    paths = {layer.module for layer in layers if layer.expert is not None}
+    return {path for path in paths if len(inspect.signature(block.get_submodule(path).forward).parameters) == 3}
+
+
+def route_to(module: nn.Module, tokens: torch.Tensor, expert: int) -> None:
+    """Call a routed module with all tokens, [tokens, columns], sent to one expert."""
+    chosen = torch.full((len(tokens), 1), expert, device=tokens.device)
+    module(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
 
 
 class Experts:
@@ -67,16 +80,12 @@ class FewTokenExperts:
         self.experts, self.sample = experts, experts.recorder.sample
         self._reached: dict[str, list[torch.Tensor]] = {}  # module of a mixture's experts -> sampled tokens
         self._read: dict[str, list[torch.Tensor]] = {}  # parameter that holds experts -> a sample of what they read
-        self._modules = {layer.module for layer in experts.layers if layer.expert is not None and self._is_routed(layer.module)}
+        self._modules = routed_modules(experts.block, experts.layers)
         self._hooks = [
             experts.block.get_submodule(path).register_forward_pre_hook(self._hook(path), with_kwargs=True) for path in self._modules
         ]
         if any(layer.expert is not None and layer.module not in self._modules for layer in experts.layers):
             experts.read = self._keep_read
-
-    def _is_routed(self, path: str) -> bool:
-        """Whether a module is called with tokens, the experts that they chose, and weights."""
-        return len(inspect.signature(self.experts.block.get_submodule(path).forward).parameters) == 3
 
     def _hook(self, path: str) -> Any:
         def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
@@ -122,7 +131,5 @@ class FewTokenExperts:
 
     def _run(self, path: str, expert: int) -> None:
         """Send all sampled tokens of a mixture to one expert."""
-        tokens = torch.cat(self._reached[path])
-        top_k_index = torch.full((len(tokens), 1), expert, device=tokens.device)
         with self.experts.recording(expert):
-            self.experts.block.get_submodule(path)(tokens, top_k_index, torch.ones_like(top_k_index, dtype=tokens.dtype))
+            route_to(self.experts.block.get_submodule(path), torch.cat(self._reached[path]), expert)

@@ -13,7 +13,6 @@ Which experts a micro-batch calls, and in which order, is the router's affair. A
 it wait for it; one that few tokens chose for a sample of all, as in experts.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stages.errors import PruningError
 from stages.pruning.distributed import all_reduce
+from stages.pruning.experts import route_to, routed_modules, weight_of
 from stages.pruning.inputs import CalibratedOn, EvenSample, Inputs
 from stages.pruning.observer import even_sample, even_sample_of_held_out
 from stages.pruning.statistics import Statistic
@@ -133,11 +133,7 @@ class SequentialPass:
         self.stream, self.index, self.block, self.prune = stream, index, block, prune
         self.statistic, self.minimum, self.propagates = statistic, expert_tokens, propagates
         self.tokens_of_expert = max(1, error_tokens // 8)
-        routed = {
-            layer.module
-            for layer in stream.decoder.layers(index)
-            if layer.expert is not None and _is_routed(block.get_submodule(layer.module))
-        }
+        routed = routed_modules(block, stream.decoder.layers(index))
         order = stream.decoder.reading_orders[index]
         self.distinct = [
             _DistinctInput(number, layers, layers[0].module if layers[0].module in routed else None)
@@ -271,7 +267,7 @@ class SequentialPass:
     def _experts(self) -> Any:
         """Stop before the products of layers that are no modules, while the block runs in this thread."""
         layers = [layer for layer in self.distinct_of if not layer.is_module_of(self.block)]
-        weights = {layer: _weight(self.block, layer) for layer in layers}
+        weights = {layer: weight_of(self.block, layer) for layer in layers}
         return Factors(weights, self._read) if layers else nullcontext()
 
     def _reach(self, path: str) -> Any:
@@ -393,12 +389,10 @@ class SequentialPass:
         reached = self.reached[path] if path is not None else []
         if not reached:
             return _columns_of(self.block, layer)
-        tokens = torch.cat(reached)
-        chosen = torch.full((len(tokens), 1), layer.expert or 0, device=tokens.device)
         self._collected = {}
         try:
             with self._experts():
-                self.block.get_submodule(layer.module)(tokens, chosen, torch.ones_like(chosen, dtype=tokens.dtype))
+                route_to(self.block.get_submodule(layer.module), torch.cat(reached), layer.expert or 0)
         except _Collected:
             pass
         finally:
@@ -420,16 +414,6 @@ def waiting_budget(stream: Stream) -> float:
     if device.type == "cuda":
         return stream.gpu_share * torch.cuda.get_device_properties(device).total_memory
     return stream.memory.left
-
-
-def _is_routed(module: nn.Module) -> bool:
-    """Whether a module is called with tokens, the experts that they chose, and weights."""
-    return len(inspect.signature(module.forward).parameters) == 3
-
-
-def _weight(block: nn.Module, layer: Layer) -> torch.Tensor:
-    parameter = block.get_parameter(layer.name)
-    return parameter if layer.expert is None else parameter[layer.expert]
 
 
 def _columns_of(block: nn.Module, layer: Layer) -> torch.Tensor:

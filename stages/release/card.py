@@ -179,7 +179,7 @@ LISTED = 6  # kinds of tensors that are named
 
 
 def scope(verified: Verified) -> str:
-    """Markdown: the share of all weights that is in scope; of a multimodal model also which part that is, and the parts beside it."""
+    """Markdown: the share of all weights that is in scope; of a multimodal model also which part that is, and the other parts."""
     share = f"{100 * verified.share:.3g}% of all weights of the checkpoint"
     if not verified.loaded.joined:
         return f"- In scope: {share}.\n"

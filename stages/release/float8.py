@@ -22,7 +22,7 @@ from stages.checkpoint.reader import INDEX, Checkpoint
 from stages.errors import ConfigError, ReleaseError
 from stages.evaluation.float8 import DTYPE, Float8, quantise, require_linear
 from stages.files import read_json, write_json
-from stages.release.loading import require_auto_class
+from stages.release.loading import load_stock, require_auto_class
 
 PACKAGE = "compressed_tensors"
 SIGN = 0x7F  # the bits of a float8 without its sign
@@ -147,14 +147,9 @@ def _check_codes(name: str, codes: torch.Tensor, scales: torch.Tensor, weight: t
 
 @torch.no_grad()
 def _check_loading(directory: Path, base: Checkpoint, delta: SparseDelta) -> None:
-    stock, report = require_auto_class(directory).from_pretrained(
-        directory, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
-    )
-    problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
-    if problems:
-        raise ReleaseError(f"{directory}: stock transformers reports {problems}")
+    stock = load_stock(require_auto_class(directory), directory)
     probe = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size
-    logits, dtype = stock.eval().requires_grad_(False)(input_ids=probe).logits, stock.dtype
+    logits, dtype = stock(input_ids=probe).logits, stock.dtype
     del stock
     ours = load_model(base, Float8(delta), dtype=dtype, device=torch.device("cpu"))(input_ids=probe).logits
     if not torch.equal(logits, ours):

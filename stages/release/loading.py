@@ -35,7 +35,7 @@ class Loaded:
     """How stock transformers loads a release.
 
     loading: which check was made. auto_class: name of the class that loads it. model_class: of which it is.
-    joined: the parts of a multimodal model beside its text decoder, such as a vision encoder, by their paths in the model.
+    joined: the parts of a multimodal model other than its text decoder, such as a vision encoder, by their paths in the model.
     """
 
     loading: Loading
@@ -57,7 +57,7 @@ def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memo
     free = psutil.virtual_memory().available if free_memory is None else free_memory
     whole = sum(base.stored(name).nbytes for name in base) <= SHARE * free
     auto_class = require_auto_class(release)
-    stock = _loaded(auto_class, release, whole=whole)
+    stock = _plain(release, load_stock(auto_class, release, **({} if whole else {"device_map": "meta"})))
     loaded = Loaded(
         loading="whole" if whole else "streamed",
         auto_class=auto_class.__name__,
@@ -66,7 +66,7 @@ def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memo
     )
     probe, dtype = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size, stock.dtype
     if whole:
-        logits = stock.eval()(input_ids=probe).logits
+        logits = stock(input_ids=probe).logits
         del stock  # two models of 7B do not fit where one does
         ours = load_model(base, delta.apply, dtype=dtype, device=CPU)(input_ids=probe).logits
     else:
@@ -91,9 +91,17 @@ def require_auto_class(release: Path) -> Any:
     return auto_class
 
 
-def _loaded(auto_class: Any, release: Path, *, whole: bool) -> PreTrainedModel:
-    """The release in stock transformers, on the meta device unless whole; refused where anything is missing or no longer tied."""
-    options: dict[str, Any] = {} if whole else {"device_map": "meta"}
+def load_stock(auto_class: Any, release: Path, **options: Any) -> PreTrainedModel:
+    """A release in stock transformers; its parameters want no gradient, as ours.
+
+    torch.matmul computes otherwise where a weight wants a gradient, by the last bit.
+
+    Args:
+        auto_class: see require_auto_class. options: of from_pretrained.
+
+    Raises:
+        ReleaseError: a tensor is missing, unknown or misshapen.
+    """
     stock: PreTrainedModel
     stock, report = auto_class.from_pretrained(
         release, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
@@ -101,13 +109,18 @@ def _loaded(auto_class: Any, release: Path, *, whole: bool) -> PreTrainedModel:
     problems = {key: sorted(names) for key, names in report.items() if names and key.endswith("_keys")}
     if problems:
         raise ReleaseError(f"{release}: stock transformers reports {problems}")
+    return stock.eval().requires_grad_(False)
+
+
+def _plain(release: Path, stock: PreTrainedModel) -> PreTrainedModel:
+    """The same model; refused where its config names a format, or what it ties is no longer tied."""
     config = stock.config
     if getattr(config, "quantization_config", None) or getattr(config, "sparsity_config", None):
         raise ReleaseError(f"{release}: its config names a quantisation or sparsity format, wanted the base's plain config")
     output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
     if getattr(config, "tie_word_embeddings", False) and output.weight is not inputs.weight:
         raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
-    return stock.requires_grad_(False)  # as ours: torch.matmul computes otherwise where a weight wants a gradient, by the last bit
+    return stock
 
 
 def _streamed(checkpoint: Checkpoint, apply: Apply | None, probe: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:

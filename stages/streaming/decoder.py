@@ -45,7 +45,7 @@ class Decoder:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.apart: dict[int, Mixture] = {}
-        self._reserved: dict[str, ReservedTensor] = {}  # parameter of the loaded block -> room for its experts
+        self._reserved: dict[str, ReservedTensor] = {}  # parameter of the loaded block -> memory reserved for its experts
         self.model = empty_model(checkpoint.directory, dtype)
         if self.model._can_set_experts_implementation():
             self.model.set_experts_implementation("eager")  # one expert after another, each by its own product

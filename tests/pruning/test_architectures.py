@@ -20,7 +20,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.config import compose
 from stages.errors import ArchitectureError
 from stages.pruning.allocations import loss
-from stages.pruning.block_loop import Plan, prune_blocks
+from stages.pruning.block_loop import Plan, PrunedBlock, prune_blocks
 from stages.pruning.entries import DenseModel
 from stages.pruning.patterns import Nm, Unstructured
 from stages.recipe import Recipe
@@ -30,7 +30,7 @@ from stages.sources import base as checkpoints
 from stages.sources.base import LocalBase
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
-from tests import architectures
+from tests import architectures, tiny
 from tests.methods import WANDA, sparsegpt
 
 CPU = torch.device("cpu")
@@ -56,11 +56,7 @@ WANDA_HALF = {
 
 def fetched(kind: str, directory: Path) -> Checkpoint:
     """A checkpoint of this architecture as the fetch stage writes it."""
-    source = architectures.write(directory / "source", kind)
-    local = LocalBase(source="local", path=str(source), name=f"tests/{kind}", fingerprint=None, license="mit")
-    (directory / "base").mkdir()
-    checkpoints.fetch(local, directory / "base", downloads=directory / "unused")
-    return Checkpoint(directory / "base")
+    return tiny.fetched(architectures.write(directory / "source", kind), directory)
 
 
 def streamed(base: Checkpoint, method, pattern, expert_tokens: int = 0, windows: torch.Tensor = WINDOWS, batch: int = BATCH):
@@ -165,6 +161,17 @@ def plain_wanda(decoder: Decoder, sparsity: float, auto_class: type = AutoModelF
     return model, masks
 
 
+def written(directory: Path, base: Checkpoint, blocks: list[PrunedBlock]) -> SparseDelta:
+    """The delta of blocks that Wanda pruned at 50%, with its manifest."""
+    directory.mkdir()
+    rows = []
+    for block in blocks:
+        write_block(directory / f"block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
+        rows += [prune.matrix_row(block, one, {one.matrix.name: HALF}) for one in block.matrices]
+    write_manifest(directory, recipe=Recipe(**WANDA_HALF, base=base.fingerprint), summary=prune.summarise(rows), matrices=rows)
+    return SparseDelta(directory, base.fingerprint)
+
+
 @pytest.mark.parametrize("kind", architectures.CONFIGS)
 def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound(kind, tmp_path):
     base = fetched(kind, tmp_path)
@@ -180,14 +187,7 @@ def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound
     assert all(re.search(UNTOUCHED, name) for name in base if name not in changes), [name for name in base if name not in changes]
     assert not any(re.search(UNTOUCHED, name) for name in changes)
 
-    (tmp_path / "sparse").mkdir()
-    rows = []
-    for block in blocks:
-        write_block(tmp_path / f"sparse/block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
-        rows += [prune.matrix_row(block, one, dict.fromkeys(masks, HALF)) for one in block.matrices]
-    recipe = Recipe(**WANDA_HALF, base=base.fingerprint)
-    write_manifest(tmp_path / "sparse", recipe=recipe, summary=prune.summarise(rows), matrices=rows)
-    delta = SparseDelta(tmp_path / "sparse", base.fingerprint)
+    delta = written(tmp_path / "sparse", base, blocks)
     ours = load_model(base, delta.apply, dtype=torch.float32, device=CPU)
     if model._can_set_experts_implementation():
         ours.set_experts_implementation("eager")

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from stages import prune
-from stages.checkpoint.delta import SparseDelta, write_block, write_manifest
 from stages.checkpoint.model import load_model
 from stages.checkpoint.model_class import auto_class_of
 from stages.checkpoint.reader import INDEX, Checkpoint
@@ -16,16 +15,13 @@ from stages.config import compose
 from stages.files import write_json
 from stages.pruning.allocations import loss
 from stages.pruning.entries import DenseModel
-from stages.recipe import Recipe
 from stages.release.packing import pack
 from stages.release.verification import verify
-from stages.sources import base as checkpoints
-from stages.sources.base import LocalBase
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
-from tests import multimodal
+from tests import multimodal, tiny
 from tests.methods import WANDA, sparsegpt
-from tests.pruning.test_architectures import BATCH, CPU, HALF, WANDA_HALF, WINDOWS, mask_of, plain_wanda, streamed
+from tests.pruning.test_architectures import BATCH, CPU, HALF, WINDOWS, mask_of, plain_wanda, streamed, written
 
 KINDS = ["gemma3", "gemma4", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"]
 TOKENS = WINDOWS % multimodal.PLACEHOLDER  # without those that stand for images
@@ -34,11 +30,7 @@ NOTHING = 0  # bytes of free memory
 
 def fetched(kind: str, directory) -> Checkpoint:
     """A checkpoint of this type as the fetch stage writes it."""
-    source = multimodal.write(directory / "source", kind)
-    local = LocalBase(source="local", path=str(source), name=f"tests/{kind}", fingerprint=None, license="mit")
-    (directory / "base").mkdir()
-    checkpoints.fetch(local, directory / "base", downloads=directory / "unused")
-    return Checkpoint(directory / "base")
+    return tiny.fetched(multimodal.write(directory / "source", kind), directory)
 
 
 @pytest.mark.filterwarnings("default")  # of models at their small sizes
@@ -60,14 +52,7 @@ def test_only_the_text_decoder_is_pruned_as_in_the_whole_model_and_the_release_s
         if isinstance(module, torch.nn.Linear) and name not in pruned:
             assert not name.startswith(f"{decoder.prefix}.") or re.search(r"mlp\.gate$|router", name), name
 
-    (tmp_path / "sparse").mkdir()
-    rows = []
-    for block in blocks:
-        write_block(tmp_path / f"sparse/block-{block.index:05d}.safetensors", block.changes, base.fingerprint)
-        rows += [prune.matrix_row(block, one, dict.fromkeys(masks, HALF)) for one in block.matrices]
-    recipe = Recipe(**WANDA_HALF, base=base.fingerprint)
-    write_manifest(tmp_path / "sparse", recipe=recipe, summary=prune.summarise(rows), matrices=rows)
-    delta = SparseDelta(tmp_path / "sparse", base.fingerprint)
+    delta = written(tmp_path / "sparse", base, blocks)
     (tmp_path / "release").mkdir()
     pack(base, delta, tmp_path / "release")
     for free in (None, NOTHING):

@@ -12,8 +12,6 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, ReleaseError
 from stages.release.packing import pack
 from stages.release.verification import Asked, count_in_each_group, verify
-from stages.sources import base as checkpoints
-from stages.sources.base import LocalBase
 from stages.streaming.decoder import Decoder
 from tests import architectures, deltas, tiny
 
@@ -192,11 +190,7 @@ def test_a_matrix_outside_the_bounds_of_its_allocation_is_found(base, tmp_path, 
 
 def fetched(kind: str, directory) -> Checkpoint:
     """A checkpoint of this architecture as the fetch stage writes it."""
-    source = architectures.write(directory / "source", kind)
-    local = LocalBase(source="local", path=str(source), name=f"tests/{kind}", fingerprint=None, license="mit")
-    (directory / "base").mkdir()
-    checkpoints.fetch(local, directory / "base", downloads=directory / "unused")
-    return Checkpoint(directory / "base")
+    return tiny.fetched(architectures.write(directory / "source", kind), directory)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"pattern": NM}])

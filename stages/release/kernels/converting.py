@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.errors import ReleaseError
 from stages.release.kernels import macko, semi_structured
-from stages.release.loading import require_auto_class
+from stages.release.loading import load_stock, require_auto_class
 from stages.release.zeros import read_zeros
 
 Kernel = Literal["semi_structured", "macko"]
@@ -88,7 +88,7 @@ def check(release: Path, kernel: Kernel) -> Check:
         ReleaseError: no release; or it has no layer that the kernel takes.
     """
     read_zeros(release)
-    model = require_auto_class(release).from_pretrained(release, dtype="auto", local_files_only=True, trust_remote_code=False).eval()
+    model = load_stock(require_auto_class(release), release)
     changed = 0
     if kernel == "macko":
         stored = {name: parameter.detach() for name, parameter in model.named_parameters()}

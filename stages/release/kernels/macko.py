@@ -10,13 +10,15 @@ from importlib.util import find_spec
 
 import torch
 
+from stages.release.kernels.layer import ConvertedLinear
+
 PACKAGE = "macko_spmv"
 DTYPE = torch.float16
 LONGEST = 16  # elements that one stored value stands for: itself and up to 15 zeros before it
 MULTIPLE = 8  # the arrays are filled up to this many values
 
 
-class Macko(torch.nn.Module):
+class Macko(ConvertedLinear):
     """A linear layer whose weight is kept in the layout.
 
     With the package and on CUDA a single token is multiplied by its kernel; else the weight is restored for the product and dropped.
@@ -32,22 +34,16 @@ class Macko(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Args: weight: [rows, columns], float16. bias: [rows]."""
-        super().__init__()
+        values, deltas, row_indices = encode(weight)
+        super().__init__(bias, values=values, deltas=deltas, row_indices=row_indices)
         self.rows, self.columns = weight.shape
-        self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
-        for name, tensor in zip(("values", "deltas", "row_indices"), encode(weight), strict=True):
-            self.register_buffer(name, tensor)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.deltas.nbytes + self.row_indices.nbytes
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] -> [..., rows]."""
         if inputs.numel() == self.columns and inputs.is_cuda and find_spec(PACKAGE):
             outputs = self._by_kernel(inputs.reshape(-1)).reshape(*inputs.shape[:-1], self.rows)
             return outputs if self.bias is None else outputs + self.bias
-        return torch.nn.functional.linear(inputs, self.dense(), self.bias)
+        return super().forward(inputs)
 
     def _by_kernel(self, vector: torch.Tensor) -> torch.Tensor:
         parts = (self.values, self.deltas, self.row_indices, self.rows, self.columns)

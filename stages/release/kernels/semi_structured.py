@@ -11,11 +11,13 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from stages.release.kernels.layer import ConvertedLinear
+
 KEPT, GROUP = 2, 4
 DTYPES = (torch.float16, torch.bfloat16)  # in float32 the hardware keeps one of two
 
 
-class SemiStructured(torch.nn.Module):
+class SemiStructured(ConvertedLinear):
     """A linear layer whose weight is kept in the layout of CUTLASS.
 
     Attributes:
@@ -27,18 +29,8 @@ class SemiStructured(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Args: weight: [rows, columns]. bias: [rows]."""
-        super().__init__()
-        self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
-        for name, tensor in zip(("values", "places"), sparse_semi_structured_from_dense_cutlass(weight.detach()), strict=True):
-            self.register_buffer(name, tensor)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.places.nbytes
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[..., columns] -> [..., rows]."""
-        return torch.nn.functional.linear(inputs, self.dense(), self.bias)
+        values, places = sparse_semi_structured_from_dense_cutlass(weight.detach())
+        super().__init__(bias, values=values, places=places)
 
     def dense(self) -> torch.Tensor:
         """[rows, columns]."""
