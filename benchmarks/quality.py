@@ -49,7 +49,7 @@ def measured(point: Point) -> dict[str, Any]:
     remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     with behaviour.project():
         figures = behaviour.measured(point)
-    if not behaviour.same(figures, behaviour.load().get(point.cell)):
+    if not behaviour.as_written(figures, point.cell):
         raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
     print("$", point.command, flush=True)
     subprocess.run([*point.command.split(), "--quiet"], check=True, stdout=sys.stderr)

@@ -3,7 +3,6 @@
 An expert to which the router sent few tokens is calibrated on a sample of all tokens that reached the mixture.
 """
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from stages.pruning.inputs import CalibratedOn, Inputs, Recorder
 from stages.streaming.architecture import Layer
+from stages.streaming.mixture import is_routed
 from stages.streaming.products import Products
 
 
@@ -34,7 +34,7 @@ def weight_of(block: nn.Module, layer: Layer) -> torch.Tensor:
 def routed_modules(block: nn.Module, layers: list[Layer]) -> set[str]:
     """The paths of modules that are called with tokens, the experts that they chose, and weights."""
     paths = {layer.module for layer in layers if layer.expert is not None}
-    return {path for path in paths if len(inspect.signature(block.get_submodule(path).forward).parameters) == 3}
+    return {path for path in paths if is_routed(block.get_submodule(path))}
 
 
 def route_to(module: nn.Module, tokens: torch.Tensor, expert: int) -> None:

@@ -43,6 +43,11 @@ class Mixture:
     count: int
 
 
+def is_routed(module: nn.Module) -> bool:
+    """Whether a module is called with tokens, the experts that they chose, and weights."""
+    return len(inspect.signature(module.forward).parameters) == 3
+
+
 def find_mixture(block: nn.Module, layers: list[Layer], call: Call) -> Mixture | None:
     """Find the mixture of a block whose experts can be loaded one at a time; None where there is none.
 
@@ -58,7 +63,7 @@ def find_mixture(block: nn.Module, layers: list[Layer], call: Call) -> Mixture |
     path = paths.pop()
     module = block.get_submodule(path)
     sizes = {len(parameter) if parameter.dim() > 1 else 0 for parameter in module.parameters()}
-    standard = hasattr(module, "is_transposed") and len(inspect.signature(module.forward).parameters) == 3
+    standard = hasattr(module, "is_transposed") and is_routed(module)
     if not standard or len(sizes) != 1 or not _ends_in(block, module, call):
         return None
     names = tuple(f"{path}.{name}" for name, _ in module.named_parameters())

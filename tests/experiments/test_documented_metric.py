@@ -20,7 +20,7 @@ from stages.release.card import corpus_lines, metadata
 from stages.schema import Table
 from tests.experiments import synthetic
 from tests.project import ROOT
-from tests.release.test_card import RECORDS, Delta
+from tests.release.test_card import RECORDS, VERIFIED, Delta
 
 RIGHT_TOKENS = {"dense": 7, "wanda": 5, "sparsegpt": 6}  # of the 9 of a window that are found; in every second window 2 more
 
@@ -110,5 +110,5 @@ def test_it_has_a_row_in_the_model_card_and_its_metadata(documented):
     assert line.startswith("| share of next tokens found, the text | 0.889 ± ")
     assert line.endswith("| -0.222 ± 0.000 |")
     news = replace(sparse, name="news")
-    card = metadata("small", Delta().recipe, replace(RECORDS, sparse=[*RECORDS.sparse, news]))
+    card = metadata("small", Delta().recipe, replace(RECORDS, sparse=[*RECORDS.sparse, news]), VERIFIED)
     assert ("next_token", pytest.approx(0.6667)) in [(result.metric_type, result.metric_value) for result in card.eval_results]
