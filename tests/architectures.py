@@ -61,6 +61,10 @@ CONFIGS: dict[str, dict] = {
     "gpt_neox": {**SIZES, "rotary_pct": 0.5},
     "gptj": {**GPT2, "rotary_dim": 4},
     "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bart": {
+        **{"vocab_size": 96, "d_model": 32, "decoder_layers": 3, "encoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+        **{"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
+    },
     "bloom": {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     "falcon": {**SIZES, "multi_query": True, "new_decoder_architecture": False, "alibi": False},
     "mpt": {"vocab_size": 96, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},

@@ -1,7 +1,8 @@
 """The matrices of a decoder language model that are in scope: what tokens are multiplied with in its blocks, without routers.
 
 Linear layers and experts are known by their modules. Of other parameters a run of the block with zeros shows whether tokens are multiplied
-with them. Filters of convolutions, decays of recurrences, norms and biases are not in scope.
+with them. Filters of convolutions, decays of recurrences, norms and biases are not in scope, nor are linear layers that such a run never
+calls, as the attention to an encoder that is not there; experts, which a router may pass over, are.
 """
 
 from collections import Counter
@@ -64,25 +65,35 @@ class _Scopes:
 
 
 def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
-    """Weights of linear layers, of experts, and else what a run with zeros shows; without routers."""
+    """Weights of linear layers that are called, of experts, and else what a run with zeros shows; without routers."""
     from transformers.pytorch_utils import Conv1D
 
+    multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call.example()))
     known, others = dict[str, Use](), list[str]()
     for name, parameter in block.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         module = block.get_submodule(path)
         if parameter.dim() == 2 and leaf == "weight" and is_linear(module):
+            if name not in multiplied and not _is_one_of_several(block, path):
+                continue
             known[name] = Use(transposed=isinstance(module, Conv1D), called=True)
         elif parameter.dim() == 3 and getattr(module, "is_transposed", None) is False:
             known[name] = Use(transposed=False)
         elif parameter.dim() in (2, 3):
             others.append(name)
-    if others:
-        multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call.example()))
-        not_called = [name for name, use in multiplied.items() if not use.called]  # as an expert is that no token chose
-        known |= {name: multiplied[name] for name in not_called if name in known or name in others}
+    not_called = [name for name, use in multiplied.items() if not use.called]
+    known |= {name: multiplied[name] for name in not_called if name in known or name in others}
     experts = [name for name in known if block.get_parameter(name).dim() == 3]
     return {name: use for name, use in known.items() if not _is_router(block, name, experts)}
+
+
+def _is_one_of_several(block: nn.Module, path: str) -> bool:
+    """Whether a module is in a list of modules, as experts are that a router may pass over."""
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(block.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
+            return True
+    return False
 
 
 def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, use: Use) -> list[Matrix]:

@@ -40,6 +40,7 @@ WINDOWS = torch.randint(3, 96, (5, 20), generator=torch.Generator().manual_seed(
 UNTOUCHED = re.compile(
     r"embed|wte|wpe|lm_head|embed_out|norm|ln_|bias|(mlp|moe|feed_forward)\.gate\.weight|shared_expert_gate|router|e_score"
     r"|conv\.weight|conv_?1d|A_log|\.D$|dt_bias|time_(decay|first|mix)|ln\d|ln_out|pre_ln|recurrent_param|sinks|layer_scalar|^head\.weight|per_layer_model_projection|altup_(unembed_)?projections|correct_output_scale"
+    r"|encoder_attn"  # of a decoder without its encoder
 )
 SPARSEGPT = sparsegpt()
 WANDA_HALF = {

@@ -321,8 +321,9 @@ def test_outputs_that_are_not_finite_name_the_layer(base):
 
 def test_a_layer_that_no_token_reaches_is_named(base):
     decoder = Decoder(base, torch.float32, CPU)
-    decoder.blocks[0].self_attn.register_module("idle", torch.nn.Linear(32, 8, bias=False, device="meta"))
-    decoder.layout["model.layers.0.self_attn.q_proj.weight"] = ParameterSlice(name="model.layers.0.self_attn.idle.weight")
+    idle_expert = torch.nn.Linear(32, 8, bias=False, device="meta")
+    decoder.blocks[0].self_attn.register_module("idle", torch.nn.ModuleList([idle_expert]))
+    decoder.layout["model.layers.0.self_attn.q_proj.weight"] = ParameterSlice(name="model.layers.0.self_attn.idle.0.weight")
     decoder.layout["model.layers.0.self_attn.k_proj.weight"] = ParameterSlice(name="model.layers.0.self_attn.k_proj.weight")
     idle = base.tensor("model.layers.0.self_attn.k_proj.weight")
     decoder.read = lambda index: {name: idle if name.endswith("q_proj.weight") else base.tensor(name) for name in decoder.tensors(index)}
