@@ -41,16 +41,21 @@ Rows = dict[Point, dict[str, Any]]
 
 
 def measured(point: Point) -> dict[str, Any]:
-    """Run one point, from its beginning, and read what the workspace holds then.
+    """Run one point, and add how the code behaves now.
 
     Raises:
         SystemExit: the pruning code is not that of benchmarks.behaviour; before the run.
     """
-    remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     with behaviour.project():
         figures = behaviour.measured(point)
     if not behaviour.as_written(figures, point.cell):
         raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
+    return {**run(point), "behaviour": figures}
+
+
+def run(point: Point) -> dict[str, Any]:
+    """Run one point, from its beginning, and read what the workspace holds then."""
+    remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     print("$", point.command, flush=True)
     subprocess.run([*point.command.split(), "--quiet"], check=True, stdout=sys.stderr)
     pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
@@ -64,7 +69,6 @@ def measured(point: Point) -> dict[str, Any]:
         "device": prune["device"],
         "code": prune["code"],
         "calibration": prune["calibration"],
-        "behaviour": figures,
     }
 
 

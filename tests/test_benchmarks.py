@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, disk, frontier, gpu, llama_cpp_divergence, quality, random_checkpoint, table
+from benchmarks import behaviour, contenders, disk, frontier, gpu, llama_cpp_divergence, orders, quality, random_checkpoint, table
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
@@ -450,3 +450,26 @@ def test_what_experiments_share_is_counted_once_on_the_disk():
     first, second = disk.growth([("a", lock(base=100, sparse=6, metrics=1, release=99)), ("b", lock(base=100, sparse=5, metrics=1))])
     assert (first.others, first.delta, first.results, first.release, first.total) == (100, 6, 1, 99, 206)
     assert (second.base, second.delta, second.total) == (100, 5, 5)
+
+
+def test_orders_of_pruning_are_compared_on_the_seeds_that_all_have():
+    def found(point: contenders.Point) -> dict:
+        perplexity = 30.0 + point.seed - 2 * ("sequential" in point.overrides)
+        texts = {text: {"perplexity": perplexity + 10 * number} for number, text in enumerate(contenders.TEXTS)}
+        cost = {"seconds": 20 if "exact" in point.overrides else 10, "peak_memory_gib": 0.5}
+        return {"texts": texts, "device": "a processor", **cost}
+
+    wanda = [point for point in orders.points() if (point.contender, point.pattern, point.base) == ("Wanda", "2:4", GEMMA3.base)]
+    rows = {point: found(point) for point in wanda if point.seed == 0 or "sequential" not in point.overrides}
+    text = orders.tables(rows)
+    cells = "30.00 / 40.00 | 30.00 / 40.00 | 28.00 / 38.00 | 0.50 × | 0.50 × | 1.00 × | 1.00 ×"
+    assert f"| Wanda | 2:4 | 0 | {cells} |" in text
+    rows |= {point: found(point) for point in wanda if point.seed == 1}
+    assert "| Wanda | 2:4 | 0, 1 | 30.50 ± 0.71 / 40.50 ± 0.71 |" in orders.tables(rows)
+    assert SMOLLM2.label not in text and f"{len(orders.points()) - len(rows)} of {len(orders.points())}" in orders.tables(rows)
+
+
+def test_every_order_of_pruning_composes():
+    for point in (one for one in orders.points() if (one.seed, one.base) == (0, SMOLLM2.base)):
+        section = read(*point.arguments, "evaluation=perplexity")["prune"]
+        assert section.propagate == {"exact": "pruned", "one_pass": "dense"}.get(point.overrides.split("prune=")[1], "sequential")

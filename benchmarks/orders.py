@@ -1,0 +1,133 @@
+"""The three orders of pruning, `prune=exact|one_pass|sequential`, by what they leave of both embedded models and what they cost.
+
+python -m benchmarks.orders                       measure what is missing, first seeds first
+python -m benchmarks.orders --base gemma3_270m    measure what is missing on one model
+python -m benchmarks.orders --minutes 60          begin no point later than that
+python -m benchmarks.orders --table               measure nothing, write the table
+
+Each point is one `dvc exp run` with the leaderboard's calibration and texts (benchmarks.quality). Points are kept in
+benchmarks/orders.json, so that a later run goes on where an earlier one stopped. Writes the table of docs/engine.md.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.contenders import MODELS, SEEDS, TEXTS, Model, Point
+from benchmarks.markers import show_between
+from benchmarks.quality import run
+from benchmarks.table import the_default_afterwards
+from stages.files import read_json, write_json
+
+DOCUMENT, RESULTS = Path("docs/engine.md"), Path("benchmarks/orders.json")
+START, END = "<!-- orders: python -m benchmarks.orders -->", "<!-- end of orders -->"
+ORDERS = ("exact", "one_pass", "sequential")
+PATTERNS = ("50%", "2:4")
+METHODS = {
+    "Wanda": dict.fromkeys(PATTERNS, "method=wanda"),
+    "SparseGPT": dict.fromkeys(PATTERNS, "method=sparsegpt"),
+    "best": {
+        "50%": "method=admm_short allocation=loss reconstruction=distilled",
+        "2:4": "method=admm_short reconstruction=distilled pattern.permutation_rounds=2",
+    },
+}
+
+WHILE_TRAINING = ("exact", "sequential")  # what learns is refused with dense propagation: no block is run pruned
+
+Rows = dict[Point, dict[str, Any]]
+
+
+def points() -> list[Point]:
+    """First seeds before others, what learns last, all orders of a cell one after another."""
+    cells = [(seed, method, model, pattern) for seed in SEEDS for method in METHODS for model in MODELS for pattern in PATTERNS]
+    cells.sort(key=lambda cell: (cell[1] == "best", cell[0]))
+    return [
+        Point(base=model.base, contender=method, overrides=f"{METHODS[method][pattern]} prune={order}", pattern=pattern, seed=seed)
+        for seed, method, model, pattern in cells
+        for order in orders_of(method)
+    ]
+
+
+def orders_of(method: str) -> tuple[str, ...]:
+    return WHILE_TRAINING if method == "best" else ORDERS
+
+
+def load() -> Rows:
+    rows = read_json(RESULTS) if RESULTS.is_file() else []
+    return {Point(**{key: row[key] for key in Point.__dataclass_fields__}): row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than that")
+    parser.add_argument("--base", choices=[model.base for model in MODELS], help="measure points on this model alone")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    rows, started = load(), time.monotonic()
+    left = [point for point in points() if point not in rows and arguments.base in (None, point.base)]
+    if left and not arguments.table:
+        with the_default_afterwards():
+            for point in left:
+                if time.monotonic() - started > 60 * arguments.minutes:
+                    break
+                rows[point] = run(point)
+                write_json(RESULTS, [rows[known] for known in points() if known in rows])
+    show_between(DOCUMENT, START, END, tables(rows))
+
+
+def tables(rows: Rows) -> str:
+    """Markdown: a table of every model, and what the numbers are."""
+    if not rows:
+        return "Not measured yet."
+    parts = [f"**{model.label}**\n\n{table(rows, model)}" for model in MODELS if any(point.base == model.base for point in rows)]
+    devices = " and ".join(sorted({row["device"] for row in rows.values()}))
+    left = len(points()) - len(rows)
+    notes = (
+        f"Perplexity on {' / '.join(TEXTS)}, with the calibration and texts of the leaderboard, over the seeds that all orders have; "
+        "± is the standard deviation over these. Seconds and peak memory are those of pruning, as multiples of those of `exact` on the "
+        f"same seeds; on {devices}. best: {'; '.join(f'at {pattern} `{overrides}`' for pattern, overrides in METHODS['best'].items())}; "
+        "it runs pruned blocks, which `one_pass` does not." + (f" {left} of {len(points())} points are not measured yet." if left else "")
+    )
+    return "\n\n".join([*parts, notes])
+
+
+def table(rows: Rows, model: Model) -> str:
+    """Markdown: a row of every method and pattern of which all orders have a seed in common."""
+    titles = ("", "", "seeds", *(f"`{order}`" for order in ORDERS), *(f"seconds of `{order}`" for order in ORDERS[1:]))
+    titles += tuple(f"memory of `{order}`" for order in ORDERS[1:])
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for method in METHODS:
+        for pattern in PATTERNS:
+            of_order = {order: _of_order(rows, model, method, pattern, order) for order in orders_of(method)}
+            seeds = sorted(set.intersection(*(set(found) for found in of_order.values())))
+            if not seeds:
+                continue
+            chosen = {order: [found[seed] for seed in seeds] for order, found in of_order.items()}
+            perplexities = [_perplexities(chosen[order]) if order in chosen else "–" for order in ORDERS]
+            costs = [
+                f"{mean(row[key] for row in chosen[order]) / mean(row[key] for row in chosen['exact']):.2f} ×" if order in chosen else "–"
+                for key in ("seconds", "peak_memory_gib")
+                for order in ORDERS[1:]
+            ]
+            cells = [method, pattern, ", ".join(map(str, seeds)), *perplexities, *costs]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _of_order(rows: Rows, model: Model, method: str, pattern: str, order: str) -> dict[int, dict[str, Any]]:
+    """Seed -> row."""
+    overrides = f"{METHODS[method][pattern]} prune={order}"
+    wanted = (model.base, method, overrides, pattern)
+    return {point.seed: row for point, row in rows.items() if (point.base, point.contender, point.overrides, point.pattern) == wanted}
+
+
+def _perplexities(found: list[dict[str, Any]]) -> str:
+    """On each text: the mean and, of several seeds, the sample standard deviation."""
+    of_text = [[row["texts"][text]["perplexity"] for row in found] for text in TEXTS]
+    return " / ".join(f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") for values in of_text)
+
+
+if __name__ == "__main__":
+    main()
