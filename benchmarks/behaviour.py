@@ -81,13 +81,14 @@ def project() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as directory, chdir(directory):
-            write_inputs()
+            write_model()
+            write_rest(torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
             yield
     finally:
         torch.set_num_threads(threads)
 
 
-def write_inputs() -> None:
+def write_model() -> None:
     torch.manual_seed(0)
     model = MistralForCausalLM(
         MistralConfig(
@@ -104,8 +105,12 @@ def write_inputs() -> None:
         if "norm" in name:
             parameter.data = torch.randn_like(parameter).div(2).exp()  # some channels are louder than others
     model.to(torch.bfloat16).save_pretrained(BASE, max_shard_size="300KB")
+
+
+def write_rest(windows: torch.Tensor) -> None:
+    """What the fetch and sample stages leave besides a model. windows: [windows, tokens], int64."""
     write_json(BASE / "provenance.json", {"name": "random", "files": {"model.safetensors": "generator 0"}})
-    write_windows(Path(), torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0)))
+    write_windows(Path(), windows)
 
 
 def measured(point: Point) -> Figures:

@@ -2,52 +2,63 @@
 
 python -m benchmarks.census
 
-Small random checkpoints, made from the real configurations, are pruned by several methods on a CPU. Writes docs/census.md. Outcomes are
-kept in the scratch directory as they come, so that a run that was killed goes on; after a change of code, remove it.
+Small random checkpoints, made from the real configurations, go through the prune stage by every kind of method on a CPU. Writes
+docs/census.md, and the counts into README.md. Outcomes are kept in the scratch directory as they come, so that a run that was killed goes
+on; after a change of code, remove it.
 """
 
 import argparse
+import logging
 import tempfile
 import warnings
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from stages.config.compose import method
+from benchmarks.behaviour import write_rest
+from benchmarks.markers import show_between
+from stages import prune
+from stages.config.compose import read
 from stages.errors import ArchitectureError, CheckpointError, SparsesweepError
-from stages.files import read_json, write_json
-from stages.pruning.block_loop import MatrixResult, prune_blocks
-from stages.pruning.method import Method
-from stages.pruning.patterns import Unstructured
-from stages.pruning.plan import Plan
-from stages.pruning.reconstruction import Reconstruction
-from stages.pruning.section import Propagation
-from stages.streaming.architecture import Matrix
+from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, write_json
 from stages.streaming.decoder import Decoder
-from stages.streaming.stream import Stream
-from tests.streaming.test_every_model_type import BATCH, CPU, NOT_SMALL, TYPES, WINDOWS, small, write
+from tests.streaming.test_every_model_type import NOT_SMALL, TYPES, small, write
 
-DOCUMENT = Path("docs/census.md")
-HALF = Unstructured(sparsity=0.5, comparison_group="row")
-BLOCK = Reconstruction(epochs=1, learning_rate=1e-3, search=False)
-METHODS: dict[str, tuple[str, Reconstruction | None]] = {
-    "Wanda": ("wanda", None),
-    "SparseGPT": ("sparsegpt", None),
-    "ADMM": ("admm_short", None),
-    "block reconstruction": ("wanda", BLOCK),
+DOCUMENT, README = Path("docs/census.md"), Path("README.md")
+START, END = "<!-- census: python -m benchmarks.census -->", "<!-- end of census -->"
+WINDOWS = torch.randint(3, 90, (4, 20), generator=torch.Generator().manual_seed(0))
+METHODS = {  # title of a column -> what composes it
+    "Wanda": "method=wanda",
+    "SparseGPT": "method=sparsegpt",
+    "ADMM": "method=admm_short",
+    "loss allocation": "method=sparsegpt allocation=loss",
+    "block reconstruction": "method=wanda reconstruction=block",
+    "distilled": "method=wanda reconstruction=distilled",
+    "permuted 2:4": "method=sparsegpt pattern=nm_2_4 pattern.permutation_rounds=2",
+    "sequential": "method=wanda prune=sequential",
 }
+STATES = {
+    "pruned": "pruned",
+    "refused": "refused by name",
+    "not built": "not built small, so not tried",
+    "not a decoder": "no decoder language models",
+}
+SECTIONS = ("method", "pattern", "allocation", "reconstruction", "prune")
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 NOT_BUILT = "its sizes depend on each other in more ways than the table of small sizes knows"
+ADVICE = "; this architecture is not supported"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", type=Path, default=Path(".cache/census"), help="keeps the outcomes")
-    scratch = parser.parse_args().scratch / transformers.__version__
+    scratch = parser.parse_args().scratch.absolute() / transformers.__version__
     scratch.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")  # of models at their small sizes
+    logging.disable(logging.WARNING)
     outcomes = {}
     for kind in sorted(TYPES):
         done = scratch / f"{kind}.json"
@@ -56,84 +67,85 @@ def main() -> None:
         outcomes[kind] = read_json(done)
         print(kind, outcomes[kind], flush=True)
     DOCUMENT.write_text(page(outcomes), encoding="utf8")
+    show_between(README, START, END, summary(outcomes))
 
 
 def outcome(kind: str) -> dict[str, str]:
     """What becomes of a type: "state", and "reason" or the outcome of each method."""
     if kind in NOT_SMALL:
         return {"state": "not built", "reason": NOT_BUILT}
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, chdir(directory):
         try:
-            checkpoint = write(Path(directory), small(TYPES[kind]))
-            decoder = Decoder(checkpoint, torch.float32, CPU)
-            matrices = decoder.matrices
+            checkpoint = write(BASE, small(TYPES[kind]))
+            write_rest(WINDOWS)
+            _ = Decoder(checkpoint, torch.float32, torch.device("cpu")).matrices
         except (ArchitectureError, CheckpointError) as error:
-            reason = str(error).replace(directory, "checkpoint").removesuffix("; this architecture is not supported")
+            reason = str(error).replace(str(BASE), "checkpoint").removesuffix(ADVICE)
             other = "transformers knows no decoder language model" in reason
             return {"state": "not a decoder" if other else "refused", "reason": reason.removeprefix(f"{kind}: ")}
-        names = [matrix.name for of_block in matrices for matrix in of_block]
-        by_method = {label: pruned(decoder, names, method(name), training) for label, (name, training) in METHODS.items()}
-        if by_method["Wanda"] != "yes":
-            return {"state": "refused", "reason": by_method["Wanda"].removeprefix("refused: ")}
-        return {"state": "pruned", **by_method}
+        return {"state": "pruned", **{title: pruned(kind, overrides.split()) for title, overrides in METHODS.items()}}
 
 
-def pruned(decoder: Decoder, names: list[str], by: Method, training: Reconstruction | None) -> str:
-    """ "yes" where every matrix has half of its weights, else why not."""
-    plan = Plan(
-        method=by,
-        patterns=dict.fromkeys(names, HALF),
-        propagate=Propagation.PRUNED,
-        error_tokens=60,
-        expert_tokens=8,
-        reconstruction=training,
-    )
+def pruned(kind: str, overrides: list[str]) -> str:
+    """ "yes" where half of the weights in scope are zero, else why not."""
+    sections = read(*overrides, "prune.device=cpu", "prune.dtype=float32")
+    remove(PRUNE_JOURNAL)
     try:
-        with torch.no_grad():
-            with decoder.before_blocks():
-                stream = Stream(decoder, WINDOWS, batch=BATCH, held_out=1)
-            results = [result for block in prune_blocks(stream, plan) for result in block.matrices]
+        prune.main.function(**{name: sections[name] for name in SECTIONS})
     except SparsesweepError as error:
-        return f"refused: {error}"
+        return f"refused: {str(error).removeprefix(f'{kind}: ').removesuffix(ADVICE)}"
     except ERRORS as error:  # what a census is to find
         return f"fails: {type(error).__name__}: {error}"
-    halves = {name: matrix.size - matrix.shape[0] * (matrix.shape[1] // 2) for name, matrix in _by_name(results).items()}
-    wrong = [result.matrix.name for result in results if result.kept != halves[result.matrix.name]]
-    return f"fails: {len(wrong)} matrices of another sparsity" if wrong or len(results) != len(names) else "yes"
+    sparsity = read_json(PRUNE_RESULTS / "metrics.json")["sparsity"]
+    return "yes" if abs(sparsity - 0.5) < 0.001 else f"fails: found a sparsity of {sparsity}, wanted 0.5"
 
 
-def _by_name(results: list[MatrixResult]) -> dict[str, Matrix]:
-    return {result.matrix.name: result.matrix for result in results}
+def of_state(outcomes: dict[str, dict[str, Any]], state: str) -> list[str]:
+    """The types that have it."""
+    return [kind for kind in outcomes if outcomes[kind]["state"] == state]
+
+
+def summary(outcomes: dict[str, dict[str, Any]]) -> str:
+    """Markdown: how many types there are of each state."""
+    pruned_types = of_state(outcomes, "pruned")
+    by_all = [kind for kind in pruned_types if all(outcomes[kind][title] == "yes" for title in METHODS)]
+    counts = [f"{len(of_state(outcomes, state))} {words}" for state, words in STATES.items() if state != "pruned"]
+    return (
+        f"Of the {len(outcomes)} types of causal language models that transformers {transformers.__version__} knows, {len(pruned_types)} "
+        f"are pruned ({len(by_all)} by all of {len(METHODS)} kinds of methods), {', '.join(counts[:-1])} and {counts[-1]}: "
+        "[docs/census.md](docs/census.md), made by `make census` from small random checkpoints with each type's real configuration class."
+    )
 
 
 def page(outcomes: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
-    of_state = {
-        state: [kind for kind in outcomes if outcomes[kind]["state"] == state]
-        for state in ("pruned", "refused", "not built", "not a decoder")
-    }
-    counts = ", ".join(f"{len(kinds)} {state}" for state, kinds in of_state.items())
+    yes = {title: sum(outcomes[kind][title] == "yes" for kind in of_state(outcomes, "pruned")) for title in METHODS}
     lines = [
         "# Every causal language model of transformers",
         "",
-        f"`make census` made this page: of the {len(outcomes)} types of causal language models that transformers "
-        f"{transformers.__version__} knows, {counts}. A small random checkpoint of each type, made from its real configuration class, was "
-        "pruned to 50% by each "
-        "method, and every matrix has exactly half of its weights; `tests/streaming/test_every_model_type.py` compares the streamed "
-        "logits with the whole model's.",
+        f"{summary(outcomes).split(': [docs')[0]}. `make census` made this page. A small random checkpoint of each type went through the "
+        "prune stage by each method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
+        "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
+        "`tests/pruning/test_architectures.py` compares masks with a plain reference on the types that README lists.",
         "",
-        f"| pruned | {' | '.join(METHODS)} |",
-        f"|---|{'---|' * len(METHODS)}",
+        "| column | types | composed by |",
+        "|---|---|---|",
+        *(f"| {title} | {yes[title]} | `{overrides}` |" for title, overrides in METHODS.items()),
+        "",
+        "## Pruned",
+        "",
+        "By all of them, unless a method is named that refuses the type.",
+        "",
+        "| type | refused by |",
+        "|---|---|",
     ]
-    lines += [f"| `{kind}` | {' | '.join(outcomes[kind][label] for label in METHODS)} |" for kind in of_state["pruned"]]
-    for state, title in (
-        ("refused", "refused"),
-        ("not built", "not built small, so not tried"),
-        ("not a decoder", "no decoder language model"),
-    ):
-        lines += ["", f"| {title} | why |", "|---|---|"]
-        lines += [f"| `{kind}` | {outcomes[kind]['reason']} |" for kind in of_state[state]]
-    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+    for kind in of_state(outcomes, "pruned"):
+        refused = [f"{title}: {outcomes[kind][title]}" for title in METHODS if outcomes[kind][title] != "yes"]
+        lines.append(f"| `{kind}` | {'<br>'.join(refused)} |")
+    for state in ("refused", "not built", "not a decoder"):
+        lines += ["", f"## {STATES[state].capitalize()}", "", "| type | why |", "|---|---|"]
+        lines += [f"| `{kind}` | {outcomes[kind]['reason']} |" for kind in of_state(outcomes, state)]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -301,7 +301,11 @@ class _Products:
         self.tokens = torch.zeros((), device=device)
 
     def watch(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """Add the tokens of a product, [..., columns] and [..., outputs], once the gradient has come back."""
+        """Add the tokens of a product, [..., columns] and [..., outputs], once the gradient has come back; without a gradient, as where
+        the outputs only choose what attention reads, they are not counted.
+        """
+        if not output.requires_grad:
+            return
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
 
         def add(by_output: torch.Tensor) -> None:

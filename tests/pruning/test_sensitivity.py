@@ -37,6 +37,7 @@ from tests.methods import made
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
+from tests.streaming import test_every_model_type as every_type
 
 CPU = torch.device("cpu")
 GRID = [0.0, 0.25, 0.5, 0.9]
@@ -228,6 +229,15 @@ def test_the_buffers_for_gradients_are_taken_from_one_budget(base, monkeypatch, 
     sensitivities(stream, GRID, "row", **HOW)
     assert [tensor.nbytes for tensor, _ in buffers] == [block_inputs, gradient]
     assert [location.split()[0] for _, location in buffers] == ["memory", "a"]
+
+
+@pytest.mark.filterwarnings("default")  # of a model at its small sizes
+def test_a_layer_whose_outputs_only_choose_what_attention_reads_has_no_gradient_and_is_not_measured(tmp_path):
+    checkpoint = every_type.write(tmp_path, every_type.small(every_type.TYPES["axk2"]))
+    stream = stream_of(checkpoint, SMALL_WINDOWS)
+    found = sensitivities(stream, GRID, "row", **HOW)[WEIGHT]
+    names = {matrix.name for block in stream.decoder.matrices for matrix in block}
+    assert {name.split(".")[4] for name in names - set(found)} == {"indexer"}
 
 
 def test_a_row_without_any_gradient_has_a_small_fisher_estimate_from_the_floor(base):
