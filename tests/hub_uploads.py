@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -23,7 +24,8 @@ class Uploads:
     """The writing half of the hub.
 
     token: the one that may write. quota: bytes of LFS objects that it grants. cut_after: objects that arrive before every connection
-    is cut in the middle of the next; None: all do. busy: path -> how often it is refused by 429 before it is answered.
+    is cut in the middle of the next; None: all do. is_cut: set then. go_on: the connection is cut no sooner than it is set.
+    busy: path -> how often it is refused by 429 before it is answered.
     stored: LFS objects by SHA-256. received: names of what arrived, in order. parents: of each commit.
     """
 
@@ -32,6 +34,8 @@ class Uploads:
     token: str = "of the tests"
     quota: int | None = None
     cut_after: int | None = None
+    is_cut: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
     busy: Counter[str] = field(default_factory=Counter)
     stored: dict[str, bytes] = field(default_factory=dict)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
@@ -65,6 +69,8 @@ class Uploads:
         """An LFS object, or a part of one; the URL is signed and needs no token."""
         if self.cut_after is not None and len(self.stored) >= self.cut_after:
             request.rfile.read(1000)
+            self.is_cut.set()
+            self.go_on.wait(60)
             request.close_connection = True
             request.connection.close()
             return None

@@ -4,6 +4,9 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import snapshot_download
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import upload
+from stages.config.compose import composed
 from stages.errors import ConfigError, ReleaseError
 from stages.files import CREATED_REPOSITORIES, SUMS, UPLOAD, read_json, sha256
 from stages.release.packing import write_sums
@@ -139,10 +144,29 @@ def test_the_same_release_again_is_the_same_commit(project):
 
 def test_a_run_that_was_cut_goes_on_with_the_files_that_are_not_there(project):
     HUB.uploads.cut_after = 1
+    HUB.uploads.go_on.set()
     with pytest.raises(ReleaseError, match=r"Error while uploading '.*safetensors' to the Hub.*what is stored is not sent again") as error:
         run()
     assert "signature" not in str(error.value)
     assert set(HUB.repositories[REPO].files) == {".gitattributes"}
+    stored = set(HUB.uploads.stored)
+    assert 1 <= len(stored) < len(shards(project / "release"))
+    HUB.uploads.cut_after, HUB.uploads.received = None, []
+    run()
+    assert sorted(HUB.uploads.received) == sorted(set(shards(project / "release")) - stored)
+    assert len(HUB.uploads.parents) == 1
+
+
+def test_a_run_that_was_killed_goes_on_likewise_in_the_repository_that_it_made(project):
+    (project / "params.yaml").write_text(OmegaConf.to_yaml(composed(f"publish.hub.repo={REPO}")))
+    HUB.uploads.cut_after = 1
+    process = subprocess.Popen([sys.executable, "-m", "stages.upload"], cwd=project)
+    assert HUB.uploads.is_cut.wait(60)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    HUB.uploads.go_on.set()
+    assert set(HUB.repositories[REPO].files) == {".gitattributes"}
+    assert not (project / UPLOAD).exists()
     stored = set(HUB.uploads.stored)
     assert 1 <= len(stored) < len(shards(project / "release"))
     HUB.uploads.cut_after, HUB.uploads.received = None, []

@@ -34,7 +34,7 @@ SIZES = {
     24: "expert_ffn_hidden_size expert_intermediate_size moe_intermediate_size",
     32: "attention_hidden_size d_model dim_model emb_dim embedding_size hidden_size lru_width n_embd word_embed_proj_dim",
     40: "moe_shared_expert_intermediate_size shared_expert_intermediate_size",
-    48: """d_ff decoder_ffn_dim dim_ff encoder_ffn_dim ffn_dim ffn_hidden_size intermediate_size intermediate_size_mlp n_inner
+    48: """d_ff decoder_ffn_dim dff dim_ff encoder_ffn_dim ffn_dim ffn_hidden_size intermediate_size intermediate_size_mlp n_inner
     shared_intermediate_size""",
     64: "block_size max_position_embeddings max_seq_len n_ctx n_positions original_max_position_embeddings",
     96: "vocab_size vocab_size_per_layer_input",
