@@ -78,7 +78,7 @@ def test_when_nothing_changed_nothing_runs(project):
 def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
     arguments = [argument for override in ["experiment=tiny", *overrides] for argument in ("-S", override)]
     assert sorted(project.stages_run("exp", "run", *arguments)) == sorted(rerun)
-    assert project.stages_run("exp", "run", *arguments) == []
+    assert project.changed_stages() == set()
 
 
 def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
@@ -106,38 +106,40 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
     assert (done.returncode, done.stderr.split()[0]) == (1, "error:")
 
 
-@pytest.mark.parametrize(
-    ("edited", "affected"),
-    [
-        ("stages/sources/readers.py", {"fetch_text"}),
-        ("stages/sources/base.py", {"fetch_base"}),
-        ("stages/calibration/samplers.py", {"sample"}),
-        ("stages/pruning/scores/wanda.py", {"prune", "publish"}),
-        ("stages/pruning/block_loop.py", {"prune"}),
-        ("stages/evaluation/metrics/perplexity.py", {*EVALUATIONS, "publish"}),
-        ("stages/evaluation/comparison.py", {"evaluate_sparse", "evaluate_float8"}),
-        ("stages/evaluation/quantisation.py", {"evaluate_quantised", "evaluate_float8", "publish"}),
-        ("stages/release/card.py", {"publish"}),
-        ("stages/release/uploading.py", {"upload"}),
-        ("stages/checkpoint/delta.py", {"prune", "evaluate_sparse", "evaluate_float8", "publish"}),
-        ("stages/config/entry.py", ALL),
-        ("stages/config/sections.py", set()),
-        ("stages/config/checks.py", set()),
-        ("stages/config/compose.py", set()),
-        ("README.md", set()),
-        ("conf/method/wanda.yaml", set()),
-        ("tests/tiny.py", set()),
-    ],
-)
-def test_an_edit_of_the_code_reruns_the_stages_that_use_it(project, edited, affected):
+AFFECTED: dict[str, set[str]] = {  # an edited file -> the stages that run again
+    "stages/sources/readers.py": {"fetch_text"},
+    "stages/sources/base.py": {"fetch_base"},
+    "stages/calibration/samplers.py": {"sample"},
+    "stages/pruning/scores/wanda.py": {"prune", "publish"},
+    "stages/pruning/block_loop.py": {"prune"},
+    "stages/evaluation/metrics/perplexity.py": {*EVALUATIONS, "publish"},
+    "stages/evaluation/comparison.py": {"evaluate_sparse", "evaluate_float8"},
+    "stages/evaluation/quantisation.py": {"evaluate_quantised", "evaluate_float8", "publish"},
+    "stages/release/card.py": {"publish"},
+    "stages/release/uploading.py": {"upload"},
+    "stages/checkpoint/delta.py": {"prune", "evaluate_sparse", "evaluate_float8", "publish"},
+    "stages/config/entry.py": ALL,
+    "stages/config/sections.py": set(),
+    "stages/config/checks.py": set(),
+    "stages/config/compose.py": set(),
+    "README.md": set(),
+    "conf/method/wanda.yaml": set(),
+    "tests/tiny.py": set(),
+}
+
+
+def test_an_edit_of_the_code_reruns_the_stages_that_use_it(project):
     project.stages_run("exp", "run", "-S", "experiment=tiny")
-    path = project.root / edited
-    before = path.read_text()
-    try:
-        path.write_text(before + "\n# edited\n")
-        assert project.changed_stages() == affected
-    finally:
-        path.write_text(before)
+    found = {}
+    for edited in AFFECTED:
+        path = project.root / edited
+        before = path.read_text()
+        try:
+            path.write_text(before + "\n# edited\n")
+            found[edited] = project.changed_stages()
+        finally:
+            path.write_text(before)
+    assert found == AFFECTED
 
 
 def test_the_score_of_the_docs_is_one_python_file_and_one_yaml(project):
