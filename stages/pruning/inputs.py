@@ -91,19 +91,19 @@ class Recorder(Generic[S]):
 
     @torch.no_grad()
     def add_windows(self, layer: Layer, tensor: torch.Tensor) -> None:
-        """Record the input of a linear layer, [..., columns], one row for each token of the micro-batch.
+        """Record the input of a linear layer, [..., columns], as many rows for each window of the micro-batch; one for each token mostly.
 
         Raises:
-            PruningError: the number of rows is not that of the micro-batch's tokens; names the layer.
+            PruningError: the rows cannot be as many for each window; names the layer.
         """
         inputs = self._first_read_by(layer, tensor)
         if inputs is None:
             return
-        windows, tokens = self._batch
+        windows, _ = self._batch
         rows = tensor.reshape(-1, tensor.shape[-1])
-        if len(rows) != windows * tokens:
-            raise PruningError(f"layer {layer.name}: found {len(rows)} tokens, wanted the block's {windows} x {tokens}")
-        inputs.statistic.add(rows.view(windows, tokens, -1))
+        if len(rows) % windows:
+            raise PruningError(f"layer {layer.name}: found {len(rows)} rows of inputs, wanted as many for each of {windows} windows")
+        inputs.statistic.add(rows.view(windows, -1, rows.shape[-1]))
         inputs.sample.append(self.sample.of(rows))
         inputs.tokens += len(rows)
 

@@ -316,11 +316,11 @@ class SequentialPass:
             tokens: of the running micro-batch, [tokens, columns].
 
         Raises:
-            PruningError: a linear layer reads another number of tokens than the block; names the layer.
+            PruningError: see Recorder.add_windows.
         """
-        windows, length = running.windows.stop - running.windows.start, self.stream.shape[1]
-        if not distinct.is_expert and len(tokens) != windows * length:
-            raise PruningError(f"layer {layer.name}: found {len(tokens)} tokens, wanted the block's {windows} x {length}")
+        windows = running.windows.stop - running.windows.start
+        if not distinct.is_expert and len(tokens) % windows:
+            raise PruningError(f"layer {layer.name}: found {len(tokens)} rows of inputs, wanted as many for each of {windows} windows")
         kept = distinct.held_out if running.is_held_out else self._inputs(distinct, tokens).sample
         if distinct.is_expert:
             kept.append(tokens[: max(0, self.tokens_of_expert - sum(map(len, kept)))].clone())
@@ -329,7 +329,7 @@ class SequentialPass:
         if running.is_held_out:
             return
         inputs = self._inputs(distinct, tokens)
-        inputs.statistic.add(tokens[None] if distinct.is_expert else tokens.view(windows, length, -1))
+        inputs.statistic.add(tokens[None] if distinct.is_expert else tokens.view(windows, -1, tokens.shape[-1]))
         inputs.tokens += len(tokens)
         if distinct.is_expert and distinct.routed is None:
             self.read_by_experts.setdefault(layer.name, []).append(tokens[:: running.sample.stride].clone())

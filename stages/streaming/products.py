@@ -114,10 +114,12 @@ class Use(NamedTuple):
     """How tokens are multiplied with a parameter.
 
     transposed: whether it is stored as [columns, rows]. called: whether it is the weight of a linear layer that is called with the tokens.
+    groups: of a parameter with two dimensions, into how many groups of rows it is split, each multiplied with other inputs.
     """
 
     transposed: bool
     called: bool = False
+    groups: int = 1
 
 
 class _Uses(TorchFunctionMode):
@@ -125,14 +127,16 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.names = {parameter.untyped_storage().data_ptr(): name for name, parameter in block.named_parameters()}
+        self.parameters = {parameter.untyped_storage().data_ptr(): (name, parameter.dim()) for name, parameter in block.named_parameters()}
         self.uses: dict[str, Use] = {}
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         for product in products(function, arguments, keywords):
-            name = self.names.get(product.weight.untyped_storage().data_ptr())
+            name, dimensions = self.parameters.get(product.weight.untyped_storage().data_ptr(), (None, 0))
             if name is not None:
-                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1)
+                is_split = dimensions == 2 and product.weight.dim() == 3 and product.weight.stride(0) != 0
+                groups = len(product.weight) if is_split else 1
+                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1, groups=groups)
         return function(*arguments, **(keywords or {}))
 
 

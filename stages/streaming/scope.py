@@ -29,18 +29,27 @@ def find_matrices(model: "PreTrainedModel", prefix: str, tensors: list[dict[str,
         calls: one for each block, of a few tokens, on the CPU.
 
     Raises:
-        ArchitectureError: a block has no matrices, or a matrix is tied to another tensor; names the block or the tensor.
+        ArchitectureError: a block has no matrices, or a matrix is tied to another tensor or has rows with different inputs; names the
+            block or the tensor.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied, matrices, scopes = tied_names(model), [], _Scopes()
+    shared: dict[type, Any] = {}  # mappings into which blocks write what later ones read, so that all of them must run
     for index, of_block in enumerate(tensors):
         path = f"{prefix}.{index}"
         block, matrices_of_block = model.get_submodule(path), []
-        scope = scopes.of(block, calls[index])
+        call = calls[index].example(shared)
+        scope = scopes.of(block, call, run_again=bool(shared))
         for tensor, parameter_slice in of_block.items():
             if parameter_slice.name not in scope:
                 continue
-            matrices_of_block += _matrices(block, tensor, parameter_slice, scope[parameter_slice.name])
+            use = scope[parameter_slice.name]
+            if use.groups > 1:
+                reason = (
+                    f"{tensor} is multiplied in {use.groups} groups of rows, each with inputs of its own, wanted rows with the same inputs"
+                )
+                raise unsupported(model, reason)
+            matrices_of_block += _matrices(block, tensor, parameter_slice, use)
             if f"{path}.{parameter_slice.name}" in tied or uses[id(block.get_parameter(parameter_slice.name))] > 1:
                 raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone")
         if not matrices_of_block:
@@ -55,11 +64,15 @@ class _Scopes:
     def __init__(self) -> None:
         self._known: dict[Any, dict[str, Use]] = {}
 
-    def of(self, block: nn.Module, call: Call) -> dict[str, Use]:
-        """Name of each parameter of a block that is in scope -> how tokens are multiplied with it."""
+    def of(self, block: nn.Module, call: Call, *, run_again: bool) -> dict[str, Use]:
+        """Name of each parameter of a block that is in scope -> how tokens are multiplied with it.
+
+        Args:
+            run_again: though a block with the same modules and shapes has been.
+        """
         modules = tuple((name, type(module)) for name, module in block.named_modules())
         shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-        if (modules, shapes) not in self._known:
+        if (modules, shapes) not in self._known or run_again:
             self._known[modules, shapes] = _scope(block, call)
         return self._known[modules, shapes]
 
@@ -68,7 +81,7 @@ def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
     """Weights of linear layers that are called, of experts, and else what a run with zeros shows; without routers."""
     from transformers.pytorch_utils import Conv1D
 
-    multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call.example()))
+    multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call))
     known, others = dict[str, Use](), list[str]()
     for name, parameter in block.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
@@ -76,7 +89,8 @@ def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
         if parameter.dim() == 2 and leaf == "weight" and is_linear(module):
             if name not in multiplied and not _is_one_of_several(block, path):
                 continue
-            known[name] = Use(transposed=isinstance(module, Conv1D), called=True)
+            groups = multiplied[name].groups if name in multiplied else 1
+            known[name] = Use(transposed=isinstance(module, Conv1D), called=True, groups=groups)
         elif parameter.dim() == 3 and getattr(module, "is_transposed", None) is False:
             known[name] = Use(transposed=False)
         elif parameter.dim() in (2, 3):

@@ -58,13 +58,29 @@ def test_no_output_of_the_last_layer_is_computed_once_it_is_known():
     torch.testing.assert_close(observer.run(HIDDEN, block), block(HIDDEN))
 
 
-def test_a_layer_that_reads_other_tokens_than_the_blocks_is_named():
-    class Halved(Block):
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return self.output(self.query(hidden[:, ::2]))
+class Halved(Block):
+    """Reads some tokens of each window alone. first: of the first window, likewise of it alone."""
 
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.output(self.query(hidden[:, ::2].flatten(0, 1)[self.first :]))
+
+
+def test_a_layer_that_reads_other_tokens_than_its_block_is_observed_on_those():
     block = Halved()
-    with pytest.raises(PruningError, match=r"layer query.weight: found 18 tokens, wanted the block's 6 x 5"):
+    observer = observer_of(block)
+    observer.run(HIDDEN, block)
+    query, _ = observer.finish(None)
+    assert query.tokens == 18
+    torch.testing.assert_close(query.statistic.squared_norm, HIDDEN[:, ::2].square().sum(dim=1).mean(dim=0))
+
+
+def test_a_layer_that_reads_more_of_one_window_than_of_another_is_named():
+    block = Halved(first=1)
+    with pytest.raises(PruningError, match=r"layer query.weight: found 17 rows of inputs, wanted as many for each of 6 windows"):
         observer_of(block).run(HIDDEN, block)
 
 

@@ -88,6 +88,7 @@ NOT_SMALL = {  # whose sizes depend on each other in more ways, or that are larg
 REFUSED = {
     "block 0 does not receive hidden states as its first argument": "reformer",
     "wanted [windows, tokens, ...]": "cpmant prophetnet xlnet",
+    "groups of rows, each with inputs of its own, wanted rows with the same inputs": "deepseek_v4",
     "it does not run on tokens alone": "gemma4_unified_assistant",
     "wanted one list of decoder blocks": "hrm_text xlm",
     "wanted matrices that are joined by rows, or experts that are stacked": "inkling2_text",
