@@ -63,19 +63,38 @@ def test_when_nothing_changed_nothing_runs(project):
     assert project.stages_run("exp", "run", "-S", "experiment=tiny") == []
 
 
+CHANGED: dict[str, set[str]] = {  # overrides -> the stages that read what they change
+    "pattern.sparsity=0.75": {"prune"},
+    "method=sparsegpt": {"prune"},
+    "evaluation.rows=3": set(EVALUATIONS),
+    "publish.name=small": {"publish"},
+    "publish.dtype=float8": {"evaluate_float8", "publish"},
+    "publish.hub.private=false": {"upload"},
+    "ruler.types=[Q3_K]": {"evaluate_quantised"},
+}
+
+
+def test_a_changed_value_is_read_by_the_stages_that_depend_on_it(project):
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    params, found = project.root / "params.yaml", {}
+    before = params.read_text()
+    try:
+        for override in CHANGED:
+            params.write_text(project.run(sys.executable, "-m", "stages.config.compose", "experiment=tiny", override))
+            found[override] = project.changed_stages()
+    finally:
+        params.write_text(before)
+    assert found == CHANGED
+
+
 @pytest.mark.parametrize(
     ("overrides", "rerun"),
     [
-        (["pattern.sparsity=0.75"], RERUN_BY_PRUNING),
         (["method=sparsegpt"], RERUN_BY_PRUNING),
-        (["evaluation.rows=3"], [*EVALUATIONS, "publish", "upload"]),
-        (["publish.name=small"], ["publish", "upload"]),
-        (["publish.dtype=float8"], ["evaluate_float8", "publish", "upload"]),
-        (["publish.hub.private=false"], ["upload"]),
-        (["ruler.types=[Q3_K]"], ["evaluate_quantised"]),
+        (["evaluation.rows=3", "publish.dtype=float8"], [*EVALUATIONS, "publish", "upload"]),
     ],
 )
-def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
+def test_a_changed_value_reruns_what_reads_it_and_what_depends_on_that(project, overrides, rerun):
     arguments = [argument for override in ["experiment=tiny", *overrides] for argument in ("-S", override)]
     assert sorted(project.stages_run("exp", "run", *arguments)) == sorted(rerun)
     assert project.changed_stages() == set()

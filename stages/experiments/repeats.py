@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from scipy.stats import t
-
-from stages.evaluation.statistics import LEVEL, Adjusted, Estimate, mean
+from stages.evaluation.statistics import Adjusted, Estimate, half_width, mean
 
 
 class TTest(StrEnum):
@@ -144,6 +142,6 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> Adjusted | None:
     total, value = sum(variances), here.value - there.value
     parts = sum(variance**2 / (one.count - 1) for variance, one in zip(variances, (here, there), strict=True))
     freedom = total**2 / parts if parts else here.count + there.count - 2  # without any spread the interval has no width
-    reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
+    reach = half_width(freedom) * math.sqrt(total)
     ends = (value - reach, value + reach)
     return Adjusted(value=value, stderr=math.sqrt(total), count=here.count + there.count, clusters=1 + math.floor(freedom), ends=ends)

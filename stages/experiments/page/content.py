@@ -11,9 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
-from stages.evaluation.statistics import LEVEL, mean_of_rows
+from stages.evaluation.statistics import half_width, mean_of_rows
 from stages.experiments.commands import leaves
 from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
@@ -345,7 +344,7 @@ def quantiles(groups: Sequence[Group]) -> dict[int, float]:
     for scores in (group.dense for group in groups):
         freedom |= {len(set(clusters)) - 1 for clusters in (*scores.window_clusters.values(), *scores.row_clusters.values())}
     freedom |= {round(TABULATED * 1.1**step) for step in range(1, 60)}
-    return {count: float(t.ppf((1 + LEVEL) / 2, count)) for count in sorted(freedom) if count}
+    return {count: half_width(count) for count in sorted(freedom) if count}
 
 
 def protocol_rows(group: Group) -> list[tuple[str, str, str]]:
