@@ -6,6 +6,8 @@ All read a protocol as plain data. What an older protocol does not say is not sa
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from stages.bos import words
+
 Facts = Mapping[str, Any]  # a CorpusProtocol or a TaskProtocol as plain data
 
 
@@ -20,6 +22,13 @@ def windows_of(protocol: Facts, corpus: str) -> str:
     scored = f"{facts['windows']:,} of {available:,} windows"
     evenly = protocol["evaluation"].get("corpora", {}).get(corpus, {}).get("evenly")
     return scored if evenly is None else f"{scored}, spread evenly" if evenly else f"the first {scored}"
+
+
+def scored_text(protocol: Facts, corpus: str) -> str:
+    """The text of the perplexity: corpus, tokens, windows, which of the corpus's they are, and whether each begins with BOS."""
+    windows, some = protocol["corpora"][corpus], windows_of(protocol, corpus)
+    cut = f"{windows['tokens']} tokens in windows of {windows['window_length']}"
+    return f"{corpus}, {cut}{some and ', '}{some}{words(protocol['bos'])}"
 
 
 def rows_of(task: Facts) -> str:

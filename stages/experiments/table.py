@@ -17,7 +17,6 @@ from stages.evaluation.statistics import mean
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
 from stages.experiments.repeats import Spread, seed_of, settings, spread
-from stages.release.card import scored_text
 
 OF_TASKS = ("accuracy", "against dense")  # columns; those of text are what metrics declare, see evaluation.metric.Shown
 ACCURACY = Shown(metric="accuracy", digits=3, headline=True, heading="accuracy")  # the mean over tasks
@@ -79,7 +78,7 @@ def title(experiment: Experiment) -> str:
     tasks = [f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items()]
     first, *others = protocol["corpora"]
     more = f" (make compare has {' and '.join(others)}, too)" if others else ""
-    corpora = f"perplexity and KLD on {scored_text(protocol, first)}{more}"
+    corpora = f"perplexity and KLD on {limits.scored_text(protocol, first)}{more}"
     accuracy = f"; accuracy: the mean over tasks, every task alike; tasks, with their rows: {', '.join(tasks)}" if tasks else ""
     return f"{base_name(experiment)}; {corpora}{accuracy}"
 

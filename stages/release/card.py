@@ -69,7 +69,7 @@ def metadata(name: str, recipe: Recipe, records: Records, verified: Verified) ->
         EvalResult(
             task_type="text-generation",
             dataset_type=measured.name,
-            dataset_name=scored_text(protocol, measured.name),
+            dataset_name=limits.scored_text(protocol, measured.name),
             metric_type=measured.metric,
             metric_value=round(measured.value, 4),
         )
@@ -247,13 +247,6 @@ def errors(summary: dict[str, float], tokens: int | None) -> str:
 # What came of it.
 
 
-def scored_text(protocol: dict[str, Any], corpus: str) -> str:
-    """The text of the perplexity: corpus, tokens, windows, which of the corpus's they are, and whether each begins with BOS."""
-    windows, some = protocol["corpora"][corpus], limits.windows_of(protocol, corpus)
-    cut = f"{windows['tokens']} tokens in windows of {windows['window_length']}"
-    return f"{corpus}, {cut}{some and ', '}{some}{words(protocol['bos'])}"
-
-
 def energy_of(run: dict[str, Any]) -> str:
     """What pruning took in energy, by what was counted; or that it was not measured."""
     if not run.get("joules"):
@@ -272,7 +265,7 @@ def results_table(records: Records) -> str:
         lines.append(f"| {label} | {dense[key].shown(digits)} | {sparse[key].shown(digits)} | {against} |")
 
     for corpus in records.protocol["corpora"]:
-        lines += corpus_lines(corpus, scored_text(records.protocol, corpus), dense, sparse)
+        lines += corpus_lines(corpus, limits.scored_text(records.protocol, corpus), dense, sparse)
     for task in records.tasks:
         label = "accuracy" if task["metric"] == "acc" else task["metric"]
         row(f"{asked(records.protocol, task['task'])}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
