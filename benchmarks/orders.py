@@ -44,10 +44,15 @@ def points() -> list[Point]:
     cells = [(seed, method, model, pattern) for seed in SEEDS for method in METHODS for model in MODELS for pattern in PATTERNS]
     cells.sort(key=lambda cell: (cell[1] == "best", cell[0]))
     return [
-        Point(base=model.base, contender=method, overrides=f"{METHODS[method][pattern]} prune={order}", pattern=pattern, seed=seed)
+        Point(base=model.base, contender=method, overrides=overrides(method, pattern, order), pattern=pattern, seed=seed)
         for seed, method, model, pattern in cells
         for order in orders_of(method)
     ]
+
+
+def overrides(method: str, pattern: str, order: str) -> str:
+    """What composes a point, besides model, pattern and seed; the dense model is not run again for each."""
+    return f"{METHODS[method][pattern]} prune={order} evaluation.metrics=[perplexity]"
 
 
 def orders_of(method: str) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ def tables(rows: Rows) -> str:
     notes = (
         f"Perplexity on {' / '.join(TEXTS)}, with the calibration and texts of the leaderboard, over the seeds that all orders have; "
         "± is the standard deviation over these. Seconds and peak memory are those of pruning, as multiples of those of `exact` on the "
-        f"same seeds; on {devices}. best: {'; '.join(f'at {pattern} `{overrides}`' for pattern, overrides in METHODS['best'].items())}; "
+        f"same seeds; on {devices}. best: {'; '.join(f'at {pattern} `{composed}`' for pattern, composed in METHODS['best'].items())}; "
         "it runs pruned blocks, which `one_pass` does not." + (f" {left} of {len(points())} points are not measured yet." if left else "")
     )
     return "\n\n".join([*parts, notes])
@@ -118,8 +123,7 @@ def table(rows: Rows, model: Model) -> str:
 
 def _of_order(rows: Rows, model: Model, method: str, pattern: str, order: str) -> dict[int, dict[str, Any]]:
     """Seed -> row."""
-    overrides = f"{METHODS[method][pattern]} prune={order}"
-    wanted = (model.base, method, overrides, pattern)
+    wanted = (model.base, method, overrides(method, pattern, order), pattern)
     return {point.seed: row for point, row in rows.items() if (point.base, point.contender, point.overrides, point.pattern) == wanted}
 
 
