@@ -470,8 +470,7 @@ def test_orders_of_pruning_are_compared_on_the_seeds_that_all_have():
 
 
 def test_every_order_of_pruning_composes():
-    for point in (one for one in orders.points() if (one.seed, one.base) == (0, SMOLLM2.base)):
-        section = read(*point.arguments, "evaluation=perplexity")["prune"]
-        assert section.propagate == {"exact": "pruned", "one_pass": "dense"}.get(
-            point.overrides.split("prune=")[1].split()[0], "sequential"
-        )
+    propagates = {"exact": "pruned", "one_pass": "dense", "sequential": "sequential"}
+    for method, order in ((method, order) for method in orders.METHODS for order in orders.orders_of(method)):
+        section = read(*orders.overrides(method, "2:4", order).split(), "pattern=nm_2_4", "evaluation=perplexity")["prune"]
+        assert section.propagate == propagates[order]
