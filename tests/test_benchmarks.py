@@ -471,6 +471,7 @@ def test_orders_of_pruning_are_compared_on_the_seeds_that_all_have():
 
 def test_every_order_of_pruning_composes():
     propagates = {"exact": "pruned", "one_pass": "dense", "sequential": "sequential"}
-    for method, order in ((method, order) for method in orders.METHODS for order in orders.orders_of(method)):
+    points = [(method, order) for method in orders.METHODS for order in orders.orders_of(method)]
+    for method, order in points:
         section = read(*orders.overrides(method, "2:4", order).split(), "pattern=nm_2_4", "evaluation=perplexity")["prune"]
         assert section.propagate == propagates[order]
