@@ -9,8 +9,10 @@ on; after a change of code, remove it.
 
 import argparse
 import logging
+import re
 import tempfile
 import warnings
+from collections.abc import Iterable
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ STATES = {
     "pruned": "pruned",
     "refused": "refused by name",
     "not built": "not built small, so not tried",
-    "not a decoder": "no decoder language models",
+    "not a decoder": "that are no decoder language models",
 }
 SECTIONS = ("method", "pattern", "allocation", "reconstruction", "prune")
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -119,33 +121,49 @@ def summary(outcomes: dict[str, dict[str, Any]]) -> str:
 
 def page(outcomes: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
-    yes = {title: sum(outcomes[kind][title] == "yes" for kind in of_state(outcomes, "pruned")) for title in METHODS}
+    pruned_types = of_state(outcomes, "pruned")
+    by_all = [kind for kind in pruned_types if all(outcomes[kind][title] == "yes" for title in METHODS)]
     lines = [
         "# Every causal language model of transformers",
         "",
         f"{summary(outcomes).split(': [docs')[0]}. `make census` made this page. A small random checkpoint of each type went through the "
-        "prune stage by each method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
+        "prune stage by each kind of method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
         "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
-        "`tests/pruning/test_architectures.py` compares masks with a plain reference on the types that README lists.",
+        "`tests/pruning/test_architectures.py` compares masks with a plain reference on the types that README lists. Some of what a "
+        "method refuses is due to the small sizes, such as two columns for a pattern of four.",
         "",
-        "| column | types | composed by |",
+        "| kind of method | types | composed by |",
         "|---|---|---|",
-        *(f"| {title} | {yes[title]} | `{overrides}` |" for title, overrides in METHODS.items()),
+        *(
+            f"| {title} | {sum(outcomes[kind][title] == 'yes' for kind in pruned_types)} | `{overrides}` |"
+            for title, overrides in METHODS.items()
+        ),
         "",
-        "## Pruned",
+        "## Pruned by all of them",
         "",
-        "By all of them, unless a method is named that refuses the type.",
+        listed(by_all),
         "",
-        "| type | refused by |",
-        "|---|---|",
+        "## Pruned by others than those named",
+        "",
+        "| not by | why | types |",
+        "|---|---|---|",
     ]
-    for kind in of_state(outcomes, "pruned"):
-        refused = [f"{title}: {outcomes[kind][title]}" for title in METHODS if outcomes[kind][title] != "yes"]
-        lines.append(f"| `{kind}` | {'<br>'.join(refused)} |")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for title in METHODS:
+        for kind in pruned_types:
+            if outcomes[kind][title] != "yes":
+                reason = re.sub(r"^(refused: )?(layer )?([\w.]+: |block \d+: )?", "", outcomes[kind][title])
+                reasons.setdefault((title, reason), []).append(kind)
+    lines += [f"| {title} | {reason} | {listed(kinds)} |" for (title, reason), kinds in reasons.items()]
     for state in ("refused", "not built", "not a decoder"):
-        lines += ["", f"## {STATES[state].capitalize()}", "", "| type | why |", "|---|---|"]
-        lines += [f"| `{kind}` | {outcomes[kind]['reason']} |" for kind in of_state(outcomes, state)]
+        lines += ["", f"## {STATES[state].capitalize()}", "", "| types | why |", "|---|---|"]
+        for why in dict.fromkeys(outcomes[kind]["reason"] for kind in of_state(outcomes, state)):
+            lines.append(f"| {listed(kind for kind in of_state(outcomes, state) if outcomes[kind]['reason'] == why)} | {why} |")
     return "\n".join(lines) + "\n"
+
+
+def listed(kinds: Iterable[str]) -> str:
+    return ", ".join(f"`{kind}`" for kind in kinds)
 
 
 if __name__ == "__main__":
