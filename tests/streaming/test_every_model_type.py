@@ -20,7 +20,7 @@ BATCH = 2
 # A small value -> the names that configurations have for sizes.
 SIZES = {
     1: "bos_token_id decoder_start_token_id first_k_dense_replace n_group num_kv_shared_layers topk_group",
-    2: """eos_token_id index_n_heads linear_num_key_heads linear_num_value_heads moe_k num_experts_per_tok num_key_value_heads
+    2: """eos_token_id index_n_heads linear_num_heads linear_num_key_heads linear_num_value_heads moe_k num_experts_per_tok num_key_value_heads
     top_k_experts""",
     3: """decoder_layers encoder_layers mask_token_id n_layer n_layers num_decoder_layers num_encoder_layers num_hidden_layers
     num_layers""",
@@ -28,7 +28,7 @@ SIZES = {
     n_heads n_routed_experts num_attention_heads num_decoder_attention_heads num_encoder_attention_heads num_experts num_heads
     num_local_experts prompt_length prompt_types qk_nope_head_dim qk_rope_head_dim rotary_dim segment_types ssm_state_size state_size""",
     8: """attention_chunk_size attention_window dim_head head_dim hidden_size_per_layer_input index_head_dim index_topk kv_lora_rank
-    linear_key_head_dim linear_value_head_dim qk_head_dim query_pre_attn_scalar sliding_window v_head_dim window_size""",
+    linear_head_dim linear_key_head_dim linear_value_head_dim qk_head_dim query_pre_attn_scalar sliding_window v_head_dim window_size""",
     12: "q_lora_rank",
     16: "mamba_d_head mamba_head_dim",
     24: "expert_ffn_hidden_size expert_intermediate_size moe_intermediate_size",
