@@ -20,8 +20,8 @@ BATCH = 2
 # A small value -> the names that configurations have for sizes.
 SIZES = {
     1: "bos_token_id decoder_start_token_id first_k_dense_replace n_group num_kv_shared_layers topk_group",
-    2: """eos_token_id index_n_heads linear_num_heads linear_num_key_heads linear_num_value_heads moe_k num_experts_per_tok num_key_value_heads
-    top_k_experts""",
+    2: """eos_token_id index_n_heads linear_num_key_heads linear_num_value_heads moe_k num_experts_per_tok num_key_value_heads
+    linear_num_heads top_k_experts""",
     3: """decoder_layers encoder_layers mask_token_id n_layer n_layers num_decoder_layers num_encoder_layers num_hidden_layers
     num_layers""",
     4: """decoder_attention_heads encoder_attention_heads laurel_rank mamba_d_state mamba_n_heads mamba_num_heads moe_num_experts n_head
