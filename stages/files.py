@@ -24,6 +24,7 @@ TEXT = Path("artifacts/text")
 BENCHMARKS = Path("artifacts/tasks")  # rows of tasks that lm-eval knows by their own names
 OWN_TASKS = Path("tasks")
 CALIBRATION = Path("artifacts/calibration")
+STATISTICS = Path("artifacts/statistics")
 SPARSE = Path("artifacts/sparse")
 PRUNE_JOURNAL = Path("artifacts/.prune")
 DENSE_JOURNAL = Path("artifacts/.evaluate-dense")
