@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from stages import record
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
-from stages.files import read_json, sha256, write_json
+from stages.files import parsed_json, read_json, sha256, write_json
 from stages.pruning.inputs import CalibratedOn, Inputs
 from stages.pruning.section import Kept, Prune
 from stages.pruning.statistics import AllReduce, Gram, Moments, NoStatistic, SquaredNorm, Statistic, no_reduction
 from stages.streaming.architecture import Layer
 from stages.streaming.decoder import Decoder
 
-MANIFEST = "manifest.json"
+MANIFEST, METADATA = "manifest.json", "sparsesweep"
 AGAIN = "run the observe stage again (python -m stages.observe)"
 FIELDS: dict[type[Statistic], tuple[str, ...]] = {  # of each statistic after its `finish`: tensors and integers
     SquaredNorm: ("value", "windows"),
@@ -170,7 +170,8 @@ def write_block(directory: Path, index: int, inputs: list[Inputs[Together]], hel
             tensors[f"{number}.held_out"] = held_out[distinct.layers[0]].cpu()
         layers = [[layer.name, layer.expert] for layer in distinct.layers]
         described.append({"layers": layers, "tokens": distinct.tokens, "calibrated_on": distinct.calibrated_on})
-    save_file(tensors, _path(directory, index), metadata={"inputs": json.dumps(described), "fingerprint": json.dumps(facts)})
+    metadata = {"inputs": described, "fingerprint": facts}
+    save_file(tensors, _path(directory, index), metadata={METADATA: json.dumps(metadata)})  # safetensors writes several keys in any order
 
 
 def write_manifest(directory: Path, facts: dict[str, str | int]) -> None:
@@ -206,15 +207,15 @@ class KeptInputs:
         Raises:
             SparsesweepError: the file is missing, damaged or of other statistics; names it.
         """
-        path, device = _path(self.directory, index), self.decoder.device
+        path = _path(self.directory, index)
         layers = {(layer.name, layer.expert): layer for layer in self.decoder.layers(index)}
         inputs, held_out = list[Inputs](), dict[Layer, torch.Tensor]()
         try:
             with safe_open(path, framework="pt") as file:
-                metadata, names = file.metadata(), set(file.keys())
-                _require_same(path, json.loads(metadata["fingerprint"]), self.facts)
-                for number, described in enumerate(json.loads(metadata["inputs"])):
-                    sample = file.get_tensor(f"{number}.sample").to(device)
+                metadata, names = parsed_json(file.metadata()[METADATA]), set(file.keys())
+                _require_same(path, metadata["fingerprint"], self.facts)
+                for number, described in enumerate(metadata["inputs"]):
+                    sample = self._tensor(file, f"{number}.sample")
                     read = [layers[name, expert] for name, expert in described["layers"]]
                     inputs.append(
                         Inputs(
@@ -226,7 +227,7 @@ class KeptInputs:
                         )
                     )
                     if (key := f"{number}.held_out") in names:
-                        held_out[read[0]] = file.get_tensor(key).to(device)
+                        held_out[read[0]] = self._tensor(file, key)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise SparsesweepError(f"{path}: not found or damaged ({error!r}); {AGAIN}") from error
         return inputs, held_out
@@ -234,10 +235,13 @@ class KeptInputs:
     def _statistic(self, file: Any, number: int, columns: int) -> Statistic:
         statistic = self.statistic(columns, self.decoder.device)
         for field in FIELDS.get(self.statistic, ()):
-            tensor = file.get_tensor(f"{number}.{self.statistic.__name__}.{field}")
-            whole = isinstance(getattr(statistic, field), int)
-            setattr(statistic, field, int(tensor) if whole else tensor.to(self.decoder.device))
+            tensor = self._tensor(file, f"{number}.{self.statistic.__name__}.{field}")
+            setattr(statistic, field, int(tensor) if isinstance(getattr(statistic, field), int) else tensor)
         return statistic
+
+    def _tensor(self, file: Any, name: str) -> torch.Tensor:
+        """Copied from the mapped file to where torch aligns it: products of tensors that are aligned otherwise are rounded otherwise."""
+        return file.get_tensor(name).to(self.decoder.device, copy=True)
 
 
 def _require_same(path: Path, actual: Any, wanted: dict[str, str | int]) -> None:
