@@ -25,6 +25,7 @@ BENCHMARKS = Path("artifacts/tasks")  # rows of tasks that lm-eval knows by thei
 OWN_TASKS = Path("tasks")
 CALIBRATION = Path("artifacts/calibration")
 STATISTICS = Path("artifacts/statistics")
+KEPT_MANIFEST = "manifest.json"  # below STATISTICS
 SPARSE = Path("artifacts/sparse")
 PRUNE_JOURNAL = Path("artifacts/.prune")
 DENSE_JOURNAL = Path("artifacts/.evaluate-dense")

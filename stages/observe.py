@@ -6,7 +6,7 @@ python -m stages.observe                      prune.statistics says what is kept
 import logging
 
 from stages.config.entry import stage
-from stages.files import STATISTICS, replacing, write_json
+from stages.files import KEPT_MANIFEST, STATISTICS, replacing, write_json
 from stages.pruning.section import Kept, Prune
 
 log = logging.getLogger(__name__)
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 def main(prune: Prune) -> None:
     if prune.statistics == Kept.NONE:
         with replacing(STATISTICS) as directory:
-            write_json(directory / "manifest.json", {"statistics": str(Kept.NONE)})
+            write_json(directory / KEPT_MANIFEST, {"statistics": str(Kept.NONE)})
         return
-    from stages.pruning.observing import observe_dense_model  # which imports transformers
+    from stages.pruning.kept import observe_dense_model  # which imports transformers
 
     observe_dense_model(prune)
 

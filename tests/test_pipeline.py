@@ -69,6 +69,7 @@ def test_when_nothing_changed_nothing_runs(project):
         (["pattern.sparsity=0.75"], RERUN_BY_PRUNING),
         (["method=sparsegpt"], RERUN_BY_PRUNING),
         (["evaluation.rows=3"], [*EVALUATIONS, "publish", "upload"]),
+        (["prune=one_pass_kept"], ["observe", *RERUN_BY_PRUNING]),
         (["publish.name=small"], ["publish", "upload"]),
         (["publish.dtype=float8"], ["evaluate_float8", "publish", "upload"]),
         (["publish.hub.private=false"], ["upload"]),
@@ -79,6 +80,19 @@ def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
     arguments = [argument for override in ["experiment=tiny", *overrides] for argument in ("-S", override)]
     assert sorted(project.stages_run("exp", "run", *arguments)) == sorted(rerun)
     assert project.stages_run("exp", "run", *arguments) == []
+
+
+def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project):
+    kept = ["exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass_kept"]
+    project.stages_run(*kept, "prune")
+    points = [["pattern.sparsity=0.6"], ["pattern=nm_2_4"], ["method=ria"], ["method=magnitude"]]
+    for point in points:
+        overrides = [argument for override in point for argument in ("-S", override)]
+        assert project.stages_run(*kept, *overrides, "prune") == ["prune"]
+        assert json.loads((project.root / "results/prune/provenance.json").read_text())["kept_statistics"] == "norms"
+        from_kept = {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()}
+        project.stages_run("exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass", *overrides, "prune")
+        assert {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()} == from_kept
 
 
 def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
@@ -114,6 +128,7 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
         ("stages/calibration/samplers.py", {"sample"}),
         ("stages/pruning/scores/wanda.py", {"prune", "publish"}),
         ("stages/pruning/block_loop.py", {"prune"}),
+        ("stages/pruning/observer.py", {"observe", "prune", "publish"}),
         ("stages/evaluation/metrics/perplexity.py", {*EVALUATIONS, "publish"}),
         ("stages/evaluation/comparison.py", {"evaluate_sparse", "evaluate_float8"}),
         ("stages/evaluation/quantisation.py", {"evaluate_quantised", "evaluate_float8", "publish"}),
@@ -302,7 +317,7 @@ def test_repro_goes_on_after_a_kill(project):
 
 def test_several_processes_are_a_parameter_of_the_stage(project):
     two = ["exp", "run", "-S", "experiment=tiny", "-S", "prune.processes=2", "prune"]
-    assert project.stages_run(*two) == ["prune"]
+    assert project.stages_run(*two) == ["observe", "prune"]
     provenance = json.loads((project.root / "results/prune/provenance.json").read_text())
     assert (provenance["processes"], provenance["prune"]["processes"]) == (2, 2)
     project.stages_run("exp", "run", "-S", "experiment=tiny", "prune")
@@ -322,7 +337,7 @@ def test_what_several_processes_made_is_taken_as_the_stages_result(project):
 
 def test_a_second_clone_computes_nothing_that_the_first_has_shared(project, tmp_path):
     point = ["exp", "run", "-S", "experiment=tiny", "-S", "calibration.seed=7"]
-    assert project.stages_run(*point, "-n", "shared") == ["sample", "prune", "evaluate_sparse", "evaluate_float8", "publish", "upload"]
+    assert project.stages_run(*point, "-n", "shared") == ["sample", "observe", *RERUN_BY_PRUNING]
     project.run("dvc", "exp", "push", "origin", "shared", "--run-cache")
     other = projects.clone(project, tmp_path / "b")
     assert other.stages_run(*point, "--pull", "--allow-missing") == []

@@ -6,31 +6,53 @@ held out of every distinct input, and manifest.json, which states all that they 
 """
 
 import json
+import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from stages import record
+from stages import devices, record
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import SparsesweepError
-from stages.files import parsed_json, read_json, sha256, write_json
+from stages.errors import ConfigError, SparsesweepError
+from stages.files import (
+    BASE,
+    KEPT_MANIFEST,
+    STATISTICS,
+    free_disk,
+    parsed_json,
+    read_json,
+    replacing,
+    require_free_disk,
+    sha256,
+    write_json,
+)
+from stages.pruning import distributed
 from stages.pruning.inputs import CalibratedOn, Inputs
+from stages.pruning.memory import memory_budget, observing_bytes
+from stages.pruning.observer import collect
 from stages.pruning.section import Kept, Prune
 from stages.pruning.statistics import AllReduce, Gram, Moments, NoStatistic, SquaredNorm, Statistic, no_reduction
+from stages.pruning.windows import calibration_windows, micro_batch, stream_of
 from stages.streaming.architecture import Layer
 from stages.streaming.decoder import Decoder
+from stages.streaming.stream import GPU_SHARE, Stream, read_ahead
 
-MANIFEST, METADATA = "manifest.json", "sparsesweep"
+log = logging.getLogger(__name__)
+
+METADATA = "sparsesweep"
 AGAIN = "run the observe stage again (python -m stages.observe)"
 FIELDS: dict[type[Statistic], tuple[str, ...]] = {  # of each statistic after its `finish`: tensors and integers
     SquaredNorm: ("value", "windows"),
     Moments: ("sums", "tokens"),
     Gram: ("value", "tokens"),
 }
-STATISTICS: dict[Kept, tuple[type[Statistic], ...]] = {
+KINDS: dict[Kept, tuple[type[Statistic], ...]] = {
     Kept.NONE: (),
     Kept.NORMS: (SquaredNorm, Moments),
     Kept.GRAM: (SquaredNorm, Moments, Gram),
@@ -50,7 +72,6 @@ CODE = (
     "pruning/kept.py",
     "pruning/memory.py",
     "pruning/observer.py",
-    "pruning/observing.py",
     "pruning/section.py",
     "pruning/statistics.py",
     "pruning/windows.py",
@@ -67,6 +88,73 @@ CODE = (
     "streaming/tokens_alone.py",
 )
 LIBRARIES = ("torch", "transformers", "safetensors")
+
+
+@torch.no_grad()
+def observe_dense_model(prune: Prune) -> None:
+    """Write artifacts/statistics, whole or not at all.
+
+    Raises:
+        ConfigError: several processes were started; or a block with all of its experts does not fit the memory.
+        SparsesweepError: the disk does not hold what is to be kept. All of these before a weight is read.
+        PruningError: activations are not finite; names the block.
+    """
+    stopwatch = record.Stopwatch()
+    replace(prune, processes=distributed.started_processes()).check("prune")
+    device = devices.choose_device("prune.device", prune.device)
+    dtype = devices.choose_dtype(prune.dtype, device)
+    base = Checkpoint(BASE)
+    windows, held_out, calibration = calibration_windows(base)
+    decoder = Decoder(base, dtype, device)
+    batch = micro_batch(windows.shape[1], device, prune.micro_batch)
+    facts = fingerprint(prune, base, calibration, batch=batch, device=device, dtype=dtype)
+    needed = block_bytes(decoder, Kept(prune.statistics), prune.error_tokens, windows.numel(), held_out.numel())
+    message = "statistics of %d blocks (prune.statistics=%s) take at most %.2f GB of disk, of which %.2f GB are free"
+    log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
+    log.info(message, len(needed), prune.statistics, sum(needed) / 1e9, free_disk(STATISTICS) / 1e9)
+    require_free_disk(STATISTICS, sum(needed))
+    budget = host_budget(decoder, needed, prune)
+    with devices.gpu_memory("prune.micro_batch", batch), replacing(STATISTICS) as directory:
+        stream = stream_of(decoder, windows, held_out, batch=batch, budget=budget, gpu_share=GPU_SHARE)
+        observe_blocks(stream, prune, directory, facts)
+        write_json(directory / KEPT_MANIFEST, facts)
+    size = sum(path.stat().st_size for path in STATISTICS.iterdir())
+    log.info("wrote %s: %.2f GB, %.0f s", STATISTICS, size / 1e9, stopwatch.seconds)
+
+
+def host_budget(decoder: Decoder, kept_bytes: list[int], prune: Prune) -> int:
+    """Bytes of host memory for the hidden states.
+
+    Args:
+        kept_bytes: of each block.
+
+    Raises:
+        ConfigError: a block with all of its experts does not fit, so that prune would load them one at a time.
+    """
+    needed, available = observing_bytes(decoder, kept_bytes), memory_budget(prune.memory_budget)
+    if needed > available and decoder.has_experts and decoder.take_experts_apart():
+        sizes = f"need up to {needed / 1e9:.1f} GB of host memory, of which {available / 1e9:.1f} GB are there"
+        wanted = f"none: blocks with all of their experts {sizes}, and of experts that are loaded one at a time nothing is kept"
+        raise ConfigError(f"prune.statistics: found {prune.statistics!r}, wanted {wanted}")
+    return max(0, available - needed)
+
+
+def observe_blocks(stream: Stream, prune: Prune, directory: Path, facts: dict[str, str | int]) -> None:
+    """Run the windows through block after block, and write a file for each."""
+    count, kinds = len(stream.decoder.blocks), KINDS[Kept(prune.statistics)]
+    with read_ahead(stream.decoder, range(count)) as blocks:
+        for index, tensors in enumerate(tqdm(blocks, total=count, desc="observing", unit="block")):
+            with stream.decoder.loaded(index, tensors) as block:
+                inputs, held_out = collect(
+                    stream,
+                    index,
+                    block,
+                    partial(Together, kinds),
+                    error_tokens=prune.error_tokens,
+                    expert_tokens=prune.expert_tokens,
+                    propagates=index < count - 1,
+                )
+            write_block(directory, index, inputs, held_out, facts)
 
 
 class Together:
@@ -94,7 +182,7 @@ class Together:
 
 def serves(kept: Kept, statistic: type[Statistic]) -> bool:
     """Whether what is kept has the statistic that a method needs."""
-    return kept is not Kept.NONE and statistic in (NoStatistic, *STATISTICS[kept])
+    return kept is not Kept.NONE and statistic in (NoStatistic, *KINDS[kept])
 
 
 def fingerprint(
@@ -146,7 +234,7 @@ def _sampled(tokens: int, asked: int) -> int:
 
 def _statistic_bytes(kept: Kept, columns: int) -> int:
     """Bytes of all statistics that are kept of an input."""
-    together = Together(STATISTICS[kept], columns, torch.device("meta"))
+    together = Together(KINDS[kept], columns, torch.device("meta"))
     return sum(tensor.nbytes for statistic in together.all for tensor in _tensors(statistic).values())
 
 
@@ -174,11 +262,6 @@ def write_block(directory: Path, index: int, inputs: list[Inputs[Together]], hel
     save_file(tensors, _path(directory, index), metadata={METADATA: json.dumps(metadata)})  # safetensors writes several keys in any order
 
 
-def write_manifest(directory: Path, facts: dict[str, str | int]) -> None:
-    """Write manifest.json. facts: the fingerprint, or {"statistics": "none"} where nothing is kept."""
-    write_json(directory / MANIFEST, facts)
-
-
 def _path(directory: Path, index: int) -> Path:
     return directory / f"block-{index:05d}.safetensors"
 
@@ -196,7 +279,7 @@ class KeptInputs:
 
     def __init__(self, directory: Path, decoder: Decoder, statistic: type[Statistic], facts: dict[str, str | int]) -> None:
         self.directory, self.decoder, self.statistic, self.facts = directory, decoder, statistic, facts
-        _require_same(directory / MANIFEST, read_json(directory / MANIFEST), facts)
+        _require_same(directory / KEPT_MANIFEST, read_json(directory / KEPT_MANIFEST), facts)
 
     def of_block(self, index: int) -> tuple[list[Inputs], dict[Layer, torch.Tensor]]:
         """Every distinct input of a block's layers, with its statistic on the device, and samples of the windows held out.

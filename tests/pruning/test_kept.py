@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf.errors import InterpolationResolutionError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.memory import write_windows
 from stages import observe, prune
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
 from stages.errors import ConfigError, SparsesweepError
-from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, STATISTICS, read_json, write_json
-from stages.pruning import kept, observing
+from stages.files import BASE, CALIBRATION, KEPT_MANIFEST, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, STATISTICS, read_json, sha256, write_json
+from stages.pruning import kept
 from stages.pruning.section import Kept, Prune
 from stages.streaming.decoder import Decoder
 from tests.dependencies import code_of
@@ -36,14 +36,13 @@ POINTS = {
     "magnitude": ["method=magnitude"],
     "dsnot": ["method=dsnot"],
     "wanda, owl": ["method=wanda", "allocation=owl"],
-    "wanda in bfloat16": ["method=wanda", "prune.dtype=bfloat16"],
 }
 OF_GRAM = {
     "sparsegpt": ["method=sparsegpt", "method.update.block_size=16"],
     "sparsegpt 2:4": ["method=sparsegpt", "method.update.block_size=16", "pattern=nm_2_4"],
     "shrunk": ["method=sparsegpt", "method.update.block_size=16", "method.damping.shrinkage=true"],
     "swaps": ["method=swaps"],
-    "wanda": ["method=wanda"],
+    "wanda of gram": ["method=wanda", "pattern.sparsity=0.6"],
 }
 
 
@@ -91,20 +90,41 @@ def was_read() -> str | None:
 NORMS, GRAM = "prune.statistics=norms", "prune.statistics=gram"
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "gpt_oss", "falcon_h1"])
-@pytest.mark.parametrize("statistics", [NORMS, GRAM])
-def test_a_point_has_the_same_bytes_from_kept_statistics(kind, statistics, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        *((kind, [*POINTS, *OF_GRAM]) for kind in ("llama", "mixtral")),
+        *((kind, ["wanda", "sparsegpt"]) for kind in ("gpt2", "gpt_oss", "falcon_h1")),  # transposed, stacked, beside a recurrence
+    ],
+)
+def test_a_point_has_the_same_bytes_from_kept_statistics(kind, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     project_of(kind, tmp_path)
-    points = POINTS if statistics == NORMS else OF_GRAM
-    expected = {name: pruned(*overrides) for name, overrides in points.items() if "bfloat16" not in name or kind == "llama"}
-    observed(statistics)
-    for name in expected:
-        if "bfloat16" in name:
-            expected[name] = pruned(*points[name])
-            observed(statistics, "prune.dtype=bfloat16")
-        assert pruned(statistics, *points[name]) == expected[name], name
-        assert was_read() == statistics.removeprefix("prune.statistics=")
+    expected = {name: pruned(*({**POINTS, **OF_GRAM}[name])) for name in names}
+    for statistics, points in ((NORMS, POINTS), (GRAM, OF_GRAM)):
+        observed(statistics)
+        for name in (name for name in names if name in points):
+            assert pruned(statistics, *points[name]) == expected[name], name
+            assert was_read() == statistics.removeprefix("prune.statistics=")
+
+
+def test_a_point_in_half_precision_has_the_same_bytes_from_kept_statistics(project):
+    half = "prune.dtype=bfloat16"
+    expected = pruned(half)
+    observed(NORMS, half)
+    assert pruned(NORMS, half) == expected
+    assert was_read() == "norms"
+
+
+def test_windows_need_not_be_held_out(project):
+    path = CALIBRATION / "windows.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "held_out": tensors["held_out"][:0]}, path)
+    write_json(CALIBRATION / "provenance.json", {**read_json(CALIBRATION / "provenance.json"), "windows_sha256": sha256(path)})
+    expected = pruned()
+    observed(NORMS)
+    assert pruned(NORMS) == expected
+    assert was_read() == "norms"
 
 
 def test_no_window_runs_and_no_hidden_state_is_kept(project, monkeypatch):
@@ -193,7 +213,7 @@ def test_a_disk_that_does_not_hold_them_is_refused_before_a_weight_is_read(proje
     files = observed(statistics)
     written = sum(map(len, files.values()))
     needed = bound(statistics)
-    headers = sum(len(content) - tensor_bytes(name) for name, content in files.items() if name != kept.MANIFEST)
+    headers = sum(len(content) - tensor_bytes(name) for name, content in files.items() if name != KEPT_MANIFEST)
     assert needed / 2 < written - headers <= needed
     shutil.rmtree(STATISTICS)
     usage = shutil.disk_usage(".")
@@ -236,7 +256,7 @@ STALE = {
     "other windows": (lambda: draw_windows(seed=1), "calibration: found {hash}, wanted {hash}"),
     "other statistics": (change_kind, "statistics: found gram, wanted norms"),
     "none": (lambda: observed("prune.statistics=none"), "statistics: found none, wanted norms; base: found None, wanted {hash}; .*"),
-    "a damaged manifest": (lambda: write_json(STATISTICS / kept.MANIFEST, []), "statistics: found None, wanted norms; .*"),
+    "a damaged manifest": (lambda: write_json(STATISTICS / KEPT_MANIFEST, []), "statistics: found None, wanted norms; .*"),
 }
 
 
@@ -320,7 +340,7 @@ def test_a_block_has_one_statistic_for_all_layers_that_read_one_tensor(project):
     facts = kept.fingerprint(
         section(NORMS),
         decoder.checkpoint,
-        read_json(STATISTICS / kept.MANIFEST)["calibration"],
+        read_json(STATISTICS / KEPT_MANIFEST)["calibration"],
         batch=2,
         device=decoder.device,
         dtype=torch.float32,
@@ -355,14 +375,14 @@ def test_the_fingerprint_has_the_code_that_the_stage_runs():
 def test_an_error_leaves_what_was_there(project, monkeypatch):
     before = observed(NORMS)
     draw_windows(seed=1)
-    monkeypatch.setattr(observing.kept, "write_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(kept, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         observed(NORMS)
     assert {path.name: path.read_bytes() for path in STATISTICS.iterdir()} == before
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["stages.prune", "stages.pruning.observing"])
+PROCESSES.set_forkserver_preload(["stages.prune", "stages.pruning.kept"])
 
 
 def killed_at_the_second_block(directory: Path) -> None:
