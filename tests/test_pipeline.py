@@ -69,7 +69,6 @@ def test_when_nothing_changed_nothing_runs(project):
         (["pattern.sparsity=0.75"], RERUN_BY_PRUNING),
         (["method=sparsegpt"], RERUN_BY_PRUNING),
         (["evaluation.rows=3"], [*EVALUATIONS, "publish", "upload"]),
-        (["prune=one_pass_kept"], ["observe", *RERUN_BY_PRUNING]),
         (["publish.name=small"], ["publish", "upload"]),
         (["publish.dtype=float8"], ["evaluate_float8", "publish", "upload"]),
         (["publish.hub.private=false"], ["upload"]),
@@ -80,19 +79,6 @@ def test_a_changed_value_reruns_what_reads_it(project, overrides, rerun):
     arguments = [argument for override in ["experiment=tiny", *overrides] for argument in ("-S", override)]
     assert sorted(project.stages_run("exp", "run", *arguments)) == sorted(rerun)
     assert project.stages_run("exp", "run", *arguments) == []
-
-
-def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project):
-    kept = ["exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass_kept"]
-    project.stages_run(*kept, "prune")
-    points = [["pattern.sparsity=0.6"], ["pattern=nm_2_4"], ["method=ria"], ["method=magnitude"]]
-    for point in points:
-        overrides = [argument for override in point for argument in ("-S", override)]
-        assert project.stages_run(*kept, *overrides, "prune") == ["prune"]
-        assert json.loads((project.root / "results/prune/provenance.json").read_text())["kept_statistics"] == "norms"
-        from_kept = {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()}
-        project.stages_run("exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass", *overrides, "prune")
-        assert {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()} == from_kept
 
 
 def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
@@ -128,7 +114,6 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
         ("stages/calibration/samplers.py", {"sample"}),
         ("stages/pruning/scores/wanda.py", {"prune", "publish"}),
         ("stages/pruning/block_loop.py", {"prune"}),
-        ("stages/pruning/observer.py", {"observe", "prune", "publish"}),
         ("stages/evaluation/metrics/perplexity.py", {*EVALUATIONS, "publish"}),
         ("stages/evaluation/comparison.py", {"evaluate_sparse", "evaluate_float8"}),
         ("stages/evaluation/quantisation.py", {"evaluate_quantised", "evaluate_float8", "publish"}),
@@ -234,6 +219,20 @@ def test_text_of_ones_own_is_the_two_files_of_the_docs(project, tmp_path):
     recorded = json.loads((project.root / "artifacts/calibration/provenance.json").read_text())["sources"]["mine"]
     assert len(recorded["first_windows"]) == 3
     assert "</s>\n<|assistant|>\n" in recorded["first_windows"][0] + recorded["first_windows"][1]
+
+
+def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project):
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    kept = ["exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass_kept"]
+    assert project.stages_run(*kept, "prune") == ["observe", "prune"]
+    points = [["pattern.sparsity=0.6"], ["pattern=nm_2_4"], ["method=ria"], ["method=magnitude"]]
+    for point in points:
+        overrides = [argument for override in point for argument in ("-S", override)]
+        assert project.stages_run(*kept, *overrides, "prune") == ["prune"]
+        assert json.loads((project.root / "results/prune/provenance.json").read_text())["kept_statistics"] == "norms"
+        from_kept = {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()}
+        project.stages_run("exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass", *overrides, "prune")
+        assert {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()} == from_kept
 
 
 # What comes out.

@@ -210,7 +210,7 @@ def fingerprint(
 
 
 def block_bytes(decoder: Decoder, kept: Kept, error_tokens: int, tokens: int, held_out: int) -> list[int]:
-    """Upper bounds on the bytes of each block's file: as many as if no two layers read the same inputs.
+    """Upper bounds on the bytes of each block's tensors: as many as if no two layers read the same inputs, each a row for every token.
 
     Args:
         error_tokens: see Observer, whose `sampled` they are. tokens, held_out: number of calibration tokens, and of those held out.
