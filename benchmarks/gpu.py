@@ -23,12 +23,13 @@ from benchmarks.peers import plain
 from stages.checkpoint.delta import write_block
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
-from stages.pruning.block_loop import Plan, PrunedBlock, micro_batch, prune_blocks
+from stages.pruning.block_loop import Plan, PrunedBlock, prune_blocks
 from stages.pruning.entries import NoParameters
 from stages.pruning.journal import WriteBehind
 from stages.pruning.method import Damping, Method
 from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.updates.sparsegpt import SparseGptParameters
+from stages.pruning.windows import micro_batch
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 

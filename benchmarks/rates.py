@@ -16,7 +16,6 @@ import torch
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import method
 from stages.files import BASE, read_json, write_json
-from stages.prune import calibration_windows
 from stages.pruning import block_loop, learning, reconstruction
 from stages.pruning.block_loop import prune_blocks
 from stages.pruning.learning import Outcome, Scales
@@ -24,6 +23,7 @@ from stages.pruning.patterns import Unstructured
 from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import BlockTraining, Reconstruction
 from stages.pruning.section import Propagation
+from stages.pruning.windows import calibration_windows
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
 

@@ -13,9 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from stages import devices, record
@@ -23,36 +21,37 @@ from stages.checkpoint.delta import write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.config.entry import stage
 from stages.energy import metered
-from stages.errors import CalibrationError, ConfigError
+from stages.errors import CalibrationError
 from stages.files import (
     BASE,
     CALIBRATION,
     PRUNE_JOURNAL,
     PRUNE_RESULTS,
     SPARSE,
-    read_json,
+    STATISTICS,
     replacing,
     require_free_disk,
     sha256,
     write_json,
 )
-from stages.pruning import distributed
+from stages.pruning import distributed, kept
 from stages.pruning.allocations import ALLOCATIONS
-from stages.pruning.block_loop import MatrixResult, PrunedBlock, TeacherStreams, micro_batch, prune_blocks
+from stages.pruning.block_loop import MatrixResult, PrunedBlock, TeacherStreams, prune_blocks
 from stages.pruning.distillation import DistilledBlocks, distill
 from stages.pruning.journal import Journal, WriteBehind, opened
 from stages.pruning.judged import judged_choices
+from stages.pruning.kept import KeptInputs
 from stages.pruning.learning import Outcome
-from stages.pruning.memory import delta_bytes, host_bytes
+from stages.pruning.memory import delta_bytes, host_bytes, memory_budget
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, PatternSection
 from stages.pruning.plan import Plan
 from stages.pruning.planning import Judgement, allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
-from stages.pruning.section import ANY_MACHINE, Propagation, Prune
+from stages.pruning.section import ANY_MACHINE, Kept, Propagation, Prune
+from stages.pruning.windows import calibration_windows, micro_batch, stream_of
 from stages.recipe import Recipe
 from stages.streaming.decoder import Decoder
-from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import GPU_SHARE, Stream
 
 log = logging.getLogger(__name__)
@@ -72,6 +71,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         distributed.become("stages.prune", sys.argv[1:], prune.processes)
     if distributed.is_started():
         prune = replace(prune, processes=distributed.started_processes())  # which the recipe states, whoever started them
+        prune.check("prune")
     device = distributed.local_device(device)
     dtype = devices.choose_dtype(prune.dtype, device)
     base = Checkpoint(BASE)
@@ -83,6 +83,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
     log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
     require_held_out(judged_choices(method, allocation, reconstruction), held_out)
     warn_of_few_tokens(plan, decoder, windows)
+    facts = kept.fingerprint(prune, base, windows_sha256, batch=batch, device=device, dtype=dtype)
     with (
         distributed.process_group(device),
         devices.gpu_memory("prune.micro_batch", batch),
@@ -92,20 +93,20 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         require_free_disk_for(decoder, plan, journal)
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), recipe.label, device, dtype)
         budget = host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1])
+        kept_inputs = inputs_kept(decoder, plan, prune, facts)
         make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / plan.streams)
         plan, judgement = allocate(plan, decoder, allocation, pattern, windows, held_out, make_stream, journal)
         if judgement is not None:
             log_judgement(allocation.name, judgement)
             recipe = replace(recipe, label=label(method, pattern, allocation, reconstruction, prune, taken=judgement.taken))
-        stream = make_stream(windows, held_out)
-        teachers = TeacherStreams.of(stream, plan)
-        locations = " and ".join(sorted({stream.location, *(teachers.locations if teachers else ())}))
-        log.info("%d windows a pass; hidden states are in %s", batch, locations)
+        source = kept_inputs or make_stream(windows, held_out)
+        teachers = TeacherStreams.of(source, plan) if isinstance(source, Stream) else None
+        locations = hidden_states(source, teachers, batch)
         run: dict[str, Any] = {"batch": batch, "processes": distributed.world_size(), "resumed_after": journal.finished}
-        run |= {"blocks_by_expert": len(decoder.apart)}
+        run |= {"blocks_by_expert": len(decoder.apart), "kept_statistics": prune.statistics if kept_inputs else None}
         run |= {"hidden_states": locations, "allocation_judged": judgement and judgement.as_dict()}
-        prune_all(stream, plan, journal, teachers)
-        del stream  # its hidden states are of no more use
+        prune_all(source, plan, journal, teachers)
+        del source  # its hidden states are of no more use
         distilled = train_last_blocks(plan, journal, teachers)
         distributed.barrier()  # every process has read the journal
         if distributed.rank() == 0:
@@ -167,31 +168,6 @@ def label(method: Method, pattern: PatternSection, allocation: Any, reconstructi
     words += [RECONSTRUCTIONS.of(reconstruction).label] if RECONSTRUCTIONS.of(reconstruction).label else []
     words += {Propagation.DENSE: ["one pass"], Propagation.SEQUENTIAL: ["sequential"]}.get(Propagation(prune.propagate), [])
     return ", ".join(words)
-
-
-def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """What the sample stage drew: windows to calibrate on and windows held out, [windows, tokens] each, int64, and the file's SHA-256.
-
-    Raises:
-        CalibrationError: the windows are not there, not those that were drawn, or drawn with another tokenizer.json than this base's.
-    """
-    path, facts = CALIBRATION / "windows.safetensors", read_json(CALIBRATION / "provenance.json")
-    missing = [key for key in ("windows_sha256", "tokenizer_sha256") if key not in facts]
-    if missing:
-        raise CalibrationError(f"{CALIBRATION}/provenance.json: found no {' and no '.join(missing)}; run the sample stage again")
-    actual = sha256(path) if path.is_file() else "no file"
-    if actual != facts["windows_sha256"]:
-        raise CalibrationError(f"{path}: found {actual}, wanted SHA-256 {facts['windows_sha256']}; run the sample stage again")
-    tokenizer = facts["tokenizer_sha256"]
-    if tokenizer != base.tokenizer_sha256:
-        raise CalibrationError(
-            f"{CALIBRATION}: found windows of the tokenizer with SHA-256 {tokenizer}, wanted that of {BASE}, {base.tokenizer_sha256}; "
-            "run the sample stage again"
-        )
-    tensors = load_file(path)
-    if "held_out" not in tensors:
-        raise CalibrationError(f"{path}: found no tensor held_out; run the sample stage again")
-    return tensors["windows"], tensors["held_out"], actual
 
 
 def fingerprint(recipe: Recipe, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -285,35 +261,37 @@ def warn_of_few_tokens(plan: Plan, decoder: Decoder, windows: torch.Tensor) -> N
         )
 
 
-def stream_of(
-    decoder: Decoder,
-    windows: torch.Tensor,
-    held_out: torch.Tensor | None = None,
-    *,
-    batch: int,
-    budget: int,
-    gpu_share: float,
-    streams: int = 1,
-) -> Stream:
-    """This process's share of some windows, and of windows held out, before the first block.
+def inputs_kept(decoder: Decoder, plan: Plan, prune: Prune, facts: dict[str, str | int]) -> KeptInputs | None:
+    """What the observe stage kept, if the blocks can be pruned for it alone; else None, and the log says why.
 
     Args:
-        streams: of so many at the same time each has its part of the budget and of the GPU's memory.
+        facts: the fingerprint that it must have.
+
+    Raises:
+        SparsesweepError: what is kept has another; names what differs.
     """
-    local_windows, first = local_share(windows)
-    local_held_out = windows[:0] if held_out is None else held_out.tensor_split(distributed.world_size())[distributed.rank()]
-    memory = HostMemory(budget // streams, PRUNE_JOURNAL.parent)
-    with decoder.before_blocks():
-        return Stream(
-            decoder,
-            torch.cat([local_windows, local_held_out]),
-            held_out=len(local_held_out),
-            batch=batch,
-            memory=memory,
-            gpu_share=gpu_share / streams,
-            first_window=first,
-            all_windows=len(windows),
-        )
+    if prune.statistics == Kept.NONE:
+        return None
+    statistic = plan.method.statistic
+    reasons = {
+        f"{plan.method.name} needs {statistic.__name__}": not kept.serves(Kept(prune.statistics), statistic),
+        "columns are permuted": plan.permutation_rounds is not None,
+        "experts are loaded one at a time": bool(decoder.apart),
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        log.warning("the windows run through all blocks: what prune.statistics=%s keeps is of no use, since %s", prune.statistics, reason)
+        return None
+    return KeptInputs(STATISTICS, decoder, statistic, facts)
+
+
+def hidden_states(source: Stream | KeptInputs, teachers: TeacherStreams | None, batch: int) -> str | None:
+    """Where they are, in words; None where there are none, since the blocks are pruned for kept statistics."""
+    if isinstance(source, KeptInputs):
+        log.info("no window runs through the blocks: %s has the statistics of their inputs", source.directory)
+        return None
+    locations = " and ".join(sorted({source.location, *(teachers.locations if teachers else ())}))
+    log.info("%d windows a pass; hidden states are in %s", batch, locations)
+    return locations
 
 
 def log_judgement(name: str, judgement: Judgement) -> None:
@@ -325,12 +303,12 @@ def log_judgement(name: str, judgement: Judgement) -> None:
         log.warning("allocation %s is not taken: it is no better than equal sparsities on the windows held out", name)
 
 
-def prune_all(stream: Stream, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
+def prune_all(source: Stream | KeptInputs, plan: Plan, journal: Journal, teachers: TeacherStreams | None) -> None:
     """Prune the blocks that the journal does not have; the first process writes them into it."""
-    count, stopwatch = len(stream.decoder.blocks), record.Stopwatch()
+    count, stopwatch = len(source.decoder.blocks), record.Stopwatch()
     with WriteBehind() as behind, tqdm(total=count, initial=journal.finished, desc="pruning", unit="block") as bar:
         earlier = [Outcome.of_dict(block["training"]) for block in journal.records(journal.finished) if block["training"]]
-        for block in prune_blocks(stream, plan, journal.changes, teachers, earlier):
+        for block in prune_blocks(source, plan, journal.changes, teachers, earlier):
             if distributed.rank() == 0:
                 rows = [matrix_row(block, result, plan.patterns) for result in block.matrices]
                 training = None if block.training is None else block.training.as_dict()
@@ -379,28 +357,9 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
     log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
 
 
-def local_share(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This process's windows, [its windows, tokens], and the number of its first.
-
-    Raises:
-        ConfigError: there are fewer windows than processes.
-    """
-    if len(windows) < distributed.world_size():
-        raise ConfigError(
-            f"calibration.windows: found {len(windows)}, wanted at least one for each of {distributed.world_size()} processes"
-        )
-    shares = windows.tensor_split(distributed.world_size())
-    return shares[distributed.rank()], sum(map(len, shares[: distributed.rank()]))
-
-
 def code_sha256() -> str:
     """Of the code that decides what is pruned."""
     return record.code_sha256("pruning", "streaming", "checkpoint", "prune.py")
-
-
-def memory_budget(asked: float | None) -> int:
-    """Bytes of host memory to work in: GiB as asked, or what is free."""
-    return int(asked * 2**30) if asked else psutil.virtual_memory().available
 
 
 def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, Pattern]) -> dict[str, Any]:

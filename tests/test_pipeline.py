@@ -242,6 +242,20 @@ def test_text_of_ones_own_is_the_two_files_of_the_docs(project, tmp_path):
     assert "</s>\n<|assistant|>\n" in recorded["first_windows"][0] + recorded["first_windows"][1]
 
 
+def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project):
+    project.stages_run("exp", "run", "-S", "experiment=tiny")
+    kept = ["exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass_kept"]
+    assert project.stages_run(*kept, "prune") == ["observe", "prune"]
+    points = [["pattern.sparsity=0.6"], ["pattern=nm_2_4"], ["method=ria"], ["method=magnitude"]]
+    for point in points:
+        overrides = [argument for override in point for argument in ("-S", override)]
+        assert project.stages_run(*kept, *overrides, "prune") == ["prune"]
+        assert json.loads((project.root / "results/prune/provenance.json").read_text())["kept_statistics"] == "norms"
+        from_kept = {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()}
+        project.stages_run("exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass", *overrides, "prune")
+        assert {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()} == from_kept
+
+
 # What comes out.
 
 
@@ -323,7 +337,7 @@ def test_repro_goes_on_after_a_kill(project):
 
 def test_several_processes_are_a_parameter_of_the_stage(project):
     two = ["exp", "run", "-S", "experiment=tiny", "-S", "prune.processes=2", "prune"]
-    assert project.stages_run(*two) == ["prune"]
+    assert project.stages_run(*two) == ["observe", "prune"]
     provenance = json.loads((project.root / "results/prune/provenance.json").read_text())
     assert (provenance["processes"], provenance["prune"]["processes"]) == (2, 2)
     project.stages_run("exp", "run", "-S", "experiment=tiny", "prune")
@@ -343,7 +357,7 @@ def test_what_several_processes_made_is_taken_as_the_stages_result(project):
 
 def test_a_second_clone_computes_nothing_that_the_first_has_shared(project, tmp_path):
     point = ["exp", "run", "-S", "experiment=tiny", "-S", "calibration.seed=7"]
-    assert project.stages_run(*point, "-n", "shared") == ["sample", "prune", "evaluate_sparse", "evaluate_float8", "publish", "upload"]
+    assert project.stages_run(*point, "-n", "shared") == ["sample", "observe", *RERUN_BY_PRUNING]
     project.run("dvc", "exp", "push", "origin", "shared", "--run-cache")
     other = projects.clone(project, tmp_path / "b")
     assert other.stages_run(*point, "--pull", "--allow-missing") == []

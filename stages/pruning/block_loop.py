@@ -28,9 +28,10 @@ from stages.pruning import distributed, parallel
 from stages.pruning.entries import Pruned
 from stages.pruning.guard import without_harm
 from stages.pruning.inputs import CalibratedOn, Inputs
+from stages.pruning.kept import KeptInputs
 from stages.pruning.learning import Outcome
 from stages.pruning.method import prune_matrices
-from stages.pruning.observer import Observer, observe, observe_held_out
+from stages.pruning.observer import Observer, collect, observe, observe_held_out, samples_of
 from stages.pruning.patterns import Pattern
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan
@@ -49,7 +50,6 @@ from stages.streaming.mixture import advance as advance_by_expert
 from stages.streaming.stream import Stream, read_ahead
 
 ROWS_AT_ONCE = 2048  # of a matrix that is written back
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,19 +116,9 @@ class TeacherStreams:
         return [stream.location for stream in (self.teacher, self.student_inputs) if stream is not None]
 
 
-def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
-    """Windows per forward pass.
-
-    Args:
-        tokens: of a window. asked: windows, or None for a number that depends on the kind of device alone, so that the same kind
-            always computes the same.
-    """
-    return asked or max(1, TOKENS_PER_PASS[device.type] // tokens)
-
-
 @torch.no_grad()
 def prune_blocks(
-    stream: Stream,
+    source: Stream | KeptInputs,
     plan: Plan,
     done: Callable[[int], dict[str, Change] | None] = lambda _: None,
     teachers: TeacherStreams | None = None,
@@ -137,7 +127,8 @@ def prune_blocks(
     """Prune block after block.
 
     Args:
-        stream: the calibration windows of this process, before the first block.
+        source: the calibration windows of this process, before the first block; or, with dense propagation and no training or
+            permutation, what an earlier pass of them kept, of the kind `plan.method.statistic`.
         done: gives the changes of a block that an earlier run finished, or None. The windows run through such a block again, and it
             is not yielded.
         teachers: by default those that the plan needs.
@@ -149,30 +140,77 @@ def prune_blocks(
     Raises:
         PruningError: scores that are not finite, a Gram matrix that does not factor, a layer that no token reached; names the layer.
     """
-    decoder, last = stream.decoder, len(stream.decoder.blocks) - 1
-    teachers, outcomes = teachers or TeacherStreams.of(stream, plan), list(trained)
-    routing = Routing(stream)
-    if plan.propagate == Propagation.SEQUENTIAL:
-        decoder.require_reading_orders()
-    with read_ahead(decoder, range(last + 1)) as blocks:
+    decoder = source.decoder
+    steps = _FromKept(source, plan) if isinstance(source, KeptInputs) else _FromWindows(source, plan, teachers, trained)
+    with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
         for index, tensors in enumerate(blocks):
-            if teachers and teachers.student_inputs and plan.distillation and index == plan.distillation.first:
-                teachers.student_inputs.copy_from(stream)
+            steps.begin(index)
             changes = done(index)
             if changes is not None:
-                _repeat_block(stream, plan, index, tensors, changes, teachers, routing)
+                steps.repeat(index, tensors, changes)
                 continue
             with decoder.loaded(index, tensors) as block:
-                if teachers:
-                    teachers.teacher.advance(index, block)
-                if index in decoder.apart:
-                    pruned = _prune_by_expert(stream, plan, index, block, routing)
-                else:
-                    pruned = _prune_block(stream, plan, index, block, teachers, outcomes)
-                outcomes += [pruned.training] if pruned.training else []
+                pruned = steps.prune(index, block)
                 yield pruned
-                if index < last and not plan.propagates_while_pruning(index):
-                    _advance(stream, index, block, routing, pruned.changes)
+                steps.go_on(index, block, pruned.changes)
+
+
+class _FromWindows:
+    """Blocks are pruned for what the windows give while they run through them; for the arguments see prune_blocks."""
+
+    def __init__(self, stream: Stream, plan: Plan, teachers: TeacherStreams | None, trained: Sequence[Outcome]) -> None:
+        self.stream, self.plan, self.outcomes = stream, plan, list(trained)
+        self.teachers = teachers or TeacherStreams.of(stream, plan)
+        self.routing = Routing(stream)
+        if plan.propagate == Propagation.SEQUENTIAL:
+            stream.decoder.require_reading_orders()
+
+    def begin(self, index: int) -> None:
+        """Keep what enters the first block that a distillation trains."""
+        teachers, distillation = self.teachers, self.plan.distillation
+        if teachers and teachers.student_inputs and distillation and index == distillation.first:
+            teachers.student_inputs.copy_from(self.stream)
+
+    def repeat(self, index: int, tensors: dict[str, torch.Tensor], changes: dict[str, Change]) -> None:
+        """Run all windows through a block that an earlier run pruned, as far as anything needs its outputs."""
+        _repeat_block(self.stream, self.plan, index, tensors, changes, self.teachers, self.routing)
+
+    def prune(self, index: int, block: nn.Module) -> PrunedBlock:
+        """Prune a loaded dense block."""
+        if self.teachers:
+            self.teachers.teacher.advance(index, block)
+        if index in self.stream.decoder.apart:
+            return _prune_by_expert(self.stream, self.plan, index, block, self.routing)
+        pruned = _prune_block(self.stream, self.plan, index, block, self.teachers, self.outcomes)
+        self.outcomes += [pruned.training] if pruned.training else []
+        return pruned
+
+    def go_on(self, index: int, block: nn.Module, changes: dict[str, Change]) -> None:
+        """Run all windows through the pruned block, where the next one needs that."""
+        if index < len(self.stream.decoder.blocks) - 1 and not self.plan.propagates_while_pruning(index):
+            _advance(self.stream, index, block, self.routing, changes)
+
+
+class _FromKept:
+    """Blocks are pruned for kept statistics; no window runs through them."""
+
+    def __init__(self, kept: KeptInputs, plan: Plan) -> None:
+        self.kept, self.plan = kept, plan
+
+    def begin(self, index: int) -> None: ...
+
+    def repeat(self, index: int, tensors: dict[str, torch.Tensor], changes: dict[str, Change]) -> None: ...
+
+    def prune(self, index: int, block: nn.Module) -> PrunedBlock:
+        """Prune a loaded dense block."""
+        decoder = self.kept.decoder
+        pruner = _BlockPruner(decoder, self.plan, index, block, [], None)
+        inputs, held_out = self.kept.of_block(index)
+        pruner.require_reached(inputs, decoder.layers(index))
+        pruner.prune(inputs, held_out)
+        return pruner.pruned_block()
+
+    def go_on(self, index: int, block: nn.Module, changes: dict[str, Change]) -> None: ...
 
 
 def _advance(stream: Stream, index: int, block: nn.Module, routing: Routing, changes: dict[str, Change]) -> None:
@@ -217,7 +255,15 @@ def _prune_block(
     if plan.propagate == Propagation.SEQUENTIAL:
         _prune_in_one_pass(stream, plan, index, block, pruner)
     else:
-        inputs, held_out = _collect(stream, plan, index, block)
+        inputs, held_out = collect(
+            stream,
+            index,
+            block,
+            plan.method.statistic,
+            error_tokens=plan.error_tokens,
+            expert_tokens=plan.expert_tokens,
+            propagates=plan.propagate == Propagation.DENSE and index < len(stream.decoder.blocks) - 1,
+        )
         pruner.require_reached(inputs, stream.decoder.layers(index))
         pruner.prune(inputs, held_out)
     pruner.finish()
@@ -240,28 +286,6 @@ def _prune_in_one_pass(stream: Stream, plan: Plan, index: int, block: nn.Module,
     ).run()
 
 
-def _collect(stream: Stream, plan: Plan, index: int, block: nn.Module) -> tuple[list[Inputs], dict[Layer, torch.Tensor]]:
-    """Run all windows through a block; with dense propagation the stream goes on to the block's outputs in the same pass.
-
-    Returns:
-        Every distinct input of the block's layers; and of each layer some inputs in the windows held out, [tokens, columns], compute
-        dtype.
-    """
-    layers = stream.decoder.layers(index)
-    observer = observe(stream, block, layers, plan.method.statistic, plan.error_tokens)
-    _run_through(stream, plan, index, block, observer, stream.fitted)
-    inputs = observer.finish(plan.expert_tokens)
-    held_out = observe_held_out(stream, block, layers, plan.error_tokens)
-    _run_through(stream, plan, index, block, held_out, stream.held_out)
-    stream.require_finite(index)
-    return inputs, _samples(held_out.finish(None))
-
-
-def _samples(held_out: list[Inputs]) -> dict[Layer, torch.Tensor]:
-    """The sample of each layer, [tokens, columns], compute dtype."""
-    return {layer: torch.cat(distinct.sample) for distinct in held_out if distinct.sample for layer in distinct.layers}
-
-
 def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, routing: Routing) -> PrunedBlock:
     """Prune a dense block that is loaded without its experts: one after another is loaded, observed and pruned."""
     decoder, mixture, layers = stream.decoder, stream.decoder.apart[index], stream.decoder.layers(index)
@@ -278,7 +302,7 @@ def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, r
     observer = observe(stream, block, layers, plan.method.statistic, plan.error_tokens)
     inputs = observed(observer, stream.fitted, plan.expert_tokens)
     held_out = observe_held_out(stream, block, layers, plan.error_tokens)
-    samples, files = _samples(observed(held_out, stream.held_out, None)), HostMemory(0, stream.memory.scratch)
+    samples, files = samples_of(observed(held_out, stream.held_out, None)), HostMemory(0, stream.memory.scratch)
     pruner = _BlockPruner(decoder, plan, index, block, [], None, files)
     pruner.require_reached(inputs, others)
     pruner.prune(inputs, samples)
@@ -291,22 +315,12 @@ def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, r
         of_expert = [layer for layer in layers if layer.module == mixture.path and layer.expert == expert]
         inputs = observer.finish(plan.expert_tokens, of_expert)
         pruner.require_reached(inputs, of_expert)
-        pruner.prune(inputs, _samples(held_out.finish(None, of_expert)))
+        pruner.prune(inputs, samples_of(held_out.finish(None, of_expert)))
         for observing, _ in observers:
             observing.forget(of_expert)
     if propagates:
         replay(stream, index, block, routing)
     return pruner.pruned_block()
-
-
-def _run_through(stream: Stream, plan: Plan, index: int, block: nn.Module, observer: Observer[Any], windows: range) -> None:
-    propagates = plan.propagate == Propagation.DENSE and index < len(stream.decoder.blocks) - 1
-    for members, hidden, call in stream.parts(index, windows):
-        forward = partial(block_outputs, block, call=call)
-        if propagates:
-            stream.put(index, members, observer.run(hidden, forward), call)
-        else:
-            observer.run_to_last_input(hidden, forward)
 
 
 def _permutation_groups(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[PermutationGroup]:
@@ -385,7 +399,7 @@ class _BlockPruner:
         factored.
 
         Args:
-            held_out: layer -> some of its inputs in the windows held out, in the order of the checkpoint; see _collect.
+            held_out: layer -> some of its inputs in the windows held out, in the order of the checkpoint; see observer.collect.
         """
         self.held_out = held_out
         for name, order in _find_orders(self.decoder, self.plan, self.block, self.permutation_groups, inputs).items():

@@ -1,14 +1,18 @@
 """Bounds on host memory and on the delta's size in bytes, computed before pruning begins."""
 
 import math
+from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
-from stages.pruning.plan import Plan
 from stages.pruning.section import Propagation
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Matrix
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
+
+if TYPE_CHECKING:
+    from stages.pruning.plan import Plan
 
 LIBRARIES = 5 * 2**27  # bytes of torch and transformers, with what the allocator keeps
 COPIES_TRAINED = 10  # of a block's weights in float32: initial, current, best, as written, gradients twice, Adam's moments, activations
@@ -22,7 +26,25 @@ COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 the matrix, its f
 COPIES_MASKED, COPIES_UPDATED = 8, 12  # of a layer's weights in float32: while it is scored, and while a method updates it
 
 
-def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool, takes_gradients: bool, judges: bool = False) -> int:
+def memory_budget(asked: float | None) -> int:
+    """Bytes of host memory to work in: GiB as asked, or what is free."""
+    return int(asked * 2**30) if asked else psutil.virtual_memory().available
+
+
+def observing_bytes(decoder: Decoder, kept: list[int]) -> int:
+    """An upper bound on host memory in bytes while statistics are collected to be kept, without hidden states.
+
+    Args:
+        kept: bytes that each block leaves.
+    """
+    blocks = range(len(decoder.blocks))
+    host = LIBRARIES + 2 * max(_stored_bytes(decoder, index) for index in blocks) + max(kept)
+    if decoder.device.type == "cpu":
+        host += max(_loaded_weights(decoder, index) * decoder.dtype.itemsize + kept[index] for index in blocks)
+    return host
+
+
+def host_bytes(decoder: Decoder, plan: "Plan", tokens: int, *, scores_blocks: bool, takes_gradients: bool, judges: bool = False) -> int:
     """An upper bound on host memory in bytes, without hidden states.
 
     It counts the libraries, masks, and two copies of the largest block as stored, for the current block and the one read ahead, of
@@ -53,7 +75,7 @@ def host_bytes(decoder: Decoder, plan: Plan, tokens: int, *, scores_blocks: bool
     return host + computed
 
 
-def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
+def delta_bytes(decoder: Decoder, plan: "Plan", first: int = 0) -> int:
     """An estimate of the delta's size in bytes from block `first` on: one bit per weight, and the values of kept weights if they change."""
     total = 0.0
     for matrix in (matrix for block in decoder.matrices[first:] for matrix in block):
@@ -62,7 +84,7 @@ def delta_bytes(decoder: Decoder, plan: Plan, first: int = 0) -> int:
     return int(total)
 
 
-def _loop_bytes(decoder: Decoder, plan: Plan, index: int) -> int:
+def _loop_bytes(decoder: Decoder, plan: "Plan", index: int) -> int:
     """A block in the compute dtype and its copies for training, float32 copies of the largest layer for the method, a Gram matrix of
     every layer, and the copies for factoring the widest; of experts that are loaded one at a time those of one."""
     matrices, weights = decoder.matrices[index], _loaded_weights(decoder, index)

@@ -4,6 +4,7 @@ Linear layers are observed by hooks, experts as in experts.py; both pass their i
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import gcd
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from stages.pruning.experts import Experts, FewTokenExperts
 from stages.pruning.inputs import EvenSample, Inputs, Recorder, S
 from stages.pruning.statistics import NoStatistic
 from stages.streaming.architecture import Layer
+from stages.streaming.calls import block_outputs
 from stages.streaming.stream import Stream
 
 T = TypeVar("T")
@@ -146,12 +148,58 @@ class Observer(Generic[S]):
         return distinct
 
 
+def collect(
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    statistic: Callable[[int, torch.device], S],
+    *,
+    error_tokens: int,
+    expert_tokens: int,
+    propagates: bool,
+) -> tuple[list[Inputs[S]], dict[Layer, torch.Tensor]]:
+    """Run all windows through a loaded block, and observe its layers.
+
+    Args:
+        statistic, error_tokens, expert_tokens: see Observer, whose `sampled` is the second, and FewTokenExperts.apply.
+        propagates: whether the stream goes on to the block's outputs in the same pass.
+
+    Returns:
+        Every distinct input of the block's layers; and of each layer some inputs in the windows held out, [tokens, columns], compute
+        dtype.
+    """
+    layers = stream.decoder.layers(index)
+    observer = observe(stream, block, layers, statistic, error_tokens)
+    _run_through(stream, index, block, observer, stream.fitted, propagates)
+    inputs = observer.finish(expert_tokens)
+    held_out = observe_held_out(stream, block, layers, error_tokens)
+    _run_through(stream, index, block, held_out, stream.held_out, propagates)
+    stream.require_finite(index)
+    return inputs, samples_of(held_out.finish(None))
+
+
+def _run_through(stream: Stream, index: int, block: nn.Module, observer: Observer[Any], windows: range, propagates: bool) -> None:
+    for members, hidden, call in stream.parts(index, windows):
+        forward = partial(block_outputs, block, call=call)
+        if propagates:
+            stream.put(index, members, observer.run(hidden, forward), call)
+        else:
+            observer.run_to_last_input(hidden, forward)
+
+
+def samples_of(inputs: list[Inputs[Any]]) -> dict[Layer, torch.Tensor]:
+    """The sample of each layer, [tokens, columns], compute dtype."""
+    return {layer: torch.cat(distinct.sample) for distinct in inputs if distinct.sample for layer in distinct.layers}
+
+
 def observe_held_out(stream: Stream, block: nn.Module, layers: list[Layer], sampled: int) -> Observer[NoStatistic]:
     """Make an observer that keeps about `sampled` tokens of each layer's inputs in the windows held out, at all places in a window."""
     return Observer(block, layers, NoStatistic, even_sample_of_held_out(stream, sampled).stride * sampled, sampled)
 
 
-def observe(stream: Stream, block: nn.Module, layers: list[Layer], statistic: type[S], sampled: int = 1) -> Observer[S]:
+def observe(
+    stream: Stream, block: nn.Module, layers: list[Layer], statistic: Callable[[int, torch.device], S], sampled: int = 1
+) -> Observer[S]:
     """Make an observer of some layers of a loaded block for a stream's windows; see Observer."""
     length = stream.shape[1]
     return Observer(block, layers, statistic, stream.all_windows * length, sampled, stream.first_window * length)

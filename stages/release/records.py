@@ -43,6 +43,7 @@ RUN_FACTS = (
     "batch",
     "processes",
     "resumed_after",
+    "kept_statistics",
     "allocation_judged",
     "reconstructions",
     "distillation",

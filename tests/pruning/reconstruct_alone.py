@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.reader import Checkpoint
-from stages.prune import local_share
 from stages.pruning import distributed
 from stages.pruning.entries import Pruned
 from stages.pruning.reconstruction import BlockTraining, Reconstruction, reconstruct
+from stages.pruning.windows import local_share
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream

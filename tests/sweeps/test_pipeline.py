@@ -20,18 +20,18 @@ LOCKED = {
 
 def test_a_target_needs_what_it_reads_from_in_order():
     assert [stage.name for stage in STAGES] == [
-        *("fetch_base", "fetch_tasks", "fetch_text", "evaluate_dense", "sample", "prune", "evaluate_sparse")
+        *("fetch_base", "fetch_tasks", "fetch_text", "evaluate_dense", "sample", "observe", "prune", "evaluate_sparse")
     ]
     assert [stage.name for stage in stages_of("publish", ROOT / "dvc.yaml")][-1] == "publish"
     prune = STAGES[-2]
-    assert prune.inputs == {"artifacts/base": "fetch_base", "artifacts/calibration": "sample"}
+    assert prune.inputs == {"artifacts/base": "fetch_base", "artifacts/calibration": "sample", "artifacts/statistics": "observe"}
     assert "stages/prune.py" in prune.code
 
 
 def test_a_value_tells_apart_the_stages_that_depend_on_it():
     first = keys(STAGES, PARAMS)
     other = keys(STAGES, {**PARAMS, "calibration": {"seed": 1}})
-    assert {name for name in first if first[name] != other[name]} == {"sample", "prune", "evaluate_sparse"}
+    assert {name for name in first if first[name] != other[name]} == {"sample", "observe", "prune", "evaluate_sparse"}
     assert keys(STAGES, {**PARAMS, "publish": {"name": "x"}}) == first
 
 
