@@ -66,6 +66,7 @@ def test_when_nothing_changed_nothing_runs(project):
 CHANGED: dict[str, set[str]] = {  # overrides -> the stages that read what they change
     "pattern.sparsity=0.75": {"prune"},
     "method=sparsegpt": {"prune"},
+    "prune=one_pass_kept": {"observe", "prune"},
     "evaluation.rows=3": set(EVALUATIONS),
     "publish.name=small": {"publish"},
     "publish.dtype=float8": {"evaluate_float8", "publish"},
@@ -131,6 +132,7 @@ AFFECTED: dict[str, set[str]] = {  # an edited file -> the stages that run again
     "stages/calibration/samplers.py": {"sample"},
     "stages/pruning/scores/wanda.py": {"prune", "publish"},
     "stages/pruning/block_loop.py": {"prune"},
+    "stages/pruning/observer.py": {"observe", "prune", "publish"},
     "stages/evaluation/metrics/perplexity.py": {*EVALUATIONS, "publish"},
     "stages/evaluation/comparison.py": {"evaluate_sparse", "evaluate_float8"},
     "stages/evaluation/quantisation.py": {"evaluate_quantised", "evaluate_float8", "publish"},

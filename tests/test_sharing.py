@@ -23,7 +23,14 @@ from tests.project import Project
 
 POINT = ["exp", "run", "-S", "experiment=tiny"]
 NEW_POINT = [*POINT, "-S", "pattern.sparsity=0.25", "--pull", "--allow-missing", "evaluate_sparse"]
-READ_BY_A_NEW_POINT = ("artifacts/base", "artifacts/calibration", "artifacts/text", "artifacts/text/evaluation", "artifacts/tasks")
+READ_BY_A_NEW_POINT = (
+    "artifacts/base",
+    "artifacts/calibration",
+    "artifacts/statistics",
+    "artifacts/text",
+    "artifacts/text/evaluation",
+    "artifacts/tasks",
+)
 REMOTES = ["directory", "ssh", "s3", "shared cache"]
 
 
