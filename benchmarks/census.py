@@ -42,11 +42,11 @@ METHODS = {  # title of a column -> what composes it
     "permuted 2:4": "method=sparsegpt pattern=nm_2_4 pattern.permutation_rounds=2",
     "sequential": "method=wanda prune=sequential",
 }
-STATES = {
-    "pruned": "pruned",
-    "refused": "refused by name",
-    "not built": "not built small, so not tried",
-    "not a decoder": "that are no decoder language models",
+STATES = {  # -> how a count of types goes on, and the title of their section
+    "pruned": ("are pruned", "Pruned"),
+    "refused": ("are refused by name", "Refused by name"),
+    "not built": ("are not built small and so not tried", "Not built small, so not tried"),
+    "not a decoder": ("are no decoder language models", "No decoder language models"),
 }
 SECTIONS = ("method", "pattern", "allocation", "reconstruction", "prune")
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -111,10 +111,10 @@ def summary(outcomes: dict[str, dict[str, Any]]) -> str:
     """Markdown: how many types there are of each state."""
     pruned_types = of_state(outcomes, "pruned")
     by_all = [kind for kind in pruned_types if all(outcomes[kind][title] == "yes" for title in METHODS)]
-    counts = [f"{len(of_state(outcomes, state))} {words}" for state, words in STATES.items() if state != "pruned"]
+    counts = [f"{len(of_state(outcomes, state))} {words}" for state, (words, _) in STATES.items() if state != "pruned"]
     return (
         f"Of the {len(outcomes)} types of causal language models that transformers {transformers.__version__} knows, {len(pruned_types)} "
-        f"are pruned ({len(by_all)} by all of {len(METHODS)} kinds of methods), {', '.join(counts[:-1])} and {counts[-1]}: "
+        f"are pruned ({len(by_all)} by all of {len(METHODS)} kinds of methods), {', '.join(counts[:-1])}, and {counts[-1]}: "
         "[docs/census.md](docs/census.md), made by `make census` from small random checkpoints with each type's real configuration class."
     )
 
@@ -156,7 +156,7 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
                 reasons.setdefault((title, reason), []).append(kind)
     lines += [f"| {title} | {reason} | {listed(kinds)} |" for (title, reason), kinds in reasons.items()]
     for state in ("refused", "not built", "not a decoder"):
-        lines += ["", f"## {STATES[state].capitalize()}", "", "| types | why |", "|---|---|"]
+        lines += ["", f"## {STATES[state][1]}", "", "| types | why |", "|---|---|"]
         for why in dict.fromkeys(outcomes[kind]["reason"] for kind in of_state(outcomes, state)):
             lines.append(f"| {listed(kind for kind in of_state(outcomes, state) if outcomes[kind]['reason'] == why)} | {why} |")
     return "\n".join(lines) + "\n"

@@ -53,6 +53,14 @@ def test_the_architectures_listed_are_those_tested():
     assert " ".join(listed.split()) == ", ".join(f"`{kind}`" for kind in CONFIGS)
 
 
+def test_the_census_is_that_of_its_page_which_has_every_architecture_listed():
+    counts = README.split("<!-- census: python -m benchmarks.census -->")[1].split(": [docs/census.md]")[0].strip()
+    page = (ROOT / "docs/census.md").read_text()
+    assert counts in page
+    pruned = page.split("## Pruned by all of them")[1].split("## Refused by name")[0]
+    assert [kind for kind in CONFIGS if f"`{kind}`" not in pruned] == []
+
+
 @pytest.mark.parametrize("name", ["memory", "speed"])
 def test_a_benchmarks_table_was_generated(name):
     text = README.split(f"<!-- {name}: python -m benchmarks.{name} -->")[1].split(f"<!-- end of {name} -->")[0]

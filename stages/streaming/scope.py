@@ -29,8 +29,8 @@ def find_matrices(model: "PreTrainedModel", prefix: str, tensors: list[dict[str,
         calls: one for each block, of a few tokens, on the CPU.
 
     Raises:
-        ArchitectureError: a block has no matrices, or a matrix is tied to another tensor or has rows with different inputs; names the
-            block or the tensor.
+        ArchitectureError: a block has no matrices, or a matrix is tied to another tensor or has rows with different inputs, or the
+            parameters of a mixture hold different experts; names the block, the tensor or the module.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied, matrices, scopes = tied_names(model), [], _Scopes()
@@ -52,10 +52,24 @@ def find_matrices(model: "PreTrainedModel", prefix: str, tensors: list[dict[str,
             matrices_of_block += _matrices(block, tensor, parameter_slice, use)
             if f"{path}.{parameter_slice.name}" in tied or uses[id(block.get_parameter(parameter_slice.name))] > 1:
                 raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone")
+        _require_the_same_experts(model, block, scope)
         if not matrices_of_block:
             raise unsupported(model, f"block {index} has no linear layers to prune")
         matrices.append(matrices_of_block)
     return matrices
+
+
+def _require_the_same_experts(model: "PreTrainedModel", block: nn.Module, scope: dict[str, Use]) -> None:
+    """Refuse a mixture whose parameters hold different numbers of experts: no token is ever multiplied with some of them."""
+    counts: dict[str, dict[str, int]] = {}
+    for name in scope:
+        path, _, leaf = name.rpartition(".")
+        if block.get_parameter(name).dim() == 3:
+            counts.setdefault(path, {})[leaf] = len(block.get_parameter(name))
+    for path, of_module in counts.items():
+        if len(set(of_module.values())) > 1:
+            found = " and ".join(f"{count} in {leaf}" for leaf, count in of_module.items())
+            raise unsupported(model, f"{path} holds other numbers of experts in its parameters, {found}, wanted the same experts in all")
 
 
 class _Scopes:

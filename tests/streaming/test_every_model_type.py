@@ -89,6 +89,7 @@ REFUSED = {
     "block 0 does not receive hidden states as its first argument": "reformer",
     "wanted [windows, tokens, ...]": "cpmant prophetnet xlnet",
     "groups of rows, each with inputs of its own, wanted rows with the same inputs": "deepseek_v4",
+    "holds other numbers of experts in its parameters": "longcat_flash",
     "it does not run on tokens alone": "gemma4_unified_assistant",
     "wanted one list of decoder blocks": "hrm_text xlm",
     "wanted matrices that are joined by rows, or experts that are stacked": "inkling2_text",
