@@ -64,6 +64,7 @@ CONFIGS: dict[str, dict] = {
     "bart": {
         **{"vocab_size": 96, "d_model": 32, "decoder_layers": 3, "encoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
         **{"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
+        **{"is_encoder_decoder": False, "is_decoder": True},  # as its causal language model writes them
     },
     "bloom": {"vocab_size": 96, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     "falcon": {**SIZES, "multi_query": True, "new_decoder_architecture": False, "alibi": False},

@@ -219,9 +219,10 @@ def params() -> dict[str, Any]:
 
 
 def sections_on_any_machine(delta: SparseDelta) -> dict[str, Any]:
-    """The recipe's sections, and what stands for the machine, of which a recipe says nothing."""
-    assert not {"device", "memory_budget"} & set(delta.recipe.prune)
-    return delta.recipe.sections | {"prune": {"device": "auto", "memory_budget": None} | delta.recipe.prune}
+    """The recipe's sections, and what stands for the machine and for what it keeps, of which a recipe says nothing."""
+    silent = {"device": "auto", "memory_budget": None, "statistics": "none"}
+    assert not set(silent) & set(delta.recipe.prune)
+    return delta.recipe.sections | {"prune": silent | delta.recipe.prune}
 
 
 def test_the_release_has_what_every_stage_recorded(project):

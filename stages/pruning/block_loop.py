@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from stages.pruning import distributed, parallel
 from stages.pruning.entries import Pruned
 from stages.pruning.guard import without_harm
 from stages.pruning.inputs import CalibratedOn, Inputs
-from stages.pruning.kept import KeptInputs
 from stages.pruning.learning import Outcome
 from stages.pruning.method import prune_matrices
 from stages.pruning.observer import Observer, collect, observe, observe_held_out, samples_of
@@ -48,6 +47,9 @@ from stages.streaming.host_memory import HostMemory
 from stages.streaming.mixture import Routing, loaded_in_turn, replay
 from stages.streaming.mixture import advance as advance_by_expert
 from stages.streaming.stream import Stream, read_ahead
+
+if TYPE_CHECKING:  # the loop runs without what only keeping and reading statistics needs
+    from stages.pruning.kept import KeptInputs
 
 ROWS_AT_ONCE = 2048  # of a matrix that is written back
 
@@ -118,7 +120,7 @@ class TeacherStreams:
 
 @torch.no_grad()
 def prune_blocks(
-    source: Stream | KeptInputs,
+    source: "Stream | KeptInputs",
     plan: Plan,
     done: Callable[[int], dict[str, Change] | None] = lambda _: None,
     teachers: TeacherStreams | None = None,
@@ -141,7 +143,7 @@ def prune_blocks(
         PruningError: scores that are not finite, a Gram matrix that does not factor, a layer that no token reached; names the layer.
     """
     decoder = source.decoder
-    steps = _FromKept(source, plan) if isinstance(source, KeptInputs) else _FromWindows(source, plan, teachers, trained)
+    steps = _FromWindows(source, plan, teachers, trained) if isinstance(source, Stream) else _FromKept(source, plan)
     with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
         for index, tensors in enumerate(blocks):
             steps.begin(index)
@@ -194,7 +196,7 @@ class _FromWindows:
 class _FromKept:
     """Blocks are pruned for kept statistics; no window runs through them."""
 
-    def __init__(self, kept: KeptInputs, plan: Plan) -> None:
+    def __init__(self, kept: "KeptInputs", plan: Plan) -> None:
         self.kept, self.plan = kept, plan
 
     def begin(self, index: int) -> None: ...
