@@ -43,7 +43,6 @@ METHODS = {  # title of a column -> what composes it
     "sequential": "method=wanda prune=sequential",
 }
 STATES = {  # -> how a count of types goes on, and the title of their section
-    "pruned": ("are pruned", "Pruned"),
     "refused": ("are refused by name", "Refused by name"),
     "not built": ("are not built small and so not tried", "Not built small, so not tried"),
     "not a decoder": ("are no decoder language models", "No decoder language models"),
@@ -107,26 +106,32 @@ def of_state(outcomes: dict[str, dict[str, Any]], state: str) -> list[str]:
     return [kind for kind in outcomes if outcomes[kind]["state"] == state]
 
 
+def pruned_by_all(outcomes: dict[str, dict[str, Any]]) -> list[str]:
+    """The types that every kind of method prunes."""
+    return [kind for kind in of_state(outcomes, "pruned") if all(outcomes[kind][title] == "yes" for title in METHODS)]
+
+
+def counts(outcomes: dict[str, dict[str, Any]]) -> str:
+    """How many types there are of each state, as a sentence without its end."""
+    known = f"Of the {len(outcomes)} types of causal language models that transformers {transformers.__version__} knows"
+    by_all = f"{len(pruned_by_all(outcomes))} by all of {len(METHODS)} kinds of methods"
+    *others, last = [f"{len(of_state(outcomes, state))} {words}" for state, (words, _) in STATES.items()]
+    return f"{known}, {len(of_state(outcomes, 'pruned'))} are pruned ({by_all}), {', '.join(others)}, and {last}"
+
+
 def summary(outcomes: dict[str, dict[str, Any]]) -> str:
-    """Markdown: how many types there are of each state."""
-    pruned_types = of_state(outcomes, "pruned")
-    by_all = [kind for kind in pruned_types if all(outcomes[kind][title] == "yes" for title in METHODS)]
-    counts = [f"{len(of_state(outcomes, state))} {words}" for state, (words, _) in STATES.items() if state != "pruned"]
-    return (
-        f"Of the {len(outcomes)} types of causal language models that transformers {transformers.__version__} knows, {len(pruned_types)} "
-        f"are pruned ({len(by_all)} by all of {len(METHODS)} kinds of methods), {', '.join(counts[:-1])}, and {counts[-1]}: "
-        "[docs/census.md](docs/census.md), made by `make census` from small random checkpoints with each type's real configuration class."
-    )
+    """Markdown: the counts, and where the page is."""
+    how = "made by `make census` from small random checkpoints with each type's real configuration class"
+    return f"{counts(outcomes)}: [docs/census.md](docs/census.md), {how}."
 
 
 def page(outcomes: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     pruned_types = of_state(outcomes, "pruned")
-    by_all = [kind for kind in pruned_types if all(outcomes[kind][title] == "yes" for title in METHODS)]
     lines = [
         "# Every causal language model of transformers",
         "",
-        f"{summary(outcomes).split(': [docs')[0]}. `make census` made this page. A small random checkpoint of each type went through the "
+        f"{counts(outcomes)}. `make census` made this page. A small random checkpoint of each type went through the "
         "prune stage by each kind of method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
         "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
         "`tests/pruning/test_architectures.py` compares masks with a plain reference on the types that README lists. Some of what a "
@@ -141,7 +146,7 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         "",
         "## Pruned by all of them",
         "",
-        listed(by_all),
+        listed(pruned_by_all(outcomes)),
         "",
         "## Pruned by others than those named",
         "",
@@ -155,8 +160,8 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
                 reason = re.sub(r"^(refused: )?(layer )?([\w.]+: |block \d+: )?", "", outcomes[kind][title])
                 reasons.setdefault((title, reason), []).append(kind)
     lines += [f"| {title} | {reason} | {listed(kinds)} |" for (title, reason), kinds in reasons.items()]
-    for state in ("refused", "not built", "not a decoder"):
-        lines += ["", f"## {STATES[state][1]}", "", "| types | why |", "|---|---|"]
+    for state, (_, title) in STATES.items():
+        lines += ["", f"## {title}", "", "| types | why |", "|---|---|"]
         for why in dict.fromkeys(outcomes[kind]["reason"] for kind in of_state(outcomes, state)):
             lines.append(f"| {listed(kind for kind in of_state(outcomes, state) if outcomes[kind]['reason'] == why)} | {why} |")
     return "\n".join(lines) + "\n"

@@ -65,6 +65,17 @@ class EvenSample:
         self.first_token += tokens
 
 
+def by_window(layer: Layer, rows: torch.Tensor, windows: int) -> torch.Tensor:
+    """View the rows of inputs that a layer reads of some windows, [rows, columns], as [windows, rows of each, columns].
+
+    Raises:
+        PruningError: they cannot be as many for each window; names the layer.
+    """
+    if len(rows) % windows:
+        raise PruningError(f"layer {layer.name}: found {len(rows)} rows of inputs, wanted as many for each of {windows} windows")
+    return rows.view(windows, -1, rows.shape[-1])
+
+
 class Recorder(Generic[S]):
     """The statistic and the sample of every distinct input.
 
@@ -94,16 +105,13 @@ class Recorder(Generic[S]):
         """Record the input of a linear layer, [..., columns], as many rows for each window of the micro-batch; one for each token mostly.
 
         Raises:
-            PruningError: the rows cannot be as many for each window; names the layer.
+            PruningError: see by_window.
         """
         inputs = self._first_read_by(layer, tensor)
         if inputs is None:
             return
-        windows, _ = self._batch
         rows = tensor.reshape(-1, tensor.shape[-1])
-        if len(rows) % windows:
-            raise PruningError(f"layer {layer.name}: found {len(rows)} rows of inputs, wanted as many for each of {windows} windows")
-        inputs.statistic.add(rows.view(windows, -1, rows.shape[-1]))
+        inputs.statistic.add(by_window(layer, rows, self._batch[0]))
         inputs.sample.append(self.sample.of(rows))
         inputs.tokens += len(rows)
 

@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from stages.errors import PruningError
 from stages.pruning.distributed import all_reduce
 from stages.pruning.experts import route_to, routed_modules, weight_of
-from stages.pruning.inputs import CalibratedOn, EvenSample, Inputs
+from stages.pruning.inputs import CalibratedOn, EvenSample, Inputs, by_window
 from stages.pruning.observer import even_sample, even_sample_of_held_out
 from stages.pruning.statistics import Statistic
 from stages.streaming.activations import Activations
@@ -316,11 +316,10 @@ class SequentialPass:
             tokens: of the running micro-batch, [tokens, columns].
 
         Raises:
-            PruningError: see Recorder.add_windows.
+            PruningError: see by_window.
         """
         windows = running.windows.stop - running.windows.start
-        if not distinct.is_expert and len(tokens) % windows:
-            raise PruningError(f"layer {layer.name}: found {len(tokens)} rows of inputs, wanted as many for each of {windows} windows")
+        parts = tokens[None] if distinct.is_expert else by_window(layer, tokens, windows)
         kept = distinct.held_out if running.is_held_out else self._inputs(distinct, tokens).sample
         if distinct.is_expert:
             kept.append(tokens[: max(0, self.tokens_of_expert - sum(map(len, kept)))].clone())
@@ -329,7 +328,7 @@ class SequentialPass:
         if running.is_held_out:
             return
         inputs = self._inputs(distinct, tokens)
-        inputs.statistic.add(tokens[None] if distinct.is_expert else tokens.view(windows, -1, tokens.shape[-1]))
+        inputs.statistic.add(parts)
         inputs.tokens += len(tokens)
         if distinct.is_expert and distinct.routed is None:
             self.read_by_experts.setdefault(layer.name, []).append(tokens[:: running.sample.stride].clone())
