@@ -1,5 +1,6 @@
 """Choose the device and the dtype of a stage, and measure its memory."""
 
+import os
 import platform
 import re
 import resource
@@ -45,6 +46,7 @@ def choose_device(key: str, device: str) -> torch.device:
     Raises:
         ConfigError: the named GPU does not exist.
     """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tensors of many sizes else leave gaps of any
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(chosen.type == "cpu" or (chosen.index or 0) < gpu_count, key, device, f"cpu or auto: torch finds {gpu_count} GPUs here")
@@ -74,6 +76,21 @@ def gpu_memory(key: str, value: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SparsesweepError(f"the GPU is out of memory with {key} = {value}; lower it ({str(error).split('.')[0]})") from error
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU; from a GPU through page-locked memory, which is several times faster."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = torch.cuda.get_per_process_memory_fraction(index) * torch.cuda.get_device_properties(device).total_memory
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(int(allowed) - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0] + cached)
 
 
 def peak_memory(device: torch.device) -> int:

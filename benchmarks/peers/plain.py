@@ -29,7 +29,7 @@ class Wanda:
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer, self.windows = layer, 0
-        self.squared_norm = torch.zeros(layer.in_features)
+        self.squared_norm = torch.zeros(layer.in_features, device=layer.weight.device)
 
     def add(self, tokens: torch.Tensor) -> None:
         """Take in a window's inputs, [tokens, columns], float32."""
@@ -38,7 +38,7 @@ class Wanda:
         self.squared_norm += tokens.norm(dim=0) ** 2 / self.windows
 
     def prune(self) -> None:
-        scores = self.layer.weight.abs() * self.squared_norm.sqrt()  # Sun et al. 2024, eq. 1
+        scores = self.layer.weight.float().abs() * self.squared_norm.sqrt()  # Sun et al. 2024, eq. 1
         lowest = scores.sort(dim=1, stable=True).indices[:, : int(scores.shape[1] * SPARSITY)]
         self.layer.weight.scatter_(1, lowest, 0)
 
@@ -48,7 +48,7 @@ class SparseGpt:
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer, self.windows = layer, 0
-        self.gram = torch.zeros(layer.in_features, layer.in_features)
+        self.gram = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
 
     def add(self, tokens: torch.Tensor) -> None:
         """Take in a window's inputs, [tokens, columns], float32."""
@@ -58,7 +58,7 @@ class SparseGpt:
         self.gram += scaled.T @ scaled
 
     def prune(self) -> None:
-        weight = self.layer.weight.clone()
+        weight = self.layer.weight.float().clone()
         dead = self.gram.diagonal() == 0
         self.gram[dead, dead] = 1
         weight[:, dead] = 0
@@ -89,7 +89,7 @@ def sweep(weight: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, tor
     weight, errors = weight.clone(), torch.zeros_like(weight)
     scores = weight**2 / factor.diagonal() ** 2
     lowest = scores.flatten().sort(stable=True).indices[: int(scores.numel() * SPARSITY)]
-    dropped = torch.zeros(scores.numel(), dtype=torch.bool).index_fill_(0, lowest, True).view_as(scores)
+    dropped = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device).index_fill_(0, lowest, True).view_as(scores)
     for j in range(weight.shape[1]):
         errors[:, j] = torch.where(dropped[:, j], weight[:, j], 0) / factor[j, j]
         weight[:, j:] -= errors[:, j, None] @ factor[None, j, j:]
@@ -116,7 +116,7 @@ def inputs_of_blocks(model: PreTrainedModel, windows: torch.Tensor) -> tuple[tor
     hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     for window in windows:
         with suppress(Caught):
-            model(input_ids=window[None], use_cache=False)
+            model(input_ids=window[None].to(model.device), use_cache=False)
     hook.remove()
     return torch.cat([hidden for hidden, _ in caught]), caught[-1][1]
 
@@ -128,7 +128,7 @@ def prune(model: PreTrainedModel, windows: torch.Tensor, method: type[Pruner]) -
     outputs = torch.empty_like(inputs)
     for number, block in enumerate(model.model.layers):
         pruners = [method(module) for module in block.modules() if isinstance(module, nn.Linear)]
-        hooks = [pruner.layer.register_forward_hook(lambda _, given, __, add=pruner.add: add(given[0][0])) for pruner in pruners]
+        hooks = [pruner.layer.register_forward_hook(lambda _, given, __, add=pruner.add: add(given[0][0].float())) for pruner in pruners]
         for i in range(len(windows)):
             block(inputs[i : i + 1], **keywords)
         for hook in hooks:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from stages.errors import CheckpointError
 from stages.files import parsed_json, read_json, sha256, write_json
@@ -43,28 +44,49 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
         mask: any shape, bool.
 
     Returns:
-        [ceil(elements / 8)], uint8; the first element is the lowest bit of the first byte.
+        [ceil(elements / 8)], uint8, on the mask's device; the first element is the lowest bit of the first byte.
     """
+    if mask.device.type != "cpu":
+        return _pack_by_torch(mask)
     return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
 
 
 def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Unpack a mask of `shape`, bool, from the bits that `pack` returned."""
+    """Unpack a mask of `shape`, bool, from the bits that `pack` returned, on their device."""
+    if packed.device.type != "cpu":
+        return _unpack_by_torch(packed, shape)
     bits = np.unpackbits(packed.numpy(), count=torch.Size(shape).numel(), bitorder="little")
     return torch.from_numpy(bits).bool().view(shape)
+
+
+def _pack_by_torch(mask: torch.Tensor) -> torch.Tensor:
+    """As `pack`, by operations that every device has."""
+    bits = pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits * _places(mask.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack_by_torch(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """As `unpack`, likewise."""
+    bits = (packed[:, None] & _places(packed.device)).bool()
+    return bits.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _places(device: torch.device) -> torch.Tensor:
+    """The value of each bit of a byte, [8], uint8, lowest first."""
+    return torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
 
 
 class Change:
     """The change of one tensor: a matrix, or all experts in one tensor. Its mask takes a bit of memory for each weight.
 
     Args:
-        mask: [rows, columns] or [experts, rows, columns], bool, on the CPU, True = kept.
-        values: [kept weights], their new values in row-major order in the base's dtype; None if they did not change.
+        mask: [rows, columns] or [experts, rows, columns], bool, on any device, True = kept.
+        values: [kept weights], their new values in row-major order in the base's dtype, on the CPU; None if they did not change.
         rows: [rows], int32, the order of the mask's rows: row i of the mask is row rows[i] of the base; None if the order is the base's.
         columns: [columns], int32, likewise.
 
     Attributes:
-        packed: the mask, see pack. shape: that of the mask.
+        packed: the mask, see pack, on the CPU. shape: that of the mask.
     """
 
     __slots__ = ("columns", "packed", "rows", "shape", "values")
@@ -77,7 +99,7 @@ class Change:
         rows: torch.Tensor | None = None,
         columns: torch.Tensor | None = None,
     ) -> None:
-        self.packed, self.shape = pack(mask), tuple(mask.shape)
+        self.packed, self.shape = pack(mask).cpu(), tuple(mask.shape)
         self.values, self.rows, self.columns = values, rows, columns
 
     @classmethod
@@ -111,8 +133,12 @@ class Change:
 
     @property
     def mask(self) -> torch.Tensor:
-        """The mask, unpacked into a new tensor."""
+        """The mask, unpacked into a new tensor on the CPU."""
         return unpack(self.packed, self.shape)
+
+    def mask_on(self, device: torch.device) -> torch.Tensor:
+        """The mask, unpacked into a new tensor on a device."""
+        return unpack(self.packed.to(device), self.shape)
 
     def by_expert(self) -> Iterator["Change"]:
         """Yield the change of each expert of those in one tensor, in order."""
@@ -131,9 +157,10 @@ class Change:
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Compute the pruned tensor, in the shape and dtype of `weight`, exactly zero where the mask is False."""
+        mask = self.mask_on(weight.device)
         if self.values is None:
-            return self.reorder(weight).masked_fill(~self.mask, 0)
-        return torch.zeros_like(weight).masked_scatter_(self.mask, self.values.to(weight.dtype))
+            return self.reorder(weight).masked_fill(~mask, 0)
+        return torch.zeros_like(weight).masked_scatter_(mask, self.values.to(weight))
 
 
 def write_block(path: Path, changes: dict[str, Change], base: str) -> None:

@@ -7,7 +7,8 @@ states in directions that do not change the predictions; a distillation does not
 
 One block at a time is loaded. Each step runs one window forward block by block and stores the input of each block, then goes backward
 block by block and runs each block again for its gradients. Kept weights, the best of them so far, their indices and Adam's moments
-are in host memory, or in files once the memory budget is used up.
+are in a GPU's memory as far as they fit, else in host memory, or in files once the memory budget is used up; a step computes on the
+device.
 
 Weights are learned in balanced coordinates, and the windows held out judge, see learning.
 """
@@ -23,6 +24,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from stages.checkpoint.delta import Change
+from stages.devices import to_host
 from stages.errors import PruningError
 from stages.pruning import distributed
 from stages.pruning.learning import Balance, Outcome, checks, next_rate
@@ -31,6 +33,8 @@ from stages.streaming.architecture import Matrix
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
 from stages.streaming.stream import Stream, read_ahead
+
+SPARE = 8  # a step's temporary tensors: of a block's weights in float32 so many times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +143,15 @@ class _TrainedBlock:
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.untrained = {name: tensor for name, tensor in tensors.items() if name not in changes}
-        kept, weights = sum(self.counts), sum(self.sizes)
-        self.indices = stream.host_buffer((kept,), torch.int32 if weights < 2**31 else torch.int64)
-        self.kept_weights, self.best, *self.moments = stream.host_buffer((4, kept), torch.float32)
+        kept, weights, device = sum(self.counts), sum(self.sizes), self.decoder.device
+        spare = SPARE * weights * torch.float32.itemsize
+        self.indices = stream.learner_buffer((kept,), torch.int32 if weights < 2**31 else torch.int64, spare)
+        self.kept_weights, self.best, *self.moments = (stream.learner_buffer((kept,), torch.float32, spare) for _ in range(4))
         for indices, start, change in zip(self.indices.split(self.counts), self._starts(), changes.values(), strict=True):
-            indices.copy_(change.mask.flatten().nonzero()[:, 0] + start)
+            indices.copy_(change.mask_on(device).flatten().nonzero()[:, 0] + start)
         self.balance = Balance()
         for matrix in self.matrices:
-            dense = changes[matrix.tensor].reorder(tensors[matrix.tensor])
+            dense = changes[matrix.tensor].reorder(tensors[matrix.tensor].to(device))
             self.balance.add(matrix, matrix.stored_in(dense).float())
         self._start(changes, tensors)
 
@@ -159,15 +164,14 @@ class _TrainedBlock:
         self._start(changes, self.decoder.read(self.index))
 
     def _start(self, changes: dict[str, Change], tensors: dict[str, torch.Tensor]) -> None:
-        weights = {name: change.apply(tensors[name]).float() for name, change in changes.items()}
+        device = self.decoder.device
+        weights = {name: change.apply(tensors[name].to(device)).float() for name, change in changes.items()}
         self.balance.divide(self._views(weights))
         for kept_weights, (name, change) in zip(self.kept_weights.split(self.counts), changes.items(), strict=True):
-            kept_weights.copy_(weights[name][change.mask])
+            kept_weights.copy_(weights[name][change.mask_on(device)])
         for moment in self.moments:
             moment.zero_()
-        first_moment, second_moment = self.moments
-        self.optimiser = torch.optim.Adam([self.kept_weights], betas=BETAS, fused=True)
-        self.optimiser.state[self.kept_weights] = {"step": torch.zeros(()), "exp_avg": first_moment, "exp_avg_sq": second_moment}
+        self.steps = torch.zeros((), device=device)
 
     def keep(self) -> None:
         """Remember the current weights: they are the best so far."""
@@ -198,8 +202,10 @@ class _TrainedBlock:
         return self.decoder.loaded(self.index, self.untrained | tensors)
 
     def _weights(self, balanced: torch.Tensor) -> torch.Tensor:
-        """All weights of the block's pruned tensors, flat, from balanced kept weights."""
-        weights = torch.zeros(sum(self.sizes)).index_copy_(0, self.indices.long(), balanced)
+        """All weights of the block's pruned tensors, flat, on the device, from balanced kept weights."""
+        device = self.decoder.device
+        indices, balanced = (tensor.to(device, non_blocking=True) for tensor in (self.indices, balanced))
+        weights = torch.zeros(sum(self.sizes), device=device).index_copy_(0, indices.long(), balanced)
         self.balance.multiply(self._views(self._by_tensor(weights)))
         return weights
 
@@ -207,18 +213,26 @@ class _TrainedBlock:
         """Make a step of Adam.
 
         Args:
-            gradients: name of the parameter in the block -> gradient on this process's window, in the parameter's shape.
+            gradients: name of the parameter in the block -> gradient on this process's window, in the parameter's shape; emptied.
             rate: the learning rate.
         """
-        flat = torch.empty(sum(self.sizes))
+        device = self.decoder.device
+        flat = torch.empty(sum(self.sizes), device=device)
         by_tensor = self._by_tensor(flat)
         for matrix in self.matrices:
             matrix.stored_in(by_tensor[matrix.tensor]).copy_(matrix.part_of(gradients[matrix.parameter_slice.name]))
+        gradients.clear()
         self.balance.multiply(self._views(by_tensor))
-        self.kept_weights.grad = distributed.all_reduce_mean(flat.index_select(0, self.indices))
-        self.optimiser.param_groups[0]["lr"] = rate
-        self.optimiser.step()
-        self.kept_weights.grad = None
+        stored = (self.kept_weights, *self.moments)
+        kept_weights, first_moment, second_moment = (tensor.to(device, non_blocking=True) for tensor in stored)
+        kept_weights.grad = distributed.all_reduce_mean(flat.index_select(0, self.indices.to(device, non_blocking=True)))
+        optimiser = torch.optim.Adam([kept_weights], lr=rate, betas=BETAS, fused=True)
+        optimiser.state[kept_weights] = {"step": self.steps, "exp_avg": first_moment, "exp_avg_sq": second_moment}
+        optimiser.step()
+        kept_weights.grad = None
+        for tensor, changed in zip(stored, (kept_weights, first_moment, second_moment), strict=True):
+            if tensor is not changed:
+                tensor.copy_(changed)
 
     def changes(self, initial: dict[str, Change]) -> dict[str, Change]:
         """The block's changes with the best kept weights, in the checkpoint's dtype.
@@ -226,9 +240,9 @@ class _TrainedBlock:
         Raises:
             PruningError: a weight is not finite; names the block.
         """
-        kept_weights = self._weights(self.best).index_select(0, self.indices.long())
+        kept_weights = self._weights(self.best).index_select(0, self.indices.to(self.decoder.device).long())
         pieces = zip(self.shapes, kept_weights.split(self.counts), strict=True)
-        values = {name: piece.to(self.decoder.checkpoint.dtype(name)) for name, piece in pieces}
+        values = {name: to_host(piece.to(self.decoder.checkpoint.dtype(name))) for name, piece in pieces}
         if not all(torch.isfinite(kept).all() for kept in values.values()):
             raise PruningError(f"block {self.index}: found NaN or infinity in its distillation, wanted finite weights")
         return {name: initial[name].with_values(kept) for name, kept in values.items()}

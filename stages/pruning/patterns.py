@@ -19,7 +19,7 @@ ComparisonGroup = Literal["row", "matrix"]  # whose weights compete: those of an
 WEIGHTS_AT_ONCE = 2**22  # a selection takes some times their memory
 SAMPLED_SCORES = 2**17
 FEW_COLUMNS = 16  # within which all pairs are compared
-FEW_ROWS = 64  # a GPU selects in each row by one group of threads, and sorts by all
+FEW_ROWS = 64  # a GPU selects in each row by few of its threads, and sorts by all
 
 
 def pruned_count(total: int, sparsity: float | Fraction) -> int:
@@ -85,7 +85,7 @@ def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:
         return torch.from_numpy(values[:, nth - 1 : nth].copy()).to(scores.dtype)
     if len(scores) < FEW_ROWS:
         return scores.sort(dim=1).values[:, nth - 1 : nth]
-    return scores.kthvalue(nth, dim=1, keepdim=True).values
+    return scores.topk(nth, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@
 
 The forward pass of each micro-batch has a thread of its own and waits inside the first product whose weight is not pruned yet, until
 all have come as far. So every product is computed once, with pruned weights, and only one input's statistic is in memory. What waits is
-in memory up to a budget and in files beyond it, see activations.
+in the device's memory up to a budget, of a GPU's then in the host's, and in files beyond these, see activations.
 
 Which experts a micro-batch calls, and in which order, is the router's affair. An expert is pruned as soon as all micro-batches that chose
 it wait for it; one that few tokens chose for a sample of all, as in experts.
@@ -23,14 +23,15 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from stages.devices import free_gpu_memory
 from stages.errors import PruningError
 from stages.pruning.distributed import all_reduce
 from stages.pruning.experts import route_to, routed_modules, weight_of
 from stages.pruning.inputs import CalibratedOn, EvenSample, Inputs, by_window
 from stages.pruning.observer import even_sample, even_sample_of_held_out
-from stages.pruning.statistics import Statistic
+from stages.pruning.statistics import Gram, Statistic
 from stages.streaming.activations import Activations
-from stages.streaming.architecture import Layer
+from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
 from stages.streaming.products import Factors
 from stages.streaming.reading import MISSING, Identity, restore
@@ -38,6 +39,10 @@ from stages.streaming.stream import Stream
 from stages.streaming.turns import Turns
 
 Prune = Callable[[list[Inputs], dict[Layer, torch.Tensor]], None]
+
+# What is left free of a GPU for more than waiting: how many tensors of a size there are at the same time, in the worst method.
+COPIES_FOR_MASKS, COPIES_WITH_GRAM, COPIES_OF_GRAM = 4, 10, 7
+COPIES_OF_ACTIVATIONS = 4
 
 
 class _Collected(Exception):
@@ -147,7 +152,8 @@ class SequentialPass:
         self.running: _Pass | None = None
         self._collected: dict[int, torch.Tensor] | None = None  # of an expert for which the sample is run, see _routed_to
         self._moved: dict[StorageWeakRef, Activations] = {}
-        self._budget = waiting_budget(stream)
+        spare = self._solve_bytes(stream.decoder.matrices[index]) + _pass_bytes(stream, index)
+        self._budget, self._on_host = waiting_budget(stream, spare), 0  # bytes
         fitted, held_out = even_sample(stream, error_tokens), even_sample_of_held_out(stream, error_tokens)
         self.passes = [self._pass(windows, fitted, stream.fitted) for windows in stream.micro_batches(stream.fitted)]
         self.passes += [self._pass(windows, held_out, stream.held_out) for windows in stream.micro_batches(stream.held_out)]
@@ -167,9 +173,20 @@ class SequentialPass:
         finally:
             for of_micro_batch in self.passes:
                 of_micro_batch.turns.cancel()
+            self._moved.clear()
         self.stream.require_unchanged(self.index)
         if self.propagates:
             self.stream.require_finite(self.index)
+
+    def _solve_bytes(self, matrices: list[Matrix]) -> int:
+        """About the memory in which what reads one input is solved: copies of the matrices and of their Gram matrix, in float32."""
+        copies, grams = (COPIES_WITH_GRAM, COPIES_OF_GRAM) if self.statistic is Gram else (COPIES_FOR_MASKS, 0)
+        sizes = []
+        for distinct in self.distinct:
+            shapes = [matrix.shape for matrix in matrices if matrix.layer in distinct.layers]
+            columns = shapes[0][1]
+            sizes.append(copies * sum(rows for rows, _ in shapes) * columns + grams * columns**2)
+        return torch.float32.itemsize * max(sizes)
 
     def _pass(self, windows: slice, sample: EvenSample, members: range) -> _Pass:
         length = self.stream.shape[1]
@@ -221,8 +238,16 @@ class SequentialPass:
         if activations is not None and not of_micro_batch.turns.ended:
             of_micro_batch.held = activations.bytes()
             if sum(other.held for other in self.passes) > self._budget:
-                activations.move_to_buffer(self.stream.memory.in_file)
+                activations.move_to_buffer(self._buffer)
                 of_micro_batch.held = 0
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate where waiting activations go that the device does not hold: on the host for those of a GPU, else in a file."""
+        needed = torch.Size(shape).numel() * dtype.itemsize
+        if self.stream.decoder.device.type != "cuda" or self._on_host + needed > self.stream.memory.left:
+            return self.stream.memory.in_file(shape, dtype)
+        self._on_host += needed
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def _next(self) -> list[_DistinctInput] | None:
         """The inputs that all micro-batches of all processes wait to read that ever will; None once all have ended.
@@ -407,12 +432,22 @@ class SequentialPass:
                 raise _Collected
 
 
-def waiting_budget(stream: Stream) -> float:
-    """Bytes of activations that may wait in memory: what is left of the host's budget, or the share of a GPU that a stream has."""
+def waiting_budget(stream: Stream, spare: int) -> float:
+    """Bytes of activations that may wait in memory: what is left of the host's budget, or what is free of a GPU.
+
+    Args:
+        spare: bytes of a GPU that are needed otherwise.
+    """
     device = stream.decoder.device
     if device.type == "cuda":
-        return stream.gpu_share * torch.cuda.get_device_properties(device).total_memory
+        return max(0, free_gpu_memory(device) - spare)
     return stream.memory.left
+
+
+def _pass_bytes(stream: Stream, index: int) -> int:
+    """About the memory in which one micro-batch runs, apart from what it holds when it waits."""
+    widest = max(max(matrix.shape) for matrix in stream.decoder.matrices[index])
+    return COPIES_OF_ACTIVATIONS * stream.batch * stream.shape[1] * widest * stream.hidden.itemsize
 
 
 def _columns_of(block: nn.Module, layer: Layer) -> torch.Tensor:

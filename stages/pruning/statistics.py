@@ -18,6 +18,8 @@ AllReduce = Callable[[torch.Tensor], torch.Tensor]  # a tensor, changed in place
 
 DAMPING_STEP = 10.0  # factor
 TILES = 4
+HALVES = (torch.bfloat16, torch.float16)
+TOKENS_OF_HALVES = 4096  # whose products a GPU adds up before they are added to the sum in float32
 DEAD_DIAGONAL = 1e-9  # of the mean diagonal: what a dead input gets where the matrix must be positive definite
 
 
@@ -64,7 +66,7 @@ class SquaredNorm:
         self.windows = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        for squared_norm in inputs.float().square().sum(dim=1):
+        for squared_norm in _squared_norms(inputs):
             self.value *= self.windows / (self.windows + 1)
             self.windows += 1
             self.value += squared_norm / self.windows
@@ -139,11 +141,15 @@ class Gram:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add to the tiles on and below the diagonal: the matrix is symmetric, and 3/8 of its 4 by 4 tiles need no product."""
-        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        tokens = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(tokens)
+        if tokens.is_cuda and tokens.dtype in HALVES:
+            add_products = add_products_of_halves
+        else:
+            tokens, add_products = tokens.float(), add_products_in_float32
         for first in range(0, len(self.value), self._tile):
             last = first + self._tile
-            self.value[first:last, :last].addmm_(tokens[:, first:last].T, tokens[:, :last])
+            add_products(self.value[first:last, :last], tokens[:, first:last], tokens[:, :last])
 
     def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         for first in range(0, len(self.value), self._tile):
@@ -219,6 +225,31 @@ class Gram:
         diagonal = damped.diagonal()
         diagonal.mul_(1 + damping).clamp_min_(smallest if smallest > 0 else 1)
         return damped
+
+
+def add_products_in_float32(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add leftᵀ right to a sum.
+
+    Args:
+        total: [columns of left, columns of right], float32, changed in place. left, right: [tokens, columns], float32.
+    """
+    total.addmm_(left.T, right)
+
+
+def add_products_of_halves(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """The same on a GPU for bfloat16 or float16: the matrix units multiply halves, without rounding, and add up in float32.
+
+    Their sums lose more than those of float32 products, the more tokens are added up at once, hence some at a time.
+    """
+    for some_left, some_right in zip(left.split(TOKENS_OF_HALVES), right.split(TOKENS_OF_HALVES), strict=True):
+        total += torch.mm(some_left.T, some_right, out_dtype=torch.float32)
+
+
+def _squared_norms(inputs: torch.Tensor) -> torch.Tensor:
+    """Of each input in each window, [windows, columns], float32. Args: inputs: [windows, tokens, columns], any float dtype."""
+    if inputs.is_cuda:  # in one kernel, which reads halves
+        return torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).square_()
+    return inputs.float().square().sum(dim=1)
 
 
 def first_to_factor(attempt: Callable[[float], Result], damping: float, limit: float) -> tuple[Result, float]:

@@ -1,4 +1,4 @@
-"""The activations that a paused forward pass holds: counted, and moved to a file and back.
+"""The activations that a paused forward pass holds: counted, and moved to a buffer elsewhere and back.
 
 What a paused pass holds are tensors in local variables of code that knows nothing of it. A dispatch mode sees every tensor that an
 operation makes, and notes its storage without keeping it alive. Of a storage that is moved, the memory is freed and the object stays, so
@@ -32,6 +32,11 @@ class Activations(TorchDispatchMode):
         self._made: dict[StorageWeakRef, None] = {}
         self._moved, self._copies = moved, dict[StorageWeakRef, torch.Tensor]()
         self._buffer: torch.Tensor | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No code that is compiled runs in this mode; what torch does for such code by default imports its compiler, for seconds."""
+        return False
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -67,12 +72,12 @@ class Activations(TorchDispatchMode):
         held = [(reference, storage) for reference, storage in self._held() if storage.nbytes() and storage.resizable()]
         needed = sum(storage.nbytes() for _, storage in held)
         if self._buffer is None or len(self._buffer) < needed:
-            self._buffer = None  # its file is freed before the next one is made
+            self._buffer = None  # it is freed before the next one is made
             self._buffer = allocate((needed,), torch.uint8)
         free = self._buffer
         for reference, storage in held:
             self._copies[reference], free = free.tensor_split([storage.nbytes()])
-            self._copies[reference].copy_(_bytes_of(storage))
+            self._copies[reference].copy_(_bytes_of(storage), non_blocking=True)  # a GPU's stream has all in order
             self._moved[reference] = self
             storage.resize_(0)
 
@@ -84,7 +89,7 @@ class Activations(TorchDispatchMode):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
                 storage.resize_(len(copy))
-                _bytes_of(storage).copy_(copy)
+                _bytes_of(storage).copy_(copy, non_blocking=True)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

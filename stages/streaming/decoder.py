@@ -1,9 +1,10 @@
 """A decoder language model whose weights are read and loaded one block at a time."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from stages.streaming.reading import ReadingOrder, reading_orders
 from stages.streaming.scope import find_matrices
 from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 
+READERS = 8  # threads that read a block for a GPU: one reads less in a second than the GPU needs
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
 
 
@@ -244,7 +246,11 @@ class Decoder:
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """Read a block's tensors as stored, on the host: name in the checkpoint -> tensor. Safe to call in another thread."""
-        return {tensor: self.checkpoint.tensor(tensor, pinned=self.device.type == "cuda") for tensor in self.tensors_loaded(index)}
+        names = self.tensors_loaded(index)
+        if self.device.type != "cuda":  # on which the computation has the cores
+            return {name: self.checkpoint.tensor(name) for name in names}
+        with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
+            return dict(zip(names, readers.map(partial(self.checkpoint.tensor, pinned=True), names), strict=True))
 
     def read_expert(self, index: int, expert: int) -> dict[str, torch.Tensor]:
         """Read what belongs to one expert of a block, likewise: name in the checkpoint -> tensor, or its entry for the expert."""

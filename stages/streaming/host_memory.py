@@ -35,8 +35,11 @@ class HostMemory:
         """No bound; no buffer is a file."""
         return cls(math.inf, Path())
 
-    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> tuple[torch.Tensor, str]:
         """Allocate a tensor, uninitialised; returns it and its location: "memory", or the size and the directory of a file.
+
+        Args:
+            pinned: whether memory is page-locked: a GPU copies from and to it several times faster.
 
         Raises:
             SparsesweepError: the disk has no space for the file.
@@ -45,7 +48,7 @@ class HostMemory:
         if needed_bytes > self.left:
             return self.in_file(shape, dtype), f"a file of {needed_bytes / 1e9:.2f} GB in {self.scratch}"
         self.left -= needed_bytes
-        return torch.empty(shape, dtype=dtype), "memory"
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned), "memory"
 
     def in_file(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate a tensor in an unnamed file, uninitialised, whatever the budget.

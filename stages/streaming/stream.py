@@ -1,5 +1,6 @@
 """Hidden states of windows, and what else blocks hand on, on their way through a decoder block by block; the next block is read ahead."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.devices import free_gpu_memory
 from stages.errors import PruningError
 from stages.streaming.architecture import unsupported
 from stages.streaming.calls import Call, Carried, Shared, block_outputs, differing_arguments, require_own, require_unchanged
@@ -109,6 +111,19 @@ class Stream:
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate a tensor in host memory or in a file; see HostMemory.buffer."""
         return self.memory.buffer(shape, dtype)[0]
+
+    def learner_buffer(self, shape: tuple[int, ...], dtype: torch.dtype, spare: int) -> torch.Tensor:
+        """Allocate a tensor that learning reads and changes on the device: in a GPU's memory, or as host_buffer does.
+
+        Args:
+            spare: bytes of a GPU's memory that have to remain free.
+        """
+        device, needed = self.decoder.device, math.prod(shape) * dtype.itemsize
+        if device.type != "cuda":
+            return self.host_buffer(shape, dtype)
+        if needed + spare <= free_gpu_memory(device):
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self.memory.buffer(shape, dtype, pinned=True)[0]
 
     def _hidden_buffer(self, like: torch.Tensor) -> tuple[torch.Tensor, str]:
         """Allocate a tensor for all hidden states, in GPU memory up to gpu_share of it, else on the host; returns its location, too.

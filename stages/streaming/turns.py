@@ -3,14 +3,44 @@
 A function that pauses keeps its whole stack, so that code which knows nothing of pauses, such as the forward method of a module, waits in
 the middle. Threads, not generators or greenlets, since torch keeps state for each thread: whether gradients are recorded, autocast,
 function and dispatch modes, the current GPU. A function that pauses inside such a context leaves it as it was for all others.
+
+A thread whose function has ended takes the next one: libraries of a GPU prepare anew what they do in a thread that they have not seen,
+which takes longer than a block's products.
 """
 
 from collections.abc import Callable
+from queue import SimpleQueue
 from threading import Semaphore, Thread
+
+NAME = "turns"  # of the threads
 
 
 class Cancelled(BaseException):
     """Raised in a paused function that is not to go on; no Exception, so that the code in which it pauses does not catch it."""
+
+
+class _Worker:
+    """A thread that runs one function after another."""
+
+    idle: "list[_Worker]" = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self._functions: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        Thread(target=self._work, name=NAME, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._functions.get()()
+            self.idle.append(self)
+
+    @classmethod
+    def run(cls, function: Callable[[], None]) -> None:
+        """Let a thread run a function that raises nothing."""
+        try:
+            worker = cls.idle.pop()
+        except IndexError:
+            worker = cls()
+        worker._functions.put(function)
 
 
 class Turns:
@@ -21,28 +51,32 @@ class Turns:
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
-        self.ended = False
-        self._function, self._cancelled = function, False
+        self.ended = self._began = False
+        self._function: Callable[[], None] | None = function
+        self._cancelled = False
         self._error: BaseException | None = None
         self._go, self._stopped = Semaphore(0), Semaphore(0)
-        self._thread = Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
+        function, self._function = self._function, None  # it may hold this object, and what both hold is to be freed when it ends
         try:
-            self._function()
+            assert function is not None
+            function()
         except Cancelled:
             pass
         except BaseException as error:  # noqa: BLE001  raised again by resume
             self._error = error
+        del function
         self.ended = True
         self._stopped.release()
 
     def resume(self) -> None:
         """Let the function run until it pauses or ends; raises what it raises."""
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
+        if self._began:
             self._go.release()
+        else:
+            self._began = True
+            _Worker.run(self._run)
         self._stopped.acquire()
         error, self._error = self._error, None
         if error is not None:
@@ -60,8 +94,8 @@ class Turns:
             raise Cancelled
 
     def cancel(self) -> None:
-        """End the function where it pauses, or where it does so next; returns once its thread has ended."""
-        self._cancelled = True
-        if self._thread.ident is not None:
+        """End the function where it pauses; returns once it has ended."""
+        self._cancelled, self._function = True, None
+        while self._began and not self.ended:
             self._go.release()
-            self._thread.join()
+            self._stopped.acquire()

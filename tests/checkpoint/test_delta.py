@@ -5,7 +5,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stages.checkpoint.delta import Change, SparseDelta, pack, read_block, unpack, write_block, write_manifest
+from stages.checkpoint.delta import (
+    Change,
+    SparseDelta,
+    _pack_by_torch,
+    _unpack_by_torch,
+    pack,
+    read_block,
+    unpack,
+    write_block,
+    write_manifest,
+)
 from stages.errors import CheckpointError
 from stages.recipe import Recipe
 from tests import deltas
@@ -20,6 +30,16 @@ def test_a_mask_is_the_same_after_packing_and_unpacking(shape):
     assert packed.dtype == torch.uint8
     assert len(packed) == -(-mask.numel() // 8)
     assert torch.equal(unpack(packed, shape), mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 16), (7, 9), (3, 5, 7)])
+def test_a_mask_is_packed_on_a_gpu_as_on_the_cpu(shape):
+    """By operations that every device has, here on the CPU."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    packed = _pack_by_torch(mask)
+    assert torch.equal(packed, pack(mask))
+    assert packed.dtype == torch.uint8
+    assert torch.equal(_unpack_by_torch(packed, shape), mask)
 
 
 def test_the_first_weight_is_the_lowest_bit():

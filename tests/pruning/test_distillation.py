@@ -169,7 +169,7 @@ def test_files_serve_where_the_memory_budget_is_used_up(exact, tmp_path, monkeyp
     monkeypatch.setattr(teachers.student_inputs, "memory", memory)
     _, found = distilled(teachers, before)
     assert all(torch.equal(found[index][name].values, change.values) for index in expected for name, change in expected[index].items())
-    assert len(locations) == 4  # indices; and kept weights, the best and their moments; of two blocks
+    assert len(locations) == 10  # indices, kept weights, the best of them and two moments, of two blocks
     assert all(location.startswith("a file of ") for location in locations)
 
 

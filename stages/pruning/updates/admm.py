@@ -71,11 +71,11 @@ def admm(
     kept = scaled_target * keep(scaled_target.abs(), False)  # D
     kept_minus_dual = kept.clone()  # D - V
     dual = torch.zeros_like(kept)  # V
-    values = torch.empty_like(kept)  # W, then W + V
+    values, inverse = torch.empty_like(kept), torch.empty_like(unit)  # W, then W + V; (H + ρ I)⁻¹
     for step in range(steps):
         if step % hold == 0:
             rho = penalty * growth**step
-            inverse = _inverse(unit, rho)
+            _invert(unit, rho, inverse)
         torch.mm(target_products.add(kept_minus_dual, alpha=rho), inverse, out=values)
         values += dual
         mask = keep(values.abs(), step == steps - 1)
@@ -85,10 +85,9 @@ def admm(
     return kept / scale, mask
 
 
-def _inverse(unit: torch.Tensor, rho: float) -> torch.Tensor:
-    shifted = unit.clone()
-    shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+def _invert(unit: torch.Tensor, rho: float, inverse: torch.Tensor) -> None:
+    inverse.copy_(unit).diagonal().add_(rho)
+    torch.cholesky_inverse(torch.linalg.cholesky(inverse), out=inverse)
 
 
 def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern], method: "Method") -> list[Pruned]:

@@ -8,12 +8,13 @@ as updated so far; with any other score it is chosen before the sweep.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.pruning.entries import Pruned, Update
-from stages.pruning.patterns import Pattern
+from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.scores.obs import OBS, obs
 from stages.pruning.selection import select
 from stages.pruning.statistics import Gram
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stages.pruning.method import Method
 
 STRIP = 32  # columns
+OLDEST_GPU = (8, 0)  # compute capability for which triton compiles
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,7 +39,7 @@ ChooseMask = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def sparsegpt(
-    weight: torch.Tensor, factor: torch.Tensor, choose: ChooseMask, decision_columns: int, block_size: int
+    weight: torch.Tensor, factor: torch.Tensor, choose: ChooseMask, decision_columns: int, block_size: int, nm: Nm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune the columns from left to right; the columns to the right compensate.
 
@@ -48,29 +50,75 @@ def sparsegpt(
             first of them; returns their mask.
         decision_columns: number of columns whose mask is chosen together; divides block_size or equals it.
         block_size: columns swept before the rest of the matrix is updated.
+        nm: the pattern by which `choose` chooses from the score `obs`, if it is that of all rows; a GPU's kernel needs no `choose` then.
 
     Returns:
         mask [rows, columns], bool, True = kept; weights [rows, columns], float32, zero where the mask is False.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
     """
-    columns = weight.shape[1]
     weight = weight.T.contiguous()  # a column of W, which every step works on, is then a run of memory
-    mask = torch.empty_like(weight, dtype=torch.bool)
-    diagonal = factor.diagonal()
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        errors = torch.empty_like(weight[start:end])
-        for first, last in _strips(start, end, decision_columns):
+    blocks = _Blocks(weight, torch.empty_like(weight, dtype=torch.bool), factor, choose, decision_columns, nm)
+    sweep = blocks.sweep_by_kernel if blocks.have_kernel(block_size) else blocks.sweep_by_columns
+    for start in range(0, len(weight), block_size):
+        end = min(start + block_size, len(weight))
+        weight[end:].addmm_(factor[start:end, end:].T, sweep(start, end), alpha=-1)
+    return blocks.mask.T.contiguous(), weight.mul_(blocks.mask).T.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """A matrix whose blocks of columns are swept one after another; weight and mask are [columns, rows], for the others see sparsegpt.
+
+    A sweep changes the weights and the mask of the columns from start to end, and returns E of these, [columns of the block, rows].
+    """
+
+    weight: torch.Tensor
+    mask: torch.Tensor
+    factor: torch.Tensor
+    choose: ChooseMask
+    decision_columns: int
+    nm: Nm | None
+
+    def sweep_by_columns(self, start: int, end: int) -> torch.Tensor:
+        """Sweep column after column."""
+        weight, mask, factor, decision = self.weight, self.mask, self.factor, self.decision_columns
+        diagonal, errors = factor.diagonal(), torch.empty_like(weight[start:end])
+        for first, last in _strips(start, end, decision):
             for j in range(first, last):
-                if (j - start) % decision_columns == 0:
-                    stop = min(j + decision_columns, end)
-                    mask[j:stop] = choose(weight[j:stop].T, diagonal[j:stop], j).T
+                if (j - start) % decision == 0:
+                    stop = min(j + decision, end)
+                    mask[j:stop] = self.choose(weight[j:stop].T, diagonal[j:stop], j).T
                 torch.mul(weight[j], ~mask[j], out=errors[j - start])
                 errors[j - start] /= diagonal[j]
                 weight[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j - start], alpha=-1)
             strip = errors[first - start : last - start]
             weight[last:end].addmm_(factor[first:last, last:end].T, strip, alpha=-1)
-        weight[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return mask.T.contiguous(), weight.mul_(mask).T.contiguous()
+        return errors
+
+    def have_kernel(self, block_size: int) -> bool:
+        """Whether there is a kernel for this GPU that sweeps such blocks."""
+        device = self.weight.device
+        if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
+            return False
+        from stages.pruning.sweep_kernel import LARGEST_GROUP, WIDEST  # noqa: PLC0415  it needs triton
+
+        is_chosen_at_once = self.decision_columns >= block_size or (self.nm is not None and self.nm.group <= LARGEST_GROUP)
+        return is_chosen_at_once and block_size <= WIDEST
+
+    def sweep_by_kernel(self, start: int, end: int) -> torch.Tensor:
+        """The same by one kernel of a GPU; masks differ where scores are equal up to rounding."""
+        from stages.pruning.sweep_kernel import sweep  # noqa: PLC0415  it needs triton
+
+        weight, mask, factor = self.weight[start:end], self.mask[start:end], self.factor[start:end, start:end]
+        if self.nm is None:
+            mask.copy_(self.choose(weight.T, factor.diagonal(), start).T)
+            return sweep(weight, mask, factor)
+        errors = sweep(weight, mask, factor, kept=self.nm.kept, group=self.nm.group)
+        if not torch.isfinite(weight).all():
+            raise ValueError("found a score that is NaN or infinite, wanted finite scores")
+        return errors
 
 
 def _strips(start: int, end: int, decision_columns: int) -> Iterator[tuple[int, int]]:
@@ -99,8 +147,11 @@ def prune(weights: list[torch.Tensor], statistic: Gram, patterns: list[Pattern],
         scores = obs(columns, factor_diagonal).split(rows)
         return torch.cat([pattern.mask(matrix, first) for pattern, matrix in zip(patterns, scores, strict=True)])
 
-    decision = min(pattern.decision_columns(method.update.block_size) for pattern in patterns)
-    mask, updated = sparsegpt(live, factor, choose, decision, method.update.block_size)
+    block_size = method.update.block_size
+    decision = block_size if mask_before is not None else min(pattern.decision_columns(block_size) for pattern in patterns)
+    chosen_by, *others = patterns
+    nm = chosen_by if in_sweep and isinstance(chosen_by, Nm) and all(pattern == chosen_by for pattern in others) else None
+    mask, updated = sparsegpt(live, factor, choose, decision, block_size, nm)
     values = torch.where(mask & dead, weight, updated)
     outcomes = zip(mask.split(rows), values.split(rows), strict=True)
     return [Pruned(mask=matrix_mask, values=matrix, damping=statistic.damping) for matrix_mask, matrix in outcomes]
