@@ -1,12 +1,11 @@
-"""Evaluate the dense, the pruned or a quantised model: perplexity, divergence, tasks, generations.
+"""Evaluate the dense or the pruned model: perplexity, divergence, tasks, generations.
 
-python -m stages.evaluate part=dense|sparse|quantised
+python -m stages.evaluate part=dense|sparse
 """
 
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,23 +25,21 @@ from stages.evaluation.encoding import CONTEXT_LENGTH
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import WholeModel, answers, ask
 from stages.evaluation.journal import Journal, opened
-from stages.evaluation.measurement import as_rows
 from stages.evaluation.metric import Metric, Observed
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.protocol import write_protocol
 from stages.evaluation.questions import Questions
 from stages.evaluation.results import Answers, Results, Scores, results_of
 from stages.evaluation.scoring import DENSE, StreamedModels, Variants
-from stages.evaluation.section import TRACKED, Evaluation, Ruler
+from stages.evaluation.section import Evaluation
 from stages.evaluation.setup import Setup, prepare
 from stages.evaluation.streamed import StreamedHarness
+from stages.evaluation.tracked import TRACKED
 from stages.files import (
     BASE,
     DENSE_JOURNAL,
     DENSE_RESULTS,
     PROMPT_SENSITIVITY,
-    RULER_JOURNALS,
-    RULER_RESULTS,
     SPARSE,
     SPARSE_JOURNAL,
     SPARSE_RESULTS,
@@ -57,18 +54,12 @@ log = logging.getLogger(__name__)
 Load = Callable[[], PreTrainedModel]
 
 
-@stage(parts={"dense": TRACKED, "sparse": TRACKED, "quantised": ("ruler", *TRACKED)})
-def main(part: str, evaluation: Evaluation, ruler: Ruler | None = None) -> None:
+@stage(parts={"dense": TRACKED, "sparse": TRACKED})
+def main(part: str, evaluation: Evaluation) -> None:
     stopwatch = record.Stopwatch()
-    if ruler is not None and not ruler.types:
-        with replacing(RULER_RESULTS) as directory:
-            write_json(directory / "measurements.json", [])
-        return
     with scratch_directory(DENSE_RESULTS.with_name("evaluation")) as scratch:  # /tmp may be memory
         setup = prepare(evaluation, scratch)
-        if ruler is not None:
-            evaluate_quantised(setup, ruler, stopwatch)
-        elif part == "dense":
+        if part == "dense":
             evaluate_dense(setup, stopwatch)
         else:
             evaluate_sparse(setup, stopwatch)
@@ -105,38 +96,6 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
             write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
             if sparse.styles:
                 write_json(directory / PROMPT_SENSITIVITY, prompt_sensitivity(dense, sparse))
-
-
-def evaluate_quantised(setup: Setup, ruler: Ruler, stopwatch: record.Stopwatch) -> None:
-    """Score the base quantised to each type: the corpora side by side with the dense model, then the tasks; no prompt is continued."""
-    from stages.evaluation.quantisation import Quantiser
-    from stages.evaluation.reference import read_dense
-
-    dense = replace(read_dense(DENSE_RESULTS, setup.protocol()), generations=[])
-    metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
-    decoder, rows = Decoder(setup.base, setup.dtype, setup.device), []
-    quantisers = {name: Quantiser.for_decoder(decoder, name) for name in ruler.types}
-    observe_all = cache(lambda: observe(setup, decoder, {DENSE: None, **quantisers}, metrics))
-    with ExitStack() as stack:
-        journals = {
-            name: stack.enter_context(opened(RULER_JOURNALS / f".evaluate-{name}", setup.fingerprint(name))) for name in ruler.types
-        }
-        observed = {name: journal.observed(partial(of_variant, observe_all, name)) for name, journal in journals.items()}
-        for name, quantiser in quantisers.items():
-            answers = answer_tasks(setup, decoder, quantiser, loader(setup, quantiser), journals[name]) if ruler.tasks else {}
-            measured = measure(setup, observed[name], metrics, Scores(answers=answers, generations=[]), dense).measurements
-            facts = {"type": name, "bytes_per_weight": quantiser.bytes_per_weight}
-            rows += [{**row, **facts} for row in as_rows(measured)]
-            log.info("%s, %.3f bytes a weight: %s %s", name, quantiser.bytes_per_weight, measured[0].label, measured[0].shown(3))
-        with replacing(RULER_RESULTS) as directory:
-            write_json(directory / "measurements.json", rows)
-            write_protocol(directory / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=None)
-            write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch))
-
-
-def of_variant(observe_all: Callable[[], dict[str, dict[str, Observed]]], name: str) -> dict[str, Observed]:
-    """What was observed of one of several models that are run side by side."""
-    return observe_all()[name]
 
 
 def speed(journal: Journal) -> dict[str, float] | None:

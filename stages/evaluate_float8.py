@@ -7,26 +7,35 @@ With publish.dtype=base there is nothing to evaluate, and none of the libraries 
 
 import logging
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
-from stages import record
-from stages.config.entry import stage
-from stages.evaluation.section import TRACKED, Evaluation
+from stages.config.entry import Idle, stage
+from stages.evaluation.tracked import TRACKED
 from stages.files import BASE, DENSE_RESULTS, FLOAT8_JOURNAL, FLOAT8_RESULTS, SPARSE, replacing, scratch_directory, write_json
 
+if TYPE_CHECKING:
+    from stages.evaluation.section import Evaluation
+
 log = logging.getLogger(__name__)
+AS_THE_BASE = "base"  # publish.dtype
 
 
-@stage("publish.dtype", *TRACKED)
-def main(publish_dtype: str, evaluation: Evaluation) -> None:
-    if publish_dtype == "base":
-        with replacing(FLOAT8_RESULTS) as directory:
-            write_json(directory / "measurements.json", [])
-        return
-    evaluate_rounded(evaluation)
+def record_nothing() -> None:
+    with replacing(FLOAT8_RESULTS) as directory:
+        write_json(directory / "measurements.json", [])
 
 
-def evaluate_rounded(evaluation: Evaluation) -> None:
+@stage("publish.dtype", *TRACKED, idle=Idle("publish.dtype", AS_THE_BASE, record_nothing))
+def main(publish_dtype: str, evaluation: "Evaluation") -> None:
+    if publish_dtype == AS_THE_BASE:
+        record_nothing()
+    else:
+        evaluate_rounded(evaluation)
+
+
+def evaluate_rounded(evaluation: "Evaluation") -> None:
     """Score base + delta, rounded, by the same evaluation as the pruned model; no prompt is continued."""
+    from stages import record
     from stages.checkpoint.delta import SparseDelta
     from stages.evaluate import answer_tasks, loader, measure, observe
     from stages.evaluation.float8 import Float8

@@ -3,20 +3,32 @@
 python -m stages.observe                      prune.statistics says what is kept; by default nothing
 """
 
-import logging
+from typing import TYPE_CHECKING
 
-from stages.config.entry import stage
+from stages.config.entry import Idle, stage
 from stages.files import KEPT_MANIFEST, STATISTICS, replacing, write_json
-from stages.pruning.section import Kept, Prune
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from stages.pruning.section import Prune
+
+NONE = "none"  # prune.statistics
 
 
-@stage("prune", "environment.torch", "environment.transformers", "environment.safetensors")
-def main(prune: Prune) -> None:
-    if prune.statistics == Kept.NONE:
-        with replacing(STATISTICS) as directory:
-            write_json(directory / KEPT_MANIFEST, {"statistics": str(Kept.NONE)})
+def record_nothing() -> None:
+    with replacing(STATISTICS) as directory:
+        write_json(directory / KEPT_MANIFEST, {"statistics": NONE})
+
+
+@stage(
+    "prune",
+    "environment.torch",
+    "environment.transformers",
+    "environment.safetensors",
+    idle=Idle("prune.statistics", NONE, record_nothing),
+)
+def main(prune: "Prune") -> None:
+    if prune.statistics == NONE:
+        record_nothing()
         return
     from stages.pruning.kept import observe_dense_model  # which imports transformers
 

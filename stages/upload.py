@@ -4,21 +4,37 @@ python -m stages.upload publish.hub.repo=ORG/NAME publish.hub.dry_run=true
 """
 
 import logging
+from typing import TYPE_CHECKING
 
-from stages.config.entry import stage
+from stages.config.entry import Idle, stage
 from stages.files import RELEASE, UPLOAD, remove, write_json
-from stages.release.section import Hub
-from stages.release.uploading import Sent, send
+from stages.release.sent import Sent
+
+if TYPE_CHECKING:
+    from stages.release.section import Hub
 
 log = logging.getLogger(__name__)
 
 
-@stage("publish.hub")
-def main(publish_hub: Hub) -> None:
-    sent = Sent(repo=None) if publish_hub.repo is None else send(RELEASE, publish_hub)
+def record(sent: Sent) -> None:
     remove(UPLOAD)  # it may be a link into the cache
     UPLOAD.parent.mkdir(parents=True, exist_ok=True)
     write_json(UPLOAD, sent.as_dict())
+
+
+def record_nothing() -> None:
+    record(Sent(repo=None))
+
+
+@stage("publish.hub", idle=Idle("publish.hub.repo", None, record_nothing))
+def main(publish_hub: "Hub") -> None:
+    if publish_hub.repo is None:
+        record_nothing()
+        return
+    from stages.release.uploading import send
+
+    sent = send(RELEASE, publish_hub)
+    record(sent)
     log.info("%s", sent)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stages import evaluate
+from stages import evaluate, evaluate_quantised
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
 from stages.evaluation import setup
@@ -328,12 +328,12 @@ def test_a_streamed_evaluation_is_compared_with_a_streamed_one(root):
 
 def ruler(asked: Evaluation, *types: str) -> list[dict[str, Any]]:
     """The measurements of quantised models."""
-    evaluate.main.function(part="quantised", evaluation=asked, ruler=Ruler(types=list(types), tasks=True))
+    evaluate_quantised.main.function(evaluation=asked, ruler=Ruler(types=list(types), tasks=True))
     return read_json(Path("results/ruler/measurements.json"))
 
 
 def test_quantised_models_are_a_ruler_with_their_bytes(root):
-    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=["Q6_K", "Q3_K"], tasks=False))
+    evaluate_quantised.main.function(evaluation=EVALUATION, ruler=Ruler(types=["Q6_K", "Q3_K"], tasks=False))
     rows = read_json(root / "results/ruler/measurements.json")
     size = {row["type"]: row["bytes_per_weight"] for row in rows}
     assert 18 / 32 < size["Q3_K"] < size["Q6_K"]  # rows of 32 and 112 weights: Q4_0 or Q8_0, and F16
@@ -376,10 +376,10 @@ def test_a_ruler_goes_on_after_a_failure(root, monkeypatch):
 
 def test_a_ruler_without_types_reads_no_weights(root):
     forbid_weights(root)
-    evaluate.main.function(part="quantised", evaluation=EVALUATION, ruler=Ruler(types=[], tasks=True))
+    evaluate_quantised.main.function(evaluation=EVALUATION, ruler=Ruler(types=[], tasks=True))
     assert read_json(root / "results/ruler/measurements.json") == []
 
 
 def test_a_ruler_is_held_to_the_dense_models_protocol(root):
     with pytest.raises(ComparisonError, match="results/dense and this evaluation are not of the same protocol"):
-        evaluate.main.function(part="quantised", evaluation=replace(EVALUATION, rows=3), ruler=Ruler(types=["Q3_K"], tasks=True))
+        evaluate_quantised.main.function(evaluation=replace(EVALUATION, rows=3), ruler=Ruler(types=["Q3_K"], tasks=True))

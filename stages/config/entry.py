@@ -1,22 +1,46 @@
-"""The Hydra entry point: hands a stage its sections of params.yaml."""
+"""The Hydra entry point: hands a stage its sections of params.yaml.
+
+A stage that has nothing to do ends before anything is imported that takes time: see Idle.
+"""
 
 import importlib
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
-
-import hydra
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stages.config.caching import require_room_in_cache
 from stages.config.environment import require_installed
-from stages.config.params import CONF, prepare
+from stages.config.params import CONF, PARAMS, prepare, read_params
 from stages.errors import SparsesweepError
 from stages.schema import require_one_of
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 log = logging.getLogger(__name__)
 LIBRARY = "environment."
+
+
+class Idle(NamedTuple):
+    """When a stage has nothing to do, and what it does then.
+
+    key: of params.yaml, such as "publish.dtype". value: of that key. record: writes the stage's results, which say so.
+    """
+
+    key: str
+    value: Any
+    record: Callable[[], None]
+
+    def is_now(self) -> bool:
+        """Whether params.yaml as it stands says so; what cannot be read is refused as ever, later."""
+        try:
+            value: Any = read_params(PARAMS)
+            for name in self.key.split("."):
+                value = value[name]
+        except (SparsesweepError, LookupError, TypeError):
+            return False
+        return bool(value == self.value)
 
 
 class Stage(Protocol):
@@ -28,7 +52,9 @@ class Stage(Protocol):
     def __call__(self) -> None: ...
 
 
-def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> Callable[[Callable[..., None]], Stage]:
+def stage(
+    *parameters: str, parts: dict[str, tuple[str, ...]] | None = None, idle: Idle | None = None
+) -> Callable[[Callable[..., None]], Stage]:
     """Make a function a command that is handed only the sections that DVC tracks for it.
 
     Every section is checked, so that a bad value stops the first stage that runs, but only these are passed on.
@@ -38,10 +64,11 @@ def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> 
             "environment.LIBRARY" for every library whose version the results depend on, which must be the one installed.
         parts: for a stage that dvc.yaml runs in parts (`python -m stages.fetch part=base`), the parameters of each; the part's
             name is passed as `part`.
+        idle: when the stage has nothing to do. Without arguments it then checks no section: the stages before it have.
     """
 
     def wrap(function: Callable[..., None]) -> Stage:
-        def task(cfg: DictConfig) -> None:
+        def task(cfg: "DictConfig") -> None:
             try:
                 _run(cfg, function, parameters, parts)
             except SparsesweepError as error:
@@ -55,16 +82,21 @@ def stage(*parameters: str, parts: dict[str, tuple[str, ...]] | None = None) -> 
                 )
                 sys.exit(1)
 
-        run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)
-
         def main() -> None:
-            importlib.import_module("stages.config.sections").register()
             try:
+                if idle is not None and not sys.argv[1:] and idle.is_now():
+                    idle.record()
+                    require_room_in_cache()
+                    print(f"{idle.key} = {'null' if idle.value is None else idle.value}: nothing to do")
+                    return
+                import hydra
+
+                importlib.import_module("stages.config.sections").register()
                 prepare(sys.argv[1:])
             except SparsesweepError as error:  # before Hydra has set up the log
                 print(f"{type(error).__name__}: {error}")
                 sys.exit(1)
-            run()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="stage")(task)()
 
         command: Any = main
         command.parameters = parts or {"": parameters}
@@ -79,7 +111,7 @@ def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _run(cfg: DictConfig, function: Callable[..., None], parameters: tuple[str, ...], parts: dict[str, tuple[str, ...]] | None) -> None:
+def _run(cfg: "DictConfig", function: Callable[..., None], parameters: tuple[str, ...], parts: dict[str, tuple[str, ...]] | None) -> None:
     sections = importlib.import_module("stages.config.sections").read(cfg)
     keywords: dict[str, Any] = {}
     if parts is not None:

@@ -9,16 +9,15 @@ line replace its own:
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
 
 from stages.errors import ConfigError
 from stages.plain_yaml import require_bounded
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 CONF = Path(__file__).parents[2] / "conf"
 PARAMS = Path("params.yaml")
@@ -92,6 +91,10 @@ def prepare(arguments: list[str]) -> None:
     Raises:
         ConfigError: see read_params; an override that is no override, or holds an interpolation.
     """
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigError("command line: found --multirun, wanted one run: every run writes the same files; use `dvc exp run --queue`")
     texts = [text for text in arguments if not text.startswith("-") and ("=" in text or text.startswith("~"))]
@@ -103,7 +106,7 @@ def prepare(arguments: list[str]) -> None:
     ConfigStore.instance().store(name="params", node=_with_choices(read_params(PARAMS), overrides))
 
 
-def _with_choices(params: dict[str, Any], overrides: list[Override]) -> dict[str, Any]:
+def _with_choices(params: dict[str, Any], overrides: "list[Override]") -> dict[str, Any]:
     """params without the sections that are chosen, and a defaults list in which Hydra finds the choices."""
     groups = [override.key_or_group for override in overrides if (CONF / override.key_or_group).is_dir()]
     experiments = [override.value() for override in overrides if override.key_or_group == "experiment"]

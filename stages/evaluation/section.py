@@ -12,9 +12,6 @@ from stages.evaluation.tasks import TASKS, is_embedded
 from stages.files import is_plain_name
 from stages.schema import choices, number, require, require_one_of, text
 
-# What the results of an evaluation depend on, besides the model and the text.
-TRACKED = ("evaluation", *(f"environment.{library}" for library in ("torch", "transformers", "tokenizers", "datasets", "lm_eval")))
-
 
 @dataclass(kw_only=True, slots=True)
 class Windows:
