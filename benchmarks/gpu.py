@@ -104,8 +104,8 @@ def labels() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"{method.name} at 2:4, exact", ("ours", method, NM, Propagation.PRUNED)
     for name in plain.METHODS:
         yield f"{name}, the plain order (benchmarks/peers/plain.py, in bfloat16, in memory)", ("plain", name)
-    for kind, place in ((Stream, "GPU"), (gpu_paths.LearnersOnHost, "host")):
-        yield f"a step of joint learning, its state on the {place}", ("step", kind)
+    for kind, where in ((Stream, "GPU"), (gpu_paths.LearnersOnHost, "host")):
+        yield f"a step of joint learning, its state on the {where}", ("step", kind)
     yield "experiment=best_50, all of it", ("best",)
 
 
@@ -188,11 +188,11 @@ class Results:
         for label in (row.label for row in rows()):
             if label not in self.rows:
                 lines.append(f"| {label} | not measured | | | |")
-            elif (found := self.rows[label]) is None:
+            elif (row := self.rows[label]) is None:
                 lines.append(f"| {label} | needs more than the cap | | | |")
             else:
-                ratio = found["seconds"] / found["floor"]
-                lines.append(f"| {label} | {found['seconds']:.1f} | {found['floor']:.1f} | {ratio:.2f} | {found['memory']:.1f} GiB |")
+                ratio = row["seconds"] / row["floor"]
+                lines.append(f"| {label} | {row['seconds']:.1f} | {row['floor']:.1f} | {ratio:.2f} | {row['memory']:.1f} GiB |")
         return "\n".join(lines)
 
     def by_block_table(self) -> str:
@@ -244,6 +244,9 @@ def check(device: torch.device) -> None:
                 raise SystemExit(f"{name}: found {share:.5f} of the mask bits the same, wanted {AGREEMENT[name]}")
         gpu_paths.compare(device)
         _compare_halves(Path(scratch), windows, device)
+        gpu_paths.compare_reading(Path(scratch), device)
+        for method in (WANDA, SPARSEGPT):
+            gpu_paths.compare_waiting(Path(scratch), windows, method, device)
         gpu_paths.compare_learning(Path(scratch), windows, WANDA, device)
 
 
@@ -259,13 +262,13 @@ def _agreement(masks: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
 
 def _compare_halves(directory: Path, windows: torch.Tensor, device: torch.device) -> None:
     """SparseGPT computed in bfloat16, with Gram matrices by the matrix units and in float32."""
-    found = []
+    masks = []
     for products in (nullcontext(), gpu_paths.products_in_float32()):
         with products:
             decoder = Decoder(Checkpoint(directory), torch.bfloat16, device)
             pattern = Unstructured(sparsity=0.5, comparison_group="matrix")
-            found.append(_masks(list(run(decoder, windows, SPARSEGPT, pattern, Propagation.PRUNED, batch=2))))
-    share = _agreement(*found)
+            masks.append(_masks(list(run(decoder, windows, SPARSEGPT, pattern, Propagation.PRUNED, batch=2))))
+    share = _agreement(*masks)
     print(f"sparsegpt in bfloat16: {share:.5f} of the mask bits are those with Gram matrices added up in float32", flush=True)
     if share < HALVES_AGREEMENT:
         raise SystemExit(f"sparsegpt in bfloat16: found {share:.5f} of the mask bits the same, wanted {HALVES_AGREEMENT}")
@@ -333,7 +336,8 @@ class Machine:
             try:
                 seconds = timed(partial(self.disk_to_disk, row))
                 peak = torch.cuda.max_memory_reserved() / 2**30
-                results.rows[row.label] = {"seconds": seconds, "floor": self.rates.floor(self.base, row), "memory": peak}
+                figures = {"seconds": seconds, "floor": self.rates.floor(self.base, row), "memory": peak}
+                results.rows[row.label] = {key: round(figure, 1) for key, figure in figures.items()}
             except torch.OutOfMemoryError:
                 results.rows[row.label] = None
             results.write()
@@ -357,7 +361,7 @@ class Machine:
                 continue
             torch.cuda.empty_cache()
             try:
-                results.by_block[label] = getattr(self, name)(*arguments)
+                results.by_block[label] = round(getattr(self, name)(*arguments), 3)
             except torch.OutOfMemoryError:
                 results.by_block[label] = None
             results.write()
@@ -387,7 +391,8 @@ class Machine:
         return timed(action) / PLAIN_BLOCKS
 
     def step(self, kind: type[Stream]) -> float:
-        """Of two blocks that learn together, forward and backward, by block: the median of the steps but the first."""
+        """Of two blocks that learn together, forward and backward, by block: the lower quartile of the steps but the first, since the
+        windows held out judge after some."""
         starts: list[float] = []
 
         def noted(steps: list[tuple[int, float]]) -> Iterator[tuple[int, float]]:
@@ -397,10 +402,9 @@ class Machine:
                 yield step
 
         decoder = Decoder(self.few, torch.bfloat16, self.device)
-        distilled = gpu_paths.pruned_and_distilled(decoder, self.windows[:10], WANDA, kind, noted)
-        lengths = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
-        del distilled
-        return sorted(lengths)[len(lengths) // 4] / (FEW_BLOCKS - FEW_BLOCKS // 2)  # windows held out judge between some
+        gpu_paths.pruned_and_distilled(decoder, self.windows[:10], WANDA, kind, noted)
+        lengths = [later - earlier for earlier, later in zip(starts[1:], starts[2:], strict=False)]
+        return sorted(lengths)[len(lengths) // 4] / (FEW_BLOCKS - FEW_BLOCKS // 2)
 
     def best(self) -> float:
         """All of experiment=best_50, with the rates and windows of conf/, disk to memory."""

@@ -3,17 +3,20 @@
 Sums in another order differ in the last bits, and a mask differs where scores are equal up to these; nothing else may.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from stages.checkpoint import delta
+from stages.checkpoint.delta import Change
 from stages.checkpoint.reader import Checkpoint
 from stages.devices import to_host
-from stages.pruning import patterns, statistics
+from stages.pruning import patterns, sequential, statistics
 from stages.pruning.block_loop import TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill
 from stages.pruning.method import Method
@@ -24,6 +27,7 @@ from stages.pruning.section import Propagation
 from stages.pruning.statistics import Gram, SquaredNorm
 from stages.pruning.updates import sparsegpt
 from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream
 
 TOKENS, COLUMNS, ROWS = 16384, 1024, 1536
@@ -147,8 +151,67 @@ def products_in_float32() -> Iterator[None]:
 class LearnersOnHost(Stream):
     """What learning changes is in page-locked host memory, as where a GPU's memory does not suffice."""
 
-    def learner_buffer(self, shape: tuple[int, ...], dtype: torch.dtype, spare: int) -> torch.Tensor:  # noqa: ARG002
+    def learner_buffer(self, shape: tuple[int, ...], dtype: torch.dtype, spare: int) -> torch.Tensor:
         return self.memory.buffer(shape, dtype, pinned=self.decoder.device.type == "cuda")[0]
+
+
+def compare_reading(directory: Path, device: torch.device, say: Callable[[str], None] = print) -> None:
+    """The tensors of a block, read for the device and one by one.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    decoder = Decoder(Checkpoint(directory), torch.float32, device)
+    for name, tensor in decoder.read(0).items():
+        if not torch.equal(tensor, decoder.checkpoint.tensor(name)):
+            raise SystemExit(f"{name}: found other values than those stored, wanted the same")
+    say("a block read for the device: the values stored")
+
+
+def compare_waiting(
+    directory: Path, windows: torch.Tensor, method: Method, device: torch.device, say: Callable[[str], None] = print
+) -> None:
+    """Sequential passes whose waiting activations stay on the device, go to the host's memory and to files.
+
+    Raises:
+        SystemExit: masks, values or hidden states differ in a bit.
+    """
+    with TemporaryDirectory() as scratch:
+        memories = {
+            "on the device": (math.inf, HostMemory(math.inf, Path(scratch))),
+            "on the host": (0, HostMemory(math.inf, Path(scratch))),
+            "in files": (0, HostMemory(0, Path(scratch))),
+        }
+        outcomes = {where: _sequential(directory, windows, method, device, *memory) for where, memory in memories.items()}
+    (changes, hidden), *others = outcomes.values()
+    for where, (other_changes, other_hidden) in zip(list(outcomes)[1:], others, strict=True):
+        same = torch.equal(hidden, other_hidden) and all(_same(change, other_changes[name]) for name, change in changes.items())
+        if not same:
+            raise SystemExit(f"sequential, {method.name}, what waits {where}: found other bits than on the device, wanted the same")
+    say(f"sequential, {method.name}: the same bits whether what waits is {', '.join(outcomes)}")
+
+
+def _sequential(
+    directory: Path, windows: torch.Tensor, method: Method, device: torch.device, budget: float, memory: HostMemory
+) -> tuple[dict[str, Change], torch.Tensor]:
+    """The changes of all blocks, and the hidden states before the last one. budget: bytes that may wait on the device."""
+    decoder = Decoder(Checkpoint(directory), torch.float32, device)
+    names = [matrix.name for block in decoder.matrices for matrix in block]
+    pattern = Unstructured(sparsity=0.5, comparison_group=method.compared_within)
+    plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=Propagation.SEQUENTIAL, error_tokens=256, expert_tokens=64)
+    with decoder.before_blocks():
+        stream = Stream(decoder, windows, batch=2, memory=memory)
+    kept, sequential.waiting_budget = sequential.waiting_budget, lambda *_: budget
+    try:
+        blocks = list(prune_blocks(stream, plan))
+    finally:
+        sequential.waiting_budget = kept
+    return {name: change for block in blocks for name, change in block.changes.items()}, stream.hidden.cpu()
+
+
+def _same(change: Change, other: Change) -> bool:
+    same_values = change.values is None or (other.values is not None and torch.equal(change.values, other.values))
+    return torch.equal(change.packed, other.packed) and same_values
 
 
 def compare_learning(
@@ -162,13 +225,13 @@ def compare_learning(
     Raises:
         SystemExit: the divergences differ.
     """
-    found = {
+    by_device = {
         "on the device": divergences(directory, windows, method, device, Stream),
         "with its state on the host": divergences(directory, windows, method, device, LearnersOnHost),
         "on the CPU": divergences(directory, windows, method, torch.device("cpu"), Stream),
     }
-    expected = torch.tensor(found.pop("on the CPU"))
-    for name, numbers in found.items():
+    expected = torch.tensor(by_device.pop("on the CPU"))
+    for name, numbers in by_device.items():
         error = float((torch.tensor(numbers) - expected).norm() / expected.norm())
         say(f"distillation {name}: relative difference of the divergences from the CPU's {error:.1e}")
         _require(f"distillation {name}", error, LARGEST_ERROR["learning"])
@@ -209,6 +272,6 @@ def pruned_and_distilled(
     return distill(teachers.student_inputs, teachers.teacher.hidden, distillation, lambda index: changes[index], progress)
 
 
-def _require(name: str, found: float, largest: float) -> None:
-    if not found <= largest:
-        raise SystemExit(f"{name}: found {found:.1e}, wanted at most {largest:.0e}")
+def _require(name: str, error: float, largest: float) -> None:
+    if not error <= largest:
+        raise SystemExit(f"{name}: found {error:.1e}, wanted at most {largest:.0e}")

@@ -5,7 +5,7 @@ import platform
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from stages.errors import SparsesweepError
 from stages.schema import checked, one_of, require
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}  # its settings, by either name
 CPU_FACTS = Path("/proc/cpuinfo")
 
 
@@ -46,7 +47,8 @@ def choose_device(key: str, device: str) -> torch.device:
     Raises:
         ConfigError: the named GPU does not exist.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tensors of many sizes else leave gaps of any
+    if not ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # tensors of many sizes leave gaps otherwise
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(chosen.type == "cpu" or (chosen.index or 0) < gpu_count, key, device, f"cpu or auto: torch finds {gpu_count} GPUs here")
@@ -76,6 +78,11 @@ def gpu_memory(key: str, value: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SparsesweepError(f"the GPU is out of memory with {key} = {value}; lower it ({str(error).split('.')[0]})") from error
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one of this thread for a while; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,36 +4,17 @@ python -m stages.evaluate part=dense|sparse
 """
 
 import logging
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import cache, partial
 from pathlib import Path
-from typing import cast
 
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read by datasets when imported: evaluation reads what fetch brought
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-from lm_eval.api.model import LM
-from tqdm import tqdm
-from transformers import PreTrainedModel
-
-from stages import devices, record
-from stages.checkpoint.model import Apply, load_model
+from stages import record
 from stages.config.entry import stage
-from stages.evaluation.encoding import CONTEXT_LENGTH
-from stages.evaluation.generation import generate
-from stages.evaluation.harness import WholeModel, answers, ask
 from stages.evaluation.journal import Journal, opened
-from stages.evaluation.metric import Metric, Observed
-from stages.evaluation.metrics import METRICS
 from stages.evaluation.protocol import write_protocol
-from stages.evaluation.questions import Questions
-from stages.evaluation.results import Answers, Results, Scores, results_of
-from stages.evaluation.scoring import DENSE, StreamedModels, Variants
+from stages.evaluation.results import Results
+from stages.evaluation.running import score
 from stages.evaluation.section import Evaluation
 from stages.evaluation.setup import Setup, prepare
-from stages.evaluation.streamed import StreamedHarness
 from stages.evaluation.tracked import TRACKED
 from stages.files import (
     BASE,
@@ -47,11 +28,8 @@ from stages.files import (
     scratch_directory,
     write_json,
 )
-from stages.streaming.decoder import Decoder
 
 log = logging.getLogger(__name__)
-
-Load = Callable[[], PreTrainedModel]
 
 
 @stage(parts={"dense": TRACKED, "sparse": TRACKED})
@@ -126,95 +104,6 @@ def write(
     write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch) | {"generation": speed})
     write_protocol(details / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=delta)
     results.write(details)
-
-
-def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Journal) -> Results:
-    """Score the base, or the base changed by `apply`.
-
-    Args:
-        dense: the dense model's results; None for the dense model itself. journal: takes over what an interrupted run scored.
-    """
-    evaluation = setup.evaluation
-    metrics = [METRICS[metric] for metric in evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
-    variants = {DENSE: None} if any(metric.needs_dense for metric in metrics) else {}
-    name = DENSE if dense is None else "sparse"
-    decoder = Decoder(setup.base, setup.dtype, setup.device)
-    observed = journal.observed(lambda: observe(setup, decoder, {**variants, name: apply}, metrics)[name])
-    load = loader(setup, apply)
-    answers = answer_tasks(setup, decoder, apply, load, journal)
-    scores = Scores(answers=answers, generations=continue_prompts(setup, load, journal))
-    results = measure(setup, observed, metrics, scores, dense)
-    perplexities = {measured.name: measured.shown(3) for measured in results.measurements if measured.metric == "perplexity"}
-    for corpus in setup.corpora:
-        facts = (corpus.name, perplexities[corpus.name], *corpus.windows.shape, setup.bos.words)
-        log.info("perplexity on %s: %s on %d windows of %d tokens%s", *facts)
-    return results
-
-
-def measure(setup: Setup, observed: Mapping[str, Observed], metrics: list[Metric], scores: Scores, dense: Results | None) -> Results:
-    """Make all measurements of a model; args: see results_of."""
-    tokenize = partial(setup.tokenizer.encode, add_special_tokens=False)
-    return results_of(setup.corpora, observed, metrics, scores, setup.tasks, dense, tokenize)
-
-
-def observe(setup: Setup, decoder: Decoder, variants: Variants, metrics: list[Metric]) -> dict[str, dict[str, Observed]]:
-    """Run models over the windows of all corpora side by side; see StreamedModels.observe."""
-    models = StreamedModels(decoder=decoder, variants=variants, scratch=setup.scratch)
-    with devices.gpu_memory("evaluation.corpora", max(corpus.windows.shape[1] for corpus in setup.corpora)):
-        return models.observe(setup.corpora, metrics)
-
-
-def loader(setup: Setup, apply: Apply | None) -> Load:
-    """A function that loads the whole model when it is first called."""
-    return cache(partial(load_model, setup.base, apply, dtype=setup.dtype, device=setup.device))
-
-
-def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load, journal: Journal) -> dict[str, dict[str, Answers]]:
-    """Answer the tasks: one after the other with the whole model in memory, or all at once with one block of it.
-
-    Returns:
-        Style -> task -> answers; those of an interrupted run stand in the journal.
-    """
-    waiting, batch_size = setup.waiting(journal), setup.evaluation.batch_size
-
-    def whole() -> WholeModel:
-        context = setup.base.context_length or CONTEXT_LENGTH
-        return WholeModel(setup.bos, pretrained=load(), tokenizer=setup.tokenizer, batch_size=batch_size, max_length=context)
-
-    if waiting and setup.evaluation.streamed:
-        models = StreamedModels(decoder=decoder, variants={"scored": apply}, scratch=setup.scratch)
-        ask_all(StreamedHarness(models, setup.tokenizer, setup.bos, batch_size, whole), waiting, batch_size, journal)
-    elif waiting:
-        model = whole()
-        with tqdm(total=sum(len(questions.instances) for questions in waiting), desc="all tasks", unit="request") as bar:
-            for questions in waiting:
-                bar.set_postfix_str(questions.name)
-                ask_all(model, [questions], batch_size, journal)
-                bar.update(len(questions.instances))
-    return {
-        style: {name: Answers(**journal.read("answers", style, name)) for name in of_style} for style, of_style in setup.questions.items()
-    }
-
-
-def ask_all(model: LM, waiting: list[Questions], batch_size: int, journal: Journal) -> None:
-    """Ask a model all questions and keep its answers in the journal."""
-    with devices.gpu_memory("evaluation.batch_size", batch_size):
-        ask(model, waiting)
-    for questions in waiting:
-        journal.write(asdict(answers(questions)), "answers", questions.style, questions.name)
-
-
-def continue_prompts(setup: Setup, load: Load, journal: Journal) -> list[dict[str, str]]:
-    """Continue the prompts with a whole model and measure how fast."""
-    asked = setup.evaluation.generations
-    if not journal.has("generations"):
-        rows: list[dict[str, str]] = []
-        if asked.prompts:
-            model, stopwatch = load(), record.Stopwatch()
-            rows, tokens = generate(model, setup.tokenizer, setup.bos, asked.prompts, asked.new_tokens)
-            journal.write({"tokens": tokens, "seconds": round(stopwatch.seconds, 2)} if tokens else None, "speed")
-        journal.write(rows, "generations")
-    return cast(list[dict[str, str]], journal.read("generations"))
 
 
 if __name__ == "__main__":

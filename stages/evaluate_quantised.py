@@ -1,4 +1,4 @@
-"""Evaluate the dense model quantised to each type of `ruler.types`, with what the pruned model is compared.
+"""Evaluate the dense model quantised to each type of `ruler.types`: what a pruned model is held against.
 
 python -m stages.evaluate_quantised
 
@@ -29,7 +29,7 @@ def record_nothing() -> None:
         write_json(directory / "measurements.json", [])
 
 
-@stage("ruler", *TRACKED, idle=Idle("ruler.types", [], record_nothing))
+@stage("ruler", *TRACKED, idle=Idle("ruler.types", [], record_nothing, frozenset({"tasks"})))
 def main(ruler: "Ruler", evaluation: "Evaluation") -> None:
     if ruler.types:
         evaluate_types(ruler, evaluation)
@@ -40,7 +40,6 @@ def main(ruler: "Ruler", evaluation: "Evaluation") -> None:
 def evaluate_types(ruler: "Ruler", evaluation: "Evaluation") -> None:
     """Score the base quantised to each type: the corpora side by side with the dense model, then the tasks; no prompt is continued."""
     from stages import record
-    from stages.evaluate import answer_tasks, loader, measure, observe
     from stages.evaluation.journal import opened
     from stages.evaluation.measurement import as_rows
     from stages.evaluation.metrics import METRICS
@@ -48,6 +47,7 @@ def evaluate_types(ruler: "Ruler", evaluation: "Evaluation") -> None:
     from stages.evaluation.quantisation import Quantiser
     from stages.evaluation.reference import read_dense
     from stages.evaluation.results import Scores
+    from stages.evaluation.running import answer_tasks, loader, measure, observe
     from stages.evaluation.scoring import DENSE
     from stages.evaluation.setup import prepare
     from stages.streaming.decoder import Decoder

@@ -20,22 +20,21 @@ def record(sent: Sent) -> None:
     remove(UPLOAD)  # it may be a link into the cache
     UPLOAD.parent.mkdir(parents=True, exist_ok=True)
     write_json(UPLOAD, sent.as_dict())
+    log.info("%s", sent)
 
 
 def record_nothing() -> None:
     record(Sent(repo=None))
 
 
-@stage("publish.hub", idle=Idle("publish.hub.repo", None, record_nothing))
+@stage("publish.hub", idle=Idle("publish.hub.repo", None, record_nothing, frozenset({"private", "existing", "dry_run"})))
 def main(publish_hub: "Hub") -> None:
     if publish_hub.repo is None:
         record_nothing()
         return
     from stages.release.uploading import send
 
-    sent = send(RELEASE, publish_hub)
-    record(sent)
-    log.info("%s", sent)
+    record(send(RELEASE, publish_hub))
 
 
 if __name__ == "__main__":

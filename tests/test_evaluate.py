@@ -12,7 +12,7 @@ import pytest
 from stages import evaluate, evaluate_quantised
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
-from stages.evaluation import setup
+from stages.evaluation import running, setup
 from stages.evaluation.section import Evaluation, Generations, Ruler, Windows
 from stages.files import read_json
 from stages.sources import base as checkpoints
@@ -359,18 +359,18 @@ def test_quantised_models_answer_the_tasks_each_for_itself(root, streamed):
 def test_a_ruler_goes_on_after_a_failure(root, monkeypatch):
     """What one type was scored to is not lost by the failure of the next."""
     expected = ruler(EVALUATION, "Q6_K", "Q3_K")
-    asked = evaluate.ask_all
+    asked = running.ask_all
 
     def fail_later(*arguments):
         if len(list((root / "artifacts/.evaluate-Q6_K").glob("answers-*"))) == len(EVALUATION.tasks):
             raise KeyboardInterrupt
         asked(*arguments)
 
-    monkeypatch.setattr(evaluate, "ask_all", fail_later)
+    monkeypatch.setattr(running, "ask_all", fail_later)
     with pytest.raises(KeyboardInterrupt):
         ruler(EVALUATION, "Q6_K", "Q3_K")
-    monkeypatch.setattr(evaluate, "ask_all", asked)
-    monkeypatch.setattr(evaluate, "observe", None)  # nothing is observed again
+    monkeypatch.setattr(running, "ask_all", asked)
+    monkeypatch.setattr(running, "observe", None)  # nothing is observed again
     assert ruler(EVALUATION, "Q6_K", "Q3_K") == expected
 
 

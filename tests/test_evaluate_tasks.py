@@ -11,11 +11,10 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from stages import evaluate
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, TextError
-from stages.evaluation import setup
+from stages.evaluation import running, setup
 from stages.evaluation.harness import WholeModel
 from stages.evaluation.questions import SEED, STOCK
 from stages.evaluation.section import Generations
@@ -382,11 +381,11 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_counted(root, monkeypatc
 def test_what_was_scored_before_a_failure_is_not_scored_again(root, monkeypatch):
     asked = replace(ASKED, tasks=["piqa", "own_choice"], generations=Generations(new_tokens=3, prompts=["river stone"]))
     calls: list[str] = []
-    observe, ask = evaluate.observe, evaluate.ask
-    monkeypatch.setattr(evaluate, "observe", lambda *a: calls.append("windows") or observe(*a))
-    monkeypatch.setattr(evaluate, "ask", lambda model, questions: calls.append(questions[0].name) or ask(model, questions))
+    observe, ask = running.observe, running.ask
+    monkeypatch.setattr(running, "observe", lambda *a: calls.append("windows") or observe(*a))
+    monkeypatch.setattr(running, "ask", lambda model, questions: calls.append(questions[0].name) or ask(model, questions))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        patch.setattr(running, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         with pytest.raises(RuntimeError, match="out of memory"):
             run("dense", asked)
     assert calls == ["windows", "piqa", "own_choice"]
@@ -403,11 +402,11 @@ def test_what_was_scored_before_a_failure_is_not_scored_again(root, monkeypatch)
 def test_another_protocol_takes_nothing_over(root, monkeypatch):
     asked = replace(ASKED, tasks=["own_choice"])
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "ask", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        patch.setattr(running, "ask", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         with pytest.raises(RuntimeError, match="out of memory"):
             run("dense", asked)
     calls: list[str] = []
-    observe = evaluate.observe
-    monkeypatch.setattr(evaluate, "observe", lambda *a: calls.append("windows") or observe(*a))
+    observe = running.observe
+    monkeypatch.setattr(running, "observe", lambda *a: calls.append("windows") or observe(*a))
     run("dense", replace(asked, rows=2))
     assert calls == ["windows"]

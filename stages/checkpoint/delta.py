@@ -62,16 +62,16 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _pack_by_torch(mask: torch.Tensor) -> torch.Tensor:
     """As `pack`, by operations that every device has."""
     bits = pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits * _places(mask.device)).sum(dim=1, dtype=torch.uint8)
+    return (bits * _bit_values(mask.device)).sum(dim=1, dtype=torch.uint8)
 
 
 def _unpack_by_torch(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """As `unpack`, likewise."""
-    bits = (packed[:, None] & _places(packed.device)).bool()
+    bits = (packed[:, None] & _bit_values(packed.device)).bool()
     return bits.view(-1)[: math.prod(shape)].view(shape)
 
 
-def _places(device: torch.device) -> torch.Tensor:
+def _bit_values(device: torch.device) -> torch.Tensor:
     """The value of each bit of a byte, [8], uint8, lowest first."""
     return torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
 

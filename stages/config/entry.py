@@ -26,21 +26,25 @@ class Idle(NamedTuple):
     """When a stage has nothing to do, and what it does then.
 
     key: of params.yaml, such as "publish.dtype". value: of that key. record: writes the stage's results, which say so.
+    others: the other keys of its section, where no other stage reads the section and would refuse a key that is misspelled; else None.
     """
 
     key: str
     value: Any
     record: Callable[[], None]
+    others: frozenset[str] | None = None
 
     def is_now(self) -> bool:
-        """Whether params.yaml as it stands says so; what cannot be read is refused as ever, later."""
+        """Whether params.yaml as it stands says so; where it is otherwise in any way, all of it is read and checked as ever."""
+        *path, last = self.key.split(".")
         try:
-            value: Any = read_params(PARAMS)
-            for name in self.key.split("."):
-                value = value[name]
-        except (SparsesweepError, LookupError, TypeError):
+            section: Any = read_params(PARAMS)
+            for name in path:
+                section = section[name]
+            value, others = section[last], section.keys() - {last}
+        except (SparsesweepError, LookupError, TypeError, AttributeError):
             return False
-        return bool(value == self.value)
+        return value == self.value and type(value) is type(self.value) and self.others in (None, others)
 
 
 class Stage(Protocol):
@@ -57,14 +61,14 @@ def stage(
 ) -> Callable[[Callable[..., None]], Stage]:
     """Make a function a command that is handed only the sections that DVC tracks for it.
 
-    Every section is checked, so that a bad value stops the first stage that runs, but only these are passed on.
+    Every section is checked, so that a bad value stops the first stage that has something to do, but only these are passed on.
 
     Args:
         parameters: names of sections, passed as keyword arguments, or of keys of them, "SECTION.KEY", passed as SECTION_KEY; and
             "environment.LIBRARY" for every library whose version the results depend on, which must be the one installed.
         parts: for a stage that dvc.yaml runs in parts (`python -m stages.fetch part=base`), the parameters of each; the part's
             name is passed as `part`.
-        idle: when the stage has nothing to do. Without arguments it then checks no section: the stages before it have.
+        idle: when the stage has nothing to do. Without arguments it then checks no values: they are checked as soon as a stage reads them.
     """
 
     def wrap(function: Callable[..., None]) -> Stage:

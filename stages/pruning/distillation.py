@@ -134,7 +134,7 @@ class _TrainedBlock:
     """The kept weights of one block, concatenated over its pruned tensors in the order of the checkpoint.
 
     Args:
-        stream: allocates host buffers. changes: those of the pruned block. tensors: the block's tensors as stored in the base.
+        stream: allocates buffers. changes: those of the pruned block. tensors: the block's tensors as stored in the base.
     """
 
     def __init__(self, stream: Stream, index: int, changes: dict[str, Change], tensors: dict[str, torch.Tensor]) -> None:
@@ -144,15 +144,16 @@ class _TrainedBlock:
         self.counts = [int(change.mask.sum()) for change in changes.values()]
         self.untrained = {name: tensor for name, tensor in tensors.items() if name not in changes}
         kept, weights, device = sum(self.counts), sum(self.sizes), self.decoder.device
-        spare = SPARE * weights * torch.float32.itemsize
+        spare = SPARE * weights * torch.float32.itemsize + self.decoder.head_bytes
         self.indices = stream.learner_buffer((kept,), torch.int32 if weights < 2**31 else torch.int64, spare)
         self.kept_weights, self.best, *self.moments = (stream.learner_buffer((kept,), torch.float32, spare) for _ in range(4))
         for indices, start, change in zip(self.indices.split(self.counts), self._starts(), changes.values(), strict=True):
             indices.copy_(change.mask_on(device).flatten().nonzero()[:, 0] + start)
         self.balance = Balance()
-        for matrix in self.matrices:
-            dense = changes[matrix.tensor].reorder(tensors[matrix.tensor].to(device))
-            self.balance.add(matrix, matrix.stored_in(dense).float())
+        for name, change in changes.items():
+            dense = change.reorder(tensors[name].to(device))
+            for matrix in (matrix for matrix in self.matrices if matrix.tensor == name):
+                self.balance.add(matrix, matrix.stored_in(dense).float())
         self._start(changes, tensors)
 
     @property
@@ -213,7 +214,8 @@ class _TrainedBlock:
         """Make a step of Adam.
 
         Args:
-            gradients: name of the parameter in the block -> gradient on this process's window, in the parameter's shape; emptied.
+            gradients: name of the parameter in the block -> gradient on this process's window, in the parameter's shape; emptied, so that
+                their memory is free as soon as they are copied.
             rate: the learning rate.
         """
         device = self.decoder.device
@@ -249,7 +251,7 @@ class _TrainedBlock:
 
 
 def _trained_blocks(stream: Stream, settings: Distillation, changes_of: Callable[[int], dict[str, Change]]) -> list[_TrainedBlock]:
-    """Make all trained blocks; buffers are in memory as far as the stream's budget allows, the others in files."""
+    """Make all trained blocks; for where their buffers are, see Stream.learner_buffer."""
     indices = range(settings.first, len(stream.decoder.blocks))
     with read_ahead(stream.decoder, indices) as blocks:
         return [_TrainedBlock(stream, index, changes_of(index), tensors) for index, tensors in zip(indices, blocks, strict=True)]
@@ -272,7 +274,9 @@ def _step(stream: Stream, window: int, target: torch.Tensor, trained: list[_Trai
             if gradient is None:
                 divergence, gradient = divergence_and_gradient(stream.decoder, output.detach(), target)
             gradient, *by_parameter = torch.autograd.grad(output, [hidden, *parameters], gradient, materialize_grads=True)
-            current.step(dict(zip(names, by_parameter, strict=True)), rate)
+            gradients = dict(zip(names, by_parameter, strict=True))
+            del by_parameter
+            current.step(gradients, rate)
     return float(distributed.all_reduce_mean(divergence))
 
 

@@ -9,7 +9,7 @@ import torch
 from stages.pruning.section import Propagation
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Matrix
-from stages.streaming.decoder import TOKENS_AT_ONCE, Decoder
+from stages.streaming.decoder import Decoder
 
 if TYPE_CHECKING:
     from stages.pruning.plan import Plan
@@ -20,7 +20,6 @@ COPIES_DISTILLED = 10  # likewise: weights and gradients of a block and of the o
 COPIES_OF_ACTIVATIONS = 3  # in float32: inputs and outputs of a block's matrices for the tokens of a pass, where gradients are taken
 EXPERTS_CHOSEN = 8  # for a token; few mixtures choose more
 COPIES_OF_MASKS = 2  # a bit of each weight of a block: of the block that is pruned and of the one that is written
-COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, intermediate results
 COPIES_SCORED = 4  # of a block's weights in float32: scores of each matrix and of all together, these in float64 for their mean
 COPIES_FACTORED = 7  # of a Gram matrix in float32: in float64 the matrix, its factor and the inverse; the inverse in float32
 COPIES_MASKED, COPIES_UPDATED = 8, 12  # of a layer's weights in float32: while it is scored, and while a method updates it
@@ -49,7 +48,7 @@ def host_bytes(decoder: Decoder, plan: "Plan", tokens: int, *, scores_blocks: bo
 
     It counts the libraries, masks, and two copies of the largest block as stored, for the current block and the one read ahead, of
     experts that are loaded one at a time those of three; on a CPU also the memory in which the block loop computes, or an allocation or
-    a distillation if that is more. A distillation needs copies of a block on the host on every device.
+    a distillation if that is more.
 
     Args:
         tokens: number of tokens in a forward pass.
@@ -60,16 +59,16 @@ def host_bytes(decoder: Decoder, plan: "Plan", tokens: int, *, scores_blocks: bo
     largest = max(_loaded_weights(decoder, index) for index in blocks)
     host = LIBRARIES + 2 * max(_stored_bytes(decoder, index) for index in blocks)
     host += COPIES_OF_MASKS * max(map(_size, decoder.matrices)) // 8
-    if plan.distillation:
-        host += COPIES_DISTILLED * 4 * largest
     if decoder.device.type != "cpu":
         return host
+    if plan.distillation:
+        host += COPIES_DISTILLED * 4 * largest
     computed = max(_loop_bytes(decoder, plan, index) for index in blocks)
     if scores_blocks:
         computed = max(computed, largest * (decoder.dtype.itemsize + COPIES_SCORED * 4))
     if judges:
         scored = COPIES_MASKED * 4 * max(matrix.size for block in decoder.matrices for matrix in block)
-        computed = max(computed, 2 * largest * decoder.dtype.itemsize + scored, _head_bytes(decoder))
+        computed = max(computed, 2 * largest * decoder.dtype.itemsize + scored, decoder.head_bytes)
     if plan.distillation or takes_gradients:
         computed = max(computed, _gradient_bytes(decoder, tokens))
     return host + computed
@@ -106,14 +105,7 @@ def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
     """A block's weights, gradients and activations, the parameters outside the blocks, and the logits of some tokens."""
     largest = max(_loaded_weights(decoder, index) for index in range(len(decoder.blocks)))
     activations = COPIES_OF_ACTIVATIONS * 4 * tokens * max(map(_channels, decoder.matrices))
-    return 2 * largest * decoder.dtype.itemsize + activations + _head_bytes(decoder)
-
-
-def _head_bytes(decoder: Decoder) -> int:
-    """The parameters outside the blocks, and the logits of some tokens."""
-    outside = sum(_weights(decoder, name) for name in decoder.outside_blocks())
-    logits = COPIES_OF_LOGITS * 4 * decoder.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
-    return outside * decoder.dtype.itemsize + logits
+    return 2 * largest * decoder.dtype.itemsize + activations + decoder.head_bytes
 
 
 def _channels(matrices: list[Matrix]) -> int:

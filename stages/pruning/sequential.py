@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stages.devices import free_gpu_memory
+from stages.devices import current, free_gpu_memory
 from stages.errors import PruningError
 from stages.pruning.distributed import all_reduce
 from stages.pruning.experts import route_to, routed_modules, weight_of
@@ -33,6 +33,7 @@ from stages.pruning.statistics import Gram, Statistic
 from stages.streaming.activations import Activations
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
+from stages.streaming.host_memory import page_locked_bytes
 from stages.streaming.products import Factors
 from stages.streaming.reading import MISSING, Identity, restore
 from stages.streaming.stream import Stream
@@ -153,7 +154,7 @@ class SequentialPass:
         self._collected: dict[int, torch.Tensor] | None = None  # of an expert for which the sample is run, see _routed_to
         self._moved: dict[StorageWeakRef, Activations] = {}
         spare = self._solve_bytes(stream.decoder.matrices[index]) + _pass_bytes(stream, index)
-        self._budget, self._on_host = waiting_budget(stream, spare), 0  # bytes
+        self._budget = waiting_budget(stream, spare)
         fitted, held_out = even_sample(stream, error_tokens), even_sample_of_held_out(stream, error_tokens)
         self.passes = [self._pass(windows, fitted, stream.fitted) for windows in stream.micro_batches(stream.fitted)]
         self.passes += [self._pass(windows, held_out, stream.held_out) for windows in stream.micro_batches(stream.held_out)]
@@ -199,8 +200,8 @@ class SequentialPass:
     @torch.no_grad()
     def _forward(self, of_micro_batch: _Pass) -> None:
         """Run a micro-batch through the block, in its own thread, to which torch's modes and the current GPU are local."""
-        device, windows = self.stream.decoder.device, of_micro_batch.windows
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), of_micro_batch.activations or nullcontext():
+        windows = of_micro_batch.windows
+        with current(self.stream.decoder.device), of_micro_batch.activations or nullcontext():
             hidden, call = self.stream.part(self.index, windows)
             with self._experts():
                 outputs = block_outputs(self.block, hidden, call)
@@ -220,7 +221,7 @@ class SequentialPass:
                 return
 
     def _resume(self, of_micro_batch: _Pass) -> None:
-        """Let a micro-batch run to the next layer that is not pruned; then move it to a file if it does not fit into memory."""
+        """Let a micro-batch run to the next layer that is not pruned; then move it elsewhere if it does not fit into memory."""
         activations = of_micro_batch.activations
         if activations is not None:
             activations.bring_back()
@@ -243,10 +244,11 @@ class SequentialPass:
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Allocate where waiting activations go that the device does not hold: on the host for those of a GPU, else in a file."""
-        needed = torch.Size(shape).numel() * dtype.itemsize
-        if self.stream.decoder.device.type != "cuda" or self._on_host + needed > self.stream.memory.left:
+        buffers = [one.activations.buffer for one in self.passes if one.activations is not None and one.activations.buffer is not None]
+        on_host = sum(page_locked_bytes(buffer.nbytes) for buffer in buffers if buffer.is_pinned())
+        needed = page_locked_bytes(torch.Size(shape).numel() * dtype.itemsize)
+        if self.stream.decoder.device.type != "cuda" or on_host + needed > self.stream.memory.left:
             return self.stream.memory.in_file(shape, dtype)
-        self._on_host += needed
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def _next(self) -> list[_DistinctInput] | None:

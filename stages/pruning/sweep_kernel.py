@@ -1,12 +1,17 @@
 """SparseGPT's sweep of a block of columns as one kernel of a GPU, where the loop launches several for each column.
 
 Each program of the kernel has some rows of the matrix, with all columns of the block in registers. Import it where `triton` is, which
-comes with torch's builds for NVIDIA GPUs.
+comes with torch's builds for NVIDIA GPUs; it builds kernels with the machine's C compiler and Python's headers.
 """
+
+import logging
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+log = logging.getLogger(__name__)
 
 ROWS = 16  # of a program
 WIDEST = 256  # columns of a block: more would not fit into the registers
@@ -46,27 +51,40 @@ def sweep(weight: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, *, kep
     return errors
 
 
+@cache
+def is_built(device: torch.device) -> bool:
+    """Whether triton can build the kernel here; says so where it cannot."""
+    columns, mask = torch.ones(2, ROWS, device=device), torch.ones(2, ROWS, dtype=torch.bool, device=device)
+    try:
+        with torch.cuda.device(device):
+            sweep(columns, mask, torch.eye(2, device=device))
+    except Exception as error:  # noqa: BLE001  of a compiler, of the system or of triton, which says what is missing
+        log.warning("no kernel for SparseGPT's sweep, columns are swept one by one: triton cannot build it (%s)", str(error).split("\n")[0])
+        return False
+    return True
+
+
 @triton.jit
-def _sweep(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    weight,  # noqa: ANN001
-    mask,  # noqa: ANN001
-    factor,  # noqa: ANN001
-    errors,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    row_stride,  # noqa: ANN001
-    column_stride,  # noqa: ANN001
-    COLUMNS: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803  COLUMNS or the next power of two
-    ROWS: tl.constexpr,  # noqa: N803
-    KEPT: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
+def _sweep(  # type: ignore[no-untyped-def]
+    weight,
+    mask,
+    factor,
+    errors,
+    rows,
+    row_stride,
+    column_stride,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,  # COLUMNS or the next power of two
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_row, is_column = row < rows, column < COLUMNS
-    places = column[:, None] * rows + row[None, :]
+    offsets = column[:, None] * rows + row[None, :]
     inside = is_column[:, None] & is_row[None, :]
-    tile = tl.load(weight + places, mask=inside, other=0.0)
+    tile = tl.load(weight + offsets, mask=inside, other=0.0)
     diagonal = tl.load(factor + column * (row_stride + column_stride), mask=is_column, other=1.0)
     above = tl.zeros([WIDTH, ROWS], tl.int32)  # weights of the same group that are kept before it
     for j in range(COLUMNS):
@@ -89,4 +107,4 @@ def _sweep(  # type: ignore[no-untyped-def]  # noqa: ANN202
         tl.store(errors + j * rows + row, error, mask=is_row)
         to_the_right = tl.load(factor + j * row_stride + column * column_stride, mask=is_column & (column > j), other=0.0)
         tile -= to_the_right[:, None] * error[None, :]
-    tl.store(weight + places, tile, mask=inside)
+    tl.store(weight + offsets, tile, mask=inside)

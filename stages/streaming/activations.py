@@ -24,6 +24,7 @@ class Activations(TorchDispatchMode):
 
     Attributes:
         is_noting: whether operations are looked at; False while they make what is to outlive the pass.
+        buffer: holds what was moved last, and is used again where it is large enough; or None.
     """
 
     def __init__(self, moved: "dict[StorageWeakRef, Activations]") -> None:
@@ -31,7 +32,7 @@ class Activations(TorchDispatchMode):
         self.is_noting = True
         self._made: dict[StorageWeakRef, None] = {}
         self._moved, self._copies = moved, dict[StorageWeakRef, torch.Tensor]()
-        self._buffer: torch.Tensor | None = None
+        self.buffer: torch.Tensor | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -71,13 +72,13 @@ class Activations(TorchDispatchMode):
         """
         held = [(reference, storage) for reference, storage in self._held() if storage.nbytes() and storage.resizable()]
         needed = sum(storage.nbytes() for _, storage in held)
-        if self._buffer is None or len(self._buffer) < needed:
-            self._buffer = None  # it is freed before the next one is made
-            self._buffer = allocate((needed,), torch.uint8)
-        free = self._buffer
+        if self.buffer is None or len(self.buffer) < needed:
+            self.buffer = None  # it is freed before the next one is made
+            self.buffer = allocate((needed,), torch.uint8)
+        free = self.buffer
         for reference, storage in held:
             self._copies[reference], free = free.tensor_split([storage.nbytes()])
-            self._copies[reference].copy_(_bytes_of(storage), non_blocking=True)  # a GPU's stream has all in order
+            self._copies[reference].copy_(_bytes_of(storage), non_blocking=True)  # a GPU's stream keeps the order
             self._moved[reference] = self
             storage.resize_(0)
 

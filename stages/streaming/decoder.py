@@ -1,5 +1,6 @@
 """A decoder language model whose weights are read and loaded one block at a time."""
 
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from stages.streaming.scope import find_matrices
 from stages.streaming.tokens_alone import idle_models, require_tokens_alone
 
 READERS = 8  # threads that read a block for a GPU: one reads less in a second than the GPU needs
+COPIES_OF_LOGITS = 4  # in float32: the dense model's, the pruned one's, their logarithms, intermediate results
 TOKENS_AT_ONCE = 256  # whose logits are in memory where weights are trained or gradients are taken
 
 
@@ -201,6 +203,13 @@ class Decoder:
         """Load all weights outside the blocks, while `logits` is needed."""
         with self._filled(self._stored(self.outside_blocks(), uncast=set())):
             yield
+
+    @property
+    def head_bytes(self) -> int:
+        """About the memory in bytes of the parameters outside the blocks, and of the logits of TOKENS_AT_ONCE tokens."""
+        outside = sum(math.prod(self.checkpoint.shape(name)) for name in self.outside_blocks())
+        logits = COPIES_OF_LOGITS * 4 * self.model.config.get_text_config().vocab_size * TOKENS_AT_ONCE
+        return outside * self.dtype.itemsize + logits
 
     def outside_blocks(self) -> dict[str, str]:
         """The tensors outside the blocks that tokens alone need: name in the checkpoint -> parameter or buffer, ties under one name."""

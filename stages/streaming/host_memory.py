@@ -45,9 +45,9 @@ class HostMemory:
             SparsesweepError: the disk has no space for the file.
         """
         needed_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if needed_bytes > self.left:
+        if (page_locked_bytes(needed_bytes) if pinned else needed_bytes) > self.left:
             return self.in_file(shape, dtype), f"a file of {needed_bytes / 1e9:.2f} GB in {self.scratch}"
-        self.left -= needed_bytes
+        self.left -= page_locked_bytes(needed_bytes) if pinned else needed_bytes
         return torch.empty(shape, dtype=dtype, pin_memory=pinned), "memory"
 
     def in_file(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -62,6 +62,11 @@ class HostMemory:
             os.posix_fallocate(file.fileno(), 0, needed_bytes)  # writing to a map of a file that the disk cannot hold kills the process
             path = f"/proc/self/fd/{file.fileno()}"  # the file has no name, so that a killed process leaves none behind
             return torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+
+
+def page_locked_bytes(needed_bytes: int) -> int:
+    """What torch takes for a page-locked tensor: the next power of two."""
+    return 1 << max(0, needed_bytes - 1).bit_length()
 
 
 class ReservedTensor:

@@ -19,10 +19,13 @@ class Cancelled(BaseException):
     """Raised in a paused function that is not to go on; no Exception, so that the code in which it pauses does not catch it."""
 
 
+def _nothing() -> None: ...
+
+
 class _Worker:
     """A thread that runs one function after another."""
 
-    idle: "list[_Worker]" = []  # noqa: RUF012
+    idle: "list[_Worker]" = []
 
     def __init__(self) -> None:
         self._functions: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -51,16 +54,14 @@ class Turns:
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
-        self.ended = self._began = False
-        self._function: Callable[[], None] | None = function
-        self._cancelled = False
+        self.ended = self._began = self._cancelled = False
+        self._function = function
         self._error: BaseException | None = None
         self._go, self._stopped = Semaphore(0), Semaphore(0)
 
     def _run(self) -> None:
-        function, self._function = self._function, None  # it may hold this object, and what both hold is to be freed when it ends
+        function, self._function = self._function, _nothing  # it may hold this object, and both are to be freed when it ends
         try:
-            assert function is not None
             function()
         except Cancelled:
             pass
@@ -95,7 +96,9 @@ class Turns:
 
     def cancel(self) -> None:
         """End the function where it pauses; returns once it has ended."""
-        self._cancelled, self._function = True, None
-        while self._began and not self.ended:
+        self._cancelled = True
+        if not self._began:
+            self._function, self.ended = _nothing, True
+        while not self.ended:
             self._go.release()
             self._stopped.acquire()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.devices import current
 from stages.pruning.entries import Pruned, Update
 from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.scores.obs import OBS, obs
@@ -102,20 +103,21 @@ class _Blocks:
         device = self.weight.device
         if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
             return False
-        from stages.pruning.sweep_kernel import LARGEST_GROUP, WIDEST  # noqa: PLC0415  it needs triton
+        from stages.pruning.sweep_kernel import LARGEST_GROUP, WIDEST, is_built  # which needs triton
 
-        is_chosen_at_once = self.decision_columns >= block_size or (self.nm is not None and self.nm.group <= LARGEST_GROUP)
-        return is_chosen_at_once and block_size <= WIDEST
+        can_choose = self.decision_columns >= block_size if self.nm is None else self.nm.group <= LARGEST_GROUP
+        return can_choose and block_size <= WIDEST and is_built(device)
 
     def sweep_by_kernel(self, start: int, end: int) -> torch.Tensor:
         """The same by one kernel of a GPU; masks differ where scores are equal up to rounding."""
-        from stages.pruning.sweep_kernel import sweep  # noqa: PLC0415  it needs triton
+        from stages.pruning.sweep_kernel import sweep  # which needs triton
 
         weight, mask, factor = self.weight[start:end], self.mask[start:end], self.factor[start:end, start:end]
-        if self.nm is None:
-            mask.copy_(self.choose(weight.T, factor.diagonal(), start).T)
-            return sweep(weight, mask, factor)
-        errors = sweep(weight, mask, factor, kept=self.nm.kept, group=self.nm.group)
+        with current(weight.device):  # on which triton starts a kernel
+            if self.nm is None:
+                mask.copy_(self.choose(weight.T, factor.diagonal(), start).T)
+                return sweep(weight, mask, factor)
+            errors = sweep(weight, mask, factor, kept=self.nm.kept, group=self.nm.group)
         if not torch.isfinite(weight).all():
             raise ValueError("found a score that is NaN or infinite, wanted finite scores")
         return errors
