@@ -16,7 +16,7 @@ from stages.checkpoint import delta
 from stages.checkpoint.delta import Change
 from stages.checkpoint.reader import Checkpoint
 from stages.devices import to_host
-from stages.pruning import patterns, sequential, statistics
+from stages.pruning import gpu_sweep, patterns, sequential, statistics
 from stages.pruning.block_loop import TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill
 from stages.pruning.method import Method
@@ -131,11 +131,11 @@ def _sweep(weight: torch.Tensor, factor: torch.Tensor, pattern: Unstructured | N
 @contextmanager
 def loop_alone() -> Iterator[None]:
     """Without the kernel of the sweep."""
-    kept, sparsegpt.OLDEST_GPU = sparsegpt.OLDEST_GPU, (99, 0)
+    kept, gpu_sweep.OLDEST_GPU = gpu_sweep.OLDEST_GPU, (99, 0)
     try:
         yield
     finally:
-        sparsegpt.OLDEST_GPU = kept
+        gpu_sweep.OLDEST_GPU = kept
 
 
 @contextmanager

@@ -8,13 +8,12 @@ as updated so far; with any other score it is chosen before the sweep.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.devices import current
 from stages.pruning.entries import Pruned, Update
+from stages.pruning.gpu_sweep import has_kernel, sweep
 from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.scores.obs import OBS, obs
 from stages.pruning.selection import select
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from stages.pruning.method import Method
 
 STRIP = 32  # columns
-OLDEST_GPU = (8, 0)  # compute capability for which triton compiles
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,10 +59,10 @@ def sparsegpt(
     """
     weight = weight.T.contiguous()  # a column of W, which every step works on, is then a run of memory
     blocks = _Blocks(weight, torch.empty_like(weight, dtype=torch.bool), factor, choose, decision_columns, nm)
-    sweep = blocks.sweep_by_kernel if blocks.have_kernel(block_size) else blocks.sweep_by_columns
+    sweep_block = blocks.sweep_by_kernel if blocks.have_kernel(block_size) else blocks.sweep_by_columns
     for start in range(0, len(weight), block_size):
         end = min(start + block_size, len(weight))
-        weight[end:].addmm_(factor[start:end, end:].T, sweep(start, end), alpha=-1)
+        weight[end:].addmm_(factor[start:end, end:].T, sweep_block(start, end), alpha=-1)
     return blocks.mask.T.contiguous(), weight.mul_(blocks.mask).T.contiguous()
 
 
@@ -100,24 +98,17 @@ class _Blocks:
 
     def have_kernel(self, block_size: int) -> bool:
         """Whether there is a kernel for this GPU that sweeps such blocks."""
-        device = self.weight.device
-        if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        if self.nm is None and self.decision_columns < block_size:  # masks are chosen one after another, by no pattern that it knows
             return False
-        from stages.pruning.sweep_kernel import LARGEST_GROUP, WIDEST, is_built  # which needs triton
-
-        can_choose = self.decision_columns >= block_size if self.nm is None else self.nm.group <= LARGEST_GROUP
-        return can_choose and block_size <= WIDEST and is_built(device)
+        return has_kernel(self.weight.device, block_size, self.nm.group if self.nm else 0)
 
     def sweep_by_kernel(self, start: int, end: int) -> torch.Tensor:
         """The same by one kernel of a GPU; masks differ where scores are equal up to rounding."""
-        from stages.pruning.sweep_kernel import sweep  # which needs triton
-
         weight, mask, factor = self.weight[start:end], self.mask[start:end], self.factor[start:end, start:end]
-        with current(weight.device):  # on which triton starts a kernel
-            if self.nm is None:
-                mask.copy_(self.choose(weight.T, factor.diagonal(), start).T)
-                return sweep(weight, mask, factor)
-            errors = sweep(weight, mask, factor, kept=self.nm.kept, group=self.nm.group)
+        if self.nm is None:
+            mask.copy_(self.choose(weight.T, factor.diagonal(), start).T)
+            return sweep(weight, mask, factor)
+        errors = sweep(weight, mask, factor, kept=self.nm.kept, group=self.nm.group)
         if not torch.isfinite(weight).all():
             raise ValueError("found a score that is NaN or infinite, wanted finite scores")
         return errors
