@@ -39,7 +39,7 @@ from stages.checkpoint.delta import write_block
 from stages.checkpoint.reader import Checkpoint
 from stages.devices import choose_device
 from stages.pruning.allocations.loss import LossSection
-from stages.pruning.block_loop import Plan, PrunedBlock, TeacherStreams, prune_blocks
+from stages.pruning.block_loop import PrunedBlock, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, distill
 from stages.pruning.entries import NoParameters
 from stages.pruning.journal import WriteBehind, opened
@@ -276,12 +276,7 @@ def _compare_halves(directory: Path, windows: torch.Tensor, device: torch.device
 
 def run(decoder: Decoder, windows: torch.Tensor, method: Method, pattern: Pattern, propagate: str, batch: int) -> Iterator[PrunedBlock]:
     """The engine, as the prune stage runs it."""
-    return prune_blocks(_stream(decoder, windows, batch), plan_of(decoder, method, pattern, Propagation(propagate)))
-
-
-def plan_of(decoder: Decoder, method: Method, pattern: Pattern, propagate: Propagation) -> Plan:
-    names = [matrix.name for block in decoder.matrices for matrix in block]
-    return Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=propagate, error_tokens=512, expert_tokens=64)
+    return prune_blocks(_stream(decoder, windows, batch), gpu_paths.plan_of(decoder, method, pattern, Propagation(propagate)))
 
 
 def _stream(decoder: Decoder, windows: torch.Tensor, batch: int, held_out: int = 0, streams: int = 1) -> Stream:
@@ -414,7 +409,7 @@ class Machine:
         decoder = Decoder(self.few, torch.bfloat16, self.device)
         pattern = UnstructuredSection(name="unstructured", sparsity=0.5)
         batch = micro_batch(LENGTH, self.device, None)
-        plan = plan_of(decoder, ADMM, pattern.pattern("matrix"), Propagation.PRUNED)
+        plan = gpu_paths.plan_of(decoder, ADMM, pattern.pattern("matrix"), Propagation.PRUNED)
         plan = replace(
             plan,
             reconstruction=Reconstruction(epochs=1, learning_rate=0.01, search=True),
@@ -495,8 +490,7 @@ class Rates:
         attention, up, down = 2 * width * (width + kv), 2 * width * between, width * between
         passes = (2 * (attention + up) + down) if row.propagate == Propagation.PRUNED else attention + up + down
         blocks, tokens = blocks_of(base), WINDOWS * LENGTH
-        columns = {width + 2 * kv: width, width: width, 2 * between: width}  # outputs of all that read one input -> inputs
-        solved = [*columns.items(), (width, between)]  # with down_proj, whose outputs are as many as o_proj's
+        solved = [(width + 2 * kv, width), (width, width), (2 * between, width), (width, between)]  # outputs of all that read one input
         in_halves, in_float32 = 2 * passes * tokens, 0
         if row.method.changes_weights:
             in_halves += sum(count**2 for _, count in solved) * tokens  # half of 2 operations each: the matrix is symmetric

@@ -6,6 +6,7 @@ Sums in another order differ in the last bits, and a mask differs where scores a
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from stages.pruning import gpu_sweep, patterns, sequential, statistics
 from stages.pruning.block_loop import TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, DistilledBlocks, distill
 from stages.pruning.method import Method
-from stages.pruning.patterns import Nm, Unstructured
+from stages.pruning.patterns import Nm, Pattern, Unstructured
 from stages.pruning.plan import Plan
 from stages.pruning.scores.obs import obs
 from stages.pruning.section import Propagation
@@ -148,6 +149,12 @@ def products_in_float32() -> Iterator[None]:
         statistics.HALVES = kept
 
 
+def plan_of(decoder: Decoder, method: Method, pattern: Pattern, propagate: Propagation) -> Plan:
+    """The same pattern for every matrix, nothing trained."""
+    names = [matrix.name for block in decoder.matrices for matrix in block]
+    return Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=propagate, error_tokens=512, expert_tokens=64)
+
+
 class LearnersOnHost(Stream):
     """What learning changes is in page-locked host memory, as where a GPU's memory does not suffice."""
 
@@ -196,9 +203,7 @@ def _sequential(
 ) -> tuple[dict[str, Change], torch.Tensor]:
     """The changes of all blocks, and the hidden states before the last one. budget: bytes that may wait on the device."""
     decoder = Decoder(Checkpoint(directory), torch.float32, device)
-    names = [matrix.name for block in decoder.matrices for matrix in block]
-    pattern = Unstructured(sparsity=0.5, comparison_group=method.compared_within)
-    plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate=Propagation.SEQUENTIAL, error_tokens=256, expert_tokens=64)
+    plan = plan_of(decoder, method, Unstructured(sparsity=0.5, comparison_group=method.compared_within), Propagation.SEQUENTIAL)
     with decoder.before_blocks():
         stream = Stream(decoder, windows, batch=2, memory=memory)
     kept, sequential.waiting_budget = sequential.waiting_budget, lambda *_: budget
@@ -253,16 +258,8 @@ def pruned_and_distilled(
 ) -> DistilledBlocks:
     """Prune a model, and distil the second half of its blocks."""
     pattern = Unstructured(sparsity=0.5, comparison_group="row")
-    names = [matrix.name for block in decoder.matrices for matrix in block]
     distillation = Distillation(first=len(decoder.blocks) // 2, epochs=1, learning_rate=0.0025)
-    plan = Plan(
-        method=method,
-        patterns=dict.fromkeys(names, pattern),
-        propagate=Propagation.PRUNED,
-        error_tokens=256,
-        expert_tokens=64,
-        distillation=distillation,
-    )
+    plan = replace(plan_of(decoder, method, pattern, Propagation.PRUNED), distillation=distillation)
     with decoder.before_blocks():
         stream = kind(decoder, windows, batch=2, held_out=2)
     teachers = TeacherStreams.of(stream, plan)

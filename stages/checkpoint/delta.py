@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from stages.devices import to_host
 from stages.errors import CheckpointError
 from stages.files import parsed_json, read_json, sha256, write_json
 from stages.recipe import Recipe, fingerprint
@@ -99,7 +100,7 @@ class Change:
         rows: torch.Tensor | None = None,
         columns: torch.Tensor | None = None,
     ) -> None:
-        self.packed, self.shape = pack(mask).cpu(), tuple(mask.shape)
+        self.packed, self.shape = to_host(pack(mask)), tuple(mask.shape)
         self.values, self.rows, self.columns = values, rows, columns
 
     @classmethod

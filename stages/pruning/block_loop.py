@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stages.checkpoint.delta import Change, pack
+from stages.checkpoint.delta import Change
 from stages.devices import to_host
 from stages.errors import PruningError
 from stages.pruning import distributed, parallel
@@ -644,5 +644,4 @@ def _change(matrix: Matrix, pruned: Pruned, order: Order, dtype: torch.dtype) ->
         mask, values, orders = mask.T, None if values is None else values.T, orders[::-1]
     rows, columns = (None if indices is None else indices.int().cpu() for indices in orders)
     kept = None if values is None else to_host(values[mask].to(dtype))
-    packed = to_host(pack(mask.contiguous()))
-    return Change.of_packed(packed, tuple(mask.shape), values=kept, rows=rows, columns=columns)
+    return Change(mask=mask.contiguous(), values=kept, rows=rows, columns=columns)
