@@ -6,7 +6,7 @@ python -m benchmarks.gpu --only sparsegpt,learning    only the rows whose label 
 python -m benchmarks.gpu --table    measure nothing, write the tables into README.md
 
 What is measured is kept in benchmarks/gpu.json row by row, so that a run that is cut off goes on; another card, other versions or another
-commit begin anew.
+commit begin anew, but that with --only rows of an earlier commit stay, and the table says which are of which.
 
 Needs torch, transformers and safetensors alone. Makes its own checkpoints: random weights with zephyr-7b-beta's configuration
 (14.5 GB in --scratch, and one of four blocks), and 128 windows of 2048 random tokens. Device memory is capped at 15 GiB, a T4's.
@@ -17,10 +17,11 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import product
@@ -161,12 +162,13 @@ class Results:
     """What is measured so far.
 
     facts: of the machine and the code. rows: label -> seconds, floor [s] and memory [GiB], or None for what needs more than the cap.
-    by_block: label -> seconds a block, or None likewise.
+    by_block: label -> seconds a block, or None likewise. later: label -> the commit, of what is of another than `facts` says.
     """
 
     facts: dict[str, Any]
     rows: dict[str, dict[str, float] | None]
     by_block: dict[str, float | None]
+    later: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls) -> "Results":
@@ -174,9 +176,16 @@ class Results:
 
     @classmethod
     def of(cls, machine: "Machine") -> "Results":
-        """Those of this machine and code that an earlier run left, else none."""
+        """Those of this machine and code that an earlier run left, else none; of some rows alone: the others are those of earlier code."""
         facts = machine.facts()
         earlier = cls.read() if RESULTS.is_file() else None
+        if earlier and machine.words and earlier.facts == {**facts, "commit": earlier.facts["commit"]}:
+            for label in filter(machine.wanted, (*(row.label for row in rows()), *LABELS)):
+                if earlier.later.get(label, earlier.facts["commit"]) != facts["commit"]:
+                    earlier.rows.pop(label, None)
+                    earlier.by_block.pop(label, None)
+                    earlier.later[label] = facts["commit"]
+            return earlier
         return earlier if earlier and earlier.facts == facts else cls(facts, {}, {})
 
     def write(self) -> None:
@@ -207,6 +216,7 @@ class Results:
     def remarks(self) -> str:
         """What the tables were measured on."""
         facts = self.facts
+        commits = [facts["commit"], *(f"{commit} ({label.replace(' | ', ', ')})" for label, commit in self.later.items())]
         return (
             f"A random checkpoint with zephyr-7b-beta's configuration, {WINDOWS} windows of {LENGTH} tokens (a step of joint learning: "
             f"one), disk to disk (without the journal's hashes; by block: disk to memory), in bfloat16 on {facts['device']}, device memory "
@@ -334,6 +344,7 @@ class Machine:
                 figures = {"seconds": seconds, "floor": self.rates.floor(self.base, row), "memory": peak}
                 results.rows[row.label] = {key: round(figure, 1) for key, figure in figures.items()}
             except torch.OutOfMemoryError:
+                traceback.print_exc()
                 results.rows[row.label] = None
             results.write()
             print(row.label, results.rows[row.label], file=sys.stderr, flush=True)
@@ -358,6 +369,7 @@ class Machine:
             try:
                 results.by_block[label] = round(getattr(self, name)(*arguments), 3)
             except torch.OutOfMemoryError:
+                traceback.print_exc()
                 results.by_block[label] = None
             results.write()
             print(label, results.by_block[label], file=sys.stderr, flush=True)

@@ -64,6 +64,11 @@ def load() -> Rows:
     return {Point(**{key: row[key] for key in Point.__dataclass_fields__}): row for row in rows}
 
 
+def write(rows: Rows) -> None:
+    """Into the file, in the order of the points."""
+    write_json(RESULTS, [rows[known] for known in points() if known in rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point later than that")
@@ -78,7 +83,7 @@ def main() -> None:
                 if time.monotonic() - started > 60 * arguments.minutes:
                     break
                 rows[point] = run(point)
-                write_json(RESULTS, [rows[known] for known in points() if known in rows])
+                write(rows)
     show_between(DOCUMENT, START, END, tables(rows))
 
 

@@ -36,6 +36,7 @@ README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
 FIRST = TEXTS[0]  # by which rows are ordered
+COSTS = ("seconds", "peak_memory_gib")  # of a row, unless it was measured with others at once (benchmarks.on_gpu)
 
 Rows = dict[Point, dict[str, Any]]
 
@@ -58,6 +59,11 @@ def run(point: Point) -> dict[str, Any]:
     remove(PRUNE_JOURNAL)  # of a run that was killed: its peak memory would not be known
     print("$", point.command, flush=True)
     subprocess.run([*point.command.split(), "--quiet"], check=True, stdout=sys.stderr)
+    return outcome(point)
+
+
+def outcome(point: Point) -> dict[str, Any]:
+    """What the workspace holds of a point that was run."""
     pruned, prune = read_json(PRUNE_RESULTS / "metrics.json"), read_json(PRUNE_RESULTS / "provenance.json")
     return {
         **asdict(point),
