@@ -6,7 +6,7 @@ python -m benchmarks.gpu --only sparsegpt,learning    only the rows whose label 
 python -m benchmarks.gpu --table    measure nothing, write the tables into README.md
 
 What is measured is kept in benchmarks/gpu.json row by row, so that a run that is cut off goes on; another card, other versions or another
-commit begin anew, but that with --only rows of an earlier commit stay, and the table says which are of which.
+commit begin anew, but that with --only rows of an earlier commit or another card stay, and the table says which are of which.
 
 Needs torch, transformers and safetensors alone. Makes its own checkpoints: random weights with zephyr-7b-beta's configuration
 (14.5 GB in --scratch, and one of four blocks), and 128 windows of 2048 random tokens. Device memory is capped at 15 GiB, a T4's.
@@ -162,7 +162,7 @@ class Results:
     """What is measured so far.
 
     facts: of the machine and the code. rows: label -> seconds, floor [s] and memory [GiB], or None for what needs more than the cap.
-    by_block: label -> seconds a block, or None likewise. later: label -> the commit, of what is of another than `facts` says.
+    by_block: label -> seconds a block, or None likewise. later: label -> the commit and the card, of what is of others than `facts` says.
     """
 
     facts: dict[str, Any]
@@ -179,12 +179,13 @@ class Results:
         """Those of this machine and code that an earlier run left, else none; of some rows alone: the others are those of earlier code."""
         facts = machine.facts()
         earlier = cls.read() if RESULTS.is_file() else None
-        if earlier and machine.words and earlier.facts == {**facts, "commit": earlier.facts["commit"]}:
+        if earlier and machine.words and earlier.facts == {**facts, **{key: earlier.facts[key] for key in ("commit", "device")}}:
+            now = _run(facts)
             for label in filter(machine.wanted, (*(row.label for row in rows()), *LABELS)):
-                if earlier.later.get(label, earlier.facts["commit"]) != facts["commit"]:
+                if earlier.later.get(label, _run(earlier.facts)) != now:
                     earlier.rows.pop(label, None)
                     earlier.by_block.pop(label, None)
-                    earlier.later[label] = facts["commit"]
+                    earlier.later[label] = now
             return earlier
         return earlier if earlier and earlier.facts == facts else cls(facts, {}, {})
 
@@ -216,15 +217,21 @@ class Results:
     def remarks(self) -> str:
         """What the tables were measured on."""
         facts = self.facts
-        commits = [facts["commit"], *(f"{commit} ({label.replace(' | ', ', ')})" for label, commit in self.later.items())]
+        of_run = {run: [label.replace(" | ", ", ") for label, other in self.later.items() if other == run] for run in self.later.values()}
+        others = "".join(f"; {run}: {'; '.join(labels)}" for run, labels in of_run.items())
         return (
             f"A random checkpoint with zephyr-7b-beta's configuration, {WINDOWS} windows of {LENGTH} tokens (a step of joint learning: "
-            f"one), disk to disk (without the journal's hashes; by block: disk to memory), in bfloat16 on {facts['device']}, device memory "
-            f"capped at {CAP / 2**30:.0f} GiB, torch {facts['torch']}, transformers {facts['transformers']}, commit "
-            f"{', '.join(commits)}, one run each. The floor is the larger of reading, by {READERS} threads, of files lately written, and "
+            f"one), disk to disk (without the journal's hashes; by block: disk to memory), in bfloat16, device memory capped at "
+            f"{CAP / 2**30:.0f} GiB, torch {facts['torch']}, transformers {facts['transformers']}, one run each: {_run(facts)}{others}. "
+            f"The floor is the larger of reading, by {READERS} threads, of files lately written, and "
             "arithmetic: products and Gram matrices in bfloat16, factors and what solving multiplies in float32, each at the rate that "
             "the machine showed, all else free."
         )
+
+
+def _run(facts: dict[str, Any]) -> str:
+    """What tells one run's figures from another's."""
+    return f"commit {facts['commit']} on {facts['device']}"
 
 
 def check(device: torch.device) -> None:

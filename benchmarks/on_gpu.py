@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import behaviour, orders, quality
+from benchmarks import orders, quality
 from benchmarks.contenders import MODELS, SEEDS, Model, Point
 from stages import evaluate, fetch, observe, prune, sample
 from stages.config.compose import read
@@ -105,7 +105,7 @@ def measure(directory: Path, path: Path, workers: int, seconds: float) -> None:
             if (error := job.exception()) is not None:
                 print(f"{point}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             elif (row := job.result()) is not None:
-                rows[table].append({**row, "workers": workers})
+                rows[table].append({**row, "workers": workers, "code_sha256": prune.code_sha256()})
                 write_json(path, rows)
                 print(f"{time.monotonic() - started:.0f} s", table, point.base, point.cell, point.seed, flush=True)
 
@@ -152,13 +152,12 @@ def take(path: Path) -> None:
         SystemExit: they were measured with other code than this.
     """
     found, code = read_json(path), prune.code_sha256()
-    if others := {row["code"] for rows in found.values() for row in rows} - {code}:
+    if others := {row["code_sha256"] for rows in found.values() for row in rows} - {code}:
         raise SystemExit(f"{path}: found rows of the code {sorted(others)}, wanted {code}")
     of_quality, of_orders = quality.load(), orders.load()
-    with behaviour.project():
-        for row in found["quality"]:
-            point = quality.of_row(row)
-            of_quality[point] = {**row, "behaviour": behaviour.measured(point)}
+    for row in found["quality"]:
+        point = quality.of_row(row)
+        of_quality[point] = {**row, "behaviour": quality.behaviour_of(point)}
     quality.write(of_quality)
     orders.write(of_orders | {quality.of_row(row): row for row in found["orders"]})
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.contenders import MODELS, SEEDS, TEXTS, Model, Point
 from benchmarks.markers import show_between
-from benchmarks.quality import run
+from benchmarks.quality import COSTS, run
 from benchmarks.table import the_default_afterwards
 from stages.files import read_json, write_json
 
@@ -97,7 +97,8 @@ def tables(rows: Rows) -> str:
     notes = (
         f"Perplexity on {' / '.join(TEXTS)}, with the calibration and texts of the leaderboard, over the seeds that all orders have; "
         "± is the standard deviation over these. Seconds and peak memory are those of pruning, as multiples of those of `exact` on the "
-        f"same seeds; on {devices}. best: {'; '.join(f'at {pattern} `{composed}`' for pattern, composed in METHODS['best'].items())}; "
+        f"same seeds, where points were measured one at a time; in float32 on {devices}. best: "
+        f"{'; '.join(f'at {pattern} `{composed}`' for pattern, composed in METHODS['best'].items())}; "
         "it runs pruned blocks, which `one_pass` does not." + (f" {left} of {len(points())} points are not measured yet." if left else "")
     )
     return "\n\n".join([*parts, notes])
@@ -116,14 +117,19 @@ def table(rows: Rows, model: Model) -> str:
                 continue
             chosen = {order: [found[seed] for seed in seeds] for order, found in of_order.items()}
             perplexities = [_perplexities(chosen[order]) if order in chosen else "–" for order in ORDERS]
-            costs = [
-                f"{mean(row[key] for row in chosen[order]) / mean(row[key] for row in chosen['exact']):.2f} ×" if order in chosen else "–"
-                for key in ("seconds", "peak_memory_gib")
-                for order in ORDERS[1:]
-            ]
+            costs = [_cost(of_order, order, key) if order in chosen else "–" for key in COSTS for order in ORDERS[1:]]
             cells = [method, pattern, ", ".join(map(str, seeds)), *perplexities, *costs]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cost(of_order: dict[str, dict[int, dict[str, Any]]], order: str, key: str) -> str:
+    """As a multiple of that of `exact`, on the seeds of which both have it."""
+    seeds = [seed for seed, row in of_order[order].items() if key in row and key in of_order["exact"].get(seed, {})]
+    if not seeds:
+        return "not measured"
+    own, exact = (mean(of_order[name][seed][key] for seed in seeds) for name in (order, "exact"))
+    return f"{own / exact:.2f} ×"
 
 
 def _of_order(rows: Rows, model: Model, method: str, pattern: str, order: str) -> dict[int, dict[str, Any]]:

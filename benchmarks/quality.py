@@ -47,11 +47,21 @@ def measured(point: Point) -> dict[str, Any]:
     Raises:
         SystemExit: the pruning code is not that of benchmarks.behaviour; before the run.
     """
+    figures = behaviour_of(point)
+    return {**run(point), "behaviour": figures}
+
+
+def behaviour_of(point: Point) -> behaviour.Figures:
+    """The figures of benchmarks.behaviour, as it was written: on this processor the code's may be a little apart.
+
+    Raises:
+        SystemExit: the pruning code is not that of the file.
+    """
     with behaviour.project():
         figures = behaviour.measured(point)
     if not behaviour.as_written(figures, point.cell):
         raise SystemExit(f"{point.cell} is pruned otherwise than {behaviour.FILE} says; run python -m benchmarks.behaviour first")
-    return {**run(point), "behaviour": figures}
+    return behaviour.load()[point.cell]
 
 
 def run(point: Point) -> dict[str, Any]:
@@ -253,6 +263,8 @@ def _on_texts(rows: Rows) -> str:
 
 def _notes(rows: Rows, model: Model) -> str:
     devices = sorted({found["device"] for found in rows.values()})
+    together = sum("workers" in found for found in rows.values())
+    shared = f" {together} points were measured on a GPU, several at once (benchmarks.on_gpu), and have no seconds." if together else ""
     left = f" {len(absent)} of {len(due(rows, model))} points are not measured yet." if (absent := missing(rows, model)) else ""
     have = "are to have" if absent else "have"
     count = sum(map(is_stale, rows.values()))
@@ -267,13 +279,14 @@ def _notes(rows: Rows, model: Model) -> str:
         f"{', '.join(PUBLISHED)}{more} {have} {len(SEEDS)}, others the first alone. Rows "
         "stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
         "–: does not apply."
-        f"{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
+        f"{shared}{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
     )
 
 
 def averaged(cells: list[dict[str, Any]], key: str) -> float:
-    return mean(row[key] for row in cells)
+    """Over the points that have it."""
+    return mean(row[key] for row in cells if key in row)
 
 
 def rise(cells: list[dict[str, Any]], text: str) -> float:
@@ -288,7 +301,7 @@ def rise_in_nats(cells: list[dict[str, Any]], text: str) -> float:
 
 def peak(cells: list[dict[str, Any]]) -> float:
     """GiB."""
-    return max(row["peak_memory_gib"] for row in cells)
+    return max(row["peak_memory_gib"] for row in cells if "peak_memory_gib" in row)
 
 
 def ranked(rows: Rows, model: Model, pattern: str) -> list[tuple[Contender, list[dict[str, Any]]]]:
@@ -426,7 +439,8 @@ def unsteadiness(rows: Rows) -> str:
     """How far seconds are to be trusted, by cells that were measured more than once; nothing where none was."""
     by_cell: dict[str, list[float]] = {}
     for point, row in rows.items():
-        by_cell.setdefault(f"{point.base} {point.cell}", []).append(row["seconds"])
+        if "seconds" in row:
+            by_cell.setdefault(f"{point.base} {point.cell}", []).append(row["seconds"])
     most = max((max(seconds) / min(seconds) for seconds in by_cell.values() if len(seconds) > 1), default=None)
     if most is None:
         return ""
