@@ -96,6 +96,7 @@ def measure(directory: Path, path: Path, workers: int, seconds: float) -> None:
     rows: dict[str, list[dict[str, Any]]] = read_json(path) if path.is_file() else {table: [] for table in TABLES}
     left = list(due(rows))
     print(f"{len(left)} points are due", flush=True)
+    remove(directory / "workers")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(directory.resolve(),)) as pool:
         for dense in [pool.submit(_evaluate_dense, directory.resolve() / model.base, model.base) for model in MODELS]:
             dense.result()

@@ -1,17 +1,19 @@
 """The benchmarks' own parts: what they measure with, what they write, and that the GPU script runs where little is installed."""
 
 import ast
+import dataclasses
 import math
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, disk, frontier, gpu, llama_cpp_divergence, orders, quality, random_checkpoint, table
+from benchmarks import behaviour, contenders, disk, frontier, gpu, llama_cpp_divergence, on_gpu, orders, quality, random_checkpoint, table
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
@@ -19,7 +21,8 @@ from stages.config.compose import read
 from stages.evaluation.measurement import Difference, Kind, Measurement, as_rows
 from stages.evaluation.metric import Corpus
 from stages.evaluation.metrics import METRICS
-from stages.files import read_json
+from stages.files import read_json, write_json
+from stages.prune import code_sha256
 from stages.streaming.decoder import Decoder
 from tests.dependencies import closure
 from tests.project import ROOT
@@ -113,7 +116,8 @@ def test_without_a_gpu_the_benchmark_says_so():
 def test_every_point_of_the_leaderboard_is_a_valid_experiment_and_no_two_are_the_same():
     points = [point for model in contenders.MODELS for point in contenders.points(model)]
     assert len({point.command for point in points}) == len(points)
-    for point in {(point.base, point.cell): point for point in points if not point.seed}.values():
+    shapes = {(point.overrides, point.pattern not in contenders.UNSTRUCTURED and point.pattern): point for point in points}
+    for point in shapes.values():  # sparsities and seeds are values of the same composition
         assert read(*point.arguments)
     for base in {point.base for point in points}:
         sections = read(*next(point for point in points if point.base == base and point.seed).arguments)
@@ -475,6 +479,60 @@ def test_orders_of_pruning_are_compared_on_the_seeds_that_all_have():
     rows |= {point: found(point) for point in wanda if point.seed == 1}
     assert "| Wanda | 2:4 | 0, 1 | 30.50 ± 0.71 / 40.50 ± 0.71 |" in orders.tables(rows)
     assert SMOLLM2.label not in text and f"{len(orders.points()) - len(rows)} of {len(orders.points())}" in orders.tables(rows)
+
+
+def test_points_that_were_measured_with_others_at_once_have_no_seconds():
+    known = quality.load()
+    together = [row for row in known.values() if "workers" in row]
+    assert together
+    assert not any(key in row for row in together for key in quality.COSTS)
+    for model in contenders.MODELS:
+        assert quality.full_table(quality.of_model(known, model))
+    wanda = [point for point in orders.points() if (point.contender, point.pattern, point.base) == ("Wanda", "2:4", GEMMA3.base)]
+    texts = {text: {"perplexity": 30.0} for text in contenders.TEXTS}
+    text = orders.tables({point: {"texts": texts, "device": "a GPU"} for point in wanda if point.seed == 0})
+    assert "| Wanda | 2:4 | 0 | 30.00 / 30.00 | 30.00 / 30.00 | 30.00 / 30.00 | not measured |" in text
+
+
+@pytest.fixture
+def no_tables(tmp_path, monkeypatch):
+    """Leaderboard and orders of which nothing is measured."""
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.json")
+    monkeypatch.setattr(orders, "RESULTS", tmp_path / "orders.json")
+    return tmp_path
+
+
+def test_what_a_gpu_measured_is_taken_into_its_table_if_the_code_is_this_one(no_tables):
+    points = {table: next(point for name, point in on_gpu.due({}) if name == table) for table in on_gpu.TABLES}
+    rows = {table: [{**dataclasses.asdict(point), "code_sha256": code_sha256()}] for table, point in points.items()}
+    write_json(no_tables / "rows.json", rows)
+    on_gpu.take(no_tables / "rows.json")
+    assert list(orders.load()) == [points["orders"]]
+    (row,) = quality.load().values()
+    assert (quality.of_row(row), row["behaviour"]) == (points["quality"], behaviour.load()[points["quality"].cell])
+    left = {table: {point for name, point in on_gpu.due({}) if name == table} for table in on_gpu.TABLES}
+    assert not any(points[table] in left[table] for table in points)
+    rows["orders"][0]["code_sha256"] = "of another day"
+    write_json(no_tables / "rows.json", rows)
+    with pytest.raises(SystemExit, match="found rows of the code \\['of another day'\\], wanted"):
+        on_gpu.take(no_tables / "rows.json")
+
+
+def test_rows_of_another_run_of_the_gpu_benchmark_stay_where_some_alone_are_measured(tmp_path, monkeypatch):
+    first = {"device": "A", "torch": "2", "transformers": "5", "commit": "1", "blocks": 32}
+    second = first | {"device": "B", "commit": "2"}
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
+    label, other = "wanda, exact", "wanda, sequential"
+    gpu.Results(first, {}, {label: 1.0, other: 2.0}).write()
+    machine = SimpleNamespace(facts=lambda: second, words=["sequential"], wanted=lambda name: "sequential" in name)
+    results = gpu.Results.of(machine)
+    assert results.by_block == {label: 1.0}
+    results.by_block[other] = 3.0
+    results.write()
+    assert gpu.Results.of(machine).by_block == {label: 1.0, other: 3.0}
+    assert "commit 1 on A; commit 2 on B: wanda, 50%, sequential; " in results.remarks()
+    machine.words = []
+    assert gpu.Results.of(machine).by_block == {}
 
 
 def test_every_order_of_pruning_composes():

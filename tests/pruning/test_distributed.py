@@ -25,21 +25,27 @@ from stages.sources.base import LocalBase
 from stages.streaming.calls import run_block
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
+from tests import project as projects
 from tests import tiny
 from tests.pruning import reconstruct_alone
 from tests.pruning.test_architectures import fetched
 from tests.pruning.test_distillation import literal
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
-ONE = [sys.executable, "-m", "stages.prune"]
-BOTH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-TWO = [*BOTH, "stages.prune"]
+ENVIRONMENT = {**projects.ENVIRONMENT, "PYTHONPATH": str(CONF.parent)}
+ONE = ["python", "-m"]
+TWO = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "python", "-m"]
 
 
-def run(command: list[str], directory: Path) -> dict[str, torch.Tensor]:
-    """The masks that a command leaves: tensor -> bool."""
-    done = subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def finish(command: list[str], directory: Path) -> None:
+    """Run a command to its end, which must be a good one."""
+    quick = [str(projects.commands() / word) if word == "python" else word for word in command]
+    done = subprocess.run(quick, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(processes: list[str], directory: Path) -> dict[str, torch.Tensor]:
+    """The masks that the prune stage leaves, run by one or two processes: tensor -> bool."""
+    finish([*processes, "stages.prune"], directory)
     delta = SparseDelta(directory / SPARSE, Checkpoint(directory / BASE).fingerprint)
     return {name: delta.change(name).mask for name in delta}
 
@@ -124,8 +130,7 @@ def test_two_processes_train_on_a_window_of_each_a_step(base, tmp_path):
     windows = torch.randint(3, 400, (9, 24), generator=torch.Generator().manual_seed(0))  # the last three are held out
     save_file({"windows": windows}, tmp_path / "windows.safetensors")
     paths = [str(base.directory), str(tmp_path / "windows.safetensors"), str(tmp_path)]
-    done = subprocess.run([*BOTH, reconstruct_alone.__name__, *paths], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish([*TWO, reconstruct_alone.__name__, *paths], tmp_path)
     files = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     found = [file["values"] for file in files]
     assert torch.equal(*found)

@@ -1,0 +1,177 @@
+"""Commands of stages and of DVC that begin with their libraries imported: each is a fork of a process that has done nothing else.
+
+A point of the pipeline is some twelve processes, and most of a small one's time goes to importing torch, transformers, lm-eval and dvc.
+The programs of project.commands() are `python` and `dvc` whose processes of MODULES are such forks; whatever else they are asked for,
+and where a variable differs that imports have read, they are the real ones. The code of stages is imported by each fork from where it
+stands. Not for tests of imports, of processes by their parents, or of memory.
+"""
+
+import array
+import contextlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+
+HEAD = struct.Struct("!I")
+PYTHON = "python"
+READ_BY_IMPORTS = ("PYTHON", "OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "LD_", "CUDA_")  # prefixes of variables
+HARMLESS = ("HF_HUB_DISABLE_PROGRESS_BARS", PATHS := "PYTHONPATH")  # a library sets the one in DVC's process; a fork obeys the other
+MODULES = ("stages.", "tests.", "torch.distributed.run")  # beginnings of those that are forks
+PRELOADED = (
+    "torch",
+    "transformers",
+    "transformers.models.mistral.modeling_mistral",
+    "transformers.models.gemma3.modeling_gemma3",
+    "tokenizers",
+    "safetensors.torch",
+    "datasets",
+    "lm_eval",
+    "lm_eval.tasks",
+    "lm_eval.models.huggingface",
+    "hydra",
+    "omegaconf",
+    "httpx2",
+    "huggingface_hub",
+    "scipy.stats",
+    "pandas",
+    "jinja2",
+    "dvc.cli",
+    "dvc.repo",
+    "dvc.cli.parser",
+    "dvc.repo.experiments",
+    "dvc.stage.run",
+    "dvc.dvcfile",
+    "dvc_data.index",
+    "dvc_objects.fs.local",
+    "dulwich.porcelain",
+    "pygit2",
+    "scmrepo.git",
+    "ruamel.yaml",
+)
+
+
+def command(address: str, real: str, module: str | None) -> None:
+    """Be a command: ask for a fork and end as it ends, or run as ever.
+
+    Args:
+        address: of the server's socket. real: the program. module: what it runs; None: python, which is told by its arguments.
+    """
+    arguments = sys.argv[1:]
+    if module is None and len(arguments) > 1 and arguments[0] == "-m" and arguments[1].startswith(MODULES):
+        module, arguments = arguments[1], arguments[2:]
+    with socket.socket(socket.AF_UNIX) as server:
+        try:
+            if module is None:
+                raise ConnectionError
+            server.connect(address)
+        except OSError:
+            os.execv(real, [real, *sys.argv[1:]])
+        request = json.dumps({"module": module, "arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}).encode()  # noqa: PTH109
+        descriptors = array.array("i", [0, 1, 2])
+        server.sendmsg([HEAD.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+        server.sendall(request)
+        answer = server.recv(HEAD.size)
+    if not answer:
+        os.execv(real, [real, *sys.argv[1:]])
+    (status,) = HEAD.unpack(answer)
+    if os.WIFSIGNALED(status):
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+def serve(address: str) -> None:
+    """Import the libraries, then fork for every command until the process that asked for the server has ended."""
+    import importlib
+
+    sys.path.pop(0)  # the directory of this file
+    imported = read_by_imports(os.environ)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        while select.select([listener, sys.stdin], [], [])[0] == [listener]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _supervise(connection, imported)
+            connection.close()
+
+
+def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that a fork cannot have otherwise than the server had."""
+    return {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS) and name not in HARMLESS}
+
+
+def _supervise(connection: socket.socket, imported: dict[str, str]) -> None:
+    """Fork once more, answer with how that ended, and end it where nobody waits any more; does not return."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    head, ancillary, _, _ = connection.recvmsg(HEAD.size, socket.CMSG_LEN(3 * 4))
+    descriptors = array.array("i")
+    descriptors.frombytes(ancillary[0][2])
+    (left,), text = HEAD.unpack(head), b""
+    while len(text) < left:
+        text += connection.recv(left - len(text))
+    request = json.loads(text)
+    if read_by_imports(request["environment"]) != imported:
+        os._exit(0)  # without an answer: the command runs as ever
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        _become(request, descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    ended = os.pidfd_open(child)
+    if ended not in select.select([ended, connection], [], [])[0]:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(OSError):  # it was killed
+        connection.sendall(HEAD.pack(status))
+    os._exit(0)
+
+
+def _become(request: dict, descriptors: "array.array[int]") -> None:
+    """Run the module as a process of its own would; does not return."""
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.argv = [request["module"], *request["arguments"]]
+    sys.path[:0] = [request["cwd"], *filter(None, os.environ.get(PATHS, "").split(os.pathsep))]
+    code: object = 0
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:  # noqa: BLE001
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    import atexit
+
+    try:
+        import threading
+
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
