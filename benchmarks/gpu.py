@@ -130,12 +130,12 @@ def main() -> None:
         show(Results.read())
         return
     device = choose_device("device", "auto")
+    if device.type != "cuda" and not arguments.check:
+        raise SystemExit("torch finds no GPU here; --check runs the correctness part alone")
     if not arguments.no_check:
         check(device)
     if arguments.check:
         return
-    if device.type != "cuda":
-        raise SystemExit("torch finds no GPU here; --check runs the correctness part alone")
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(device).total_memory))
     bases = {count: arguments.scratch / f"base-{count}" for count in (arguments.blocks, FEW_BLOCKS)}
     for count, directory in bases.items():

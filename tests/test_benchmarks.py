@@ -481,7 +481,8 @@ def test_orders_of_pruning_are_compared_on_the_seeds_that_all_have():
     assert SMOLLM2.label not in text and f"{len(orders.points()) - len(rows)} of {len(orders.points())}" in orders.tables(rows)
 
 
-def test_points_that_were_measured_with_others_at_once_have_no_seconds():
+def test_points_that_were_measured_with_others_at_once_have_no_seconds(monkeypatch):
+    monkeypatch.chdir(ROOT)
     known = quality.load()
     together = [row for row in known.values() if "workers" in row]
     assert together
@@ -504,7 +505,8 @@ def no_tables(tmp_path, monkeypatch):
 
 def test_what_a_gpu_measured_is_taken_into_its_table_if_the_code_is_this_one(no_tables):
     points = {table: next(point for name, point in on_gpu.due({}) if name == table) for table in on_gpu.TABLES}
-    rows = {table: [{**dataclasses.asdict(point), "code_sha256": code_sha256()}] for table, point in points.items()}
+    facts = {"texts": dict.fromkeys(contenders.TEXTS, {}), "code_sha256": code_sha256()}
+    rows = {table: [{**dataclasses.asdict(point), **facts}] for table, point in points.items()}
     write_json(no_tables / "rows.json", rows)
     on_gpu.take(no_tables / "rows.json")
     assert list(orders.load()) == [points["orders"]]

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from stages.release.naming import default_name
 from stages.release.section import CONTENTS, Publish
 from stages.release.zeros import read_zeros
 from stages.schema import check
+from tests import project as projects
 
 ROOT = CONF.parent
 DATA_FILE = {"reader": "rows", "text": "text", "messages": "messages", "role": "role", "content": "content"}
@@ -606,8 +606,8 @@ def test_the_same_results_are_published_as_the_same_bytes(project):
 
 def test_the_command_publishes_what_was_recorded_and_not_what_params_yaml_says(project):
     Path("params.yaml").write_text(OmegaConf.to_yaml(composed("pattern.sparsity=0.75", "method=magnitude")))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "stages.publish"]
+    environment = {**projects.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    command = [str(projects.commands() / "python"), "-m", "stages.publish"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (params()["pattern"]["sparsity"], params()["method"]["name"]) == (0.5, "wanda")

@@ -4,6 +4,7 @@ Every stage checks every section, so that a bad value stops the first stage that
 checked shapes no result. It is therefore imported here by name, and is no dependency of the other stages.
 """
 
+import copy
 import importlib
 import json
 import re
@@ -87,11 +88,24 @@ def read(cfg: DictConfig) -> dict[str, Any]:
     require(not missing, "params.yaml", f"no section {', '.join(missing)}", "all sections of conf/config.yaml")
     unknown = sorted(set(map(str, cfg)) - set(SECTIONS) - {"part"})
     require(not unknown, "params.yaml", f"sections {unknown}", f"only {', '.join(SECTIONS)}")
-    sections = {name: typed(name, cfg[name], shape(name)) for name in SECTIONS}
-    for name, section in sections.items():
-        check(section, name)
+    sections = {name: _section(name, cfg[name]) for name in SECTIONS}
     importlib.import_module("stages.config.checks").check_together(sections)
     return sections
+
+
+def _section(name: str, node: Any) -> Any:
+    """A section as its dataclass, checked alone, see read."""
+    if not isinstance(node, DictConfig):
+        return typed(name, node, shape(name))  # which refuses it
+    return copy.deepcopy(_read_before(name, json.dumps(OmegaConf.to_container(node, resolve=True))))
+
+
+@lru_cache(maxsize=256)
+def _read_before(name: str, text: str) -> Any:
+    """The same from JSON; must not be changed. A process that composes reads the same sections many times."""
+    section = typed(name, OmegaConf.create(json.loads(text)), shape(name))
+    check(section, name)
+    return section
 
 
 def register(names: Collection[str] = tuple(SECTIONS)) -> None:

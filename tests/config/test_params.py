@@ -12,18 +12,10 @@ from stages.config import params
 from stages.config.compose import composed
 from stages.config.params import CONF, read_params
 from stages.errors import ConfigError
-from tests.project import ENVIRONMENT
+from tests.project import ENVIRONMENT, commands
 
 ROOT = CONF.parent
-SHOW = """
-import json, sys
-from stages.config import entry, sections
-def main(**given):
-    from dataclasses import asdict
-    print("GIVEN", json.dumps({name: asdict(section) for name, section in given.items()}))
-names = [name for name in sections.SECTIONS if name != "environment"]
-entry.stage(*names)(main)()
-"""
+SHOW = Path(__file__).with_name("show_sections.py")
 
 
 def written(directory: Path, text: str) -> Path:
@@ -63,7 +55,7 @@ def test_a_directory_without_params_says_what_is_missing(tmp_path):
 
 def run(directory: Path, *arguments: str, fails: bool = False) -> str:
     """What a stage prints that is handed all sections."""
-    command = [sys.executable, "-c", SHOW, *arguments]
+    command = [str(commands() / "python"), "-m", f"tests.config.{SHOW.stem}", *arguments]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "SECRET": "hunter2"}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
@@ -165,7 +157,7 @@ def test_a_section_that_is_none_is_refused_where_a_part_of_it_is_chosen(director
 def test_other_versions_than_params_yaml_names_are_refused(directory):
     path = directory / "params.yaml"
     path.write_text(path.read_text().replace("torch: ", "torch: 1."))
-    script = SHOW.replace("entry.stage(*names)", "entry.stage('pattern', 'environment.torch')")
+    script = SHOW.read_text().replace("entry.stage(*names)", "entry.stage('pattern', 'environment.torch')")
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 1

@@ -1,9 +1,7 @@
 """Everything in conf/ composes; what is wrong in it is said when it is composed, before anything is queued or downloaded."""
 
-import os
 import re
 import subprocess
-import sys
 
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -18,6 +16,7 @@ from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.patterns import PATTERNS
 from stages.pruning.scores import SCORES
 from stages.pruning.updates import UPDATES
+from tests import project as projects
 
 ROOT = CONF.parent
 GROUPS = [path for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "text"]
@@ -251,8 +250,8 @@ def edited(key: str, value: object):
 def test_every_stage_refuses_any_bad_value_before_it_looks_for_a_weight(stage, tmp_path):
     """There is not even a checkpoint here: the configuration is refused first, in one line, without a traceback."""
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(composed()))
-    command = [sys.executable, "-m", *f"stages.{stage}".split(), "pattern.sparsity=1.5"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [str(projects.commands() / "python"), "-m", *f"stages.{stage}".split(), "pattern.sparsity=1.5"]
+    environment = {**projects.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert "ConfigError: pattern.sparsity: found 1.5, wanted a fraction of zeros in [0, 1)" in run.stdout
