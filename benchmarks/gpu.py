@@ -162,13 +162,14 @@ class Results:
     """What is measured so far.
 
     facts: of the machine and the code. rows: label -> seconds, floor [s] and memory [GiB], or None for what needs more than the cap.
-    by_block: label -> seconds a block, or None likewise. later: label -> the commit and the card, of what is of others than `facts` says.
+    by_block: label -> seconds a block, or None likewise.
+    other_runs: label -> commit and card, of what was measured with others than `facts` says.
     """
 
     facts: dict[str, Any]
     rows: dict[str, dict[str, float] | None]
     by_block: dict[str, float | None]
-    later: dict[str, str] = field(default_factory=dict)
+    other_runs: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls) -> "Results":
@@ -176,18 +177,25 @@ class Results:
 
     @classmethod
     def of(cls, machine: "Machine") -> "Results":
-        """Those of this machine and code that an earlier run left, else none; of some rows alone: the others are those of earlier code."""
+        """Those of this machine and code that an earlier run left, else none; where some rows alone are asked for, those of another card
+        or commit, which stay until they are measured again."""
         facts = machine.facts()
         earlier = cls.read() if RESULTS.is_file() else None
-        if earlier and machine.words and earlier.facts == {**facts, **{key: earlier.facts[key] for key in ("commit", "device")}}:
-            now = _run(facts)
-            for label in filter(machine.wanted, (*(row.label for row in rows()), *LABELS)):
-                if earlier.later.get(label, _run(earlier.facts)) != now:
-                    earlier.rows.pop(label, None)
-                    earlier.by_block.pop(label, None)
-                    earlier.later[label] = now
-            return earlier
-        return earlier if earlier and earlier.facts == facts else cls(facts, {}, {})
+        if earlier is None:
+            return cls(facts, {}, {})
+        same = facts | {key: earlier.facts[key] for key in ("commit", "device")} if machine.words else facts
+        return earlier if earlier.facts == same else cls(facts, {}, {})
+
+    def has(self, label: str, run: str) -> bool:
+        """Whether a row was measured by a run, see _run."""
+        return label in self.rows.keys() | self.by_block.keys() and self.other_runs.get(label, _run(self.facts)) == run
+
+    def measured(self, label: str, run: str) -> None:
+        """Write, after a run has put a row in."""
+        self.other_runs.pop(label, None)
+        if run != _run(self.facts):
+            self.other_runs[label] = run
+        self.write()
 
     def write(self) -> None:
         RESULTS.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf8")
@@ -217,7 +225,10 @@ class Results:
     def remarks(self) -> str:
         """What the tables were measured on."""
         facts = self.facts
-        of_run = {run: [label.replace(" | ", ", ") for label, other in self.later.items() if other == run] for run in self.later.values()}
+        of_run = {
+            run: [label.replace(" | ", ", ") for label, other in self.other_runs.items() if other == run]
+            for run in self.other_runs.values()
+        }
         others = "".join(f"; {run}: {'; '.join(labels)}" for run, labels in of_run.items())
         return (
             f"A random checkpoint with zephyr-7b-beta's configuration, {WINDOWS} windows of {LENGTH} tokens (a step of joint learning: "
@@ -341,8 +352,9 @@ class Machine:
 
     def measure_whole(self, results: Results) -> None:
         """The rows that prune the whole checkpoint."""
+        this_run = _run(self.facts())
         for row in rows():
-            if row.label in results.rows or not self.wanted(row.label):
+            if results.has(row.label, this_run) or not self.wanted(row.label):
                 continue
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -354,7 +366,7 @@ class Machine:
             except torch.OutOfMemoryError:
                 traceback.print_exc()
                 results.rows[row.label] = None
-            results.write()
+            results.measured(row.label, this_run)
             print(row.label, results.rows[row.label], file=sys.stderr, flush=True)
 
     def disk_to_disk(self, row: Row) -> None:
@@ -370,8 +382,9 @@ class Machine:
 
     def measure_by_block(self, results: Results) -> None:
         """The rows in seconds a block."""
+        this_run = _run(self.facts())
         for label, (name, *arguments) in LABELS.items():
-            if label in results.by_block or not self.wanted(label):
+            if results.has(label, this_run) or not self.wanted(label):
                 continue
             torch.cuda.empty_cache()
             try:
@@ -379,7 +392,7 @@ class Machine:
             except torch.OutOfMemoryError:
                 traceback.print_exc()
                 results.by_block[label] = None
-            results.write()
+            results.measured(label, this_run)
             print(label, results.by_block[label], file=sys.stderr, flush=True)
 
     def ours(self, method: Method, pattern: Pattern, propagate: Propagation) -> float:

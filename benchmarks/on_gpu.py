@@ -1,11 +1,11 @@
 """The points of the leaderboard and of the orders on a GPU, several at once, by the functions of the stages: no DVC and no network there.
 
 python -m benchmarks.on_gpu inputs DIR            bring both models, their text and calibration windows (needs the network, no GPU)
-python -m benchmarks.on_gpu measure DIR ROWS      measure what is missing or stale (needs DIR, a GPU, and what stages import)
+python -m benchmarks.on_gpu measure DIR ROWS      measure what is missing, or stale on the leaderboard (needs a GPU and what stages import)
 python -m benchmarks.on_gpu take ROWS             add what was measured to benchmarks/quality.json and benchmarks/orders.json
 
 All in float32, as on a CPU. Several processes share the GPU, so neither seconds nor memory are kept. ROWS is written after every point; a
-later run goes on where an earlier one stopped. `take` refuses rows of other code than this.
+later run goes on where an earlier one stopped, but for rows of other code, which it drops and `take` refuses.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks import orders, quality
 from benchmarks.contenders import MODELS, SEEDS, Model, Point
 from stages import evaluate, fetch, observe, prune, sample
 from stages.config.compose import read
-from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_JOURNAL, TEXT, read_json, remove, write_json
+from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_JOURNAL, TEXT, read_json, remove
 
 PRUNED = ("method", "pattern", "allocation", "reconstruction", "prune")  # sections of the prune stage
 FLOAT32 = ("prune.dtype=float32", "evaluation.dtype=float32")
@@ -80,7 +80,7 @@ def windows_of(seed: int) -> Path:
 
 
 def due(known: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, Point]]:
-    """What is missing or stale, by the name of its table: the larger model first, then the orders, then the rest."""
+    """What is missing, or stale on the leaderboard, by the name of its table: the larger model first, then the orders, then the rest."""
     rows = quality.load()
     measured = {(table, quality.of_row(row)) for table, found in known.items() for row in found}
     of_model = {model.base: quality.wanted(rows, [model], list(quality.PATTERNS), again=True) for model in MODELS}
@@ -91,9 +91,13 @@ def due(known: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, Point]]:
 
 
 def measure(directory: Path, path: Path, workers: int, seconds: float) -> None:
-    """Measure what is due into a file, table -> rows."""
-    started = time.monotonic()
-    rows: dict[str, list[dict[str, Any]]] = read_json(path) if path.is_file() else {table: [] for table in TABLES}
+    """Measure what is due into a file, table -> rows.
+
+    Raises:
+        SystemExit: some points failed; says how many.
+    """
+    started, code, failed = time.monotonic(), prune.code_sha256(), 0
+    rows = kept(path, code)
     left = list(due(rows))
     print(f"{len(left)} points are due", flush=True)
     remove(directory / "workers")
@@ -104,11 +108,20 @@ def measure(directory: Path, path: Path, workers: int, seconds: float) -> None:
         for job in as_completed(jobs):
             table, point = jobs[job]
             if (error := job.exception()) is not None:
+                failed += 1
                 print(f"{point}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             elif (row := job.result()) is not None:
-                rows[table].append({**row, "workers": workers, "code_sha256": prune.code_sha256()})
-                write_json(path, rows)
+                rows[table].append({**row, "workers": workers, "code_sha256": code})
+                quality.write_whole(path, rows)
                 print(f"{time.monotonic() - started:.0f} s", table, point.base, point.cell, point.seed, flush=True)
+    if failed:
+        raise SystemExit(f"{failed} of {len(left)} points failed")
+
+
+def kept(path: Path, code: str) -> dict[str, list[dict[str, Any]]]:
+    """What an earlier run of this code measured into a file, by table."""
+    rows = read_json(path) if path.is_file() else {}
+    return {table: [row for row in rows.get(table, []) if row["code_sha256"] == code] for table in TABLES}
 
 
 def _begin(directory: Path) -> None:

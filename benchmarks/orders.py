@@ -10,16 +10,18 @@ benchmarks/orders.json, so that a later run goes on where an earlier one stopped
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
+from benchmarks import quality
 from benchmarks.contenders import MODELS, SEEDS, TEXTS, Model, Point
 from benchmarks.markers import show_between
-from benchmarks.quality import COSTS, run
+from benchmarks.quality import COSTS, run, write_whole
 from benchmarks.table import the_default_afterwards
-from stages.files import read_json, write_json
+from stages.files import read_json
 
 DOCUMENT, RESULTS = Path("docs/engine.md"), Path("benchmarks/orders.json")
 START, END = "<!-- orders: python -m benchmarks.orders -->", "<!-- end of orders -->"
@@ -66,7 +68,7 @@ def load() -> Rows:
 
 def write(rows: Rows) -> None:
     """Into the file, in the order of the points."""
-    write_json(RESULTS, [rows[known] for known in points() if known in rows])
+    write_whole(RESULTS, [rows[known] for known in points() if known in rows])
 
 
 def main() -> None:
@@ -101,7 +103,27 @@ def tables(rows: Rows) -> str:
         f"{'; '.join(f'at {pattern} `{composed}`' for pattern, composed in METHODS['best'].items())}; "
         "it runs pruned blocks, which `one_pass` does not." + (f" {left} of {len(points())} points are not measured yet." if left else "")
     )
-    return "\n\n".join([*parts, notes])
+    return "\n\n".join([*parts, notes + between_devices(rows)])
+
+
+def between_devices(rows: Rows) -> str:
+    """How far perplexities are from those of the leaderboard that were measured on another device with code that prunes alike."""
+    exact = {point: row for point, row in rows.items() if " prune=exact " in point.overrides}
+    known = {
+        (row["base"], row["overrides"], row["pattern"], row["seed"]): row for row in quality.load().values() if not quality.is_stale(row)
+    }
+    ratios = []
+    for point, row in exact.items():
+        other = known.get((point.base, point.overrides.partition(" prune=")[0], point.pattern, point.seed))
+        if other is not None and other["device"] != row["device"]:
+            pairs = [(row["texts"][text], other["texts"][text]) for text in TEXTS if text in row["texts"] and text in other["texts"]]
+            ratios += [abs(math.log(own["perplexity"] / others["perplexity"])) for own, others in pairs]
+    if not ratios:
+        return ""
+    return (
+        f" The same points on the leaderboard, from other devices, differ by {median(ratios):.1%} in the median of {len(ratios)} and by "
+        f"up to {max(ratios):.1%}: smaller differences of one seed tell nothing."
+    )
 
 
 def table(rows: Rows, model: Model) -> str:

@@ -36,6 +36,10 @@ README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
 FIRST = TEXTS[0]  # by which rows are ordered
+ON_GPU = (
+    "{count} points were measured on a GPU in float32, several at once (`python -m benchmarks.on_gpu`), and have neither seconds nor "
+    "memory; ± is over devices, too, where a cell has seeds of both."
+)
 COSTS = ("seconds", "peak_memory_gib")  # of a row, unless it was measured with others at once (benchmarks.on_gpu)
 
 Rows = dict[Point, dict[str, Any]]
@@ -190,9 +194,14 @@ def measure(rows: Rows, models: Collection[Model], patterns: Collection[str], ag
 
 def write(rows: Rows) -> None:
     """Into the file, in the order of the tables."""
-    scratch = RESULTS.with_suffix(".new")
-    write_json(scratch, [rows[known] for model in MODELS for known in points(model) if known in rows])
-    scratch.replace(RESULTS)
+    write_whole(RESULTS, [rows[known] for model in MODELS for known in points(model) if known in rows])
+
+
+def write_whole(path: Path, data: Any) -> None:
+    """Write a file of results or, where that is cut off, leave it as it was."""
+    scratch = path.with_suffix(".new")
+    write_json(scratch, data)
+    scratch.replace(path)
 
 
 def of(rows: Rows, contender: Contender, pattern: str) -> list[dict[str, Any]]:
@@ -264,7 +273,7 @@ def _on_texts(rows: Rows) -> str:
 def _notes(rows: Rows, model: Model) -> str:
     devices = sorted({found["device"] for found in rows.values()})
     together = sum("workers" in found for found in rows.values())
-    shared = f" {together} points were measured on a GPU, several at once (benchmarks.on_gpu), and have no seconds." if together else ""
+    shared = f" {ON_GPU.format(count=together)}" if together else ""
     left = f" {len(absent)} of {len(due(rows, model))} points are not measured yet." if (absent := missing(rows, model)) else ""
     have = "are to have" if absent else "have"
     count = sum(map(is_stale, rows.values()))
@@ -419,6 +428,8 @@ COLUMNS = (
 def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
     explained = f"{EXPLAINED} {unsteadiness(rows)}".strip()
+    if together := sum("workers" in row for row in rows.values()):
+        explained += f" {ON_GPU.format(count=together)} Their command is that of benchmarks.on_gpu, not the one shown."
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
     for model in MODELS:
         known_rows = of_model(rows, model)

@@ -3,7 +3,8 @@
 A point of the pipeline is some twelve processes, and most of a small one's time goes to importing torch, transformers, lm-eval and dvc.
 The programs of project.commands() are `python` and `dvc` whose processes of MODULES are such forks; whatever else they are asked for,
 and where a variable differs that imports have read, they are the real ones. The code of stages is imported by each fork from where it
-stands. Not for tests of imports, of processes by their parents, or of memory.
+stands. Not for tests of imports, of processes by their parents, or of memory; and all forks
+hash strings alike, so that of two runs whose bytes are compared one is to have a PYTHONHASHSEED of its own, which makes it a real one.
 """
 
 import array
@@ -17,11 +18,14 @@ import socket
 import struct
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
-HEAD = struct.Struct("!I")
-PYTHON = "python"
+HEAD, ANSWER = struct.Struct("!I"), struct.Struct("!?i")  # of a request: its length; whether it was taken, and the status of its end
+LOST = 70  # exit code where nobody says how a fork ended
+DVC = "dvc"
 READ_BY_IMPORTS = ("PYTHON", "OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "LD_", "CUDA_")  # prefixes of variables
-HARMLESS = ("HF_HUB_DISABLE_PROGRESS_BARS", PATHS := "PYTHONPATH")  # a library sets the one in DVC's process; a fork obeys the other
+PATHS = "PYTHONPATH"  # which a fork obeys
+HARMLESS = (PATHS, "HF_HUB_DISABLE_PROGRESS_BARS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # a library sets them for DVC, torchrun's processes
 MODULES = ("stages.", "tests.", "torch.distributed.run")  # beginnings of those that are forks
 PRELOADED = (
     "torch",
@@ -72,17 +76,31 @@ def command(address: str, real: str, module: str | None) -> None:
             server.connect(address)
         except OSError:
             os.execv(real, [real, *sys.argv[1:]])
-        request = json.dumps({"module": module, "arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}).encode()  # noqa: PTH109
-        descriptors = array.array("i", [0, 1, 2])
-        server.sendmsg([HEAD.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
-        server.sendall(request)
-        answer = server.recv(HEAD.size)
-    if not answer:
+        first = str(Path.cwd()) if module != DVC else str(Path(real).parent)  # of sys.path
+        facts = {"module": module, "arguments": arguments, "first": first, "cwd": str(Path.cwd()), "environment": dict(os.environ)}
+        request = json.dumps(facts).encode()
+        answer = b""
+        with contextlib.suppress(OSError):
+            server.sendmsg([HEAD.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+            server.sendall(request)
+            answer = _received(server, ANSWER.size)
+    if len(answer) < ANSWER.size:
+        print("the process of this command was lost", file=sys.stderr)
+        os._exit(LOST)
+    taken, status = ANSWER.unpack(answer)
+    if not taken:
         os.execv(real, [real, *sys.argv[1:]])
-    (status,) = HEAD.unpack(answer)
     if os.WIFSIGNALED(status):
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.waitstatus_to_exitcode(status))
+
+
+def _received(connection: socket.socket, count: int) -> bytes:
+    """Bytes, fewer where the other side is gone."""
+    data = b""
+    while len(data) < count and (more := connection.recv(count - len(data))):
+        data += more
+    return data
 
 
 def serve(address: str) -> None:
@@ -116,24 +134,31 @@ def _supervise(connection: socket.socket, imported: dict[str, str]) -> None:
     head, ancillary, _, _ = connection.recvmsg(HEAD.size, socket.CMSG_LEN(3 * 4))
     descriptors = array.array("i")
     descriptors.frombytes(ancillary[0][2])
-    (left,), text = HEAD.unpack(head), b""
-    while len(text) < left:
-        text += connection.recv(left - len(text))
+    (count,) = HEAD.unpack(head)
+    text = _received(connection, count)
+    if len(text) < count:
+        os._exit(1)
     request = json.loads(text)
     if read_by_imports(request["environment"]) != imported:
-        os._exit(0)  # without an answer: the command runs as ever
+        connection.sendall(ANSWER.pack(False, 0))
+        os._exit(0)
     child = os.fork()
     if child == 0:
         connection.close()
+        os.setpgid(0, 0)
         _become(request, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
-    ended = os.pidfd_open(child)
-    if ended not in select.select([ended, connection], [], [])[0]:
+    try:
+        ended = os.pidfd_open(child)
+        if ended not in select.select([ended, connection], [], [])[0]:
+            os.killpg(child, signal.SIGKILL)  # and what it has started: nobody waits any more
+        _, status = os.waitpid(child, 0)
+    except OSError:
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+        raise
     with contextlib.suppress(OSError):  # it was killed
-        connection.sendall(HEAD.pack(status))
+        connection.sendall(ANSWER.pack(True, status))
     os._exit(0)
 
 
@@ -148,7 +173,7 @@ def _become(request: dict, descriptors: "array.array[int]") -> None:
     sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.argv = [request["module"], *request["arguments"]]
-    sys.path[:0] = [request["cwd"], *filter(None, os.environ.get(PATHS, "").split(os.pathsep))]
+    sys.path[:0] = [request["first"], *filter(None, os.environ.get(PATHS, "").split(os.pathsep))]
     code: object = 0
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)

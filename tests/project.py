@@ -19,6 +19,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**unconfigured.ENVIRONMENT, "PYTHONWARNINGS": "default"}
+HASH_SEED = "PYTHONHASHSEED"
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process of a clone compiles its code anew
 
 
@@ -43,12 +44,13 @@ def commands() -> Path:
         (directory / name).chmod(0o755)
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/forked.py"), str(address)],
-        env={name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"},
+        env={name: value for name, value in ENVIRONMENT.items() if name not in ("PYTHONPATH", HASH_SEED)},
         stdin=subprocess.PIPE,  # the server ends with this process
         start_new_session=True,
     )
     atexit.register(server.kill)
-    while not address.exists() and server.poll() is None:
+    while not address.exists():
+        assert server.poll() is None, "the server of forks ended, see above"
         time.sleep(0.02)
     return directory
 
@@ -61,11 +63,8 @@ class Project:
 
     def run(self, *command: str, fails: bool = False) -> str:
         """Output of a command, which must succeed, or must fail."""
-        program, *arguments = command
-        name = "python" if program == sys.executable else program
-        quick = commands() / name
         done = subprocess.run(
-            [str(quick) if quick.is_file() else program, *arguments],  # Popen searches the PATH of this process
+            ["python" if word == sys.executable else word for word in command],
             cwd=self.root,
             env={**ENVIRONMENT, "PATH": f"{commands()}{os.pathsep}{ENVIRONMENT['PATH']}"},
             capture_output=True,

@@ -526,15 +526,24 @@ def test_rows_of_another_run_of_the_gpu_benchmark_stay_where_some_alone_are_meas
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
     label, other = "wanda, exact", "wanda, sequential"
     gpu.Results(first, {}, {label: 1.0, other: 2.0}).write()
-    machine = SimpleNamespace(facts=lambda: second, words=["sequential"], wanted=lambda name: "sequential" in name)
+    machine = SimpleNamespace(facts=lambda: second, words=["sequential"])
     results = gpu.Results.of(machine)
-    assert results.by_block == {label: 1.0}
+    assert (results.has(other, "commit 1 on A"), results.has(other, "commit 2 on B")) == (True, False)
+    assert results.by_block == {label: 1.0, other: 2.0}  # until it is measured again
     results.by_block[other] = 3.0
-    results.write()
-    assert gpu.Results.of(machine).by_block == {label: 1.0, other: 3.0}
-    assert "commit 1 on A; commit 2 on B: wanda, 50%, sequential; " in results.remarks()
+    results.measured(other, "commit 2 on B")
+    results = gpu.Results.of(machine)
+    assert results.by_block == {label: 1.0, other: 3.0}
+    assert results.has(other, "commit 2 on B")
+    assert "one run each: commit 1 on A; commit 2 on B: wanda, sequential. The floor" in results.remarks()
     machine.words = []
     assert gpu.Results.of(machine).by_block == {}
+
+
+def test_rows_of_other_code_are_measured_again_on_a_gpu(tmp_path):
+    write_json(tmp_path / "rows.json", {"quality": [{"seed": 0, "code_sha256": "a"}, {"seed": 1, "code_sha256": "b"}]})
+    assert on_gpu.kept(tmp_path / "rows.json", "b") == {"orders": [], "quality": [{"seed": 1, "code_sha256": "b"}]}
+    assert on_gpu.kept(tmp_path / "none.json", "b") == {"orders": [], "quality": []}
 
 
 def test_every_order_of_pruning_composes():

@@ -245,13 +245,14 @@ def test_text_of_ones_own_is_the_two_files_of_the_docs(project, tmp_path):
     assert "</s>\n<|assistant|>\n" in recorded["first_windows"][0] + recorded["first_windows"][1]
 
 
-def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project):
+def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project, monkeypatch):
     project.stages_run("exp", "run", "-S", "experiment=tiny")
     kept = ["exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass_kept"]
     assert project.stages_run(*kept, "prune") == ["observe", "prune"]
     assert project.stages_run(*kept, "-S", "method=ria", "prune") == ["prune"]
     assert project.stages_run(*kept, "-S", "pattern.sparsity=0.6", "prune") == ["prune"]
     assert json.loads((project.root / "results/prune/provenance.json").read_text())["kept_statistics"] == "norms"
+    monkeypatch.setitem(projects.ENVIRONMENT, projects.HASH_SEED, "7")  # see forked
     from_kept = {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()}
     project.stages_run("exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass", "-S", "pattern.sparsity=0.6", "prune")
     assert {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()} == from_kept

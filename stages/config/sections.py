@@ -38,6 +38,8 @@ SECTIONS = {
 }
 
 Shape = Table[Any] | type
+MOST_READ = 256  # sections that are kept
+_READ: dict[tuple[str, str | None], Any] = {}  # a section's name and what it has -> the section, which must not be changed
 
 
 @cache
@@ -94,18 +96,19 @@ def read(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _section(name: str, node: Any) -> Any:
-    """A section as its dataclass, checked alone, see read."""
-    if not isinstance(node, DictConfig):
-        return typed(name, node, shape(name))  # which refuses it
-    return copy.deepcopy(_read_before(name, json.dumps(OmegaConf.to_container(node, resolve=True))))
-
-
-@lru_cache(maxsize=256)
-def _read_before(name: str, text: str) -> Any:
-    """The same from JSON; must not be changed. A process that composes reads the same sections many times."""
-    section = typed(name, OmegaConf.create(json.loads(text)), shape(name))
-    check(section, name)
-    return section
+    """A section as its dataclass, checked alone, see read; what was read before in this process is not read again."""
+    found: tuple[str, str | None]
+    try:
+        found = name, repr(OmegaConf.to_container(node, resolve=True))
+    except (OmegaConfBaseException, ValueError):  # ValueError: it is no node; `typed` refuses both
+        found = name, None
+    if None in found or found not in _READ:
+        section = typed(name, node, shape(name))
+        check(section, name)
+        if len(_READ) >= MOST_READ:
+            _READ.clear()
+        _READ[found] = section
+    return copy.deepcopy(_READ[found])
 
 
 def register(names: Collection[str] = tuple(SECTIONS)) -> None:

@@ -234,6 +234,32 @@ def test_a_key_that_only_params_yaml_has_is_refused_too():
         sections.read(edited("extra", {"a": 1}))
 
 
+@pytest.mark.parametrize("key", [1, 1.5, True])
+def test_a_name_that_is_no_text_is_refused_whatever_was_read_before(key):
+    plain = OmegaConf.to_container(composed("calibration=c4"))
+    assert sections.read(OmegaConf.create(plain))
+    (source,) = plain["calibration"]["sources"].values()
+    plain["calibration"]["sources"] = {key: source}
+    with pytest.raises(ConfigError, match="calibration"):
+        sections.read(OmegaConf.create(plain))
+
+
+def test_bytes_are_refused():
+    plain = OmegaConf.to_container(composed())
+    plain["publish"]["name"] = b"a"
+    with pytest.raises(ConfigError, match="publish"):
+        sections.read(OmegaConf.create(plain))
+
+
+def test_what_is_read_twice_is_not_the_same_object():
+    cfg = composed()
+    first, second = sections.read(cfg), sections.read(cfg)
+    first["prune"].micro_batch = 17
+    first["evaluation"].corpora.clear()
+    assert second == sections.read(cfg)
+    assert first != second
+
+
 def test_a_corpus_that_nothing_fetches_is_refused():
     with pytest.raises(ConfigError, match="calibration.sources: found 'guess', wanted one of c4_pages"):
         sections.read(edited("calibration.sources", {"guess": {"sampler": "packed", "weight": 1.0}}))
