@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import yaml
 
 from stages.files import sha256
 from tests import project as projects
+from tests.processes import alive, wait_for
 from tests.project import ENVIRONMENT, Project
 
 POINT = ["exp", "run", "-S", "experiment=tiny", "-S", "pattern.sparsity=0.5"]
@@ -34,14 +34,6 @@ def hashes(project: Project) -> dict[str, str]:
 
 def start(project: Project, *command: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=project.root, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -133,13 +125,6 @@ def descendants(pid: int) -> list[int]:
     """The children of a process, and theirs."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
     return [found for child in map(int, listed) for found in (child, *descendants(child))]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_of_two_runs_at_once_the_second_is_refused(project):

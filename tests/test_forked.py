@@ -5,12 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from tests import forked, project
+from tests.processes import alive, wait_for
 from tests.project import ROOT
 
 PROBE = "tests.probe"
@@ -54,21 +53,7 @@ def test_what_no_one_waits_for_ends_with_what_it_has_started(tmp_path):
     wait_for(pids.is_file)
     process.kill()
     process.wait()
-    wait_for(lambda: not any(map(alive, pids.read_text().split())))
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_for(lambda: not any(map(alive, map(int, pids.read_text().split()))))
 
 
 def test_a_fork_that_is_lost_is_an_error_and_the_command_does_not_run_again(tmp_path):
