@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -123,7 +124,7 @@ def measured(point: Point) -> Figures:
         revision: that of the cell's parts, see REVISIONS; missing where it is 0.
     """
     sections = read(*point.arguments, "prune.device=cpu", "prune.dtype=float32")
-    prune.main.function(**{name: sections[name] for name in ("method", "pattern", "allocation", "reconstruction", "prune")})
+    run_prune(sections)
     base, windows = Checkpoint(BASE), load_file(CALIBRATION / "windows.safetensors")["windows"]
     delta = SparseDelta(SPARSE, base.fingerprint)
     dense, pruned = (load_model(base, apply, dtype=torch.float32, device=torch.device("cpu")) for apply in (None, delta.apply))
@@ -136,6 +137,11 @@ def measured(point: Point) -> Figures:
     }
     revision = sum(number for override, number in REVISIONS.items() if override in point.overrides)
     return {name: float(f"{value:.6g}") for name, value in figures.items()} | ({"revision": revision} if revision else {})
+
+
+def run_prune(sections: dict[str, Any]) -> None:
+    """The prune stage, in the current directory. sections: all that are composed, by name."""
+    prune.main.function(**{name: sections[name] for name in prune.main.parameters[""] if name in sections})
 
 
 def norm(tensors: list[torch.Tensor]) -> float:

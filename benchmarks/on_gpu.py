@@ -19,15 +19,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import orders, quality
+from benchmarks import behaviour, orders, quality
 from benchmarks.contenders import MODELS, SEEDS, Model, Point
 from stages import evaluate, fetch, observe, prune, sample
 from stages.config.compose import read
 from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_JOURNAL, TEXT, read_json, remove
 
-PRUNED = ("method", "pattern", "allocation", "reconstruction", "prune")  # sections of the prune stage
 FLOAT32 = ("prune.dtype=float32", "evaluation.dtype=float32")
-TABLES = {"orders": orders, "quality": quality}
+TABLES = ("orders", "quality")
 
 
 def main() -> None:
@@ -81,11 +80,11 @@ def windows_of(seed: int) -> Path:
 
 def due(known: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, Point]]:
     """What is missing, or stale on the leaderboard, by the name of its table: the larger model first, then the orders, then the rest."""
-    rows = quality.load()
+    rows, ordered = quality.load(), orders.load()
     measured = {(table, quality.of_row(row)) for table, found in known.items() for row in found}
     of_model = {model.base: quality.wanted(rows, [model], list(quality.PATTERNS), again=True) for model in MODELS}
     small, large = (of_model[model.base] for model in MODELS)
-    compared = [point for point in orders.points() if point not in orders.load()]
+    compared = [point for point in orders.points() if point not in ordered]
     for table, points in (("quality", large), ("orders", compared), ("quality", small)):
         yield from ((table, point) for point in points if (table, point) not in measured)
 
@@ -153,7 +152,7 @@ def _measured(point: Point, end: float) -> dict[str, Any] | None:
         CALIBRATION.unlink(missing_ok=True)
         CALIBRATION.symlink_to(windows_of(point.seed).resolve())
         sections = read("evaluation=perplexity", *point.arguments, *FLOAT32)
-        prune.main.function(**{name: sections[name] for name in PRUNED})
+        behaviour.run_prune(sections)
         evaluate.main.function(part="sparse", evaluation=sections["evaluation"])
         row = quality.outcome(point)
     return {key: value for key, value in row.items() if key not in quality.COSTS}

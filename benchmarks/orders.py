@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks import quality
 from benchmarks.contenders import MODELS, SEEDS, TEXTS, Model, Point
 from benchmarks.markers import show_between
-from benchmarks.quality import COSTS, run, write_whole
 from benchmarks.table import the_default_afterwards
 from stages.files import read_json
 
@@ -63,12 +62,12 @@ def orders_of(method: str) -> tuple[str, ...]:
 
 def load() -> Rows:
     rows = read_json(RESULTS) if RESULTS.is_file() else []
-    return {Point(**{key: row[key] for key in Point.__dataclass_fields__}): row for row in rows}
+    return {quality.of_row(row): row for row in rows}
 
 
 def write(rows: Rows) -> None:
     """Into the file, in the order of the points."""
-    write_whole(RESULTS, [rows[known] for known in points() if known in rows])
+    quality.write_whole(RESULTS, [rows[known] for known in points() if known in rows])
 
 
 def main() -> None:
@@ -84,7 +83,7 @@ def main() -> None:
             for point in left:
                 if time.monotonic() - started > 60 * arguments.minutes:
                     break
-                rows[point] = run(point)
+                rows[point] = quality.run(point)
                 write(rows)
     show_between(DOCUMENT, START, END, tables(rows))
 
@@ -139,7 +138,7 @@ def table(rows: Rows, model: Model) -> str:
                 continue
             chosen = {order: [found[seed] for seed in seeds] for order, found in of_order.items()}
             perplexities = [_perplexities(chosen[order]) if order in chosen else "–" for order in ORDERS]
-            costs = [_cost(of_order, order, key) if order in chosen else "–" for key in COSTS for order in ORDERS[1:]]
+            costs = [_cost(of_order, order, key) if order in chosen else "–" for key in quality.COSTS for order in ORDERS[1:]]
             cells = [method, pattern, ", ".join(map(str, seeds)), *perplexities, *costs]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -36,10 +36,6 @@ README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
 FIRST = TEXTS[0]  # by which rows are ordered
-ON_GPU = (
-    "{count} points were measured on a GPU in float32, several at once (`python -m benchmarks.on_gpu`), and have neither seconds nor "
-    "memory; ± is over devices, too, where a cell has seeds of both."
-)
 COSTS = ("seconds", "peak_memory_gib")  # of a row, unless it was measured with others at once (benchmarks.on_gpu)
 
 Rows = dict[Point, dict[str, Any]]
@@ -272,8 +268,6 @@ def _on_texts(rows: Rows) -> str:
 
 def _notes(rows: Rows, model: Model) -> str:
     devices = sorted({found["device"] for found in rows.values()})
-    together = sum("workers" in found for found in rows.values())
-    shared = f" {ON_GPU.format(count=together)}" if together else ""
     left = f" {len(absent)} of {len(due(rows, model))} points are not measured yet." if (absent := missing(rows, model)) else ""
     have = "are to have" if absent else "have"
     count = sum(map(is_stale, rows.values()))
@@ -288,8 +282,19 @@ def _notes(rows: Rows, model: Model) -> str:
         f"{', '.join(PUBLISHED)}{more} {have} {len(SEEDS)}, others the first alone. Rows "
         "stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
         "–: does not apply."
-        f"{shared}{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
+        f"{with_others(rows)}{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
         "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
+    )
+
+
+def with_others(rows: Rows) -> str:
+    """What points are without that were measured with others at once; nothing where none was."""
+    count = sum("workers" in row for row in rows.values())
+    if not count:
+        return ""
+    return (
+        f" {count} points were measured on a GPU in float32, several at once (`python -m benchmarks.on_gpu`), and have neither seconds nor "
+        "memory; ± is over devices, too, where a cell has seeds of both."
     )
 
 
@@ -428,8 +433,8 @@ COLUMNS = (
 def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
     explained = f"{EXPLAINED} {unsteadiness(rows)}".strip()
-    if together := sum("workers" in row for row in rows.values()):
-        explained += f" {ON_GPU.format(count=together)} Their command is that of benchmarks.on_gpu, not the one shown."
+    if shared := with_others(rows):
+        explained += f"{shared} Their command is that of benchmarks.on_gpu, not the one shown."
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
     for model in MODELS:
         known_rows = of_model(rows, model)

@@ -3,8 +3,8 @@
 A point of the pipeline is some twelve processes, and most of a small one's time goes to importing torch, transformers, lm-eval and dvc.
 The programs of project.commands() are `python` and `dvc` whose processes of MODULES are such forks; whatever else they are asked for,
 and where a variable differs that imports have read, they are the real ones. The code of stages is imported by each fork from where it
-stands. Not for tests of imports, of processes by their parents, or of memory; and all forks
-hash strings alike, so that of two runs whose bytes are compared one is to have a PYTHONHASHSEED of its own, which makes it a real one.
+stands. Not for tests of imports, of processes by their parents, or of memory; and all forks hash strings alike, so that of two runs
+whose bytes are compared one is to have a PYTHONHASHSEED of its own, which makes it a real one.
 """
 
 import array

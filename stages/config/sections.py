@@ -39,7 +39,7 @@ SECTIONS = {
 
 Shape = Table[Any] | type
 MOST_READ = 256  # sections that are kept
-_READ: dict[tuple[str, str | None], Any] = {}  # a section's name and what it has -> the section, which must not be changed
+_READ: dict[tuple[str, str], Any] = {}  # a section's name and what it has -> the section, which must not be changed
 
 
 @cache
@@ -97,18 +97,21 @@ def read(cfg: DictConfig) -> dict[str, Any]:
 
 def _section(name: str, node: Any) -> Any:
     """A section as its dataclass, checked alone, see read; what was read before in this process is not read again."""
-    found: tuple[str, str | None]
     try:
         found = name, repr(OmegaConf.to_container(node, resolve=True))
-    except (OmegaConfBaseException, ValueError):  # ValueError: it is no node; `typed` refuses both
-        found = name, None
-    if None in found or found not in _READ:
-        section = typed(name, node, shape(name))
-        check(section, name)
+    except (OmegaConfBaseException, ValueError):  # ValueError: it is no node
+        return _checked(name, node)  # which refuses both
+    if found not in _READ:
         if len(_READ) >= MOST_READ:
             _READ.clear()
-        _READ[found] = section
+        _READ[found] = _checked(name, node)
     return copy.deepcopy(_READ[found])
+
+
+def _checked(name: str, node: Any) -> Any:
+    section = typed(name, node, shape(name))
+    check(section, name)
+    return section
 
 
 def register(names: Collection[str] = tuple(SECTIONS)) -> None:
