@@ -1,8 +1,26 @@
-"""Waiting for what other processes do."""
+"""Processes that run functions of the tests, and waiting for what other processes do."""
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import chdir
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMPORTED = ["tests.pruning.test_journal", "tests.pruning.test_kept", "tests.pruning.test_sensitivity"]  # whose functions they run
+
+
+@cache
+def forks() -> ForkServerContext:
+    """Processes that begin with these modules imported: forks of a server that has neither threads nor locks, as this process may have."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with chdir(ROOT):  # where the server finds the tests
+        forkserver.ensure_running()
+    return context
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

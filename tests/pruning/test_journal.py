@@ -1,6 +1,5 @@
 """Kill -9 at any moment, run again: the bytes are those of a run that nobody interrupted."""
 
-import multiprocessing
 import os
 import pkgutil
 import random
@@ -25,6 +24,7 @@ from stages.pruning.patterns import NmSection, UnstructuredSection
 from stages.pruning.reconstructions.block import BlockSection
 from stages.pruning.reconstructions.distilled import DistilledSection
 from tests.methods import made
+from tests.processes import forks
 
 METHOD = made("obs", "sparsegpt", comparison_group="matrix", block_size=16)
 PATTERN = UnstructuredSection(name="unstructured", sparsity=0.5)
@@ -63,15 +63,12 @@ def resumed_after() -> int:
     return read_json(PRUNE_RESULTS / "provenance.json")["resumed_after"]
 
 
-# A fork of this process would inherit the locks of its threads, some of them held; the server has neither threads nor locks.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["stages.prune", "transformers.models.mistral.modeling_mistral"])
 LONGEST = 300  # seconds that a run of a second may take
 
 
 def killed_while(prepare: Callable[[], object], **changes: object) -> bool:
     """Run the stage in a child process that `prepare` arranges to be killed; whether it was, or had finished before."""
-    child = PROCESSES.Process(target=prepared_run, args=(Path.cwd(), prepare, changes))
+    child = forks().Process(target=prepared_run, args=(Path.cwd(), prepare, changes))
     child.start()
     child.join(LONGEST)
     if child.exitcode is None:

@@ -1,6 +1,5 @@
 """Statistics that are kept: a point pruned for them has the bytes of one for which the windows run through every block."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ from stages.pruning import kept
 from stages.pruning.section import Kept, Prune
 from stages.streaming.decoder import Decoder
 from tests.dependencies import code_of
+from tests.processes import forks
 from tests.project import ROOT
 from tests.pruning.test_architectures import fetched
 
@@ -381,10 +381,6 @@ def test_an_error_leaves_what_was_there(project, monkeypatch):
     assert {path.name: path.read_bytes() for path in STATISTICS.iterdir()} == before
 
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["stages.prune", "stages.pruning.kept"])
-
-
 def killed_at_the_second_block(directory: Path) -> None:
     """In a child process."""
     torch.set_num_threads(1)
@@ -401,7 +397,7 @@ def killed_at_the_second_block(directory: Path) -> None:
 
 
 def test_what_a_killed_run_wrote_is_not_taken_for_whole(project):
-    child = PROCESSES.Process(target=killed_at_the_second_block, args=(project,))
+    child = forks().Process(target=killed_at_the_second_block, args=(project,))
     child.start()
     child.join(300)
     assert child.exitcode == -signal.SIGKILL
