@@ -3,7 +3,7 @@
 python -m benchmarks.llama_cpp_divergence DIRECTORY VERSION     of llama.cpp's programs llama-perplexity and llama-quantize
 
 llama-quantize makes a model of lower quality of an embedded GGUF file, `--pure` and without its embedding; on our side
-stages/evaluation/quantisation.py does, from the same weights. llama-perplexity --kl-divergence compares the two files twice: with all
+stages/quantisation/ggml.py does, from the same weights. llama-perplexity --kl-divergence compares the two files twice: with all
 weights dequantised to float32, as ours are, and as a user would run them, where it rounds the inputs of each product to 8 bits. It cuts
 the text into windows, and scores the second half of each; ours are the same tokens, which it writes into a file. That file has the dense
 model's log-probabilities in 16 bits, see as_stored; ours are computed without and with that rounding.
@@ -32,8 +32,8 @@ from benchmarks.contenders import MODELS
 from stages import devices
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
-from stages.evaluation.quantisation import Quantiser
 from stages.files import BASE, TEXT, read_json, write_json
+from stages.quantisation.ggml import Quantiser
 from stages.rows import Rows
 from stages.sources.base import join_parts
 from stages.streaming.decoder import Decoder

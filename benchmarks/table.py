@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markers import show_between
+from stages import limits
 from stages.bos import words
-from stages.evaluation import limits
 from stages.evaluation.measurement import from_rows
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
 

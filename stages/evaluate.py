@@ -56,9 +56,9 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score base + delta and write its results with the dense model's."""
     from stages.checkpoint.delta import SparseDelta  # the dense model's results do not depend on these two
-    from stages.evaluation.comparison import frontier_rows, paired_accuracies, paired_generations, prompt_sensitivity
-    from stages.evaluation.reference import read_dense
-    from stages.evaluation.size import size_measurements
+    from stages.comparison.paired import frontier_rows, paired_accuracies, paired_generations, prompt_sensitivity
+    from stages.comparison.reference import read_dense
+    from stages.comparison.size import size_measurements
 
     dense = read_dense(DENSE_RESULTS, setup.protocol())
     delta = SparseDelta(SPARSE, setup.base.fingerprint)

@@ -37,16 +37,16 @@ def evaluate_rounded(evaluation: "Evaluation") -> None:
     """Score base + delta, rounded, by the same evaluation as the pruned model; no prompt is continued."""
     from stages import record
     from stages.checkpoint.delta import SparseDelta
-    from stages.evaluation.float8 import Float8
+    from stages.comparison.reference import read_dense
     from stages.evaluation.journal import opened
     from stages.evaluation.measurement import as_rows
     from stages.evaluation.metrics import METRICS
     from stages.evaluation.protocol import write_protocol
-    from stages.evaluation.reference import read_dense
     from stages.evaluation.results import Scores
     from stages.evaluation.running import answer_tasks, loader, measure, observe
     from stages.evaluation.scoring import DENSE
     from stages.evaluation.setup import prepare
+    from stages.quantisation.float8 import Float8
     from stages.streaming.decoder import Decoder
 
     stopwatch = record.Stopwatch()

@@ -40,16 +40,16 @@ def main(ruler: "Ruler", evaluation: "Evaluation") -> None:
 def evaluate_types(ruler: "Ruler", evaluation: "Evaluation") -> None:
     """Score the base quantised to each type: the corpora side by side with the dense model, then the tasks; no prompt is continued."""
     from stages import record
+    from stages.comparison.reference import read_dense
     from stages.evaluation.journal import opened
     from stages.evaluation.measurement import as_rows
     from stages.evaluation.metrics import METRICS
     from stages.evaluation.protocol import write_protocol
-    from stages.evaluation.quantisation import Quantiser
-    from stages.evaluation.reference import read_dense
     from stages.evaluation.results import Scores
     from stages.evaluation.running import answer_tasks, loader, measure, observe
     from stages.evaluation.scoring import DENSE
     from stages.evaluation.setup import prepare
+    from stages.quantisation.ggml import Quantiser
     from stages.streaming.decoder import Decoder
 
     stopwatch = record.Stopwatch()

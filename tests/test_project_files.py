@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from stages.evaluation import quantisation
+from stages.quantisation import ggml
 from tests.project import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,8 +47,8 @@ def test_a_dependency_is_pinned_within_its_bounds(name):
 def test_the_library_of_an_extra_is_pinned_within_its_bounds():
     (line,) = PROJECT["optional-dependencies"]["ruler"]
     pins = dict(pin.split("==") for pin in (ROOT / "constraints.txt").read_text().splitlines())
-    assert Requirement(line).name == quantisation.PACKAGE
-    assert Requirement(line).specifier.contains(pins[quantisation.PACKAGE])
+    assert Requirement(line).name == ggml.PACKAGE
+    assert Requirement(line).specifier.contains(pins[ggml.PACKAGE])
 
 
 OPTIONAL = [

@@ -4,11 +4,11 @@ from typing import Any
 
 from stages.calibration import section as calibration
 from stages.evaluation import section as evaluation
-from stages.evaluation.quantisation import TYPES
 from stages.pruning.allocations import ALLOCATIONS
 from stages.pruning.judged import judged_choices
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import Propagation
+from stages.quantisation.ggml import TYPES
 from stages.schema import require, require_one_of
 from stages.sources.readers import READERS
 

@@ -1,1 +1,1 @@
-"""Scores of the dense and the pruned model, and their comparison."""
+"""Scores of a model on texts, tasks and prompts."""

@@ -89,7 +89,7 @@ class Evaluation:
 class Ruler:
     """The base quantised, as a ruler for what pruning does to it.
 
-    types: of llama.cpp, see stages/evaluation/quantisation.py; none: nothing is scored.
+    types: of llama.cpp, see stages/quantisation/ggml.py; none: nothing is scored.
     tasks: whether the quantised models answer the tasks, too; else they are scored on the corpora alone.
     """
 

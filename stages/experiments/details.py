@@ -42,7 +42,7 @@ class Details:
     measurements: of the pruned model, see results/sparse/details/measurements.json. generations: both models' texts.
     matrices: rows of results/prune/sparsity.json. run: the record of the prune stage. ruler: measurements of quantised models, or none.
     speed: "dense" and "sparse" -> how fast that model continued the prompts, and on what; as far as it was measured.
-    sensitivity: how far dense and pruned drift apart by style of prompts, see evaluation.comparison.prompt_sensitivity.
+    sensitivity: how far dense and pruned drift apart by style of prompts, see comparison.paired.prompt_sensitivity.
     """
 
     experiment: Experiment

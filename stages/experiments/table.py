@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from stages.evaluation import limits
+from stages import limits
 from stages.evaluation.measurement import Difference, Measurement
 from stages.evaluation.metric import Shown
 from stages.evaluation.metrics import shown_measurements

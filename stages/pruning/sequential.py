@@ -25,19 +25,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stages.devices import current, free_gpu_memory
 from stages.errors import PruningError
+from stages.pruning.activations import Activations
 from stages.pruning.distributed import all_reduce
 from stages.pruning.experts import route_to, routed_modules, weight_of
 from stages.pruning.inputs import CalibratedOn, EvenSample, Inputs, by_window
 from stages.pruning.observer import even_sample, even_sample_of_held_out
 from stages.pruning.statistics import Gram, Statistic
-from stages.streaming.activations import Activations
+from stages.pruning.turns import Turns
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
 from stages.streaming.host_memory import page_locked_bytes
 from stages.streaming.products import Factors
 from stages.streaming.reading import MISSING, Identity, restore
 from stages.streaming.stream import Stream
-from stages.streaming.turns import Turns
 
 Prune = Callable[[list[Inputs], dict[Layer, torch.Tensor]], None]
 

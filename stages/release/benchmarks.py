@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
-from stages.evaluation import limits
+from stages import limits
 from stages.evaluation.measurement import Kind
 from stages.release.records import Records
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from stages import limits
 from stages.bos import words
 from stages.checkpoint.delta import SparseDelta
-from stages.evaluation import limits
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.evaluation.metrics import shown_measurements
 from stages.pruning.allocations import ALLOCATIONS
@@ -342,7 +342,7 @@ def shots(task: dict[str, Any]) -> str:
 
 
 def apart(task: dict[str, Any]) -> str:
-    """How far both models are apart on the rows of a task, see evaluation.comparison.paired_accuracies."""
+    """How far both models are apart on the rows of a task, see comparison.paired.paired_accuracies."""
     interval = "" if task["low"] is None else f" [{task['low']:+.3f}, {task['high']:+.3f}]"
     return f"{task['difference']:+.3f}{interval}; {task['lost']} lost, {task['gained']} gained"
 

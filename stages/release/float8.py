@@ -1,7 +1,7 @@
 """A packed release with the matrices in scope as floats of 8 bits, in the layout of compressed-tensors, checked.
 
 For `X.weight`, float8 E4M3, there is `X.weight_scale`, [rows, 1], in the base's dtype: the format float-quantized, a scale for each output
-channel, inputs as they are. config.json names it in quantization_config. See stages/evaluation/float8.py.
+channel, inputs as they are. config.json names it in quantization_config. See stages/quantisation/float8.py.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from stages.checkpoint.layout import read_layout
 from stages.checkpoint.model import empty_model, load_model
 from stages.checkpoint.reader import INDEX, Checkpoint
 from stages.errors import ConfigError, ReleaseError
-from stages.evaluation.float8 import DTYPE, Float8, quantise, require_linear
 from stages.files import read_json, write_json
+from stages.quantisation.float8 import DTYPE, Float8, quantise, require_linear
 from stages.release.loading import load_stock, require_auto_class
 
 PACKAGE = "compressed_tensors"

@@ -63,8 +63,8 @@ class Records:
 
     base, text, calibration, prune: the provenance of each. dense, sparse: measurements. dense_protocol, protocol: what the measurements
     of the dense and of the pruned model mean. tasks: both models on the same rows, a row a task, see
-    evaluation.comparison.paired_accuracies. generations: a row a prompt, both models'. dense_run, sparse_run: what the evaluations took.
-    sensitivity: a row for each other style of prompts and task, see evaluation.comparison.prompt_sensitivity.
+    comparison.paired.paired_accuracies. generations: a row a prompt, both models'. dense_run, sparse_run: what the evaluations took.
+    sensitivity: a row for each other style of prompts and task, see comparison.paired.prompt_sensitivity.
     """
 
     base: Data

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from stages.bos import Bos
 from stages.checkpoint.model import Apply, load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.comparison.paired import paired_generations
 from stages.errors import CheckpointError, ConfigError, TextError
-from stages.evaluation.comparison import paired_generations
 from stages.evaluation.generation import generate, require_prompts
 from stages.evaluation.harness import WholeModel
 from stages.evaluation.questions import stock_definition

@@ -16,13 +16,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, PruningError
-from stages.pruning import sequential
+from stages.pruning import sequential, turns
+from stages.pruning.activations import Activations
 from stages.pruning.block_loop import Plan, PrunedBlock, prune_blocks
 from stages.pruning.method import prune_matrices
 from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import Reconstruction
-from stages.streaming import turns
-from stages.streaming.activations import Activations
 from stages.streaming.decoder import Decoder
 from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream

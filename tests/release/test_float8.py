@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import INDEX
 from stages.errors import ConfigError, ReleaseError
-from stages.evaluation.float8 import Float8
+from stages.quantisation.float8 import Float8
 from stages.release import float8
 from stages.release.float8 import check_float8, require_float8, to_float8
 from stages.release.packing import pack

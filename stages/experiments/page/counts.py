@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.evaluation import limits
+from stages import limits
 from stages.experiments.details import name_of
 from stages.experiments.page.group import Group
 from stages.experiments.paired import Metric

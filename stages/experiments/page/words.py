@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.evaluation import limits
+from stages import limits
 from stages.evaluation.statistics import Estimate
 from stages.experiments.details import Details
 from stages.experiments.page.counts import no_interval

@@ -9,8 +9,8 @@ from typing import Any
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from stages import limits
 from stages.errors import SparsesweepError
-from stages.evaluation import limits
 from stages.experiments.details import Details
 from stages.experiments.page import charts, repeats, words
 from stages.experiments.page.content import content, matrices_content, measured_costs, points, protocol_rows, references

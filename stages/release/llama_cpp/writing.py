@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, ReleaseError
-from stages.evaluation.quantisation import TYPES, QuantisationType, blocks_of, fitting_shape
+from stages.quantisation.ggml import TYPES, QuantisationType, blocks_of, fitting_shape
 from stages.release.llama_cpp.architectures import (
     Architecture,
     architecture_of,

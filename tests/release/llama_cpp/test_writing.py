@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, ReleaseError
-from stages.evaluation.quantisation import TYPES, QuantisationType, quantised
+from stages.quantisation.ggml import TYPES, QuantisationType, quantised
 from stages.release.llama_cpp.writing import FILE_TYPES, GgufWriter, write_checked
 from stages.release.packing import pack
 from stages.release.section import ZERO_KEEPING

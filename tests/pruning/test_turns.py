@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from stages.streaming.turns import Turns
+from stages.pruning.turns import Turns
 
 
 def test_functions_go_on_where_they_paused():

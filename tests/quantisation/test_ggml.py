@@ -9,11 +9,11 @@ import torch
 
 from stages.checkpoint.model import load_model
 from stages.errors import ArchitectureError, ConfigError
-from stages.evaluation import quantisation
 from stages.evaluation.metric import Corpus, window_means
 from stages.evaluation.metrics import METRICS
-from stages.evaluation.quantisation import TYPES, Quantiser, fitting, ggml_base, quantised, type_named
 from stages.evaluation.scoring import StreamedModels
+from stages.quantisation import ggml
+from stages.quantisation.ggml import TYPES, Quantiser, fitting, ggml_base, quantised, type_named
 from stages.streaming.decoder import Decoder
 from tests import architectures
 from tests.pruning.test_architectures import fetched
@@ -58,13 +58,13 @@ def test_four_bits_are_the_nearest_eighth_of_the_blocks_largest_weight():
 @pytest.mark.parametrize("name", TYPES_OF_32)
 def test_gguf_writes_the_bytes_of_llama_cpps_own_library(name):
     weight = gaussian(16, 512).numpy()
-    assert np.array_equal(gguf.quantize(weight, TYPES[name].code), quantisation._by_ggml(weight, TYPES[name]))
+    assert np.array_equal(gguf.quantize(weight, TYPES[name].code), ggml._by_ggml(weight, TYPES[name]))
 
 
 @pytest.mark.parametrize("name", K_TYPES)
 def test_gguf_dequantises_as_llama_cpps_own_library_does(name):
     weight, of = gaussian(16, 512), TYPES[name]
-    blocks, values = quantisation._by_ggml(weight.numpy(), of), np.empty((16, 512), dtype=np.float32)
+    blocks, values = ggml._by_ggml(weight.numpy(), of), np.empty((16, 512), dtype=np.float32)
     dequantise = getattr(ggml_base(), f"dequantize_row_{name.lower().replace('k', 'K')}")
     dequantise.argtypes, dequantise.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     dequantise(blocks.ctypes.data, values.ctypes.data, values.size)
@@ -142,7 +142,7 @@ def test_without_the_package_the_error_says_what_installs_it(reloaded, base):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    reloaded.setattr(quantisation, "files", missing)
+    reloaded.setattr(ggml, "files", missing)
     message = r"^found no package libggml-python, wanted its libggml-base: .* pip install -c constraints.txt -e '\.\[ruler\]' brings it$"
     with pytest.raises(ConfigError, match=message):
         quantised(torch.zeros(1, 256), TYPES["Q4_K"])
@@ -150,14 +150,14 @@ def test_without_the_package_the_error_says_what_installs_it(reloaded, base):
 
 
 def test_a_package_without_the_library_is_refused(reloaded):
-    reloaded.setattr(quantisation, "files", lambda _: [])
+    reloaded.setattr(ggml, "files", lambda _: [])
     with pytest.raises(ConfigError, match="^package libggml-python: found none of libggml-base.so, .* in it; it quantises"):
         ggml_base()
 
 
 def test_a_quantiser_that_lacks_the_library_is_not_made(reloaded, tmp_path):
     decoder = made_of(fetched_with_rows_of_256(tmp_path))
-    reloaded.setattr(quantisation, "files", lambda _: [])
+    reloaded.setattr(ggml, "files", lambda _: [])
     with pytest.raises(ConfigError, match="^package libggml-python"):
         Quantiser.for_decoder(decoder, "Q4_K")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.evaluation.comparison import prompt_sensitivity
+from stages.comparison.paired import prompt_sensitivity
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.evaluation.results import Results, task_measurements
 from stages.evaluation.statistics import mean

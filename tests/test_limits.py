@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.evaluation import limits
+from stages import limits
 
 BOOLQ = {"rows": 20, "available": 3270, "parts": 1, "asked": 20}
 

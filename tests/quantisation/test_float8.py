@@ -3,7 +3,7 @@ import torch
 
 from stages.checkpoint.delta import Change
 from stages.errors import ArchitectureError
-from stages.evaluation.float8 import Float8, dequantise, quantise
+from stages.quantisation.float8 import Float8, dequantise, quantise
 from tests import deltas
 
 

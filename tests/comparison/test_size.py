@@ -1,7 +1,7 @@
 import torch
 
 from stages.checkpoint.delta import Change
-from stages.evaluation.size import size_measurements
+from stages.comparison.size import size_measurements
 from tests import deltas
 from tests.evaluation.delta import UP
 
