@@ -12,7 +12,7 @@ from stages.errors import SparsesweepError
 from stages.experiments.page.group import read_groups
 from stages.experiments.page.writing import write
 from stages.experiments.reading import read_experiments
-from stages.files import COMPARISON
+from stages.files import COMPARISON, FRONTIER, sha256
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def write_page(directory: Path) -> str:
         reasons = "".join(f"\nleft out {one.name}: {one.reason}" for one in (*missing, *unread))
         raise SparsesweepError(f"found no evaluated experiment, wanted at least one; `dvc exp run` runs one{reasons}")
     write(directory, groups, [*missing, *unread])
-    return f"wrote {directory / 'index.html'}: {sum(len(group.results) for group in groups)} experiments"
+    wrote = f"wrote {directory / 'index.html'}: {sum(len(group.results) for group in groups)} experiments"
+    return wrote if directory != COMPARISON else f"{wrote}; in the picture of a card by -S publish.frontier={sha256(FRONTIER)}"
 
 
 if __name__ == "__main__":

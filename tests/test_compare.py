@@ -1,5 +1,6 @@
 """The command that writes the page."""
 
+import hashlib
 import sys
 
 import pytest
@@ -34,9 +35,12 @@ def test_everything_that_is_read_is_written(run, capsys):
     assert capsys.readouterr().out == "wrote elsewhere/index.html: 2 experiments\n"
 
 
-def test_without_a_directory_it_is_one_that_git_ignores(run):
+def test_without_a_directory_it_is_one_that_git_ignores_whose_frontier_a_card_may_show(run, tmp_path, capsys):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison/frontier.json").write_text("[]")
     ((directory, _, _),) = run(([], []), ([synthetic.other_group()], []))
     assert str(directory) == "comparison"
+    assert f"-S publish.frontier={hashlib.sha256(b'[]').hexdigest()}" in capsys.readouterr().out
 
 
 def test_without_an_experiment_the_reasons_are_said(run):

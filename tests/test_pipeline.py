@@ -121,6 +121,11 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
     line = sparser[sparser.index("dvc exp run") :]
     assert "pattern.sparsity=0.75" in line
     assert project.stages_run(*shlex.split(line)[1:]) == []
+    compared = project.run(sys.executable, "-m", "stages.compare")
+    override = re.search(r"publish\.frontier=[0-9a-f]{64}", compared)[0]
+    assert sorted(project.stages_run(*shlex.split(line)[1:], "-S", override)) == ["publish", "upload"]
+    assert "(frontier.png)" in (project.root / "release/README.md").read_text()
+    assert "frontier.json" in (project.root / "release/SHA256SUMS").read_text()
     elsewhere = project.root.parent / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(

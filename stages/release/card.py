@@ -42,13 +42,14 @@ class Others:
     """What a release holds beside the checkpoint in the base's dtype, or in its place.
 
     gguf: what was read back from the files for llama.cpp. float8: what was from a checkpoint in float8, or None; float8_results: its
-    measurements. packed: whether its shards are packed.
+    measurements. packed: whether its shards are packed. picture: Markdown of the picture of the frontier, or nothing.
     """
 
     gguf: list[Counted]
     float8: CountedFloat8 | None
     float8_results: list[Measurement]
     packed: bool
+    picture: str = ""
 
 
 PIPELINES = {  # name of an auto class -> the pipeline of transformers that loads it
@@ -612,6 +613,7 @@ def of_files(name: str, records: Records, verified: Verified, others: Others) ->
     """What the template says of the files."""
     return {
         "stored_as": stored_as(others),
+        "picture": others.picture,
         "packed": "the files here are packed further" if others.packed else "no file here is packed",
         "unpacking": unpacking(name) if others.packed else "",
         "loaded": loaded(verified),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from stages.release.names import LEGAL, is_legal, is_repository
-from stages.schema import checked, one_of, require, require_one_of
+from stages.schema import checked, is_sha256, one_of, require, require_one_of
 
 FORMATS = ("safetensors", "gguf")
 ZERO_KEEPING = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0", "Q3_K")  # types of llama.cpp in which 0 stays exactly 0
@@ -21,6 +21,7 @@ class Contents:
         compressed-tensors; the GGUF files are of the base's dtype all the same.
     packed: whether its shards are packed without loss, see docs/packed.md. masks_only: whether masks alone are packed, to be applied to
         the base; where kept weights did not change.
+    frontier: SHA-256 of the comparison/frontier.json that the card's picture shows the release in; null: no picture.
     """
 
     name: str | None = checked(is_legal, LEGAL)
@@ -30,6 +31,7 @@ class Contents:
     dtype: str = one_of("base", "float8")
     packed: bool
     masks_only: bool
+    frontier: str | None = checked(is_sha256, "the SHA-256 of comparison/frontier.json, which `make compare` prints, or null")
 
     @property
     def written_gguf_types(self) -> list[str]:

@@ -11,15 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stages import limits
 from stages.errors import SparsesweepError
+from stages.evaluation.protocol import compared
 from stages.experiments.details import Details
 from stages.experiments.page import charts, repeats, words
 from stages.experiments.page.content import content, matrices_content, measured_costs, points, protocol_rows, references
 from stages.experiments.page.counts import basis
 from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
-from stages.experiments.paired import apart, of_tasks
+from stages.experiments.paired import Metric, apart, of_tasks
 from stages.experiments.reading import Missing
-from stages.files import replacing
+from stages.files import FRONTIER, replacing, write_json
 
 PACKAGE = "stages.experiments.page"
 MARK = '<meta name="generator" content="sparsesweep">'
@@ -39,9 +40,24 @@ def write(directory: Path, groups: Sequence[Group], missing: Sequence[Missing]) 
     with replacing(directory) as scratch:
         (scratch / "index.html").write_text(html(groups, missing), encoding="utf8")
         write_tables(scratch, groups)
+        write_json(scratch / FRONTIER.name, [first_frontier(group) for group in groups])
         for name, spec in plots(groups):
             (scratch / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf8")
             (scratch / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
+
+
+def first_frontier(group: Group) -> dict[str, Any]:
+    """The frontier of a protocol's first metric, as a plot with data in which a card marks its release; see release.frontier."""
+    metric = group.metrics[0]
+    key = {"kind": metric.kind, "name": metric.name, "metric": metric.metric}
+    counted = {"experiments": len(points(group, metric))}
+    return {"protocol": compared(group.results[0].experiment.protocol), **key, **counted, "plot": frontier(group, metric)}
+
+
+def frontier(group: Group, metric: Metric) -> dict[str, Any]:
+    """A metric against sparsity, with data."""
+    data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
+    return drawn(charts.frontier(metric, group.methods, group.patterns), data)
 
 
 def require_own(directory: Path) -> None:
@@ -87,7 +103,7 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
         for metric in group.metrics:
             data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
             name = file_name(metric.id, number)
-            yield f"frontier-{name}", drawn(charts.frontier(metric, group.methods, group.patterns), data)
+            yield f"frontier-{name}", frontier(group, metric)
             for measure in measured_costs(group):
                 yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
         if of_tasks(group.results):
