@@ -30,6 +30,7 @@ POINTS = (
     "method=sparsegpt pattern.sparsity=0.6",
     "pattern=nm_2_4",
     "experiment=best_50",
+    "experiment=best_60",
     "experiment=best_2_4",
 )
 
