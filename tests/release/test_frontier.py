@@ -1,6 +1,7 @@
 """The picture of a card: the frontier that was compared, with the release marked."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -34,9 +35,9 @@ def compared(tmp_path, monkeypatch):
 
 def test_the_picture_shows_the_release_among_the_experiments_of_its_protocol(compared, tmp_path):
     read = read_frontier(sha256(FRONTIER), compared)
-    assert read["experiments"] == len(synthetic.group().results)
+    assert read.experiments == len(synthetic.group().results)
     said = write_frontier(tmp_path, read, compared.details.sparsity, compared)
-    assert f"among {read['experiments']} experiments of the same protocol" in said
+    assert f"among {read.experiments} experiments of the same protocol" in said
     assert "(frontier.png)" in said
     picture = (tmp_path / "frontier.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -45,7 +46,7 @@ def test_the_picture_shows_the_release_among_the_experiments_of_its_protocol(com
 
 
 def test_the_ring_is_around_the_releases_own_point(compared):
-    plot = read_frontier(sha256(FRONTIER), compared)["plot"]
+    plot = read_frontier(sha256(FRONTIER), compared).plot
     row = next(row for row in plot["datasets"]["points"] if row["dodge"] != 0)
     ring, words = marked(plot, row["sparsity"], row["value"])["layer"][-2:]
     assert ring["mark"]["xOffset"] == words["mark"]["xOffset"] == row["dodge"]
@@ -71,7 +72,29 @@ def test_experiments_of_another_protocol_are_refused_by_what_differs(compared):
 
 
 def test_a_release_without_the_metric_is_refused(compared, tmp_path):
-    read = {**read_frontier(sha256(FRONTIER), compared), "metric": "guess"}
+    read = replace(read_frontier(sha256(FRONTIER), compared), metric="guess")
     with pytest.raises(ReleaseError, match="publish.frontier: found no guess of .* among the results"):
         write_frontier(tmp_path, read, 0.5, compared)
     assert not (tmp_path / frontier.PICTURE).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"layer": []}, r"publish.frontier: comparison/frontier.json: found .*, wanted list"),
+        ([{"protocol": {}}], r"comparison/frontier.json\[0\]: found "protocol", wanted the keys of a Frontier; missing: experiments, kind"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_before_anything_is_written(compared, content, message):
+    write_json(FRONTIER, content)
+    with pytest.raises(ReleaseError, match=message):
+        read_frontier(sha256(FRONTIER), compared)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer": []}, {"datasets": {}}, {"mark": {"type": "guess"}, "layer": [{"encoding": {"x": 1, "y": 2}}]}]
+)
+def test_a_plot_that_cannot_be_drawn_is_refused(compared, tmp_path, change):
+    read = read_frontier(sha256(FRONTIER), compared)
+    with pytest.raises(ReleaseError, match="publish.frontier: comparison/frontier.json has a plot that is not of `make compare`"):
+        write_frontier(tmp_path, replace(read, plot=read.plot | change), 0.5, compared)
