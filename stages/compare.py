@@ -10,9 +10,9 @@ from pathlib import Path
 
 from stages.errors import SparsesweepError
 from stages.experiments.page.group import read_groups
-from stages.experiments.page.writing import write
+from stages.experiments.page.writing import keep_frontiers, write
 from stages.experiments.reading import read_experiments
-from stages.files import COMPARISON, FRONTIER, sha256
+from stages.files import COMPARISON
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def write_page(directory: Path) -> str:
         raise SparsesweepError(f"found no evaluated experiment, wanted at least one; `dvc exp run` runs one{reasons}")
     write(directory, groups, [*missing, *unread])
     wrote = f"wrote {directory / 'index.html'}: {sum(len(group.results) for group in groups)} experiments"
-    return wrote if directory != COMPARISON else f"{wrote}; in the picture of a card by -S publish.frontier={sha256(FRONTIER)}"
+    return f"{wrote}\nfor the picture of a card: -S publish.frontier={keep_frontiers(groups)}"
 
 
 if __name__ == "__main__":

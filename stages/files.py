@@ -43,7 +43,7 @@ SUMS = "SHA256SUMS"  # below RELEASE: of all its other files
 UPLOAD = Path("results/upload.json")
 CREATED_REPOSITORIES = Path("artifacts/.repositories.json")  # those on a hub that uploads created
 COMPARISON = Path("comparison")
-FRONTIER = COMPARISON / "frontier.json"  # written with the page, read by publish
+FRONTIERS = Path("frontiers")  # of each protocol, by hash: kept with the page, read by publish
 
 
 def is_plain_name(name: object) -> bool:

@@ -19,7 +19,7 @@ from stages.recipe import Recipe
 from stages.release.benchmarks import write_eval_results
 from stages.release.card import Others, write_card
 from stages.release.float8 import require_float8, write_float8
-from stages.release.frontier import read_frontier, write_frontier
+from stages.release.frontier import draw
 from stages.release.licence import require_derivable
 from stages.release.llama_cpp.writing import GgufWriter, write_checked
 from stages.release.naming import default_name
@@ -51,7 +51,10 @@ def main(environment: Environment, **contents: Any) -> None:
     float8_results = records.float8(delta) if rounded else []
     if rounded:
         require_float8(delta)
-    frontier = None if publish.frontier is None else read_frontier(publish.frontier, records)
+    picture = None
+    if publish.frontier is not None:
+        scored = float8_results if rounded else records.sparse
+        picture = draw(publish.frontier, records.protocol, scored, sparsity=delta.summary["sparsity"], sparse=records.sparse)
     name = publish.name or default_name(records.base["name"], delta.recipe)
     sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
     gguf = [GgufWriter(base, delta, of) for of in publish.written_gguf_types]
@@ -66,7 +69,8 @@ def main(environment: Environment, **contents: Any) -> None:
         write_zeros(release, delta)
         float8 = write_float8(release, base, delta) if rounded else None
         files = write_checked(gguf, release, name)
-        picture = "" if frontier is None else write_frontier(release, frontier, delta.summary["sparsity"], records)
+        if picture is not None:
+            picture.write(release)
         others = Others(gguf=files, float8=float8, float8_results=float8_results, packed=publish.packed, picture=picture)
         to_be_set = local_paths(sections)
         write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, others=others, to_be_set=to_be_set)

@@ -125,7 +125,7 @@ def test_every_experiment_is_shown_with_the_line_that_runs_it_again(project):
     override = re.search(r"publish\.frontier=[0-9a-f]{64}", compared)[0]
     assert sorted(project.stages_run(*shlex.split(line)[1:], "-S", override)) == ["publish", "upload"]
     assert "(frontier.png)" in (project.root / "release/README.md").read_text()
-    assert "frontier.json" in (project.root / "release/SHA256SUMS").read_text()
+    assert "frontiers.json" in (project.root / "release/SHA256SUMS").read_text()
     elsewhere = project.root.parent / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(

@@ -39,9 +39,14 @@ def seed_of(params: Params) -> int | None:
 
 
 def setting_of(params: Params) -> str:
-    """What repeats of one setting have in common: all sections but calibration.seed, whatever the order of keys."""
+    """What repeats of one setting have in common: all that shapes a score but calibration.seed, whatever the order of keys."""
     calibration = {key: value for key, value in params.get("calibration", {}).items() if key != "seed"}
-    return json.dumps({**params, "calibration": calibration}, sort_keys=True)
+    return json.dumps({**of_scores(params), "calibration": calibration}, sort_keys=True)
+
+
+def of_scores(params: Params) -> Params:
+    """The sections without `publish`, which changes no score: one model that was published twice is one result."""
+    return {name: section for name, section in params.items() if name != "publish"}
 
 
 def settings(found: Iterable[Found], params_of: Callable[[Found], Params]) -> list[list[Found]]:

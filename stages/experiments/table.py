@@ -16,7 +16,7 @@ from stages.evaluation.protocol import compared, differences
 from stages.evaluation.statistics import mean
 from stages.experiments.commands import command
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.repeats import Spread, seed_of, settings, spread
+from stages.experiments.repeats import Spread, of_scores, seed_of, settings, spread
 
 OF_TASKS = ("accuracy", "against dense")  # columns; those of text are what metrics declare, see evaluation.metric.Shown
 ACCURACY = Shown(metric="accuracy", digits=3, headline=True, heading="accuracy")  # the mean over tasks
@@ -66,7 +66,7 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
     """The experiments that may be compared with each other, the largest group first; each result once, by its newest experiment."""
     newest: dict[str, Experiment] = {}
     for experiment in experiments:
-        newest.setdefault(repr((experiment.params, experiment.measurements, experiment.prune_metrics)), experiment)
+        newest.setdefault(repr((of_scores(experiment.params), experiment.measurements, experiment.prune_metrics)), experiment)
     ordered = sorted(newest.values(), key=_protocol)
     groups = [list(group) for _, group in groupby(ordered, key=_protocol)]
     return sorted(groups, key=len, reverse=True)

@@ -23,6 +23,7 @@ from stages.pruning.section import Propagation
 from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
 from stages.release.float8 import CountedFloat8
+from stages.release.frontier import Picture
 from stages.release.llama_cpp.writing import Counted
 from stages.release.records import Records
 from stages.release.verification import Verified
@@ -42,14 +43,14 @@ class Others:
     """What a release holds beside the checkpoint in the base's dtype, or in its place.
 
     gguf: what was read back from the files for llama.cpp. float8: what was from a checkpoint in float8, or None; float8_results: its
-    measurements. packed: whether its shards are packed. picture: Markdown of the picture of the frontier, or nothing.
+    measurements. packed: whether its shards are packed. picture: of the frontier, or None.
     """
 
     gguf: list[Counted]
     float8: CountedFloat8 | None
     float8_results: list[Measurement]
     packed: bool
-    picture: str = ""
+    picture: Picture | None = None
 
 
 PIPELINES = {  # name of an auto class -> the pipeline of transformers that loads it
@@ -613,7 +614,8 @@ def of_files(name: str, records: Records, verified: Verified, others: Others) ->
     """What the template says of the files."""
     return {
         "stored_as": stored_as(others),
-        "picture": others.picture,
+        "picture": "" if others.picture is None else others.picture.markdown,
+        "kept_again": "" if others.picture is None else f"{others.picture.kept_again}\n",
         "packed": "the files here are packed further" if others.packed else "no file here is packed",
         "unpacking": unpacking(name) if others.packed else "",
         "loaded": loaded(verified),

@@ -1,30 +1,34 @@
 """The picture of a card: this release among the experiments of its protocol.
 
-`make compare` writes frontier.json next to its page: for each protocol the frontier of its first metric, as a Vega-Lite plot that holds its
-data. publish.frontier is the SHA-256 of that file, so that which experiments a picture shows is stated as every other choice is.
+`make compare` keeps the frontier of each protocol by its first metric in frontiers/SHA256.json, as a Vega-Lite plot that holds its data.
+publish.frontier is that hash, so that which experiments a picture shows is stated as every other choice is.
 """
 
+import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.errors import ReleaseError
+from stages.evaluation.measurement import Measurement
 from stages.evaluation.protocol import compared, differences
-from stages.files import FRONTIER, read_json, sha256
+from stages.files import FRONTIERS, parsed_json
 from stages.plain_data import of_type
-from stages.release.records import Records
+from stages.rows import shown
 
-PICTURE = "frontier.png"
+KEY = "publish.frontier"
+PICTURE, DATA = "frontier.png", "frontiers.json"  # in a release
 SCALE = 2  # pixels of the picture for each of the plot
-NAMED = 4  # keys of a protocol that an error names
+NAMED = 4  # differences that an error names
 INK = "#1d2126"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frontier:
-    """What frontier.json has of a protocol.
+    """What a file has of a protocol.
 
     protocol: what is compared of it. kind, name, metric: of the measurements that the plot is of, see Measurement.key. experiments: how
     many it shows. plot: as Vega-Lite with data.
@@ -38,84 +42,123 @@ class Frontier:
     plot: dict[str, Any]
 
 
-def read_frontier(digest: str, records: Records) -> Frontier:
-    """The frontier of the protocol that a release was evaluated by.
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What a release has of a frontier. digest: SHA-256 of data. png, data: the bytes of both files. markdown: for the card."""
+
+    digest: str
+    png: bytes
+    data: bytes
+    markdown: str
+
+    def write(self, release: Path) -> None:
+        (release / PICTURE).write_bytes(self.png)
+        (release / DATA).write_bytes(self.data)
+
+    @property
+    def kept_again(self) -> str:
+        """The shell commands by which a clone has the data of a release."""
+        return f"mkdir -p {FRONTIERS} && cp RELEASE/{DATA} {FRONTIERS}/{self.digest}.json"
+
+
+def draw(
+    digest: str, protocol: Mapping[str, Any], measurements: Iterable[Measurement], *, sparsity: float, sparse: Iterable[Measurement]
+) -> Picture:
+    """Draw the frontier of the protocol that a release was evaluated by, with the release marked.
 
     Args:
-        digest: the SHA-256 of the file. records: of the release.
+        digest: SHA-256 of the file. protocol: of the release, as plain data. measurements: of the released weights. sparse: of the pruned
+            model, which differ where it was rounded since.
 
     Raises:
-        ReleaseError: the file is not there or is another, or is not what `make compare` writes; or it has no experiment of this protocol:
-            names what differs.
-        SparsesweepError: the file is not JSON.
+        ReleaseError: the file is not there, is another, or is not what `make compare` keeps; it has no experiment of this protocol: names
+            what differs; or the release was not scored by the frontier's metric.
     """
-    remedy = "`make compare` writes it, and a release that has its picture has it, too"
-    if not FRONTIER.is_file():
-        raise ReleaseError(f"publish.frontier: found no {FRONTIER}, wanted the file with SHA-256 {digest}; {remedy}")
-    if (found := sha256(FRONTIER)) != digest:
-        raise ReleaseError(f"publish.frontier: found {FRONTIER} with SHA-256 {found}, wanted {digest}; {remedy}")
+    path = FRONTIERS / f"{digest}.json"
+    remedy = f"`make compare` keeps such a file in this directory (runs in checkouts of their own have none), a release has it as {DATA}"
+    if not path.is_file():
+        raise ReleaseError(f"{KEY}: {path}: not found; {remedy}")
+    data = path.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != digest:
+        raise ReleaseError(f"{KEY}: found {path} with SHA-256 {found}, wanted {digest}; {remedy}")
     try:
-        frontiers: list[Frontier] = of_type(list[Frontier], read_json(FRONTIER), str(FRONTIER))
+        frontiers: list[Frontier] = of_type(list[Frontier], parsed_json(data), str(path))
     except ValueError as error:
-        raise ReleaseError(f"publish.frontier: {error}; {remedy}") from None
-    own = compared(records.protocol)
+        raise ReleaseError(f"{KEY}: {error}; {remedy}") from None
+    frontier = of_protocol(frontiers, compared(protocol), path)
+    own, before = (_value(frontier, of, path) for of in (measurements, sparse))
+    try:
+        inside = offset_of(frontier.plot, sparsity, before.value)
+        plot = marked(frontier.plot, sparsity, own.value, inside if own.value == before.value else None)
+        png = vegalite_to_png(plot)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ReleaseError(f"{KEY}: {path} has a plot that is not of `make compare` ({error!r}), wanted one that is") from None
+    return Picture(digest=digest, png=png, data=data, markdown=_markdown(frontier, own, inside is not None))
+
+
+def vegalite_to_png(plot: dict[str, Any]) -> bytes:
+    """Draw a plot, which may load nothing: the file may be a stranger's."""
+    import vl_convert
+
+    return vl_convert.vegalite_to_png(json.dumps(plot), scale=SCALE, allowed_base_urls=[])
+
+
+def of_protocol(frontiers: list[Frontier], own: dict[str, Any], path: Path) -> Frontier:
+    """The frontier of a protocol.
+
+    Raises:
+        ReleaseError: there is none; names what differs from the nearest.
+    """
     for frontier in frontiers:
         if frontier.protocol == own:
             return frontier
-    differing = [list(differences(frontier.protocol, own)) for frontier in frontiers]
-    nearest = min(differing, key=len, default=[])
+    nearest = min((differences(frontier.protocol, own) for frontier in frontiers), key=len, default={})
+    named = [f"{key}: {shown(theirs)} there, {shown(ours)} here" for key, (theirs, ours) in list(nearest.items())[:NAMED]]
+    named += [f"{len(nearest) - NAMED} more"] if len(nearest) > NAMED else []
     raise ReleaseError(
-        f"publish.frontier: found no experiment of this release's protocol in {FRONTIER}, wanted some; the nearest differ in "
-        f"{', '.join(nearest[:NAMED])}"
+        f"{KEY}: found no experiment of this release's protocol in {path}, wanted some; the nearest differ in: "
+        f"{'; '.join(named) or 'none'}; evaluate them by one protocol, then `make compare`"
     )
 
 
-def write_frontier(release: Path, frontier: Frontier, sparsity: float, records: Records) -> str:
-    """Draw the frontier with the release marked, and keep its data in the release.
-
-    Returns:
-        Markdown for the card.
-
-    Raises:
-        ReleaseError: the release was not scored by the frontier's metric, or its plot cannot be drawn.
-    """
-    import vl_convert
-
+def _value(frontier: Frontier, measurements: Iterable[Measurement], path: Path) -> Measurement:
     key = (frontier.kind, frontier.name, frontier.metric)
-    own = next((one for one in records.sparse if one.key == key and one.style == "raw"), None)
-    if own is None:
-        raise ReleaseError(f"publish.frontier: found no {' of '.join(key[:0:-1])} among the results, wanted it to mark the release")
-    try:
-        plot = marked(frontier.plot, sparsity, own.value)
-        (release / PICTURE).write_bytes(vl_convert.vegalite_to_png(json.dumps(plot), scale=SCALE, allowed_base_urls=[]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise ReleaseError(
-            f"publish.frontier: {FRONTIER} has a plot that is not of `make compare` ({error!r}), wanted one that is"
-        ) from None
-    (release / FRONTIER.name).write_bytes(FRONTIER.read_bytes())
-    what = f"{own.label} on {own.name} against sparsity"
-    return (
-        f"\n![{what}: this release among {frontier.experiments} experiments]({PICTURE})\n\n"
-        f"{what[0].upper()}{what[1:]}: this release, ringed, among {frontier.experiments} experiments of the same protocol, with 95% "
-        f"intervals over text (not over\ncalibration seeds) and the Pareto front. Their numbers: [{FRONTIER.name}]({FRONTIER.name}).\n"
-    )
+    found = next((one for one in measurements if one.key == key and one.style == "raw"), None)
+    if found is None:
+        raise ReleaseError(f"{KEY}: found no {frontier.metric} of {frontier.name} among the results, wanted it as {path} has it")
+    return found
 
 
-def marked(plot: dict[str, Any], sparsity: float, value: float) -> dict[str, Any]:
-    """The plot with a ring and words around a point; where the point is one of the plot's, around that, which may stand a little aside."""
-    places = {channel: plot["layer"][-1]["encoding"][channel] for channel in ("x", "y")}
-    same = [row["dodge"] for row in plot["datasets"]["points"] if is_at(row, sparsity, value)]
-    aside = same[0] if same else 0
+def offset_of(plot: dict[str, Any], sparsity: float, value: float) -> float | None:
+    """By how many pixels the plot's point of a sparsity and a value, which may be rounded there, stands aside; None: it has none."""
+    for row in plot["datasets"]["points"]:
+        if math.isclose(row["sparsity"], sparsity, abs_tol=1e-4) and math.isclose(row["value"], value, rel_tol=1e-6):
+            return float(row["dodge"])
+    return None
+
+
+def marked(plot: dict[str, Any], sparsity: float, value: float, offset: float | None) -> dict[str, Any]:
+    """The plot with a ring and words around a point. offset: of that point, if it is one of the plot's; else the point is drawn, too."""
+    axes = {channel: plot["layer"][-1]["encoding"][channel] for channel in ("x", "y")}
     data = {"values": [{"sparsity": sparsity, "value": value, "words": "this release"}]}
-    ring = {"type": "point", "filled": False, "size": 420, "stroke": INK, "strokeWidth": 2.5, "opacity": 1, "xOffset": aside}
-    text = {"type": "text", "fontSize": 13, "fontWeight": "bold", "color": INK, "dy": -20, "xOffset": aside}
+    ring = {"type": "point", "filled": False, "size": 420, "stroke": INK, "strokeWidth": 2.5, "opacity": 1, "xOffset": offset or 0}
+    point = {"type": "point", "filled": True, "size": 75, "color": INK, "opacity": 1}
+    text = {"type": "text", "fontSize": 13, "fontWeight": "bold", "color": INK, "dy": -20, "xOffset": offset or 0}
     layers = [
-        {"data": data, "mark": ring, "encoding": places},
-        {"data": data, "mark": text, "encoding": {**places, "text": {"field": "words", "type": "nominal"}}},
+        *([{"data": data, "mark": point, "encoding": axes}] if offset is None else []),
+        {"data": data, "mark": ring, "encoding": axes},
+        {"data": data, "mark": text, "encoding": {**axes, "text": {"field": "words", "type": "nominal"}}},
     ]
     return {**plot, "layer": [*plot["layer"], *layers]}
 
 
-def is_at(row: dict[str, Any], sparsity: float, value: float) -> bool:
-    """Whether a point of a plot, whose numbers may be rounded, has a sparsity and a value."""
-    return math.isclose(row["sparsity"], sparsity, abs_tol=1e-4) and math.isclose(row["value"], value, rel_tol=1e-6)
+def _markdown(frontier: Frontier, own: Measurement, inside: bool) -> str:
+    title = f"{own.label} on {own.name} against sparsity"
+    among = f"among {frontier.experiments} experiments of the same protocol" + ("" if inside else ", of which it is none")
+    intervals = any(row["low"] is not None for row in frontier.plot["datasets"]["points"])
+    over = "; lines through points are 95% intervals over text,\nnot over calibration seeds" if intervals else ""
+    return (
+        f"\n![{title}: this release {among}]({PICTURE})\n\n"
+        f"{title[0].upper()}{title[1:]}: this release, ringed, {among}{over}. The broad\nline is these experiments' Pareto front. "
+        f"Their numbers: [{DATA}]({DATA}).\n"
+    )

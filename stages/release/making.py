@@ -20,7 +20,7 @@ from tabulate import tabulate
 from stages.config.compose import composed
 from stages.config.params import CONF
 from stages.errors import ConfigError, SparsesweepError
-from stages.files import DENSE_RESULTS, OWN_TASKS, PRUNE_RESULTS, RELEASE, SPARSE_RESULTS, read_json, remove, sha256, write_json
+from stages.files import DENSE_RESULTS, FRONTIERS, OWN_TASKS, PRUNE_RESULTS, RELEASE, SPARSE_RESULTS, read_json, remove, sha256, write_json
 from stages.record import Stopwatch
 from stages.sources import hub
 from stages.sweeps.pipeline import DVC_YAML, stages_of
@@ -137,7 +137,8 @@ def _prepare(run: Path, sections: Any) -> None:
         return
     remove(run)
     run.mkdir(parents=True)
-    (run / OWN_TASKS).symlink_to(CONF.parent / OWN_TASKS)
+    for shared in (OWN_TASKS, FRONTIERS):
+        (run / shared).symlink_to(CONF.parent / shared)
     params.write_text(text, encoding="utf8")
 
 

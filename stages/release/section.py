@@ -21,7 +21,7 @@ class Contents:
         compressed-tensors; the GGUF files are of the base's dtype all the same.
     packed: whether its shards are packed without loss, see docs/packed.md. masks_only: whether masks alone are packed, to be applied to
         the base; where kept weights did not change.
-    frontier: SHA-256 of the comparison/frontier.json that the card's picture shows the release in; null: no picture.
+    frontier: SHA-256 of the file in frontiers/ that the card's picture shows the release in; null: no picture.
     """
 
     name: str | None = checked(is_legal, LEGAL)
@@ -31,7 +31,7 @@ class Contents:
     dtype: str = one_of("base", "float8")
     packed: bool
     masks_only: bool
-    frontier: str | None = checked(is_sha256, "the SHA-256 of comparison/frontier.json, which `make compare` prints, or null")
+    frontier: str | None = checked(is_sha256, "the SHA-256 of a file in frontiers/, which `make compare` prints, or null")
 
     @property
     def written_gguf_types(self) -> list[str]:

@@ -1,100 +1,142 @@
 """The picture of a card: the frontier that was compared, with the release marked."""
 
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from stages.errors import ReleaseError
 from stages.evaluation.measurement import from_rows
-from stages.experiments.page.writing import first_frontier
-from stages.files import FRONTIER, sha256, write_json
-from stages.release import frontier
-from stages.release.frontier import marked, read_frontier, write_frontier
+from stages.experiments.page.writing import keep_frontiers
+from stages.files import FRONTIERS
+from stages.release.frontier import Frontier, draw, marked, offset_of
 from tests.experiments import synthetic
 
-
-class Recorded:
-    """What of a release's records the picture reads."""
-
-    def __init__(self, group) -> None:
-        self.details = group.results[0]
-        self.protocol = {**self.details.experiment.protocol, "evaluation": {}, "delta": "d"}
-        self.sparse = from_rows(self.details.measurements)
+RELEASED = 3  # its number among the experiments of the second protocol
 
 
 @pytest.fixture()
-def compared(tmp_path, monkeypatch):
-    """A directory with the frontiers of two protocols, and the records of an experiment of the second."""
+def groups(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    groups = [synthetic.other_group(), synthetic.group()]
-    FRONTIER.parent.mkdir()
-    write_json(FRONTIER, [first_frontier(group) for group in groups])
-    return Recorded(groups[1])
+    return [synthetic.other_group(), synthetic.group()]
 
 
-def test_the_picture_shows_the_release_among_the_experiments_of_its_protocol(compared, tmp_path):
-    read = read_frontier(sha256(FRONTIER), compared)
-    assert read.experiments == len(synthetic.group().results)
-    said = write_frontier(tmp_path, read, compared.details.sparsity, compared)
-    assert f"among {read.experiments} experiments of the same protocol" in said
-    assert "(frontier.png)" in said
-    picture = (tmp_path / "frontier.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert int.from_bytes(picture[16:20]) > 1000  # pixels wide
-    assert json.loads((tmp_path / "frontier.json").read_text()) == json.loads(FRONTIER.read_text())
+def drawn(groups, digest=None, **facts):
+    """The picture of an experiment of the second protocol."""
+    details = groups[1].results[RELEASED]
+    measured = from_rows(details.measurements)
+    known = {"protocol": {**details.experiment.protocol, "evaluation": {}, "delta": "d"}, "measurements": measured, "sparse": measured}
+    return draw(digest or keep_frontiers(groups), **{**known, "sparsity": details.sparsity, **facts})
 
 
-def test_the_ring_is_around_the_releases_own_point(compared):
-    plot = read_frontier(sha256(FRONTIER), compared).plot
+def kept(digest: str) -> list[Frontier]:
+    return [Frontier(**one) for one in json.loads((FRONTIERS / f"{digest}.json").read_text())]
+
+
+def keep(content: object) -> str:
+    """Keep another content, as `make compare` would; its hash."""
+    data = json.dumps(content).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    FRONTIERS.mkdir(exist_ok=True)
+    (FRONTIERS / f"{digest}.json").write_bytes(data)
+    return digest
+
+
+def test_the_picture_shows_the_release_among_the_experiments_of_its_protocol(groups, tmp_path):
+    picture = drawn(groups)
+    count = len(groups[1].results)
+    assert f"this release, ringed, among {count} experiments of the same protocol; lines" in picture.markdown
+    assert "(frontier.png)" in picture.markdown
+    assert picture.png.startswith(b"\x89PNG")
+    assert int.from_bytes(picture.png[16:20]) > 1000  # pixels wide
+    picture.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"frontier.png", "frontiers.json", "frontiers"}
+    assert hashlib.sha256((tmp_path / "frontiers.json").read_bytes()).hexdigest() == picture.digest
+    assert picture.kept_again == f"mkdir -p frontiers && cp RELEASE/frontiers.json frontiers/{picture.digest}.json"
+
+
+def test_the_same_experiments_are_kept_once(groups):
+    assert keep_frontiers(groups) == keep_frontiers(groups)
+    assert len(list(FRONTIERS.iterdir())) == 1
+
+
+def test_the_ring_is_around_the_releases_own_point(groups):
+    plot = kept(keep_frontiers(groups))[1].plot
     row = next(row for row in plot["datasets"]["points"] if row["dodge"] != 0)
-    ring, words = marked(plot, row["sparsity"], row["value"])["layer"][-2:]
+    offset = offset_of(plot, row["sparsity"], row["value"])
+    assert offset == row["dodge"]
+    ring, words = marked(plot, row["sparsity"], row["value"], offset)["layer"][len(plot["layer"]) :]
     assert ring["mark"]["xOffset"] == words["mark"]["xOffset"] == row["dodge"]
     assert ring["data"]["values"] == [{"sparsity": row["sparsity"], "value": row["value"], "words": "this release"}]
-    ring, _ = marked(plot, row["sparsity"], 2 * row["value"])["layer"][-2:]
-    assert ring["mark"]["xOffset"] == 0
 
 
-def test_another_file_is_refused_and_so_is_none(compared):
-    digest = sha256(FRONTIER)
-    FRONTIER.write_text("[]")
-    with pytest.raises(ReleaseError, match=f"publish.frontier: found comparison/frontier.json with SHA-256 .*, wanted {digest}"):
-        read_frontier(digest, compared)
-    FRONTIER.unlink()
-    with pytest.raises(ReleaseError, match=f"publish.frontier: found no comparison/frontier.json, wanted the file with SHA-256 {digest}"):
-        read_frontier(digest, compared)
+def test_a_release_that_is_none_of_the_points_has_one_of_its_own(groups):
+    plot = kept(keep_frontiers(groups))[1].plot
+    assert offset_of(plot, 0.55, 30.0) is None
+    point, ring, _ = marked(plot, 0.55, 30.0, None)["layer"][len(plot["layer"]) :]
+    assert (point["mark"]["filled"], ring["mark"]["xOffset"]) == (True, 0)
+    assert "of the same protocol, of which it is none" in drawn(groups, sparsity=0.55).markdown
 
 
-def test_experiments_of_another_protocol_are_refused_by_what_differs(compared):
-    compared.protocol["dtype"] = "float16"
-    with pytest.raises(ReleaseError, match="found no experiment of this release's protocol in .*; the nearest differ in dtype$"):
-        read_frontier(sha256(FRONTIER), compared)
+def test_a_rounded_release_is_marked_at_its_own_score(groups, monkeypatch):
+    seen = []
+    monkeypatch.setattr("stages.release.frontier.vegalite_to_png", lambda plot: seen.append(plot) or b"")
+    sparse = from_rows(groups[1].results[RELEASED].measurements)
+    drawn(groups, measurements=[replace(one, value=1.5 * one.value) for one in sparse], sparse=sparse)
+    (value,) = [layer["data"]["values"][0]["value"] for layer in seen[0]["layer"][-1:]]
+    assert value == pytest.approx(1.5 * sparse[0].value)
 
 
-def test_a_release_without_the_metric_is_refused(compared, tmp_path):
-    read = replace(read_frontier(sha256(FRONTIER), compared), metric="guess")
-    with pytest.raises(ReleaseError, match="publish.frontier: found no guess of .* among the results"):
-        write_frontier(tmp_path, read, 0.5, compared)
-    assert not (tmp_path / frontier.PICTURE).exists()
+def test_another_file_is_refused_and_so_is_none(groups):
+    digest = keep_frontiers(groups)
+    (FRONTIERS / f"{digest}.json").write_text("[]")
+    with pytest.raises(ReleaseError, match=f"publish.frontier: found frontiers/{digest}.json with SHA-256 .*, wanted {digest}; `make comp"):
+        drawn(groups, digest)
+    (FRONTIERS / f"{digest}.json").unlink()
+    with pytest.raises(ReleaseError, match=f"publish.frontier: frontiers/{digest}.json: not found; `make compare` keeps such a file"):
+        drawn(groups, digest)
+
+
+def test_experiments_of_another_protocol_are_refused_by_what_differs(groups):
+    protocol = groups[1].results[RELEASED].experiment.protocol | {"dtype": "float16"}
+    message = (
+        'found no experiment of this release.s protocol in .*; the nearest differ in: dtype: null there, "float16" here; evaluate them'
+    )
+    with pytest.raises(ReleaseError, match=message):
+        drawn(groups, protocol=protocol)
+
+
+def test_a_release_without_the_metric_is_refused(groups):
+    with pytest.raises(ReleaseError, match="publish.frontier: found no perplexity of wikipedia among the results, wanted it as frontiers/"):
+        drawn(groups, measurements=[])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"layer": []}, r"publish.frontier: comparison/frontier.json: found .*, wanted list"),
-        ([{"protocol": {}}], r"comparison/frontier.json\[0\]: found "protocol", wanted the keys of a Frontier; missing: experiments, kind"),
+        ({"layer": []}, "found .*, wanted list"),
+        ([], "the nearest differ in: none; evaluate"),
+        ([{"protocol": {}}], r'\[0\]: found "protocol", wanted the keys of a Frontier; missing: experiments, kind'),
     ],
 )
-def test_a_file_of_another_shape_is_refused_before_anything_is_written(compared, content, message):
-    write_json(FRONTIER, content)
-    with pytest.raises(ReleaseError, match=message):
-        read_frontier(sha256(FRONTIER), compared)
+def test_a_file_of_another_shape_is_refused(groups, content, message):
+    with pytest.raises(ReleaseError, match=f"publish.frontier: .*{message}"):
+        drawn(groups, keep(content))
 
 
 @pytest.mark.parametrize(
-    "change", [{"layer": []}, {"datasets": {}}, {"mark": {"type": "guess"}, "layer": [{"encoding": {"x": 1, "y": 2}}]}]
+    "change",
+    [
+        {"layer": []},
+        {"datasets": {}},
+        {"mark": {"type": "guess"}, "layer": [{"encoding": {"x": 1, "y": 2}}]},
+        {"layer": [{"data": {"url": "http://127.0.0.1:9/x"}, "mark": "point", "encoding": {"x": {"field": "a"}, "y": {"field": "b"}}}]},
+    ],
+    ids=["without layers", "without points", "not of Vega", "that loads"],
 )
-def test_a_plot_that_cannot_be_drawn_is_refused(compared, tmp_path, change):
-    read = read_frontier(sha256(FRONTIER), compared)
-    with pytest.raises(ReleaseError, match="publish.frontier: comparison/frontier.json has a plot that is not of `make compare`"):
-        write_frontier(tmp_path, replace(read, plot=read.plot | change), 0.5, compared)
+def test_a_plot_that_cannot_be_drawn_is_refused(groups, change):
+    first, second = kept(keep_frontiers(groups))
+    digest = keep([asdict(first), asdict(replace(second, plot=second.plot | change))])
+    with pytest.raises(ReleaseError, match="publish.frontier: frontiers/.* has a plot that is not of `make compare`"):
+        drawn(groups, digest)

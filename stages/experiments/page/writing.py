@@ -1,5 +1,6 @@
 """Write the page, its tables and its plots into a directory."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from stages.experiments.page.group import Group
 from stages.experiments.page.tables import write_tables
 from stages.experiments.paired import Metric, apart, of_tasks
 from stages.experiments.reading import Missing
-from stages.files import FRONTIER, replacing, write_json
+from stages.files import FRONTIERS, replacing
 
 PACKAGE = "stages.experiments.page"
 MARK = '<meta name="generator" content="sparsesweep">'
@@ -40,10 +41,20 @@ def write(directory: Path, groups: Sequence[Group], missing: Sequence[Missing]) 
     with replacing(directory) as scratch:
         (scratch / "index.html").write_text(html(groups, missing), encoding="utf8")
         write_tables(scratch, groups)
-        write_json(scratch / FRONTIER.name, [first_frontier(group) for group in groups])
         for name, spec in plots(groups):
             (scratch / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec), encoding="utf8")
             (scratch / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
+
+
+def keep_frontiers(groups: Sequence[Group]) -> str:
+    """Write the first frontier of each protocol as a file of its own, for cards; its SHA-256, which names it."""
+    data = json.dumps([first_frontier(group) for group in groups], ensure_ascii=False, allow_nan=False).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    FRONTIERS.mkdir(exist_ok=True)
+    scratch = FRONTIERS / f"{digest}.new"
+    scratch.write_bytes(data)
+    scratch.replace(FRONTIERS / f"{digest}.json")
+    return digest
 
 
 def first_frontier(group: Group) -> dict[str, Any]:
