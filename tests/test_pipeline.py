@@ -165,6 +165,10 @@ AFFECTED: dict[str, set[str]] = {  # an edited file -> the stages that run again
 def test_an_edit_of_the_code_reruns_the_stages_that_use_it(project):
     project.stages_run("exp", "run", "-S", "experiment=tiny")
     found = {}
+    of_an_editor = project.root / "stages/config/.entry.py.swp"
+    of_an_editor.write_text("open")
+    assert project.changed_stages() == set()
+    of_an_editor.unlink()
     for edited in AFFECTED:
         path = project.root / edited
         before = path.read_text()

@@ -31,6 +31,11 @@ def test_the_order_of_keys_does_not_matter():
     assert grouped(params(0), other) == [[params(0), other]]
 
 
+def test_how_a_model_was_published_makes_no_other_setting():
+    published = {**params(1), "publish": {"frontier": "a hash"}}
+    assert grouped(params(0), published) == [[params(0), published]]
+
+
 def test_a_seed_that_is_there_twice_counts_once_by_the_first():
     found = [("new", params(0)), ("old", params(0)), ("other", params(1))]
     assert [[name for name, _ in repeats] for repeats in settings(found, lambda one: one[1])] == [["new", "other"]]

@@ -104,6 +104,9 @@ def test_experiments_of_another_protocol_stand_apart_with_the_reason():
 def test_a_result_that_several_experiments_have_stands_once():
     twice = [experiment("new", 20.0), experiment("old", 20.0)]
     assert [[one.name for one in group] for group in by_protocol(twice)] == [["new"]]
+    first, second = twice
+    again = replace(first, params={**first.params, "publish": {"frontier": "a hash"}})
+    assert [[one.name for one in group] for group in by_protocol([again, second])] == [["new"]]
 
 
 def test_what_is_left_out_is_named_with_the_reason():
