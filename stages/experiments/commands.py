@@ -54,6 +54,8 @@ def overrides(params: dict[str, Any]) -> list[str] | None:
     """What the command line overrides; None: nothing composes these sections."""
     chosen: list[str] = []
     default = _composed(())
+    if "publish" in params:  # of a version that lacked a key of it: how a model is published changes no score
+        params = {**params, "publish": {**default["publish"], **params["publish"]}}
     for group in GROUPS:
         if group not in params:
             return None

@@ -47,6 +47,12 @@ def test_the_overrides_compose_the_same_sections(given):
     assert OmegaConf.to_container(composed(*overrides(sections))) == sections
 
 
+def test_sections_of_before_a_release_could_show_its_frontier_have_their_line():
+    sections = OmegaConf.to_container(composed("pattern.sparsity=0.6"))
+    del sections["publish"]["frontier"]
+    assert command(sections) == "dvc exp run -S pattern.sparsity=0.6"
+
+
 def test_sections_that_nothing_composes_have_no_line():
     sections = OmegaConf.to_container(composed())
     del sections["method"]["score"]
