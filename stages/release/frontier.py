@@ -16,6 +16,7 @@ from stages.errors import ReleaseError
 from stages.evaluation.measurement import Measurement
 from stages.evaluation.protocol import compared, differences
 from stages.files import FRONTIERS, parsed_json
+from stages.limits import counted
 from stages.plain_data import of_type
 from stages.rows import shown
 
@@ -154,7 +155,7 @@ def marked(plot: dict[str, Any], sparsity: float, value: float, offset: float | 
 
 def _markdown(frontier: Frontier, own: Measurement, inside: bool) -> str:
     title = f"{own.label} on {own.name} against sparsity"
-    among = f"among {frontier.experiments} experiments of the same protocol" + ("" if inside else ", of which it is none")
+    among = f"among {counted(frontier.experiments, 'experiment')} of the same protocol" + ("" if inside else ", of which it is none")
     intervals = any(row["low"] is not None for row in frontier.plot["datasets"]["points"])
     over = "; lines through points are 95% intervals over text,\nnot over calibration seeds" if intervals else ""
     return (
