@@ -44,6 +44,7 @@ class Hub(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait for the first to be acknowledged, 40 ms
     server: Hub
 
     def log_message(self, *_: object) -> None: ...
