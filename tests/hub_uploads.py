@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.processes import wait_for
+
 LARGE = (".safetensors", ".bin", ".parquet", ".gz")
 PART = 30_000  # bytes of a part of a large file; what is no larger is sent whole
 
@@ -26,7 +28,8 @@ class Uploads:
     token: the one that may write. quota: bytes of LFS objects that it grants. cut_after: objects that arrive before every connection
     is cut in the middle of the next; None: all do. is_cut: set then. go_on: the connection is cut no sooner than it is set.
     busy: path -> how often it is refused by 429 before it is answered.
-    stored: LFS objects by SHA-256. received: names of what arrived, in order. parents: of each commit.
+    stored: LFS objects by SHA-256. begun: those that may arrive, while others are cut. received: names of what arrived, in order.
+    parents: of each commit.
     """
 
     repositories: dict[str, Any]
@@ -39,6 +42,8 @@ class Uploads:
     busy: Counter[str] = field(default_factory=Counter)
     stored: dict[str, bytes] = field(default_factory=dict)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
+    lock: Any = field(default_factory=threading.Lock)
     received: list[str] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
 
@@ -67,20 +72,31 @@ class Uploads:
 
     def put(self, request: BaseHTTPRequestHandler) -> None:
         """An LFS object, or a part of one; the URL is signed and needs no token."""
-        if self.cut_after is not None and len(self.stored) >= self.cut_after:
+        _, _, oid, *number = unquote(urlsplit(request.path).path).split("/")
+        if self._is_cut(oid):
+            wait_for(lambda: self.cut_after is None or len(self.stored) >= self.cut_after)  # the client sends several at once
             request.rfile.read(1000)
             self.is_cut.set()
             self.go_on.wait(60)
             request.close_connection = True
             request.connection.close()
             return None
-        _, _, oid, *number = unquote(urlsplit(request.path).path).split("/")
         content = _body(request)
         if number:
             self.parts[oid, int(number[0])] = content
         else:
             self._store(oid, content)
         return _answer(request, 200, {}, {"ETag": hashlib.md5(content).hexdigest()})
+
+    def _is_cut(self, oid: str) -> bool:
+        """Whether an object is one more than those that arrive."""
+        with self.lock:
+            if self.cut_after is None or oid in self.begun:
+                return False
+            if len(self.begun) >= self.cut_after:
+                return True
+            self.begun.add(oid)
+            return False
 
     def _store(self, oid: str, content: bytes) -> None:
         assert hashlib.sha256(content).hexdigest() == oid
