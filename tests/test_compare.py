@@ -27,11 +27,13 @@ def run(monkeypatch, tmp_path):
     return go
 
 
-def test_everything_that_is_read_is_written(run, capsys):
+def test_everything_that_is_read_is_written(run, tmp_path, capsys):
     group, first, second = synthetic.other_group(), Missing(name="a", reason="b"), Missing(name="c", reason="d")
     ((directory, groups, missing),) = run(([], [first]), ([group], [second]), "--out", "elsewhere")
     assert (str(directory), groups, missing) == ("elsewhere", [group], [first, second])
-    assert capsys.readouterr().out.startswith("wrote elsewhere/index.html: 2 experiments\n")
+    (kept,) = (tmp_path / "frontiers").iterdir()
+    said = f"wrote elsewhere/index.html: 2 experiments\nfor the picture of a card: -S publish.frontier={kept.stem}\n"
+    assert capsys.readouterr().out == said
 
 
 def test_without_a_directory_it_is_one_that_git_ignores_and_a_card_may_show_the_frontier(run, tmp_path, capsys):

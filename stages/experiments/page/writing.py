@@ -61,13 +61,18 @@ def first_frontier(group: Group) -> dict[str, Any]:
     """The frontier of a protocol's first metric, as a plot with data in which a card marks its release; see release.frontier."""
     metric = group.metrics[0]
     key = {"kind": metric.kind, "name": metric.name, "metric": metric.metric}
-    counted = {"experiments": len(points(group, metric))}
-    return {"protocol": compared(group.results[0].experiment.protocol), **key, **counted, "plot": frontier(group, metric)}
+    data = of_metric(group, metric)
+    counted = {"experiments": len(data[charts.POINTS])}
+    return {"protocol": compared(group.results[0].experiment.protocol), **key, **counted, "plot": frontier(group, metric, data)}
 
 
-def frontier(group: Group, metric: Metric) -> dict[str, Any]:
+def of_metric(group: Group, metric: Metric) -> dict[str, Any]:
+    """The data of a metric's plots."""
+    return {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
+
+
+def frontier(group: Group, metric: Metric, data: dict[str, Any]) -> dict[str, Any]:
     """A metric against sparsity, with data."""
-    data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
     return drawn(charts.frontier(metric, group.methods, group.patterns), data)
 
 
@@ -112,9 +117,9 @@ def plots(groups: Sequence[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name of each plot's file and its specification with data, on a white ground."""
     for number, group in enumerate(groups, start=1):
         for metric in group.metrics:
-            data = {charts.POINTS: points(group, metric), charts.REFERENCES: references(group, metric)}
+            data = of_metric(group, metric)
             name = file_name(metric.id, number)
-            yield f"frontier-{name}", frontier(group, metric)
+            yield f"frontier-{name}", frontier(group, metric, data)
             for measure in measured_costs(group):
                 yield f"{measure}-{name}", drawn(charts.cost(metric, measure, group.methods, group.patterns), data)
         if of_tasks(group.results):
