@@ -16,7 +16,7 @@ from torch import nn
 
 from stages.streaming.architecture import Matrix
 
-TOLERANCE = 1e-5  # of a token's norm: what another order of summation changes in float32
+TOLERANCE = 1e-5  # see largest_change: what another order of summation changes in float32
 CONTRAST = 100  # times the tolerance: least change by a matrix that is reordered alone; with less the trial proves nothing
 
 Reordering = tuple[Matrix, int]  # a matrix and its dimension, of [rows, columns], that is reordered
@@ -68,14 +68,19 @@ def permutation_groups(
 
     def change(reorderings: list[Reordering], order: torch.Tensor) -> float:
         with _reordered(block, reorderings, order):
-            return largest_change(run(hidden.clone()), expected)
+            return largest_change(run(hidden.clone()), expected, hidden)
 
     return [group for group in options if _is_proven(group, change)]
 
 
-def largest_change(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest ||y - y'|| / ||y|| of all tokens; NaN where a token's outputs are all zero or not finite."""
-    return (torch.linalg.vector_norm(output - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)).max().item()
+def largest_change(output: torch.Tensor, expected: torch.Tensor, hidden: torch.Tensor) -> float:
+    """The largest ||y - y'|| / max(||y||, ||x||) of all tokens; NaN where both of these are zero or one is not finite.
+
+    A block may cancel its input nearly: so end the massive activations of a first token (arXiv:2402.17762). Rounding is then of the
+    input's size and exceeds what is left of the output.
+    """
+    scale = torch.maximum(torch.linalg.vector_norm(expected, dim=-1), torch.linalg.vector_norm(hidden, dim=-1))
+    return (torch.linalg.vector_norm(output - expected, dim=-1) / scale).max().item()
 
 
 def _possible_producers(block: nn.Module, consumer: Matrix, matrices: list[Matrix]) -> list[Matrix]:

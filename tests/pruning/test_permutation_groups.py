@@ -1,3 +1,4 @@
+import math
 from contextlib import contextmanager
 from functools import partial
 
@@ -51,10 +52,30 @@ def test_reordering_a_permutation_group_leaves_the_block_as_it_was(base):
         (group,) = permutation_groups(block, candidates(block, decoder.matrices[1]), run, HIDDEN)
         expected, order = run(HIDDEN), torch.arange(112).flip(0)
         group.consumer.of(block).copy_(group.consumer.of(block)[:, order])
-        assert largest_change(run(HIDDEN), expected) > 1e-2
+        assert largest_change(run(HIDDEN), expected, HIDDEN) > 1e-2
         for producer in group.producers:
             producer.of(block).copy_(producer.of(block)[order])
-        assert largest_change(run(HIDDEN), expected) < 1e-5
+        assert largest_change(run(HIDDEN), expected, HIDDEN) < 1e-5
+
+
+def test_a_group_is_proven_where_the_output_nearly_cancels_the_input_and_rounding_exceeds_what_is_left(base):
+    with loaded(base, 1) as (decoder, block, run):
+        cancelled = 0.99999 * run(HIDDEN)
+        left = run(HIDDEN) - cancelled
+        order = torch.arange(112).flip(0)
+        (group,) = permutation_groups(block, candidates(block, decoder.matrices[1]), lambda hidden: run(hidden) - cancelled, HIDDEN)
+        for matrix, dimension in [(group.consumer, 1), *((producer, 0) for producer in group.producers)]:
+            matrix.of(block).copy_(matrix.of(block).index_select(dimension, order))
+        rounding = torch.linalg.vector_norm(run(HIDDEN) - cancelled - left, dim=-1) / torch.linalg.vector_norm(left, dim=-1)
+        assert rounding.max() > 1e-3
+
+
+def test_the_change_of_tokens_that_are_zero_or_not_finite_is_not_a_number():
+    zero, one = torch.zeros(1, 2, 4), torch.ones(1, 2, 4)
+    assert math.isnan(largest_change(zero, zero, zero))
+    assert math.isnan(largest_change(one / 0, one / 0, one))
+    assert largest_change(one + 0.25, one, 2 * one) == 0.125
+    assert largest_change(one + 0.25, 2 * one, one) == 0.375
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "phi", "starcoder2"])
