@@ -21,6 +21,7 @@ from stages.calibration.samplers import document, packed
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import read
+from stages.evaluation.measurement import Measurement
 from stages.evaluation.metric import Corpus
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.scoring import StreamedModels
@@ -76,19 +77,25 @@ def differences(prune: dict[str, Any]) -> list[str]:
     return words
 
 
-def main() -> None:
+def perplexities() -> dict[str, Measurement]:
+    """Of the dense model and of what the prune stage made last, in this order, each by its label."""
     base, text, prune = Checkpoint(BASE), windows(), read_json(PRUNE_RESULTS / "provenance.json")
-    decoder = Decoder(base, torch.float32, torch.device("cpu"))
     delta = SparseDelta(SPARSE, base.fingerprint)
-    known = read_json(FILE) if FILE.is_file() else {}
-    of_model = known.setdefault(base.provenance["name"], {})
     pruned = f"{prune['label']}, {prune['pattern_label']}, sparsity {delta.summary['sparsity']:.3g}{''.join(differences(prune))}"
     metric, corpus = METRICS["perplexity"], Corpus(name="development", windows=text, clusters=list(range(len(text))))
+    decoder = Decoder(base, torch.float32, torch.device("cpu"))
     models = StreamedModels(decoder=decoder, variants={"dense": None, pruned: delta.apply}, scratch=PRUNE_JOURNAL.parent)
-    for label, observed in models.observe([corpus], [metric]).items():
-        (perplexity,) = metric.measure(corpus, observed[corpus.name], None)
+    observed = models.observe([corpus], [metric])
+    return {label: metric.measure(corpus, observed[label][corpus.name], None)[0] for label in ("dense", pruned)}
+
+
+def main() -> None:
+    prune = read_json(PRUNE_RESULTS / "provenance.json")
+    known = read_json(FILE) if FILE.is_file() else {}
+    of_model = known.setdefault(Checkpoint(BASE).provenance["name"], {})
+    for label, perplexity in perplexities().items():
         of_model[label] = {"perplexity": round(perplexity.value, 2), "code": record.code_revision() if label == "dense" else prune["code"]}
-        if label == pruned and prune["allocation_judged"]:
+        if label != "dense" and prune["allocation_judged"]:
             of_model[label]["allocation_judged"] = prune["allocation_judged"]
         print(f"{label}: perplexity {perplexity.shown(2)}")
     write_json(FILE, known)

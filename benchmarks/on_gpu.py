@@ -55,11 +55,11 @@ def bring(directory: Path) -> None:
         project = directory / model.base
         project.mkdir(parents=True, exist_ok=True)
         with chdir(project):
-            _bring(model)
+            bring_model(model)
 
 
-def _bring(model: Model) -> None:
-    """Into the current directory."""
+def bring_model(model: Model) -> None:
+    """What bring brings of one model, into the current directory, but for what is there."""
     sections = read(f"base={model.base}", "evaluation=perplexity")
     if not BASE.is_dir():
         fetch.main.function(part="base", base=sections["base"])

@@ -78,7 +78,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
     windows, held_out, windows_sha256 = calibration_windows(base)
     decoder = Decoder(base, dtype, device)
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
-    plan = plan_of(decoder, method, pattern, reconstruction, prune)
+    plan = plan_of(decoder, method, pattern, allocation, reconstruction, prune)
     recipe = recipe_of(method, pattern, allocation, reconstruction, prune, base=base.fingerprint, calibration=windows_sha256)
     log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
     require_held_out(judged_choices(method, allocation, reconstruction), held_out)
@@ -116,14 +116,24 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
             write_results(journal, decoder, recipe, run, distilled)
 
 
-def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, reconstruction: Any, prune: Prune) -> Plan:
+def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, allocation: Any, reconstruction: Any, prune: Prune) -> Plan:
     """What to do to every block, from the sections.
 
     Raises:
         ConfigError, PruningError, ArchitectureError: see planning.plan_patterns.
-        ArchitectureError: the blocks hand on more than hidden states, and the last ones are to be trained together.
+        ArchitectureError: the blocks hand on more than hidden states, and the last ones are to be trained together; or several blocks
+            multiply by a matrix, see Decoder.require_matrices_of_one_block.
     """
     training = RECONSTRUCTIONS.of(reconstruction)
+    for_one_block = {
+        f"allocation={allocation.name}": ALLOCATIONS.of(allocation).budgeted is not None,
+        f"reconstruction={reconstruction.name}": bool(training.each_block or training.last_blocks),
+        f"prune.propagate = {Propagation.SEQUENTIAL}": prune.propagate == Propagation.SEQUENTIAL,
+        "pattern.permutation_rounds": pattern.permutation_rounds is not None,
+    }
+    for option, chosen in for_one_block.items():
+        if chosen:
+            decoder.require_matrices_of_one_block(option)
     if training.last_blocks:
         decoder.require_gradients_by_hidden_states(f"reconstruction={reconstruction.name}")
     if prune.propagate == Propagation.SEQUENTIAL:
@@ -277,6 +287,7 @@ def inputs_kept(decoder: Decoder, plan: Plan, prune: Prune, facts: dict[str, str
         f"{plan.method.name} needs {statistic.__name__}": not kept.serves(Kept(prune.statistics), statistic),
         "columns are permuted": plan.permutation_rounds is not None,
         "experts are loaded one at a time": bool(decoder.apart),
+        "several blocks multiply by the same matrices": any(decoder.reused),
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         log.warning("the windows run through all blocks: what prune.statistics=%s keeps is of no use, since %s", prune.statistics, reason)
@@ -400,15 +411,13 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 def out_of_scope(decoder: Decoder) -> dict[str, float]:
     """What the blocks hold that is no matrix in scope: the kind of tensor -> its fraction of all weights of the blocks, the most first."""
     sizes: dict[str, int] = {}
-    total = 0
-    for index, matrices in enumerate(decoder.matrices):
-        in_scope = {matrix.tensor for matrix in matrices}
-        for tensor in decoder.tensors(index):
-            size = math.prod(decoder.checkpoint.shape(tensor))
-            total += size
-            if tensor not in in_scope:
-                kind = ".".join(kind_of(tensor))
-                sizes[kind] = sizes.get(kind, 0) + size
+    total, in_scope = 0, {matrix.tensor for matrices in decoder.matrices for matrix in matrices}
+    for tensor in dict.fromkeys(tensor for index in range(len(decoder.blocks)) for tensor in decoder.tensors(index)):
+        size = math.prod(decoder.checkpoint.shape(tensor))
+        total += size
+        if tensor not in in_scope:
+            kind = ".".join(kind_of(tensor))
+            sizes[kind] = sizes.get(kind, 0) + size
     return {kind: size / total for kind, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))}
 
 

@@ -159,7 +159,7 @@ def test_experts_are_loaded_one_at_a_time_where_the_budget_does_not_hold_the_blo
     def budgeted(bytes_asked: float, *overrides: str) -> tuple[Decoder, int]:
         mixture = Decoder(Checkpoint(directory), torch.float32, torch.device("cpu"))
         chosen = read(*overrides)
-        plan = prune.plan_of(mixture, chosen["method"], chosen["pattern"], chosen["reconstruction"], chosen["prune"])
+        plan = prune.plan_of(mixture, chosen["method"], chosen["pattern"], chosen["allocation"], chosen["reconstruction"], chosen["prune"])
         return mixture, prune.host_budget(mixture, plan, chosen["allocation"], bytes_asked / 2**30, 100)
 
     directory = architectures.write(tmp_path, "mixtral")

@@ -10,7 +10,8 @@
 
 With dense propagation the outputs of the dense block, from the pass that collects, are the next block's inputs: one pass instead of
 two, but every block is then pruned for inputs that the pruned model does not give it. With sequential propagation one pass does all of
-this layer after layer, each pruned for what the pruned layers before it give; see sequential.
+this layer after layer, each pruned for what the pruned layers before it give; see sequential. Of matrices that several blocks multiply by
+see shared.
 """
 
 import math
@@ -40,6 +41,7 @@ from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_perm
 from stages.pruning.section import Propagation
 from stages.pruning.selection import select
 from stages.pruning.sequential import SequentialPass
+from stages.pruning.shared import SharedInputs, observe_shared
 from stages.pruning.shrinkage import with_shrinkage
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
@@ -145,17 +147,23 @@ def prune_blocks(
     """
     decoder = source.decoder
     steps = _FromWindows(source, plan, teachers, trained) if isinstance(source, Stream) else _FromKept(source, plan)
+    reused, earlier = {matrix.tensor for matrices in decoder.reused for matrix in matrices}, dict[str, Change]()
     with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
         for index, tensors in enumerate(blocks):
             steps.begin(index)
+            if plan.propagate != Propagation.DENSE:
+                for name in tensors.keys() & earlier.keys():
+                    tensors[name] = earlier[name].apply(tensors[name])
             changes = done(index)
             if changes is not None:
                 steps.repeat(index, tensors, changes)
-                continue
-            with decoder.loaded(index, tensors) as block:
-                pruned = steps.prune(index, block)
-                yield pruned
-                steps.go_on(index, block, pruned.changes)
+            else:
+                with decoder.loaded(index, tensors) as block:
+                    pruned = steps.prune(index, block)
+                    yield pruned
+                    changes = pruned.changes
+                    steps.go_on(index, block, changes)
+            earlier |= {name: change for name, change in changes.items() if name in reused}
 
 
 class _FromWindows:
@@ -167,6 +175,10 @@ class _FromWindows:
         self.routing = Routing(stream)
         if plan.propagate == Propagation.SEQUENTIAL:
             stream.decoder.require_reading_orders()
+        self.shared: dict[int, SharedInputs] = {}
+        if any(stream.decoder.reused):
+            tokens = {"error_tokens": plan.error_tokens, "expert_tokens": plan.expert_tokens}
+            self.shared = observe_shared(stream.clone(), plan.method.statistic, **tokens)
 
     def begin(self, index: int) -> None:
         """Keep what enters the first block that a distillation trains."""
@@ -184,7 +196,7 @@ class _FromWindows:
             self.teachers.teacher.advance(index, block)
         if index in self.stream.decoder.apart:
             return _prune_by_expert(self.stream, self.plan, index, block, self.routing)
-        pruned = _prune_block(self.stream, self.plan, index, block, self.teachers, self.outcomes)
+        pruned = _prune_block(self.stream, self.plan, index, block, self.teachers, self.outcomes, self.shared.pop(index, SharedInputs()))
         self.outcomes += [pruned.training] if pruned.training else []
         return pruned
 
@@ -248,9 +260,19 @@ def _repeat_block(
 
 
 def _prune_block(
-    stream: Stream, plan: Plan, index: int, block: nn.Module, teachers: TeacherStreams | None, trained: list[Outcome]
+    stream: Stream,
+    plan: Plan,
+    index: int,
+    block: nn.Module,
+    teachers: TeacherStreams | None,
+    trained: list[Outcome],
+    shared: SharedInputs,
 ) -> PrunedBlock:
-    """Prune a loaded dense block; the teacher's hidden states are those after it. trained: how reconstructions before it went."""
+    """Prune a loaded dense block; the teacher's hidden states are those after it.
+
+    Args:
+        trained: how reconstructions before it went. shared: of its layers whose matrices later blocks multiply by, too.
+    """
     permutation_groups = _permutation_groups(stream, plan, index, block)
     reconstruction = plan.reconstruction_of(index)
     training = BlockTraining(reconstruction, block, teachers.teacher.hidden) if teachers and reconstruction else None
@@ -266,7 +288,9 @@ def _prune_block(
             error_tokens=plan.error_tokens,
             expert_tokens=plan.expert_tokens,
             propagates=plan.propagate == Propagation.DENSE and index < len(stream.decoder.blocks) - 1,
+            layers=[layer for layer in stream.decoder.layers(index) if layer not in shared.layers],
         )
+        inputs, held_out = inputs + shared.inputs, held_out | shared.held_out
         pruner.require_reached(inputs, stream.decoder.layers(index))
         pruner.prune(inputs, held_out)
     pruner.finish()

@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -174,6 +174,10 @@ class Together:
     def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         for statistic in self.all:
             statistic.finish(all_reduce)
+
+    def include(self, other: Self) -> None:
+        for statistic, seen in zip(self.all, other.all, strict=True):
+            statistic.include(seen)
 
     def reorder(self, order: torch.Tensor) -> None:
         for statistic in self.all:

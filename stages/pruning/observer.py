@@ -157,18 +157,20 @@ def collect(
     error_tokens: int,
     expert_tokens: int,
     propagates: bool,
+    layers: list[Layer] | None = None,
 ) -> tuple[list[Inputs[S]], dict[Layer, torch.Tensor]]:
     """Run all windows through a loaded block, and observe its layers.
 
     Args:
+        layers: of the block, those to observe; None: all that multiply by its own matrices in scope.
         statistic, error_tokens, expert_tokens: see Observer, whose `sampled` is the second, and FewTokenExperts.apply.
         propagates: whether the stream goes on to the block's outputs in the same pass.
 
     Returns:
-        Every distinct input of the block's layers; and of each layer some inputs in the windows held out, [tokens, columns], compute
+        Every distinct input of the layers; and of each layer some inputs in the windows held out, [tokens, columns], compute
         dtype.
     """
-    layers = stream.decoder.layers(index)
+    layers = stream.decoder.layers(index) if layers is None else layers
     observer = observe(stream, block, layers, statistic, error_tokens)
     _run_through(stream, index, block, observer, stream.fitted, propagates)
     inputs = observer.finish(expert_tokens)

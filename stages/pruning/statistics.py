@@ -9,7 +9,7 @@ Matrices that read the same input have one statistic in common. Its scale does n
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -39,6 +39,9 @@ class Statistic(Protocol):
     def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         """After the last window: add up over all processes."""
 
+    def include(self, other: Self) -> None:
+        """After `finish`: add what another finished one has seen, of as many columns."""
+
     def reorder(self, order: torch.Tensor) -> None:
         """After `finish`: reorder the columns; column `order[k]` becomes the k-th; order: [columns], int64."""
 
@@ -51,6 +54,8 @@ class NoStatistic:
     def add(self, inputs: torch.Tensor) -> None: ...
 
     def finish(self, all_reduce: AllReduce = no_reduction) -> None: ...
+
+    def include(self, other: Self) -> None: ...
 
     def reorder(self, order: torch.Tensor) -> None: ...
 
@@ -77,6 +82,11 @@ class SquaredNorm:
         all_reduce(self.value)
         self.windows = all_windows
 
+    def include(self, other: Self) -> None:
+        all_windows = self.windows + other.windows
+        self.value = (self.value * self.windows + other.value * other.windows) / all_windows
+        self.windows = all_windows
+
     def reorder(self, order: torch.Tensor) -> None:
         self.value = self.value[order]
 
@@ -101,6 +111,10 @@ class Moments:
     def finish(self, all_reduce: AllReduce = no_reduction) -> None:
         self.tokens = int(all_reduce(torch.tensor(self.tokens)))
         all_reduce(self.sums)
+
+    def include(self, other: Self) -> None:
+        self.sums += other.sums
+        self.tokens += other.tokens
 
     def reorder(self, order: torch.Tensor) -> None:
         self.sums = self.sums[:, order]
@@ -157,6 +171,10 @@ class Gram:
             self.value[:first, first:last] = self.value[first:last, :first].T
         all_reduce(self.value)
         self.tokens = int(all_reduce(torch.tensor(self.tokens)))
+
+    def include(self, other: Self) -> None:
+        self.value += other.value
+        self.tokens += other.tokens
 
     def reorder(self, order: torch.Tensor) -> None:
         self.value = self.value[order][:, order]

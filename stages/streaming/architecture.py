@@ -5,7 +5,7 @@ anywhere.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -134,8 +134,8 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     return path, blocks
 
 
-def tensors_by_block(layout: dict[str, ParameterSlice], prefix: str, blocks: nn.ModuleList) -> list[dict[str, ParameterSlice]]:
-    """Split the tensors of the checkpoint by block.
+def tensors_by_block(model: "PreTrainedModel", layout: dict[str, ParameterSlice], prefix: str) -> list[dict[str, ParameterSlice]]:
+    """Split the tensors of the checkpoint by block; one that several blocks have in common, as in Zamba, belongs to each of them.
 
     Args:
         layout: name in the checkpoint -> slice of a parameter of the model. prefix: path of the blocks in the model.
@@ -143,11 +143,18 @@ def tensors_by_block(layout: dict[str, ParameterSlice], prefix: str, blocks: nn.
     Returns:
         For each block: name in the checkpoint -> slice of a parameter, by its name inside the block; in the order of the parameters.
     """
+    blocks = cast(nn.ModuleList, model.get_submodule(prefix))
     tensors: list[dict[str, ParameterSlice]] = [{} for _ in blocks]
-    for name, parameter_slice in layout.items():
-        if parameter_slice.name.startswith(f"{prefix}."):
-            index, inner = parameter_slice.name.removeprefix(f"{prefix}.").split(".", 1)
-            tensors[int(index)][name] = replace(parameter_slice, name=inner)
+    others: dict[str, list[str]] = {}  # parameter -> the others that are the same
+    for name, parameter in getattr(model, "all_tied_weights_keys", {}).items():
+        others.setdefault(parameter, []).append(name)
+    filled = {parameter_slice.name for parameter_slice in layout.values()}
+    for tensor, parameter_slice in layout.items():
+        names = [parameter_slice.name, *(name for name in others.get(parameter_slice.name, []) if name not in filled)]
+        for name in names:
+            if name.startswith(f"{prefix}."):
+                index, inner = name.removeprefix(f"{prefix}.").split(".", 1)
+                tensors[int(index)][tensor] = replace(parameter_slice, name=inner)
     return [_in_order(of_block, block) for of_block, block in zip(tensors, blocks, strict=True)]
 
 

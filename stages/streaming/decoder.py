@@ -63,20 +63,39 @@ class Decoder:
 
     @cached_property
     def _tensors(self) -> list[dict[str, ParameterSlice]]:
-        return tensors_by_block(self.layout, self.prefix, self.blocks)
+        return tensors_by_block(self.model, self.layout, self.prefix)
 
     def tensors(self, index: int) -> list[str]:
-        """Names in the checkpoint of all tensors of a block."""
+        """Names in the checkpoint of all tensors of a block, of which other blocks may have some, too."""
         return list(self._tensors[index])
 
-    @cached_property
+    @property
     def matrices(self) -> list[list[Matrix]]:
-        """The matrices in scope of every block; see find_matrices.
+        """The matrices in scope of every block, each in the first block that multiplies by it; see find_matrices.
 
         Raises:
             ArchitectureError: see find_matrices.
         """
+        return self._matrices_in_scope[0]
+
+    @property
+    def reused(self) -> list[list[Matrix]]:
+        """The matrices of earlier blocks that each block multiplies by, too, as it holds them; see find_matrices."""
+        return self._matrices_in_scope[1]
+
+    @cached_property
+    def _matrices_in_scope(self) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
         return find_matrices(self.model, self.prefix, self._tensors, self._calls_of_zeros)
+
+    def require_matrices_of_one_block(self, option: str) -> None:
+        """Refuse an option that does not prune a matrix for what several blocks read.
+
+        Raises:
+            ArchitectureError: several blocks multiply by a matrix; names the option and the matrix.
+        """
+        if shared := next((matrix.name for matrices in self.reused for matrix in matrices), None):
+            reason = f"several blocks multiply by {shared}, which {option} does not take, wanted another option"
+            raise ArchitectureError(f"{self.name}: {reason}")
 
     def require_reading_orders(self) -> None:
         """Refuse a model whose blocks cannot be pruned layer after layer in one pass; to be called before a block is loaded.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stages.checkpoint.layout import ParameterSlice, tied_names
+from stages.checkpoint.layout import ParameterSlice
 from stages.streaming.architecture import Matrix, is_linear, unsupported
 from stages.streaming.calls import Call, run_block
 from stages.streaming.products import Use, multiplied_parameters
@@ -21,23 +21,29 @@ if TYPE_CHECKING:  # the sections import this file, and transformers takes secon
     from transformers import PreTrainedModel
 
 
-def find_matrices(model: "PreTrainedModel", prefix: str, tensors: list[dict[str, ParameterSlice]], calls: list[Call]) -> list[list[Matrix]]:
+def find_matrices(
+    model: "PreTrainedModel", prefix: str, tensors: list[dict[str, ParameterSlice]], calls: list[Call]
+) -> tuple[list[list[Matrix]], list[list[Matrix]]]:
     """Find the matrices in scope of every block: all that tokens are multiplied with, experts included, without routers.
 
     Args:
         prefix: path of the blocks in the model. tensors: those of each block, see tensors_by_block.
         calls: one for each block, of a few tokens, on the CPU.
 
+    Returns:
+        For each block: its matrices that no earlier block has; and those of earlier blocks, as it holds them.
+
     Raises:
-        ArchitectureError: a block has no matrices, or a matrix is tied to another tensor or has rows with different inputs, or the
-            parameters of a mixture hold different experts; names the block, the tensor or the module.
+        ArchitectureError: a block has no matrices, or a matrix is tied to a tensor outside the blocks or stored twice, or has rows with
+            different inputs, or the parameters of a mixture hold different experts; names the block, the tensor or the module.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    tied, matrices, scopes = tied_names(model), [], _Scopes()
+    in_blocks = Counter(tensor for of_block in tensors for tensor in of_block)
+    matrices, reused, first_in, scopes = [], [], dict[str, int](), _Scopes()
     shared: dict[type, Any] = {}  # mappings into which blocks write what later ones read, so that all of them must run
     for index, of_block in enumerate(tensors):
         path = f"{prefix}.{index}"
-        block, matrices_of_block = model.get_submodule(path), []
+        block, matrices_of_block, of_earlier = model.get_submodule(path), list[Matrix](), list[Matrix]()
         call = calls[index].example(shared)
         scope = scopes.of(block, call, run_again=bool(shared))
         for tensor, parameter_slice in of_block.items():
@@ -49,14 +55,16 @@ def find_matrices(model: "PreTrainedModel", prefix: str, tensors: list[dict[str,
                     f"{tensor} is multiplied in {use.groups} groups of rows, each with inputs of its own, wanted rows with the same inputs"
                 )
                 raise unsupported(model, reason)
-            matrices_of_block += _matrices(block, tensor, parameter_slice, use)
-            if f"{path}.{parameter_slice.name}" in tied or uses[id(block.get_parameter(parameter_slice.name))] > 1:
-                raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone")
+            if uses[id(block.get_parameter(parameter_slice.name))] > in_blocks[tensor]:
+                raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone, each stored once")
+            own = first_in.setdefault(tensor, index) == index
+            (matrices_of_block if own else of_earlier).extend(_matrices(block, tensor, parameter_slice, use))
         _require_the_same_experts(model, block, scope)
-        if not matrices_of_block:
+        if not (matrices_of_block or of_earlier):
             raise unsupported(model, f"block {index} has no linear layers to prune")
         matrices.append(matrices_of_block)
-    return matrices
+        reused.append(of_earlier)
+    return matrices, reused
 
 
 def _require_the_same_experts(model: "PreTrainedModel", block: nn.Module, scope: dict[str, Use]) -> None:

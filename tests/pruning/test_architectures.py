@@ -1,6 +1,7 @@
 """Every architecture, streamed, against a plain whole-model reference that knows nothing of blocks or streams."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -141,11 +142,23 @@ def plain_wanda(decoder: Decoder, sparsity: float, auto_class: type = AutoModelF
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     all_parameters, masks = dict(model.named_parameters()), {}
-    for index, matrices in enumerate(decoder.matrices):
-        full = {matrix: f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}" for matrix in matrices}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    full_names = [
+        {matrix: f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}" for matrix in of_block}
+        for index, of_block in enumerate(decoder.matrices)
+    ]
+    shared = {name: all_parameters[name] for full in full_names for name in full.values() if uses[id(all_parameters[name])] > 1}
+
+    def run() -> None:
+        for start in range(0, len(WINDOWS), BATCH):
+            model(WINDOWS[start : start + BATCH], use_cache=False)
+
+    with inputs_of(model, shared) as dense:  # matrices that several blocks have are pruned for what all of these read in the dense model
+        run()
+    for full in full_names:
         with inputs_of(model, {name: all_parameters[name] for name in full.values()}) as seen:
-            for start in range(0, len(WINDOWS), BATCH):
-                model(WINDOWS[start : start + BATCH], use_cache=False)
+            run()
+        seen |= {key: read for key, read in dense.items() if key in seen}
         for matrix, name in full.items():
             norm = sum(
                 tokens.view(-1, WINDOWS.shape[1] if matrix.parameter_slice.expert is None else max(1, tokens.shape[1]), tokens.shape[-1])
@@ -331,7 +344,7 @@ def test_an_option_that_takes_gradients_through_more_than_hidden_states_is_refus
     reason = f"{kind}: its blocks hand on more than hidden states, through which {{}} takes no gradients"
     chosen = compose.read("reconstruction=distilled", "allocation=loss")
     with pytest.raises(ArchitectureError, match=reason.format("reconstruction=distilled")):
-        prune.plan_of(decoder, WANDA, chosen["pattern"], chosen["reconstruction"], chosen["prune"])
+        prune.plan_of(decoder, WANDA, chosen["pattern"], chosen["allocation"], chosen["reconstruction"], chosen["prune"])
     dense = DenseModel(decoder=decoder, windows=WINDOWS, stream=partial(Stream, decoder, batch=BATCH), comparison_group="row")
     with pytest.raises(ArchitectureError, match=reason.format("allocation=loss")):
         loss.evidence(dense, chosen["allocation"])

@@ -113,7 +113,7 @@ def test_methods_allocations_and_training_take_a_text_decoder_as_any_other(tmp_p
     _, cut = streamed(base, WANDA, HALF, windows=TOKENS)
     errors = [{one.matrix.name: one.relative_error for one in blocks[0].matrices} for blocks in (swept, cut)]
     assert sum(errors[0].values()) < sum(errors[1].values())
-    assert prune.plan_of(decoder, WANDA, chosen["pattern"], chosen["reconstruction"], chosen["prune"])
+    assert prune.plan_of(decoder, WANDA, chosen["pattern"], chosen["allocation"], chosen["reconstruction"], chosen["prune"])
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
