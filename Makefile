@@ -43,6 +43,7 @@ test: .venv/ready
 
 census: .venv/ready
 	python -m benchmarks.census
+	EVERY_MODEL_TYPE=1 python -m pytest tests/streaming/test_every_model_type.py tests/streaming/test_every_multimodal_type.py tests/pruning/test_every_model_type.py
 
 check: .venv/ready
 	ruff check .

@@ -27,6 +27,7 @@ from stages.config.compose import read
 from stages.errors import ArchitectureError, CheckpointError, SparsesweepError
 from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, write_json
 from stages.streaming.decoder import Decoder
+from tests.pruning.test_every_model_type import UNKNOWN
 from tests.small_models import small
 from tests.streaming.test_every_model_type import NOT_MADE, TYPES, write
 
@@ -135,8 +136,9 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         f"{counts(outcomes)}. `make census` made this page. A small random checkpoint of each type went through the "
         "prune stage by each kind of method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
         "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
-        "`tests/pruning/test_architectures.py` compares masks with a plain reference on the types that README lists. Some of what a "
-        "method refuses is due to the small sizes, such as two columns for a pattern of four.",
+        "`tests/pruning/test_every_model_type.py` compares the masks that Wanda chooses with those of a plain reference that runs the "
+        f"whole model, on all pruned types but {listed(sorted(UNKNOWN))}. Some of what a method refuses is due to the small "
+        "sizes, such as two columns for a pattern of four.",
         "",
         "| kind of method | types | composed by |",
         "|---|---|---|",

@@ -127,17 +127,24 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.parameters = {parameter.untyped_storage().data_ptr(): (name, parameter.dim()) for name, parameter in block.named_parameters()}
+        self.parameters = {parameter.untyped_storage().data_ptr(): (name, parameter) for name, parameter in block.named_parameters()}
         self.uses: dict[str, Use] = {}
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         for product in products(function, arguments, keywords):
-            name, dimensions = self.parameters.get(product.weight.untyped_storage().data_ptr(), (None, 0))
+            name, parameter = self.parameters.get(product.weight.untyped_storage().data_ptr(), (None, product.weight))
             if name is not None:
-                is_split = dimensions == 2 and product.weight.dim() == 3 and product.weight.stride(0) != 0
-                groups = len(product.weight) if is_split else 1
-                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1, groups=groups)
+                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1, groups=_groups(parameter, product.weight))
         return function(*arguments, **(keywords or {}))
+
+
+def _groups(parameter: torch.Tensor, weight: torch.Tensor) -> int:
+    """Into how many groups of rows a parameter with two dimensions is split, given what a product multiplies by: all of them or one."""
+    if parameter.dim() != 2:
+        return 1
+    if weight.dim() == 3 and weight.stride(0) != 0:
+        return len(weight)
+    return parameter.numel() // max(1, weight.numel()) if weight.dim() == 2 else 1
 
 
 @torch.no_grad()

@@ -96,6 +96,13 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
             seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(own[None])
             seen.setdefault((names[id(module.down_proj)], expert), []).append(between[None])
 
+    def of_experts_without_gates(module, arguments):
+        tokens, chosen, _ = arguments
+        for expert in range(len(module.down_proj)):
+            own = tokens[(chosen == expert).any(dim=-1)]
+            seen.setdefault((names[id(module.up_proj)], expert), []).append(own[None])
+            seen.setdefault((names[id(module.down_proj)], expert), []).append(module.act_fn(linear(own, module.up_proj[expert]))[None])
+
     def of_all_experts(module, arguments):
         """Tokens times the weight of each expert; 0 where it was not chosen."""
         for expert, tokens in enumerate(arguments[0].view(len(module.down_proj), -1, module.hidden_size)):
@@ -120,12 +127,14 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
         return lambda _, __, output: seen.setdefault(key, []).append(output[..., : mixer.time_step_rank])
 
     for module in model.modules():
-        if id(getattr(getattr(module, "dt_proj", None), "weight", None)) in names:
+        if hasattr(module, "x_proj") and id(getattr(getattr(module, "dt_proj", None), "weight", None)) in names:
             hooks.append(getattr(module, "dt_layernorm", module.x_proj).register_forward_hook(time_steps_of(module)))
         elif isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
             hooks.append(module.register_forward_pre_hook(of_linear))
         elif id(getattr(module, "gate_up_proj", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else of_all_experts))
+        elif id(getattr(module, "up_proj", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_experts_without_gates))
         elif id(getattr(module, "weight", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_parallel_experts))
         elif id(getattr(module, "input_gate_weight", None)) in names:

@@ -26,7 +26,7 @@ ENCODER_DECODERS = {kind for kind in TYPES if getattr(CONFIG_MAPPING[kind], "is_
 # Why no model of a type is made here -> model types.
 NOT_BUILT = {
     "its encoder wants packages that are not installed": "fast_vlm gemma3n perception_lm",
-    "its sizes depend on each other in more ways": """chameleon deepseek_ocr2 dots3_note emu3 ernie4_5_vl_moe glm5_next granite4_vision
+    "its sizes depend on each other in more ways": """chameleon deepseek_ocr2 emu3 ernie4_5_vl_moe glm5_next granite4_vision
         kyutai_speech_to_text muse_spark nemo_speechlm nemotron_h_omni qwen3_omni_moe""",
     "it is large whatever its sizes": "cohere_compass janus muse_glimmer qwen2_5_omni vibevoice_asr",
     "transformers' auto classes list no class of its own for it": "evolla shieldgemma2",

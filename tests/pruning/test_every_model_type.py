@@ -1,0 +1,43 @@
+"""Every model type that is pruned, streamed, against the plain whole-model reference of test_architectures.
+
+The sample runs always, besides the types that test_architectures has; all run with EVERY_MODEL_TYPE=1 (`make census`).
+"""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from stages.checkpoint.model_class import auto_class_of
+from tests.architectures import CONFIGS
+from tests.pruning.test_architectures import HALF, WANDA, mask_of, plain_wanda, streamed
+from tests.small_models import small
+from tests.streaming.test_every_model_type import BUILT, REASONS, write
+
+UNKNOWN = {"hy_v4", "inkling_text", "zamba", "zaya"}  # the reference does not know the modules that multiply by some of their matrices
+SAMPLE = """afmoe bailing_hybrid cohere_compass_text deepseek_v2 diffllama doge dots1 dots3_note ernie4_5_moe fuyu git kimi_linear lfm2
+    minimax nanochat nemotron_h olmo_hybrid qwen4_exp xlstm"""
+PRUNED = [kind for kind in BUILT if kind not in REASONS and kind not in UNKNOWN]
+RUN = PRUNED if os.environ.get("EVERY_MODEL_TYPE") else [kind for kind in PRUNED if kind in SAMPLE.split() and kind not in CONFIGS]
+
+
+@pytest.mark.filterwarnings("default")  # of models at their small sizes
+@pytest.mark.parametrize("kind", RUN)
+def test_the_masks_are_those_of_the_whole_model(kind, tmp_path):
+    checkpoint = write(tmp_path, small(kind))
+    decoder, blocks = streamed(checkpoint, WANDA, HALF)
+    _, masks = plain_wanda(decoder, 0.5, auto_class_of(AutoConfig.from_pretrained(tmp_path)))
+    changes = {name: change for block in blocks for name, change in block.changes.items()}
+    results = [result for block in blocks for result in block.matrices]
+    assert {result.matrix.name for result in results} == masks.keys()
+    for result in results:
+        mask = mask_of(changes, result.matrix)
+        assert ((~mask).sum(dim=1) == mask.shape[1] // 2).all(), result.matrix.name
+        if result.tokens:  # an expert that no token chose is pruned for what the others read
+            assert torch.equal(mask, masks[result.matrix.name]), result.matrix.name
+    assert sum(bool(result.tokens) for result in results) >= 0.8 * len(results)
+
+
+def test_types_without_a_reference_are_types_that_are_pruned():
+    assert set(BUILT) - REASONS.keys() >= UNKNOWN
