@@ -52,15 +52,15 @@ def main() -> None:
         arguments.result.write_text(json.dumps(vars(feed(_named(arguments.reader), arguments.inputs, arguments.seed))))
         return
     chosen = READERS if arguments.reader is None else (_named(arguments.reader),)
-    rows, kept = [], {row["reader"]: row for row in read_json(FILE)["readers"]} if FILE.is_file() else {}
+    rows, kept = [], {row["reader"]: row for row in read_json(FILE)} if FILE.is_file() else {}
     for reader, inputs in zip(chosen, _numbers(chosen, arguments.inputs), strict=True):
         facts = {"reader": reader.name, "code": reader.code, "bound_mib": reader.memory}
-        rows.append({**facts, **_in_a_process(reader, inputs, arguments.seed)})
+        rows.append({**facts, **_in_a_process(reader, inputs, arguments.seed), **_measured_on()})
         print(f"{reader.name}: {rows[-1]['inputs']} inputs, {rows[-1]['faults']} faults", file=sys.stderr, flush=True)
         kept[reader.name] = rows[-1]
         if arguments.inputs is None and not rows[-1]["faults"]:
-            write_json(FILE, _made([kept[each.name] for each in READERS if each.name in kept]))
-    print(table(_made(rows)))
+            write_json(FILE, [kept[each.name] for each in READERS if each.name in kept])
+    print(table(rows))
     if faults := sum(row["faults"] for row in rows):
         sys.exit(f"found {faults} inputs for which a property does not hold")
     if arguments.inputs is None:
@@ -77,9 +77,8 @@ def _numbers(chosen: Sequence[Reader], inputs: int | None) -> list[int]:
     return [math.ceil((INPUTS if inputs is None else inputs) * reader.share / shares) for reader in chosen]
 
 
-def _made(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows with what they were measured on."""
-    return {"machine": _machine(), "versions": {library: version(library) for library in LIBRARIES}, "readers": rows}
+def _measured_on() -> dict[str, Any]:
+    return {"machine": _machine(), "versions": {library: version(library) for library in LIBRARIES}}
 
 
 def _in_a_process(reader: Reader, inputs: int, seed: int) -> dict[str, Any]:
@@ -94,18 +93,20 @@ def _in_a_process(reader: Reader, inputs: int, seed: int) -> dict[str, Any]:
         return tally
 
 
-def table(made: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a reader, the number of inputs, and what they were measured on."""
     lines = [
         "| reader | code below `stages/` | inputs | refused with a message | accepted | slowest | memory, at most | bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in made["readers"]:
+    for row in rows:
         numbers = f"{row['inputs']:,} | {row['refused']:,} | {row['accepted']:,} | {row['slowest']:.2f} s | {row['peak'] / 2**20:.0f} MiB"
         lines.append(f"| {row['reader']} | `{row['code']}` | {numbers} | {row['bound_mib']} MiB |")
-    total = sum(row["inputs"] for row in made["readers"])
-    versions = ", ".join(f"{library} {number}" for library, number in made["versions"].items())
-    return "\n".join(lines) + f"\n\n{total:,} inputs in all. On {made['machine']}; {versions}."
+    total = sum(row["inputs"] for row in rows)
+    machines = " and ".join(sorted({row["machine"] for row in rows}))
+    numbers_of = {library: sorted({row["versions"][library] for row in rows}) for library in LIBRARIES}
+    versions = ", ".join(f"{library} {' and '.join(numbers)}" for library, numbers in numbers_of.items())
+    return "\n".join(lines) + f"\n\n{total:,} inputs in all. On {machines}; {versions}."
 
 
 def _machine() -> str:
