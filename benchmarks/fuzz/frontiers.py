@@ -7,7 +7,6 @@ import hashlib
 import tempfile
 from contextlib import chdir
 from functools import cache
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
