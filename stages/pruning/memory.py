@@ -63,7 +63,7 @@ def host_bytes(decoder: Decoder, plan: "Plan", tokens: int, *, scores_blocks: bo
         return host
     if plan.distillation:
         host += COPIES_DISTILLED * 4 * largest
-    computed = max(_loop_bytes(decoder, plan, index) for index in blocks)
+    computed = max(_loop_bytes(decoder, plan, index) for index in blocks) + _shared_bytes(decoder, plan)
     if scores_blocks:
         computed = max(computed, largest * (decoder.dtype.itemsize + COPIES_SCORED * 4))
     if judges:
@@ -89,7 +89,7 @@ def _loop_bytes(decoder: Decoder, plan: "Plan", index: int) -> int:
     matrices, weights = decoder.matrices[index], _loaded_weights(decoder, index)
     needs_gram = plan.method.statistic is Gram
     copies = COPIES_UPDATED if needs_gram or plan.method.statistic is Moments else COPIES_MASKED
-    total = weights * decoder.dtype.itemsize + copies * 4 * max(matrix.size for matrix in matrices)
+    total = weights * decoder.dtype.itemsize + copies * 4 * max((matrix.size for matrix in matrices), default=0)
     if plan.reconstruction:
         total += COPIES_TRAINED * 4 * weights
     if needs_gram:
@@ -97,8 +97,16 @@ def _loop_bytes(decoder: Decoder, plan: "Plan", index: int) -> int:
         at_once = [matrix for matrix in matrices if not matrix.parameter_slice.expert or matrix.parameter_slice.name not in apart]
         grams = {matrix.layer: 4 * matrix.shape[1] ** 2 for matrix in at_once}
         together = max if plan.propagate == Propagation.SEQUENTIAL else sum  # one at a time
-        total += together(grams.values()) + COPIES_FACTORED * max(grams.values())
+        if grams:
+            total += together(grams.values()) + COPIES_FACTORED * max(grams.values())
     return total
+
+
+def _shared_bytes(decoder: Decoder, plan: "Plan") -> int:
+    """Gram matrices of all layers whose matrices several blocks have: those of all uses together, and of one use more."""
+    if plan.method.statistic is not Gram:
+        return 0
+    return 2 * sum({(matrix.tensor, matrix.expert): 4 * matrix.shape[1] ** 2 for of_block in decoder.reused for matrix in of_block}.values())
 
 
 def _gradient_bytes(decoder: Decoder, tokens: int) -> int:
