@@ -59,7 +59,7 @@ def bring(directory: Path) -> None:
 
 
 def bring_model(model: Model) -> None:
-    """What bring brings of one model, into the current directory, but for what is there."""
+    """Write what bring writes of one model, in the current directory, but for what is there."""
     sections = read(f"base={model.base}", "evaluation=perplexity")
     if not BASE.is_dir():
         fetch.main.function(part="base", base=sections["base"])

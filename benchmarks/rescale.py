@@ -134,16 +134,19 @@ def measure(model: Model, way: str, directory: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row of every model that was measured in both ways, and what the numbers are."""
+    shown = [row for row in rows if len([other for other in rows if other["base"] == row["base"]]) == len(WAYS)]
+    if not shown:
+        return "Not measured yet."
     titles = ("", "dense", *(f"`{EXPERIMENT}`, {way}" for way in WAYS), "ratio")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for model in MODELS:
-        of_way = {row["written"]: row for row in rows if row["base"] == model.base}
+        of_way = {row["written"]: row for row in shown if row["base"] == model.base}
         if set(of_way) == set(WAYS):
             published, other = (of_way[way] for way in WAYS)
             numbers = (published["dense"], published["perplexity"], other["perplexity"], other["perplexity"] / published["perplexity"])
             lines.append(f"| {model.name} | {' | '.join(f'{number:.3f}' for number in numbers)} |")
-    devices = " and ".join(sorted({row["device"] for row in rows}))
-    codes = ", ".join(sorted({row["code"].partition("-")[0][:7] for row in rows}))
+    devices = " and ".join(sorted({row["device"] for row in shown}))
+    codes = ", ".join(sorted({row["code"].partition("-")[0][:7] for row in shown}))
     note = f"Perplexity on the development text; one seed each, in float32 on {devices}, commit {codes}."
     return "\n".join(lines) + f"\n\n{note}"
 

@@ -94,7 +94,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), recipe.label, device, dtype)
         budget = host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1])
         kept_inputs = inputs_kept(decoder, plan, prune, facts)
-        make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / plan.streams)
+        make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / (plan.streams + any(decoder.reused)))
         plan, judgement = allocate(plan, decoder, allocation, pattern, windows, held_out, make_stream, journal)
         if judgement is not None:
             log_judgement(allocation.name, judgement)
@@ -241,6 +241,7 @@ def needs_whole_blocks(decoder: Decoder, plan: Plan, allocation: Any) -> str | N
         f"prune.device={decoder.device.type}": decoder.device.type != "cpu",
         f"prune.processes={distributed.world_size()}": distributed.world_size() > 1,
         f"allocation={allocation.name}": ALLOCATIONS.of(allocation).budgeted is not None,
+        "matrices of several blocks": any(decoder.reused),
         "a reconstruction": plan.trains,
         "a permuted pattern": plan.permutation_rounds is not None,
         f"prune.propagate={Propagation.SEQUENTIAL}": plan.propagate == Propagation.SEQUENTIAL,

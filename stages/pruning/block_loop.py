@@ -41,7 +41,7 @@ from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_perm
 from stages.pruning.section import Propagation
 from stages.pruning.selection import select
 from stages.pruning.sequential import SequentialPass
-from stages.pruning.shared import SharedInputs, observe_shared
+from stages.pruning.shared import SharedInputs, observe_shared, owners
 from stages.pruning.shrinkage import with_shrinkage
 from stages.streaming.architecture import Layer, Matrix
 from stages.streaming.calls import block_outputs
@@ -158,6 +158,7 @@ def prune_blocks(
             if changes is not None:
                 steps.repeat(index, tensors, changes)
             else:
+                steps.prepare(index)
                 with decoder.loaded(index, tensors) as block:
                     pruned = steps.prune(index, block)
                     yield pruned
@@ -176,9 +177,7 @@ class _FromWindows:
         if plan.propagate == Propagation.SEQUENTIAL:
             stream.decoder.require_reading_orders()
         self.shared: dict[int, SharedInputs] = {}
-        if any(stream.decoder.reused):
-            tokens = {"error_tokens": plan.error_tokens, "expert_tokens": plan.expert_tokens}
-            self.shared = observe_shared(stream.clone(), plan.method.statistic, **tokens)
+        self.dense = stream.clone() if any(stream.decoder.reused) else None  # until a block that later ones share is pruned
 
     def begin(self, index: int) -> None:
         """Keep what enters the first block that a distillation trains."""
@@ -186,8 +185,15 @@ class _FromWindows:
         if teachers and teachers.student_inputs and distillation and index == distillation.first:
             teachers.student_inputs.copy_from(self.stream)
 
+    def prepare(self, index: int) -> None:
+        """Before a dense block is loaded: run the dense model, if this is the first to be pruned of which later blocks have matrices."""
+        if self.dense is not None and index in owners(self.stream.decoder):
+            tokens = {"error_tokens": self.plan.error_tokens, "expert_tokens": self.plan.expert_tokens}
+            self.shared, self.dense = observe_shared(self.dense, self.plan.method.statistic, **tokens), None
+
     def repeat(self, index: int, tensors: dict[str, torch.Tensor], changes: dict[str, Change]) -> None:
         """Run all windows through a block that an earlier run pruned, as far as anything needs its outputs."""
+        self.shared.pop(index, None)
         _repeat_block(self.stream, self.plan, index, tensors, changes, self.teachers, self.routing)
 
     def prune(self, index: int, block: nn.Module) -> PrunedBlock:
@@ -213,6 +219,8 @@ class _FromKept:
         self.kept, self.plan = kept, plan
 
     def begin(self, index: int) -> None: ...
+
+    def prepare(self, index: int) -> None: ...
 
     def repeat(self, index: int, tensors: dict[str, torch.Tensor], changes: dict[str, Change]) -> None: ...
 

@@ -46,9 +46,9 @@ def observing_bytes(decoder: Decoder, kept: list[int]) -> int:
 def host_bytes(decoder: Decoder, plan: "Plan", tokens: int, *, scores_blocks: bool, takes_gradients: bool, judges: bool = False) -> int:
     """An upper bound on host memory in bytes, without hidden states.
 
-    It counts the libraries, masks, and two copies of the largest block as stored, for the current block and the one read ahead, of
-    experts that are loaded one at a time those of three; on a CPU also the memory in which the block loop computes, or an allocation or
-    a distillation if that is more.
+    It counts the libraries, masks, the Gram matrices of layers that several blocks have, and two copies of the largest block as stored,
+    for the current block and the one read ahead, of experts that are loaded one at a time those of three; on a CPU also the memory in
+    which the block loop computes, or an allocation or a distillation if that is more.
 
     Args:
         tokens: number of tokens in a forward pass.
@@ -106,7 +106,8 @@ def _shared_bytes(decoder: Decoder, plan: "Plan") -> int:
     """Gram matrices of all layers whose matrices several blocks have: those of all uses together, and of one use more."""
     if plan.method.statistic is not Gram:
         return 0
-    return 2 * sum({(matrix.tensor, matrix.expert): 4 * matrix.shape[1] ** 2 for of_block in decoder.reused for matrix in of_block}.values())
+    grams = {matrix.name: 4 * matrix.shape[1] ** 2 for matrices in decoder.reused for matrix in matrices}
+    return 2 * sum(grams.values())
 
 
 def _gradient_bytes(decoder: Decoder, tokens: int) -> int:

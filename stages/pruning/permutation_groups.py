@@ -74,7 +74,7 @@ def permutation_groups(
 
 
 def largest_change(output: torch.Tensor, expected: torch.Tensor, hidden: torch.Tensor) -> float:
-    """The largest ||y - y'|| / max(||y||, ||x||) of all tokens; NaN where both of these are zero or one is not finite.
+    """The largest ||y - y'|| / max(||y||, ||x||) of all tokens; NaN where both of these are zero or an output is not finite.
 
     A block may cancel its input nearly: so end the massive activations of a first token (arXiv:2402.17762). Rounding is then of the
     input's size and exceeds what is left of the output.

@@ -6,6 +6,7 @@ Before the block loop the dense model runs up to the last block that uses one. I
 blocks, for the dense model's inputs in all of them; later blocks run with it pruned.
 """
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from stages.pruning.observer import collect
 from stages.streaming.architecture import Layer
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream, read_ahead
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -33,6 +36,7 @@ class SharedInputs(Generic[S]):
 
     @property
     def layers(self) -> set[Layer]:
+        """All that read one of the inputs."""
         return {layer for distinct in self.inputs for layer in distinct.layers}
 
     def include(self, inputs: list[Inputs[S]], held_out: dict[Layer, torch.Tensor]) -> None:
@@ -74,8 +78,9 @@ def observe_shared(
     """
     decoder = stream.decoder
     uses = _uses(decoder)
-    found = {first: SharedInputs[S]() for of_block in uses.values() for first, _ in of_block.values()}
+    shared_inputs = {index: SharedInputs[S]() for index in owners(decoder)}
     last = max(uses, default=-1)
+    log.info("running the windows through %d dense blocks for the matrices that several of them have", last + 1)
     with read_ahead(decoder, range(last + 1)) as blocks:
         for index, tensors in enumerate(blocks):
             with decoder.loaded(index, tensors) as block:
@@ -96,8 +101,13 @@ def observe_shared(
                 names = {layer: other for layer, (owner, other) in uses[index].items() if owner == first}
                 renamed = [replace(use, layers=[names[layer] for layer in use.layers if layer in names]) for use in inputs]
                 of_first = {names[layer]: sample for layer, sample in held_out.items() if layer in names}
-                found[first].include([use for use in renamed if use.layers], of_first)
-    return found
+                shared_inputs[first].include([use for use in renamed if use.layers], of_first)
+    return shared_inputs
+
+
+def owners(decoder: Decoder) -> set[int]:
+    """The blocks whose matrices later blocks have, too."""
+    return {index for of_block in _uses(decoder).values() for index, _ in of_block.values()}
 
 
 def _uses(decoder: Decoder) -> dict[int, dict[Layer, tuple[int, Layer]]]:

@@ -71,7 +71,7 @@ class Decoder:
 
     @property
     def matrices(self) -> list[list[Matrix]]:
-        """The matrices in scope of every block, each in the first block that multiplies by it; see find_matrices.
+        """The matrices in scope of every block, each in the first block that has it; see find_matrices.
 
         Raises:
             ArchitectureError: see find_matrices.
@@ -80,7 +80,7 @@ class Decoder:
 
     @property
     def reused(self) -> list[list[Matrix]]:
-        """The matrices of earlier blocks that each block multiplies by, too, as it holds them; see find_matrices."""
+        """The matrices of earlier blocks that each block has, too, as it holds them; see find_matrices."""
         return self._matrices_in_scope[1]
 
     @cached_property
@@ -112,7 +112,7 @@ class Decoder:
         return reading_orders(self.model, self.blocks, layers, self._calls_of_zeros)
 
     def layers(self, index: int) -> list[Layer]:
-        """The layers of a block that multiply by matrices in scope, without repeats."""
+        """The layers of a block that multiply by matrices in scope which no earlier block has, without repeats."""
         return list(dict.fromkeys(matrix.layer for matrix in self.matrices[index]))
 
     @property

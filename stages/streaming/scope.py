@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stages.checkpoint.layout import ParameterSlice
+from stages.checkpoint.layout import ParameterSlice, tied_names
 from stages.streaming.architecture import Matrix, is_linear, unsupported
 from stages.streaming.calls import Call, run_block
 from stages.streaming.products import Use, multiplied_parameters
@@ -39,7 +39,7 @@ def find_matrices(
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     in_blocks = Counter(tensor for of_block in tensors for tensor in of_block)
-    matrices, reused, first_in, scopes = [], [], dict[str, int](), _Scopes()
+    tied, matrices, reused, first_in, scopes = tied_names(model), [], [], dict[str, int](), _Scopes()
     shared: dict[type, Any] = {}  # mappings into which blocks write what later ones read, so that all of them must run
     for index, of_block in enumerate(tensors):
         path = f"{prefix}.{index}"
@@ -55,7 +55,8 @@ def find_matrices(
                     f"{tensor} is multiplied in {use.groups} groups of rows, each with inputs of its own, wanted rows with the same inputs"
                 )
                 raise unsupported(model, reason)
-            if uses[id(block.get_parameter(parameter_slice.name))] > in_blocks[tensor]:
+            stored_twice = in_blocks[tensor] == 1 and f"{path}.{parameter_slice.name}" in tied
+            if stored_twice or uses[id(block.get_parameter(parameter_slice.name))] > in_blocks[tensor]:
                 raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone, each stored once")
             own = first_in.setdefault(tensor, index) == index
             (matrices_of_block if own else of_earlier).extend(_matrices(block, tensor, parameter_slice, use))

@@ -41,3 +41,7 @@ def test_the_masks_are_those_of_the_whole_model(kind, tmp_path):
 
 def test_types_without_a_reference_are_types_that_are_pruned():
     assert set(BUILT) - REASONS.keys() >= UNKNOWN
+
+
+def test_the_sample_has_types_that_are_pruned_and_have_no_test_elsewhere():
+    assert set(SAMPLE.split()) <= set(PRUNED) - CONFIGS.keys()

@@ -49,6 +49,21 @@ def test_a_block_is_there_twice_as_stored_and_once_as_computed_with_copies_of_it
     assert host_bytes(decoder, replace(plan(decoder, WANDA), reconstruction=how), 100, **UNIFORM) == wanda + 10 * 4 * block
 
 
+def test_gram_matrices_of_layers_that_several_blocks_have_are_there_from_all_uses_and_from_one_more(tmp_path):
+    zamba = Decoder(fetched("zamba2", tmp_path), torch.float32, torch.device("cpu"))
+    columns = {matrix.name: matrix.shape[1] for matrix in zamba.reused[3]}
+    of_shared = 2 * 4 * sum(width**2 for width in columns.values())
+    assert len(columns) == 10
+    loaded = [sum(torch.Size(zamba.checkpoint.shape(name)).numel() for name in zamba.tensors(index)) for index in range(4)]
+    loops = []
+    for matrices, weights in zip(zamba.matrices, loaded, strict=True):
+        grams = [4 * matrix.shape[1] ** 2 for matrix in matrices]
+        loops.append(4 * weights + 12 * 4 * max(matrix.size for matrix in matrices) + sum(grams) + 7 * max(grams))
+    masks = 2 * max(sum(matrix.size for matrix in matrices) for matrices in zamba.matrices) // 8
+    bound = LIBRARIES + masks + 2 * 2 * max(loaded) + max(loops) + of_shared
+    assert host_bytes(zamba, plan(zamba, sparsegpt()), 100, **UNIFORM) == bound
+
+
 def test_gradients_take_a_pass_through_a_block_what_is_around_the_blocks_and_logits(decoder, block):
     outside = sum(torch.Size(decoder.checkpoint.shape(name)).numel() for name in decoder.layout) - 3 * block
     channels = sum(sum(matrix.shape) for matrix in decoder.matrices[0])

@@ -1,12 +1,20 @@
 """Matrices that several blocks multiply by; test_architectures compares the masks of zamba2 with a plain reference."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stages import prune
+from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.config import compose
 from stages.errors import ArchitectureError
+from stages.evaluation.metric import Corpus
+from stages.evaluation.metrics import METRICS
+from stages.evaluation.scoring import StreamedModels
 from stages.pruning.block_loop import prune_blocks
 from stages.pruning.inputs import Inputs
 from stages.pruning.plan import Plan
@@ -92,13 +100,48 @@ def test_a_matrix_of_several_blocks_is_pruned_once_for_what_the_dense_model_read
 
 
 @pytest.mark.parametrize("finished", [1, 2, 3])
-def test_a_run_that_goes_on_gives_later_blocks_the_matrices_that_earlier_ones_pruned(zamba, finished):
-    _, blocks = blocks_of(zamba)
-    _, resumed = blocks_of(zamba, done=lambda index: dict(blocks[index].changes) if index < finished else None)
+@pytest.mark.parametrize("method", [WANDA, sparsegpt()])
+def test_a_run_that_goes_on_gives_later_blocks_the_matrices_that_earlier_ones_pruned(zamba, finished, method, monkeypatch):
+    _, blocks = blocks_of(zamba, method)
+    if finished > 1:  # the shared matrices are there: the dense model does not run again
+        monkeypatch.setattr("stages.pruning.block_loop.observe_shared", None)
+    _, resumed = blocks_of(zamba, method, done=lambda index: dict(blocks[index].changes) if index < finished else None)
     assert [block.index for block in resumed] == list(range(finished, 4))
     for block in resumed:
         for name, change in block.changes.items():
-            assert torch.equal(change.mask, blocks[block.index].changes[name].mask), name
+            before = blocks[block.index].changes[name]
+            assert torch.equal(change.mask, before.mask), name
+            assert method == WANDA or torch.equal(change.values, before.values), name
+
+
+@torch.no_grad()
+def test_a_delta_is_scored_block_by_block_as_by_the_whole_model(zamba, tmp_path):
+    decoder, blocks = blocks_of(zamba, sparsegpt())
+    changes = {name: change for block in blocks for name, change in block.changes.items()}
+
+    def apply(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return changes[name].apply(tensor) if name in changes else tensor
+
+    corpus = Corpus(name="any", windows=WINDOWS, clusters=list(range(len(WINDOWS))))
+    models = StreamedModels(decoder=decoder, variants={"sparse": apply}, scratch=tmp_path)
+    (streamed,) = METRICS["perplexity"].measure(corpus, models.observe([corpus], [METRICS["perplexity"]])["sparse"]["any"], None)
+    whole = load_model(zamba, apply, dtype=torch.float32, device=CPU)(WINDOWS).logits
+    losses = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
+    assert streamed.value == pytest.approx(losses.exp().item(), rel=1e-5)
+
+
+def test_a_checkpoint_that_stores_such_a_matrix_twice_is_refused_by_its_name(zamba, tmp_path):
+    shutil.copytree(zamba.directory, tmp_path / "base")
+    index = json.loads((tmp_path / "base/model.safetensors.index.json").read_text())
+    name = f"{SHARED}self_attn.q_proj.weight"
+    again = name.replace("layers.1.", "layers.3.")
+    save_file({again: zamba.tensor(name) + 1}, tmp_path / "base/again.safetensors")
+    index["weight_map"][again] = "again.safetensors"
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ArchitectureError, match=f"{again} is tied to another tensor, wanted matrices of the blocks alone, each stored once"
+    ):
+        _ = Decoder(Checkpoint(tmp_path / "base"), torch.float32, CPU).matrices
 
 
 @pytest.mark.parametrize(

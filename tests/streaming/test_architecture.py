@@ -54,7 +54,7 @@ def test_experts_are_matrices_of_slices_and_routers_are_none(tmp_path):
 
 def test_a_parameter_that_no_token_is_multiplied_with_is_no_matrix(decoder):
     matrices = decoder.matrices
-    del decoder.matrices
+    del decoder._matrices_in_scope, decoder._tensors
     decoder.blocks[1].mlp.register_parameter("filters", nn.Parameter(torch.empty(4, 8, 8, device="meta")))
     decoder.layout["model.layers.1.mlp.filters"] = ParameterSlice(name="model.layers.1.mlp.filters")
     assert decoder.matrices == matrices
