@@ -15,7 +15,8 @@ SIZES = {
     n_heads n_routed_experts num_attention_heads num_decoder_attention_heads num_encoder_attention_heads num_experts num_heads
     num_local_experts prompt_length prompt_types qk_nope_head_dim qk_rope_head_dim rotary_dim segment_types ssm_state_size state_size""",
     8: """attention_chunk_size attention_window dim_head head_dim hidden_size_per_layer_input index_head_dim index_topk kv_lora_rank
-    linear_head_dim linear_key_head_dim linear_value_head_dim qk_head_dim query_pre_attn_scalar sliding_window v_head_dim window_size""",
+    linear_head_dim linear_key_head_dim linear_value_head_dim o_lora_rank qk_head_dim
+    query_pre_attn_scalar sliding_window v_head_dim window_size""",
     12: "q_lora_rank",
     16: "mamba_d_head mamba_head_dim",
     24: "expert_ffn_hidden_size expert_intermediate_size moe_intermediate_size",

@@ -128,6 +128,10 @@ class Change:
         packed = torch.cat([change.packed for change in changes])  # the bits of each begin with a byte
         return cls.of_packed(packed, (len(changes), *shape), values=values)
 
+    def of_shape(self, shape: tuple[int, ...]) -> "Change":
+        """The same of a tensor of another shape, with as many weights in the same order; nothing is reordered."""
+        return Change.of_packed(self.packed, shape, values=self.values)
+
     def with_values(self, values: torch.Tensor) -> "Change":
         """The same mask and order with other values."""
         return Change.of_packed(self.packed, self.shape, values=values, rows=self.rows, columns=self.columns)

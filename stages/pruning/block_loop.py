@@ -599,7 +599,8 @@ class _BlockPruner:
         if matrices[0].expert is None:
             return self.changes[matrices[0].name]
         ordered = sorted(matrices, key=lambda matrix: matrix.expert or 0)
-        return Change.stacked([self.changes[matrix.name] for matrix in ordered], self.files)
+        stacked = Change.stacked([self.changes[matrix.name] for matrix in ordered], self.files)
+        return stacked.of_shape(self.decoder.checkpoint.shape(matrices[0].tensor))
 
 
 def write_back(

@@ -117,10 +117,14 @@ class Recorder(Generic[S]):
 
     @torch.no_grad()
     def add_tokens(self, layer: Layer, tensor: torch.Tensor) -> None:
-        """Record the tokens that an expert reads, [..., columns]."""
-        inputs = self._first_read_by(layer, tensor)
-        if inputs is None:
-            return
+        """Record the tokens that an expert reads, [..., columns].
+
+        Matrices of an expert that read the same have a statistic each: which experts read any tokens differs between processes.
+        """
+        self.latest = layer
+        if layer not in self.inputs:
+            self.inputs[layer] = Inputs(layers=[layer], statistic=self.statistic(tensor.shape[-1], tensor.device))
+        inputs = self.inputs[layer]
         rows = tensor.reshape(-1, tensor.shape[-1])
         inputs.statistic.add(rows[None])
         inputs.sample.append(rows[: max(0, self.expert_tokens - sum(map(len, inputs.sample)))].clone())

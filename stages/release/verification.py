@@ -176,6 +176,8 @@ def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row
 def _check_rows(name: str, rows: list[Row], shape: tuple[int, ...]) -> None:
     """The manifest's rows of a tensor cover it: each of its matrices once, in its shape."""
     *several, first, second = shape
+    if not several and rows[0]["expert"] is not None:  # groups of rows
+        several, first = [len(rows)], first // len(rows) if first % len(rows) == 0 else 0
     experts = set(range(several[0])) if several else {None}
     listed = [row["expert"] for row in rows]
     if len(listed) != len(experts) or set(listed) != experts:
@@ -189,7 +191,8 @@ def _check_rows(name: str, rows: list[Row], shape: tuple[int, ...]) -> None:
 
 def _matrix(tensor: torch.Tensor, row: Row) -> torch.Tensor:
     """[rows, columns], a view of a tensor that is laid out like the checkpoint's."""
-    matrix = tensor if row["expert"] is None else tensor[row["expert"]]
+    stored = row["shape"][::-1] if row["transposed"] else row["shape"]
+    matrix = tensor if row["expert"] is None else tensor.view(-1, *stored)[row["expert"]]
     return matrix.T if row["transposed"] else matrix
 
 

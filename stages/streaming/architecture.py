@@ -43,9 +43,9 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A matrix in scope: all of a tensor of the checkpoint, or one expert of a tensor that holds several.
+    """A matrix in scope: all of a tensor of the checkpoint, or one of several in it, as experts are, or groups of rows with own inputs.
 
-    tensor: name in the checkpoint. expert: its index in this tensor, or None.
+    tensor: name in the checkpoint. expert: its index in this tensor, which may have two dimensions if it holds groups of rows; or None.
     parameter_slice: its slice of the block's parameter.
     transposed: whether it is stored as [columns, rows], as GPT-2's Conv1D does.
     shape: (rows, columns) = (outputs, inputs).
@@ -89,7 +89,8 @@ class Matrix:
 
     def stored_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """View this matrix, [rows, columns], in a tensor that is laid out like the checkpoint's, such as its mask."""
-        matrix = tensor if self.expert is None else tensor[self.expert]
+        rows, columns = self.shape[::-1] if self.transposed else self.shape
+        matrix = tensor if self.expert is None else tensor.view(-1, rows, columns)[self.expert]
         return matrix.T if self.transposed else matrix
 
 

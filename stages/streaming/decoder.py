@@ -301,7 +301,8 @@ class Decoder:
             name = parameter_slice.name
             if name not in parameters:
                 parameters[name] = materialize(block, name, dtype=self._dtype_of(index, name), device=self.device)
-            parameter_slice.of(parameters[name]).copy_(tensors.pop(tensor), non_blocking=True)
+            target = parameter_slice.of(parameters[name])  # in three dimensions, where the checkpoint has groups of rows in two
+            target.copy_(tensors.pop(tensor).view(target.shape), non_blocking=True)
         if index in self.apart:
             for name in self.apart[index].parameters:
                 self._reserved[name] = ReservedTensor(block.get_parameter(name).shape, self._dtype_of(index, name))
@@ -344,5 +345,7 @@ class Decoder:
         stored = self.checkpoint.dtype(matrix.tensor)
         if self.dtype in (stored, torch.float32):
             return matrix.of(block).float()
+        if len(self.checkpoint.shape(matrix.tensor)) == 2:
+            return matrix.stored_in(self.checkpoint.tensor(matrix.tensor)).to(self.device).float()
         weight = self.checkpoint.tensor(matrix.tensor, entry=matrix.expert).to(self.device).float()
         return weight.T if matrix.transposed else weight

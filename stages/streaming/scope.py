@@ -34,8 +34,8 @@ def find_matrices(
         For each block: its matrices that no earlier block has; and those of earlier blocks, as it holds them.
 
     Raises:
-        ArchitectureError: a block has no matrices, or a matrix is tied to a tensor outside the blocks or stored twice, or has rows with
-            different inputs, or the parameters of a mixture hold different experts; names the block, the tensor or the module.
+        ArchitectureError: a block has no matrices, or a matrix is tied to a tensor outside the blocks or stored twice, or has groups of
+            rows that are not as large, or the parameters of a mixture hold different experts; names the block, the tensor or the module.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     in_blocks = Counter(tensor for of_block in tensors for tensor in of_block)
@@ -51,10 +51,7 @@ def find_matrices(
                 continue
             use = scope[parameter_slice.name]
             if use.groups > 1:
-                reason = (
-                    f"{tensor} is multiplied in {use.groups} groups of rows, each with inputs of its own, wanted rows with the same inputs"
-                )
-                raise unsupported(model, reason)
+                _unfold(model, block, tensor, parameter_slice.name, use.groups)
             stored_twice = in_blocks[tensor] == 1 and f"{path}.{parameter_slice.name}" in tied
             if stored_twice or uses[id(block.get_parameter(parameter_slice.name))] > in_blocks[tensor]:
                 raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone, each stored once")
@@ -66,6 +63,20 @@ def find_matrices(
         matrices.append(matrices_of_block)
         reused.append(of_earlier)
     return matrices, reused
+
+
+def _unfold(model: "PreTrainedModel", block: nn.Module, tensor: str, name: str, groups: int) -> None:
+    """Let a parameter whose groups of rows have inputs of their own be [groups, rows, columns], as one that holds experts.
+
+    Raises:
+        ArchitectureError: its rows are no such groups; names the tensor.
+    """
+    path, _, leaf = name.rpartition(".")
+    parameter = block.get_parameter(name)
+    if len(parameter) % groups:
+        raise unsupported(model, f"{tensor} has {len(parameter)} rows in {groups} groups, wanted as many in each")
+    unfolded = nn.Parameter(parameter.unflatten(0, (groups, -1)), requires_grad=False)
+    block.get_submodule(path)._parameters[leaf] = unfolded
 
 
 def _require_the_same_experts(model: "PreTrainedModel", block: nn.Module, scope: dict[str, Use]) -> None:
@@ -134,7 +145,7 @@ def _is_one_of_several(block: nn.Module, path: str) -> bool:
 
 
 def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, use: Use) -> list[Matrix]:
-    """List the matrices of a tensor: one, or one for each expert of a tensor that holds all experts."""
+    """List the matrices of a tensor: one, or one for each expert, or group of rows, of a tensor that holds several."""
     parameter = block.get_parameter(parameter_slice.name)
     several = parameter.dim() == 3 and parameter_slice.expert is None
     transposed = use.transposed != parameter_slice.transposed
@@ -148,7 +159,7 @@ def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, us
             parameter_slice=of_matrix,
             transposed=transposed,
             shape=(rows, columns),
-            called=use.called or parameter.dim() == 3,
+            called=use.groups == 1 and (use.called or parameter.dim() == 3),
         )
         matrices.append(matrix)
     return matrices

@@ -72,9 +72,7 @@ def streamed(base: Checkpoint, method, pattern, expert_tokens: int = 0, windows:
 
 def mask_of(changes: dict, matrix) -> torch.Tensor:
     """[rows, columns]"""
-    mask = changes[matrix.tensor].mask
-    mask = mask if matrix.expert is None else mask[matrix.expert]
-    return mask.T if matrix.transposed else mask
+    return matrix.stored_in(changes[matrix.tensor].mask)
 
 
 @contextmanager
@@ -84,6 +82,10 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
 
     def of_linear(module, arguments):
         seen.setdefault((names[id(module.weight)], None), []).append(arguments[0])
+
+    def of_groups(module, arguments):
+        for group, tokens in enumerate(arguments[0].unbind(dim=-2)):
+            seen.setdefault((names[id(module.weight)], group), []).append(tokens.reshape(1, -1, tokens.shape[-1]))
 
     def of_experts(module, arguments):
         tokens, chosen, _ = arguments
@@ -103,6 +105,14 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
             seen.setdefault((names[id(module.up_proj)], expert), []).append(own[None])
             seen.setdefault((names[id(module.down_proj)], expert), []).append(module.act_fn(linear(own, module.up_proj[expert]))[None])
 
+    def of_expert_in_rows(module, arguments):
+        tokens, gate, up, _ = arguments
+        expert = (gate.data_ptr() - module.w1.data_ptr()) // (gate.numel() * gate.element_size())
+        for name in ("w1", "v1"):
+            seen.setdefault((names[id(getattr(module, name))], expert), []).append(tokens[None])
+        between = module.activation_fn(linear(tokens, gate)) * linear(tokens, up)
+        seen.setdefault((names[id(module.w2)], expert), []).append(between[None])
+
     def of_all_experts(module, arguments):
         """Tokens times the weight of each expert; 0 where it was not chosen."""
         for expert, tokens in enumerate(arguments[0].view(len(module.down_proj), -1, module.hidden_size)):
@@ -121,6 +131,13 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
             for weight in (module.input_gate_weight, module.recurrent_gate_weight):
                 seen.setdefault((names[id(weight)], head), []).append(tokens[None])
 
+    def streams_of(mixer):
+        """Hyper-connections multiply all streams of a token by a parameter, after their norm or, with magnitudes, before it."""
+        key = names[id(mixer.fn)], None
+        if hasattr(mixer, "hc_post_magnitude"):
+            return mixer.register_forward_pre_hook(lambda _, arguments: seen.setdefault(key, []).append(arguments[0].flatten(2)))
+        return mixer.input_norm.register_forward_hook(lambda _, __, output: seen.setdefault(key, []).append(output))
+
     def time_steps_of(mixer):
         """Mamba multiplies by the weight of this layer, and does not call it."""
         key = names[id(mixer.dt_proj.weight)], None
@@ -129,12 +146,18 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
     for module in model.modules():
         if hasattr(module, "x_proj") and id(getattr(getattr(module, "dt_proj", None), "weight", None)) in names:
             hooks.append(getattr(module, "dt_layernorm", module.x_proj).register_forward_hook(time_steps_of(module)))
+        elif hasattr(module, "n_groups") and isinstance(module, torch.nn.Linear) and id(module.weight) in names:
+            hooks.append(module.register_forward_pre_hook(of_groups))
         elif isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
             hooks.append(module.register_forward_pre_hook(of_linear))
         elif id(getattr(module, "gate_up_proj", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else of_all_experts))
         elif id(getattr(module, "up_proj", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_experts_without_gates))
+        elif id(getattr(module, "fn", None)) in names:
+            hooks.append(streams_of(module))
+        elif id(getattr(module, "w1", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_expert_in_rows))
         elif id(getattr(module, "weight", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_parallel_experts))
         elif id(getattr(module, "input_gate_weight", None)) in names:
@@ -175,7 +198,9 @@ def plain_wanda(decoder: Decoder, sparsity: float, auto_class: type = AutoModelF
                 .sum(dim=(0, 1))
                 for tokens in seen[name, matrix.parameter_slice.expert]
             )
-            weight = matrix.parameter_slice.of(all_parameters[name])
+            parameter, rows = all_parameters[name], matrix.shape[1 if matrix.transposed else 0]
+            in_groups = parameter.dim() == 2 and matrix.parameter_slice.expert is not None
+            weight = matrix.parameter_slice.of(parameter.unflatten(0, (-1, rows)) if in_groups else parameter)
             weight = weight.T if matrix.transposed else weight
             order = torch.sort(weight.abs() * norm.sqrt(), dim=1, stable=True).indices
             drop = torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, order[:, : int(weight.shape[1] * sparsity)], True)

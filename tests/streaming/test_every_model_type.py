@@ -31,7 +31,6 @@ NOT_MADE = {kind: reason for reason, kinds in NOT_BUILT.items() for kind in kind
 REFUSED = {
     "block 0 does not receive hidden states as its first argument": "reformer",
     "wanted [windows, tokens, ...]": "cpmant prophetnet xlnet",
-    "groups of rows, each with inputs of its own, wanted rows with the same inputs": "dbrx deepseek_v4",
     "holds other numbers of experts in its parameters": "longcat_flash",
     "it does not run on tokens alone": "gemma4_unified_assistant",
     "found no num_hidden_layers in its config": "blt",
