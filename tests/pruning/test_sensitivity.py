@@ -37,7 +37,8 @@ from tests.methods import made
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
-from tests.streaming import test_every_model_type as every_type
+from tests.small_models import small
+from tests.streaming.test_every_model_type import write
 
 CPU = torch.device("cpu")
 GRID = [0.0, 0.25, 0.5, 0.9]
@@ -233,7 +234,7 @@ def test_the_buffers_for_gradients_are_taken_from_one_budget(base, monkeypatch, 
 
 @pytest.mark.filterwarnings("default")  # of a model at its small sizes
 def test_a_layer_whose_outputs_only_choose_what_attention_reads_has_no_gradient_and_is_not_measured(tmp_path):
-    checkpoint = every_type.write(tmp_path, every_type.small(every_type.TYPES["axk2"]))
+    checkpoint = write(tmp_path, small("axk2"))
     stream = stream_of(checkpoint, SMALL_WINDOWS)
     found = sensitivities(stream, GRID, "row", **HOW)[WEIGHT]
     names = {matrix.name for block in stream.decoder.matrices for matrix in block}
