@@ -30,13 +30,14 @@ from benchmarks.markers import show_between
 from benchmarks.table import the_default_afterwards
 from stages.bos import words
 from stages.files import PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE_RESULTS, read_json, remove, write_json
+from stages.limits import counted
 from stages.prune import code_sha256
 
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
 FIRST = TEXTS[0]  # by which rows are ordered
-COSTS = ("seconds", "peak_memory_gib")  # of a row, unless it was measured with others at once (benchmarks.on_gpu)
+COSTS = ("seconds", "peak_memory_gib")  # of a row, unless it was measured with others (benchmarks.on_gpu) or other work at once
 
 Rows = dict[Point, dict[str, Any]]
 
@@ -288,13 +289,15 @@ def _notes(rows: Rows, model: Model) -> str:
 
 
 def with_others(rows: Rows) -> str:
-    """What points are without that were measured with others at once; nothing where none was."""
+    """What points are without that were measured with others, or with other work, at once; nothing where none was."""
     count = sum("workers" in row for row in rows.values())
+    busy = sum("workers" not in row and not any(key in row for key in COSTS) for row in rows.values())
+    aside = f" Without seconds and memory, since the machine did much other work: {counted(busy, 'point')}." if busy else ""
     if not count:
-        return ""
+        return aside
     return (
         f" {count} points were measured on a GPU in float32, several at once (`python -m benchmarks.on_gpu`), and have neither seconds nor "
-        "memory; ± is over devices, too, where a cell has seeds of both."
+        f"memory; ± is over devices, too, where a cell has seeds of both.{aside}"
     )
 
 
