@@ -176,7 +176,7 @@ def _rows_of_tensors(base: Checkpoint, delta: SparseDelta) -> dict[str, list[Row
 def _check_rows(name: str, rows: list[Row], shape: tuple[int, ...]) -> None:
     """The manifest's rows of a tensor cover it: each of its matrices once, in its shape."""
     *several, first, second = shape
-    if not several and rows[0]["expert"] is not None:  # groups of rows
+    if not several and len(rows) > 1:  # groups of rows
         several, first = [len(rows)], first // len(rows) if first % len(rows) == 0 else 0
     experts = set(range(several[0])) if several else {None}
     listed = [row["expert"] for row in rows]
