@@ -95,8 +95,8 @@ def observe_dense_model(prune: Prune) -> None:
     """Write artifacts/statistics, whole or not at all.
 
     Raises:
-        ConfigError: several processes were started; a block with all of its experts does not fit the memory; or several blocks have the
-            same matrices.
+        ConfigError: several processes were started; or a block with all of its experts does not fit the memory.
+        ArchitectureError: several blocks multiply by a matrix.
         SparsesweepError: the disk does not hold what is to be kept. All of these before a weight is read.
         PruningError: activations are not finite; names the block.
     """
@@ -107,9 +107,7 @@ def observe_dense_model(prune: Prune) -> None:
     base = Checkpoint(BASE)
     windows, held_out, calibration = calibration_windows(base)
     decoder = Decoder(base, dtype, device)
-    if any(decoder.reused):
-        reason = f"several blocks of {decoder.name} have the same matrices"
-        raise ConfigError(f"prune.statistics: found {prune.statistics!r}, wanted none: {reason}")
+    decoder.require_matrices_of_one_block(f"prune.statistics = {prune.statistics}")
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
     facts = fingerprint(prune, base, calibration, batch=batch, device=device, dtype=dtype)
     needed = block_bytes(decoder, Kept(prune.statistics), prune.error_tokens, windows.numel(), held_out.numel())

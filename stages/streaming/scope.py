@@ -50,11 +50,11 @@ def find_matrices(
             if parameter_slice.name not in scope:
                 continue
             use = scope[parameter_slice.name]
-            if use.groups > 1:
-                _unfold(model, block, tensor, parameter_slice.name, use.groups)
             stored_twice = in_blocks[tensor] == 1 and f"{path}.{parameter_slice.name}" in tied
             if stored_twice or uses[id(block.get_parameter(parameter_slice.name))] > in_blocks[tensor]:
                 raise unsupported(model, f"{tensor} is tied to another tensor, wanted matrices of the blocks alone, each stored once")
+            if use.groups > 1:  # after the check: it makes a parameter of its own
+                _unfold(model, block, tensor, parameter_slice.name, use.groups)
             own = first_in.setdefault(tensor, index) == index
             (matrices_of_block if own else of_earlier).extend(_matrices(block, tensor, parameter_slice, use))
         _require_the_same_experts(model, block, scope)
