@@ -1,6 +1,7 @@
 """Scores of benchmarks that a hub keeps leaderboards of, as files that it reads: .eval_results/TASK.yaml.
 
-Format: https://huggingface.co/docs/hub/eval-results. A score of some rows only is no entry of a leaderboard, and is left out.
+Format: https://huggingface.co/docs/hub/eval-results. The names of tasks are those of such files on the hub. A score of some rows only is no
+entry of a leaderboard, and is left out.
 """
 
 from pathlib import Path
@@ -15,8 +16,8 @@ from stages.release.records import Records
 
 BENCHMARKS = {  # a task of lm-eval -> the data set and the task there
     "gsm8k": ("openai/gsm8k", "gsm8k"),
-    "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "gpqa_diamond"),
-    "gpqa_diamond_n_shot": ("Idavidrein/gpqa", "gpqa_diamond"),
+    "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "diamond"),
+    "gpqa_diamond_n_shot": ("Idavidrein/gpqa", "diamond"),
     "mmlu_pro": ("TIGER-Lab/MMLU-Pro", "mmlu_pro"),
 }
 

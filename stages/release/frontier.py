@@ -31,16 +31,21 @@ INK = "#1d2126"
 class Frontier:
     """What a file has of a protocol.
 
-    protocol: what is compared of it. kind, name, metric: of the measurements that the plot is of, see Measurement.key. experiments: how
-    many it shows. plot: as Vega-Lite with data.
+    protocol: what is compared of it. kind, name, metric: of the measurements that the plot is of, see Measurement.key. plot: as Vega-Lite
+    with data.
     """
 
     protocol: dict[str, Any]
     kind: str
     name: str
     metric: str
-    experiments: int
     plot: dict[str, Any]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """The experiments that the plot shows."""
+        points: list[dict[str, Any]] = self.plot["datasets"]["points"]
+        return points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ def draw(
     frontier = of_protocol(frontiers, compared(protocol), path)
     own, before = (_value(frontier, of, path) for of in (measurements, sparse))
     try:
-        inside = offset_of(frontier.plot, sparsity, before.value)
+        inside = offset_of(frontier.points, sparsity, before.value)
         plot = marked(frontier.plot, sparsity, own.value, inside if own.value == before.value else None)
         png = vegalite_to_png(plot)
     except (LookupError, TypeError, ValueError) as error:
@@ -130,9 +135,9 @@ def _value(frontier: Frontier, measurements: Iterable[Measurement], path: Path) 
     return found
 
 
-def offset_of(plot: dict[str, Any], sparsity: float, value: float) -> float | None:
-    """By how many pixels the plot's point of a sparsity and a value, which may be rounded there, stands aside; None: it has none."""
-    for row in plot["datasets"]["points"]:
+def offset_of(points: list[dict[str, Any]], sparsity: float, value: float) -> float | None:
+    """By how many pixels the point of a sparsity and a value, which may be rounded there, stands aside; None: there is none."""
+    for row in points:
         if math.isclose(row["sparsity"], sparsity, abs_tol=1e-4) and math.isclose(row["value"], value, rel_tol=1e-6):
             return float(row["dodge"])
     return None
@@ -155,8 +160,8 @@ def marked(plot: dict[str, Any], sparsity: float, value: float, offset: float | 
 
 def _markdown(frontier: Frontier, own: Measurement, inside: bool) -> str:
     title = f"{own.label} on {own.name} against sparsity"
-    among = f"among {counted(frontier.experiments, 'experiment')} of the same protocol" + ("" if inside else ", of which it is none")
-    intervals = any(row["low"] is not None for row in frontier.plot["datasets"]["points"])
+    among = f"among {counted(len(frontier.points), 'experiment')} of the same protocol" + ("" if inside else ", of which it is none")
+    intervals = any(row["low"] is not None for row in frontier.points)
     over = "; lines through points are 95% intervals over text,\nnot over calibration seeds" if intervals else ""
     return (
         f"\n![{title}: this release {among}]({PICTURE})\n\n"

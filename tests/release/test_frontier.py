@@ -62,9 +62,10 @@ def test_the_same_experiments_are_kept_once(groups):
 
 
 def test_the_ring_is_around_the_releases_own_point(groups):
-    plot = kept(keep_frontiers(groups))[1].plot
-    row = next(row for row in plot["datasets"]["points"] if row["dodge"] != 0)
-    offset = offset_of(plot, row["sparsity"], row["value"])
+    frontier = kept(keep_frontiers(groups))[1]
+    plot = frontier.plot
+    row = next(row for row in frontier.points if row["dodge"] != 0)
+    offset = offset_of(frontier.points, row["sparsity"], row["value"])
     assert offset == row["dodge"]
     ring, words = marked(plot, row["sparsity"], row["value"], offset)["layer"][len(plot["layer"]) :]
     assert ring["mark"]["xOffset"] == words["mark"]["xOffset"] == row["dodge"]
@@ -72,8 +73,9 @@ def test_the_ring_is_around_the_releases_own_point(groups):
 
 
 def test_a_release_that_is_none_of_the_points_has_one_of_its_own(groups):
-    plot = kept(keep_frontiers(groups))[1].plot
-    assert offset_of(plot, 0.55, 30.0) is None
+    frontier = kept(keep_frontiers(groups))[1]
+    plot = frontier.plot
+    assert offset_of(frontier.points, 0.55, 30.0) is None
     point, ring, _ = marked(plot, 0.55, 30.0, None)["layer"][len(plot["layer"]) :]
     assert (point["mark"]["filled"], ring["mark"]["xOffset"]) == (True, 0)
     assert "of the same protocol, of which it is none" in drawn(groups, sparsity=0.55).markdown
@@ -117,7 +119,7 @@ def test_a_release_without_the_metric_is_refused(groups):
     [
         ({"layer": []}, "found .*, wanted list"),
         ([], "the nearest differ in: none; evaluate"),
-        ([{"protocol": {}}], r'\[0\]: found "protocol", wanted the keys of a Frontier; missing: experiments, kind'),
+        ([{"protocol": {}}], r'\[0\]: found "protocol", wanted the keys of a Frontier; missing: kind'),
     ],
 )
 def test_a_file_of_another_shape_is_refused(groups, content, message):

@@ -62,8 +62,7 @@ def first_frontier(group: Group) -> dict[str, Any]:
     metric = group.metrics[0]
     key = {"kind": metric.kind, "name": metric.name, "metric": metric.metric}
     data = of_metric(group, metric)
-    counted = {"experiments": len(data[charts.POINTS])}
-    return {"protocol": compared(group.results[0].experiment.protocol), **key, **counted, "plot": frontier(group, metric, data)}
+    return {"protocol": compared(group.results[0].experiment.protocol), **key, "plot": frontier(group, metric, data)}
 
 
 def of_metric(group: Group, metric: Metric) -> dict[str, Any]:
