@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
+from stages.errors import CheckpointError
 from stages.evaluation.bootstrap import RESAMPLES, Items, bootstrap_error
 from stages.evaluation.encoding import encode
 from stages.evaluation.questions import SEED, Questions, all_requests, grouped, is_mean, metric_name
@@ -120,6 +121,7 @@ def answers(questions: Questions) -> Answers:
             row |= {"task": name} if questions.source.is_group else {}
             row |= {"cut": True} if number in questions.cut[name] else {}
             rows.append(row | _said(task.OUTPUT_TYPE, of_row))
+            _require_finite(rows[-1].get("scores", []), f"row {number} of {name}")
         first_cluster += max(clusters, default=-1) + 1
     of_rows = [key for key in questions.metrics if _is_of_rows(questions, key, rows)]
     for row in rows:
@@ -134,6 +136,14 @@ def _said(kind: Any, requests: list[Any]) -> dict[str, Any]:
         return {"answers": requests[0].resps, "filtered": {name: str(value) for name, value in requests[0].filtered_resps.items()}}
     first = next(iter(requests[0].filtered_resps))
     return {"scores": [request.filtered_resps[first] for request in requests]}
+
+
+def _require_finite(scores: list[Any], where: str) -> None:
+    """Refuse log-likelihoods that are no numbers, as of activations beyond the dtype's range: no answer would be right or wrong by them."""
+    for score in scores:
+        likelihood = score[0] if isinstance(score, (tuple, list)) else score
+        if not math.isfinite(likelihood):
+            raise CheckpointError(f"{where}: found a log-likelihood of {likelihood}, wanted a finite number")
 
 
 def _is_of_rows(questions: Questions, key: tuple[str, str], rows: list[dict[str, Any]]) -> bool:
@@ -155,9 +165,15 @@ def _aggregate(questions: Questions, key: tuple[str, str], values: dict[str, lis
         of_tasks = [float(questions.tasks[name].aggregation()[key[0]](list(of))) for name, of in items.items()]
         return float(aggregate_subtask_metrics(of_tasks, list(map(len, items.values())), questions.source.aggregated.get(key[0], True)))
 
+    try:
+        value = score(values)
+    except (ArithmeticError, ValueError) as reason:
+        raise CheckpointError(f"{metric_name(*key)} of {questions.name}: found none ({reason}), wanted a finite number") from None
+    if not math.isfinite(value):
+        raise CheckpointError(f"{metric_name(*key)} of {questions.name}: found {value}, wanted a finite number")
     error = bootstrap_error(score, values, clusters)
     return {
-        "value": score(values),
+        "value": value,
         "count": sum(map(len, values.values())),
         "stderr": None if error is None or not math.isfinite(error) else error,
         "clusters": sum(len(set(of)) for of in clusters.values()),

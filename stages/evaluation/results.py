@@ -1,5 +1,6 @@
 """The scores of a model, and the files in which the evaluation writes them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from stages.evaluation.degeneration import Tokenize
 from stages.evaluation.measurement import Better, Difference, Kind, Measurement, as_rows, estimated, metrics
 from stages.evaluation.metric import Corpus, Metric, Observed, WindowMeans, window_means
 from stages.evaluation.protocol import EMBEDDED, Protocol, TaskProtocol
-from stages.evaluation.statistics import Estimate, difference_of_rows, mean, mean_of_independent, mean_of_rows
+from stages.evaluation.statistics import Adjusted, Estimate, difference_of_rows, mean, mean_of_independent, mean_of_rows
 from stages.files import read_json, write_json, write_lines
 from stages.plain_data import is_finite, of_type
 from stages.rows import Rows
@@ -225,16 +226,15 @@ def _over_tasks(rows: list[dict[str, Any]], ours: list[float], theirs: list[floa
     members: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         members.setdefault(row["task"], []).append(number)
+    clusters = [[rows[number]["cluster"] for number in of] for of in members.values()]
 
-    def over(values: list[float]) -> Estimate:
-        return mean_of_independent(
-            [mean([values[number] for number in of], [rows[number]["cluster"] for number in of]) for of in members.values()]
-        )
+    def by_task(values: list[float]) -> list[list[float]]:
+        return [[values[number] for number in of] for of in members.values()]
 
-    made = estimated(over(ours))
+    made = estimated(mean_of_independent(list(map(mean_of_rows, by_task(ours), clusters))))
     if theirs is not None:
-        apart = over([here - there for here, there in zip(ours, theirs, strict=True)])
-        made |= {"dense": over(theirs).value, "difference": Difference.of(apart)}
+        apart = mean_of_independent(list(map(difference_of_rows, by_task(ours), by_task(theirs), clusters)))
+        made |= {"dense": math.fsum(mean(of).value for of in by_task(theirs)) / len(members), "difference": Difference.of(apart)}
     return made
 
 
@@ -312,7 +312,8 @@ def mean_accuracy(measurements: Sequence[Measurement], style: str = RAW) -> list
 
 def _of_task(task: Measurement, number: Measurement | Difference) -> Estimate:
     """A task's mean, or its difference, as an estimate."""
-    return Estimate(value=number.value, stderr=number.stderr, count=task.count, clusters=task.clusters)
+    ends = None if number.low is None or number.high is None else (number.low, number.high)
+    return Adjusted(value=number.value, stderr=number.stderr, count=task.count, clusters=task.clusters, ends=ends)
 
 
 def read_results(details: Path, protocol: Protocol) -> Results:

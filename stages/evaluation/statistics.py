@@ -9,6 +9,8 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import bdtr, stdtrit  # scipy.stats takes a second to import, in every stage and every composition
 
 LEVEL = 0.95  # of an interval
@@ -49,39 +51,40 @@ def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) ->
     Raises:
         ValueError: there are no values, or other numbers of values and clusters.
     """
+    return _mean(values, clusters)
+
+
+def _mean(values: Sequence[float], clusters: Sequence[Hashable] | None, added: tuple[float, ...] = ()) -> Estimate:
+    """See mean.
+
+    Args:
+        added: values more, each of a cluster of its own; the correction for few clusters and the degrees of freedom leave them out.
+    """
     if not values:
         raise ValueError("found no values, wanted at least one")
-    value = math.fsum(values) / len(values)
-    sums: dict[Hashable, float] = {}
-    for number, cluster in zip(values, range(len(values)) if clusters is None else clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + number - value
-    count = len(sums)
+    size = len(values) + len(added)
+    value = math.fsum((*values, *added)) / size
+    totals: NDArray[np.float64] = np.asarray(values, dtype=np.float64) - value
+    if clusters is not None:
+        totals = np.bincount(_numbered(clusters, len(values)), totals).astype(np.float64, copy=False)
+    count = len(totals)
     if count < 2:
-        return Estimate(value=value, stderr=None, count=len(values), clusters=count)
-    spread = math.fsum(total**2 for total in sums.values()) * count / (count - 1)
-    return Estimate(value=value, stderr=math.sqrt(spread) / len(values), count=len(values), clusters=count)
+        return Estimate(value=value, stderr=None, count=size, clusters=count)
+    squares = math.fsum((*np.square(totals).tolist(), *((other - value) ** 2 for other in added)))
+    return Estimate(value=value, stderr=math.sqrt(squares * count / (count - 1)) / size, count=size, clusters=count)
+
+
+def _numbered(clusters: Sequence[Hashable], count: int) -> NDArray[np.int64]:
+    """The clusters by numbers, in the order in which they come. count: how many are wanted."""
+    if len(clusters) != count:
+        raise ValueError(f"found clusters of {len(clusters)} values, wanted those of {count}")
+    numbers: dict[Hashable, int] = {}
+    return np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), dtype=np.int64, count=count)
 
 
 def difference(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Estimate the mean of values less that of a reference on the same rows. Args, errors: see mean."""
     return mean([value - other for value, other in zip(values, reference, strict=True)], clusters)
-
-
-def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, each counting alike; its clusters are one more than its degrees of freedom, which are
-    Satterthwaite's (1946), rounded down.
-
-    Args:
-        estimates: at least one.
-    """
-    value, count = math.fsum(one.value for one in estimates) / len(estimates), sum(one.count for one in estimates)
-    if any(one.stderr is None for one in estimates):
-        return Estimate(value=value, stderr=None, count=count, clusters=1)
-    variances = [(one.stderr or 0.0) ** 2 for one in estimates]
-    freedom = [one.clusters - 1 for one in estimates]
-    total, spread = math.fsum(variances), math.fsum(variance**2 / free for variance, free in zip(variances, freedom, strict=True))
-    satterthwaite = math.floor(total**2 / spread + 1e-9) if spread else sum(freedom)
-    return Estimate(value=value, stderr=math.sqrt(total) / len(estimates), count=count, clusters=1 + satterthwaite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,26 @@ class Adjusted(Estimate):
     @property
     def interval(self) -> tuple[float, float] | None:
         return self.ends
+
+
+def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, each counting alike; its interval is recovered from theirs, whatever their kinds (Zou and Donner
+    2008, the method of variance estimates recovery): on either side the root of the sum of the squares of theirs.
+
+    Args:
+        estimates: at least one.
+
+    Returns:
+        Without an error or an interval where one of them has none.
+    """
+    size = len(estimates)
+    value, errors = math.fsum(one.value for one in estimates) / size, [one.stderr for one in estimates]
+    stderr = None if None in errors else math.hypot(*(error or 0.0 for error in errors)) / size
+    sides = [(one.value - one.interval[0], one.interval[1] - one.value) for one in estimates if one.interval is not None]
+    below, above = (math.hypot(*side) / size for side in zip(*sides, strict=True)) if len(sides) == size else (None, None)
+    ends = None if below is None or above is None else (value - below, value + above)
+    facts = {"count": sum(one.count for one in estimates), "clusters": sum(one.clusters for one in estimates)}
+    return Adjusted(value=value, stderr=stderr, **facts, ends=ends)
 
 
 def mean_of_rows(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
@@ -150,7 +173,5 @@ def difference_interval(values: Sequence[float], reference: Sequence[float], clu
 def _adjusted(
     values: Sequence[float], clusters: Sequence[Hashable], added: tuple[float, ...], bounds: tuple[float, float]
 ) -> tuple[float, float] | None:
-    if len(set(clusters)) < 2:
-        return None
-    interval = mean([*values, *added], [*clusters, *(("added", number) for number in range(len(added)))]).interval
+    interval = _mean(values, clusters, added).interval
     return None if interval is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))

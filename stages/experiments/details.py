@@ -1,21 +1,24 @@
 """Read what the page compares of an experiment: its measurements, both models' scores on every window and row, its matrices, its texts."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stages.evaluation.measurement import Kind, Measurement, as_rows
 from stages.evaluation.metrics import shown_measurements
+from stages.evaluation.protocol import compared, differences
 from stages.evaluation.results import RAW, samples_file
 from stages.experiments.commands import command
 from stages.experiments.files import Files, Unreadable, cache_directory
-from stages.experiments.reading import Experiment, Missing
+from stages.experiments.reading import EVALUATION, Experiment, Missing
 from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
 RUN = "run.json"
 RULER, RULER_PROTOCOL = RULER_RESULTS / "measurements.json", RULER_RESULTS / "protocol.json"
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
+OF_TASKS = ("tasks", "styles")  # and those of tasks besides
 Row = dict[str, Any]
 
 
@@ -26,12 +29,22 @@ class Scores:
     windows: corpus -> name -> the mean over each window of what metrics keep, such as "nll" and "kld" [nats per token].
     rows: task -> metric -> each row's value.
     window_clusters, row_clusters: corpus or task -> of each window or row, what it shares with others.
+    parts: group of tasks -> metric in which its tasks weigh alike, not its rows -> of each row, the task that it is of.
     """
 
     windows: dict[str, dict[str, list[float]]]
     rows: dict[str, dict[str, list[float]]]
     window_clusters: dict[str, list[Hashable]]
     row_clusters: dict[str, list[Hashable]]
+    parts: dict[str, dict[str, list[Hashable]]] = field(default_factory=dict)
+
+    def of_task(self, task: str, metric: str) -> list[tuple[list[float], list[Hashable]]]:
+        """The values of a task's rows with their clusters: of each part on its own where parts weigh alike, else of all."""
+        values, clusters = self.rows[task][metric], self.row_clusters[task]
+        parts: dict[Hashable, list[int]] = defaultdict(list)
+        for number, part in enumerate(self.parts.get(task, {}).get(metric, [None] * len(values))):
+            parts[part].append(number)
+        return [([values[number] for number in of], [clusters[number] for number in of]) for of in parts.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +104,7 @@ def read_details(experiments: Sequence[Experiment]) -> tuple[list[Details], Scor
         try:
             files = Files(experiment.revision, cache)
             details = _details(experiment, files)
-            dense = dense or of_dense(_scores(files, DENSE_RESULTS / "details", _tasks(experiment.measurements)))
+            dense = dense or of_dense(_dense_scores(experiment, files))
             require_same_pieces(details.scores, dense)
             found.append(details)
         except Unreadable as error:
@@ -106,7 +119,7 @@ def of_dense(scores: Scores) -> Scores:
         corpus: {**{kept: [value] * len(scores.window_clusters[corpus]) for kept, value in known}, **means}
         for corpus, means in scores.windows.items()
     }
-    return Scores(windows=windows, rows=scores.rows, window_clusters=scores.window_clusters, row_clusters=scores.row_clusters)
+    return replace(scores, windows=windows)
 
 
 def require_same_pieces(scores: Scores, dense: Scores) -> None:
@@ -131,7 +144,7 @@ def _details(experiment: Experiment, files: Files) -> Details:
         experiment=experiment,
         command=command(experiment.params),
         measurements=[{**row, "name": name_of(measured)} for row, measured in zip(as_rows(made), made, strict=True)],
-        scores=_scores(files, directory, _tasks(experiment.measurements)),
+        scores=_scores(experiment, files, directory),
         generations=files.json(directory / "generations.json"),
         matrices=files.json(PRUNE_RESULTS / "sparsity.json"),
         run=files.json(PRUNE_RESULTS / "provenance.json"),
@@ -149,17 +162,25 @@ def _speed(files: Files) -> dict[str, Row]:
 
 
 def _ruler(files: Files, experiment: Experiment) -> list[Row]:
-    """The measurements of quantised models, if they say that they are of the same base and text: one may be left of another run."""
+    """The measurements of quantised models, if they say that they are of the same base and text: one may be left of another run. Those of
+    tasks, too, if these were asked alike."""
     rows: list[Row] = files.json(RULER) if files.has(RULER) else []
     if not rows or not files.has(RULER_PROTOCOL):
         return []
-    protocol = files.json(RULER_PROTOCOL)
-    return rows if all(protocol[key] == experiment.protocol[key] for key in OF_TEXT) else []
+    theirs, ours = compared(files.json(RULER_PROTOCOL)), compared(experiment.protocol)
+    of_text, of_tasks = (all(theirs.get(key) == ours.get(key) for key in keys) for keys in (OF_TEXT, OF_TASKS))
+    if not of_text:
+        return []
+    return [{**row, "name": styled(row["name"], row["style"])} for row in rows if row["kind"] == Kind.CORPUS or of_tasks]
 
 
 def name_of(measured: Measurement) -> str:
     """What a measurement is of, with the style of the prompts where that is another than raw."""
-    return measured.name if measured.style == RAW else f"{measured.name} ({measured.style})"
+    return styled(measured.name, measured.style)
+
+
+def styled(name: str, style: str) -> str:
+    return name if style == RAW else f"{name} ({style})"
 
 
 def _tasks(measurements: Sequence[Measurement]) -> dict[str, tuple[str, str]]:
@@ -167,7 +188,22 @@ def _tasks(measurements: Sequence[Measurement]) -> dict[str, tuple[str, str]]:
     return {name_of(measured): (measured.name, measured.style) for measured in measurements if measured.kind == Kind.TASK}
 
 
-def _scores(files: Files, directory: Path, tasks: dict[str, tuple[str, str]]) -> Scores:
+def _dense_scores(experiment: Experiment, files: Files) -> Scores:
+    """The dense model's scores next to an experiment's.
+
+    Raises:
+        Unreadable: they are of another protocol: that model was evaluated again since.
+    """
+    directory = DENSE_RESULTS / "details"
+    differing = differences(compared(files.json(directory / "protocol.json")), compared(experiment.protocol))
+    if differing:
+        raise Unreadable(f"the dense model's scores are of another protocol ({', '.join(differing)}); `dvc repro {EVALUATION}` pairs them")
+    return _scores(experiment, files, directory)
+
+
+def _scores(experiment: Experiment, files: Files, directory: Path) -> Scores:
+    """A model's scores; which tasks there are, and in what their parts weigh alike, the experiment says."""
+    tasks, facts = _tasks(experiment.measurements), experiment.protocol["tasks"]
     windows: dict[str, dict[str, Any]] = files.json(directory / "windows.json")
     samples = {name: files.lines(samples_file(directory, task, style)) for name, (task, style) in tasks.items()}
     samples = {name: rows for name, rows in samples.items() if rows[0]["values"]}  # others have no score of a row
@@ -176,4 +212,9 @@ def _scores(files: Files, directory: Path, tasks: dict[str, tuple[str, str]]) ->
         rows={task: {name: [row["values"][name] for row in rows] for name in rows[0]["values"]} for task, rows in samples.items()},
         window_clusters={corpus: of["clusters"] for corpus, of in windows.items()},
         row_clusters={task: [row["cluster"] for row in rows] for task, rows in samples.items()},
+        parts={
+            name: {metric: [row["task"] for row in rows] for metric in alike}
+            for name, rows in samples.items()
+            if (alike := facts[tasks[name][0]].get("macro"))
+        },
     )

@@ -68,7 +68,7 @@ class Files:
 
     def lines(self, path: Path) -> list[dict[str, Any]]:
         """The rows of JSON Lines. Raises: see json."""
-        return [_parsed(line, path) for line in self.text(path).splitlines()]
+        return [_parsed(line, path) for line in self.text(path).split("\n") if line]
 
     def has(self, path: Path) -> bool:
         """Whether the revision has a file."""

@@ -51,10 +51,10 @@ def _send(mlflow: Any, store: Any, experiment: str, run: Run) -> str:
         return f"{run.name}: there already, as run {at.run_id}"
     values = {key: _text(value) for key, value in leaves(run.params).items()}
     params = [mlflow.entities.Param(key, cut(value, PARAM)) for key, value in values.items()]
-    for first in range(0, len(params), BATCH):
-        store.log_batch(at.run_id, params=params[first : first + BATCH])
     numbers = {UNNAMEABLE.sub("", key): value for key, value in leaves(run.metrics).items()}
-    store.log_batch(at.run_id, metrics=[mlflow.entities.Metric(key, value, at.start_time, 0) for key, value in numbers.items()])
+    metrics = [mlflow.entities.Metric(key, value, at.start_time, 0) for key, value in numbers.items()]
+    for first in range(0, max(len(params), len(metrics)), BATCH):
+        store.log_batch(at.run_id, params=params[first : first + BATCH], metrics=metrics[first : first + BATCH])
     store.set_terminated(at.run_id, FINISHED)
     shortened = [key for key, value in values.items() if len(value) > PARAM]
     return f"{run.name}: sent, as run {at.run_id}" + (f"; cut to {PARAM} characters: {', '.join(shortened)}" if shortened else "")

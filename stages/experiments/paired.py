@@ -2,16 +2,17 @@
 
     of text      mean over windows of the difference of what the metric keeps of them, in the metric's unit; of perplexity this is ln of
                  the ratio. Each metric declares what it keeps, see evaluation.metric.Shown
-    a task       mean over rows of the difference; of right and wrong answers with Bonett and Price's interval, see evaluation.statistics
-    all tasks    mean over tasks of their differences, which are independent:
-                 stderr = sqrt(sum of stderr^2) / tasks, and Satterthwaite's degrees of freedom, rounded down
+    a task       mean over rows of the difference; of right and wrong answers with Bonett and Price's interval, see evaluation.statistics;
+                 of a group that weighs its tasks alike as all tasks
+    all tasks    mean over tasks of their differences, which are independent: stderr = sqrt(sum of stderr^2) / tasks, and the interval
+                 recovered from theirs; none where a task's score is no mean over rows
 
 Intervals hold the noise of the text alone, not that of another calibration seed, and each of them on its own misses once in 20.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -152,12 +153,17 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
         ours_scaled, theirs_scaled = ([metric.scale * value for value in of] for of in (here, there))
         return difference(ours_scaled, theirs_scaled, ours.window_clusters[metric.name])
     tasks = [(metric.name, metric.metric)] if metric.kind == "task" else metric.tasks
-    estimates = [
-        difference_of_rows(ours.rows[task][own], theirs.rows[task][own], ours.row_clusters[task])
-        for task, own in tasks
-        if own in ours.rows.get(task, {}) and own in theirs.rows.get(task, {})
-    ]
+    if not all(own in scores.rows.get(task, {}) for task, own in tasks for scores in (ours, theirs)):
+        return None
+    estimates = [_of_task(task, own, ours, theirs) for task, own in tasks]
     return (estimates[0] if metric.kind == "task" else mean_of_independent(estimates)) if estimates else None
+
+
+def _of_task(task: str, own: str, ours: Scores, theirs: Scores) -> Estimate:
+    """The difference in a task's score, which both have."""
+    pairs = zip(ours.of_task(task, own), theirs.of_task(task, own), strict=True)
+    parts = [difference_of_rows(here, there, clusters) for (here, clusters), (there, _) in pairs]
+    return parts[0] if len(parts) == 1 else mean_of_independent(parts)
 
 
 def verdict(metric: Metric, estimate: Estimate) -> Verdict:
@@ -181,10 +187,9 @@ def natural(metric: Metric, estimate: Estimate) -> tuple[float, tuple[float, flo
 
 def of_scores(metric: Metric, scores: Scores) -> Estimate | None:
     """A model's own mean in a metric, where it is a ratio its logarithm: how far it lies from a model whose every score is 0."""
-    nothing = Scores(
+    nothing = replace(
+        scores,
         windows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.windows.items()},
         rows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.rows.items()},
-        window_clusters=scores.window_clusters,
-        row_clusters=scores.row_clusters,
     )
     return apart(metric, scores, nothing)

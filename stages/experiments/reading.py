@@ -15,9 +15,9 @@ from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
 from stages.experiments.command_output import output
 from stages.experiments.files import Files, Unreadable, cache_directory
-from stages.experiments.lock import PARAMS, Loader, other_run, read_lock, read_yaml
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
-from stages.recipe import fingerprint
+from stages.experiments.lock import LOCK, PARAMS, Loader, other_run, read_lock, read_yaml
+from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
+from stages.recipe import SECTIONS, fingerprint
 
 METRICS, PRUNE_METRICS = (directory / "metrics.json" for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
 PROTOCOL, MEASUREMENTS = (SPARSE_RESULTS / "details" / name for name in ("protocol.json", "measurements.json"))
@@ -144,7 +144,7 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     protocol = files.json(PROTOCOL)
     if revision is None:
-        _require_of_delta(protocol)
+        params = _as_recorded(params, protocol)
     else:
         _require_of_experiment(read_lock(revision), params)
     return Experiment(
@@ -171,7 +171,7 @@ def _dense(files: Files) -> list[Measurement]:
     """The dense model's measurements, as far as they can be read: a table without them says less, and is right all the same."""
     try:
         return from_rows(files.json(DENSE_MEASUREMENTS))
-    except (Unreadable, TypeError, KeyError):
+    except (Unreadable, ValueError, TypeError, KeyError):
         return []
 
 
@@ -181,15 +181,31 @@ def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> No
         raise Unreadable(f"its scores are of another run ({reason}); `dvc exp run {EVALUATION}` with its overrides scores it")
 
 
-def _require_of_delta(protocol: dict[str, Any]) -> None:
-    """Refuse scores in the workspace that are of another delta than the one there: it was pruned again since.
+def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    """The sections of the workspace's params.yaml as they were when its stages ran: values may have changed since.
 
     Args:
         protocol: of the scores; its "delta" is SparseDelta.fingerprint.
+
+    Raises:
+        Unreadable: what lies here is of several runs: it was pruned, or its windows were drawn, again since.
     """
     manifest = SPARSE / "delta.json"
-    if not manifest.is_file():
-        return
+    if not manifest.is_file():  # it was pruned elsewhere
+        if Path(LOCK).is_file():
+            _require_of_experiment(yaml.load(Path(LOCK).read_text(encoding="utf8"), Loader=Loader).get("stages", {}), params)
+        return params
     facts = read_json(manifest)
-    if fingerprint(facts["recipe"], facts["shards"]) != protocol["delta"]:
+    recipe = facts["recipe"]
+    if fingerprint(recipe, facts["shards"]) != protocol["delta"]:
         raise Unreadable("what was pruned last is not evaluated yet; `dvc repro evaluate_sparse` does that")
+    recorded = {**params, **{name: recipe[name] for name in SECTIONS}, "evaluation": protocol["evaluation"]}
+    recorded["prune"] = {**params["prune"], **recipe["prune"]}
+    for name, directory, key in (("base", BASE, "fingerprint"), ("calibration", CALIBRATION, "windows_sha256")):
+        path = directory / "provenance.json"
+        if path.is_file():
+            written = read_json(path)
+            if written[key] != recipe[name]:
+                raise Unreadable(f"{directory} was made again since it was pruned; `dvc repro {EVALUATION}` does the rest")
+            recorded[name] = written["section"]
+    return recorded

@@ -15,6 +15,7 @@ from stages.evaluation.statistics import (
     mcnemar,
     mean,
     mean_of_independent,
+    mean_of_rows,
 )
 
 VALUES = [0.2, 1.0, 0.0, 0.7, 0.7, 0.1]
@@ -53,7 +54,7 @@ def test_fewer_than_two_clusters_have_no_error(values, clusters):
 def test_no_values_and_wrong_numbers_are_refused():
     with pytest.raises(ValueError, match="found no values, wanted at least one"):
         mean([])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="found clusters of 2 values, wanted those of 6"):
         mean(VALUES, [1, 2])
     with pytest.raises(ValueError, match="zip"):
         difference(VALUES, VALUES[1:])
@@ -86,7 +87,7 @@ def test_mcnemars_test_by_hand(lost, gained, wanted):
 def test_an_interval_of_a_share_is_that_of_agresti_and_coull_for_independent_rows():
     low, high = accuracy_interval([1.0] * 8 + [0.0] * 12, range(20))
     share = 10 / 24
-    reach = t.ppf(0.975, 23) * math.sqrt(share * (1 - share) / 23)
+    reach = t.ppf(0.975, 19) * math.sqrt(share * (1 - share) / 24 * 20 / 19)
     assert (low, high) == (pytest.approx(share - reach), pytest.approx(share + reach))
 
 
@@ -94,7 +95,7 @@ def test_an_interval_of_a_difference_is_that_of_bonett_and_price_for_independent
     ours, theirs = [1.0] * 3 + [0.0] * 5 + [1.0] * 12, [0.0] * 3 + [1.0] * 5 + [1.0] * 12
     low, high = difference_interval(ours, theirs, range(20))
     gained, lost = 4 / 22, 6 / 22
-    reach = t.ppf(0.975, 21) * math.sqrt((gained + lost - (gained - lost) ** 2) / 21)
+    reach = t.ppf(0.975, 19) * math.sqrt((gained + lost - (gained - lost) ** 2) / 22 * 20 / 19)
     assert (low, high) == (pytest.approx(gained - lost - reach), pytest.approx(gained - lost + reach))
 
 
@@ -109,29 +110,63 @@ def test_intervals_hold_the_truth_as_often_as_they_say_also_where_rows_seldom_fl
     assert held >= 940
 
 
+@pytest.mark.parametrize("passages", [2, 3, 5])
+def test_few_passages_give_intervals_that_hold_the_truth_about_as_often_as_of_numbers(passages):
+    """Rows of a passage flip together: the rows that an interval adds must not count as passages."""
+    rng, held, plain = random.Random(1), 0, 0
+    clusters = [passage for passage in range(passages) for _ in range(40)]
+    for _ in range(1000):
+        shift = [rng.uniform(-0.3, 0.3) for _ in range(passages)]
+        ours = [float(rng.random() < 0.5 + shift[passage]) for passage in clusters]
+        theirs = [float(rng.random() < 0.5 - shift[passage]) for passage in clusters]
+        low, high = difference_interval(ours, theirs, clusters)
+        held += low <= 0 <= high
+        low, high = difference(ours, theirs, clusters).interval
+        plain += low <= 0 <= high
+    assert held >= plain - 10
+    assert held > 880
+
+
 def test_a_single_document_gives_no_interval():
     assert accuracy_interval([1.0, 0.0], [0, 0]) is None
     assert difference_interval([1.0, 0.0], [1.0, 1.0], [0, 0]) is None
 
 
-def test_a_mean_of_independent_estimates_has_satterthwaites_degrees_of_freedom():
+def test_the_interval_of_a_mean_of_independent_estimates_is_recovered_from_theirs():
     equal = Estimate(value=0.2, stderr=0.1, count=10, clusters=6)
     other = Estimate(value=0.4, stderr=0.1, count=10, clusters=6)
     found = mean_of_independent([equal, other])
+    reach = t.ppf(0.975, 5) * math.sqrt(0.02) / 2
     assert found.value == pytest.approx(0.3)
     assert found.stderr == pytest.approx(math.sqrt(0.02) / 2)
-    assert (found.count, found.clusters) == (20, 11)
-    certain = Estimate(value=0.0, stderr=0.0, count=10, clusters=6)
-    assert mean_of_independent([equal, certain]).clusters == 6  # those of the one that varies
-    assert mean_of_independent([certain, certain]).clusters == 11
+    assert found.interval == (pytest.approx(0.3 - reach), pytest.approx(0.3 + reach))
+    assert (found.count, found.clusters) == (20, 12)
     unknown = Estimate(value=0.4, stderr=None, count=1, clusters=1)
     assert mean_of_independent([equal, unknown]).interval is None
+
+
+def test_a_mean_over_tasks_that_all_went_wrong_has_a_width():
+    wrong = mean_of_rows([0.0] * 20, range(20))
+    low, high = accuracy_interval([0.0] * 20, range(20))
+    found = mean_of_independent([wrong, wrong])
+    assert (found.stderr, low) == (0.0, 0.0)
+    assert found.interval == (0.0, pytest.approx(high / math.sqrt(2)))
+
+
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says():
+    rng, held = random.Random(2), 0
+    for _ in range(1000):
+        tasks = [[float(rng.random() < share) for _ in range(40)] for share in (0.05, 0.3, 0.6)]
+        low, high = mean_of_independent([mean_of_rows(values, range(40)) for values in tasks]).interval
+        held += low <= 0.95 / 3 <= high
+    assert held >= 940
 
 
 def test_a_contrast_of_whole_values_has_a_width_where_all_agree():
     agreed = contrast_of_rows([0.0] * 4, range(4))
     assert (agreed.value, agreed.stderr) == (0.0, 0.0)
-    assert agreed.interval == pytest.approx(mean([0.0] * 4 + [1.0, -1.0]).interval)
+    reach = t.ppf(0.975, 3) * math.sqrt(2 * 4 / 3) / 6  # one row more of 1 and one of -1
+    assert agreed.interval == (pytest.approx(-reach), pytest.approx(reach))
     assert contrast_of_rows([2.0] * 2, range(2)).interval[1] == 2.0
     shares = [0.25, -0.5, 0.1]
     assert contrast_of_rows(shares, range(3)).interval == mean(shares).interval

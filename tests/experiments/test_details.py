@@ -30,6 +30,7 @@ def repository(tmp_path_factory) -> tuple[Path, str]:
             pairs = zip(scores.row_clusters[task], of["acc"], strict=True)
             rows = [{"row": row, "cluster": cluster, "values": {"acc": int(value)}} for row, (cluster, value) in enumerate(pairs)]
             (directory / f"samples-{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "results/dense/details/protocol.json").write_text(json.dumps({**details.experiment.protocol, "delta": None}))
     (root / "results/sparse/details/measurements.json").write_text(json.dumps(details.measurements))
     (root / "results/sparse/details/generations.json").write_text(json.dumps(details.generations))
     (root / "results/prune").mkdir()
@@ -87,19 +88,20 @@ def test_the_drift_by_style_is_read_where_there_is_one(experiment, repository):
 def test_a_ruler_is_read_where_there_is_one(experiment, repository):
     ruler = repository[0] / "results/ruler/measurements.json"
     ruler.parent.mkdir()
-    ruler.write_text('[{"type": "Q4_0"}]')
-    of_text = {"tokenizer_sha256": "t", "dtype": "float32", "versions": {}}
-    here = replace(experiment, protocol={**experiment.protocol, **of_text})
+    of_text = {"type": "Q4_0", "kind": "corpus", "name": "wikipedia", "style": "raw"}
+    of_tasks = {"type": "Q4_0", "kind": "mean", "name": "tasks", "style": "chat"}
+    ruler.write_text(json.dumps([of_text, of_tasks]))
     found = []
-    for base in (here.protocol["base"], "another"):  # a ruler that a run of another base left is none
-        ruler.with_name("protocol.json").write_text(json.dumps({**here.protocol, "base": base}))
-        ((of_base,), _, _) = read_details([here])
+    # one that a run of another base left is none; of one whose tasks were asked otherwise the text counts
+    for other in ({}, {"base": "another"}, {"tasks": {}}):
+        ruler.with_name("protocol.json").write_text(json.dumps(experiment.protocol | other))
+        ((of_base,), _, _) = read_details([experiment])
         found.append(of_base.ruler)
     ruler.with_name("protocol.json").unlink()
-    ((without_protocol,), _, _) = read_details([here])
+    ((without_protocol,), _, _) = read_details([experiment])
     ruler.unlink()
     ruler.parent.rmdir()
-    assert [*found, without_protocol.ruler] == [[{"type": "Q4_0"}], [], []]
+    assert [*found, without_protocol.ruler] == [[of_text, {**of_tasks, "name": "tasks (chat)"}], [], [of_text], []]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,11 @@ def test_a_ruler_is_read_where_there_is_one(experiment, repository):
             "results/dense/details/samples-boolq.jsonl",
             '{"row": 0, "cluster": 0, "values": {"acc": 1}}\n',
             "found 6 rows of boolq, wanted the dense model's 1 with the same clusters; evaluate both again",
+        ),
+        (
+            "results/dense/details/protocol.json",
+            '{"base": "another"}',
+            "the dense model's scores are of another protocol .base, .*; `dvc repro evaluate_sparse` pairs them",
         ),
     ],
 )

@@ -113,7 +113,7 @@ def test_differences_to_the_baseline_are_those_of_the_statistics(page, baseline)
     for metric in (*group.metrics, *group.columns, *tasks):
         found = page.evaluate(
             """([of, baseline]) => group().experiments.map((one) => {
-                const estimate = pairedDifference(group(), of, one, model(baseline));
+                const estimate = pairedDifference(group(), of, one, model(baseline), data.quantiles);
                 return [one.name, estimate.value, estimate.stderr, estimate.clusters, intervalOf(estimate, data.quantiles)];
             })""",
             [metric_facts(GROUPS[0], metric), baseline],

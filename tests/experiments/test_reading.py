@@ -1,6 +1,8 @@
 """Which states of a project are evaluated experiments."""
 
+import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,18 +10,43 @@ import pytest
 from stages.evaluation.measurement import Measurement, as_rows
 from stages.experiments import reading
 from stages.experiments.reading import Unreadable
-from stages.files import SPARSE
+from stages.files import CALIBRATION, SPARSE
 from tests.evaluation import delta as deltas
 
 
 def test_scores_of_another_delta_than_the_workspaces_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    protocol = {"delta": "f" * 64}
-    reading._require_of_delta(protocol)  # nothing was pruned here: these scores are of a run elsewhere
+    params = {"prune": {"device": "cuda"}, "pattern": {"sparsity": 0.6}}
+    protocol = {"delta": "f" * 64, "evaluation": {"name": "quick"}}
+    assert reading._as_recorded(params, protocol) == params  # nothing was pruned here: these scores are of a run elsewhere
     delta = deltas.write(SPARSE, base)
-    reading._require_of_delta({"delta": delta.fingerprint})
+    found = reading._as_recorded(params, {**protocol, "delta": delta.fingerprint})
+    assert (found["pattern"], found["evaluation"]) == (delta.recipe.pattern, {"name": "quick"})  # not what params.yaml says by now
+    assert found["prune"] == {"device": "cuda", **delta.recipe.prune}
     with pytest.raises(Unreadable, match="what was pruned last is not evaluated yet"):
-        reading._require_of_delta(protocol)
+        reading._as_recorded(params, protocol)
+
+
+def test_the_workspaces_windows_are_those_that_it_was_pruned_with(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    delta = deltas.write(SPARSE, base)
+    protocol = {"delta": delta.fingerprint, "evaluation": {}}
+    CALIBRATION.mkdir(parents=True)
+    for windows, section in ((delta.recipe.calibration, {"seed": 3}), ("another", {"seed": 4})):
+        (CALIBRATION / "provenance.json").write_text(json.dumps({"windows_sha256": windows, "section": section}))
+        if windows == "another":
+            with pytest.raises(Unreadable, match="artifacts/calibration was made again since it was pruned; `dvc repro evaluate_sparse`"):
+                reading._as_recorded({"prune": {}}, protocol)
+        else:
+            assert reading._as_recorded({"prune": {}, "calibration": {"seed": 9}}, protocol)["calibration"] == section
+
+
+def test_scores_that_came_from_elsewhere_are_those_of_the_workspaces_params(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = {"params": {"params.yaml": {"pattern": {"sparsity": 0.5}}}}
+    Path("dvc.lock").write_text(json.dumps({"stages": {"evaluate_sparse": stage}}))
+    with pytest.raises(Unreadable, match="its scores are of another run .evaluate_sparse read pattern="):
+        reading._as_recorded({"pattern": {"sparsity": 0.6}}, {"delta": None})
 
 
 def test_an_experiment_that_runs_waits_or_failed_is_none_yet(monkeypatch):

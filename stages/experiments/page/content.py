@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.evaluation.statistics import half_width, mean_of_rows
+from stages.evaluation.statistics import half_width, mean_of_independent, mean_of_rows
 from stages.experiments.commands import leaves
 from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
@@ -61,6 +61,7 @@ def group_content(group: Group) -> dict[str, Any]:
         "dense": dense_content(group),
         "task_metrics": {task: task_metric(group, own) for task, own in of_tasks(group.results).items()},
         "clusters": {name: numbered(clusters) for name, clusters in group.dense.row_clusters.items()},
+        "parts": {name: {own: numbers(of) for own, of in parts.items()} for name, parts in group.dense.parts.items()},
         "window_clusters": {name: numbered(clusters) for name, clusters in group.dense.window_clusters.items()},
         "prompts": [row["prompt"] for row in group.results[0].generations],
     }
@@ -276,13 +277,13 @@ def dense_content(group: Group) -> dict[str, Any]:
 
 
 def dense_task(group: Group, metric: Metric) -> dict[str, Any]:
-    """The dense model's score in a task's own metric; without an interval where it is no mean over rows but over tasks of a group."""
+    """The dense model's score in a task's own metric."""
     row = next(found for details in group.results if (found := metric.of(details)) is not None)
-    estimate = mean_of_rows(group.dense.rows[metric.name][metric.metric], group.dense.row_clusters[metric.name])
-    of_rows = row["dense"] is None or math.isclose(estimate.value, row["dense"])
-    low, high = (estimate.interval if of_rows else None) or (None, None)
+    parts = [mean_of_rows(values, clusters) for values, clusters in group.dense.of_task(metric.name, metric.metric)]
+    estimate = parts[0] if len(parts) == 1 else mean_of_independent(parts)
+    low, high = estimate.interval or (None, None)
     facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}
-    return {**facts, "value": _rounded(estimate.value if of_rows else row["dense"]), "low": _rounded(low), "high": _rounded(high)}
+    return {**facts, "value": _rounded(estimate.value), "low": _rounded(low), "high": _rounded(high)}
 
 
 def scores_content(scores: Scores) -> dict[str, Any]:
@@ -303,9 +304,14 @@ def packed(values: Sequence[float]) -> Any:
 
 def numbered(clusters: Sequence[Any]) -> list[int] | int:
     """Clusters by number, in the order of their first; where each piece is one of its own, only how many there are."""
-    numbers: dict[Any, int] = {}
-    found = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
-    return len(found) if len(numbers) == len(found) else found
+    found = numbers(clusters)
+    return len(found) if len(set(found)) == len(found) else found
+
+
+def numbers(names: Sequence[Any]) -> list[int]:
+    """The number of each name among the different ones, in the order of their first."""
+    known: dict[Any, int] = {}
+    return [known.setdefault(name, len(known)) for name in names]
 
 
 def matrices_content(details: Details) -> dict[str, Any]:

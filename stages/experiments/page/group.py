@@ -7,10 +7,11 @@ from typing import Any
 from stages.evaluation.protocol import compared, differences
 from stages.experiments.details import Details, Scores, read_details
 from stages.experiments.paired import Metric, every, headline, others
-from stages.experiments.reading import Experiment, Missing
+from stages.experiments.reading import WORKSPACE, Experiment, Missing
 from stages.experiments.table import base_name, by_protocol, short
 
 COMMIT = 10  # digits of a commit by which it is called
+DENSE = "dense"  # what the page calls the dense model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,9 @@ def read_groups(experiments: Sequence[Experiment]) -> tuple[list[Group], list[Mi
 
 
 def distinct(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """Experiments by names of their own: one whose name another has is called by its commit, by which DVC applies it as well."""
-    taken: set[str] = set()
+    """Experiments by names of their own: one whose name another has, or that the page has for the dense model or the workspace, is called
+    by its commit, by which DVC applies it as well."""
+    taken = {DENSE, WORKSPACE}
     named = []
     for experiment in experiments:
         repeated = experiment.name in taken and experiment.revision is not None

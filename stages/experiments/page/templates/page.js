@@ -67,7 +67,7 @@ function measurement(one, of) {
 
 /** How far a model lies from another: {words, verdict, sort, low, high}; null if they cannot be paired. */
 function comparison(of, ours, theirs) {
-  const estimate = ours.name === theirs.name ? null : pairedDifference(group(), of, ours, theirs);
+  const estimate = ours.name === theirs.name ? null : pairedDifference(group(), of, ours, theirs, data.quantiles);
   if (estimate === null) return null;
   const ends = intervalOf(estimate, data.quantiles);
   const natural = of.ratio ? Math.exp : (value) => value;
@@ -243,7 +243,8 @@ function sorted(rows, all) {
   const column = all.find((one) => one.key === chosen.sort);
   const compare = (first, second) => {
     const [here, there] = [column.sort(first), column.sort(second)];
-    if (here === undefined || there === undefined) return (here === undefined) - (there === undefined);
+    const [lacks, other] = [here === undefined || here === null, there === undefined || there === null];
+    if (lacks || other) return lacks - other;
     const order = typeof here === "string" ? here.localeCompare(there, "en", { numeric: true }) : here - there;
     return chosen.descending ? -order : order;
   };
