@@ -454,7 +454,7 @@ class _BlockPruner:
             solved = parallel.broadcast_group(outcomes, weights, source, changes_weights=self.plan.method.changes_weights)
         samples = [inputs.sampled(), self._held_out(inputs)]
         if self.plan.method.refines:
-            masks, scales = self._masks_of_scores(inputs, weights), self._row_scales(inputs, weights)
+            masks, scales = self._masks_of_scores(inputs, weights, solved), self._row_scales(inputs, weights)
             solved = without_harm(weights, solved, masks, scales, samples[1])
         for matrix, weight, pruned in zip(self._matrices(inputs), weights, solved, strict=True):
             dtype = self.decoder.checkpoint.dtype(matrix.tensor)
@@ -557,11 +557,14 @@ class _BlockPruner:
     def _patterns(self, inputs: Inputs) -> list[Pattern]:
         return [self.plan.patterns[matrix.name] for matrix in self._matrices(inputs)]
 
-    def _masks_of_scores(self, inputs: Inputs, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The masks by the method's score alone."""
+    def _masks_of_scores(self, inputs: Inputs, weights: list[torch.Tensor], solved: list[Pruned]) -> list[torch.Tensor]:
+        """The masks by the method's score alone, with the damping by which the matrices were solved."""
         scales = zip(weights, self._row_scales(inputs, weights), strict=True)
         scaled = [weight if scale is None else weight * scale for weight, scale in scales]
-        return select(scaled, inputs.statistic, self._patterns(inputs), self.plan.method)
+        method, share = self.plan.method, solved[0].damping
+        if share is not None:
+            method = replace(method, damping=replace(method.damping, share=share))
+        return select(scaled, inputs.statistic, self._patterns(inputs), method)
 
     def reconstruct(self, stream: Stream, training: BlockTraining, trained: list[Outcome]) -> None:
         """Train the kept weights and, if that lowered the error on the windows held out, write them back and measure them again.

@@ -56,7 +56,8 @@ class DistilledBlocks:
     """The outcome of a distillation.
 
     first: index of the first trained block. outcome: how it went on the windows held out, nats per token.
-    divergences: the divergence before each step of the last rate that was tried, on that step's window, nats per token.
+    divergences: the divergence before each step of the last rate that was tried, on that step's window, nats per token;
+        None where it was no number.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class DistilledBlocks:
         trained: list["_TrainedBlock"],
         changes_of: Callable[[int], dict[str, Change]],
         outcome: Outcome,
-        divergences: list[float],
+        divergences: list[float | None],
     ) -> None:
         self._trained, self._changes_of, self.outcome, self.divergences = trained, changes_of, outcome, divergences
         self.first = trained[0].index
@@ -127,7 +128,8 @@ def distill(
                         block.keep()
                 if not loss < before:
                     break
-    return DistilledBlocks(trained, changes_of, Outcome(before=before, tried=tried), divergences)
+    known = [divergence if math.isfinite(divergence) else None for divergence in divergences]
+    return DistilledBlocks(trained, changes_of, Outcome(before=before, tried=tried), known)
 
 
 class _TrainedBlock:

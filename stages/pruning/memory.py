@@ -10,6 +10,7 @@ from stages.pruning.section import Propagation
 from stages.pruning.statistics import Gram, Moments
 from stages.streaming.architecture import Matrix
 from stages.streaming.decoder import Decoder
+from stages.streaming.host_memory import page_locked_bytes
 
 if TYPE_CHECKING:
     from stages.pruning.plan import Plan
@@ -147,7 +148,9 @@ def _size(matrices: list[Matrix]) -> int:
 
 
 def _stored_bytes(decoder: Decoder, index: int) -> int:
-    return sum(_weights(decoder, name) * decoder.checkpoint.dtype(name).itemsize for name in decoder.tensors_loaded(index))
+    """Bytes of a block's tensors in host memory; for a GPU they are page-locked."""
+    sizes = [_weights(decoder, name) * decoder.checkpoint.dtype(name).itemsize for name in decoder.tensors_loaded(index)]
+    return sum(sizes if decoder.device.type == "cpu" else map(page_locked_bytes, sizes))
 
 
 def _weights(decoder: Decoder, name: str) -> int:

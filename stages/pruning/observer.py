@@ -3,6 +3,7 @@
 Linear layers are observed by hooks, experts as in experts.py; both pass their inputs to a Recorder, see inputs.py.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from math import gcd
@@ -35,24 +36,28 @@ class LinearLayers:
 
     def __init__(self, block: nn.Module, layers: list[Layer], recorder: Recorder[Any]) -> None:
         self.recorder, self.stop_at_last = recorder, False
-        self._last: Layer | None = None  # of the block, once a micro-batch has shown which one it is
+        self._calls: Counter[Layer] = Counter()  # in this micro-batch
+        self._last: tuple[Layer, int] | None = None  # of the block, and its calls, once a micro-batch has shown which one it is
         self._hooks = {layer: block.get_submodule(layer.module).register_forward_pre_hook(self._hook(layer)) for layer in layers}
 
     def _hook(self, layer: Layer) -> Any:
         def record(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             self.recorder.add_windows(layer, arguments[0])
-            if self.stop_at_last and layer == self._last:
+            self._calls[layer] += 1
+            if self.stop_at_last and (layer, self._calls[layer]) == self._last:
                 raise LastInputRead
 
         return record
 
     def end(self) -> None:
         """After a micro-batch: keep only the hooks that still record or stop."""
-        if self._last is None and self.recorder.latest in self._hooks:
-            self._last = self.recorder.latest
+        latest = self.recorder.latest
+        if self._last is None and latest in self._hooks:
+            self._last = latest, self._calls[latest]
         for layer in list(self._hooks):
-            if layer in self.recorder.inputs and not self.recorder.records(layer) and layer != self._last:
+            if layer in self.recorder.inputs and not self.recorder.records(layer) and (self._last is None or layer != self._last[0]):
                 self._hooks.pop(layer).remove()
+        self._calls.clear()
 
     def remove(self) -> None:
         """Remove all hooks."""

@@ -78,7 +78,8 @@ class BlockTraining:
             self.masks[name] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
             self.values[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         matrix.part_of(self.masks[name]).copy_(pruned.mask)
-        matrix.part_of(self.values[name]).copy_(weight.masked_fill(~pruned.mask, 0) if pruned.values is None else pruned.values)
+        kept = weight if pruned.values is None else pruned.values
+        matrix.part_of(self.values[name]).copy_(kept.masked_fill(~pruned.mask, 0))
         self._samples[matrix.name] = [(sample, sample @ weight.T) for sample in samples]
         self._matrices.append(matrix)
         self.balance.add(matrix, weight)
@@ -179,14 +180,19 @@ def _trained(stream: Stream, index: int, training: BlockTraining, rate: float) -
 def _gradients(
     stream: Stream, index: int, training: BlockTraining, parameters: dict[str, torch.Tensor], window: int
 ) -> dict[str, torch.Tensor]:
-    """Gradients of one window's error by the balanced kept weights, float32, the mean over all processes; 0 for pruned weights."""
+    """Gradients of one window's error by the balanced kept weights, float32, the mean over all processes; 0 for pruned weights.
+
+    In float16 the sum over tokens is differentiated, and divided in float32: small gradients of a mean would be rounded to 0.
+    """
     hidden, call = stream.window(index, window)
     with torch.enable_grad():
         output = run_block(training.block, hidden, call)
         target = training.targets[window : window + 1].to(hidden.device)
-        error = relative_errors(output.view_as(hidden), target, hidden).mean()
-        computed = torch.autograd.grad(error, list(parameters.values()), materialize_grads=True)  # zeros of what only chooses tokens
-    gradients = {name: gradient.float() for name, gradient in zip(parameters, computed, strict=True)}
+        errors = relative_errors(output.view_as(hidden), target, hidden)
+        scale = errors.numel() if output.dtype == torch.float16 else 1
+        # zeros of what only chooses tokens
+        computed = torch.autograd.grad(scale * errors.mean(), list(parameters.values()), materialize_grads=True)
+    gradients = {name: gradient.float() / scale for name, gradient in zip(parameters, computed, strict=True)}
     training.balance.multiply(training.views(gradients))
     return {name: distributed.all_reduce_mean(gradient.mul_(training.masks[name])) for name, gradient in gradients.items()}
 

@@ -144,13 +144,18 @@ def sensitivities(
 def floored(fisher: torch.Tensor, energy: torch.Tensor, floor: float) -> torch.Tensor:
     """Raise the Fisher estimates so that F_i * energy_i, what the loss of a whole output costs, is at least `floor` of its mean.
 
-    The product, unlike the estimate, is the same whatever the scale at which an output is written.
+    The product, unlike the estimate, is the same whatever the scale at which an output is written. Outputs of which neither is above 0,
+    such as those of a neuron that is removed already, get the least of the others' estimates: what their weights cost is 0 all the same.
 
     Args:
-        fisher: [rows], 0 or more. energy: [rows], the sum of an output's squared scores, 0 or more.
+        fisher: [rows], 0 or more, one of them above 0. energy: [rows], the sum of an output's squared scores, 0 or more.
+
+    Returns:
+        [rows], above 0.
     """
     least = floor * (fisher * energy).mean() / energy
-    return torch.where(energy > 0, torch.maximum(fisher, least), fisher)
+    raised = torch.where(least.isfinite(), torch.maximum(fisher, least), fisher)
+    return torch.where(raised > 0, raised, raised[raised > 0].min())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,24 @@ class Halved(Block):
         return self.output(self.query(hidden[:, ::2].flatten(0, 1)[self.first :]))
 
 
+def test_a_last_layer_that_is_called_twice_is_observed_in_both_calls():
+    class Twice(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.output(self.query(hidden)) + self.output(self.key(hidden))
+
+    block = Twice()
+    whole = observer_of(block)
+    for windows in HIDDEN.split(2):
+        whole.run(windows, block)
+    of_whole = whole.finish(None)
+    stopped = observer_of(block)
+    for windows in HIDDEN.split(2):
+        stopped.run_to_last_input(windows, block)
+    for expected, found in zip(of_whole, stopped.finish(None), strict=True):
+        assert found.tokens == expected.tokens
+        assert torch.equal(found.statistic.squared_norm, expected.statistic.squared_norm)
+
+
 def test_a_layer_that_reads_other_tokens_than_its_block_is_observed_on_those():
     block = Halved()
     observer = observer_of(block)

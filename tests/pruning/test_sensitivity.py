@@ -23,17 +23,18 @@ from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, read_json
 from stages.pruning import planning, sensitivity
 from stages.pruning.allocation import counts_by_curves, hill_exponent
 from stages.pruning.allocations import alphapruning, loss, owl
-from stages.pruning.block_loop import prune_blocks
+from stages.pruning.block_loop import TeacherStreams, prune_blocks
 from stages.pruning.entries import DenseModel
 from stages.pruning.journal import Journal
 from stages.pruning.patterns import Unstructured, UnstructuredSection
 from stages.pruning.plan import Plan
+from stages.pruning.reconstruction import Reconstruction
 from stages.pruning.section import Propagation
 from stages.pruning.sensitivity import Sensitivity, floored, outlier_shares, sensitivities, spectral_exponents
 from stages.streaming.decoder import Decoder
 from stages.streaming.host_memory import HostMemory
 from stages.streaming.stream import Stream
-from tests.methods import made
+from tests.methods import WANDA, made
 from tests.pruning import test_journal as stage
 from tests.pruning.test_architectures import WINDOWS as SMALL_WINDOWS
 from tests.pruning.test_architectures import fetched
@@ -537,6 +538,46 @@ def test_evidence_of_another_allocation_is_not_reused(project):
 def test_a_row_costs_at_least_its_floor_and_rows_without_scores_keep_their_estimate():
     fisher, energy = torch.tensor([4.0, 0.0, 1.0, 7.0]), torch.tensor([1.0, 2.0, 4.0, 0.0])  # the rows cost 4, 0, 4 and 0: 2 on average
     assert floored(fisher, energy, 0.5).tolist() == [4.0, 0.5, 1.0, 7.0]
+
+
+def test_every_row_costs_something_also_where_it_is_zero_or_nearly():
+    fisher, energy = torch.tensor([4.0, 0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 4.0, 1e-44])
+    assert floored(fisher, energy, 0.5).tolist() == [4.0, 1.0, 1.0, 1.0]
+    assert floored(torch.tensor([0.0, 3.0]), torch.ones(2), 0.0).tolist() == [3.0, 3.0]
+
+
+def test_a_neuron_that_is_removed_already_is_pruned_and_trained_with_the_others(base):
+    """As of an intermediate size that was padded with zeros."""
+
+    class Cut(Checkpoint):
+        def tensor(self, name, *arguments, **named):
+            tensor = super().tensor(name, *arguments, **named)
+            if name.endswith((".0.mlp.gate_proj.weight", ".0.mlp.up_proj.weight")):
+                tensor = tensor.clone()
+                tensor[5] = 0
+            return tensor
+
+    checkpoint = Cut(base.directory)
+    found = streamed(checkpoint, comparison_group="matrix")
+    costs = {name: of.fisher for name, of in found.items()}
+    assert all((cost > 0).all() for cost in costs.values())
+    decoder = Decoder(checkpoint, torch.float32, CPU)
+    patterns = dict.fromkeys(found, Unstructured(sparsity=0.5, comparison_group="matrix"))
+    settings = Reconstruction(epochs=2, learning_rate=0.01, search=False)
+    plan = Plan(
+        method=WANDA,
+        patterns=patterns,
+        row_costs=costs,
+        propagate="pruned",
+        error_tokens=60,
+        expert_tokens=0,
+        reconstruction=settings,
+    )
+    with decoder.before_blocks():
+        stream = Stream(decoder, WINDOWS, batch=1, held_out=1)
+    first, *_ = prune_blocks(stream, plan, teachers=TeacherStreams.of(stream, plan))
+    assert first.training.rate is not None
+    assert all(change.apply(checkpoint.tensor(name)).isfinite().all() for name, change in first.changes.items())
 
 
 def test_the_floor_does_not_depend_on_the_scale_at_which_an_output_is_written():
