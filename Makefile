@@ -13,12 +13,15 @@ repro: .venv/ready
 	dvc repro
 
 # make prune MODEL=ORG/NAME OUT=DIRECTORY QUALITY=best SPARSITY=0.6: from a model to its release, without DVC.
-# MODEL: of a hub, a directory, a GGUF file, or a base of conf/base. LICENSE: of a directory or file.
+# MODEL: of a hub, a directory, a GGUF file, or a base of conf/base. LICENSE, NAME: of a directory or file. They are read from make's
+# command line alone: shells set NAME, and other programs LICENSE or REVISION, for ends of their own.
+given = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 prune: .venv/ready
 	@python -m stages.make_release '$(or $(MODEL),$(error MODEL=ORG/NAME, or a directory, is wanted))' \
 	    '$(or $(OUT),$(error OUT=DIRECTORY, for the release, is wanted))' \
-	    $(if $(QUALITY),--quality '$(QUALITY)') $(if $(SPARSITY),--sparsity '$(SPARSITY)') $(if $(REVISION),--revision '$(REVISION)') \
-	    $(if $(LICENSE),--license '$(LICENSE)') $(if $(NAME),--name '$(NAME)')
+	    $(if $(QUALITY),--quality '$(QUALITY)') $(if $(SPARSITY),--sparsity '$(SPARSITY)') \
+	    $(if $(call given,REVISION),--revision '$(REVISION)') $(if $(call given,LICENSE),--license '$(LICENSE)') \
+	    $(if $(call given,NAME),--name '$(NAME)')
 
 show: .venv/ready
 	@python -m stages.show
@@ -27,7 +30,7 @@ compare: .venv/ready
 	python -m stages.compare
 
 sweep: .venv/ready
-	python -m stages.sweep $(or $(FILE),$(error FILE=sweeps/example.yaml, or another sweep file, is wanted))
+	python -m stages.sweep '$(or $(FILE),$(error FILE=sweeps/example.yaml, or another sweep file, is wanted))'
 
 share: .venv/ready
 	python -m stages.share

@@ -73,3 +73,11 @@ class ReleaseError(SparsesweepError):
 
 class SharingError(SparsesweepError):
     """Experiments cannot be shared or received."""
+
+
+class DivergedError(SharingError):
+    """Experiments were not received since others of their names are here. names: theirs."""
+
+    def __init__(self, names: list[str], message: str) -> None:
+        super().__init__(message)
+        self.names = names

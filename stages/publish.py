@@ -66,15 +66,15 @@ def main(environment: Environment, **contents: Any) -> None:
         verified = verify(release, base, delta)
         log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loaded.loading)
         write_json(release / PROVENANCE, provenance(delta.recipe, records, verified))
-        write_zeros(release, delta)
         float8 = write_float8(release, base, delta) if rounded else None
+        write_zeros(release, delta)
         files = write_checked(gguf, release, name)
         if picture is not None:
             picture.write(release)
         others = Others(gguf=files, float8=float8, float8_results=float8_results, packed=publish.packed, picture=picture)
         to_be_set = local_paths(sections)
         write_card(release / "README.md", name=name, delta=delta, records=records, verified=verified, others=others, to_be_set=to_be_set)
-        write_eval_results(release, records)
+        write_eval_results(release, records, float8_results or records.sparse)
         if publish.packed:
             pack_release(release, base if publish.masks_only else None)
         write_sums(release)

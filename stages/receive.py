@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from stages.compare import write_page
-from stages.errors import SparsesweepError
+from stages.errors import DivergedError, SparsesweepError
 from stages.files import COMPARISON
 from stages.sharing.receiving import apply, receive
 
@@ -32,7 +32,13 @@ def main() -> None:
 def _lines(arguments: argparse.Namespace) -> Iterator[str]:
     name = arguments.apply or arguments.release
     names = arguments.experiments
-    yield from receive([*names, name] if names and name else names)
+    try:
+        yield from receive([*names, name] if names and name else names)
+    except DivergedError as error:  # the others were received
+        yield write_page(COMPARISON)
+        if name and name not in error.names:
+            yield from apply(name, release=name == arguments.release)
+        raise
     yield write_page(COMPARISON)
     if name:
         yield from apply(name, release=name == arguments.release)

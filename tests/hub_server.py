@@ -19,7 +19,7 @@ class FakeRepository:
 
     files: dict[str, bytes]
     gated: bool | str = False
-    license: str | None = "mit"
+    license: str | list[str] | None = "mit"
     wrong_hashes: bool = False
     break_after: int | None = None
     budget: int | None = None

@@ -4,6 +4,7 @@ Format: https://huggingface.co/docs/hub/eval-results. The names of tasks are tho
 entry of a leaderboard, and is left out.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
 from stages import limits
-from stages.evaluation.measurement import Kind
+from stages.evaluation.measurement import Kind, Measurement
 from stages.release.records import Records
 
 BENCHMARKS = {  # a task of lm-eval -> the data set and the task there
@@ -22,14 +23,20 @@ BENCHMARKS = {  # a task of lm-eval -> the data set and the task there
 }
 
 
-def write_eval_results(directory: Path, records: Records) -> None:
-    """Write a file for each benchmark whose rows were all scored; nothing where there is none."""
-    measured = {one.key: one for one in records.sparse if one.style == "raw"}
+def write_eval_results(directory: Path, records: Records, scored: Sequence[Measurement]) -> None:
+    """Write a file for each benchmark whose rows were all scored; nothing where there is none.
+
+    Args:
+        scored: measurements of the weights that are released.
+    """
+    measured = {one.key: one for one in scored if one.style == "raw"}
     for row in records.tasks:
         facts, known = records.protocol["tasks"][row["task"]], BENCHMARKS.get(row["task"])
         if known is None or facts["rows"] != facts.get("available"):
             continue
-        one = measured[Kind.TASK, row["task"], row["metric"]]
+        one = measured.get((Kind.TASK, row["task"], row["metric"]))
+        if one is None:
+            continue
         error = "not known" if one.stderr is None else f"{100 * one.stderr:.2f}"
         notes = f"{row['metric']} in percent, standard error {error}, {limits.rows_of(facts)}, lm-eval {records.run['versions']['lm-eval']}"
         entry = EvalResultEntry(dataset_id=known[0], task_id=known[1], value=round(100 * one.value, 2), notes=notes)

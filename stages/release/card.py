@@ -1,7 +1,7 @@
 """The model card: what was done, what it cost, what it scores next to the dense model. Every number is read from results."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -62,10 +62,14 @@ Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
 
-def metadata(name: str, recipe: Recipe, records: Records, verified: Verified) -> ModelCardData:
-    """The card's YAML: licence and base model as the base states them, the measured results as a model index."""
+def metadata(name: str, recipe: Recipe, records: Records, verified: Verified, scored: Sequence[Measurement]) -> ModelCardData:
+    """The card's YAML: licence and base model as the base states them, the measured results as a model index.
+
+    Args:
+        scored: measurements of the weights that are released.
+    """
     protocol, base = records.protocol, records.base
-    known = shown_measurements()
+    known, values = shown_measurements(), {one.key: one.value for one in scored if one.style == "raw"}
     absolute = [name for name, shown in known.items() if shown.headline and shown.itself is None]  # others are of this base alone
     of_text = [
         EvalResult(
@@ -75,7 +79,7 @@ def metadata(name: str, recipe: Recipe, records: Records, verified: Verified) ->
             metric_type=measured.metric,
             metric_value=round(measured.value, 4),
         )
-        for measured in records.sparse
+        for measured in scored
         if measured.kind == Kind.CORPUS and measured.metric in absolute
     ]
     tasks = [
@@ -84,9 +88,10 @@ def metadata(name: str, recipe: Recipe, records: Records, verified: Verified) ->
             dataset_type=row["task"],
             dataset_name=asked(protocol, row["task"]),
             metric_type="accuracy" if row["metric"] == "acc" else row["metric"],
-            metric_value=round(row["sparse"], 4),
+            metric_value=round(values[Kind.TASK, row["task"], row["metric"]], 4),
         )
         for row in records.tasks
+        if (Kind.TASK, row["task"], row["metric"]) in values
     ]
     listed = base["license"] in HUB_LICENSES
     return ModelCardData(
@@ -537,7 +542,9 @@ def write_card(
         **of_files(name, records, verified, others),
     }
     template = files("stages.release").joinpath(TEMPLATE).read_text(encoding="utf8")
-    card = ModelCard.from_template(metadata(name, delta.recipe, records, verified), template_str=template, **facts)
+    card = ModelCard.from_template(
+        metadata(name, delta.recipe, records, verified, others.float8_results or records.sparse), template_str=template, **facts
+    )
     card.save(path)
 
 

@@ -99,7 +99,10 @@ def _of_quality(order: Order) -> list[str]:
 def _of_model(order: Order) -> list[str]:
     path = Path(order.model)
     if (CONF / "base" / f"{order.model}.yaml").is_file():
+        _require_unused(order, "a base of conf/base", "revision", "license", "name")
         return [f"base={order.model}"]
+    if path.is_dir() or path.is_file():
+        _require_unused(order, "a model on this disk", "revision")
     if path.is_dir():
         return ["base=local", *_own(order, path), f"base.path={_quoted(str(path.absolute()))}"]
     if path.is_file():
@@ -107,16 +110,25 @@ def _of_model(order: Order) -> list[str]:
     if order.model.count("/") != 1:
         wanted = "ORG/NAME of a model hub, a directory, a GGUF file, or a base of conf/base"
         raise ConfigError(f"MODEL: found {order.model!r}, wanted {wanted}")
+    _require_unused(order, "a model of a hub", "name")
     commit = hub.resolve(order.model, order.revision or "main", "model").commit
     licence = [] if order.license is None else [f"base.license={_quoted(order.license)}"]
     return ["base=hub", f"base.repo={_quoted(order.model)}", f"base.revision={commit}", *licence]
+
+
+def _require_unused(order: Order, kind: str, *options: str) -> None:
+    """Refuse options that say nothing of a kind of model."""
+    for option in options:
+        if (value := getattr(order, option)) is not None:
+            raise ConfigError(f"--{option}: found {value!r} for {order.model}, {kind}, wanted none: it has its own")
 
 
 def _own(order: Order, path: Path) -> list[str]:
     """What a model on this disk does not say of itself."""
     if order.license is None:
         raise ConfigError(f"--license: not given, wanted the licence of {path}: the release and its card pass it on")
-    return [f"base.name={_quoted(order.name or path.absolute().stem)}", f"base.license={_quoted(order.license)}"]
+    whole = path.absolute()
+    return [f"base.name={_quoted(order.name or (whole.name if path.is_dir() else whole.stem))}", f"base.license={_quoted(order.license)}"]
 
 
 def _quoted(text: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2  # the transport of huggingface_hub, whose errors it lets through
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
@@ -26,6 +27,7 @@ from stages.release.sent import Sent, visibility
 log = logging.getLogger(__name__)
 
 TOKEN = "HF_TOKEN"
+PARAMS = "params.yaml"
 OF_THE_HUB = ".gitattributes"  # which it makes itself: how it stores what kind of file
 TRIES, WAIT = 6, 5.0  # of a request that is refused by 429; seconds before the next where the hub names none
 ADVICE = {
@@ -49,6 +51,9 @@ def send(release: Path, hub: Hub) -> Sent:
     """
     constants.HF_HUB_DISABLE_XET = True  # read at each upload: what is sent goes by LFS, file by file
     files = released_files(release)
+    if PARAMS in files and (named := yaml.safe_load(files[PARAMS].read_text(encoding="utf8"))["publish"]["name"]) != hub.repo:
+        otherwise = f"publish with publish.name={hub.repo} to have it in them"
+        log.warning("the commands on the release's card have its name, %s, not %s; %s", named or "one that is made up", hub.repo, otherwise)
     api = HfApi(token=_token(hub))
     commit = None
     if hub.dry_run:
@@ -124,9 +129,12 @@ def _opened(api: HfApi, hub: Hub) -> Any:
         info = _patiently(lambda: api.model_info(repo))
     except RepositoryNotFoundError:
         return _created(api, hub, url)
-    if url not in _created_before() and not hub.existing:
+    created = _noted().get(url)
+    if created is None and not hub.existing or created is False and _has_files(info) and not hub.existing:
         advice = "publish.hub.existing=true replaces all its files by the release"
         raise ReleaseError(f"{repo}: found a repository that was not created from here, wanted none; {advice}")
+    if created is False:  # it was asked for, and the answer was lost
+        _note({**_noted(), url: True})
     if info.private != hub.private:
         found, wanted = visibility(private=bool(info.private)), visibility(private=hub.private)
         raise ReleaseError(f"{repo}: found a {found} repository, wanted a {wanted} one, as publish.hub.private says; change either")
@@ -134,21 +142,32 @@ def _opened(api: HfApi, hub: Hub) -> Any:
 
 
 def _created(api: HfApi, hub: Hub, url: str) -> Any:
-    """A new repository. It is noted before it is there, so that a run that is cut goes on."""
-    before = _created_before()
-    CREATED_REPOSITORIES.parent.mkdir(parents=True, exist_ok=True)
-    write_json(CREATED_REPOSITORIES, sorted({*before, url}))
+    """A new repository. That it is asked for is noted before it is there, so that a run that is cut goes on."""
+    before = _noted()
+    _note({**before, url: False})
     try:
         _patiently(lambda: api.create_repo(str(hub.repo), private=hub.private))
     except HfHubHTTPError:
-        write_json(CREATED_REPOSITORIES, before)
+        _note(before)
         raise
+    _note({**before, url: True})
     log.info("created %s, %s", url, visibility(private=hub.private))
     return _patiently(lambda: api.model_info(str(hub.repo)))
 
 
-def _created_before() -> list[str]:
-    return list(read_json(CREATED_REPOSITORIES)) if CREATED_REPOSITORIES.is_file() else []
+def _noted() -> dict[str, bool]:
+    """The repositories that were asked for from here, and whether the hub said that they were made."""
+    noted = read_json(CREATED_REPOSITORIES) if CREATED_REPOSITORIES.is_file() else {}
+    return noted if isinstance(noted, dict) else dict.fromkeys(noted, True)  # of earlier versions a list
+
+
+def _note(repositories: dict[str, bool]) -> None:
+    CREATED_REPOSITORIES.parent.mkdir(parents=True, exist_ok=True)
+    write_json(CREATED_REPOSITORIES, repositories)
+
+
+def _has_files(info: Any) -> bool:
+    return any(sibling.rfilename != OF_THE_HUB for sibling in info.siblings or [])
 
 
 def _patiently(request: Callable[[], Result]) -> Result:

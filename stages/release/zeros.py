@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 
 from stages.checkpoint.delta import SparseDelta, pack
-from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.reader import INDEX, Checkpoint
 from stages.checkpoint.shard import write_shard
 from stages.errors import ReleaseError
-from stages.files import replacing, require_free_disk, write_json
+from stages.files import read_json, replacing, require_free_disk, write_json
 from stages.release.manifests import read_manifest_of
 from stages.release.packing import SUMS, write_sums
 
@@ -66,13 +67,15 @@ class Zeros:
 
 
 def write_zeros(release: Path, delta: SparseDelta) -> None:
-    """Write sparsity.json: counted on the written bytes, with one tensor in memory."""
-    written, tensors, recipe = Checkpoint(release), dict[str, TensorZeros](), delta.recipe
+    """Write sparsity.json: counted on the written bytes, perhaps float8, with one tensor in memory."""
+    shards, tensors, recipe = read_json(release / INDEX)["weight_map"], dict[str, TensorZeros](), delta.recipe
     rows_of: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in delta.matrices:
         rows_of[row["tensor"]].append(row)
     for name, rows in rows_of.items():
-        mask = written.tensor(name) != 0
+        with safe_open(release / shards[name], framework="pt") as shard:
+            stored = shard.get_tensor(name)
+        mask = (stored.float() if stored.itemsize == 1 else stored) != 0
         tensors[name] = TensorZeros(
             shape=list(mask.shape),
             transposed=rows[0]["transposed"],

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stages.errors import SharingError
+from stages.errors import DivergedError, SharingError
 from stages.experiments.command_output import output
 from stages.experiments.lock import LOCK, PARAMS, other_run, read_lock, read_yaml
 from stages.files import DENSE_RESULTS, RELEASE
@@ -22,8 +22,8 @@ def receive(names: Sequence[str]) -> Iterator[str]:
         names: which; none: all that are on the git remote.
 
     Raises:
-        SharingError: an experiment is not there; a remote cannot be shared by, or fails; or another experiment of the same name is here,
-            after the others were received.
+        SharingError: an experiment is not there; or a remote cannot be shared by, or fails.
+        DivergedError: another experiment of the same name is here; the others were received.
     """
     with project() as repo:
         remotes = checked(repo, writable=False)
@@ -38,7 +38,7 @@ def receive(names: Sequence[str]) -> Iterator[str]:
     if known := [one for one in received if one.path in here]:
         yield f"here already: {counted(known)}"
     if diverged:
-        raise SharingError("; ".join(_divergence(one, remotes) for one in diverged))
+        raise DivergedError([one.name for one in diverged], "; ".join(_divergence(one, remotes) for one in diverged))
 
 
 def apply(name: str, *, release: bool) -> Iterator[str]:

@@ -224,9 +224,11 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> Origin:
     repository = hub.resolve(str(base.repo), str(base.revision), "model")
     location, names = f"hub model {base.repo}", list(repository.sizes)
     files = _choose(names, location)
-    license_name = base.license or repository.license
-    if not license_name:
-        raise SourceError(f"{location}: its card states no licence; set base.license to what applies")
+    stated = [base.license] if base.license else repository.licenses
+    if len(stated) != 1:
+        found = f"the licences {', '.join(stated)}" if stated else "no licence"
+        raise SourceError(f"{location}: its card states {found}; set base.license to what applies")
+    (license_name,) = stated
     partial = repository.directory(downloads)
     weights = [name for name in names if is_plain_name(name) and fnmatch(name, "model*.safetensors")]
     hub.require_free_disk_for(repository, weights, partial)
@@ -430,7 +432,7 @@ def _finish(directory: Path, base: Base, origin: Origin) -> dict[str, Any]:
     if expected not in (None, actual):
         raise SourceError(f"base.fingerprint: found {actual}, wanted {expected}")
     documents = [name for name in files if _is_legal(name)]
-    provenance = {**origin, "section": recorded(base), "fingerprint": actual, "files": files, "documents": documents}
+    provenance = {**origin, "section": recorded(base, origin), "fingerprint": actual, "files": files, "documents": documents}
     write_json(directory / PROVENANCE, provenance)
     return provenance
 

@@ -37,13 +37,13 @@ OTHER_ANSWERS = (
 class Repository:
     """A repository at one commit.
 
-    sizes: file -> bytes. hashes: file -> SHA-256 [hex], for files that the hub stores by content hash.
+    licenses: as its card states them. sizes: file -> bytes. hashes: file -> SHA-256 [hex], for files that the hub stores by content hash.
     """
 
     repo: str
     kind: str  # model or dataset
     commit: str
-    license: str | None
+    licenses: tuple[str, ...]
     sizes: dict[str, int]
     hashes: dict[str, str]
 
@@ -93,7 +93,7 @@ def resolve(repo: str, revision: str, kind: str) -> Repository:
         repo=repo,
         kind=kind,
         commit=info.sha,
-        license=getattr(card, "license", None) if card else None,
+        licenses=_licenses(card),
         sizes={file.rfilename: file.size or 0 for file in siblings},
         hashes={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs},
     )
@@ -109,9 +109,14 @@ def _require_described(info: Any, location: str) -> None:
             raise SourceError(
                 f"{location}: found the file {shown(file.rfilename)} of {shown(file.size)} bytes, wanted a name, a size, a hash"
             )
-    license_name = getattr(info.card_data, "license", None) if info.card_data else None
-    if not isinstance(license_name, str | list | None):
-        raise SourceError(f"{location}: found the licence {shown(license_name)} on its card, wanted a name")
+    stated = getattr(info.card_data, "license", None) if info.card_data else None
+    if not (isinstance(stated, str | None) or isinstance(stated, list) and all(isinstance(name, str) for name in stated)):
+        raise SourceError(f"{location}: found the licence {shown(stated)} on its card, wanted a name")
+
+
+def _licenses(card: Any) -> tuple[str, ...]:
+    stated = getattr(card, "license", None) if card else None
+    return (stated,) if isinstance(stated, str) else tuple(stated or ())
 
 
 def _gated(repo: str, kind: str) -> str:

@@ -318,7 +318,7 @@ class _Set:
         script = f"{self.path.rpartition('/')[2]}.py"
         if script in repository.sizes:
             raise SourceError(f"{KEY}: {self.task}: hub dataset {self.path}: found the script {script}; code of a data set is never run")
-        self.commit, self.license = repository.commit, repository.license
+        self.commit, self.license = repository.commit, ", ".join(repository.licenses) or None
 
     def write(self, splits: list[str], directory: Path, downloads: Path) -> Iterator[tuple[str, Data]]:
         """Download the set and write the splits; raises SourceError."""

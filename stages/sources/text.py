@@ -15,7 +15,7 @@ from tqdm import tqdm
 from stages import schema
 from stages.errors import SourceError, TextError
 from stages.evaluation.tasks import TASKS
-from stages.files import is_inner_path, remove, require_free_disk, scratch_directory, sha256, write_json
+from stages.files import is_inner_path, is_plain_name, remove, require_free_disk, scratch_directory, sha256, write_json
 from stages.rows import Row, shown
 from stages.sources import hub, wheel
 from stages.sources.bounds import LARGEST
@@ -182,6 +182,11 @@ class Text:
     def parts(self) -> dict[str, dict[str, Any]]:
         return {"calibration": self.calibration, "evaluation": self.evaluation}
 
+    def check(self, key: str) -> None:
+        for purpose, corpora in self.parts.items():
+            for name in corpora:
+                schema.require(is_plain_name(name), f"{key}.{purpose}", name, "names of files, which are no paths")
+
 
 def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
     """Write calibration/NAME.jsonl and evaluation/NAME.jsonl for every source into `directory`, with provenance.json.
@@ -209,7 +214,10 @@ def fetch(text: Text, directory: Path, downloads: Path) -> dict[str, Any]:
                 files[file] = _fetch_corpus(source, corpus, directory / file, downloads, scratch)
             except (SourceError, TextError) as error:
                 raise type(error)(f"{key}: {error}") from error
-    section = {purpose: {name: recorded(source) for name, source in corpora.items()} for purpose, corpora in text.parts.items()}
+    section = {
+        purpose: {name: recorded(source, files[f"{purpose}/{name}.jsonl"]) for name, source in corpora.items()}
+        for purpose, corpora in text.parts.items()
+    }
     provenance = {"section": section, "files": files}
     write_json(directory / "provenance.json", provenance)
     remove(downloads)

@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     if sweep.search is not None:
         return _search(sweep, sweep.search, resources, arguments)
     if arguments.dry_run:
-        print(text(plan(sweep, read_experiments()[0]), at_once=arguments.jobs))
+        print(text(plan(sweep, read_experiments()[0], arguments.revision or "HEAD"), at_once=arguments.jobs))
         return 0
-    revision = arguments.revision or git.require_committed()
+    revision = git.require_committed() if arguments.revision is None else git.commit_of(arguments.revision)
     share = arguments.share or arguments.address is not None
     if share:
         _require_shared(revision)
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if share:
         git.fetch_experiments(REMOTE, [point.name for point in points_of(sweep)])
     read = read_experiments()
-    made = plan(sweep, read[0])
+    made = plan(sweep, read[0], revision)
     if arguments.slurm is not None:
         return _script(made, resources, arguments.slurm, revision, share=share)
     _say(summary(made, at_once=None if arguments.ray or arguments.address else arguments.jobs))
@@ -62,9 +62,9 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
     require(alone, "--slurm, --point", "one of them", "neither: each point of a search waits for the one before")
     optuna = search.client()
     if arguments.dry_run:
-        print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None))))
+        print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None, arguments.revision or "HEAD"))))
         return 0
-    revision = arguments.revision or git.require_committed()
+    revision = git.require_committed() if arguments.revision is None else git.commit_of(arguments.revision)
     share = arguments.share or arguments.address is not None
     if share:
         _require_shared(revision)
@@ -79,7 +79,7 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
         return read_experiments()[0]
 
     found: list[Step] = []
-    for step in search.steps(sweep, wanted, read_experiments()[0], run_point):
+    for step in search.steps(sweep, wanted, read_experiments()[0], run_point, revision):
         found.append(step)
         _say(f"{wanted.parameter}={step.value}: {search.answer(wanted, found)}")
     _say(f"\n{search.text(wanted, found)}\nOptuna's study: {search.record(optuna, sweep, wanted, found)}")

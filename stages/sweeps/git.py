@@ -30,6 +30,15 @@ def require_committed(paths: Sequence[str] = NEEDED) -> str:
     return output("git", "rev-parse", "HEAD").strip()
 
 
+def commit_of(revision: str) -> str:
+    """The whole hash of a commit, branch or tag.
+
+    Raises:
+        SparsesweepError: git knows none.
+    """
+    return output("git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
+
+
 def require_at(remote: str, revision: str) -> None:
     """Refuse a revision that other machines cannot clone from a git remote.
 

@@ -49,20 +49,24 @@ class Point:
 class Plan:
     """What a sweep has to do.
 
-    there: name of a point -> the experiment that has its result. after: name of a point to be run -> the points that compute stages
-    which it shares, so that no stage runs twice. seconds: name of a point to be run -> of prune and evaluate, as measured of the nearest
-    point; None: nothing like it was measured.
+    results: name of a point -> the experiment that has its result; there: that experiment's name. after: name of a point to be run -> the
+    points that compute stages which it shares, so that no stage runs twice. seconds: name of a point to be run -> of prune and evaluate,
+    as measured of the nearest point; None: nothing like it was measured.
     """
 
     sweep: Sweep
     points: tuple[Point, ...]
-    there: dict[str, str]
+    results: dict[str, Experiment]
     after: dict[str, frozenset[str]]
     seconds: dict[str, float | None]
 
     @property
+    def there(self) -> dict[str, str]:
+        return {name: experiment.name for name, experiment in self.results.items()}
+
+    @property
     def to_run(self) -> list[Point]:
-        return [point for point in self.points if point.name not in self.there]
+        return [point for point in self.points if point.name not in self.results]
 
     def waves(self) -> list[list[Point]]:
         """The points to be run, each in the first wave in which all that it waits for has been run."""
@@ -90,16 +94,19 @@ def points_of(sweep: Sweep) -> tuple[Point, ...]:
     return tuple(found.values())
 
 
-def plan(sweep: Sweep, experiments: Sequence[Experiment]) -> Plan:
+def plan(sweep: Sweep, experiments: Sequence[Experiment], revision: str = "HEAD") -> Plan:
     """Compare the points of a sweep with the experiments of this clone.
 
     A point is there if an experiment has its parameters, ran the same code, and came as far as the target.
+
+    Args:
+        revision: the commit whose code the points run.
     """
     points, stages = points_of(sweep), stages_of(sweep.target)
     evaluated = [experiment for experiment in experiments if experiment.revision is not None]
-    current = _of_current_code(evaluated, stages)
+    current = _of_code(revision, evaluated, stages)
     results = [(experiment, _values(experiment.params, stages)) for experiment in current]
-    there = {point.name: name for point in points if (name := _found(point, results, stages)) is not None}
+    there = {point.name: found for point in points if (found := _found(point, results, stages)) is not None}
     to_run = [point for point in points if point.name not in there]
     available = {key for point in points if point.name in there for key in keys(stages, point.params).values()}
     available |= {key for experiment in current for key in keys(stages, experiment.params).values()}
@@ -107,7 +114,7 @@ def plan(sweep: Sweep, experiments: Sequence[Experiment]) -> Plan:
     return Plan(
         sweep=sweep,
         points=points,
-        there=there,
+        results=there,
         after=_after(to_run, stages, available),
         seconds={point.name: seconds.nearest(point.params) for point in to_run},
     )
@@ -169,18 +176,18 @@ def _name(sweep: Sweep, varied: tuple[str, ...], params: dict[str, Any]) -> str:
     return f"{said[:LONGEST].strip('._-')}-{hashlib.sha256(facts.encode()).hexdigest()[:HASH]}"
 
 
-def _of_current_code(experiments: Sequence[Experiment], stages: list[Stage]) -> list[Experiment]:
-    """Those that ran the code of these stages as the current commit has it."""
+def _of_code(revision: str, experiments: Sequence[Experiment], stages: list[Stage]) -> list[Experiment]:
+    """Those that ran the code of these stages as a commit has it."""
     paths = sorted({DVC_YAML.as_posix()} | {path for stage in stages for path in stage.code})
-    return [experiment for experiment in experiments if experiment.revision and git.same("HEAD", experiment.revision, paths)]
+    return [experiment for experiment in experiments if experiment.revision and git.same(revision, experiment.revision, paths)]
 
 
-def _found(point: Point, results: Sequence[tuple[Experiment, Values]], stages: list[Stage]) -> str | None:
+def _found(point: Point, results: Sequence[tuple[Experiment, Values]], stages: list[Stage]) -> Experiment | None:
     """The experiment that has a point's result. results: experiments with their values, see _values."""
     target, wanted = stages[-1], _values(point.params, stages)
     for experiment, values in results:
         if values == wanted and has_result(target, point.params, read_lock(str(experiment.revision))):
-            return experiment.name
+            return experiment
     return None
 
 

@@ -56,11 +56,12 @@ def client() -> Any:
     return importlib.import_module("optuna")
 
 
-def steps(sweep: Sweep, search: Search, experiments: Sequence[Experiment], run: Run | None) -> Iterator[Step]:
+def steps(sweep: Sweep, search: Search, experiments: Sequence[Experiment], run: Run | None, revision: str = "HEAD") -> Iterator[Step]:
     """The points of a search, one after another; where one is not there it is run.
 
     Args:
         run: runs the plan of a point, and reads the experiments anew; None: the first point that is not there ends the search.
+        revision: the commit whose code the points run.
 
     Raises:
         SparsesweepError: a point failed, or has not the metric.
@@ -68,33 +69,33 @@ def steps(sweep: Sweep, search: Search, experiments: Sequence[Experiment], run: 
     low, high = search.low, search.high
     for _ in range(search.points):
         value = round((low + high) / 2, DECIMALS)
-        made = _planned(sweep, search, value, experiments)
+        made = _planned(sweep, search, value, experiments, revision)
         if made.to_run and run is None:
             yield Step(value=value, plan=made)
             return
         if made.to_run and run is not None:
             experiments = run(made)
-            made = _planned(sweep, search, value, experiments)
-        ratio, within = _damage(search, made, experiments)
+            made = _planned(sweep, search, value, experiments, revision)
+        ratio, within = _damage(search, made)
         yield Step(value=value, plan=made, ratio=ratio, within=within)
         low, high = (value, high) if within else (low, value)
 
 
-def _planned(sweep: Sweep, search: Search, value: float, experiments: Sequence[Experiment]) -> Plan:
-    return plan(replace(sweep, varied=((f"{search.parameter}={value}",),)), experiments)
+def _planned(sweep: Sweep, search: Search, value: float, experiments: Sequence[Experiment], revision: str) -> Plan:
+    return plan(replace(sweep, varied=((f"{search.parameter}={value}",),)), experiments, revision)
 
 
-def _damage(search: Search, made: Plan, experiments: Sequence[Experiment]) -> tuple[float, bool]:
+def _damage(search: Search, made: Plan) -> tuple[float, bool]:
     """The ratio of a point's metric to the dense model's, and whether it keeps within the limit."""
     (point,) = made.points
-    name = made.there.get(point.name)
-    if name is None:
+    experiment = made.results.get(point.name)
+    if experiment is None:
         raise SparsesweepError(f"{point.name}: found no result of it, wanted one to go on from; the line above says why it failed")
-    experiment = next(one for one in experiments if one.name == name)
     measured = experiment.measured(search.metric)
     if measured is None or measured.dense is None or measured.dense <= 0:
         known = ", ".join(dict.fromkeys(one.metric for one in experiment.measurements if one.dense))
-        raise ConfigError(f"search.metric: found {search.metric!r}, wanted one that {name} has beside the dense model's: {known}")
+        wanted = f"one that {experiment.name} has beside the dense model's: {known}"
+        raise ConfigError(f"search.metric: found {search.metric!r}, wanted {wanted}")
     ratio = measured.value / measured.dense
     return ratio, ratio >= search.limit if measured.better == Better.HIGHER else ratio <= search.limit
 

@@ -1,5 +1,6 @@
 """A script for SLURM: an array of which each task runs one point of a sweep."""
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,13 +34,13 @@ def script(plan: Plan, resources: Resources, revision: str, path: Path, *, share
     """
     gpus, memory = resources.gpus, resources.memory_gib
     directives = [
-        f"--job-name={plan.sweep.name}",
+        f"--job-name={_quoted(plan.sweep.name)}",
         f"--array={indices(plan.to_run)}",
         "--ntasks=1",
         f"--cpus-per-task={resources.cpus}",
         *([] if memory is None else [f"--mem={int(memory * 1024)}M"]),
         *([f"--gres=gpu:{gpus}"] if gpus else []),
-        f"--chdir={Path.cwd()}",
+        f"--chdir={_quoted(str(Path.cwd()))}",
         f"--output={LOGS}",
         "--requeue",
     ]
@@ -55,6 +56,11 @@ def script(plan: Plan, resources: Resources, revision: str, path: Path, *, share
         f'exec {shlex.join(command)} --point "${{points[$SLURM_ARRAY_TASK_ID]}}"',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As sbatch reads a value in a script: in double quotes if it has blanks or the like."""
+    return text if re.fullmatch(r"[\w./-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def submission(plan: Plan, path: Path) -> list[str]:

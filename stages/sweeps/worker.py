@@ -25,6 +25,7 @@ from dvc.config import Config
 TAIL = 12  # lines of a log that tell why a point failed
 PAUSE = 1.0  # seconds between two looks at what still runs in a clone
 AUTHOR = {"user.name": "sweep", "user.email": "sweep@localhost"}  # of experiments, where git knows nobody
+CREDENTIALS = re.compile(r"://[^/@\s]+@")  # in a URL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class _Shell:
     environment: dict[str, str]
 
     def __call__(self, *command: str, cwd: Path | None = None) -> None:
-        print(f"$ {' '.join(command)}", file=self.log, flush=True)
+        print(CREDENTIALS.sub("://", f"$ {' '.join(command)}"), file=self.log, flush=True)
         code = subprocess.run(
             command, cwd=cwd or self.clone, env=self.environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT
         ).returncode
@@ -148,6 +149,7 @@ def _environment(task: Task) -> dict[str, str]:
 def _prepare(task: Task, clone: Path, shell: _Shell) -> None:
     """The revision, checked out in the point's clone; one that an earlier run left goes on being used."""
     if clone.is_dir():
+        shell("git", "remote", "set-url", "origin", task.origin)  # it was another, if the run before was shared and this one is not
         shell("git", "fetch", "-q", "origin")
     else:
         part = clone.with_suffix(clone.suffix + ".part")

@@ -110,5 +110,5 @@ def test_it_has_a_row_in_the_model_card_and_its_metadata(documented):
     assert line.startswith("| share of next tokens found, the text | 0.889 ± ")
     assert line.endswith("| -0.222 ± 0.000 |")
     news = replace(sparse, name="news")
-    card = metadata("small", Delta().recipe, replace(RECORDS, sparse=[*RECORDS.sparse, news]), VERIFIED)
+    card = metadata("small", Delta().recipe, RECORDS, VERIFIED, [*RECORDS.sparse, news])
     assert ("next_token", pytest.approx(0.6667)) in [(result.metric_type, result.metric_value) for result in card.eval_results]

@@ -13,6 +13,7 @@ from stages.quantisation.float8 import Float8
 from stages.release import float8
 from stages.release.float8 import check_float8, require_float8, to_float8
 from stages.release.packing import pack
+from stages.release.zeros import read_zeros, write_zeros
 from tests.release.llama_cpp.models import CONFIGS, fetched, pruned
 
 LOADED = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
@@ -55,6 +56,13 @@ def test_stock_transformers_computes_the_logits_of_the_rounded_model(tmp_path, k
     tokens = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, ours(input_ids=tokens).logits)
+
+
+def test_the_zeros_that_are_stated_are_those_of_the_written_codes(tmp_path):
+    base, delta, release = written(tmp_path)
+    write_zeros(release, delta)
+    stated = read_zeros(release)
+    assert stated.zeros == check_float8(release, base, delta).zeros >= stated.pruned
 
 
 @pytest.mark.parametrize(

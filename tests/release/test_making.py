@@ -1,12 +1,15 @@
 """From a model to its release by one command."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from stages.config.compose import read
+from stages.config.params import CONF
 from stages.errors import ConfigError
 from stages.files import sha256
 from stages.release import making
@@ -56,6 +59,35 @@ def test_a_directory_with_odd_letters_in_its_name_is_found(tmp_path):
     directory.mkdir()
     base = read(*overrides(order(str(directory), license="mit", name="org/mine")))["base"]
     assert (base.path, base.name, base.license) == (str(directory), "org/mine", "mit")
+
+
+def test_a_directory_has_its_whole_name(tmp_path):
+    directory = tmp_path / "Llama-3.1-8B"
+    directory.mkdir()
+    assert read(*overrides(order(str(directory), license="mit")))["base"].name == "Llama-3.1-8B"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("smollm2_135m", {"license": "mit"}, "--license: found 'mit' for smollm2_135m, a base of conf/base, wanted none"),
+        ("org/tiny", {"name": "mine"}, "--name: found 'mine' for org/tiny, a model of a hub, wanted none"),
+        (".", {"license": "mit", "revision": "main"}, "--revision: found 'main' for ., a model on this disk, wanted none"),
+    ],
+)
+def test_what_says_nothing_of_a_kind_of_model_is_refused(model, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides(order(model, **changes))
+
+
+def test_make_takes_a_name_from_its_command_line_alone(tmp_path):
+    def line(*arguments: str) -> str:
+        environment = os.environ | {"NAME": "host", "LICENSE": "theirs", "REVISION": "r7"}
+        command = ["make", "--dry-run", "prune", "MODEL=org/tiny", "OUT=out", *arguments]
+        return subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert not [word for word in ("host", "theirs", "r7") if word in line()]
+    assert "--name 'mine'" in line("NAME=mine")
 
 
 def test_a_gguf_file_is_pinned_by_its_hash(tmp_path):

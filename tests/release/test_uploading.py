@@ -184,7 +184,7 @@ def test_a_rejected_token_is_said_and_is_not_printed(project, monkeypatch, caplo
         run()
     assert "hf_Expired" not in caplog.text + str(error.value)
     assert HUB.repositories == {}
-    assert read_json(CREATED_REPOSITORIES) == []  # nor is it taken for its own later
+    assert read_json(CREATED_REPOSITORIES) == {}  # nor is it taken for its own later
 
 
 def test_without_a_token_it_is_refused_even_if_a_login_left_one(project, monkeypatch, tmp_path):
@@ -225,6 +225,30 @@ def test_a_repository_of_others_is_refused_unless_told(project, hub_repository):
     assert set(HUB.repositories[REPO].files) == {"old.bin"}
     run(existing=True)
     assert "old.bin" not in HUB.repositories[REPO].files
+
+
+def test_a_repository_that_another_made_after_the_hub_did_not_answer_is_not_overwritten(project, hub_repository, monkeypatch):
+    def lost(*_: object, **__: object) -> None:
+        raise TimeoutError("no answer")
+
+    with monkeypatch.context() as patch, pytest.raises(ReleaseError, match="the hub does not answer"):
+        patch.setattr("huggingface_hub.HfApi.create_repo", lost)
+        run()
+    hub_repository(REPO, {"theirs.bin": b"theirs"}, private=True)
+    with pytest.raises(ReleaseError, match="found a repository that was not created from here"):
+        run()
+    assert set(HUB.repositories[REPO].files) == {"theirs.bin"}
+    hub_repository(REPO, {".gitattributes": b""}, private=True)  # it had arrived all the same
+    run()
+    assert set(read_json(CREATED_REPOSITORIES).values()) == {True}
+
+
+def test_a_release_that_has_another_name_is_sent_with_a_warning(project, caplog):
+    (project / "release/params.yaml").write_text("publish:\n  name: null\n")
+    (project / "release" / SUMS).unlink()
+    write_sums(project / "release")
+    run()
+    assert f"not {REPO}; publish with publish.name={REPO} to have it in them" in caplog.text
 
 
 def test_what_is_to_be_private_does_not_go_to_a_public_repository(project, hub_repository):

@@ -133,6 +133,7 @@ def test_a_hub_revision_is_resolved_recorded_and_downloaded_without_pickles(sour
     repository = hub_repository(REPO, {**files_of(source), "pytorch_model.bin": b"pickle", "evil.py": b"code", "README.md": b""})
     provenance = checkpoints.fetch(hub(revision="v1"), out, downloads=tmp_path / "downloads")
     assert (provenance["revision"], provenance["name"], provenance["license"]) == (COMMIT, REPO, "mit")
+    assert provenance["section"]["revision"] == COMMIT  # the tag may move
     for path in source.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
     asked = {name for _, name, _ in repository.requests}
@@ -182,6 +183,8 @@ def test_a_connection_that_drops_is_taken_up_at_the_byte_where_it_dropped(source
         (REPO, {}, {"repo": "no such repository"}, "found 'no such repository', wanted ORG/NAME"),
         (REPO, {"gated": "manual"}, {}, "org/tiny is gated: .* HF_TOKEN"),
         (REPO, {"license": None}, {}, "card states no licence; set base.license"),
+        (REPO, {"license": ["mit", "apache-2.0"]}, {}, "card states the licences mit, apache-2.0; set base.license"),
+        (REPO, {"license": [1]}, {}, "found the licence .* on its card, wanted a name"),
         (REPO, {"wrong_hashes": True}, {}, "found hash .*, wanted ffff"),
     ],
 )
@@ -190,6 +193,11 @@ def test_what_is_wrong_with_a_repository_is_said(source, hub_repository, out, tm
     with pytest.raises(SourceError, match=message):
         checkpoints.fetch(hub(**changes), out, downloads=tmp_path / "downloads")
     assert not any(out.iterdir())
+
+
+def test_a_licence_in_a_list_is_that_licence(source, hub_repository, tmp_path, out):
+    hub_repository(REPO, files_of(source), license=["mit"])
+    assert checkpoints.fetch(hub(), out, downloads=tmp_path / "downloads")["license"] == "mit"
 
 
 def test_a_hub_that_does_not_answer_is_said(out, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import dataclasses
 import gzip
 import html
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +35,7 @@ def test_gzipped_json_of_the_hub_becomes_lines_in_order(hub_repository, tmp_path
     facts = provenance["files"]["calibration/pages.jsonl"]
     assert (facts["revision"], facts["rows"], facts["license"]) == (COMMIT, 30, "cc0-1.0")
     assert facts["sha256"] == sha256(tmp_path / "calibration/pages.jsonl")
+    assert provenance["section"]["calibration"]["pages"]["revision"] == COMMIT
     assert read_json(tmp_path / "provenance.json") == provenance
 
 
@@ -87,6 +89,12 @@ def test_a_bad_source_is_refused_with_its_whole_key(source, changes, message):
 
 def test_good_sources_are_taken():
     schema.check(Text(calibration={"a": WHEEL}, evaluation={"b": HUB, "c": LOCAL}), "text")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "wiki/long", "", "."])
+def test_a_corpus_has_the_name_of_a_file(name):
+    with pytest.raises(ConfigError, match=f"text.evaluation: found {re.escape(repr(name))}, wanted names of files, which are no paths"):
+        schema.check(Text(calibration={}, evaluation={name: HUB}), "text")
 
 
 def test_the_parts_of_the_section_are_choices_by_name():

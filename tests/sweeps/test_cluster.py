@@ -136,7 +136,7 @@ class _Ray:
 
 def _plan(device: str) -> Plan:
     point = Point(index=0, name="a", overrides=(), varied=(), params={"prune": {"device": device}, "evaluation": {"device": device}})
-    return Plan(sweep=None, points=(point,), there={}, after={"a": frozenset()}, seconds={})
+    return Plan(sweep=None, points=(point,), results={}, after={"a": frozenset()}, seconds={})
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def planned():
     def make(*devices: str) -> Plan:
         params = [{"prune": {"device": device}, "evaluation": {"device": device}} for device in devices]
         points = tuple(Point(index=i, name=str(i), overrides=(), varied=(), params=of) for i, of in enumerate(params))
-        return Plan(sweep=None, points=points, there={}, after={point.name: frozenset() for point in points}, seconds={})
+        return Plan(sweep=None, points=points, results={}, after={point.name: frozenset() for point in points}, seconds={})
 
     return make
 

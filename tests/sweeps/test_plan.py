@@ -138,6 +138,6 @@ def test_the_seconds_of_a_point_are_those_of_the_nearest_of_its_base(sweep, repo
 def test_a_plan_without_points_to_run_says_so(sweep):
     made = sweep("points: [[method=wanda]]\n")
     points = points_of(made)
-    planned = Plan(sweep=made, points=points, there={points[0].name: points[0].name}, after={}, seconds={})
+    planned = Plan(sweep=made, points=points, results={points[0].name: points[0]}, after={}, seconds={})
     assert summary(planned, at_once=1) == "1 points: 1 there already, 0 to run"
     assert planned.waves() == []

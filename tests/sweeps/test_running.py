@@ -11,7 +11,7 @@ from stages.sweeps.worker import Outcome
 
 def planned(after: dict[str, set[str]]) -> Plan:
     points = tuple(Point(index=i, name=name, overrides=(), varied=(), params={}) for i, name in enumerate(after))
-    return Plan(sweep=None, points=points, there={}, after={name: frozenset(names) for name, names in after.items()}, seconds={})
+    return Plan(sweep=None, points=points, results={}, after={name: frozenset(names) for name, names in after.items()}, seconds={})
 
 
 def finished(result: Outcome | Exception) -> "Future[Outcome]":

@@ -46,14 +46,14 @@ def experiment(value: float, metric: str = "perplexity", better: Better = Better
 def planned(monkeypatch):
     """Plans by name alone."""
 
-    def plan(sweep, experiments) -> Plan:
+    def plan(sweep, experiments, revision) -> Plan:
         ((override,),) = sweep.varied
         name = f"mine-{override.partition('=')[2]}"
-        there = {name: name} if name in {one.name for one in experiments} else {}
+        results = {one.name: one for one in experiments if one.name == name}
         return Plan(
             sweep=sweep,
             points=(Point(index=0, name=name, overrides=(override,), varied=(override,), params={}),),
-            there=there,
+            results=results,
             after={name: frozenset()},
             seconds={},
         )

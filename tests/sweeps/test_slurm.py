@@ -33,7 +33,7 @@ def planned(after: dict[str, set[str]], there: tuple[str, ...] = (), device: str
     params = {"prune": {"device": device}, "evaluation": {"device": device}}
     points = tuple(Point(index=i, name=name, overrides=(), varied=(), params=params) for i, name in enumerate(after))
     waiting = {name: frozenset(names) for name, names in after.items() if name not in there}
-    return Plan(sweep=_Named(), points=points, there=dict.fromkeys(there, "x"), after=waiting, seconds={})
+    return Plan(sweep=_Named(), points=points, results=dict.fromkeys(there), after=waiting, seconds={})
 
 
 class _Named:
@@ -49,6 +49,15 @@ def test_the_directives_say_what_each_point_may_use(monkeypatch, tmp_path):
     options = "--gpus 2 --cpus 8 --memory 1.5 --threads 4 --share"
     assert f'mine.yaml --revision {"c" * 40} {options} --point "${{points[$SLURM_ARRAY_TASK_ID]}}"' in script
     assert "  [1]=b\n" in script
+
+
+def test_a_directory_with_blanks_is_quoted_as_sbatch_reads_it(monkeypatch, tmp_path):
+    directory = tmp_path / 'my "own" project'
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    script = slurm.script(planned({"a": set()}), Resources(gpus=0), "c" * 40, Path("out.sbatch"), share=False)
+    assert f'#SBATCH --chdir="{tmp_path}/my \\"own\\" project"\n' in script
+    assert "#SBATCH --job-name=mine\n" in script
 
 
 def test_what_is_not_declared_is_not_asked_for():

@@ -44,6 +44,30 @@ def test_a_command_that_fails_is_the_outcome_with_its_words_and_its_log(task, tm
     assert log.read_text().startswith("$ git clone")
 
 
+def test_credentials_in_the_address_of_the_origin_are_in_no_log(task, tmp_path):
+    worker.run(replace(task, origin="https://me:hf_Secret@127.0.0.1:9/project.git"))
+    log = (tmp_path / "work/point.log").read_text()
+    assert "https://127.0.0.1:9/project.git" in log
+    assert "hf_Secret" not in log
+
+
+def test_a_clone_that_an_earlier_run_left_hands_over_to_the_origin_of_this_one(task, tmp_path):
+    first, second, clone = (tmp_path / name for name in ("first", "second", "clone"))
+    for origin in (first, second):
+        subprocess.run(["git", "init", "-q", "-b", "main", str(origin)], check=True)
+        (origin / ".dvc").mkdir()
+        (origin / ".dvc/config").write_text("")
+        author = ("-c", "user.name=a", "-c", "user.email=a@localhost")
+        subprocess.run(["git", *author, "add", "-A"], cwd=origin, check=True)
+        subprocess.run(["git", *author, "commit", "-q", "-m", origin.name], cwd=origin, check=True)
+    subprocess.run(["git", "clone", "-q", str(first), str(clone)], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=second, check=True, capture_output=True, text=True).stdout.strip()
+    with (tmp_path / "log").open("w") as log:
+        asked = replace(task, origin=str(second), revision=head)
+        worker._prepare(asked, clone, worker._Shell(clone, log, worker._environment(asked)))
+    assert subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, check=True, capture_output=True, text=True).stdout.strip() == head
+
+
 def test_what_a_killed_run_left_in_a_clone_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "PAUSE", 0.05)
     clone = tmp_path / "point"
