@@ -95,7 +95,7 @@ class Setup:
     def fingerprint(self, delta: str | None) -> dict[str, Any]:
         """What determines the scores; `delta` is the delta's fingerprint, None for the dense model."""
         device, streamed = str(self.device), self.evaluation.streamed
-        code = record.code_sha256("checkpoint", "evaluation", "streaming", "evaluate.py")
+        code = record.code_sha256(*CODE)
         return {"protocol": asdict(self.protocol()), "delta": delta, "device": device, "streamed": streamed, "code": code}
 
 

@@ -8,12 +8,16 @@ of Student's t with one degree of freedom less than there are clusters.
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, stdtrit  # scipy.stats takes a second to import, in every stage and every composition
 
 LEVEL = 0.95  # of an interval
+Values: TypeAlias = Sequence[float] | NDArray[np.float64]
+Clusters: TypeAlias = Sequence[Hashable] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +41,18 @@ class Estimate:
         return self.value - reach, self.value + reach
 
 
+@cache
 def half_width(freedom: float) -> float:
     """Half of the 95% interval in standard errors: a quantile of Student's t with so many degrees of freedom, above 0."""
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+def mean(values: Values, clusters: Clusters | None = None) -> Estimate:
     """Estimate the mean of values.
 
     Args:
-        values: at least one. clusters: of each value, what it shares with others; None: all are independent.
+        values: at least one. clusters: of each value, what it shares with others, by an array the numbers of `numbered`; None: all are
+            independent.
 
     Raises:
         ValueError: there are no values, or other numbers of values and clusters.
@@ -54,19 +60,21 @@ def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) ->
     return _mean(values, clusters)
 
 
-def _mean(values: Sequence[float], clusters: Sequence[Hashable] | None, added: tuple[float, ...] = ()) -> Estimate:
+def _mean(values: Values, clusters: Clusters | None, added: tuple[float, ...] = ()) -> Estimate:
     """See mean.
 
     Args:
         added: values more, each of a cluster of its own; the correction for few clusters and the degrees of freedom leave them out.
     """
-    if not values:
+    if not len(values):
         raise ValueError("found no values, wanted at least one")
-    size = len(values) + len(added)
-    value = math.fsum((*values, *added)) / size
-    totals: NDArray[np.float64] = np.asarray(values, dtype=np.float64) - value
+    size, array = len(values) + len(added), np.asarray(values, dtype=np.float64)
+    value = math.fsum((*array.tolist(), *added)) / size
+    totals: NDArray[np.float64] = array - value
     if clusters is not None:
-        totals = np.bincount(_numbered(clusters, len(values)), totals).astype(np.float64, copy=False)
+        if len(clusters) != len(values):
+            raise ValueError(f"found clusters of {len(clusters)} values, wanted those of {len(values)}")
+        totals = np.bincount(clusters if isinstance(clusters, np.ndarray) else numbered(clusters), totals).astype(np.float64, copy=False)
     count = len(totals)
     if count < 2:
         return Estimate(value=value, stderr=None, count=size, clusters=count)
@@ -74,17 +82,21 @@ def _mean(values: Sequence[float], clusters: Sequence[Hashable] | None, added: t
     return Estimate(value=value, stderr=math.sqrt(squares * count / (count - 1)) / size, count=size, clusters=count)
 
 
-def _numbered(clusters: Sequence[Hashable], count: int) -> NDArray[np.int64]:
-    """The clusters by numbers, in the order in which they come. count: how many are wanted."""
-    if len(clusters) != count:
-        raise ValueError(f"found clusters of {len(clusters)} values, wanted those of {count}")
+def numbered(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
+    """The clusters by numbers from 0, in the order of their first."""
     numbers: dict[Hashable, int] = {}
-    return np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), dtype=np.int64, count=count)
+    return np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), dtype=np.int64, count=len(clusters))
 
 
-def difference(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+def difference(values: Values, reference: Values, clusters: Clusters | None = None) -> Estimate:
     """Estimate the mean of values less that of a reference on the same rows. Args, errors: see mean."""
-    return mean([value - other for value, other in zip(values, reference, strict=True)], clusters)
+    return mean(_less(values, reference), clusters)
+
+
+def _less(values: Values, reference: Values) -> NDArray[np.float64]:
+    if len(values) != len(reference):
+        raise ValueError(f"found {len(values)} values and {len(reference)} of the reference, wanted as many")
+    return np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +130,17 @@ def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
     return Adjusted(value=value, stderr=stderr, **facts, ends=ends)
 
 
-def mean_of_rows(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def mean_of_rows(values: Values, clusters: Clusters) -> Estimate:
     """The mean over the rows of a task; of right and wrong answers with the interval of accuracy_interval. Args: see mean."""
     estimate = mean(values, clusters)
     return _with_ends(estimate, accuracy_interval(values, clusters)) if _are_shares(values) else estimate
 
 
-def difference_of_rows(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def difference_of_rows(values: Values, reference: Values, clusters: Clusters) -> Estimate:
     """The difference on the rows of a task; of right and wrong answers with the interval of difference_interval. Args: see difference."""
     estimate = difference(values, reference, clusters)
-    return _with_ends(estimate, difference_interval(values, reference, clusters)) if _are_shares([*values, *reference]) else estimate
+    shares = _are_shares(values) and _are_shares(reference)
+    return _with_ends(estimate, difference_interval(values, reference, clusters)) if shares else estimate
 
 
 def contrast_of_rows(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
@@ -137,9 +150,10 @@ def contrast_of_rows(values: Sequence[float], clusters: Sequence[Hashable]) -> E
     return _with_ends(mean(values, clusters), _adjusted(values, clusters, (1.0, -1.0), (-2.0, 2.0))) if whole else mean(values, clusters)
 
 
-def _are_shares(values: Sequence[float]) -> bool:
+def _are_shares(values: Values) -> bool:
     """Whether rows are right or wrong."""
-    return set(values) <= {0.0, 1.0}
+    array = np.asarray(values)
+    return bool(((array == 0) | (array == 1)).all())
 
 
 def _with_ends(estimate: Estimate, ends: tuple[float, float] | None) -> Adjusted:
@@ -158,20 +172,18 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5))) if lost + gained else 1.0
 
 
-def accuracy_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float] | None:
+def accuracy_interval(values: Values, clusters: Clusters) -> tuple[float, float] | None:
     """The 95% interval of a share of rows, with two rows more of each kind (Agresti and Coull 1998), so that it has a width where all
     rows are alike; None where all rows share a document. Args: see mean; values are 0 or 1."""
     return _adjusted(values, clusters, (1.0, 1.0, 0.0, 0.0), (0.0, 1.0))
 
 
-def difference_interval(values: Sequence[float], reference: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float] | None:
+def difference_interval(values: Values, reference: Values, clusters: Clusters) -> tuple[float, float] | None:
     """The 95% interval of a paired difference of shares, with one row more that is lost and one that is gained (Bonett and Price 2012), so
     that it has a width where no row flips; None where all rows share a document. Args: see difference; values are 0 or 1."""
-    return _adjusted([value - other for value, other in zip(values, reference, strict=True)], clusters, (1.0, -1.0), (-1.0, 1.0))
+    return _adjusted(_less(values, reference), clusters, (1.0, -1.0), (-1.0, 1.0))
 
 
-def _adjusted(
-    values: Sequence[float], clusters: Sequence[Hashable], added: tuple[float, ...], bounds: tuple[float, float]
-) -> tuple[float, float] | None:
+def _adjusted(values: Values, clusters: Clusters, added: tuple[float, ...], bounds: tuple[float, float]) -> tuple[float, float] | None:
     interval = _mean(values, clusters, added).interval
     return None if interval is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))

@@ -4,12 +4,16 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stages.evaluation.measurement import Kind, Measurement, as_rows
 from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.protocol import compared, differences
 from stages.evaluation.results import RAW, samples_file
+from stages.evaluation.statistics import numbered
 from stages.experiments.commands import command
 from stages.experiments.files import Files, Unreadable, cache_directory
 from stages.experiments.reading import EVALUATION, Experiment, Missing
@@ -20,6 +24,7 @@ RULER, RULER_PROTOCOL = RULER_RESULTS / "measurements.json", RULER_RESULTS / "pr
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
 OF_TASKS = ("tasks", "styles")  # and those of tasks besides
 Row = dict[str, Any]
+OfTask: TypeAlias = list[tuple[NDArray[np.float64], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +42,21 @@ class Scores:
     window_clusters: dict[str, list[Hashable]]
     row_clusters: dict[str, list[Hashable]]
     parts: dict[str, dict[str, list[Hashable]]] = field(default_factory=dict)
+    _of_tasks: dict[tuple[str, str], "OfTask"] = field(default_factory=dict, init=False, compare=False, repr=False)
 
-    def of_task(self, task: str, metric: str) -> list[tuple[list[float], list[Hashable]]]:
-        """The values of a task's rows with their clusters: of each part on its own where parts weigh alike, else of all."""
-        values, clusters = self.rows[task][metric], self.row_clusters[task]
-        parts: dict[Hashable, list[int]] = defaultdict(list)
-        for number, part in enumerate(self.parts.get(task, {}).get(metric, [None] * len(values))):
-            parts[part].append(number)
-        return [([values[number] for number in of], [clusters[number] for number in of]) for of in parts.values()]
+    def of_task(self, task: str, metric: str) -> "OfTask":
+        """The values of a task's rows with their clusters: of each part on its own where parts weigh alike, else of all.
+
+        Returns:
+            Of each part [rows], float64, and [rows], int64; see statistics.numbered. Made once.
+        """
+        if (task, metric) not in self._of_tasks:
+            values, clusters = np.array(self.rows[task][metric], dtype=np.float64), self.row_clusters[task]
+            parts: dict[Hashable, list[int]] = defaultdict(list)
+            for number, part in enumerate(self.parts.get(task, {}).get(metric, [None] * len(values))):
+                parts[part].append(number)
+            self._of_tasks[task, metric] = [(values[of], numbered([clusters[number] for number in of])) for of in parts.values()]
+        return self._of_tasks[task, metric]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
 """The pruned model against the dense one; how far both drift apart by style of prompts, on numbers that can be checked in the head."""
 
+import math
+
 import pytest
+from scipy.stats import t
 
 from stages.comparison.paired import prompt_sensitivity
 from stages.evaluation.measurement import Difference, Kind, Measurement
@@ -36,7 +39,8 @@ def test_drift_is_the_difference_of_differences_row_by_row():
     assert (of_a["style"], of_a["task"], of_a["count"], of_a["counted"]) == ("chat", "a", 4, "rows")
     assert (of_a["raw"], of_a["styled"], of_a["drift"]) == (-0.25, -0.75, -0.5)
     assert of_a["stderr"] == pytest.approx(mean(drifts).stderr)
-    assert (of_a["low"], of_a["high"]) == pytest.approx(mean([*drifts, 1.0, -1.0]).interval)
+    reach = t.ppf(0.975, 3) * math.sqrt(30 / 9 * 4 / 3) / 6  # of -1, 0, 0, -1, and one row more of 1 and one of -1
+    assert (of_a["low"], of_a["high"]) == (pytest.approx(-1 / 3 - reach), pytest.approx(-1 / 3 + reach))
     assert (of_b["drift"], of_b["stderr"]) == (0.0, 0.0)
     assert of_b["low"] < 0 < of_b["high"]
     assert (of_mean["task"], of_mean["count"], of_mean["counted"]) == (None, 2, "tasks")

@@ -38,6 +38,24 @@ def test_a_difference_of_other_metrics_is_a_difference():
     assert (found.value, found.count, found.clusters) == (0.5, 4, 2)
 
 
+def of_parts(acc: list[float]) -> Scores:
+    """A group of two tasks that weigh alike, of 6 rows and of 2."""
+    return Scores(
+        windows={},
+        rows={"g": {"acc": acc}},
+        window_clusters={},
+        row_clusters={"g": [0, 0, 1, 2, 3, 4, 5, 6]},
+        parts={"g": {"acc": [0] * 6 + [1] * 2}},
+    )
+
+
+def test_a_group_that_weighs_its_tasks_alike_is_the_mean_over_its_tasks():
+    found = apart(metric("task", "g", "acc", "higher"), of_parts([1] * 6 + [0, 0]), of_parts([0] * 6 + [1, 1]))
+    assert found.value == 0.0  # of all rows it would be 0.5
+    own = of_scores(metric("task", "g", "acc", "higher"), of_parts([1] * 6 + [0, 0]))
+    assert own.value == 0.5
+
+
 def test_what_one_of_two_lacks_has_no_difference():
     assert apart(metric(what="mean_kld"), scores([1.0], [0.1]), scores([1.0])) is None
     assert apart(metric("task", "boolq", "acc"), scores([1.0]), scores([1.0], acc=[0, 0, 0, 0])) is None
