@@ -234,7 +234,7 @@ class Results:
             f"A random checkpoint with zephyr-7b-beta's configuration, {WINDOWS} windows of {LENGTH} tokens (a step of joint learning: "
             f"one), disk to disk (without the journal's hashes; by block: disk to memory), in bfloat16, device memory capped at "
             f"{CAP / 2**30:.0f} GiB, torch {facts['torch']}, transformers {facts['transformers']}, one run each: {_run(facts)}{others}. "
-            f"The floor is the larger of reading, by {READERS} threads, of files lately written, and "
+            f"The floor is the longer of reading cached files by {READERS} threads and "
             "arithmetic: products and Gram matrices in bfloat16, factors and what solving multiplies in float32, each at the rate that "
             "the machine showed, all else free."
         )

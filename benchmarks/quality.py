@@ -268,36 +268,40 @@ def _on_texts(rows: Rows) -> str:
 
 
 def _notes(rows: Rows, model: Model) -> str:
+    """How the tables are read, as a list."""
+    absent, old = missing(rows, model), sum(map(is_stale, rows.values()))
+    more = f" and the {model.best} best at each pattern by their first seeds" if model.best else " and the leading ones"
+    seeds = f"{len(SEEDS)} seeds for {', '.join(PUBLISHED)}{more}, one for others"
+    left = f"Planned: {seeds}; {len(absent)} of {len(due(rows, model))} points are not measured yet" if absent else seeds
     devices = sorted({found["device"] for found in rows.values()})
-    left = f" {len(absent)} of {len(due(rows, model))} points are not measured yet." if (absent := missing(rows, model)) else ""
-    have = "are to have" if absent else "have"
-    count = sum(map(is_stale, rows.values()))
-    old = f"{STALE}: includes points ({count} in all) measured before a change of the code that altered their result." if count else ""
-    more = f" and, by their first seeds, the {model.best} best at a pattern" if model.best else " and the leading ones"
-    return (
+    notes = [
         f"{model.label}; calibration of 32 windows of 512 C4 tokens, the same for every method; perplexity on {_on_texts(rows)}; on "
-        f"{' and '.join(devices)}. Share of the rise: the rise of perplexity over the dense model's, as a share of that by the "
-        "better of Wanda and SparseGPT on the same seeds; share of ln: the same of the logarithm of perplexity. Seconds: as a "
-        "multiple of SparseGPT's; roughly, since machines with 1 thread did other work meanwhile. "
-        "± is the standard deviation over calibration seeds, not over text: "
-        f"{', '.join(PUBLISHED)}{more} {have} {len(SEEDS)}, others the first alone. Rows "
-        "stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4. "
-        "–: does not apply."
-        f"{with_others(rows)}{left}{old} Layer errors, seconds, memory, every seed and the command of every cell: "
-        "[benchmarks/QUALITY.md](benchmarks/QUALITY.md)."
-    )
+        f"{' and '.join(devices)}.",
+        "Share of ln: as the share of the rise, of the logarithm of perplexity. Seconds: as a multiple of SparseGPT's, roughly, since "
+        "machines with 1 thread did other work meanwhile. –: does not apply.",
+        f"±: the standard deviation over calibration seeds, not over text. {left}.",
+        "Rows stand in the order of the share, not of means, since these may be over other seeds: at 50%, and those for N:M alone at 2:4.",
+        *(
+            [f"{STALE.strip()}: includes points ({old} in all) measured before a change of the code that altered their result."]
+            if old
+            else []
+        ),
+        *([others] if (others := with_others(rows)) else []),
+        "Layer errors, seconds, memory, every seed and the command of every cell: [benchmarks/QUALITY.md](benchmarks/QUALITY.md).",
+    ]
+    return "\n".join(f"- {note}" for note in notes)
 
 
 def with_others(rows: Rows) -> str:
     """What points are without that were measured with others, or with other work, at once; nothing where none was."""
     count = sum("workers" in row for row in rows.values())
     busy = sum("workers" not in row and not any(key in row for key in COSTS) for row in rows.values())
-    aside = f" Without seconds and memory, since the machine did much other work: {counted(busy, 'point')}." if busy else ""
+    aside = f"Without seconds and memory, since the machine did much other work: {counted(busy, 'point')}." if busy else ""
     if not count:
         return aside
     return (
-        f" {count} points were measured on a GPU in float32, several at once (`python -m benchmarks.on_gpu`), and have neither seconds nor "
-        f"memory; ± is over devices, too, where a cell has seeds of both.{aside}"
+        f"{count} points were measured on a GPU in float32, several at once (`python -m benchmarks.on_gpu`), and have neither seconds nor "
+        f"memory; ± is over devices, too, where a cell has seeds of both.{' ' * bool(aside)}{aside}"
     )
 
 
@@ -437,7 +441,7 @@ def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
     explained = f"{EXPLAINED} {unsteadiness(rows)}".strip()
     if shared := with_others(rows):
-        explained += f"{shared} Their command is that of benchmarks.on_gpu, not the one shown."
+        explained += f" {shared} Their command is that of benchmarks.on_gpu, not the one shown."
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
     for model in MODELS:
         known_rows = of_model(rows, model)

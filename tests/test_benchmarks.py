@@ -489,7 +489,7 @@ def test_points_that_were_measured_with_others_at_once_have_no_seconds(monkeypat
     for model in contenders.MODELS:
         assert quality.full_table(quality.of_model(known, model))
     assert quality.with_others({}) == ""
-    assert quality.with_others({0: {"seconds": 1}, 1: {}}) == " Without seconds and memory, since the machine did much other work: 1 point."
+    assert quality.with_others({0: {"seconds": 1}, 1: {}}) == "Without seconds and memory, since the machine did much other work: 1 point."
     wanda = [point for point in orders.points() if (point.contender, point.pattern, point.base) == ("Wanda", "2:4", GEMMA3.base)]
     texts = {text: {"perplexity": 30.0} for text in contenders.TEXTS}
     text = orders.tables({point: {"texts": texts, "device": "a GPU"} for point in wanda if point.seed == 0})

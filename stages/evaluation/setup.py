@@ -32,6 +32,7 @@ from stages.files import BASE, BENCHMARKS, TEXT, sha256
 from stages.schema import require
 
 log = logging.getLogger(__name__)
+CODE = ("checkpoint", "evaluation", "quantisation", "streaming", "bos.py", "evaluate.py", "evaluate_quantised.py", "evaluate_float8.py")
 
 
 @dataclass(frozen=True, kw_only=True)
