@@ -12,14 +12,14 @@ Intervals hold the noise of the text alone, not that of another calibration seed
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from stages.evaluation.measurement import Measurement
 from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.results import RAW, own_accuracies
-from stages.evaluation.statistics import Estimate, difference, difference_of_rows, mean_of_independent
+from stages.evaluation.statistics import Estimate, difference, difference_of_rows, mean, mean_of_independent, mean_of_rows
 from stages.experiments.details import Details, Scores, name_of
 
 NEITHER = "neither"  # direction of a number that does not improve, such as a size
@@ -162,8 +162,7 @@ def apart(metric: Metric, ours: Scores, theirs: Scores) -> Estimate | None:
 def _of_task(task: str, own: str, ours: Scores, theirs: Scores) -> Estimate:
     """The difference in a task's score, which both have."""
     pairs = zip(ours.of_task(task, own), theirs.of_task(task, own), strict=True)
-    parts = [difference_of_rows(here, there, clusters) for (here, clusters), (there, _) in pairs]
-    return parts[0] if len(parts) == 1 else mean_of_independent(parts)
+    return _together([difference_of_rows(here, there, clusters) for (here, clusters), (there, _) in pairs])
 
 
 def verdict(metric: Metric, estimate: Estimate) -> Verdict:
@@ -186,10 +185,17 @@ def natural(metric: Metric, estimate: Estimate) -> tuple[float, tuple[float, flo
 
 
 def of_scores(metric: Metric, scores: Scores) -> Estimate | None:
-    """A model's own mean in a metric, where it is a ratio its logarithm: how far it lies from a model whose every score is 0."""
-    nothing = replace(
-        scores,
-        windows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.windows.items()},
-        rows={name: {key: [0.0] * len(values) for key, values in of.items()} for name, of in scores.rows.items()},
-    )
-    return apart(metric, scores, nothing)
+    """A model's own mean in a metric, as the evaluation estimates it; where the metric is a ratio its logarithm."""
+    if metric.kind == "corpus":
+        values = scores.windows.get(metric.name, {}).get(metric.kept or "")
+        return None if values is None else mean([metric.scale * value for value in values], scores.window_clusters[metric.name])
+    tasks = [(metric.name, metric.metric)] if metric.kind == "task" else metric.tasks
+    if not tasks or not all(own in scores.rows.get(task, {}) for task, own in tasks):
+        return None
+    estimates = [_together([mean_of_rows(*part) for part in scores.of_task(task, own)]) for task, own in tasks]
+    return estimates[0] if metric.kind == "task" else mean_of_independent(estimates)
+
+
+def _together(parts: list[Estimate]) -> Estimate:
+    """A task's score: of a group that weighs its tasks alike the mean over these."""
+    return parts[0] if len(parts) == 1 else mean_of_independent(parts)

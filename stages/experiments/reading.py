@@ -28,6 +28,7 @@ EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / 
 REFERENCE = re.compile(rf"{EXPERIMENTS}([0-9a-f]{{2}})/([0-9a-f]{{38}})/([^/]+)")  # others are DVC's own, such as those of its queue
 NO_RESULTS = "it has no results of prune and evaluate: it has not come that far, or they are on no remote"
 WORKSPACE = "workspace"
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     protocol = files.json(PROTOCOL)
     if revision is None:
-        params = _as_recorded(params, protocol)
+        params = _workspace(params, protocol)
     else:
         _require_of_experiment(read_lock(revision), params)
     return Experiment(
@@ -181,6 +182,14 @@ def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> No
         raise Unreadable(f"its scores are of another run ({reason}); `dvc exp run {EVALUATION}` with its overrides scores it")
 
 
+def _workspace(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    """See _as_recorded. Raises: Unreadable: as there, or what lies here is of an earlier version, or was cut off."""
+    try:
+        return _as_recorded(params, protocol)
+    except (LookupError, TypeError, AttributeError, SparsesweepError, OSError, yaml.YAMLError) as error:
+        raise Unreadable(f"what lies in the workspace is of another version or not whole ({error!r}); `dvc repro {EVALUATION}`") from None
+
+
 def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     """The sections of the workspace's params.yaml as they were when its stages ran: values may have changed since.
 
@@ -207,5 +216,13 @@ def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, 
             written = read_json(path)
             if written[key] != recipe[name]:
                 raise Unreadable(f"{directory} was made again since it was pruned; `dvc repro {EVALUATION}` does the rest")
-            recorded[name] = written["section"]
+            recorded[name] = _unless_private(params[name], written["section"])
     return recorded
+
+
+def _unless_private(stated: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """The section that was recorded; that of params.yaml where it is the same but for what a record leaves out or pins: a path on this
+    machine, and a branch or tag that is a commit there."""
+    same = stated.keys() == recorded.keys() and all(stated[key] == recorded[key] for key in recorded if key not in ("path", "revision"))
+    moved = COMMIT.fullmatch(str(stated.get("revision"))) and stated["revision"] != recorded.get("revision")
+    return stated if same and not moved else recorded

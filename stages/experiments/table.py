@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from stages import limits
-from stages.evaluation.measurement import Difference, Measurement
+from stages.evaluation.measurement import Difference, Measurement, as_rows
 from stages.evaluation.metric import Shown
 from stages.evaluation.metrics import shown_measurements
 from stages.evaluation.protocol import compared, differences
@@ -66,7 +66,8 @@ def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
     """The experiments that may be compared with each other, the largest group first; each result once, by its newest experiment."""
     newest: dict[str, Experiment] = {}
     for experiment in experiments:
-        newest.setdefault(repr((of_scores(experiment.params), experiment.measurements, experiment.prune_metrics)), experiment)
+        result = [of_scores(experiment.params), as_rows(experiment.measurements), experiment.prune_metrics]
+        newest.setdefault(json.dumps(result, sort_keys=True), experiment)
     ordered = sorted(newest.values(), key=_protocol)
     groups = [list(group) for _, group in groupby(ordered, key=_protocol)]
     return sorted(groups, key=len, reverse=True)

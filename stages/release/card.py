@@ -421,7 +421,8 @@ def stored_as(others: Others) -> str:
     stored = (
         "The weights of these layers are stored as float8 (E4M3) with a scale for each output channel, in the layout of compressed-tensors"
     )
-    return f"{stored}; zeros are exact. All up to the section Float8 is of the weights before they were rounded."
+    of = "The tables up to the section Float8 are of the weights before they were rounded, the metadata and sparsity.json of those after it"
+    return f"{stored}; zeros are exact. {of}."
 
 
 def float8_table(records: Records, others: Others) -> str:

@@ -88,7 +88,7 @@ def draw(
     if (found := hashlib.sha256(data).hexdigest()) != digest:
         raise ReleaseError(f"{KEY}: found {path} with SHA-256 {found}, wanted {digest}; {remedy}")
     try:
-        frontiers: list[Frontier] = of_type(list[Frontier], parsed_json(data), str(path))
+        frontiers: list[Frontier] = of_type(list[Frontier], _without_counts(parsed_json(data)), str(path))
     except ValueError as error:
         raise ReleaseError(f"{KEY}: {error}; {remedy}") from None
     frontier = of_protocol(frontiers, compared(protocol), path)
@@ -100,6 +100,13 @@ def draw(
     except (LookupError, TypeError, ValueError) as error:
         raise ReleaseError(f"{KEY}: {path} has a plot that is not of `make compare` ({error!r}), wanted one that is") from None
     return Picture(digest=digest, png=png, data=data, markdown=_markdown(frontier, own, inside is not None))
+
+
+def _without_counts(content: Any) -> Any:
+    """Frontiers as they are kept; earlier versions kept the number of their experiments with them."""
+    if not isinstance(content, list):
+        return content
+    return [{key: value for key, value in one.items() if key != "experiments"} if isinstance(one, dict) else one for one in content]
 
 
 def vegalite_to_png(plot: dict[str, Any]) -> bytes:

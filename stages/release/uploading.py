@@ -51,7 +51,7 @@ def send(release: Path, hub: Hub) -> Sent:
     """
     constants.HF_HUB_DISABLE_XET = True  # read at each upload: what is sent goes by LFS, file by file
     files = released_files(release)
-    if PARAMS in files and (named := yaml.safe_load(files[PARAMS].read_text(encoding="utf8"))["publish"]["name"]) != hub.repo:
+    if PARAMS in files and (named := yaml.safe_load(files[PARAMS].read_text(encoding="utf8")).get("publish", {}).get("name")) != hub.repo:
         otherwise = f"publish with publish.name={hub.repo} to have it in them"
         log.warning("the commands on the release's card have its name, %s, not %s; %s", named or "one that is made up", hub.repo, otherwise)
     api = HfApi(token=_token(hub))

@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     if sweep.search is not None:
         return _search(sweep, sweep.search, resources, arguments)
     if arguments.dry_run:
-        print(text(plan(sweep, read_experiments()[0], arguments.revision or "HEAD"), at_once=arguments.jobs))
+        revision = git.commit_of(arguments.revision or "HEAD")
+        print(text(plan(sweep, read_experiments()[0], revision), at_once=arguments.jobs))
         return 0
     revision = git.require_committed() if arguments.revision is None else git.commit_of(arguments.revision)
     share = arguments.share or arguments.address is not None
@@ -62,7 +63,8 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
     require(alone, "--slurm, --point", "one of them", "neither: each point of a search waits for the one before")
     optuna = search.client()
     if arguments.dry_run:
-        print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None, arguments.revision or "HEAD"))))
+        revision = git.commit_of(arguments.revision or "HEAD")
+        print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None, revision))))
         return 0
     revision = git.require_committed() if arguments.revision is None else git.commit_of(arguments.revision)
     share = arguments.share or arguments.address is not None

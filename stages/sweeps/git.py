@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Sequence
 
-from stages.errors import SparsesweepError
+from stages.errors import ConfigError, SparsesweepError
 from stages.experiments.command_output import output
 from stages.sharing.references import of_origin
 
@@ -34,9 +34,12 @@ def commit_of(revision: str) -> str:
     """The whole hash of a commit, branch or tag.
 
     Raises:
-        SparsesweepError: git knows none.
+        ConfigError: git knows none.
     """
-    return output("git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
+    try:
+        return output("git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
+    except SparsesweepError:
+        raise ConfigError(f"--revision: found {revision!r}, wanted a commit, a branch or a tag") from None
 
 
 def require_at(remote: str, revision: str) -> None:

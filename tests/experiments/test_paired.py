@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stages.evaluation.statistics import Estimate, difference_interval
+from stages.evaluation.statistics import Estimate, difference_interval, mean_of_independent, mean_of_rows
 from stages.experiments.details import Scores
 from stages.experiments.paired import Metric, Verdict, apart, headline, natural, of_scores, others, verdict
 from tests.experiments import synthetic
@@ -54,6 +54,17 @@ def test_a_group_that_weighs_its_tasks_alike_is_the_mean_over_its_tasks():
     assert found.value == 0.0  # of all rows it would be 0.5
     own = of_scores(metric("task", "g", "acc", "higher"), of_parts([1] * 6 + [0, 0]))
     assert own.value == 0.5
+
+
+def test_a_models_own_accuracies_have_the_intervals_of_the_evaluation():
+    dense = synthetic.dense_scores()
+    wanted = [mean_of_rows(of["acc"], dense.row_clusters[task]) for task, of in dense.rows.items()]
+    metric = next(one for one in headline(synthetic.group().results) if one.kind == "mean")
+    found = of_scores(metric, dense)
+    assert (found.value, found.interval) == (
+        pytest.approx(mean_of_independent(wanted).value),
+        pytest.approx(mean_of_independent(wanted).interval),
+    )
 
 
 def test_what_one_of_two_lacks_has_no_difference():

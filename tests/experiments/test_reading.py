@@ -41,6 +41,30 @@ def test_the_workspaces_windows_are_those_that_it_was_pruned_with(base, tmp_path
             assert reading._as_recorded({"prune": {}, "calibration": {"seed": 9}}, protocol)["calibration"] == section
 
 
+@pytest.mark.parametrize("damage", [{"windows_sha256": None}, {}, None])
+def test_records_of_another_version_or_that_were_cut_off_leave_the_workspace_out(base, tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    delta = deltas.write(SPARSE, base)
+    CALIBRATION.mkdir(parents=True)
+    (CALIBRATION / "provenance.json").write_text("{" if damage is None else json.dumps(damage))
+    with pytest.raises(Unreadable, match="`dvc repro evaluate_sparse`"):
+        reading._workspace({"prune": {}}, {"delta": delta.fingerprint, "evaluation": {}})
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        ({"source": "local", "path": "/models/mine", "revision": None}, True),
+        ({"source": "local", "path": None, "revision": "main"}, True),
+        ({"source": "local", "path": None, "revision": "e" * 40}, False),  # another since
+        ({"source": "hub", "path": None, "revision": None}, False),
+    ],
+)
+def test_a_private_path_and_a_branch_stand_as_they_were_stated(stated, kept):
+    recorded = {"source": "local", "path": None, "revision": "f" * 40 if stated["revision"] else None}
+    assert reading._unless_private(stated, recorded) == (stated if kept else recorded)
+
+
 def test_scores_that_came_from_elsewhere_are_those_of_the_workspaces_params(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stage = {"params": {"params.yaml": {"pattern": {"sparsity": 0.5}}}}

@@ -109,6 +109,12 @@ def test_a_result_that_several_experiments_have_stands_once():
     assert [[one.name for one in group] for group in by_protocol([again, second])] == [["new"]]
 
 
+def test_the_workspace_is_its_own_experiment_whatever_the_order_of_its_keys():
+    first = experiment("first", 20.0)
+    turned = {name: dict(reversed(section.items())) for name, section in reversed(first.params.items())}
+    assert by_protocol([first, replace(first, name="workspace", revision=None, params=turned)]) == [[first]]
+
+
 def test_what_is_left_out_is_named_with_the_reason():
     assert text([], [Missing(name="gone", reason="why")], commands=True).split("\n") == [
         "no experiment was evaluated yet; `dvc exp run` runs one",

@@ -90,6 +90,11 @@ def test_a_rounded_release_is_marked_at_its_own_score(groups, monkeypatch):
     assert value == pytest.approx(1.5 * sparse[0].value)
 
 
+def test_a_file_that_an_earlier_version_kept_is_read(groups):
+    content = [{**json.loads(json.dumps(asdict(one))), "experiments": 3} for one in kept(keep_frontiers(groups))]
+    assert drawn(groups, keep(content)).png.startswith(b"\x89PNG")
+
+
 def test_another_file_is_refused_and_so_is_none(groups):
     digest = keep_frontiers(groups)
     (FRONTIERS / f"{digest}.json").write_text("[]")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.evaluation.statistics import half_width, mean_of_independent, mean_of_rows
+from stages.evaluation.statistics import half_width
 from stages.experiments.commands import leaves
 from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
@@ -279,8 +279,9 @@ def dense_content(group: Group) -> dict[str, Any]:
 def dense_task(group: Group, metric: Metric) -> dict[str, Any]:
     """The dense model's score in a task's own metric."""
     row = next(found for details in group.results if (found := metric.of(details)) is not None)
-    parts = [mean_of_rows(values, clusters) for values, clusters in group.dense.of_task(metric.name, metric.metric)]
-    estimate = parts[0] if len(parts) == 1 else mean_of_independent(parts)
+    estimate = of_scores(metric, group.dense)
+    if estimate is None:
+        raise ValueError(f"{metric.name}: found no scores of the dense model, wanted those that the others are paired with")
     low, high = estimate.interval or (None, None)
     facts = {key: row[key] for key in ("kind", "name", "metric", "count", "counted", "clusters")}
     return {**facts, "value": _rounded(estimate.value), "low": _rounded(low), "high": _rounded(high)}
