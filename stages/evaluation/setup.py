@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from stages import devices, record
 from stages.bos import Bos, decide
 from stages.checkpoint.model import load_tokenizer
-from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.reader import PROVENANCE, Checkpoint
 from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.errors import TextError
 from stages.evaluation.documents import read_corpus
@@ -97,7 +97,15 @@ class Setup:
         """What determines the scores; `delta` is the delta's fingerprint, None for the dense model."""
         device, streamed = str(self.device), self.evaluation.streamed
         code = record.code_sha256(*CODE)
-        return {"protocol": asdict(self.protocol()), "delta": delta, "device": device, "streamed": streamed, "code": code}
+        described = {path.name: sha256(path) for path in sorted(BASE.glob("*.json")) if path.name != PROVENANCE}
+        return {
+            "protocol": asdict(self.protocol()),
+            "delta": delta,
+            "base": described,  # its fingerprint, in the protocol, is of the weights alone
+            "device": device,
+            "streamed": streamed,
+            "code": code,
+        }
 
 
 def rows_file(name: str) -> Path:
