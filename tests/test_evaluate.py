@@ -209,11 +209,16 @@ def test_another_base_is_refused(root):
 
 def test_scores_of_a_run_that_was_cut_are_of_this_configuration_of_the_base(root, tmp_path):
     """A publisher mends config.json, and the weights stay."""
-    before = setup.prepare(EVALUATION, tmp_path).fingerprint(None)
-    assert setup.prepare(EVALUATION, tmp_path).fingerprint(None) == before
+
+    def fingerprint(scratch: str) -> dict[str, Any]:
+        (tmp_path / scratch).mkdir()
+        return setup.prepare(EVALUATION, tmp_path / scratch).fingerprint(None)
+
+    before = fingerprint("first")
+    assert fingerprint("second") == before
     path = root / "artifacts/base/config.json"
     path.write_text(json.dumps(read_json(path) | {"rms_norm_eps": 1e-4}))
-    assert setup.prepare(EVALUATION, tmp_path).fingerprint(None) != before
+    assert fingerprint("third") != before
 
 
 def test_other_versions_are_refused(root):
