@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stages import record
 from stages.config.entry import stage
+from stages.evaluation import dense_states
 from stages.evaluation.journal import Journal, opened
 from stages.evaluation.protocol import write_protocol
 from stages.evaluation.results import Results
@@ -20,6 +21,7 @@ from stages.files import (
     BASE,
     DENSE_JOURNAL,
     DENSE_RESULTS,
+    DENSE_STATES,
     PROMPT_SENSITIVITY,
     SPARSE,
     SPARSE_JOURNAL,
@@ -47,9 +49,11 @@ def main(part: str, evaluation: Evaluation) -> None:
 def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
     """Score the base and write its results."""
     log.info("reading %s; evaluating the dense model on %s in %s", BASE, setup.device, setup.dtype)
-    with opened(DENSE_JOURNAL, setup.fingerprint(None)) as journal:
+    fingerprint = setup.fingerprint(None)
+    with opened(DENSE_JOURNAL, fingerprint) as journal:
         dense = score(setup, None, None, journal)
-        with replacing(DENSE_RESULTS) as directory:
+        with replacing(DENSE_STATES) as states, replacing(DENSE_RESULTS) as directory:
+            dense_states.write(states, journal, fingerprint)
             write(directory, setup, dense, delta=None, stopwatch=stopwatch, speed=speed(journal))
 
 

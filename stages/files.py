@@ -34,6 +34,7 @@ FLOAT8_JOURNAL = Path("artifacts/.evaluate-float8")
 RULER_JOURNALS = Path("artifacts")  # .evaluate-TYPE, one for each type of quantisation
 PRUNE_RESULTS = Path("results/prune")
 DENSE_RESULTS = Path("results/dense")
+DENSE_STATES = Path("artifacts/dense")
 SPARSE_RESULTS = Path("results/sparse")
 FLOAT8_RESULTS = Path("results/float8")  # of the pruned model as publish.dtype=float8 rounds it
 PROMPT_SENSITIVITY = "details/prompt_sensitivity.json"  # below SPARSE_RESULTS, where tasks were asked in several styles

@@ -11,7 +11,7 @@ import pytest
 
 from stages import evaluate, evaluate_quantised
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import CheckpointError, ComparisonError, ConfigError, TextError
+from stages.errors import CheckpointError, ComparisonError, ConfigError, SparsesweepError, TextError
 from stages.evaluation import running, setup
 from stages.evaluation.section import Evaluation, Generations, Ruler, Windows
 from stages.files import read_json
@@ -96,6 +96,43 @@ def test_the_dense_model_is_evaluated_without_a_delta(root):
     written = {path.name for path in (root / "results/dense").rglob("*") if path.is_file()}
     details = {"measurements.json", "windows.json", "generations.json", "protocol.json", "samples-boolq.jsonl", "samples-piqa.jsonl"}
     assert written == {"metrics.json", "run.json", *details}
+
+
+def test_the_dense_models_states_serve_the_pruned_model_to_the_last_bit(root, monkeypatch):
+    def results() -> dict[str, str]:
+        return {path.name: path.read_text() for path in (root / "results/sparse/details").iterdir()}
+
+    models = []
+    original = running.StreamedModels
+    monkeypatch.setattr(running, "StreamedModels", lambda **facts: models.append(list(facts["variants"])) or original(**facts))
+    assert read_json(root / "artifacts/dense/states.json")["kept"]
+    run("sparse")
+    kept = results()
+    manifest = root / "artifacts/dense/states.json"
+    for other in ({"kept": False}, {"kept": True, "fingerprint": "another"}, None):
+        if other is None:
+            shutil.rmtree(root / "artifacts/dense")
+        else:
+            manifest.write_text(json.dumps(other))
+        run("sparse")
+        assert results() == kept
+    assert models == [["sparse"], *[["dense", "sparse"]] * 3]
+
+
+def test_states_that_are_too_large_or_serve_nothing_are_not_kept(root, monkeypatch):
+    monkeypatch.setattr("stages.evaluation.dense_states.LIMIT", 100)
+    run("dense")
+    assert [path.name for path in (root / "artifacts/dense").iterdir()] == ["states.json"]
+    monkeypatch.undo()
+    monkeypatch.chdir(root)
+    run("dense", replace(EVALUATION, metrics=["perplexity"]))
+    assert not read_json(root / "artifacts/dense/states.json")["kept"]
+
+
+def test_damaged_states_are_named(root):
+    (root / "artifacts/dense/states.safetensors").write_bytes(b"cut")
+    with pytest.raises(SparsesweepError, match="artifacts/dense/states.safetensors: damaged .*; run python -m stages.evaluate part=dense"):
+        run("sparse")
 
 
 def test_the_protocol_says_what_was_scored(root):

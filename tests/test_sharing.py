@@ -30,6 +30,7 @@ READ_BY_A_NEW_POINT = (
     "artifacts/text",
     "artifacts/text/evaluation",
     "artifacts/tasks",
+    "artifacts/dense",
 )
 REMOTES = ["directory", "ssh", "s3", "shared cache"]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,11 +76,24 @@ class Journal:
                 raise SparsesweepError(f"{path}: damaged ({error}); remove {self.directory} and run again") from error
             return dict(found)
         computed = compute()
-        tensors = {f"{corpus}{BETWEEN}{name}": tensor.contiguous() for corpus, of in computed.items() for name, tensor in of.items()}
-        with full_disk(self.directory, KEPT):
-            save_file(tensors, path.with_suffix(".part"))
-            _rename_durably(path.with_suffix(".part"), path)
+        tensors = {f"{corpus}{BETWEEN}{name}": tensor for corpus, of in computed.items() for name, tensor in of.items()}
+        self.write_tensors(tensors, path.name)
         return dict(computed)
+
+    def write_tensors(self, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+        """Add a finished part of tensors, as a file of this name."""
+        path = self.directory / name
+        with full_disk(self.directory, KEPT):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path.with_suffix(".part"))
+            _rename_durably(path.with_suffix(".part"), path)
+
+    def move(self, name: str, directory: Path) -> bool:
+        """Move a file of the journal into a directory. Returns: whether there is one."""
+        path = self.directory / name
+        if path.is_file():
+            shutil.move(path, directory / name)
+            return True
+        return False
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from typing import cast
@@ -10,12 +10,14 @@ from typing import cast
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read by datasets when imported: evaluation reads what fetch brought
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import torch
 from lm_eval.api.model import LM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages import devices, record
 from stages.checkpoint.model import Apply, load_model
+from stages.evaluation import dense_states
 from stages.evaluation.encoding import CONTEXT_LENGTH
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import WholeModel, answers, ask
@@ -24,9 +26,10 @@ from stages.evaluation.metric import Metric, Observed
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.questions import Questions
 from stages.evaluation.results import Answers, Results, Scores, results_of
-from stages.evaluation.scoring import DENSE, StreamedModels, Variants
+from stages.evaluation.scoring import DENSE, Keep, StreamedModels, Variants
 from stages.evaluation.setup import Setup
 from stages.evaluation.streamed import StreamedHarness
+from stages.files import DENSE_STATES
 from stages.streaming.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -37,15 +40,24 @@ Load = Callable[[], PreTrainedModel]
 def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Journal) -> Results:
     """Score the base, or the base changed by `apply`.
 
+    The dense model's hidden states, with which pruned models are compared, stay in its journal; where they were kept they are read.
+
     Args:
         dense: the dense model's results; None for the dense model itself. journal: takes over what an interrupted run scored.
     """
     evaluation = setup.evaluation
+    needed = any(METRICS[metric].needs_dense for metric in evaluation.metrics)
     metrics = [METRICS[metric] for metric in evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
-    variants = {DENSE: None} if any(metric.needs_dense for metric in metrics) else {}
     name = DENSE if dense is None else "sparse"
     decoder = Decoder(setup.base, setup.dtype, setup.device)
-    observed = journal.observed(lambda: observe(setup, decoder, {**variants, name: apply}, metrics)[name])
+
+    def observed_now() -> dict[str, Observed]:
+        known = dense_states.read(DENSE_STATES, setup.corpora, setup.fingerprint(None)) if needed and dense is not None else None
+        variants = {DENSE: None} if needed and known is None else {}
+        keep = partial(_keep_dense, setup, journal) if needed and dense is None else None
+        return observe(setup, decoder, {**variants, name: apply}, metrics, known, keep)[name]
+
+    observed = journal.observed(observed_now)
     load = loader(setup, apply)
     answers = answer_tasks(setup, decoder, apply, load, journal)
     scores = Scores(answers=answers, generations=continue_prompts(setup, load, journal))
@@ -57,17 +69,32 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     return results
 
 
+def _keep_dense(setup: Setup, journal: Journal, hidden: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    dense_states.keep(journal, setup.corpora, hidden[DENSE])
+
+
 def measure(setup: Setup, observed: Mapping[str, Observed], metrics: list[Metric], scores: Scores, dense: Results | None) -> Results:
     """Make all measurements of a model; args: see results_of."""
     tokenize = partial(setup.tokenizer.encode, add_special_tokens=False)
     return results_of(setup.corpora, observed, metrics, scores, setup.tasks, dense, tokenize)
 
 
-def observe(setup: Setup, decoder: Decoder, variants: Variants, metrics: list[Metric]) -> dict[str, dict[str, Observed]]:
-    """Run models over the windows of all corpora side by side; see StreamedModels.observe."""
+def observe(
+    setup: Setup,
+    decoder: Decoder,
+    variants: Variants,
+    metrics: list[Metric],
+    dense: Sequence[torch.Tensor] | None = None,
+    keep: Keep | None = None,
+) -> dict[str, dict[str, Observed]]:
+    """Run models over the windows of all corpora side by side; see StreamedModels.observe.
+
+    Args:
+        dense: the dense model's hidden states, if they are known.
+    """
     models = StreamedModels(decoder=decoder, variants=variants, scratch=setup.scratch)
     with devices.gpu_memory("evaluation.corpora", max(corpus.windows.shape[1] for corpus in setup.corpora)):
-        return models.observe(setup.corpora, metrics)
+        return models.observe(setup.corpora, metrics, {} if dense is None else {DENSE: dense}, keep)
 
 
 def loader(setup: Setup, apply: Apply | None) -> Load:

@@ -4,7 +4,7 @@ Several models that differ in the tensors of their blocks alone, such as the den
 once, and the logits of the same tokens are in memory together. Nothing of the size tokens x vocabulary is stored.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ LOGITS_AT_ONCE = 2**24  # numbers, of one model
 MEMORY_SHARE = 0.5  # of what is free, for hidden states; beyond it they lie in a file
 DENSE = "dense"
 
+Keep = Callable[[Mapping[str, Sequence[torch.Tensor]]], None]
 Variants = Mapping[str, Apply | None]  # name of a model -> what makes its tensors of the base's; None: they are the base's
 
 
@@ -88,10 +89,19 @@ class StreamedModels:
             yield lambda hidden: self.decoder.logits(hidden[None].to(self.decoder.device))[0]
 
     @torch.no_grad()
-    def observe(self, corpora: Sequence[Corpus], metrics: Sequence[Metric]) -> dict[str, dict[str, Observed]]:
+    def observe(
+        self,
+        corpora: Sequence[Corpus],
+        metrics: Sequence[Metric],
+        known: Mapping[str, Sequence[torch.Tensor]] | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, dict[str, Observed]]:
         """Run all windows of all corpora, each on its own, and keep what the metrics see.
 
-        Metrics that need the dense model are of the variants but DENSE, which must be among them then.
+        Metrics that need the dense model are of the variants but DENSE, which must be among them or known then.
+
+        Args:
+            known: models whose last block's outputs are known -> these, see hidden. keep: is handed those of all models.
 
         Returns:
             Variant -> corpus -> what was observed, by name, on the host.
@@ -99,8 +109,10 @@ class StreamedModels:
         Raises:
             CheckpointError: a log-probability is NaN or infinite where it must not be; names the corpus and the window.
         """
-        hidden = self.hidden([corpus.windows for corpus in corpora], batch=1)
-        observed: dict[str, dict[str, dict[str, torch.Tensor]]] = {name: {} for name in self.variants}
+        hidden: dict[str, Sequence[torch.Tensor]] = {**(known or {}), **self.hidden([corpus.windows for corpus in corpora], batch=1)}
+        if keep is not None:
+            keep(hidden)
+        observed: dict[str, dict[str, dict[str, torch.Tensor]]] = {name: {} for name in hidden}
         with self.head() as logits:
             for number, corpus in enumerate(corpora):
                 shape = (len(corpus.windows), corpus.windows.shape[1] - 1)
