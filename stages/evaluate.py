@@ -53,7 +53,7 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
     with opened(DENSE_JOURNAL, fingerprint) as journal:
         dense = score(setup, None, None, journal)
         with replacing(DENSE_STATES) as states, replacing(DENSE_RESULTS) as directory:
-            dense_states.write(states, journal, fingerprint)
+            dense_states.write(states, journal, fingerprint, setup.device)
             write(directory, setup, dense, delta=None, stopwatch=stopwatch, speed=speed(journal))
 
 

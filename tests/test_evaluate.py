@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stages import evaluate, evaluate_quantised
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ComparisonError, ConfigError, SparsesweepError, TextError
 from stages.evaluation import running, setup
 from stages.evaluation.section import Evaluation, Generations, Ruler, Windows
-from stages.files import read_json
+from stages.files import read_json, sha256
 from stages.sources import base as checkpoints
 from stages.sources.base import LocalBase
 from tests import tiny
@@ -109,14 +111,29 @@ def test_the_dense_models_states_serve_the_pruned_model_to_the_last_bit(root, mo
     run("sparse")
     kept = results()
     manifest = root / "artifacts/dense/states.json"
-    for other in ({"kept": False}, {"kept": True, "fingerprint": "another"}, None):
+    of = read_json(manifest)
+    for other in ({**of, "kept": False}, {**of, "fingerprint": "another"}, {**of, "device": "another"}, None):
         if other is None:
             shutil.rmtree(root / "artifacts/dense")
         else:
             manifest.write_text(json.dumps(other))
         run("sparse")
         assert results() == kept
-    assert models == [["sparse"], *[["dense", "sparse"]] * 3]
+    assert models == [["sparse"], *[["dense", "sparse"]] * 4]
+
+
+def test_states_are_kept_by_a_run_that_goes_on_where_another_failed(root, monkeypatch):
+    whole = sha256(root / "artifacts/dense/states.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "write", interrupt)
+        run("dense")
+    shutil.rmtree(root / "artifacts/dense")
+    run("dense")
+    assert sha256(root / "artifacts/dense/states.safetensors") == whole
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_states_that_are_too_large_or_serve_nothing_are_not_kept(root, monkeypatch):
@@ -132,6 +149,12 @@ def test_states_that_are_too_large_or_serve_nothing_are_not_kept(root, monkeypat
 def test_damaged_states_are_named(root):
     (root / "artifacts/dense/states.safetensors").write_bytes(b"cut")
     with pytest.raises(SparsesweepError, match="artifacts/dense/states.safetensors: damaged .*; run python -m stages.evaluate part=dense"):
+        run("sparse")
+    save_file({"articles": torch.zeros(1, 2, 3)}, root / "artifacts/dense/states.safetensors")
+    with pytest.raises(SparsesweepError, match="damaged .found .1, 2, 3. of articles, torch.float32, wanted"):
+        run("sparse")
+    (root / "artifacts/dense/states.json").write_text("[]")
+    with pytest.raises(SparsesweepError, match="artifacts/dense/states.json: damaged .found"):
         run("sparse")
 
 

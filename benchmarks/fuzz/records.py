@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from benchmarks.fuzz.reader import Reader
 from stages.config import sections
 from stages.config.compose import composed
 from stages.config.params import read_params
+from stages.evaluation import dense_states
 from stages.evaluation import journal as evaluation_journal
 from stages.evaluation.manifest import Benchmark, read_manifest
 from stages.evaluation.protocol import read_protocol
@@ -322,6 +324,21 @@ def read_journals(_: Files) -> None:
         pruned.changes(0)
 
 
+STATES_OF = SimpleNamespace(name="news", windows=torch.zeros(2, 5, dtype=torch.int64))
+CPU = torch.device("cpu")
+
+
+def states() -> SearchStrategy[Files]:
+    """Hidden states of the dense model, and what they are of."""
+    tensors = safetensors({"news": torch.zeros(2, 5, 4)})
+    manifest = {"kept": True, **dense_states._origin({"a": 1}, CPU)}
+    return _one_edited({dense_states.MANIFEST: _json(manifest), dense_states.STATES: (tensors, bytes_of(tensors))})
+
+
+def read_states(_: Files) -> None:
+    dense_states.read(Path(), [STATES_OF], {"a": 1}, CPU)
+
+
 READERS = (
     Reader(
         name="params.yaml",
@@ -364,6 +381,14 @@ READERS = (
         read=read_dense_results,
         names=("protocol.json", "windows.json", "generations.json", "aggregates.json", "samples-piqa.jsonl"),
         share=9,
+    ),
+    Reader(
+        name="hidden states of the dense model",
+        code="evaluation/dense_states.py",
+        inputs=states(),
+        read=read_states,
+        names=(dense_states.MANIFEST, dense_states.STATES),
+        share=4,
     ),
     Reader(
         name="records of a release",

@@ -15,15 +15,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from stages.devices import cpu_name, device_name
 from stages.errors import SparsesweepError
 from stages.evaluation.journal import Journal
 from stages.evaluation.metric import Corpus
 from stages.files import read_json, write_json
+from stages.rows import shown
 
 log = logging.getLogger(__name__)
 
 STATES, MANIFEST = "states.safetensors", "states.json"
 LIMIT = 2**29  # bytes that are kept
+ADVICE = "run python -m stages.evaluate part=dense"
 
 
 def keep(journal: Journal, corpora: Sequence[Corpus], states: Sequence[torch.Tensor]) -> None:
@@ -40,38 +43,51 @@ def keep(journal: Journal, corpora: Sequence[Corpus], states: Sequence[torch.Ten
         log.info(words, size / 1e9, LIMIT / 1e9)
 
 
-def write(directory: Path, journal: Journal, fingerprint: dict[str, Any]) -> None:
+def write(directory: Path, journal: Journal, fingerprint: dict[str, Any], device: torch.device) -> None:
     """Write what the journal has of them, perhaps nothing, and what they are of.
 
     Args:
-        fingerprint: of the dense model's evaluation; see Setup.fingerprint.
+        fingerprint: of the dense model's evaluation; see Setup.fingerprint. device: on which it ran.
     """
-    kept = journal.move(STATES, directory)
-    write_json(directory / MANIFEST, {"kept": kept, "fingerprint": _digest(fingerprint)})
+    kept = journal.copy(STATES, directory)
+    write_json(directory / MANIFEST, {"kept": kept, **_origin(fingerprint, device)})
 
 
-def read(directory: Path, corpora: Sequence[Corpus], fingerprint: dict[str, Any]) -> list[torch.Tensor] | None:
-    """The states of each corpus, or None where none were kept, or they are of another evaluation of the dense model.
+def read(directory: Path, corpora: Sequence[Corpus], fingerprint: dict[str, Any], device: torch.device) -> list[torch.Tensor] | None:
+    """The states of each corpus, or None where none were kept, or they are of another evaluation of the dense model or another device:
+    two that round otherwise would seem to diverge.
 
     Raises:
-        SparsesweepError: the file is damaged; names it.
+        SparsesweepError: a file is damaged; names it.
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
         return None
     facts = read_json(manifest)
-    if not facts.get("kept"):
+    if not isinstance(facts, dict):
+        raise SparsesweepError(f"{manifest}: damaged (found {shown(facts)}, wanted an object); {ADVICE}")
+    if facts.get("kept") is not True:
         return None
-    if facts.get("fingerprint") != _digest(fingerprint):
-        log.info("%s is of another evaluation of the dense model, which runs again next to the pruned one", directory)
+    if any(facts.get(key) != value for key, value in _origin(fingerprint, device).items()):
+        log.warning("%s is of another evaluation of the dense model, or another device: it runs again next to the pruned one", directory)
         return None
     path = directory / STATES
     try:
         tensors = load_file(path)
-        return [tensors[corpus.name] for corpus in corpora]
+        found = [tensors[corpus.name] for corpus in corpora]
     except (SafetensorError, OSError, KeyError) as error:
-        raise SparsesweepError(f"{path}: damaged ({error}); run python -m stages.evaluate part=dense") from error
+        raise SparsesweepError(f"{path}: damaged ({error}); {ADVICE}") from None
+    for corpus, tensor in zip(corpora, found, strict=True):
+        if tensor.dim() != 3 or tensor.shape[:2] != corpus.windows.shape or not tensor.is_floating_point():
+            wanted = f"{list(corpus.windows.shape)} and a width, floating point"
+            raise SparsesweepError(
+                f"{path}: damaged (found {list(tensor.shape)} of {corpus.name}, {tensor.dtype}, wanted {wanted}); {ADVICE}"
+            )
+    return found
 
 
-def _digest(fingerprint: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+def _origin(fingerprint: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """What the states are of. Of the code nothing: DVC binds them to that, as it does the dense model's results."""
+    facts = {key: value for key, value in fingerprint.items() if key != "code"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {"fingerprint": digest, "device": device_name(device) if device.type == "cuda" else cpu_name()}

@@ -87,13 +87,17 @@ class Journal:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path.with_suffix(".part"))
             _rename_durably(path.with_suffix(".part"), path)
 
-    def move(self, name: str, directory: Path) -> bool:
-        """Move a file of the journal into a directory. Returns: whether there is one."""
+    def copy(self, name: str, directory: Path) -> bool:
+        """Link, or copy, a file of the journal into a directory: the next run has it, if this one fails. Returns: whether there is one."""
         path = self.directory / name
-        if path.is_file():
-            shutil.move(path, directory / name)
-            return True
-        return False
+        if not path.is_file():
+            return False
+        try:
+            os.link(path, directory / name)
+        except OSError:  # links are not allowed there
+            with full_disk(directory, KEPT):
+                shutil.copyfile(path, directory / name)
+        return True
 
 
 @contextmanager

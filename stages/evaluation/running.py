@@ -52,7 +52,9 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     decoder = Decoder(setup.base, setup.dtype, setup.device)
 
     def observed_now() -> dict[str, Observed]:
-        known = dense_states.read(DENSE_STATES, setup.corpora, setup.fingerprint(None)) if needed and dense is not None else None
+        known = (
+            dense_states.read(DENSE_STATES, setup.corpora, setup.fingerprint(None), setup.device) if needed and dense is not None else None
+        )
         variants = {DENSE: None} if needed and known is None else {}
         keep = partial(_keep_dense, setup, journal) if needed and dense is None else None
         return observe(setup, decoder, {**variants, name: apply}, metrics, known, keep)[name]

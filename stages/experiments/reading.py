@@ -24,11 +24,11 @@ PROTOCOL, MEASUREMENTS = (SPARSE_RESULTS / "details" / name for name in ("protoc
 DENSE_MEASUREMENTS = DENSE_RESULTS / "details" / "measurements.json"
 POINT = SPARSE_RESULTS / "frontier.json"
 EVALUATION = "evaluate_sparse"  # the stage that writes these
+FETCH = "fetch_base"
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 REFERENCE = re.compile(rf"{EXPERIMENTS}([0-9a-f]{{2}})/([0-9a-f]{{38}})/([^/]+)")  # others are DVC's own, such as those of its queue
 NO_RESULTS = "it has no results of prune and evaluate: it has not come that far, or they are on no remote"
 WORKSPACE = "workspace"
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +216,13 @@ def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, 
             written = read_json(path)
             if written[key] != recipe[name]:
                 raise Unreadable(f"{directory} was made again since it was pruned; `dvc repro {EVALUATION}` does the rest")
-            recorded[name] = _unless_private(params[name], written["section"])
+            recorded[name] = written["section"]
+    if params["base"] == _fetched():
+        recorded["base"] = params["base"]  # a record leaves out a path on this machine, and pins a branch
     return recorded
 
 
-def _unless_private(stated: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """The section that was recorded; that of params.yaml where it is the same but for what a record leaves out or pins: a path on this
-    machine, and a branch or tag that is a commit there."""
-    same = stated.keys() == recorded.keys() and all(stated[key] == recorded[key] for key in recorded if key not in ("path", "revision"))
-    moved = COMMIT.fullmatch(str(stated.get("revision"))) and stated["revision"] != recorded.get("revision")
-    return stated if same and not moved else recorded
+def _fetched() -> Any:
+    """The section by which DVC fetched the base that lies here; None where the lock does not say."""
+    stages = (yaml.load(Path(LOCK).read_text(encoding="utf8"), Loader=Loader) or {}).get("stages", {}) if Path(LOCK).is_file() else {}
+    return stages.get(FETCH, {}).get("params", {}).get(PARAMS, {}).get("base")

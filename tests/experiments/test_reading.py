@@ -10,13 +10,13 @@ import pytest
 from stages.evaluation.measurement import Measurement, as_rows
 from stages.experiments import reading
 from stages.experiments.reading import Unreadable
-from stages.files import CALIBRATION, SPARSE
+from stages.files import BASE, CALIBRATION, SPARSE
 from tests.evaluation import delta as deltas
 
 
 def test_scores_of_another_delta_than_the_workspaces_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    params = {"prune": {"device": "cuda"}, "pattern": {"sparsity": 0.6}}
+    params = {"base": {}, "prune": {"device": "cuda"}, "pattern": {"sparsity": 0.6}}
     protocol = {"delta": "f" * 64, "evaluation": {"name": "quick"}}
     assert reading._as_recorded(params, protocol) == params  # nothing was pruned here: these scores are of a run elsewhere
     delta = deltas.write(SPARSE, base)
@@ -36,9 +36,9 @@ def test_the_workspaces_windows_are_those_that_it_was_pruned_with(base, tmp_path
         (CALIBRATION / "provenance.json").write_text(json.dumps({"windows_sha256": windows, "section": section}))
         if windows == "another":
             with pytest.raises(Unreadable, match="artifacts/calibration was made again since it was pruned; `dvc repro evaluate_sparse`"):
-                reading._as_recorded({"prune": {}}, protocol)
+                reading._as_recorded({"base": {}, "prune": {}}, protocol)
         else:
-            assert reading._as_recorded({"prune": {}, "calibration": {"seed": 9}}, protocol)["calibration"] == section
+            assert reading._as_recorded({"base": {}, "prune": {}, "calibration": {"seed": 9}}, protocol)["calibration"] == section
 
 
 @pytest.mark.parametrize("damage", [{"windows_sha256": None}, {}, None])
@@ -51,18 +51,18 @@ def test_records_of_another_version_or_that_were_cut_off_leave_the_workspace_out
         reading._workspace({"prune": {}}, {"delta": delta.fingerprint, "evaluation": {}})
 
 
-@pytest.mark.parametrize(
-    ("stated", "kept"),
-    [
-        ({"source": "local", "path": "/models/mine", "revision": None}, True),
-        ({"source": "local", "path": None, "revision": "main"}, True),
-        ({"source": "local", "path": None, "revision": "e" * 40}, False),  # another since
-        ({"source": "hub", "path": None, "revision": None}, False),
-    ],
-)
-def test_a_private_path_and_a_branch_stand_as_they_were_stated(stated, kept):
-    recorded = {"source": "local", "path": None, "revision": "f" * 40 if stated["revision"] else None}
-    assert reading._unless_private(stated, recorded) == (stated if kept else recorded)
+@pytest.mark.parametrize("fetched", [True, False])
+def test_the_base_stands_as_it_was_stated_only_if_dvc_fetched_it_so(base, tmp_path, monkeypatch, fetched):
+    """A record has no path of this machine, and a commit for a branch."""
+    monkeypatch.chdir(tmp_path)
+    delta = deltas.write(SPARSE, base)
+    stated, recorded = {"source": "local", "path": "/models/mine"}, {"source": "local", "path": None}
+    BASE.mkdir(parents=True)
+    (BASE / "provenance.json").write_text(json.dumps({"fingerprint": delta.recipe.base, "section": recorded}))
+    params = {"params.yaml": {"base": stated if fetched else {"source": "local", "path": "/models/other"}}}
+    Path("dvc.lock").write_text(json.dumps({"stages": {"fetch_base": {"params": params}}}))
+    found = reading._as_recorded({"prune": {}, "base": stated}, {"delta": delta.fingerprint, "evaluation": {}})
+    assert found["base"] == (stated if fetched else recorded)
 
 
 def test_scores_that_came_from_elsewhere_are_those_of_the_workspaces_params(tmp_path, monkeypatch):
