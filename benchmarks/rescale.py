@@ -144,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if set(of_way) == set(WAYS):
             published, other = (of_way[way] for way in WAYS)
             numbers = (published["dense"], published["perplexity"], other["perplexity"], other["perplexity"] / published["perplexity"])
-            lines.append(f"| {model.name} | {' | '.join(f'{number:.3f}' for number in numbers)} |")
+            lines.append(f"| {model.label} | {' | '.join(f'{number:.3f}' for number in numbers)} |")
     devices = " and ".join(sorted({row["device"] for row in shown}))
     codes = ", ".join(sorted({row["code"].partition("-")[0][:7] for row in shown}))
     note = f"Perplexity on the development text; one seed each, in float32 on {devices}, commit {codes}."

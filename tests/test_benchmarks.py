@@ -13,7 +13,20 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
-from benchmarks import behaviour, contenders, disk, frontier, gpu, llama_cpp_divergence, on_gpu, orders, quality, random_checkpoint, table
+from benchmarks import (
+    behaviour,
+    contenders,
+    disk,
+    frontier,
+    gpu,
+    llama_cpp_divergence,
+    on_gpu,
+    orders,
+    quality,
+    random_checkpoint,
+    rescale,
+    table,
+)
 from benchmarks.markers import write_between
 from benchmarks.measure import measure
 from stages.checkpoint.reader import Checkpoint
@@ -494,6 +507,14 @@ def test_points_that_were_measured_with_others_at_once_have_no_seconds(monkeypat
     texts = {text: {"perplexity": 30.0} for text in contenders.TEXTS}
     text = orders.tables({point: {"texts": texts, "device": "a GPU"} for point in wanda if point.seed == 0})
     assert "| Wanda | 2:4 | 0 | 30.00 / 30.00 | 30.00 / 30.00 | 30.00 / 30.00 | not measured |" in text
+
+
+def test_a_model_written_at_other_scales_stands_with_the_ratio_of_both():
+    facts = {"base": contenders.SMOLLM2.base, "dense": 30.0, "device": "a CPU", "code": "0123456789"}
+    rows = [{**facts, "written": way, "perplexity": value} for way, value in zip(rescale.WAYS, (40.0, 41.0), strict=True)]
+    assert "| 30.000 | 40.000 | 41.000 | 1.025 |" in rescale.table(rows)
+    assert rescale.table(rows[:1]) == "Not measured yet."
+    assert rescale.table(read_json(ROOT / rescale.RESULTS)) in (ROOT / rescale.DOCUMENT).read_text()
 
 
 @pytest.fixture
