@@ -201,8 +201,7 @@ def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, 
     """
     manifest = SPARSE / "delta.json"
     if not manifest.is_file():  # it was pruned elsewhere
-        if Path(LOCK).is_file():
-            _require_of_experiment(yaml.load(Path(LOCK).read_text(encoding="utf8"), Loader=Loader).get("stages", {}), params)
+        _require_of_experiment(_locked(), params)
         return params
     facts = read_json(manifest)
     recipe = facts["recipe"]
@@ -224,5 +223,10 @@ def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, 
 
 def _fetched() -> Any:
     """The section by which DVC fetched the base that lies here; None where the lock does not say."""
-    stages = (yaml.load(Path(LOCK).read_text(encoding="utf8"), Loader=Loader) or {}).get("stages", {}) if Path(LOCK).is_file() else {}
-    return stages.get(FETCH, {}).get("params", {}).get(PARAMS, {}).get("base")
+    return _locked().get(FETCH, {}).get("params", {}).get(PARAMS, {}).get("base")
+
+
+def _locked() -> dict[str, Any]:
+    """The stages that the workspace's lock names; none without one."""
+    content = yaml.load(Path(LOCK).read_text(encoding="utf8"), Loader=Loader) if Path(LOCK).is_file() else None
+    return (content or {}).get("stages", {})

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stages.evaluation.statistics import half_width
+from stages.evaluation.statistics import numbered as numbers_of
 from stages.experiments.commands import leaves
 from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
@@ -61,7 +62,7 @@ def group_content(group: Group) -> dict[str, Any]:
         "dense": dense_content(group),
         "task_metrics": {task: task_metric(group, own) for task, own in of_tasks(group.results).items()},
         "clusters": {name: numbered(clusters) for name, clusters in group.dense.row_clusters.items()},
-        "parts": {name: {own: numbers(of) for own, of in parts.items()} for name, parts in group.dense.parts.items()},
+        "parts": {name: {own: numbers_of(of).tolist() for own, of in parts.items()} for name, parts in group.dense.parts.items()},
         "window_clusters": {name: numbered(clusters) for name, clusters in group.dense.window_clusters.items()},
         "prompts": [row["prompt"] for row in group.results[0].generations],
     }
@@ -305,14 +306,8 @@ def packed(values: Sequence[float]) -> Any:
 
 def numbered(clusters: Sequence[Any]) -> list[int] | int:
     """Clusters by number, in the order of their first; where each piece is one of its own, only how many there are."""
-    found = numbers(clusters)
+    found: list[int] = numbers_of(clusters).tolist()
     return len(found) if len(set(found)) == len(found) else found
-
-
-def numbers(names: Sequence[Any]) -> list[int]:
-    """The number of each name among the different ones, in the order of their first."""
-    known: dict[Any, int] = {}
-    return [known.setdefault(name, len(known)) for name in names]
 
 
 def matrices_content(details: Details) -> dict[str, Any]:
