@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
+from benchmarks import arguments
 from benchmarks.contenders import SMOLLM2, Point, points
 from benchmarks.memory import write_windows
 from stages import prune
@@ -149,4 +150,5 @@ def norm(tensors: list[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

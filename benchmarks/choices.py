@@ -6,6 +6,7 @@ python -m benchmarks.choices
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from benchmarks import arguments
 from benchmarks.markers import write_between
 from stages.calibration.samplers import SAMPLERS
 from stages.evaluation.tasks import TASKS
@@ -67,4 +68,5 @@ def parameters(table: Table, entry: Entry) -> str:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import arguments
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.config import compose
@@ -106,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks import arguments
 from stages import record
 from stages.bos import BosSetting, decide
 from stages.calibration.documents import Documents
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

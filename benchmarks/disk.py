@@ -15,6 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks import arguments
 from stages.experiments.lock import read_lock
 from stages.files import BASE, DENSE_RESULTS, RELEASE, SPARSE
 from stages.sharing.references import of_clone
@@ -71,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

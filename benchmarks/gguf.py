@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from benchmarks import arguments
 from benchmarks.markers import show_between
 from stages import devices
 from stages.bos import decide
@@ -131,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

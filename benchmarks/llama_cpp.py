@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks import arguments
 from benchmarks.contenders import MODELS
 from benchmarks.whole_model import window_loss, window_losses
 from stages import devices
@@ -86,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import arguments
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import method
 from stages.files import BASE, read_json, write_json
@@ -94,4 +95,5 @@ def mean(ratios: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

@@ -19,6 +19,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from benchmarks import arguments
 from benchmarks.markers import show_between
 from stages import devices
 from stages.files import write_json
@@ -170,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

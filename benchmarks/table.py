@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks import arguments
 from benchmarks.markers import show_between
 from stages import limits
 from stages.bos import words
@@ -100,4 +101,5 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    arguments.none(__doc__)
     main()

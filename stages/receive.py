@@ -32,16 +32,16 @@ def main() -> None:
 def _lines(arguments: argparse.Namespace) -> Iterator[str]:
     name = arguments.apply or arguments.release
     names = arguments.experiments
+    diverged: DivergedError | None = None
     try:
         yield from receive([*names, name] if names and name else names)
     except DivergedError as error:  # the others were received
-        yield write_page(COMPARISON)
-        if name and name not in error.names:
-            yield from apply(name, release=name == arguments.release)
-        raise
+        diverged = error
     yield write_page(COMPARISON)
-    if name:
+    if name and (diverged is None or name not in diverged.names):
         yield from apply(name, release=name == arguments.release)
+    if diverged is not None:
+        raise diverged
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from transformers import MistralForCausalLM
 
 from benchmarks import (
+    arguments,
     behaviour,
     contenders,
     disk,
@@ -65,6 +66,23 @@ def test_markers_that_are_not_there_once_are_named(tmp_path, content, message):
     document.write_text(content)
     with pytest.raises(ValueError, match=message):
         write_between(document, "<!-- x -->", "<!-- end -->", "new")
+
+
+def test_every_benchmark_reads_its_command_line_before_it_begins():
+    read = ("arguments.none(__doc__)", "ArgumentParser(")
+    scripts = [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
+    scripts = [script for script in scripts if 'if __name__ == "__main__"' in script and "\ndef main(" in script]
+    assert len(scripts) > 20
+    assert all(any(call in script for call in read) for script in scripts)
+
+
+def test_a_benchmark_without_options_answers_help_and_refuses_others(monkeypatch, capsys):
+    for given, status, words in ((["--help"], 0, "Measure a thing."), (["--rows", "3"], 2, "--rows")):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *given])
+        with pytest.raises(SystemExit) as ended:
+            arguments.none("Measure a thing.\n\nMore of it.")
+        assert ended.value.code == status
+        assert words in "".join(capsys.readouterr())
 
 
 def test_memory_that_no_file_backs_is_seen():

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from stages.evaluation.encoding import encode
 from stages.evaluation.questions import SEED, Questions, all_requests, grouped, is_mean, metric_name
 from stages.evaluation.results import Answers
 from stages.evaluation.shared_prefix import SharedPrefixes
+from stages.evaluation.statistics import numbered
 
 TOKENS_A_SEQUENCE = 256  # of evaluation.batch_size sequences, so many tokens are computed at once
 
@@ -101,7 +102,7 @@ def answers(questions: Questions) -> Answers:
     for name, task in questions.tasks.items():
         task.apply_filters()
         documents, requests = questions.documents(name), grouped(task.instances)
-        clusters = numbered(questions.shared(name))
+        clusters = numbered(questions.shared(name)).tolist()
         for number, document in documents:
             of_row = requests[number]
             scores: dict[tuple[str, str], Any] = {}
@@ -179,9 +180,3 @@ def _aggregate(questions: Questions, key: tuple[str, str], values: dict[str, lis
         "clusters": sum(len(set(of)) for of in clusters.values()),
         "resamples": RESAMPLES,
     }
-
-
-def numbered(documents: Sequence[Hashable]) -> list[int]:
-    """The number of each document among the different ones, by first appearance."""
-    numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(document, len(numbers)) for document in documents]

@@ -34,11 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     require(arguments.jobs >= 1, "--jobs", arguments.jobs, "1 or more")
     if sweep.search is not None:
         return _search(sweep, sweep.search, resources, arguments)
+    revision = _revision(arguments)
     if arguments.dry_run:
-        revision = git.commit_of(arguments.revision or "HEAD")
         print(text(plan(sweep, read_experiments()[0], revision), at_once=arguments.jobs))
         return 0
-    revision = git.require_committed() if arguments.revision is None else git.commit_of(arguments.revision)
     share = arguments.share or arguments.address is not None
     if share:
         _require_shared(revision)
@@ -62,11 +61,10 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
     alone = arguments.slurm is None and arguments.point is None
     require(alone, "--slurm, --point", "one of them", "neither: each point of a search waits for the one before")
     optuna = search.client()
+    revision = _revision(arguments)
     if arguments.dry_run:
-        revision = git.commit_of(arguments.revision or "HEAD")
         print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None, revision))))
         return 0
-    revision = git.require_committed() if arguments.revision is None else git.commit_of(arguments.revision)
     share = arguments.share or arguments.address is not None
     if share:
         _require_shared(revision)
@@ -86,6 +84,13 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
         _say(f"{wanted.parameter}={step.value}: {search.answer(wanted, found)}")
     _say(f"\n{search.text(wanted, found)}\nOptuna's study: {search.record(optuna, sweep, wanted, found)}")
     return 0
+
+
+def _revision(arguments: argparse.Namespace) -> str:
+    """The commit that the points run; a dry run lists them where not all is committed, too."""
+    if arguments.revision is None and not arguments.dry_run:
+        return git.require_committed()
+    return git.commit_of(arguments.revision or "HEAD")
 
 
 def _resources(declared: Resources, arguments: argparse.Namespace) -> Resources:
