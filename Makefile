@@ -1,5 +1,5 @@
 # make repro: the whole pipeline on the embedded default. make prune MODEL=ORG/NAME OUT=DIRECTORY: one model, once, without DVC.
-# make show: all experiments so far. make compare: on one page. make sweep FILE=sweeps/example.yaml: many points.
+# make show: all experiments so far (SEEDS=1: one row for repeats). make compare: on one page. make sweep FILE=sweeps/example.yaml: many points.
 # make share, make receive: with the team. make verify-cache: rehash what DVC keeps.
 # make test: the tests. Twice does no work twice.
 PYTHON ?= python3
@@ -24,7 +24,7 @@ prune: .venv/ready
 	    $(if $(call given,NAME),--name '$(NAME)')
 
 show: .venv/ready
-	@python -m stages.show
+	@python -m stages.show $(if $(SEEDS),--seeds,--commands)
 
 compare: .venv/ready
 	python -m stages.compare

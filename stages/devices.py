@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from stages.errors import SparsesweepError
 from stages.schema import checked, one_of, require
 
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}  # its settings, by either name
-CPU_FACTS = Path("/proc/cpuinfo")
+CPU_FACTS, RESIDENT = Path("/proc/cpuinfo"), Path("/proc/self/statm")
 
 
 def device_field() -> Any:
@@ -100,8 +101,50 @@ def free_gpu_memory(device: torch.device) -> int:
     return min(int(allowed) - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0] + cached)
 
 
+_EARLIER_PEAKS: dict[torch.device, int] = {}  # of GPUs whose count of the peak was begun anew
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: allocated on the GPU, or resident in this process (including mapped files)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(torch.cuda.max_memory_allocated(device), _EARLIER_PEAKS.get(device, 0))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class PeakMemory:
+    """The peak memory while the context lasts: allocated on the GPU, or resident in this process, looked at every SAMPLED seconds."""
+
+    SAMPLED = 0.02
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+        self._ended = Event()
+        self._watch = Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            _EARLIER_PEAKS[self.device] = peak_memory(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._ended.set()
+            self._watch.join()
+
+    def _look(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(self.SAMPLED)
+            self.bytes = max(self.bytes, _resident())
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory now; where the system does not tell, the most there ever were."""
+    if not RESIDENT.is_file():
+        return peak_memory(torch.device("cpu"))
+    return int(RESIDENT.read_text().split()[1]) * resource.getpagesize()

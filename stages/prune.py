@@ -267,7 +267,8 @@ def warn_of_few_tokens(plan: Plan, decoder: Decoder, windows: torch.Tensor) -> N
     if plan.changes_weights and len(windows) < wanted:
         log.warning(
             "calibration.windows: found %d windows of %d tokens for layers of up to %d inputs, wanted %d tokens an input: "
-            "kept weights may fit these tokens rather than the model; calibration.windows=%d gives as many",
+            "kept weights may fit these tokens rather than the model; calibration.windows=%d gives as many, and "
+            "method.damping.shrinkage=true fits fewer of them less closely",
             *(len(windows), windows.shape[1], columns, TOKENS_PER_COLUMN, wanted),
         )
 
@@ -348,7 +349,7 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
     """The delta and what is known of it, from the whole journal and what a distillation made of its last blocks."""
     count = len(decoder.blocks)
     records = journal.records(count)
-    rows = [row for block in records for row in block["rows"]]
+    rows = [row | {"distilled": distilled_in(distilled, index)} for index, block in enumerate(records) for row in block["rows"]]
     summary = summarise(rows)
     trainings = [{"block": index, **block["training"]} for index, block in enumerate(records) if block["training"]]
     run = {**run, "reconstructions": trainings}
@@ -366,7 +367,14 @@ def write_results(journal: Journal, decoder: Decoder, recipe: Recipe, run: dict[
         left = {"out_of_scope": out_of_scope(decoder)}
         write_json(results / "provenance.json", {**recipe.as_dict(), **run, **left, **learned})
     log.info("removing the journal %s, %.1f MB", journal.directory, journal.size / 1e6)
-    log.info("wrote %s: sparsity %.4f, relative error %.4f, %.0f s", SPARSE, summary["sparsity"], summary["relative_error"], run["seconds"])
+    held_out = f", {error:.4f} on windows held out" if (error := summary.get("relative_error_held_out")) is not None else ""
+    facts = (SPARSE, summary["sparsity"], summary["relative_error"], held_out, run["seconds"])
+    log.info("wrote %s: sparsity %.4f, relative error %.4f%s, %.0f s", *facts)
+
+
+def distilled_in(distilled: DistilledBlocks | None, block: int) -> bool | None:
+    """Whether a block was trained with the others of a distillation; False where that lowered no divergence, None where it had no part."""
+    return None if distilled is None or block < distilled.first else distilled.outcome.rate is not None
 
 
 def code_sha256() -> str:

@@ -52,7 +52,7 @@ def row(tensor: str, mask: torch.Tensor, *, expert: int | None = None, transpose
         "transposed": transposed,
         "weights": part.numel(),
         "zeros": zeros,
-        "asked": 0.5,
+        "asked": zeros / part.numel(),
         "sparsity": zeros / part.numel(),
         "relative_error": 0.2,
         "relative_error_held_out": 0.3,

@@ -31,3 +31,14 @@ def test_a_cpu_is_called_by_its_name_where_the_system_tells_it(tmp_path, monkeyp
     assert devices.device_name(torch.device("cpu")) == f"{platform.machine()} CPU{threads}"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast: One\nflags\t\t: a b\n\nprocessor\t: 1\n")
     assert devices.device_name(torch.device("cpu")) == f"Fast: One{threads}"
+
+
+def test_the_peak_of_a_stretch_of_work_is_its_own():
+    with devices.PeakMemory(torch.device("cpu")) as small:
+        pass
+    with devices.PeakMemory(torch.device("cpu")) as large:
+        torch.zeros(64 * 2**20, dtype=torch.uint8).add_(1)
+    with devices.PeakMemory(torch.device("cpu")) as after:
+        pass
+    assert large.bytes - small.bytes > 48 * 2**20
+    assert after.bytes < large.bytes - 48 * 2**20

@@ -201,6 +201,7 @@ def test_the_pruned_model_is_scored_beside_the_dense_one(root):
     assert "accuracy_difference_stderr" not in accuracy
     speed = read_json(root / "results/sparse/run.json")["generation"]
     assert speed["tokens_per_second"] == pytest.approx(speed["tokens"] / max(speed["seconds"], 0.01), abs=0.01)
+    assert 0 < speed["peak_memory_gib"] <= read_json(root / "results/sparse/run.json")["peak_memory_gib"]
     (generated,) = read_json(root / "results/sparse/details/generations.json")
     assert set(generated) == {"prompt", "raw_dense", "raw_sparse", "chat_dense", "chat_sparse"}
     (point,) = read_json(root / "results/sparse/frontier.json")

@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, TextError
-from stages.evaluation import running, setup
+from stages.evaluation import questions, running, setup
 from stages.evaluation.harness import WholeModel
 from stages.evaluation.questions import SEED, STOCK
 from stages.evaluation.section import Generations
@@ -276,6 +277,11 @@ def test_a_streamed_model_has_the_same_scores(root):
     assert (streamed["tasks"], streamed["styles"]) == (whole["tasks"], whole["styles"])
 
 
+METRICS = benchmarks.OWN[benchmarks.OWN.index("metric_list") :]
+EXACT = "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+GENERATED = {"output_type: multiple_choice": "output_type: generate_until", 'doc_to_choice: "{{options}}"\n': "", METRICS: EXACT}
+
+
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
@@ -293,6 +299,34 @@ def test_a_streamed_model_has_the_same_scores(root):
             {"doc_to_target: answer": "doc_to_target: answer\ntarget_delimiter: ''"},
             [{"question": "a:", "options": ["b", end], "answer": 0} for end in ("c", "")],
             "own_choice, row 2: found an answer without a token, wanted at least one to score",
+        ),
+        *(
+            (
+                {},
+                [{"question": "a", "options": ["b", "c"], "answer": answer} for answer in (0, wrong)],
+                f"own_choice, row 2: found the answer {wrong}, wanted the number of 2 choices, from 0, or the text of one",
+            )
+            for wrong in (None, -1, 2)
+        ),
+        (  # a letter, where the choices are texts
+            {},
+            [{"question": "a", "options": ["b", "c"], "answer": answer} for answer in ("b", "A")],
+            "own_choice, row 2: found the answer 'A', wanted the number of 2 choices, from 0, or the text of one",
+        ),
+        (
+            GENERATED,
+            [{"question": "a", "answer": answer} for answer in ("b", None)],
+            "own_choice, row 2: found the answer null, wanted a text",
+        ),
+        (
+            GENERATED | {"doc_to_target: answer": 'doc_to_target: "{{answer}}, that is None"'},
+            [{"question": "a", "answer": answer} for answer in ("b", None)],
+            "own_choice, row 2: found the answer null, wanted a text",
+        ),
+        (
+            {"output_type: multiple_choice": "output_type: generate_until", METRICS: EXACT},
+            [{"question": "a", "options": ["b", "c"], "answer": answer} for answer in (1, 2)],
+            "own_choice, row 2: found the answer 2, wanted the number of 2 choices, from 0",
         ),
     ],
 )
@@ -397,6 +431,28 @@ def test_what_was_scored_before_a_failure_is_not_scored_again(root, monkeypatch)
     run("dense", asked)
     assert len(calls) == 6
     assert {path.name: path.read_text() for path in (root / "results/dense/details").iterdir()} == resumed
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_cannot_be_scored_is_named_and_those_of_other_tasks_stay(root, monkeypatch, streamed):
+    asked = replace(ASKED, tasks=["own_choice", "piqa"] if streamed else ["piqa", "own_choice"], streamed=streamed)
+    process = ConfigurableTask.process_results
+
+    def broken(task, document, results):
+        if "options" in document:
+            raise ZeroDivisionError("no words")
+        return process(task, document, results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConfigurableTask, "process_results", broken)
+        patch.setattr(questions, "require_answers", lambda *_: None)
+        with pytest.raises(TextError, match="evaluation.tasks: own_choice, row 1: lm-eval cannot score its answer .*no words"):
+            run("dense", asked)
+    calls: list[str] = []
+    ask = running.ask
+    monkeypatch.setattr(running, "ask", lambda model, left: calls.extend(each.name for each in left) or ask(model, left))
+    run("dense", asked)
+    assert calls == ["own_choice"]
 
 
 def test_another_protocol_takes_nothing_over(root, monkeypatch):

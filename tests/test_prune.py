@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import behaviour
 from stages import prune
 from stages.checkpoint.reader import Checkpoint
 from stages.config import compose
 from stages.config.compose import read
 from stages.errors import ConfigError
-from stages.files import write_json
+from stages.files import PRUNE_RESULTS, read_json, write_json
 from stages.pruning.patterns import NmSection, Unstructured, UnstructuredSection
 from stages.pruning.planning import plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
@@ -174,3 +175,24 @@ def test_experts_are_loaded_one_at_a_time_where_the_budget_does_not_hold_the_blo
     for overrides, option in ((["allocation=owl"], "allocation=owl"), (["reconstruction=block"], "a reconstruction")):
         assert not budgeted(1, *overrides)[0].apart
         assert f"with {option} experts are not loaded one at a time" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(("faster", "taken"), [(1, True), (1e6, False)])
+def test_the_log_and_sparsity_json_say_which_blocks_learning_changed(faster, taken, caplog):
+    rates = (f"reconstruction.learning_rate={0.0025 * faster}", f"reconstruction.block_learning_rate={0.01 * faster}")
+    with behaviour.project(), caplog.at_level("INFO"):
+        options = ("method=sparsegpt", "reconstruction=distilled", "reconstruction.share=0.3", *rates)
+        behaviour.run_prune(read(*options, "prune.device=cpu", "prune.dtype=float32"))
+        rows = read_json(PRUNE_RESULTS / "sparsity.json")
+    told = {(row["block"], row["trained"], row["distilled"]) for row in rows}
+    assert told == {(0, taken, None), (1, taken, None), (2, None, taken)}
+    kept = ["no learning rate lowered its error", "the last blocks are not distilled"]
+    assert [any(words in message for message in caplog.messages) for words in kept] == [not taken, not taken]
+    assert any(", 0." in message and message.endswith("s") and "on windows held out, " in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(("method", "warned"), [("sparsegpt", True), ("wanda", False)])
+def test_windows_that_are_few_for_the_inputs_of_a_layer_are_said_where_weights_are_fitted_to_them(method, warned, caplog):
+    with behaviour.project():  # 32 windows of 64 tokens, and layers of up to 192 inputs: 20 tokens for each are 60 windows
+        behaviour.run_prune(read(f"method={method}", "prune.device=cpu", "prune.dtype=float32"))
+    assert any("calibration.windows=60 gives as many" in message for message in caplog.messages) == warned

@@ -50,11 +50,23 @@ def encodings(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompt: str) -> tupl
     return encoded | {"chat": tokenizer(text, add_special_tokens=False)["input_ids"]}, None
 
 
-def require_prompts(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[str], embedding_rows: int | None) -> None:
+def require_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    bos: Bos,
+    prompts: list[str],
+    embedding_rows: int | None,
+    *,
+    new_tokens: int = 0,
+    context_length: int | None = None,
+) -> None:
     """Refuse prompts that the model cannot continue, before any weight is read; warn of those that the chat template refuses.
 
+    Args:
+        new_tokens: upper bound of generated tokens per prompt. context_length: of the model [tokens]; None: it has no bound.
+
     Raises:
-        TextError: a prompt has no token. CheckpointError: a token is beyond the embedding.
+        TextError: a prompt has no token, or does not fit into the context with its continuation. CheckpointError: a token is beyond
+            the embedding.
     """
     for prompt in prompts:
         name = f"evaluation.generations.prompts, {shown(prompt)}"
@@ -62,6 +74,9 @@ def require_prompts(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompts: list[
         for form, ids in encoded.items():
             if not ids:
                 raise TextError(f"{name}: found no token ({form}), wanted at least one to continue")
+            if context_length is not None and len(ids) + new_tokens > context_length:
+                found = f"{len(ids)} tokens ({form}) and evaluation.generations.new_tokens={new_tokens}"
+                raise TextError(f"{name}: found {found}, wanted at most the model's context of {context_length} together")
             require_embedded(ids, embedding_rows, tokenizer, name)
         if refused is not None:
             log.warning("%s: %s; it is continued raw alone", name, refused)

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import require_requests
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, TextError
 from stages.evaluation.bootstrap import RESAMPLES, Items, bootstrap_error
 from stages.evaluation.encoding import encode
-from stages.evaluation.questions import SEED, Questions, all_requests, grouped, is_mean, metric_name
+from stages.evaluation.questions import BROKEN, KEY, SEED, Questions, all_requests, grouped, is_mean, metric_name, words_of
 from stages.evaluation.results import Answers
 from stages.evaluation.shared_prefix import SharedPrefixes
 from stages.evaluation.statistics import numbered
@@ -94,7 +94,11 @@ def ask(model: LM, questions: Sequence[Questions]) -> None:
 
 
 def answers(questions: Questions) -> Answers:
-    """What a model said to questions that it was asked, with the values of lm-eval's metrics."""
+    """What a model said to questions that it was asked, with the values of lm-eval's metrics.
+
+    Raises:
+        TextError: an answer cannot be scored; names task and row. CheckpointError: a score is no finite number.
+    """
     rows: list[dict[str, Any]] = []
     collected: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(dict)  # score -> task -> values of its rows
     shared: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(dict)  # score -> task -> their clusters
@@ -108,7 +112,11 @@ def answers(questions: Questions) -> Answers:
             scores: dict[tuple[str, str], Any] = {}
             for filtered_by in of_row[0].filtered_resps:
                 responses = [request.filtered_resps[filtered_by] for request in of_row]
-                scores |= {(metric, filtered_by): value for metric, value in task.process_results(document, responses).items()}
+                try:
+                    values = task.process_results(document, responses)
+                except BROKEN as error:
+                    raise TextError(f"{KEY}: {name}, row {number + 1}: lm-eval cannot score its answer ({words_of(error)})") from error
+                scores |= {(metric, filtered_by): value for metric, value in values.items()}
             for key in questions.metrics:
                 if key in scores:
                     collected[key].setdefault(name, []).append(scores[key])

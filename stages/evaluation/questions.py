@@ -36,6 +36,7 @@ KEY = "evaluation.tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
 SEED = 0
 GENERATES = "generate_until"  # lm-eval's output type of tasks whose answers are generated
+CHOOSES = "multiple_choice"  # and of those that choose one of several
 SHARED_COLUMNS = ("passage", "context", "article", "story", "paragraph", "document")
 LONG = 80  # characters: shorter texts, such as an instruction that all rows repeat, are not what a question is about
 EXAMPLES = "examples"  # name of their split
@@ -278,6 +279,7 @@ class Asking:
             self._require_possible(name, task)
             self._require_examples(name, task)
             self._make_requests(name, task, style)
+            require_answers(name, task, self.limit)
             longest = self._checked(name, task, questions.cut.setdefault(name, set()))
             if questions.cut[name]:
                 facts = (KEY, name, style, len(questions.cut[name]), self.encoder.max_length, longest)
@@ -299,7 +301,7 @@ class Asking:
             try:
                 loaded[name] = manager.load([our_name])["tasks"][our_name]
             except BROKEN as error:
-                raise ConfigError(f"{KEY}: {name}: lm-eval cannot read its definition, or its first row ({_words(error)})") from error
+                raise ConfigError(f"{KEY}: {name}: lm-eval cannot read its definition, or its first row ({words_of(error)})") from error
         for task in loaded.values():
             asked = self.examples if style == Style.FEW_SHOT else source.few_shot
             if asked is not None and task.get_config("num_fewshot") != 0:
@@ -323,7 +325,7 @@ class Asking:
             task.build_all_requests(limit=self.limit, **self._options(style))
         except (TextError, *BROKEN) as error:
             number, reason = self._first_broken(task, style) or ("?", error)
-            why = str(reason) if isinstance(reason, TextError) else f"lm-eval cannot ask it ({_words(reason)})"
+            why = str(reason) if isinstance(reason, TextError) else f"lm-eval cannot ask it ({words_of(reason)})"
             raise TextError(f"{KEY}: {name}, row {number}: {why}") from error
 
     def _options(self, style: str) -> dict[str, Any]:
@@ -351,7 +353,7 @@ class Asking:
         try:
             encoded = self.encoder.encoded(task.instances)
         except BROKEN as error:
-            raise TextError(f"{KEY}: {name}: a request cannot be made tokens ({_words(error)})") from error
+            raise TextError(f"{KEY}: {name}: a request cannot be made tokens ({words_of(error)})") from error
         for instance, (context, scored, limit) in zip(task.instances, encoded, strict=True):
             where = f"{KEY}: {name}, row {instance.doc_id + 1}"
             if instance.request_type == "loglikelihood" and not scored:
@@ -370,7 +372,57 @@ class Asking:
         return longest
 
 
-def _words(error: Exception) -> str:
+def require_answers(name: str, task: ConfigurableTask, limit: int | None) -> None:
+    """Refuse rows whose right answer is none that a model can give, which lm-eval scores as wrong, whatever is answered, or breaks at.
+
+    What a task's own function makes of a row is its own affair.
+
+    Raises:
+        TextError: names task and row.
+    """
+    own = callable(task.config.process_results) or type(task).process_results is not ConfigurableTask.process_results
+    if own or "bypass" in task.aggregation():
+        return
+    for index, row in task.doc_iterator(limit=limit):
+        where = f"{KEY}: {name}, row {index + 1}"
+        try:
+            found, wanted = _wrong_answer(task, row)
+        except BROKEN as error:
+            raise TextError(f"{where}: lm-eval cannot read its answer ({words_of(error)})") from error
+        if wanted:
+            raise TextError(f"{where}: found the answer {found}, wanted {wanted}")
+
+
+def _wrong_answer(task: ConfigurableTask, row: Mapping[str, Any]) -> tuple[str, str]:
+    """The right answer of a row and what it should be; the latter is empty where the answer can be given."""
+    chooses = task.OUTPUT_TYPE == CHOOSES
+    right = task.doc_to_text(row) if chooses and task.multiple_input else task.doc_to_target(row)
+    if chooses or (task.OUTPUT_TYPE == GENERATES and task.config.doc_to_choice is not None):
+        choices = list(task.doc_to_choice(row))
+        several = chooses and bool(task.multiple_target)
+        by_text = chooses and not several
+        answers = right if isinstance(right, list) else [right]
+        fine = several == isinstance(right, list) and answers and all(_is_choice(each, choices, by_text=by_text) for each in answers)
+        wanted = f"{'a list of numbers' if several else 'the number'} of {len(choices)} choices, from 0{', or the text of one' * by_text}"
+        return repr(right), "" if fine else wanted
+    if right is None or right == [] or _prints_null(task, row, right):
+        return "null", "a text"
+    return repr(right), ""
+
+
+def _is_choice(answer: Any, choices: list[Any], *, by_text: bool) -> bool:
+    return answer in choices if isinstance(answer, str) and by_text else isinstance(answer, int) and 0 <= answer < len(choices)
+
+
+def _prints_null(task: ConfigurableTask, row: Mapping[str, Any], right: Any) -> bool:
+    """Whether the word "None" in an answer is a column of the row that holds nothing."""
+    if not isinstance(right, str) or "None" not in right or None not in row.values():
+        return False
+    return right.count("None") > str(task.doc_to_target({key: "" if value is None else value for key, value in row.items()})).count("None")
+
+
+def words_of(error: Exception) -> str:
+    """An exception of lm-eval or of a task's definition in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

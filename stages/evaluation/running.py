@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from stages import devices, record
 from stages.checkpoint.model import Apply, load_model
+from stages.errors import SparsesweepError
 from stages.evaluation import dense_states
 from stages.evaluation.encoding import CONTEXT_LENGTH
 from stages.evaluation.generation import generate
@@ -132,21 +133,33 @@ def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load
 
 
 def ask_all(model: LM, waiting: list[Questions], batch_size: int, journal: Journal) -> None:
-    """Ask a model all questions and keep its answers in the journal."""
+    """Ask a model all questions and keep its answers in the journal.
+
+    Raises:
+        SparsesweepError: answers cannot be scored, the first of them; those of all others are in the journal.
+    """
     with devices.gpu_memory("evaluation.batch_size", batch_size):
         ask(model, waiting)
+    failures = []
     for questions in waiting:
-        journal.write(asdict(answers(questions)), "answers", questions.style, questions.name)
+        try:
+            journal.write(asdict(answers(questions)), "answers", questions.style, questions.name)
+        except SparsesweepError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def continue_prompts(setup: Setup, load: Load, journal: Journal) -> list[dict[str, str]]:
-    """Continue the prompts with a whole model and measure how fast."""
+    """Continue the prompts with a whole model, and measure how fast and in how much memory."""
     asked = setup.evaluation.generations
     if not journal.has("generations"):
         rows: list[dict[str, str]] = []
         if asked.prompts:
             model, stopwatch = load(), record.Stopwatch()
-            rows, tokens = generate(model, setup.tokenizer, setup.bos, asked.prompts, asked.new_tokens)
-            journal.write({"tokens": tokens, "seconds": round(stopwatch.seconds, 2)} if tokens else None, "speed")
+            with devices.PeakMemory(setup.device) as peak:
+                rows, tokens = generate(model, setup.tokenizer, setup.bos, asked.prompts, asked.new_tokens)
+            facts = {"tokens": tokens, "seconds": round(stopwatch.seconds, 2), "peak_memory_gib": round(peak.bytes / 2**30, 3)}
+            journal.write(facts if tokens else None, "speed")
         journal.write(rows, "generations")
     return cast(list[dict[str, str]], journal.read("generations"))

@@ -36,7 +36,8 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
         first, own = groups[0][0].protocol, group[0].protocol
         reason = "" if group is groups[0] else f"\nnot comparable with the first table: {said(differences(compared(first), compared(own)))}"
         of_group = of_settings(group) if seeds else of_experiments(group, commands=commands)
-        pieces.append(f"{title(group[0])}{dense_words(group[0])}{reason}\n\n{of_group}\n")
+        remarks = "".join(f"\n{remark}" for remark in limits.remarks(own))
+        pieces.append(f"{title(group[0])}{dense_words(group[0])}{reason}{remarks}\n\n{of_group}\n")
     if not experiments:
         pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
     pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
@@ -79,7 +80,7 @@ def title(experiment: Experiment) -> str:
     tasks = [f"{task} ({limits.short(facts)})" for task, facts in protocol["tasks"].items()]
     first, *others = protocol["corpora"]
     more = f" (make compare has {' and '.join(others)}, too)" if others else ""
-    corpora = f"perplexity and KLD on {limits.scored_text(protocol, first)}{more}"
+    corpora = f"scored on {limits.scored_text(protocol, first)}{more}"
     accuracy = f"; accuracy: the mean over tasks, every task alike; tasks, with their rows: {', '.join(tasks)}" if tasks else ""
     return f"{base_name(experiment)}; {corpora}{accuracy}"
 

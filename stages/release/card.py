@@ -278,7 +278,7 @@ def results_table(records: Records) -> str:
         row(f"{asked(records.protocol, task['task'])}, {label}", (Kind.TASK, task["task"], task["metric"]), 3, apart(task))
     mean = sparse.get((Kind.MEAN, "tasks", "accuracy"))
     if mean is not None and mean.difference is not None:
-        row(mean.label, mean.key, 3, mean.difference.shown(3))
+        row(mean.label, mean.key, 3, f"{mean.difference.shown(3)}{interval(mean.difference)}")
     return "\n".join(lines)
 
 
@@ -290,12 +290,12 @@ def corpus_lines(corpus: str, text: str, dense: Measured, sparse: Measured) -> l
             continue
         shown, other = known[metric], dense.get(measured.key)
         beside = [
-            f"{symbol} {sparse[kind, name, against].shown(known[against].digits)}"
+            f"{symbol} {sparse[kind, name, against].shown(known[against].digits)}{ends(sparse[kind, name, against], known[against].digits)}"
             for symbol, against in shown.against.items()
             if (kind, name, against) in sparse
         ]
         if not shown.against and measured.difference is not None:
-            beside = [measured.difference.shown(shown.digits)]
+            beside = [f"{measured.difference.shown(shown.digits)}{interval(measured.difference)}"]
         cells = ["" if other is None else other.shown(shown.digits), measured.shown(shown.digits), ", ".join(beside)]
         lines.append(f"| {shown.words}, {text if not lines else corpus} | {' | '.join(cells)} |")
     return lines
@@ -390,6 +390,11 @@ def interval(difference: Difference) -> str:
     return " (no interval)" if difference.low is None else f" [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
+def ends(measured: Measurement, digits: int) -> str:
+    """The interval of a measurement in brackets, with a space before it; nothing where there is none."""
+    return "" if measured.low is None else f" [{measured.low:.{digits}f}, {measured.high:.{digits}f}]"
+
+
 def size_table(records: Records) -> str:
     """Markdown: the bytes of the matrices in scope in their several forms."""
     sizes = [measured for measured in records.sparse if measured.kind == Kind.SIZE]
@@ -411,7 +416,9 @@ def speed(records: Records) -> str:
 
 def _pace(run: dict[str, Any]) -> str:
     made = run["generation"]
-    return f"{made['tokens_per_second']:.2f} tokens a second ({made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']})"
+    memory = f", at most {made['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in made else ""
+    facts = f"{made['tokens']} tokens in {made['seconds']:.1f} s on {run['device']}{memory}"
+    return f"{made['tokens_per_second']:.2f} tokens a second ({facts})"
 
 
 def stored_as(others: Others) -> str:
@@ -568,6 +575,7 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
         "kept_weights": kept_weights(verified),
         "pattern": recipe.pattern_label,
         "pattern_reference": reference(PATTERNS, recipe.pattern),
+        "counted": counted(recipe),
         "matrices": verified.matrices,
         "other_tensors": verified.other_tensors,
         "sparsity": f"{verified.sparsity:.6f}",
@@ -583,6 +591,13 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
         "cited": cited(recipe),
         "bibtex": "\n".join(filter(None, map(bibtex, citations(recipe)))),
     }
+
+
+def counted(recipe: Recipe) -> str:
+    """Against what the zeros were checked, see verification.py."""
+    if ALLOCATIONS.of(ALLOCATIONS.section(recipe.allocation, "recipe.allocation")).budgeted is None:
+        return "recomputed from the recipe"
+    return "the zeros of all matrices together recomputed from the recipe, those of each as the allocation gave them"
 
 
 def of_results(records: Records) -> dict[str, str]:

@@ -4,7 +4,8 @@ What was asked is computed here once more, from the recipe and the shapes alone,
 
     unstructured, per row       floor(columns * sparsity) pruned weights in each row
     unstructured, per matrix    floor(rows * columns * sparsity) in the matrix
-    with an allocation          floor(weights of all matrices * sparsity) in all of them, each matrix within the allocation's bounds
+    with an allocation          floor(weights of all matrices * sparsity) in all of them, each matrix within the allocation's bounds and
+                                with exactly what the allocation gave it, as the manifest states
     N:M                         M - N of every M consecutive columns
 
 The mask has exactly these counts. The bytes may have more zeros: kept weights that were zero in the base, or that became zero when
@@ -29,7 +30,7 @@ from stages.pruning.patterns import PATTERNS, ComparisonGroup, PatternSection
 from stages.recipe import Recipe
 from stages.release.loading import Loaded, check_loading
 
-ROW_KEYS = ("matrix", "tensor", "expert", "shape", "transposed", "weights", "zeros")
+ROW_KEYS = ("matrix", "tensor", "expert", "shape", "transposed", "weights", "zeros", "asked")
 
 Row = dict[str, Any]  # of the manifest, see prune.matrix_row
 
@@ -224,6 +225,8 @@ def _check_matrix(row: Row, pruned: torch.Tensor, zero: torch.Tensor, asked: Ask
         least, most = (floor(pruned.numel() * bound) for bound in asked.bounds)
         if not least <= count <= most:
             raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {least} to {most} by the allocation's bounds")
+        if count != (given := round(row["asked"] * pruned.numel())):
+            raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {given} as the allocation gave it")
     if row["zeros"] != count:
         raise ReleaseError(f"{name}: found {count} pruned weights in the mask, wanted {row['zeros']} as in the manifest")
 

@@ -167,6 +167,11 @@ def test_prompts_that_the_model_cannot_continue_are_refused():
         require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 5)
     with pytest.raises(TextError, match=r'evaluation.generations.prompts, "": found no token \(raw\), wanted at least one to continue'):
         require_prompts(tokenizer, tiny.NO_BOS, ["river", ""], 400)
+    tokens = len(tokenizer.encode("river stone", add_special_tokens=False))
+    require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=8 - tokens, context_length=8)
+    found = rf"found {tokens} tokens \(raw\) and evaluation.generations.new_tokens={9 - tokens}"
+    with pytest.raises(TextError, match=f"{found}, wanted at most the model's context of 8 together"):
+        require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=9 - tokens, context_length=8)
 
 
 def test_a_prompt_that_the_chat_template_refuses_is_continued_raw_and_says_why_not_the_other(base, caplog):

@@ -184,7 +184,7 @@ def measurements(scores: Scores, dense: Scores) -> list[dict[str, Any]]:
     return rows
 
 
-_SPEED = {"tokens": 240, "seconds": 20.0, "device": "AMD EPYC, 2 threads"}
+_SPEED = {"tokens": 240, "seconds": 20.0, "peak_memory_gib": 0.75, "device": "AMD EPYC, 2 threads"}
 _NO_ERROR = {"stderr": None, "low": None, "high": None}
 _NO_DENSE = {"dense": None, "difference": None}
 _COUNTED = {"counted": "rows", "unit": "", "better": "higher"}

@@ -33,7 +33,7 @@ DENSE = [
 ]
 SPARSE = [
     measured("corpus", "news", "perplexity", 45.0, 1.0, dense=20.0),
-    measured("corpus", "news", "perplexity_ratio", 2.25, 0.05),
+    measured("corpus", "news", "perplexity_ratio", 2.25, 0.05, low=2.15, high=2.355),
     measured("corpus", "news", "perplexity_ln_ratio", 0.811, 0.022, unit="nats"),
     measured("corpus", "news", "mean_kld", 0.7, 0.03, unit="nats"),
     measured("corpus", "news", "same_top_p", 61.2, 1.4, unit="%"),
@@ -79,7 +79,7 @@ RECORDS = Records(
         {"prompt": "Hi", "raw_dense": "a|b", "raw_sparse": "<x>", "chat_dense": "c", "chat_sparse": ""},
         {"prompt": "Go", "raw_dense": "on", "raw_sparse": "on", "chat_refused": "no user"},
     ],
-    dense_run={"device": "a CPU", "generation": {"tokens": 96, "seconds": 8.0, "tokens_per_second": 12.0}},
+    dense_run={"device": "a CPU", "generation": {"tokens": 96, "seconds": 8.0, "tokens_per_second": 12.0, "peak_memory_gib": 1.25}},
     sparse_run={"device": "a CPU", "generation": {"tokens": 90, "seconds": 7.2, "tokens_per_second": 12.5}},
     sensitivity=[],
 )
@@ -130,11 +130,11 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
     for fact in (
         "45.00 ± 1.00",
         "20.00 ± 1.00",
-        "× 2.250 ± 0.050, ln 0.811 ± 0.022 nats",
+        "× 2.250 ± 0.050 [2.150, 2.355], ln 0.811 ± 0.022 nats",
         "| mean KL divergence from dense, news |  | 0.700 ± 0.030 nats |  |",
         "| same likeliest token as dense, news |  | 61.2 ± 1.4 % |  |",
         "-0.050 [-0.200, +0.100]; 3 lost, 2 gained",
-        "| +0.050 ± 0.060 |",
+        "| +0.050 ± 0.060 (no interval) |",
         "7200 s on a CPU",
         "git checkout abc123\n",
         "a\\|b",
@@ -198,7 +198,7 @@ def test_the_card_says_bytes_and_tokens_a_second_and_claims_no_speed_up(written)
     assert "| of 210 matrices | bytes | of dense |" in content
     assert "| packed_bytes | 1,125,000 | 0.562 |" in content
     assert (
-        "Greedy continuation of 2 prompts, one run: dense 12.00 tokens a second (96 tokens in 8.0 s on a CPU); "
+        "Greedy continuation of 2 prompts, one run: dense 12.00 tokens a second (96 tokens in 8.0 s on a CPU, at most 1.25 GiB); "
         "sparse 12.50 tokens a second (90 tokens in 7.2 s on a CPU)." in content
     )
     assert "no speed-up was measured or is claimed" in content

@@ -14,7 +14,7 @@ from stages.experiments.repeats import seed_of
 
 Row = dict[str, Any]
 
-SPEED = ("tokens_per_second", "tokens", "seconds")  # of one model's continuations of the prompts
+SPEED = ("tokens_per_second", "tokens", "seconds", "peak_memory_gib")  # of one model's continuations of the prompts
 
 
 def write_tables(directory: Path, groups: Sequence[Group]) -> None:

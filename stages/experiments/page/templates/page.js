@@ -511,8 +511,9 @@ function showSizes() {
     const dense = sizes.find((row) => row.metric === "dense_bytes");
     const megabytes = (row) => `${number(row.value / 1e6, 1)} MB${row === dense ? "" : ` (${number((100 * row.value) / dense.value, 1)}%)`}`;
     const bytes = Object.entries(SIZES).map(([metric, name]) => [name, sizes.find((row) => row.metric === metric)]);
-    const pace = (speed) =>
-      speed ? `${number(speed.tokens_per_second, 2)} (${plural(speed.tokens, "token")}, ${plural(group().prompts.length, "prompt")}, ${speed.device})` : "not measured";
+    const memory = (speed) => (speed.peak_memory_gib === undefined ? "" : `, at most ${number(speed.peak_memory_gib, 2)} GiB`);
+    const facts = (speed) => `${plural(speed.tokens, "token")}, ${plural(group().prompts.length, "prompt")}, ${speed.device}${memory(speed)}`;
+    const pace = (speed) => (speed ? `${number(speed.tokens_per_second, 2)} (${facts(speed)})` : "not measured");
     return {
       experiment: titleOf(one),
       matrices: dense ? dense.count : "",
