@@ -96,7 +96,7 @@ def tables(rows: Rows) -> str:
     devices = " and ".join(sorted({row["device"] for row in rows.values()}))
     left = len(points()) - len(rows)
     notes = (
-        f"Perplexity on {' / '.join(TEXTS)}, with the calibration and texts of the leaderboard, over the seeds that all orders have; "
+        f"Perplexity on {' / '.join(TEXTS)}, with the calibration, texts and BOS of the leaderboard, over the seeds that all orders have; "
         "± is the standard deviation over these. Seconds and peak memory are those of pruning, as multiples of those of `exact` on the "
         f"same seeds, where points were measured one at a time; in float32 on {devices}. best: "
         f"{'; '.join(f'at {pattern} `{composed}`' for pattern, composed in METHODS['best'].items())}; "

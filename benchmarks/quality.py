@@ -445,7 +445,7 @@ def full_table(rows: Rows) -> str:
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
     for model in MODELS:
         known_rows = of_model(rows, model)
-        lines += [f"## {model.label}", ""]
+        lines += [f"## {model.label}", "", *([f"Perplexity on {_on_texts(known_rows)}.", ""] if known_rows else [])]
         for pattern in PATTERNS:
             found = ranked(known_rows, model, pattern)
             if found:

@@ -147,7 +147,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {model.label} | {' | '.join(f'{number:.3f}' for number in numbers)} |")
     devices = " and ".join(sorted({row["device"] for row in shown}))
     codes = ", ".join(sorted({row["code"].partition("-")[0][:7] for row in shown}))
-    note = f"Perplexity on the development text; one seed each, in float32 on {devices}, commit {codes}."
+    note = f"Perplexity on the development text, BOS by auto; one seed each, in float32 on {devices}, commit {codes}."
     return "\n".join(lines) + f"\n\n{note}"
 
 

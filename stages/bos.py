@@ -64,7 +64,7 @@ class Bos:
 
     @property
     def words(self) -> str:
-        """A clause for tables and cards: ", each begun with BOS", or nothing."""
+        """A clause for tables and cards: ", each begun with BOS", or that none is."""
         return words(self.token)
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Bos:
 
 def words(token: int | None) -> str:
     """See Bos.words; token: see Bos."""
-    return "" if token is None else ", each begun with BOS"
+    return f", {'none' if token is None else 'each'} begun with BOS"
 
 
 def decide(setting: str, tokenizer: "PreTrainedTokenizerBase", key: str) -> Bos:

@@ -64,7 +64,7 @@ def test_always_and_never_do_not_ask_the_tokenizer():
 def test_bos_stands_once_and_only_where_it_is_decided_for():
     assert BEGUN.begin([5, 6]) == BEGUN.begin([BOS, 5, 6]) == BEGUN.begin([BOS, BOS, 5, 6]) == [BOS, 5, 6]
     assert tiny.NO_BOS.begin([BOS, 5]) == [BOS, 5]
-    assert (BEGUN.words, tiny.NO_BOS.words) == (", each begun with BOS", "")
+    assert (BEGUN.words, tiny.NO_BOS.words) == (", each begun with BOS", ", none begun with BOS")
 
 
 # Calibration windows.
@@ -97,6 +97,20 @@ def test_windows_of_perplexity_begin_with_bos_and_score_every_token_of_the_text(
         assert windows[:, 1:].flatten().tolist() == plain[: len(windows) * (length - 1)]
     as_published = cut_corpus("news", texts, tokenizer(adds=True), length, None, tiny.NO_BOS).windows
     assert as_published.flatten().tolist() == [BOS, *plain][: as_published.numel()]
+
+
+def test_a_window_whose_text_begins_with_bos_has_no_second_one():
+    made, length = tokenizer(), 8
+    texts = [f"{made.bos_token}{text}" for text in tiny.sentences(12, seed=0, length=5)]  # as chat templates write them
+    plain = made("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    windows = cut_corpus("chat", texts, made, length, None, BEGUN, rendered=True).windows.tolist()
+    assert {len(window) for window in windows} == {length}
+    assert all(window[0] == BOS != window[1] for window in windows)
+    text = iter(plain)
+    for window in windows:
+        first = next(text)
+        begun = [first] if first == BOS else [BOS, first]
+        assert window == begun + [next(text) for _ in range(length - len(begun))]
 
 
 @pytest.mark.parametrize("adds", [False, True])

@@ -52,20 +52,28 @@ def cut_corpus(
     encoded = tokenizer(between.join(texts), add_special_tokens=not rendered, return_offsets_mapping=tokenizer.is_fast)
     begin = [] if bos.token is None else [bos.token]
     ids = encoded["input_ids"]
-    tokens, length_of_text = bos.begin(ids)[len(begin) :], length - len(begin)
-    available = len(tokens) // length_of_text
+    tokens = bos.begin(ids)[len(begin) :]
+    cuts = _cuts(tokens, length, begin)
+    available = len(cuts)
     if available < (limit or 2):
         key = f"evaluation.corpora.{name}"
         raise ConfigError(f"{key}: the corpus has {len(tokens)} tokens, wanted {limit or 2} windows of {length}")
     count = available if limit is None else limit
-    numbers = [index * available // count for index in range(count)] if evenly else list(range(count))
-    pieces = torch.tensor(tokens[: available * length_of_text]).view(available, length_of_text)[numbers]
-    windows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
+    chosen = [cuts[index * available // count] for index in range(count)] if evenly else cuts[:count]
+    windows = torch.tensor([begin * (cut.stop - cut.start < length) + tokens[cut] for cut in chosen])
     if not tokenizer.is_fast:
         return Corpus(name=name, windows=windows, clusters=list(range(count)), available=available)
     starts = list(accumulate((len(text) + len(between) for text in texts), initial=0))[:-1]
     first = encoded["offset_mapping"][len(ids) - len(tokens) :]  # BOS that the tokenizer added went
     documents = [bisect_right(starts, start) - 1 for start, _ in first]
-    spans = [documents[number * length_of_text : (number + 1) * length_of_text] for number in numbers]
-    clusters = [Counter(span).most_common(1)[0][0] for span in spans]
+    clusters = [Counter(documents[cut]).most_common(1)[0][0] for cut in chosen]
     return Corpus(name=name, windows=windows, clusters=clusters, available=available)
+
+
+def _cuts(tokens: list[int], length: int, begin: list[int]) -> list[slice]:
+    """Where windows of `length` tokens lie one after another, each with what it begins with, unless the text has that there itself."""
+    cuts, start = [], 0
+    while (stop := start + length - len(begin) * (tokens[start : start + 1] != begin)) <= len(tokens):
+        cuts.append(slice(start, stop))
+        start = stop
+    return cuts

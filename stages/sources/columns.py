@@ -102,13 +102,13 @@ class Corpus:
         """The column that is read of a row."""
         text, messages = self.columns.text, self.columns.messages
         filled = [name for name in (text, messages) if name is not None and row.get(name) is not None]
-        if not filled and messages is not None and row.get(CONVERSATIONS) is not None:
-            filled = [CONVERSATIONS]
+        if messages is not None and messages not in filled and row.get(CONVERSATIONS) is not None:
+            filled.append(CONVERSATIONS)
         if len(filled) == 1:
             return filled[0]
         if len(filled) == 2:
             advice = self._set("messages=null", " to read the text") + self._set("text=null", " to read the dialogue", " or ")
-            raise TextError(f'{location}: found both "{text}" and "{messages}", wanted one of them{advice}')
+            raise TextError(f'{location}: found both "{text}" and "{filled[1]}", wanted one of them{advice}')
         null = next((name for name in (text, messages, CONVERSATIONS) if name is not None and name in row), None)
         if null is not None:
             wanted = "a string" if null == text else "a list of messages"

@@ -33,15 +33,19 @@ class Stage:
 
 
 def stages_of(target: str, dvc_yaml: Path = DVC_YAML) -> list[Stage]:
-    """The stages that a target needs, itself included, each after those that it reads from."""
+    """The stages that a target needs, itself included, each after those that it reads from, else in the order of dvc.yaml.
+
+    That has fetch_text first: text that cannot be used is refused before the base is downloaded.
+    """
     described = yaml.safe_load(dvc_yaml.read_text(encoding="utf8"))["stages"]
+    order = list(described)
     writers = {path: name for name, stage in described.items() for kind in OUTPUTS for path in _paths(stage.get(kind, []))}
     found: dict[str, Stage] = {}
 
     def add(name: str) -> None:
         if name not in found:
             stage = _stage(name, described[name], writers)
-            for writer in sorted(set(stage.inputs.values())):
+            for writer in sorted(set(stage.inputs.values()), key=order.index):
                 add(writer)
             found[name] = stage
 

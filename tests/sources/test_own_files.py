@@ -119,6 +119,10 @@ FILES = {
         rf'found both "text" and "messages", wanted one of them; set {KEY}.messages=null to read the text or set {KEY}.text=null to read',
         content=jsonl({"text": "a", **HELLO}),
     ),
+    "text and conversations": refused(
+        rf'found both "text" and "conversations", wanted one of them; set {KEY}.messages=null to read the text or set {KEY}.text=null to',
+        content=jsonl({"text": "a", "conversations": [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]}),
+    ),
     "both columns, said": works(HELLO, content=jsonl({"text": "a", **HELLO}), settings={"text": None}),
     "prose, then dialogues": refused(
         'line 2: found "messages", wanted rows of "text" as before; make two sources of it', content=jsonl({"text": "a"}, HELLO)

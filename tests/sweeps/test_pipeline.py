@@ -20,8 +20,10 @@ LOCKED = {
 
 def test_a_target_needs_what_it_reads_from_in_order():
     assert [stage.name for stage in STAGES] == [
-        *("fetch_base", "fetch_tasks", "fetch_text", "evaluate_dense", "sample", "observe", "prune", "evaluate_sparse")
+        *("fetch_text", "fetch_base", "fetch_tasks", "sample", "observe", "prune", "evaluate_dense", "evaluate_sparse")
     ]
+    for target in ("evaluate_sparse", "publish"):  # text of one's own is refused before the base is downloaded
+        assert stages_of(target, ROOT / "dvc.yaml")[0].name == "fetch_text"
     assert [stage.name for stage in stages_of("publish", ROOT / "dvc.yaml")][-1] == "publish"
     prune = STAGES[-2]
     assert prune.inputs == {"artifacts/base": "fetch_base", "artifacts/calibration": "sample", "artifacts/statistics": "observe"}
