@@ -31,6 +31,13 @@ QUANTILES = {
     "kld_1": (0.01, "1.0% KLD"),
     "minimum_kld": (0.0, "Minimum KLD"),
 }
+DELTA_P_QUANTILES = {
+    "maximum_delta_p": (1.0, "Maximum Δp"),
+    **{f"delta_p_{percent:g}".replace(".", "_"): (percent / PERCENT, f"{percent:.1f}% Δp") for percent in (99.9, 99.0, 95.0, 90.0, 75.0)},
+    "median_delta_p": (0.5, "Median Δp"),
+    **{f"delta_p_{percent:g}".replace(".", "_"): (percent / PERCENT, f"{percent:.1f}% Δp") for percent in (25.0, 10.0, 5.0, 1.0, 0.1)},
+    "minimum_delta_p": (0.0, "Minimum Δp"),
+}
 
 
 def observe(predictions: Predictions) -> dict[str, torch.Tensor]:
@@ -58,6 +65,7 @@ def measure(corpus: Corpus, observed: Observed, dense: WindowMeans | None) -> li
     root = math.sqrt(square.value)
     root_error = None if square.stderr is None or root == 0 else PERCENT * square.stderr / (2 * root)  # delta method
     quantiles = np.quantile(observed[KLD].double().numpy(), [quantile for quantile, _ in QUANTILES.values()])
+    changes = PERCENT * np.quantile(observed[DELTA_P].double().numpy(), [quantile for quantile, _ in DELTA_P_QUANTILES.values()])
     correlated = correlation(observed[NLL], observed[DENSE_NLL])
     percent = {**facts, "unit": "%", "scale": PERCENT}
     return [
@@ -68,6 +76,10 @@ def measure(corpus: Corpus, observed: Observed, dense: WindowMeans | None) -> li
         ),
         Measurement.of(delta_p, **percent, metric="mean_delta_p", label="Mean Δp"),
         Measurement(**facts, metric="rms_delta_p", label="RMS Δp", value=PERCENT * root, stderr=root_error, unit="%", better=Better.LOWER),
+        *(
+            Measurement(**facts, metric=metric, label=label, value=float(value), unit="%")
+            for (metric, (_, label)), value in zip(DELTA_P_QUANTILES.items(), changes, strict=True)
+        ),
         Measurement.of(same_top, **percent, metric="same_top_p", label="Same top p", better=Better.HIGHER),
         *(
             []

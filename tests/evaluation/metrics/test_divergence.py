@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stages.evaluation.metric import Corpus, Predictions
-from stages.evaluation.metrics.divergence import QUANTILES, correlation, measure, observe
+from stages.evaluation.metrics.divergence import DELTA_P_QUANTILES, QUANTILES, correlation, measure, observe
 
 
 def predictions(ours: list[list[float]], dense: list[list[float]], tokens: list[int]) -> Predictions:
@@ -56,6 +56,10 @@ def test_the_fields_are_means_quantiles_and_a_correlation_over_all_tokens():
     assert fields["mean_kld"].value == pytest.approx(values.mean())
     for metric, (quantile, _) in QUANTILES.items():
         assert fields[metric].value == pytest.approx(np.quantile(values, quantile))
+    changes = 100 * fields["delta_p"].double().numpy()
+    for metric, (quantile, _) in DELTA_P_QUANTILES.items():
+        assert fields[metric].value == pytest.approx(np.quantile(changes, quantile))
+    assert (fields["delta_p_0_1"].label, fields["delta_p_99_9"].label) == ("0.1% Δp", "99.9% Δp")
     assert fields["same_top_p"].value == pytest.approx(100 * fields["same_top"].mean().item())
     assert fields["mean_delta_p"].value == pytest.approx(100 * fields["delta_p"].double().mean().item())
     assert fields["rms_delta_p"].value == pytest.approx(100 * fields["delta_p"].double().pow(2).mean().sqrt().item())
