@@ -67,7 +67,7 @@ def evaluate_types(ruler: "Ruler", evaluation: "Evaluation") -> None:
         for name, quantiser in quantisers.items():
             answers = answer_tasks(setup, decoder, quantiser, loader(setup, quantiser), journals[name]) if ruler.tasks else {}
             measured = measure(setup, observed[name], metrics, Scores(answers=answers, generations=[]), dense).measurements
-            facts = {"type": name, "bytes_per_weight": quantiser.bytes_per_weight}
+            facts = {"type": name, "bytes_per_weight": quantiser.bytes_per_weight, "shares": quantiser.shares}
             rows += [{**row, **facts} for row in as_rows(measured)]
             log.info("%s, %.3f bytes a weight: %s %s", name, quantiser.bytes_per_weight, measured[0].label, measured[0].shown(3))
         with replacing(RULER_RESULTS) as directory:

@@ -173,6 +173,14 @@ class Quantiser:
         """The mean over all weights in scope, of the types that are used."""
         return self._bytes / self._weights
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Name of a type -> the share of the weights in scope that get it, the largest first."""
+        sizes: dict[str, int] = defaultdict(int)
+        for matrix in (matrix for of_tensor in self._matrices.values() for matrix in of_tensor):
+            sizes[self.types[matrix.name].name] += matrix.size
+        return {name: sizes[name] / self._weights for name in sorted(sizes, key=lambda name: -sizes[name])}
+
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Quantise and dequantise a tensor of the checkpoint, an Apply of stages.checkpoint.model.
 

@@ -204,6 +204,7 @@ def test_the_bytes_of_a_model_are_those_of_the_types_that_are_used(base):
     others = 2 * 32 * 32 + 2 * 8 * 32 + 2 * 112 * 32
     assert {quantiser.types[DOWN].name, quantiser.types[GATE].name} == {"F16", "Q4_0"}
     assert quantiser.bytes_per_weight == pytest.approx((32 * 112 * 2 + others * 18 / 32) / (32 * 112 + others), rel=1e-12)
+    assert quantiser.shares == {"Q4_0": pytest.approx(others / (32 * 112 + others)), "F16": pytest.approx(32 * 112 / (32 * 112 + others))}
 
 
 def test_no_weight_is_read_for_the_bytes(base, monkeypatch):

@@ -197,9 +197,15 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
     for kind, row in ruler.items():
         size = f"{row['bytes_per_weight']:.3g} bytes a weight"
         facts = {"value": row["value"], "text": measured(metric, row), "counted": counted(row)}
-        lines.append({"kind": "quantised", "label": kind, "size": size, **facts})
+        lines.append({"kind": "quantised", "label": of_types(kind, row.get("shares", {})), "size": size, **facts})
     values = [found["value"] for details in group.results if (found := metric.of(details)) is not None]
     return _apart(lines, values, logarithmic=metric.is_ratio)
+
+
+def of_types(kind: str, shares: dict[str, float]) -> str:
+    """A type of quantisation, and by what share of the weights another stands for it, whose rows do not divide into its blocks."""
+    others = [f"{share:.0%} {name}" for name, share in shares.items() if name != kind]
+    return f"{kind} ({', '.join(others)})" if others else kind
 
 
 def _apart(lines: list[dict[str, Any]], values: list[float], *, logarithmic: bool) -> list[dict[str, Any]]:

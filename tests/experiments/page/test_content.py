@@ -16,6 +16,7 @@ from stages.experiments.page.content import (
     matrices_content,
     measured_costs,
     numbered,
+    of_types,
     packed,
     points,
     quantiles,
@@ -83,6 +84,11 @@ def test_lines_are_the_dense_model_and_the_ruler_with_labels_apart():
     counts = {line["label"]: line["counted"] for line in lines}
     assert counts["dense"] == "18,414 tokens in 7 documents, the first 18 of 301 windows"
     assert counts["Q4_0"] == "18,414 tokens in 7 documents"
+
+
+def test_a_quantised_model_of_several_types_says_so():
+    assert of_types("Q2_K", {"Q4_0": 0.75, "Q2_K": 0.25}) == "Q2_K (75% Q4_0)"
+    assert of_types("Q8_0", {"Q8_0": 1.0}) == of_types("Q8_0", {}) == "Q8_0"
 
 
 def test_matrices_are_told_by_block_and_kind():
