@@ -263,6 +263,8 @@ def _on_texts(rows: Rows) -> str:
         if found := on(list(rows.values()), text):
             protocol, dense = found[-1]["protocol"], found[-1]["dense_perplexity"]
             corpus = f"{protocol['tokens']} tokens of {protocol['corpus']} in windows of {protocol['window_length']}"
+            counted_in = next((one["protocol"] for one in found if one["protocol"].get("available")), None)
+            corpus += f", {counted_in['windows']} of {counted_in['available']}" if counted_in else ""
             parts.append(f"{corpus}{words(protocol.get('bos'))} (dense {dense:.2f})")
     return " / ".join(parts)
 

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from stages import limits
 from stages.errors import ConfigError
 from stages.evaluation.measurement import as_rows, metrics
 from stages.evaluation.protocol import compared
@@ -86,6 +87,12 @@ def cut(value: str, characters: int) -> str:
     return value if len(value) <= characters else value[: characters - len(ending)] + ending
 
 
+def _scored(protocol: dict[str, Any]) -> list[str]:
+    """What metrics are of: each text and task, with how much of it."""
+    tasks = [f"{task} ({limits.rows_of(facts)})" for task, facts in protocol["tasks"].items()]
+    return [*(limits.scored_text(protocol, corpus) for corpus in protocol["corpora"]), *tasks]
+
+
 def _run(experiment: Experiment, result: str) -> Run:
     facts = {
         "result": result,
@@ -95,6 +102,7 @@ def _run(experiment: Experiment, result: str) -> Run:
         "base": base_name(experiment),
         "base_fingerprint": experiment.protocol["base"],
         "protocol": digest(compared(experiment.protocol)),
+        "scored": "; ".join(_scored(experiment.protocol)),
     }
     return Run(
         name=experiment.name,
