@@ -1,11 +1,13 @@
 """The result table of the README: a few points of the embedded default, run through the pipeline itself.
 
-python -m benchmarks.table
+python -m benchmarks.table            about three quarters of an hour on two cores
+python -m benchmarks.table --table    measure nothing, write the table
 
-Each point is one `dvc exp run`, so a point that was run before, here or by anyone who shared it, costs seconds. Prints the
-table and writes it between the markers in README.md.
+Each point is one `dvc exp run`, so a point that was run before, here or by anyone who shared it, costs seconds. Writes
+benchmarks/table.json, prints the table and writes it between the markers in README.md.
 """
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,16 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arguments
 from benchmarks.markers import show_between
 from stages import limits
 from stages.bos import words
-from stages.evaluation.measurement import from_rows
-from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json
+from stages.evaluation.measurement import Measurement, from_rows
+from stages.evaluation.metric import Shown
+from stages.evaluation.metrics import shown_measurements
+from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json, write_json
 
-README, MEASUREMENTS = Path("README.md"), "details/measurements.json"
+README, RESULTS, MEASUREMENTS = Path("README.md"), Path("benchmarks/table.json"), "details/measurements.json"
+COSTS = ("seconds", "peak_memory_gib", "device", "dtype", "code")  # of the prune stage's record
 MODEL = "SmolLM2-135M-Instruct (a 4-bit GGUF file, Q4_1, dequantised to bfloat16)"
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of results -->"
+ACCURACY = ("mean accuracy", "over dense")
 POINTS = (
     "",
     "prune=one_pass",
@@ -42,13 +47,22 @@ def command(point: str) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    if not parser.parse_args().table:
+        write_json(RESULTS, measured())
+    show_between(README, START, END, table(read_json(RESULTS)))
+
+
+def measured() -> list[dict[str, Any]]:
+    """Run all points."""
     rows = []
     with the_default_afterwards():
         for point in POINTS:
             print("$", *command(point), flush=True)
             subprocess.run([*command(point), "--quiet", "evaluate_sparse"], check=True, stdout=sys.stderr)
             rows.append(row(point))
-    show_between(README, START, END, table(rows))
+    return rows
 
 
 @contextmanager
@@ -63,13 +77,14 @@ def the_default_afterwards() -> Iterator[None]:
 def row(point: str) -> dict[str, Any]:
     """What the workspace holds after a point was run."""
     frontier, *_ = read_json(SPARSE_RESULTS / "frontier.json")
+    record = read_json(PRUNE_RESULTS / "provenance.json")
     return {
         **frontier,
         "command": " ".join(command(point)),
         "measured": [one for one in read_json(SPARSE_RESULTS / MEASUREMENTS) if one["name"] in (frontier["corpus"], "tasks")],
         "dense": [one for one in read_json(DENSE_RESULTS / MEASUREMENTS) if one["name"] in (frontier["corpus"], "tasks")],
         "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
-        "prune": read_json(PRUNE_RESULTS / "provenance.json"),
+        "prune": {key: record[key] for key in COSTS},
     }
 
 
@@ -79,17 +94,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     dense = {measured.metric: measured for measured in from_rows(rows[0]["dense"])}
     corpus, windows = next(iter(protocol["corpora"].items()))
     some = limits.windows_of(protocol, corpus)
+    known = {one.metric for one in from_rows(rows[0]["measured"])}
+    shown = [one for metric, one in shown_measurements().items() if one.heading and metric in known]
+    headings = ["method", "pattern", "sparsity", *(one.heading for one in shown), *ACCURACY, "seconds", "peak memory", "command"]
+    cells = [of_dense(one, dense) for one in shown]
     lines = [
-        "| method | pattern | sparsity | perplexity | over dense | KLD | mean accuracy | over dense | seconds | peak memory | command |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        f"| dense | | 0 | {dense['perplexity'].shown(2)} | 1 | 0 | {dense['accuracy'].shown(3)} | 0 | | | |",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+        f"| dense | | 0 | {' | '.join(cells)} | {dense['accuracy'].shown(3)} | 0 | | | |",
     ]
     for point in rows:
         measured, run = {one.metric: one for one in from_rows(point["measured"])}, point["prune"]
-        numbers = [measured[metric].shown(digits) for metric, digits in (("perplexity", 2), ("perplexity_ratio", 2), ("mean_kld", 3))]
         accuracy = measured["accuracy"]
-        numbers += [accuracy.shown(3), accuracy.difference.shown(3), f"{run['seconds']:.0f}", f"{run['peak_memory_gib']:.2f} GiB"]
-        lines.append(f"| {point['method']} | {point['pattern']} | {point['sparsity']:.3g} | {' | '.join(numbers)} | `{point['command']}` |")
+        cells = [measured[one.metric].shown(one.digits) for one in shown]
+        cells += [accuracy.shown(3), accuracy.difference.shown(3), f"{run['seconds']:.0f}", f"{run['peak_memory_gib']:.2f} GiB"]
+        lines.append(f"| {point['method']} | {point['pattern']} | {point['sparsity']:.3g} | {' | '.join(cells)} | `{point['command']}` |")
     return "\n".join(lines) + (
         f"\n\n{MODEL}; calibration of 32 windows of 512 C4 tokens, seed 0; perplexity and Kullback-Leibler divergence "
         f"from the dense model (KLD) on {windows['tokens']} tokens of {corpus.title()} in windows of "
@@ -100,6 +119,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def of_dense(shown: Shown, dense: dict[str, Measurement]) -> str:
+    """The dense model's cell: what it scores, or what any model has against itself."""
+    if shown.itself is not None:
+        return f"{shown.itself:g}"
+    return dense[shown.metric].shown(shown.digits) if shown.metric in dense else ""
+
+
 if __name__ == "__main__":
-    arguments.none(__doc__)
     main()

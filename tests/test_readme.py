@@ -10,6 +10,7 @@ from benchmarks import choices, quality, table
 from benchmarks.contenders import SMOLLM2
 from stages import prune
 from stages.config.compose import read
+from stages.files import read_json
 from tests.architectures import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,9 @@ def test_a_benchmarks_table_was_generated(name):
 
 def test_the_results_were_generated():
     text = README.split("<!-- results: python -m benchmarks.table -->")[1].split("<!-- end of results -->")[0]
-    assert re.findall(r"\| `(dvc exp run[^`]*)` \|", text) == [" ".join(table.command(point)) for point in table.POINTS]
+    rows = read_json(ROOT / table.RESULTS)
+    assert [row["command"] for row in rows] == [" ".join(table.command(point)) for point in table.POINTS]
+    assert text.strip() == table.table(rows)
 
 
 def test_the_leaderboard_is_what_was_measured(monkeypatch):
