@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.bos import Bos
@@ -27,7 +28,7 @@ def generate(
         refuses the prompt; and the number of tokens that were generated.
     """
     rows, generated = [], 0
-    for prompt in prompts:
+    for prompt in tqdm(prompts, desc="prompts", unit="prompt"):
         encoded, refused = encodings(tokenizer, bos, prompt)
         row = {"prompt": prompt}
         for form, ids in encoded.items():

@@ -1,11 +1,14 @@
 """The numbers of the page as rows of CSV files."""
 
 import csv
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.experiments.details import Details
+from stages.evaluation.measurement import Better
+from stages.evaluation.statistics import mcnemar
+from stages.experiments.details import Details, Scores
 from stages.experiments.page.content import costs
 from stages.experiments.page.group import Group
 from stages.experiments.page.repeats import repeat_difference_rows, repeat_rows
@@ -107,4 +110,16 @@ def _difference(group: Group, metric: Metric, details: Details, other: Details |
             "high": high,
             "count": estimate.count,
             "verdict": verdict(metric, estimate),
+            **_flips(metric, details.scores, other.scores if other else group.dense),
         }
+
+
+def _flips(metric: Metric, ours: Scores, theirs: Scores) -> Row:
+    """Of a task, how many of its rows the other alone, and the experiment alone, answers rightly, with McNemar's exact test of these."""
+    here, there = (scores.rows.get(metric.name, {}).get(metric.metric) for scores in (ours, theirs))
+    if metric.kind != "task" or here is None or there is None:
+        return {}
+    lost, gained = (sum(map(compare, here, there)) for compare in (operator.lt, operator.gt))
+    if metric.better == Better.LOWER:
+        lost, gained = gained, lost
+    return {"lost": lost, "gained": gained, "p_value": mcnemar(lost, gained)}

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from scipy.stats import binomtest
 
 from stages.errors import SparsesweepError
 from stages.experiments.details import of_dense
@@ -142,5 +143,9 @@ def test_tables_hold_every_number(groups, tmp_path):
     headlines = {"corpus/wikipedia/perplexity": "ratio", "corpus/wikipedia/mean_kld": "difference", "mean/tasks/accuracy": "difference"}
     assert {metric: of_metric[metric]["is"] for metric in headlines} == headlines
     first = of_metric["corpus/wikipedia/perplexity"]
-    assert first["verdict"] == "worse"
+    assert (first["verdict"], first["lost"]) == ("worse", "")
+    (task, *_) = [row for metric, row in of_metric.items() if metric.startswith("task/")]
+    lost, gained = int(task["lost"]), int(task["gained"])
+    assert gained - lost == round(float(task["value"]) * int(task["count"]))
+    assert float(task["p_value"]) == pytest.approx(binomtest(lost, lost + gained).pvalue)
     assert float(first["low"]) < float(first["value"]) < float(first["high"])
