@@ -40,6 +40,8 @@ def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # there is none to draw: on the meta device that would import compilers for seconds
     model.initialize_weights()  # computes the buffers
     return model
 
