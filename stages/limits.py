@@ -39,7 +39,7 @@ def rows_of(task: Facts) -> str:
     if rows >= available:
         return f"all {rows:,} rows" if rows > 1 else "its only row"
     scored = f"{rows:,} of {available:,} rows"
-    return f"first {scored}" if task["parts"] == 1 else f"{scored}, the first of each of its {task['parts']} tasks"
+    return f"first {scored}" if task.get("parts", 1) == 1 else f"{scored}, the first of each of its {task['parts']} tasks"
 
 
 def short(task: Facts) -> str:

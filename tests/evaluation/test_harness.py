@@ -11,7 +11,7 @@ from stages.checkpoint.model import Apply, load_model
 from stages.checkpoint.reader import Checkpoint
 from stages.comparison.paired import paired_generations
 from stages.errors import CheckpointError, ConfigError, TextError
-from stages.evaluation.generation import generate, require_prompts
+from stages.evaluation.generation import encodings, generate, require_prompts
 from stages.evaluation.harness import WholeModel
 from stages.evaluation.questions import stock_definition
 from stages.evaluation.results import Results
@@ -167,11 +167,12 @@ def test_prompts_that_the_model_cannot_continue_are_refused():
         require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 5)
     with pytest.raises(TextError, match=r'evaluation.generations.prompts, "": found no token \(raw\), wanted at least one to continue'):
         require_prompts(tokenizer, tiny.NO_BOS, ["river", ""], 400)
-    tokens = len(tokenizer.encode("river stone", add_special_tokens=False))
-    require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=8 - tokens, context_length=8)
-    found = rf"found {tokens} tokens \(raw\) and evaluation.generations.new_tokens={9 - tokens}"
-    with pytest.raises(TextError, match=f"{found}, wanted at most the model's context of 8 together"):
-        require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=9 - tokens, context_length=8)
+    raw, chat = (len(tokens) for tokens in encodings(tokenizer, tiny.NO_BOS, "river stone")[0].values())
+    assert raw < chat
+    require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=5, context_length=chat + 5)
+    found = rf"found {chat} tokens \(chat\) and evaluation.generations.new_tokens=6"
+    with pytest.raises(TextError, match=f"{found}, wanted at most the model's context of {chat + 5} together"):
+        require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=6, context_length=chat + 5)
 
 
 def test_a_prompt_that_the_chat_template_refuses_is_continued_raw_and_says_why_not_the_other(base, caplog):

@@ -42,7 +42,7 @@ def experiment(name: str, perplexity: float, seed: int = 0, method: str = "wanda
 def test_experiments_of_one_protocol_stand_in_one_table_best_first():
     shown = text([experiment("worse", 30.0), experiment("better", 20.0)], [], commands=False)
     title, _, header, _, *rows = shown.rstrip().split("\n")
-    texts = "scored on news, 512 tokens in windows of 128, 4 of 30 windows"
+    texts = "scored on news, 512 tokens in windows of 128, 4 of 30 windows, none begun with BOS"
     accuracy = "accuracy: the mean over tasks, every task alike; tasks, with their rows: boolq (20 of 3270), piqa (20)"
     assert title == f"org/model; {texts}; {accuracy}; the dense model has 10.00"
     assert header.split() == [
@@ -88,7 +88,8 @@ def test_the_dense_model_has_its_error_where_that_can_be_read():
 def test_columns_are_of_the_first_corpus_and_others_are_named():
     corpora = {**PROTOCOL["corpora"], "wiki": PROTOCOL["corpora"]["news"], "chat": PROTOCOL["corpora"]["news"]}
     title = text([experiment("a", 20.0, corpora=corpora)], [], commands=False).splitlines()[0]
-    assert "scored on news, 512 tokens in windows of 128, 4 of 30 windows (make compare has wiki and chat, too); " in title
+    scored = "scored on news, 512 tokens in windows of 128, 4 of 30 windows, none begun with BOS"
+    assert f"{scored} (make compare has wiki and chat, too); " in title
 
 
 def test_experiments_of_another_protocol_stand_apart_with_the_reason():

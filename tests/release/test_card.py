@@ -158,12 +158,12 @@ def test_the_card_has_valid_metadata_and_the_measured_numbers(written):
 
 def test_the_card_says_what_was_not_scored(written):
     content, card = written().content, written()
-    assert "| perplexity, news, 18432 tokens in windows of 1024, the first 18 of 301 windows |" in content
+    assert "| perplexity, news, 18432 tokens in windows of 1024, the first 18 of 301 windows, none begun with BOS |" in content
     assert "| boolq, first 20 of 3,270 rows, zero-shot, accuracy |" in content
     assert "Only the first 20 rows of each task were scored: the error bars are wide.\n" in content
     assert "\nOf news, the first 18 of 301 windows were scored.\n" in content
     assert {result.dataset_name for result in card.data.eval_results} == {
-        "news, 18432 tokens in windows of 1024, the first 18 of 301 windows",
+        "news, 18432 tokens in windows of 1024, the first 18 of 301 windows, none begun with BOS",
         "boolq, first 20 of 3,270 rows, zero-shot",
     }
 

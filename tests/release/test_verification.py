@@ -188,13 +188,14 @@ def test_a_matrix_outside_the_bounds_of_its_allocation_is_found(base, tmp_path, 
 def test_a_weight_more_in_one_matrix_of_an_allocation_and_one_less_in_another_are_found(base, tmp_path):
     changes = allocated(base)
     rows = [deltas.row(name, change.mask) for name, change in changes.items()]
-    first, second = changes[Q].mask, changes[Q.replace("layers.0", "layers.1")].mask
-    first[0, -1], second[0, 0] = False, True
+    for name, column, kept in ((Q, -1, False), (Q.replace("layers.1", "layers.0"), 0, True)):
+        mask = changes[name].mask
+        mask[0, column] = kept
+        changes[name] = Change(mask=mask)
     given = {row["tensor"]: row["asked"] for row in rows}
     rows = [deltas.row(name, change.mask) | {"asked": given[name]} for name, change in changes.items()]
     release, delta = written(tmp_path, deltas.recipe(base=base.fingerprint, allocation=OWL), changes, base, rows)
-    zeros = next(row["zeros"] for row in rows if row["tensor"] == Q)
-    with pytest.raises(ReleaseError, match=f"{Q}: found {zeros} pruned weights in the mask, wanted {zeros - 1} as the allocation gave it"):
+    with pytest.raises(ReleaseError, match="q_proj.weight: found 767 pruned weights in the mask, wanted 768 as the allocation gave it"):
         verify(release, base, delta)
 
 

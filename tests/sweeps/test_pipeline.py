@@ -25,7 +25,7 @@ def test_a_target_needs_what_it_reads_from_in_order():
     for target in ("evaluate_sparse", "publish"):  # text of one's own is refused before the base is downloaded
         assert stages_of(target, ROOT / "dvc.yaml")[0].name == "fetch_text"
     assert [stage.name for stage in stages_of("publish", ROOT / "dvc.yaml")][-1] == "publish"
-    prune = STAGES[-2]
+    prune = STAGES[-3]
     assert prune.inputs == {"artifacts/base": "fetch_base", "artifacts/calibration": "sample", "artifacts/statistics": "observe"}
     assert "stages/prune.py" in prune.code
 
