@@ -24,6 +24,7 @@ from stages.evaluation.metrics import shown_measurements
 from stages.files import DENSE_RESULTS, PRUNE_RESULTS, SPARSE_RESULTS, read_json, write_json
 
 README, RESULTS, MEASUREMENTS = Path("README.md"), Path("benchmarks/table.json"), "details/measurements.json"
+PROTOCOL = ("corpora", "bos", "tasks", "evaluation")  # what of it the table says
 COSTS = ("seconds", "peak_memory_gib", "device", "dtype", "code")  # of the prune stage's record
 MODEL = "SmolLM2-135M-Instruct (a 4-bit GGUF file, Q4_1, dequantised to bfloat16)"
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- end of results -->"
@@ -77,15 +78,32 @@ def the_default_afterwards() -> Iterator[None]:
 def row(point: str) -> dict[str, Any]:
     """What the workspace holds after a point was run."""
     frontier, *_ = read_json(SPARSE_RESULTS / "frontier.json")
-    record = read_json(PRUNE_RESULTS / "provenance.json")
+    record, protocol = read_json(PRUNE_RESULTS / "provenance.json"), read_json(SPARSE_RESULTS / "details/protocol.json")
     return {
         **frontier,
         "command": " ".join(command(point)),
-        "measured": [one for one in read_json(SPARSE_RESULTS / MEASUREMENTS) if one["name"] in (frontier["corpus"], "tasks")],
-        "dense": [one for one in read_json(DENSE_RESULTS / MEASUREMENTS) if one["name"] in (frontier["corpus"], "tasks")],
-        "protocol": read_json(SPARSE_RESULTS / "details/protocol.json"),
+        "measured": of_columns(read_json(SPARSE_RESULTS / MEASUREMENTS), frontier["corpus"]),
+        "dense": of_columns(read_json(DENSE_RESULTS / MEASUREMENTS), frontier["corpus"]),
+        "protocol": {key: protocol[key] for key in PROTOCOL},
         "prune": {key: record[key] for key in COSTS},
     }
+
+
+def of_columns(measurements: list[dict[str, Any]], corpus: str) -> list[dict[str, Any]]:
+    """The measurements that have a column."""
+    known = shown_measurements()
+    return [
+        one
+        for one in measurements
+        if one["style"] == "raw"
+        and (
+            one["name"] == "tasks"
+            and one["metric"] == "accuracy"
+            or one["name"] == corpus
+            and one["metric"] in known
+            and known[one["metric"]].heading
+        )
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
