@@ -112,8 +112,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     dense = {measured.metric: measured for measured in from_rows(rows[0]["dense"])}
     corpus, windows = next(iter(protocol["corpora"].items()))
     some = limits.windows_of(protocol, corpus)
-    known = {one.metric for one in from_rows(rows[0]["measured"])}
-    shown = [one for metric, one in shown_measurements().items() if one.heading and metric in known]
+    known = shown_measurements()
+    shown = [known[one["metric"]] for one in rows[0]["measured"] if one["metric"] in known and known[one["metric"]].heading]
     headings = ["method", "pattern", "sparsity", *(one.heading for one in shown), *ACCURACY, "seconds", "peak memory", "command"]
     cells = [of_dense(one, dense) for one in shown]
     lines = [
