@@ -311,7 +311,7 @@ def test_a_second_text_stands_beside_the_first_with_its_own_share():
     assert quality.summary(rows, SMOLLM2)[2].startswith("| 50% | 0 | 30.00 / 25.00 | 20.00 / 10.00 | 0.50 / 0.25 | 0.63 / 0.43 |")
     text = quality.table(rows, SMOLLM2)
     assert "\n| RIA | 40.00 |" in text
-    assert "100 tokens of wikipedia in windows of 10 (dense 10.00) / 100 tokens of wikipedia_long in windows of 10 (dense 5.00)" in text
+    assert "100 tokens of wikipedia in windows of 10, none begun with BOS (dense 10.00) / 100 tokens of wikipedia_long in windows" in text
     assert "| 0 | 20.00 / 10.00 | 20.00 / 10.00 | 2.00 / 2.00 | 0.50 / 0.25 | 0.63 / 0.43 |" in quality.full_table(rows)
 
 
@@ -320,7 +320,9 @@ def test_each_model_has_a_table_of_its_own_points():
     smollm2, gemma3 = quality.tables({point: row(point, 30.0)}).split(f"**{GEMMA3.label}**")
     assert "Nothing is measured yet." in smollm2 and SMOLLM2.label in smollm2
     assert "\n| ADMM | **30.00** |" in gemma3
-    assert f"## {GEMMA3.label}\n\n### 50%\n\n| method" in quality.full_table({point: row(point, 30.0)})
+    full = quality.full_table({point: row(point, 30.0)})
+    assert f"## {GEMMA3.label}\n\nPerplexity on 100 tokens of wikipedia" in full
+    assert "none begun with BOS (dense 10.00).\n\n### 50%\n\n| method" in full
 
 
 def test_seconds_are_compared_with_the_mean_of_all_that_sparsegpt_took():
