@@ -1,5 +1,6 @@
 """A sweep on this machine, in a worktree: nothing twice, nothing lost by a kill, and nothing that git does not know."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,10 +76,10 @@ def test_a_point_that_fails_is_named_with_its_reason_and_its_log_and_the_others_
 
 @pytest.fixture()
 def planned():
-    """A plan of three points whose devices are these."""
+    """A plan of points whose devices are these."""
 
-    def make(*devices: str) -> Plan:
-        params = [{"prune": {"device": device}, "evaluation": {"device": device}} for device in devices]
+    def make(*devices: str, processes: int = 1) -> Plan:
+        params = [{"prune": {"device": device, "processes": processes}, "evaluation": {"device": device}} for device in devices]
         points = tuple(Point(index=i, name=str(i), overrides=(), varied=(), params=of) for i, of in enumerate(params))
         return Plan(sweep=None, points=points, results={}, after={point.name: frozenset() for point in points}, seconds={})
 
@@ -98,8 +99,23 @@ def test_a_point_gets_one_card_where_there_is_one_and_it_would_use_it(planned, d
     assert local.cards_of_each(planned(*devices), Resources(gpus=gpus), cards, at_once) == each
 
 
+@pytest.mark.parametrize(("devices", "cards", "each"), [(["cpu", "auto"], 8, 4), (["cpu"], 8, 0), (["auto"], 0, 0)])
+def test_a_point_of_several_processes_gets_a_card_for_each(planned, devices, cards, each):
+    names = [str(card) for card in range(cards)]
+    assert local.cards_of_each(planned(*devices, processes=4), Resources(), names, 1) == each
+
+
+def test_fewer_cards_than_a_point_has_processes_are_refused(planned):
+    message = "resources.gpus: found 2, wanted null, 0, or at least 4: prune.processes of a point are as many"
+    with pytest.raises(ConfigError, match=message):
+        local.cards_of_each(planned("auto", processes=4), Resources(gpus=2), ["0", "1", "2", "3"], 1)
+    with pytest.raises(ConfigError, match=r"1 points at once: found 2 GPUs, wanted 4 for each: lower --jobs, --gpus or prune.processes"):
+        local.cards_of_each(planned("auto", processes=4), Resources(), ["0", "1"], 1)
+    assert local.cards_of_each(planned("auto", processes=4), Resources(gpus=0), ["0", "1"], 1) == 0
+
+
 def test_more_points_at_once_than_cards_are_refused(planned):
-    with pytest.raises(ConfigError, match="3 points at once: found 2 GPUs, wanted 1 for each: lower --jobs or --gpus"):
+    with pytest.raises(ConfigError, match="3 points at once: found 2 GPUs, wanted 1 for each: lower --jobs, --gpus or"):
         local.cards_of_each(planned("auto"), Resources(), ["0", "1"], 3)
 
 
@@ -111,23 +127,27 @@ def test_the_cards_are_those_that_the_user_lets_us_see(monkeypatch):
 
 
 def test_no_two_points_have_the_same_card_at_once(planned, monkeypatch):
+    """Of four points each waits within its work for another to be at work, too."""
+    both = threading.Barrier(2, timeout=20)
     in_use: list[str] = []
     seen = []
 
     def work(task):
-        assert task.cards not in in_use
         in_use.append(task.cards)
-        seen.append(task.cards)
+        both.wait()
+        seen.append(sorted(in_use))
+        both.wait()
         in_use.remove(task.cards)
         return local.Outcome(name=task.name, error=None)
 
     monkeypatch.setattr(local.worker, "run", work)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    plan = planned("auto", "auto", "auto")
+    plan = planned("auto", "auto", "auto", "auto")
     facts = {"overrides": (), "target": "t", "origin": "o", "revision": "r", "directory": "d", "cache": "c", "share": False, "threads": 1}
     tasks = {point.name: local.Task(name=point.name, cards=None, **facts) for point in plan.points}
     outcomes = list(local.run(plan, tasks, Resources(), at_once=2))
-    assert {outcome.name for outcome in outcomes} == {"0", "1", "2"}
-    assert set(seen) <= {"3", "5"}
-    list(local.run(planned("cpu"), tasks, Resources(), at_once=1))
-    assert seen[-1] == ""
+    assert {outcome.name for outcome in outcomes} == {"0", "1", "2", "3"}
+    assert seen == [["3", "5"]] * 4
+    monkeypatch.setattr(local.worker, "run", lambda task: local.Outcome(name=task.cards, error=None))
+    (outcome,) = local.run(planned("cpu"), tasks, Resources(), at_once=1)
+    assert outcome.name == ""
