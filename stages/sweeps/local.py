@@ -25,9 +25,10 @@ def tasks(points: Sequence[Point], target: str, resources: Resources, revision: 
     """The tasks of points for workers that reach this clone and its cache, by name.
 
     Args:
-        share: whether each goes to the DVC remote, too, when it is done.
+        share: whether each goes to the DVC remote, too, when it is done, if there is one.
     """
     with Repo() as repo:
+        share = share and "remote" in repo.config["core"]  # else the team has one cache
         cache, configuration = str(repo.cache.local_cache_dir), repo.config.read("local")
         remotes = repo.config["remote"]  # paths of them are relative to this clone in its files, and absolute here
     configuration["remote"] = {name: {**configuration.get("remote", {}).get(name, {}), "url": of["url"]} for name, of in remotes.items()}
@@ -47,12 +48,6 @@ def tasks(points: Sequence[Point], target: str, resources: Resources, revision: 
             configuration=configuration,
         )
     return made
-
-
-def has_remote() -> bool:
-    """Whether a DVC remote is configured to which data goes by default."""
-    with Repo() as repo:
-        return "remote" in repo.config["core"]
 
 
 def gpus_of_each(plan: Plan, resources: Resources, *, available: bool) -> int:

@@ -1,13 +1,16 @@
 """A sweep on this machine, in a worktree: nothing twice, nothing lost by a kill, and nothing that git does not know."""
 
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from stages import sweep
 from stages.errors import ConfigError
-from stages.sweeps import local
+from stages.sweeps import command, local
 from stages.sweeps.file import Resources
 from stages.sweeps.plan import Plan, Point
 
@@ -69,6 +72,95 @@ def test_a_point_that_fails_is_named_with_its_reason_and_its_log_and_the_others_
     log = Path(output.split("its log: ")[1].split("\n")[0])
     assert "$ dvc exp run --pull --allow-missing --name fails-0.4-" in log.read_text()
     assert "\nfails-0.3-" in output
+
+
+# Sharing.
+
+
+def test_an_experiment_whose_files_were_not_sent_is_not_named_and_the_same_command_sends_both(project, tmp_path):
+    points = project.write("shared.yaml", SWEEP.replace("0.5, 0.6", "0.7"))
+    files = project.root.parent / "remote/files"
+    files.write_text("nothing can be written below it")
+    code, output = project.sweep(points, "--share").finished()
+    assert code == 1
+    assert "dvc push --run-cache exited with" in output
+    assert project.experiments("ls-remote", "origin") == set()
+    files.unlink()
+    code, output = project.sweep(points, "--share").finished()
+    assert code == 0, output
+    assert "computed nothing" in output
+    (name,) = project.experiments("ls-remote", "origin")
+    assert name.startswith("shared-")
+    lock = project.git("show", f"{project.git('ls-remote', 'origin', f'refs/exps/*/{name}').split()[0]}:dvc.lock")
+    assert {one["md5"] for stage in yaml.safe_load(lock)["stages"].values() for one in stage["outs"]} <= objects(files)
+    second = replace(project, root=tmp_path / "second")
+    project.git("clone", "-q", str(project.root.parent / "origin.git"), str(second.root))
+    for share, listed in ([], "0 there already, 1 to run"), (["--share"], "1 there already, 0 to run"):
+        code, output = second.sweep(points, "--dry-run", *share).finished()
+        assert code == 0, output
+        assert f"1 points: {listed}" in output
+
+
+def objects(files: Path) -> set[str]:
+    """The hashes of the files of a DVC remote or cache."""
+    return {"".join(path.parts[-2:]) for path in (files / "md5").glob("??/*")}
+
+
+def test_a_remote_by_which_nobody_can_share_is_refused(project):
+    points, remote = project.write("refused.yaml", SWEEP), project.root.parent / "remote"
+    moved = remote.rename(remote.with_name("unmounted"))
+    code, output = project.sweep(points, "--share").finished()
+    moved.rename(remote)
+    assert code == 1
+    assert f"error: remote shared: found no directory {remote}, wanted one that is there: is its disk mounted?" in output
+
+
+def test_a_team_that_has_one_cache_and_no_remote_shares_by_it(project, tmp_path):
+    first, second, origin = (tmp_path / name for name in ("first", "second", "origin.git"))
+    project.git("clone", "-q", "--bare", str(project.root.parent / "origin.git"), str(origin))
+    cache = tmp_path / "cache"
+    for root in (first, second):
+        project.git("clone", "-q", str(origin), str(root))
+        if root == first:
+            config = first / ".dvc/config"
+            config.write_text(config.read_text().partition("['remote")[0].replace("    remote = shared\n", ""))
+            project.git("-C", str(first), "commit", "-q", "-a", "-m", "One cache")
+            project.git("-C", str(first), "push", "-q", "origin", "main")
+        (root / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    points = project.write("one_cache.yaml", SWEEP.replace("0.5, 0.6", "0.5"))
+    code, output = replace(project, root=first).sweep(points, "--share").finished()
+    assert code == 0, output
+    code, output = replace(project, root=second).sweep(points, "--share").finished()
+    assert code == 0, output
+    assert "1 there already, 0 to run" in output
+    code, output = replace(project, root=first).sweep(points, "--address", "127.0.0.1:1").finished()
+    assert code == 1
+    assert "error: --address: found 'no DVC remote but a shared cache', wanted a DVC remote: each node has a cache of its own" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--jobs", "2", "--ray"], "--jobs: found 2, wanted none with --ray: the cluster's processors and GPUs say how many run at once"),
+        (["--jobs", "2", "--address", "a:1"], "--jobs: found 2, wanted none with --address"),
+        (["--jobs", "2", "--slurm", "out"], "--jobs: found 2, wanted none with --slurm: SLURM says how many run at once"),
+        (["--jobs", "2", "--point", "0"], "--jobs: found 2, wanted none with --point: one is run"),
+        (["--node-directory", "a", "--ray"], "--node-directory: found 'a', wanted none without --address: points of this machine"),
+        (["--jobs", "0"], "--jobs: found 0, wanted 1 or more"),
+    ],
+)
+def test_an_option_that_says_nothing_of_how_points_run_is_refused(options, message, tmp_path):
+    points = tmp_path / "points.yaml"
+    points.write_text(SWEEP)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        command.run(sweep._parser().parse_args([str(points), *options]))
+
+
+def test_a_search_goes_without_jobs(tmp_path):
+    points = tmp_path / "points.yaml"
+    points.write_text("search: {parameter: pattern.sparsity, low: 0.2, high: 0.8, metric: perplexity, limit: 2.5, points: 3}\n")
+    with pytest.raises(ConfigError, match="--jobs: found 2, wanted none with a search: each of its points waits for the one before"):
+        command.run(sweep._parser().parse_args([str(points), "-j", "2"]))
 
 
 # Cards.
