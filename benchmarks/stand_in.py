@@ -49,6 +49,7 @@ def make(directory: Path) -> Path:
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False), encoding="utf8")
     (root / "dvc.lock").write_text("schema: '2.0'\n", encoding="utf8")
     _git(root, "init", "--quiet", "--initial-branch", "main")
+    (directory / "remote").mkdir()
     (root / ".dvc/config").write_text(CONFIG.format(remote=directory / "remote"), encoding="utf8")
     _git(root, "add", "--all")
     _git(root, "commit", "--quiet", "--message", "A project that waits")

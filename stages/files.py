@@ -96,7 +96,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     lock_directory = path.with_name(f".{path.name}-scratch")
     scratch = lock_directory / "files"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(lock_directory / "lock", path):
+    with locked(lock_directory / "lock", path):
         try:
             _empty(lock_directory)
             scratch.mkdir()
@@ -115,8 +115,17 @@ def _empty(lock_directory: Path) -> None:
             remove(entry)
 
 
-def _locked(file: Path, path: Path) -> TextIO:
-    """Open a lock file and lock it exclusively; closing it releases the lock."""
+def locked(file: Path, path: Path) -> TextIO:
+    """Open a lock file and lock it exclusively; closing it releases the lock. Who has the lock may remove the file.
+
+    A second run waits for the first and logs this.
+
+    Args:
+        path: what the lock is for, named in messages.
+
+    Raises:
+        SparsesweepError: the file system has no locks.
+    """
     while True:
         with suppress(FileExistsError):
             file.parent.mkdir()

@@ -2,6 +2,7 @@
 
 python -m stages.share                    all of them: git references, files and run records
 python -m stages.share wanda-50 wanda-60  these
+python -m stages.share --repair           also rehashes what the remote has of them, and replaces what is damaged there
 """
 
 import argparse
@@ -15,9 +16,10 @@ from stages.sharing.sending import share
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.share", description="Share the evaluated experiments of this clone.")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="which; default: all that were evaluated")
-    names = parser.parse_args().experiments
+    parser.add_argument("--repair", action="store_true", help="also rehash what the remote has of them, and replace what is damaged")
+    arguments = parser.parse_args()
     try:
-        for line in share(*read_experiments(), names):
+        for line in share(*read_experiments(), arguments.experiments, repair=arguments.repair):
             print(line, flush=True)
     except SparsesweepError as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from stages.errors import SparsesweepError
-from stages.sweeps.command import run
+from stages.sweeps.command import JOBS, NODE_DIRECTORY, run
 
 
 def main() -> None:
@@ -35,18 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--address", metavar="HOST:PORT", help="on a Ray cluster that is there")
     where.add_argument("--slurm", type=Path, metavar="OUT", help="write a script for sbatch")
     where.add_argument("--point", metavar="N", help="run one point, by its number or name in --dry-run")
-    parser.add_argument("--jobs", "-j", type=int, default=1, metavar="N", help="points at once on this machine, default: %(default)s")
+    parser.add_argument("--jobs", "-j", type=int, metavar="N", help=f"points at once on this machine, default: {JOBS}")
     parser.add_argument("--share", action="store_true", help="push each point to the git remote and the DVC remote when it is done")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of each point; default: the file's, or one where there is one")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of each point; default: the file's, or as many as processes")
     parser.add_argument("--cpus", type=int, metavar="N", help="processors of each point; default: the file's, or 1")
     parser.add_argument("--memory", type=float, metavar="GIB", help="host memory of each point; default: the file's, or not declared")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of each process; default: the file's, or as many as processors")
     parser.add_argument("--revision", metavar="COMMIT", help="of the code that the points run; default: the current commit")
     parser.add_argument(
         "--node-directory",
-        default="~/.cache/sparsesweep",
         metavar="DIR",
-        help="with --address: for each node's cache and clones, default: %(default)s",
+        help=f"with --address: for each node's cache and clones, default: {NODE_DIRECTORY}",
     )
     return parser
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages import devices
-from stages.errors import ConfigError
+from stages.errors import ConfigError, SparsesweepError
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
@@ -23,6 +23,14 @@ def test_a_cpu_computes_in_float32_and_an_old_gpu_in_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert devices.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert devices.choose_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+def test_a_gpu_without_memory_is_an_error_that_names_the_key_to_lower():
+    message = r"^the GPU is out of memory with prune.micro_batch = 8; lower it \(CUDA out of memory\)$"
+    with pytest.raises(SparsesweepError, match=message), devices.gpu_memory("prune.micro_batch", 8):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(RuntimeError, match="another error"), devices.gpu_memory("prune.micro_batch", 8):
+        raise RuntimeError("another error")
 
 
 def test_a_cpu_is_called_by_its_name_where_the_system_tells_it(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import filecmp
+import hashlib
 import importlib.util
 import json
 import re
@@ -294,11 +295,80 @@ def test_a_file_that_is_damaged_on_the_remote_is_not_taken(team):
     lock = yaml.safe_load(team.first.run("git", "show", f"{commit_of(team.first, 'half')}:dvc.lock"))
     (oid,) = [entry["md5"] for entry in lock["stages"]["evaluate_sparse"]["outs"] if entry["path"] == "results/sparse/metrics.json"]
     stored = team.first.root.with_name("remote") / "files/md5" / oid[:2] / oid[2:]
-    stored.chmod(0o644)
-    stored.write_bytes(stored.read_bytes().replace(b"1", b"2"))
+    sound = stored.read_bytes()
+    damage(stored)
     output = team.receive(fails=True)
     assert re.search(rf"error: found that 1 of \d+ files did not come \({oid}\), wanted all; on the remote they are damaged", output)
     assert oid not in objects(team.second)
+    assert "there already: 2 experiments" in team.share()  # of the same size
+    assert ": 0 experiments, 1 files, " in team.share("--repair")
+    assert stored.read_bytes() == sound
+    assert stored.stat().st_mode & 0o777 == 0o444
+    assert "error" not in team.receive()
+    assert (team.second.root / ".dvc/cache/files/md5" / oid[:2] / oid[2:]).read_bytes() == sound
+
+
+@pytest.mark.parametrize("remote", REMOTES[:3])
+def test_what_is_cut_short_or_deleted_on_the_remote_is_sent_again(remote, sweep, tmp_path):
+    """A file whose directory's list is there, too: DVC's own push takes it to be there."""
+    for team in team_by(remote, sweep, tmp_path):
+        team.share()
+        cut, deleted = (object_of(team.first, f"artifacts/base/{name}") for name in ("config.json", "tokenizer.json"))
+        lines = [
+            "from dvc.repo import Repo",
+            "remote = Repo().cloud.get_remote_odb()",
+            f"remote.delete('{deleted}')",
+            f"remote.delete('{cut}')",
+            f"remote.fs.pipe_file(remote.oid_to_path('{cut}'), b'cut')",
+        ]
+        team.first.run(sys.executable, "-c", "; ".join(lines))
+        assert ": 0 experiments, 2 files, " in team.share()
+        assert ": 0 experiments, 0 files, " in team.share("--repair")
+
+
+def object_of(project: Project, path: str) -> str:
+    """The hash of a file that the workspace has."""
+    return hashlib.md5((project.root / path).read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def test_a_file_that_is_damaged_in_the_cache_is_not_sent(team):
+    oid = object_of(team.first, "artifacts/sparse/delta.json")
+    stored = team.first.root / ".dvc/cache/files/md5" / oid[:2] / oid[2:]
+    sound = stored.read_bytes()
+    damage(stored)
+    output = team.share(fails=True)
+    assert f"error: found 1 files damaged in the cache ({oid}), wanted to send sound ones; `make verify-cache`" in output
+    remote = team.first.root.with_name("remote") / "files/md5" / oid[:2] / oid[2:]
+    assert not remote.exists()
+    assert team.first.run("git", "ls-remote", "origin", "refs/exps/*") == ""
+    stored.chmod(0o644)
+    stored.write_bytes(sound)
+    stored.chmod(0o444)
+    team.share()
+    assert remote.read_bytes() == sound
+    damage(remote)
+    stored.unlink()
+    output = team.share("--repair", "sparser", fails=True)
+    assert f"error: found 1 files damaged on the remote, and not here ({oid}), wanted all sound; a member who has them" in output
+
+
+def damage(stored: Path) -> None:
+    """Change a file of a cache or remote as a disk does: neither its size nor its mode."""
+    before = stored.read_bytes()
+    stored.chmod(0o644)
+    stored.write_bytes(before.replace(b"1", b"2"))
+    stored.chmod(0o444)
+    assert stored.read_bytes() != before
+
+
+def test_run_records_that_were_not_sent_are_an_error_and_sent_the_next_time(team):
+    runs = team.first.root.with_name("remote") / "runs"
+    runs.write_text("DVC logs that it cannot write below a file, and goes on")
+    assert re.search(r"error: found that \d+ run records were not sent \(.*\), wanted all; share again", team.share(fails=True))
+    assert team.first.run("git", "ls-remote", "origin", "refs/exps/*") == ""
+    runs.unlink()
+    team.share()
+    assert files_in(runs) == files_in(team.first.root / ".dvc/cache/runs") != set()
 
 
 def test_what_no_experiment_names_is_cleaned_away_and_no_more(team):

@@ -4,18 +4,28 @@
 team set a remote they send nothing, and do not say so. Here it is the remote that is set now.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dvc.fs import FileSystem
+from dvc.fs.callbacks import TqdmCallback
 from dvc.repo import Repo
+from dvc_data.hashfile.db import HashFileDB
+from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.hash_info import HashInfo
+from tqdm import tqdm
 
 from stages.errors import SharingError
+from stages.experiments.files import DIRECTORY
 from stages.experiments.lock import read_lock
 from stages.files import read_json
+from stages.sharing.objects import RECORDS, md5
 
 SHOWN = 3  # how many hashes a message names
+REPAIR = "`python -m stages.share --repair`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +39,55 @@ class Brought:
         return f"{self.files} files, {self.size / 1e6:.1f} MB"
 
 
-def send(repo: Repo, commits: Sequence[str]) -> int:
-    """Send all outputs of commits; how many files were not there yet.
+def send(repo: Repo, commits: Sequence[str], *, repair: bool = False) -> int:
+    """Send the outputs of commits that the remote has not, or has in another size; how many were sent.
+
+    DVC's own push takes a file to be there if one of its name is, or the list of its directory, and does not look at what it sends.
+
+    Args:
+        repair: also rehash what the remote has of them, and replace what is damaged.
 
     Raises:
-        SharingError: a file was not sent, or is neither here nor there.
+        SharingError: a file was not sent; is damaged here; is neither here nor there; or is damaged there and not here.
         DvcException, OSError: the remote refuses.
     """
-    outputs = _outputs(commits, Path())
-    hashes = outputs | _members(repo, {one for one in outputs if _path(repo, one).exists()})
+    hashes = _sound_outputs(repo, commits)
     here = {one for one in hashes if _path(repo, one).exists()}
-    there = set(repo.cloud.get_remote_odb(None, "push").list_oids_exists({_oid(one) for one in hashes - here}))
-    if lost := sorted(_oid(one) for one in hashes - here if _oid(one) not in there):
+    remote = repo.cloud.get_remote_odb(None, "push")
+    there = _there(remote, hashes)
+    if lost := sorted(_oid(one) for one in hashes - here - there.keys()):
         advice = "running the experiment again writes them"
         raise SharingError(f"found {len(lost)} files neither here nor on the remote ({_named(lost)}), wanted all; {advice}")
-    result = repo.cloud.push(here)
-    if result.failed:
-        raise SharingError(f"found that {len(result.failed)} files were not sent, wanted all; share again, which sends what is left")
-    return len(result.transferred)
+    damaged = {one for one in here & there.keys() if there[one] != _path(repo, one).stat().st_size}
+    if repair:
+        damaged |= _damaged(remote, there.keys() - damaged)
+    wanted = here & (damaged | (hashes - there.keys()))
+    _require_sound(repo, wanted)
+    for one in wanted & damaged:
+        with suppress(FileNotFoundError):  # another member replaces it, too
+            remote.delete(_oid(one))
+    sent = _transfer(repo, remote, wanted)
+    if left := sorted(_oid(one) for one in damaged - here):
+        advice = f"a member who has them replaces them by {REPAIR}"
+        raise SharingError(f"found {len(left)} files damaged on the remote, and not here ({_named(left)}), wanted all sound; {advice}")
+    return sent
+
+
+def send_records(repo: Repo) -> int:
+    """Send DVC's records of runs; how many. DVC itself logs that one was not sent, and goes on.
+
+    Raises:
+        SharingError: a record was not sent.
+        DvcException, OSError: the remote refuses.
+    """
+    cache, remote = repo.cache.legacy, repo.cloud.get_remote_odb(None, "push", hash_name=repo.cache.legacy.hash_name)
+    listed = [Path(RECORDS, key[:2], key, value) for key, value in repo.stage_cache.push(None)]
+    names = [name for name in listed if Path(cache.path, name).exists()]  # without what a run that goes on has renamed meanwhile
+    found = _sizes(remote.fs, [remote.fs.join(remote.path, *name.parts) for name in names])
+    if lost := [name.name for name, size in zip(names, found, strict=True) if size != Path(cache.path, name).stat().st_size]:
+        advice = "share again, which sends what is left"
+        raise SharingError(f"found that {len(lost)} run records were not sent ({_named(lost)}), wanted all; {advice}")
+    return len(names)
 
 
 def bring(repo: Repo, commits: Sequence[str], path: Path) -> Brought:
@@ -68,9 +109,59 @@ def _pull(repo: Repo, hashes: set[HashInfo]) -> set[HashInfo]:
     result = repo.cloud.pull(hashes)
     came: set[HashInfo] = result.transferred
     if missing := sorted(_oid(one) for one in hashes if not _path(repo, one).exists()):
-        advice = "on the remote they are damaged or not there: the member who ran it shares it again"
+        advice = f"on the remote they are damaged or not there: a member who has them replaces them by {REPAIR}"
         raise SharingError(f"found that {len(missing)} of {len(hashes)} files did not come ({_named(missing)}), wanted all; {advice}")
     return came
+
+
+def _sound_outputs(repo: Repo, commits: Sequence[str]) -> set[HashInfo]:
+    """All outputs of commits, and the files of those directories whose lists are here, none of them damaged."""
+    outputs = _outputs(commits, Path())
+    lists = {one for one in outputs if one.isdir and _path(repo, one).exists()}
+    _require_sound(repo, lists)
+    return outputs | _members(repo, lists)
+
+
+def _there(remote: HashFileDB, hashes: set[HashInfo]) -> dict[HashInfo, int]:
+    """The sizes [bytes] of those files that are on the remote."""
+    found = zip(hashes, _sizes(remote.fs, [remote.oid_to_path(_oid(one)) for one in hashes]), strict=True)
+    return {one: size for one, size in found if size is not None}
+
+
+def _sizes(fs: FileSystem, paths: Sequence[str]) -> list[int | None]:
+    """The size [bytes] of each path on a remote; None of one that is not there."""
+    found: list[int | None] = []
+    for info in fs.info(list(paths), return_exceptions=True):
+        if isinstance(info, Exception) and not isinstance(info, FileNotFoundError | NotADirectoryError):
+            raise info
+        found.append(None if isinstance(info, Exception) else info["size"])
+    return found
+
+
+def _damaged(remote: HashFileDB, hashes: Set[HashInfo]) -> set[HashInfo]:
+    """Those of a remote's files that are not what their names say; all of them are read."""
+    listed = list(hashes)
+    with ThreadPoolExecutor(remote.fs.jobs) as threads:
+        digests = threads.map(lambda one: file_md5(remote.oid_to_path(_oid(one)), remote.fs), listed)
+        rehashed = tqdm(zip(listed, digests, strict=True), total=len(listed), desc="rehashing the remote", unit="file")
+        return {one for one, digest in rehashed if digest != _digest_of(one)}
+
+
+def _require_sound(repo: Repo, hashes: Iterable[HashInfo]) -> None:
+    """Refuse files of the cache that are not what their names say."""
+    if damaged := sorted(_oid(one) for one in hashes if md5(_path(repo, one)) != _digest_of(one)):
+        advice = "`make verify-cache` says of what they are, and how they come again"
+        raise SharingError(f"found {len(damaged)} files damaged in the cache ({_named(damaged)}), wanted to send sound ones; {advice}")
+
+
+def _transfer(repo: Repo, remote: HashFileDB, hashes: set[HashInfo]) -> int:
+    """Send files of the cache that are not on the remote, the list of a directory after the files in it; how many were sent."""
+    cache = repo.cache.local
+    with TqdmCallback(desc="sending", unit="file") as bar:  # without DVC's index of the remote, which would say what was there once
+        result = repo.cloud.transfer(cache, remote, hashes, cache_odb=cache, callback=bar)
+    if result.failed:
+        raise SharingError(f"found that {len(result.failed)} files were not sent, wanted all; share again, which sends what is left")
+    return len(result.transferred)
 
 
 def _outputs(commits: Sequence[str], path: Path) -> set[HashInfo]:
@@ -91,6 +182,11 @@ def _path(repo: Repo, one: HashInfo) -> Path:
 
 def _oid(one: HashInfo) -> str:
     return str(one.value)
+
+
+def _digest_of(one: HashInfo) -> str:
+    """The MD5 [hex] that a file has by its name."""
+    return _oid(one).removesuffix(DIRECTORY)
 
 
 def _named(hashes: list[str]) -> str:

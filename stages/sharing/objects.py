@@ -51,7 +51,7 @@ def damaged(cache: Path) -> tuple[list[Damaged], int, int]:
     found = []
     bar = tqdm(total=sum(outputs.values()), desc="rehashing", unit="B", unit_scale=True)
     with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for path, digest in zip(outputs, threads.map(_digest, outputs), strict=True):
+        for path, digest in zip(outputs, threads.map(md5, outputs), strict=True):
             bar.update(outputs[path])
             if digest is not None and digest != (path.parent.name + path.name).removesuffix(DIRECTORY):
                 found.append(Damaged(path=path, found=digest))
@@ -59,7 +59,7 @@ def damaged(cache: Path) -> tuple[list[Damaged], int, int]:
     return found, len(outputs) + len(records), sum(outputs.values())
 
 
-def _digest(path: Path) -> str | None:
+def md5(path: Path) -> str | None:
     """The MD5 [hex] of a file; None if it is gone."""
     try:
         with path.open("rb") as file:
@@ -103,7 +103,7 @@ def drop(cache: Path, found: Iterable[Damaged]) -> list[str]:
     """
     wanted = {one.oid for one in found}
     named = [(oid, Path(path)) for oid, path in _entries(cache, _workspace()) if oid in wanted and not oid.endswith(DIRECTORY)]
-    linked = [path for oid, path in named if path.is_file() and _digest(path) != oid]
+    linked = [path for oid, path in named if path.is_file() and md5(path) != oid]
     for path in (*linked, *(one.path for one in found)):
         path.unlink(missing_ok=True)
     return [str(path) for path in linked]
@@ -127,5 +127,5 @@ def _entries(cache: Path, lock: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         oid, path = entry["md5"], entry["path"]
         yield oid, path
         listed = cache / OUTPUTS / oid[:2] / oid[2:]
-        if oid.endswith(DIRECTORY) and _digest(listed) == oid.removesuffix(DIRECTORY):
+        if oid.endswith(DIRECTORY) and md5(listed) == oid.removesuffix(DIRECTORY):
             yield from ((file["md5"], f"{path}/{file['relpath']}") for file in read_json(listed))

@@ -7,20 +7,22 @@ from dvc.repo import Repo
 from stages.errors import SharingError
 from stages.experiments.exporting import selected
 from stages.experiments.reading import Experiment, Missing
-from stages.sharing.files import send
+from stages.schema import require
+from stages.sharing.files import send, send_records
 from stages.sharing.references import Reference, counted, of_clone, of_origin
 from stages.sharing.remote import Remotes, checked, project
 
 
-def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: Sequence[str]) -> Iterator[str]:
+def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: Sequence[str], *, repair: bool = False) -> Iterator[str]:
     """Share experiments, and say what was sent and what was there already. What an interruption left out is sent the next time.
 
     Args:
-        experiments, missing: as `read_experiments` reads them. names: which to share; none: all of them.
+        experiments, missing: as `read_experiments` reads them. names: which to share; none: all of them. repair: also rehash what the
+            remote has of them, and replace what is damaged.
 
     Raises:
-        SharingError: there is none; a remote cannot be shared by, or fails; or another experiment of the same name is there, after the
-            others were sent.
+        SharingError: there is none; a remote cannot be shared by, or fails; a file is damaged here; or another experiment of the same name
+            is there, after the others were sent.
         ConfigError: an experiment is not there or was not evaluated.
     """
     chosen = [one for one in selected(list(experiments), list(missing), list(names)) if one.revision is not None]
@@ -35,7 +37,7 @@ def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: 
         there = {reference.path: reference for reference in of_origin(remotes.git)}
         diverged = [one for one in ours if one.path in there and there[one.path].commit != one.commit]
         sent = [one for one in ours if one not in diverged]
-        files = _send_files(repo, remotes, sent)
+        files = _send_files(repo, remotes, sent, repair=repair)
         paths = [one.path for one in sent]
         pushed = repo.experiments.push(remotes.git, paths, push_cache=False) if paths else {}  # without a path DVC takes all of HEAD's
     if late := set(pushed.get("diverged", [])):  # another member has pushed since
@@ -47,13 +49,13 @@ def share(experiments: Sequence[Experiment], missing: Sequence[Missing], names: 
         raise SharingError("; ".join(_divergence(one, remotes) for one in diverged))
 
 
-def _send_files(repo: Repo, remotes: Remotes, sent: Sequence[Reference]) -> str:
+def _send_files(repo: Repo, remotes: Remotes, sent: Sequence[Reference], *, repair: bool) -> str:
     """Send files and run records before the references, which then name nothing that is not there; what was sent, in words."""
     if remotes.dvc is None:
+        require(not repair, "--repair", "no DVC remote but a shared cache", "a remote; `make verify-cache` rehashes the cache")
         return ""
-    files = send(repo, [one.commit for one in sent])
-    records = repo.stage_cache.push(None)
-    return f", {files} files, {len(records)} run records (sent each time)"
+    files = send(repo, [one.commit for one in sent], repair=repair)
+    return f", {files} files, {send_records(repo)} run records (sent each time)"
 
 
 def _report(remotes: Remotes, sent: Sequence[Reference], there: set[Reference], files: str) -> Iterator[str]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ConfigError, SparsesweepError
-from stages.sweeps import running, worker
+from stages.sweeps import local, running, worker
 from stages.sweeps.file import Resources
-from stages.sweeps.local import uses_gpu
 from stages.sweeps.plan import Plan, Point
 from stages.sweeps.worker import Outcome, Task
 
@@ -72,10 +71,8 @@ def cluster(ray: Any, address: str | None) -> Iterator[None]:
 
 
 def gpus_of_each(ray: Any, plan: Plan, resources: Resources) -> int:
-    """GPUs of each point: as declared; else one, if the cluster has any and the point would use it."""
-    if resources.gpus is not None:
-        return resources.gpus
-    return int(ray.cluster_resources().get("GPU", 0) > 0 and any(map(uses_gpu, plan.to_run)))
+    """GPUs of each point, see local.gpus_of_each; available where the cluster has any."""
+    return local.gpus_of_each(plan, resources, available=ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def run(ray: Any, plan: Plan, tasks: dict[str, Task], resources: Resources) -> Iterator[Outcome]:

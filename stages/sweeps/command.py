@@ -10,6 +10,7 @@ from stages.experiments import table
 from stages.experiments.reading import Experiment, Missing, read_experiments
 from stages.schema import require
 from stages.sharing.references import of_origin
+from stages.sharing.remote import checked, project
 from stages.sweeps import cluster, git, local, search, slurm, worker
 from stages.sweeps.file import Resources, Search, Sweep, read_sweep
 from stages.sweeps.plan import Plan, Point, plan, points_of, summary, text
@@ -18,6 +19,14 @@ from stages.sweeps.search import Step
 from stages.sweeps.worker import Outcome, Task
 
 REMOTE = "origin"
+JOBS = 1
+NODE_DIRECTORY = "~/.cache/sparsesweep"
+WITHOUT_JOBS = {  # option -> why it goes without --jobs
+    "ray": "the cluster's processors and GPUs say how many run at once",
+    "address": "the cluster's processors and GPUs say how many run at once",
+    "slurm": "SLURM says how many run at once",
+    "point": "one is run",
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,23 +39,25 @@ def run(arguments: argparse.Namespace) -> int:
         SparsesweepError: the sweep cannot start.
     """
     sweep = read_sweep(arguments.file)
-    resources = _resources(sweep.resources, arguments)
+    _require_used(sweep, arguments)
+    arguments.jobs = JOBS if arguments.jobs is None else arguments.jobs
     require(arguments.jobs >= 1, "--jobs", arguments.jobs, "1 or more")
+    resources = _resources(sweep.resources, arguments)
     if sweep.search is not None:
         return _search(sweep, sweep.search, resources, arguments)
     revision = _revision(arguments)
-    if arguments.dry_run:
-        print(text(plan(sweep, read_experiments()[0], revision), at_once=arguments.jobs))
-        return 0
     share = arguments.share or arguments.address is not None
-    if share:
-        _require_shared(revision)
+    if share and not arguments.dry_run:
+        _require_shared(revision, elsewhere=arguments.address is not None)
     if arguments.point is not None:
         return _one_point(sweep, arguments.point, resources, revision, share=share)
     if share:
         git.fetch_experiments(REMOTE, [point.name for point in points_of(sweep)])
     read = read_experiments()
     made = plan(sweep, read[0], revision)
+    if arguments.dry_run:
+        print(text(made, at_once=arguments.jobs))
+        return 0
     if arguments.slurm is not None:
         return _script(made, resources, arguments.slurm, revision, share=share)
     _say(summary(made, at_once=None if arguments.ray or arguments.address else arguments.jobs))
@@ -62,13 +73,14 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
     require(alone, "--slurm, --point", "one of them", "neither: each point of a search waits for the one before")
     optuna = search.client()
     revision = _revision(arguments)
+    share = arguments.share or arguments.address is not None
+    if share and not arguments.dry_run:
+        _require_shared(revision, elsewhere=arguments.address is not None)
+    if share:
+        git.fetch_experiments(REMOTE, [one.name for one in of_origin(REMOTE) if one.name.startswith(f"{sweep.name}-")])
     if arguments.dry_run:
         print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None, revision))))
         return 0
-    share = arguments.share or arguments.address is not None
-    if share:
-        _require_shared(revision)
-        git.fetch_experiments(REMOTE, [one.name for one in of_origin(REMOTE) if one.name.startswith(f"{sweep.name}-")])
 
     def run_point(made: Plan) -> Sequence[Experiment]:
         for outcome in progress(made, _outcomes(made, resources, arguments, revision, share=share), say=_say):
@@ -101,16 +113,35 @@ def _resources(declared: Resources, arguments: argparse.Namespace) -> Resources:
     return resources
 
 
-def _require_shared(revision: str) -> None:
-    """Refuse to share what others cannot clone, or without a DVC remote for the data."""
+def _require_used(sweep: Sweep, arguments: argparse.Namespace) -> None:
+    """Refuse options that say nothing of how the points of this sweep run."""
+    reasons = {f"--{option}": reason for option, reason in WITHOUT_JOBS.items() if getattr(arguments, option)}
+    if sweep.search is not None:
+        reasons["a search"] = "each of its points waits for the one before"
+    for way, reason in reasons.items():
+        require(arguments.jobs is None, "--jobs", arguments.jobs, f"none with {way}: {reason}")
+    used = arguments.node_directory is None or arguments.address is not None
+    wanted = f"none without --address: points of this machine have their clones in {local.DIRECTORY}"
+    require(used, "--node-directory", arguments.node_directory, wanted)
+
+
+def _require_shared(revision: str, *, elsewhere: bool) -> None:
+    """Refuse to share what others cannot clone, or by remotes by which nobody can share.
+
+    Args:
+        elsewhere: whether the points run on machines that have no cache in common.
+    """
     git.require_at(REMOTE, revision)
-    require(local.has_remote(), "dvc remote", "no default remote", "one for data and run records: `dvc remote add -d NAME URL`, committed")
+    with project() as repo:
+        remotes = checked(repo, writable=not elsewhere)  # the nodes write there, with credentials of their own
+    shared = remotes.dvc is not None or not elsewhere
+    require(shared, "--address", "no DVC remote but a shared cache", "a DVC remote: each node has a cache of its own")
 
 
 def _outcomes(plan: Plan, resources: Resources, arguments: argparse.Namespace, revision: str, *, share: bool) -> Iterator[Outcome]:
     tasks = local.tasks(plan.to_run, plan.sweep.target, resources, revision, share=share)
     if arguments.address is not None:
-        tasks = _elsewhere(tasks, arguments.node_directory)
+        tasks = _elsewhere(tasks, arguments.node_directory or NODE_DIRECTORY)
     elif share:
         tasks = {name: replace(task, origin=git.url(REMOTE)) for name, task in tasks.items()}
     if not (arguments.ray or arguments.address):

@@ -35,8 +35,8 @@ MOST_STEPS = 20  # of a search: each halves the interval, to a millionth by then
 class Resources:
     """What each point may use.
 
-    gpus: whole cards; None: one where there is one, unless its devices are cpu. cpus: processors. memory_gib: host memory [GiB]; None:
-    not declared. threads: of each process, OMP_NUM_THREADS; None: as many as cpus.
+    gpus: whole cards; None: where there are any, as many as prune has processes, and none if its devices are cpu. cpus: processors.
+    memory_gib: host memory [GiB]; None: not declared. threads: of each process, OMP_NUM_THREADS; None: as many as cpus.
     """
 
     gpus: int | None = None

@@ -1,6 +1,10 @@
-"""What a sweep asks git: whether what the points need is committed, and what of it an experiment has."""
+"""What a sweep asks git: whether what the points need is committed, and what of it an experiment has.
+
+python -m stages.sweeps.git && dvc exp run --queue ...    refuses new files, which DVC leaves out of a queued run without a word
+"""
 
 import subprocess
+import sys
 from collections.abc import Sequence
 
 from stages.errors import ConfigError, SparsesweepError
@@ -28,6 +32,16 @@ def require_committed(paths: Sequence[str] = NEEDED) -> str:
             f"found {files}, wanted them committed: each point runs in a clone of the commit; `git add` and `git commit`"
         )
     return output("git", "rev-parse", "HEAD").strip()
+
+
+def require_known(paths: Sequence[str] = NEEDED) -> None:
+    """Refuse files that git does not know: DVC's queue runs experiments without them, in copies of what git knows.
+
+    Raises:
+        SparsesweepError: names all of them.
+    """
+    if new := output("git", "ls-files", "--others", "--exclude-standard", "--", *paths).splitlines():
+        raise SparsesweepError(f"found {', '.join(new)}, wanted git to know them: a queued run is without them; `git add`")
 
 
 def commit_of(revision: str) -> str:
@@ -66,3 +80,14 @@ def fetch_experiments(remote: str, names: Sequence[str]) -> None:
 def url(remote: str) -> str:
     """Where a git remote is."""
     return output("git", "remote", "get-url", remote).strip()
+
+
+def main() -> None:
+    try:
+        require_known()
+    except SparsesweepError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import torch
 from dvc.repo import Repo
 
 from stages.errors import ConfigError
+from stages.schema import require
 from stages.sweeps import running, worker
 from stages.sweeps.file import Resources
 from stages.sweeps.plan import Plan, Point
@@ -24,9 +25,10 @@ def tasks(points: Sequence[Point], target: str, resources: Resources, revision: 
     """The tasks of points for workers that reach this clone and its cache, by name.
 
     Args:
-        share: whether each goes to the DVC remote, too, when it is done.
+        share: whether each goes to the DVC remote, too, when it is done, if there is one.
     """
     with Repo() as repo:
+        share = share and "remote" in repo.config["core"]  # else the team has one cache
         cache, configuration = str(repo.cache.local_cache_dir), repo.config.read("local")
         remotes = repo.config["remote"]  # paths of them are relative to this clone in its files, and absolute here
     configuration["remote"] = {name: {**configuration.get("remote", {}).get(name, {}), "url": of["url"]} for name, of in remotes.items()}
@@ -48,15 +50,25 @@ def tasks(points: Sequence[Point], target: str, resources: Resources, revision: 
     return made
 
 
-def has_remote() -> bool:
-    """Whether a DVC remote is configured to which data goes by default."""
-    with Repo() as repo:
-        return "remote" in repo.config["core"]
+def gpus_of_each(plan: Plan, resources: Resources, *, available: bool) -> int:
+    """How many GPUs each point gets: as declared; else, where GPUs are available, as many as the point that uses most.
+
+    Raises:
+        ConfigError: fewer are declared than a point has processes on GPUs.
+    """
+    most = max(map(used_gpus, plan.to_run), default=0)
+    if resources.gpus is None:
+        return most if available else 0
+    fits = resources.gpus == 0 or resources.gpus >= most
+    require(fits, "resources.gpus", resources.gpus, f"null, 0, or at least {most}: prune.processes of a point are as many, each on its own")
+    return resources.gpus
 
 
-def uses_gpu(point: Point) -> bool:
-    """Whether a point computes on a GPU where there is one."""
-    return any(point.params[section]["device"] != "cpu" for section in ("prune", "evaluation"))
+def used_gpus(point: Point) -> int:
+    """On how many GPUs a point computes where there are any: one for each process of prune; evaluation takes one."""
+    evaluation = int(point.params["evaluation"]["device"] != "cpu")
+    prune = point.params["prune"]
+    return evaluation if prune["device"] == "cpu" else prune["processes"]
 
 
 def visible_cards() -> list[str]:
@@ -69,13 +81,12 @@ def cards_of_each(plan: Plan, resources: Resources, cards: Sequence[str], at_onc
     """How many cards each point gets, so that no two share one.
 
     Raises:
-        ConfigError: there are not as many.
+        ConfigError: there are not as many; or see gpus_of_each.
     """
-    wanted = resources.gpus
-    if wanted is None:
-        wanted = int(bool(cards) and any(map(uses_gpu, plan.to_run)))
+    wanted = gpus_of_each(plan, resources, available=bool(cards))
     if wanted * at_once > len(cards):
-        raise ConfigError(f"{at_once} points at once: found {len(cards)} GPUs, wanted {wanted} for each: lower --jobs or --gpus")
+        advice = "lower --jobs, --gpus or prune.processes"
+        raise ConfigError(f"{at_once} points at once: found {len(cards)} GPUs, wanted {wanted} for each: {advice}")
     return wanted
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stages.errors import ConfigError
 from stages.sweeps.file import Resources
-from stages.sweeps.local import DIRECTORY, uses_gpu
+from stages.sweeps.local import DIRECTORY, gpus_of_each
 from stages.sweeps.plan import Plan, Point
 
 LOGS = (DIRECTORY / "slurm-%A_%a.out").as_posix()
@@ -19,11 +19,11 @@ def with_gpus(plan: Plan, resources: Resources) -> Resources:
     """The same with the number of GPUs, which must be declared where points may use one: SLURM's nodes cannot be seen from here.
 
     Raises:
-        ConfigError: it is not declared.
+        ConfigError: it is not declared; or see local.gpus_of_each.
     """
-    if resources.gpus is None and any(map(uses_gpu, plan.to_run)):
-        raise ConfigError("resources.gpus: found null, wanted how many GPUs of SLURM's each point gets: --gpus 1, or 0 for none")
-    return replace(resources, gpus=resources.gpus or 0)
+    if resources.gpus is None and (most := gpus_of_each(plan, resources, available=True)):
+        raise ConfigError(f"resources.gpus: found null, wanted how many GPUs of SLURM's each point gets: --gpus {most}, or 0 for none")
+    return replace(resources, gpus=gpus_of_each(plan, resources, available=False))
 
 
 def script(plan: Plan, resources: Resources, revision: str, path: Path, *, share: bool) -> str:

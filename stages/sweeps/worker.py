@@ -1,11 +1,10 @@
 """Run one point in a clone of its own, which any machine can do that has git, this environment and a place for the data.
 
 The clone of a point stays until its experiment has been handed over. So a point that was interrupted, by whatever, goes on where its
-stages' journals left off when it is run again on the same machine. This module reads nothing but what it is told, and imports nothing of
-the project, so that a cluster can be sent it.
+stages' journals left off when it is run again on the same machine. This module reads nothing but what it is told, and imports of the
+project nothing that imports torch: a cluster is sent the package.
 """
 
-import fcntl
 import io
 import os
 import re
@@ -21,6 +20,8 @@ from typing import Any
 
 import psutil
 from dvc.config import Config
+
+from stages.files import locked
 
 TAIL = 12  # lines of a log that tell why a point failed
 PAUSE = 1.0  # seconds between two looks at what still runs in a clone
@@ -84,8 +85,7 @@ def run(task: Task) -> Outcome:
             return Outcome(name=task.name, error=str(error), stages=_executed(log), seconds=time.monotonic() - started)
         stages = _executed(log)
         shutil.rmtree(clone)
-    for leftover in (log, clone.with_suffix(clone.suffix + ".lock")):
-        leftover.unlink(missing_ok=True)
+        log.unlink()
     return Outcome(name=task.name, error=None, stages=stages, seconds=time.monotonic() - started)
 
 
@@ -113,12 +113,19 @@ class _Shell:
 
 @contextmanager
 def _alone(clone: Path) -> Iterator[None]:
-    """Wait until no other worker, and nothing that a killed one left behind, runs in a clone."""
-    with clone.with_suffix(clone.suffix + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        while _processes_in(clone):
-            time.sleep(PAUSE)
-        yield
+    """Wait until no other worker, and nothing that a killed one left behind, runs in a clone.
+
+    Raises:
+        SparsesweepError: the file system has no locks.
+    """
+    file = clone.with_suffix(clone.suffix + ".lock")
+    with locked(file, clone):
+        try:
+            while _processes_in(clone):
+                time.sleep(PAUSE)
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # before the lock is released: who waits for it opens another
 
 
 def _processes_in(directory: Path) -> list[int]:
@@ -151,6 +158,8 @@ def _prepare(task: Task, clone: Path, shell: _Shell) -> None:
     if clone.is_dir():
         shell("git", "remote", "set-url", "origin", task.origin)  # it was another, if the run before was shared and this one is not
         shell("git", "fetch", "-q", "origin")
+        if not shell.succeeds("git", "cat-file", "-e", f"{task.revision}^{{commit}}"):  # on no branch, as in a worktree
+            shell("git", "fetch", "-q", "origin", task.revision)
     else:
         part = clone.with_suffix(clone.suffix + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -176,12 +185,15 @@ def _experiment(task: Task, shell: _Shell) -> None:
 
 
 def _hand_over(task: Task, shell: _Shell) -> None:
-    """Give the experiment to the origin. Where another gave it the same point meanwhile, the last one stays: both are whole."""
+    """Give the experiment to the origin. Where another gave it the same point meanwhile, the last one stays: both are whole.
+
+    Its files go to the DVC remote first: `dvc exp push` would name them before they are there, and leave it so if sending them failed.
+    """
+    reference = _reference(task)
     if task.share:
-        shell("dvc", "exp", "push", "--force", "--run-cache", "origin", task.name)
-    else:
-        reference = _reference(task)
-        shell("git", "push", "-q", "--force", "origin", f"{reference}:{reference}")
+        shell("git", "checkout", "-q", "--force", "--detach", reference)  # an earlier run may have recorded it
+        shell("dvc", "push", "--run-cache")
+    shell("git", "push", "-q", "--force", "origin", f"{reference}:{reference}")
 
 
 def _reference(task: Task) -> str:

@@ -134,8 +134,9 @@ class _Ray:
         return {"GPU": sum(node.get("GPU", 0) for node in self.resources)}
 
 
-def _plan(device: str) -> Plan:
-    point = Point(index=0, name="a", overrides=(), varied=(), params={"prune": {"device": device}, "evaluation": {"device": device}})
+def _plan(device: str, processes: int = 1) -> Plan:
+    params = {"prune": {"device": device, "processes": processes}, "evaluation": {"device": device}}
+    point = Point(index=0, name="a", overrides=(), varied=(), params=params)
     return Plan(sweep=None, points=(point,), results={}, after={"a": frozenset()}, seconds={})
 
 
@@ -150,6 +151,10 @@ def _plan(device: str) -> Plan:
 )
 def test_a_point_has_one_gpu_where_the_cluster_has_any_and_it_would_use_it(nodes, device, declared, gpus):
     assert cluster.gpus_of_each(_Ray(*nodes), _plan(device), Resources(gpus=declared)) == gpus
+
+
+def test_a_point_of_several_processes_has_a_gpu_for_each():
+    assert cluster.gpus_of_each(_Ray({"GPU": 4}), _plan("auto", processes=4), Resources()) == 4
 
 
 def test_a_point_that_no_single_node_can_take_is_refused():

@@ -40,6 +40,16 @@ def test_new_and_changed_files_are_named_and_ignored_ones_are_not(repository):
         git.require_committed()
 
 
+def test_files_of_which_git_does_not_know_are_refused_before_a_queue_and_changed_ones_are_not(repository):
+    (repository / "conf/a.yaml").write_text("a: 2\n")
+    (repository / "conf/staged.yaml").write_text("")
+    output("git", "add", "conf/staged.yaml")
+    git.main()
+    (repository / "conf/new.yaml").write_text("")
+    with pytest.raises(SystemExit, match="error: found conf/new.yaml, wanted git to know them: a queued run is without them; `git add`"):
+        git.main()
+
+
 def test_a_commit_that_others_cannot_clone_is_refused(repository):
     commit = git.require_committed()
     with pytest.raises(SparsesweepError, match=f"found commit {commit[:12]} on no branch of origin, .*`git push origin`"):

@@ -1,12 +1,16 @@
 """A sweep on this machine, in a worktree: nothing twice, nothing lost by a kill, and nothing that git does not know."""
 
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from stages import sweep
 from stages.errors import ConfigError
-from stages.sweeps import local
+from stages.sweeps import command, local
 from stages.sweeps.file import Resources
 from stages.sweeps.plan import Plan, Point
 
@@ -70,15 +74,104 @@ def test_a_point_that_fails_is_named_with_its_reason_and_its_log_and_the_others_
     assert "\nfails-0.3-" in output
 
 
+# Sharing.
+
+
+def test_an_experiment_whose_files_were_not_sent_is_not_named_and_the_same_command_sends_both(project, tmp_path):
+    points = project.write("shared.yaml", SWEEP.replace("0.5, 0.6", "0.7"))
+    files = project.root.parent / "remote/files"
+    files.write_text("nothing can be written below it")
+    code, output = project.sweep(points, "--share").finished()
+    assert code == 1
+    assert "dvc push --run-cache exited with" in output
+    assert project.experiments("ls-remote", "origin") == set()
+    files.unlink()
+    code, output = project.sweep(points, "--share").finished()
+    assert code == 0, output
+    assert "computed nothing" in output
+    (name,) = project.experiments("ls-remote", "origin")
+    assert name.startswith("shared-")
+    lock = project.git("show", f"{project.git('ls-remote', 'origin', f'refs/exps/*/{name}').split()[0]}:dvc.lock")
+    assert {one["md5"] for stage in yaml.safe_load(lock)["stages"].values() for one in stage["outs"]} <= objects(files)
+    second = replace(project, root=tmp_path / "second")
+    project.git("clone", "-q", str(project.root.parent / "origin.git"), str(second.root))
+    for share, listed in ([], "0 there already, 1 to run"), (["--share"], "1 there already, 0 to run"):
+        code, output = second.sweep(points, "--dry-run", *share).finished()
+        assert code == 0, output
+        assert f"1 points: {listed}" in output
+
+
+def objects(files: Path) -> set[str]:
+    """The hashes of the files of a DVC remote or cache."""
+    return {"".join(path.parts[-2:]) for path in (files / "md5").glob("??/*")}
+
+
+def test_a_remote_by_which_nobody_can_share_is_refused(project):
+    points, remote = project.write("refused.yaml", SWEEP), project.root.parent / "remote"
+    moved = remote.rename(remote.with_name("unmounted"))
+    code, output = project.sweep(points, "--share").finished()
+    moved.rename(remote)
+    assert code == 1
+    assert f"error: remote shared: found no directory {remote}, wanted one that is there: is its disk mounted?" in output
+
+
+def test_a_team_that_has_one_cache_and_no_remote_shares_by_it(project, tmp_path):
+    first, second, origin = (tmp_path / name for name in ("first", "second", "origin.git"))
+    project.git("clone", "-q", "--bare", str(project.root.parent / "origin.git"), str(origin))
+    cache = tmp_path / "cache"
+    for root in (first, second):
+        project.git("clone", "-q", str(origin), str(root))
+        if root == first:
+            config = first / ".dvc/config"
+            config.write_text(config.read_text().partition("['remote")[0].replace("    remote = shared\n", ""))
+            project.git("-C", str(first), "commit", "-q", "-a", "-m", "One cache")
+            project.git("-C", str(first), "push", "-q", "origin", "main")
+        (root / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    points = project.write("one_cache.yaml", SWEEP.replace("0.5, 0.6", "0.5"))
+    code, output = replace(project, root=first).sweep(points, "--share").finished()
+    assert code == 0, output
+    code, output = replace(project, root=second).sweep(points, "--share").finished()
+    assert code == 0, output
+    assert "1 there already, 0 to run" in output
+    code, output = replace(project, root=first).sweep(points, "--address", "127.0.0.1:1").finished()
+    assert code == 1
+    assert "error: --address: found 'no DVC remote but a shared cache', wanted a DVC remote: each node has a cache of its own" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--jobs", "2", "--ray"], "--jobs: found 2, wanted none with --ray: the cluster's processors and GPUs say how many run at once"),
+        (["--jobs", "2", "--address", "a:1"], "--jobs: found 2, wanted none with --address"),
+        (["--jobs", "2", "--slurm", "out"], "--jobs: found 2, wanted none with --slurm: SLURM says how many run at once"),
+        (["--jobs", "2", "--point", "0"], "--jobs: found 2, wanted none with --point: one is run"),
+        (["--node-directory", "a", "--ray"], "--node-directory: found 'a', wanted none without --address: points of this machine"),
+        (["--jobs", "0"], "--jobs: found 0, wanted 1 or more"),
+    ],
+)
+def test_an_option_that_says_nothing_of_how_points_run_is_refused(options, message, tmp_path):
+    points = tmp_path / "points.yaml"
+    points.write_text(SWEEP)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        command.run(sweep._parser().parse_args([str(points), *options]))
+
+
+def test_a_search_goes_without_jobs(tmp_path):
+    points = tmp_path / "points.yaml"
+    points.write_text("search: {parameter: pattern.sparsity, low: 0.2, high: 0.8, metric: perplexity, limit: 2.5, points: 3}\n")
+    with pytest.raises(ConfigError, match="--jobs: found 2, wanted none with a search: each of its points waits for the one before"):
+        command.run(sweep._parser().parse_args([str(points), "-j", "2"]))
+
+
 # Cards.
 
 
 @pytest.fixture()
 def planned():
-    """A plan of three points whose devices are these."""
+    """A plan of points whose devices are these."""
 
-    def make(*devices: str) -> Plan:
-        params = [{"prune": {"device": device}, "evaluation": {"device": device}} for device in devices]
+    def make(*devices: str, processes: int = 1) -> Plan:
+        params = [{"prune": {"device": device, "processes": processes}, "evaluation": {"device": device}} for device in devices]
         points = tuple(Point(index=i, name=str(i), overrides=(), varied=(), params=of) for i, of in enumerate(params))
         return Plan(sweep=None, points=points, results={}, after={point.name: frozenset() for point in points}, seconds={})
 
@@ -98,8 +191,23 @@ def test_a_point_gets_one_card_where_there_is_one_and_it_would_use_it(planned, d
     assert local.cards_of_each(planned(*devices), Resources(gpus=gpus), cards, at_once) == each
 
 
+@pytest.mark.parametrize(("devices", "cards", "each"), [(["cpu", "auto"], 8, 4), (["cpu"], 8, 0), (["auto"], 0, 0)])
+def test_a_point_of_several_processes_gets_a_card_for_each(planned, devices, cards, each):
+    names = [str(card) for card in range(cards)]
+    assert local.cards_of_each(planned(*devices, processes=4), Resources(), names, 1) == each
+
+
+def test_fewer_cards_than_a_point_has_processes_are_refused(planned):
+    message = "resources.gpus: found 2, wanted null, 0, or at least 4: prune.processes of a point are as many"
+    with pytest.raises(ConfigError, match=message):
+        local.cards_of_each(planned("auto", processes=4), Resources(gpus=2), ["0", "1", "2", "3"], 1)
+    with pytest.raises(ConfigError, match=r"1 points at once: found 2 GPUs, wanted 4 for each: lower --jobs, --gpus or prune.processes"):
+        local.cards_of_each(planned("auto", processes=4), Resources(), ["0", "1"], 1)
+    assert local.cards_of_each(planned("auto", processes=4), Resources(gpus=0), ["0", "1"], 1) == 0
+
+
 def test_more_points_at_once_than_cards_are_refused(planned):
-    with pytest.raises(ConfigError, match="3 points at once: found 2 GPUs, wanted 1 for each: lower --jobs or --gpus"):
+    with pytest.raises(ConfigError, match="3 points at once: found 2 GPUs, wanted 1 for each: lower --jobs, --gpus or"):
         local.cards_of_each(planned("auto"), Resources(), ["0", "1"], 3)
 
 
@@ -111,23 +219,27 @@ def test_the_cards_are_those_that_the_user_lets_us_see(monkeypatch):
 
 
 def test_no_two_points_have_the_same_card_at_once(planned, monkeypatch):
+    """Of four points each waits within its work for another to be at work, too."""
+    both = threading.Barrier(2, timeout=20)
     in_use: list[str] = []
     seen = []
 
     def work(task):
-        assert task.cards not in in_use
         in_use.append(task.cards)
-        seen.append(task.cards)
+        both.wait()
+        seen.append(sorted(in_use))
+        both.wait()
         in_use.remove(task.cards)
         return local.Outcome(name=task.name, error=None)
 
     monkeypatch.setattr(local.worker, "run", work)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    plan = planned("auto", "auto", "auto")
+    plan = planned("auto", "auto", "auto", "auto")
     facts = {"overrides": (), "target": "t", "origin": "o", "revision": "r", "directory": "d", "cache": "c", "share": False, "threads": 1}
     tasks = {point.name: local.Task(name=point.name, cards=None, **facts) for point in plan.points}
     outcomes = list(local.run(plan, tasks, Resources(), at_once=2))
-    assert {outcome.name for outcome in outcomes} == {"0", "1", "2"}
-    assert set(seen) <= {"3", "5"}
-    list(local.run(planned("cpu"), tasks, Resources(), at_once=1))
-    assert seen[-1] == ""
+    assert {outcome.name for outcome in outcomes} == {"0", "1", "2", "3"}
+    assert seen == [["3", "5"]] * 4
+    monkeypatch.setattr(local.worker, "run", lambda task: local.Outcome(name=task.cards, error=None))
+    (outcome,) = local.run(planned("cpu"), tasks, Resources(), at_once=1)
+    assert outcome.name == ""

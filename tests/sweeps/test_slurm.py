@@ -29,8 +29,8 @@ echo 42
 """
 
 
-def planned(after: dict[str, set[str]], there: tuple[str, ...] = (), device: str = "cpu") -> Plan:
-    params = {"prune": {"device": device}, "evaluation": {"device": device}}
+def planned(after: dict[str, set[str]], there: tuple[str, ...] = (), device: str = "cpu", processes: int = 1) -> Plan:
+    params = {"prune": {"device": device, "processes": processes}, "evaluation": {"device": device}}
     points = tuple(Point(index=i, name=name, overrides=(), varied=(), params=params) for i, name in enumerate(after))
     waiting = {name: frozenset(names) for name, names in after.items() if name not in there}
     return Plan(sweep=_Named(), points=points, results=dict.fromkeys(there), after=waiting, seconds={})
@@ -78,6 +78,11 @@ def test_each_wave_is_submitted_after_the_one_before():
 def test_points_that_may_use_a_gpu_must_say_how_many():
     with pytest.raises(ConfigError, match="resources.gpus: found null, wanted how many GPUs of SLURM's each point gets: --gpus 1, or 0"):
         slurm.with_gpus(planned({"a": set()}, device="auto"), Resources())
+    several = planned({"a": set()}, device="auto", processes=4)
+    with pytest.raises(ConfigError, match="resources.gpus: found null, wanted .*: --gpus 4, or 0 for none"):
+        slurm.with_gpus(several, Resources())
+    with pytest.raises(ConfigError, match="resources.gpus: found 1, wanted null, 0, or at least 4: prune.processes of a point"):
+        slurm.with_gpus(several, Resources(gpus=1))
     assert slurm.with_gpus(planned({"a": set()}), Resources()).gpus == 0
     assert slurm.with_gpus(planned({"a": set()}, device="auto"), Resources(gpus=1)).gpus == 1
 

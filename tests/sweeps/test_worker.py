@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -54,18 +55,40 @@ def test_credentials_in_the_address_of_the_origin_are_in_no_log(task, tmp_path):
 def test_a_clone_that_an_earlier_run_left_hands_over_to_the_origin_of_this_one(task, tmp_path):
     first, second, clone = (tmp_path / name for name in ("first", "second", "clone"))
     for origin in (first, second):
-        subprocess.run(["git", "init", "-q", "-b", "main", str(origin)], check=True)
-        (origin / ".dvc").mkdir()
+        (origin / ".dvc").mkdir(parents=True)
         (origin / ".dvc/config").write_text("")
-        author = ("-c", "user.name=a", "-c", "user.email=a@localhost")
-        subprocess.run(["git", *author, "add", "-A"], cwd=origin, check=True)
-        subprocess.run(["git", *author, "commit", "-q", "-m", origin.name], cwd=origin, check=True)
-    subprocess.run(["git", "clone", "-q", str(first), str(clone)], check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=second, check=True, capture_output=True, text=True).stdout.strip()
+        git(origin, "init", "-q", "-b", "main")
+        git(origin, "add", "-A")
+        git(origin, "commit", "-q", "-m", origin.name)
+    git(tmp_path, "clone", "-q", str(first), str(clone))
+    head = git(second, "rev-parse", "HEAD")
     with (tmp_path / "log").open("w") as log:
         asked = replace(task, origin=str(second), revision=head)
         worker._prepare(asked, clone, worker._Shell(clone, log, worker._environment(asked)))
-    assert subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, check=True, capture_output=True, text=True).stdout.strip() == head
+    assert git(clone, "rev-parse", "HEAD") == head
+    git(second, "checkout", "-q", "--detach")
+    git(second, "commit", "-q", "--allow-empty", "-m", "On no branch, as in a worktree")
+    detached = git(second, "rev-parse", "HEAD")
+    git(second, "checkout", "-q", "main")
+    with (tmp_path / "log").open("w") as log:
+        asked = replace(task, origin=str(second), revision=detached)
+        worker._prepare(asked, clone, worker._Shell(clone, log, worker._environment(asked)))
+    assert git(clone, "rev-parse", "HEAD") == detached
+
+
+def git(root: Path, *arguments: str) -> str:
+    author = ("-c", "user.name=a", "-c", "user.email=a@localhost")
+    return subprocess.run(["git", *author, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_files_are_sent_before_the_experiment_is_named(task):
+    said = []
+    worker._hand_over(replace(task, share=True), lambda *command: said.append(command))
+    assert said == [
+        ("git", "checkout", "-q", "--force", "--detach", f"refs/exps/aa/{'a' * 38}/point"),
+        ("dvc", "push", "--run-cache"),
+        ("git", "push", "-q", "--force", "origin", f"refs/exps/aa/{'a' * 38}/point:refs/exps/aa/{'a' * 38}/point"),
+    ]
 
 
 def test_what_a_killed_run_left_in_a_clone_is_waited_for(tmp_path, monkeypatch):
@@ -88,19 +111,35 @@ def test_what_a_killed_run_left_in_a_clone_is_waited_for(tmp_path, monkeypatch):
     waiting.join()
 
 
-def test_two_workers_never_have_one_clone(tmp_path):
-    clone, inside = tmp_path / "point", []
+def test_two_workers_never_have_one_clone(task, tmp_path, monkeypatch):
+    """The first removes the file of its lock: who waits for that one must not be in the clone with who makes another."""
+    lock, inside, most, ended = tmp_path / "work/point.lock", [], [], []
 
-    def enter() -> None:
-        with worker._alone(clone):
-            inside.append(1)
-            assert len(inside) == 1
-            time.sleep(0.1)
-            inside.pop()
+    def prepare(task, clone, shell) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        clone.mkdir()
+        time.sleep(0.3)
+        inside.pop()
 
-    threads = [threading.Thread(target=enter) for _ in range(3)]
-    for thread in threads:
+    monkeypatch.setattr(worker, "_processes_in", lambda _: [])
+    monkeypatch.setattr(worker, "_prepare", prepare)
+    for step in ("_experiment", "_hand_over"):
+        monkeypatch.setattr(worker, step, lambda *_: None)
+    threads = [threading.Thread(target=lambda: ended.append(worker.run(task))) for _ in range(4)]
+    for thread in threads[:3]:
         thread.start()
+    until(lambda: ended)  # and two wait, of which one enters
+    threads[3].start()
     for thread in threads:
         thread.join()
-    assert inside == []
+    assert most == [1, 1, 1, 1]
+    assert [outcome.error for outcome in ended] == [None] * 4
+    assert not lock.exists()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
