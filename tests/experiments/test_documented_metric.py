@@ -108,7 +108,7 @@ def test_it_has_a_row_in_the_model_card_and_its_metadata(documented):
     dense, sparse = measured(documented, "dense"), measured(documented, "wanda")
     (line,) = corpus_lines("wikipedia", "the text", {dense.key: dense}, {sparse.key: sparse})
     assert line.startswith("| share of next tokens found, the text | 0.889 ± ")
-    assert line.endswith("| -0.222 ± 0.000 |")
+    assert line.endswith("| -0.222 ± 0.000 [-0.222, -0.222] |")
     news = replace(sparse, name="news")
     card = metadata("small", Delta().recipe, RECORDS, VERIFIED, [*RECORDS.sparse, news])
     assert ("next_token", pytest.approx(0.6667)) in [(result.metric_type, result.metric_value) for result in card.eval_results]
