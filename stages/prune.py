@@ -45,6 +45,7 @@ from stages.pruning.learning import Outcome
 from stages.pruning.memory import delta_bytes, host_bytes, memory_budget
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, PatternSection
+from stages.pruning.permutable import permutable_blocks
 from stages.pruning.plan import Plan
 from stages.pruning.planning import Judgement, allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
@@ -120,7 +121,7 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, allocatio
     """What to do to every block, from the sections.
 
     Raises:
-        ConfigError, PruningError, ArchitectureError: see planning.plan_patterns.
+        ConfigError, ArchitectureError: see planning.plan_patterns. PruningError: see permutable_blocks.
         ArchitectureError: the blocks hand on more than hidden states, and the last ones are to be trained together; or several blocks
             multiply by a matrix, see Decoder.require_matrices_of_one_block.
     """
@@ -147,6 +148,7 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, allocatio
         reconstruction=training.each_block(reconstruction) if training.each_block else None,
         distillation=training.last_blocks(reconstruction, len(decoder.blocks)) if training.last_blocks else None,
         permutation_rounds=pattern.permutation_rounds,
+        permutable=None if pattern.permutation_rounds is None else permutable_blocks(decoder),
     )
 
 
