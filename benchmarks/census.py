@@ -3,11 +3,12 @@
 python -m benchmarks.census
 
 Small random checkpoints, made from the real configurations, go through the prune stage by every kind of method on a CPU. Writes
-docs/census.md, and the counts into README.md. Outcomes are kept in the scratch directory as they come, so that a run that was killed goes
-on; after a change of code, remove it.
+docs/census.md, and the counts into README.md. Outcomes are kept in the scratch directory as they come, by the code and the version of
+transformers, so that a run that was killed goes on.
 """
 
 import argparse
+import hashlib
 import logging
 import re
 import tempfile
@@ -19,17 +20,19 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from benchmarks.behaviour import write_rest
 from benchmarks.markers import show_between
 from stages import prune
 from stages.config.compose import read
 from stages.errors import ArchitectureError, CheckpointError, SparsesweepError
-from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, write_json
+from stages.files import BASE, PRUNE_JOURNAL, PRUNE_RESULTS, read_json, remove, sha256, write_json
 from stages.streaming.decoder import Decoder
-from tests.pruning.test_every_model_type import UNKNOWN
+from tests import small_models
 from tests.small_models import small
-from tests.streaming.test_every_model_type import NOT_MADE, TYPES, write
+from tests.streaming import test_every_model_type
+from tests.streaming.test_every_model_type import NO_DECODER, NOT_MADE, TYPES, write
 
 DOCUMENT, README = Path("docs/census.md"), Path("README.md")
 START, END = "<!-- census: python -m benchmarks.census -->", "<!-- end of census -->"
@@ -51,14 +54,14 @@ STATES = {  # -> how a count of types goes on, and the title of their section
 }
 SECTIONS = ("method", "pattern", "allocation", "reconstruction", "prune")
 ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-NO_DECODER = ("transformers knows no decoder language model", "it does not run on tokens alone")  # words of the reason
 ADVICE = "; this architecture is not supported"
+CODE = (Path(__file__), Path(small_models.__file__), Path(test_every_model_type.__file__))  # with that of the prune stage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", type=Path, default=Path(".cache/census"), help="keeps the outcomes")
-    scratch = parser.parse_args().scratch.absolute() / transformers.__version__
+    scratch = parser.parse_args().scratch.absolute() / f"{transformers.__version__}-{code_sha256()[:16]}"
     scratch.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")  # of models at their small sizes
     logging.disable(logging.WARNING)
@@ -73,19 +76,29 @@ def main() -> None:
     show_between(README, START, END, summary(outcomes))
 
 
+def code_sha256() -> str:
+    """Of the code and the choices that outcomes depend on."""
+    files = [*CODE, *sorted(Path("conf").rglob("*.yaml"))]
+    return hashlib.sha256("".join([prune.code_sha256(), *map(sha256, files)]).encode()).hexdigest()
+
+
 def outcome(kind: str) -> dict[str, str]:
     """What becomes of a type: "state", and "reason" or the outcome of each method."""
+    if kind in NO_DECODER:
+        return {"state": "not a decoder", "reason": NO_DECODER[kind]}
     if kind in NOT_MADE:
         return {"state": "not built", "reason": NOT_MADE[kind]}
     with tempfile.TemporaryDirectory() as directory, chdir(directory):
         try:
             checkpoint = write(BASE, small(kind))
-            write_rest(WINDOWS)
+        except (ImportError, StrictDataclassError, *ERRORS) as error:
+            return {"state": "not built", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        write_rest(WINDOWS)
+        try:
             _ = Decoder(checkpoint, torch.float32, torch.device("cpu")).matrices
         except (ArchitectureError, CheckpointError) as error:
-            reason = str(error).replace(str(BASE), "checkpoint").removesuffix(ADVICE)
-            other = any(words in reason for words in NO_DECODER)
-            return {"state": "not a decoder" if other else "refused", "reason": reason.removeprefix(f"{kind}: ")}
+            reason = str(error).replace(str(BASE), "its checkpoint").removesuffix(ADVICE)
+            return {"state": "refused", "reason": reason.removeprefix(f"{kind}: ")}
         return {"state": "pruned", **{title: pruned(kind, overrides.split()) for title, overrides in METHODS.items()}}
 
 
@@ -137,8 +150,7 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         "prune stage by each kind of method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
         "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
         "`tests/pruning/test_every_model_type.py` compares the masks that Wanda chooses with those of a plain reference that runs the "
-        f"whole model, on all pruned types but {listed(sorted(UNKNOWN))}. Some of what a method refuses is due to the small "
-        "sizes, such as two columns for a pattern of four.",
+        "whole model. Some of what a method refuses is due to the small sizes, such as two columns for a pattern of four.",
         "",
         "| kind of method | types | composed by |",
         "|---|---|---|",

@@ -45,6 +45,7 @@ from stages.pruning.learning import Outcome
 from stages.pruning.memory import delta_bytes, host_bytes, memory_budget
 from stages.pruning.method import Method
 from stages.pruning.patterns import Pattern, PatternSection
+from stages.pruning.permutable import permutable_blocks
 from stages.pruning.plan import Plan
 from stages.pruning.planning import Judgement, allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
@@ -120,7 +121,7 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, allocatio
     """What to do to every block, from the sections.
 
     Raises:
-        ConfigError, PruningError, ArchitectureError: see planning.plan_patterns.
+        ConfigError, ArchitectureError: see planning.plan_patterns. PruningError: see permutable_blocks.
         ArchitectureError: the blocks hand on more than hidden states, and the last ones are to be trained together; or several blocks
             multiply by a matrix, see Decoder.require_matrices_of_one_block.
     """
@@ -147,6 +148,7 @@ def plan_of(decoder: Decoder, method: Method, pattern: PatternSection, allocatio
         reconstruction=training.each_block(reconstruction) if training.each_block else None,
         distillation=training.last_blocks(reconstruction, len(decoder.blocks)) if training.last_blocks else None,
         permutation_rounds=pattern.permutation_rounds,
+        permutable=None if pattern.permutation_rounds is None else permutable_blocks(decoder),
     )
 
 
@@ -204,21 +206,27 @@ def require_free_disk_for(decoder: Decoder, plan: Plan, journal: Journal) -> Non
 def host_budget(decoder: Decoder, plan: Plan, allocation: Any, asked: float | None, tokens: int) -> int:
     """Bytes of host memory for the hidden states of this process: its part of the budget less all that pruning needs otherwise.
 
-    Where that is more than the budget, and something that is asked for does not need whole blocks, experts are loaded one at a time.
+    Where that is more than the budget, and something that is asked for does not need whole blocks, experts are loaded one at a time. The
+    log warns where it is more even so.
 
     Args:
         asked: `prune.memory_budget`, GiB; None: what is free. tokens: of a pass.
     """
     bytes_needed = partial(needed_bytes, decoder, plan, allocation, tokens)
     available = memory_budget(asked) // distributed.local_world_size()
-    if (needed := bytes_needed()) > available and decoder.has_experts:
+    needed, how = bytes_needed(), ""
+    if needed > available and decoder.has_experts:
         if option := needs_whole_blocks(decoder, plan, allocation):
-            message = "pruning needs up to %.1f GB of host memory, of which %.1f GB are there: with %s experts are not loaded one at a time"
-            log.warning(message, needed / 1e9, available / 1e9, option)
+            how = f": with {option} experts are not loaded one at a time"
         elif decoder.take_experts_apart():
-            before, needed = needed, bytes_needed()
+            before, needed, how = needed, bytes_needed(), ", though experts are loaded one at a time"
             message = "loading experts one at a time: %.1f GB of host memory are there, %.1f are needed, and %.1f for whole blocks"
             log.info(message, available / 1e9, needed / 1e9, before / 1e9)
+        else:
+            how = ": only experts with transformers' own interface are loaded one at a time"
+    if needed > available:
+        message = "pruning needs up to %.1f GB of host memory, of which %.1f GB are there%s"
+        log.warning(message, needed / 1e9, available / 1e9, how)
     return max(0, available - needed)
 
 

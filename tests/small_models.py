@@ -36,6 +36,7 @@ DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OF_TEXT: dict[str, dict[str, Any]] = {
     "axk1": {"num_key_value_heads": 4, "head_dim": 4},
     "axk2": AS_MANY_KEYS,
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 3, "rope_parameters": {"full_attention": DEFAULT_ROPE}},
     "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 4},
     "deepseek_v32": AS_MANY_KEYS,
@@ -54,15 +55,29 @@ OF_TEXT: dict[str, dict[str, Any]] = {
         "intermediate_size": [48] * 4,
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "gemma4_text": FOUR_LAYERS,
+    "gemma4_text": {**FOUR_LAYERS, "enable_moe_block": True},
     "gemma4_unified_text": FOUR_LAYERS,
     "glm4_moe_lite": AS_MANY_KEYS,
     "glm_moe_dsa": AS_MANY_KEYS,
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2},  # the second layer has experts
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4, "zero_expert_num": 2},
+    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "nemotron_h": {"n_groups": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {"is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "attn_layers": ["local"] * 3},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "xmod": {"default_language": "en_XX"},
@@ -149,5 +164,17 @@ def _small(config: PretrainedConfig, part: str, kind: str) -> PretrainedConfig:
     changed |= {name: PLACEHOLDER + number for number, name in enumerate(name for name in PLACEHOLDERS if name in stated)}
     parts = {name: inner for name, inner in vars(config).items() if isinstance(inner, PretrainedConfig)}
     changed |= {name: _small(inner, f"{part}.{name}".strip("."), kind) for name, inner in parts.items()}
-    changed |= OF_TEXT.get(config.model_type, {}) if part in TEXT else {}
+    changed |= _kinds_of_layers(config, stated) | OF_TEXT.get(config.model_type, {}) if part in TEXT else {}
     return type(config)(**changed | OF_PART.get((kind, part), {}))
+
+
+def _kinds_of_layers(config: PretrainedConfig, stated: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind that a configuration has by default, where its first layers are not of all kinds, as in most hybrids."""
+    count = getattr(config, "num_hidden_layers", None)
+    lists = {name: value for name, value in stated.items() if name.endswith("layer_types") and value and len(value) == count}
+    layers = list(zip(*lists.values(), strict=True))
+    kinds = list(dict.fromkeys(layers))
+    if len(kinds) == len(set(layers[: SMALL["num_hidden_layers"]])):
+        return {}
+    kinds += kinds[-1:] * (SMALL["num_hidden_layers"] - len(kinds))
+    return {"num_hidden_layers": len(kinds)} | dict(zip(lists, map(list, zip(*kinds, strict=True)), strict=True))

@@ -16,6 +16,7 @@ from transformers import MistralForCausalLM
 from benchmarks import (
     arguments,
     behaviour,
+    census,
     contenders,
     disk,
     frontier,
@@ -595,3 +596,39 @@ def test_every_order_of_pruning_composes():
     for method, order in points:
         section = read(*orders.overrides(method, "2:4", order).split(), "pattern=nm_2_4", "evaluation=perplexity")["prune"]
         assert section.propagate == propagates[order]
+
+
+@pytest.mark.parametrize("error", [ValueError("found 3\nlayers"), ImportError("found 3 layers")])
+def test_a_type_that_is_not_built_small_is_counted_as_such_with_the_reason(error, monkeypatch):
+    def write(*_):
+        raise error
+
+    monkeypatch.setattr(census, "write", write)
+    assert census.outcome("llama") == {"state": "not built", "reason": f"{type(error).__name__}: found 3 layers"}
+
+
+def test_what_is_no_decoder_language_model_is_told_by_its_type_and_not_by_words_of_a_message(monkeypatch):
+    def write(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(census, "write", write)
+    for kind in ("musicgen", "gemma4_unified_assistant"):
+        assert census.outcome(kind)["state"] == "not a decoder"
+
+
+@pytest.mark.filterwarnings("default")  # of models at their small sizes
+def test_a_type_whose_text_model_no_class_loads_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = census.outcome("mllama")
+    assert found["state"] == "refused"
+    assert found["reason"] == "its checkpoint: transformers knows no decoder language model of type 'mllama_text_model'"
+
+
+def test_outcomes_are_kept_by_the_code_that_they_depend_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = census.code_sha256()
+    assert before == census.code_sha256()
+    changed = tmp_path / "small_models.py"
+    changed.write_text(census.CODE[1].read_text() + "# changed")
+    monkeypatch.setattr(census, "CODE", (census.CODE[0], changed, census.CODE[2]))
+    assert census.code_sha256() != before

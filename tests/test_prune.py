@@ -171,7 +171,7 @@ def test_experts_are_loaded_one_at_a_time_where_the_budget_does_not_hold_the_blo
     apart, left = budgeted(needed - 1)
     assert len(apart.apart) == 3
     assert left > 0
-    caplog.clear()
+    assert not caplog.records
     for overrides, option in ((["allocation=owl"], "allocation=owl"), (["reconstruction=block"], "a reconstruction")):
         assert not budgeted(1, *overrides)[0].apart
         assert f"with {option} experts are not loaded one at a time" in caplog.messages[-1]
@@ -196,3 +196,20 @@ def test_windows_that_are_few_for_the_inputs_of_a_layer_are_said_where_weights_a
     with behaviour.project():  # 32 windows of 64 tokens, and layers of up to 192 inputs: 20 tokens for each are 60 windows
         behaviour.run_prune(read(f"method={method}", "prune.device=cpu", "prune.dtype=float32"))
     assert any("calibration.windows=60 gives as many" in message for message in caplog.messages) == warned
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("mixtral", ", though experts are loaded one at a time"),
+        ("jetmoe", ": only experts with transformers' own interface are loaded one at a time"),
+        ("mistral", ""),
+    ],
+)
+def test_the_log_warns_with_figures_where_the_budget_does_not_hold_what_is_needed_even_so(kind, why, tmp_path, caplog):
+    decoder = Decoder(Checkpoint(architectures.write(tmp_path, kind)), torch.float32, torch.device("cpu"))
+    chosen = read()
+    plan = prune.plan_of(decoder, chosen["method"], chosen["pattern"], chosen["allocation"], chosen["reconstruction"], chosen["prune"])
+    assert prune.host_budget(decoder, plan, chosen["allocation"], 0.1, 100) == 0
+    needed = prune.needed_bytes(decoder, plan, chosen["allocation"], 100) / 1e9
+    assert caplog.messages == [f"pruning needs up to {needed:.1f} GB of host memory, of which 0.1 GB are there{why}"]

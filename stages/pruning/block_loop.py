@@ -359,7 +359,7 @@ def _prune_by_expert(stream: Stream, plan: Plan, index: int, block: nn.Module, r
 
 
 def _permutation_groups(stream: Stream, plan: Plan, index: int, block: nn.Module) -> list[PermutationGroup]:
-    if plan.permutation_rounds is None:
+    if plan.permutation_rounds is None or (plan.permutable is not None and index not in plan.permutable):
         return []
     _, hidden, call = next(stream.parts(index))
     return proven_permutation_groups(stream.decoder, index, block, hidden, call)

@@ -122,6 +122,11 @@ def _is_proven(group: PermutationGroup, change: Callable[[list[Reordering], torc
     return all(change([reordering], order) >= CONTRAST * TOLERANCE for reordering in group_reorderings)
 
 
+def _repeated(order: torch.Tensor, size: int) -> torch.Tensor:
+    """The order for each of the parts, of a channel each, that a matrix's rows are in; two where gate and up are one matrix."""
+    return torch.cat([start + order for start in range(0, size, len(order))])
+
+
 @contextmanager
 def _reordered(block: nn.Module, reorderings: list[Reordering], order: torch.Tensor) -> Iterator[None]:
     """Reorder weights, and copy the original ones back at the end."""
@@ -129,7 +134,7 @@ def _reordered(block: nn.Module, reorderings: list[Reordering], order: torch.Ten
     originals = [weight.clone() for weight in weights]
     try:
         for weight, original, (_, dimension) in zip(weights, originals, reorderings, strict=True):
-            weight.copy_(original.index_select(dimension, order.to(original.device)))
+            weight.copy_(original.index_select(dimension, _repeated(order, original.shape[dimension]).to(original.device)))
         yield
     finally:
         for weight, original in zip(weights, originals, strict=True):

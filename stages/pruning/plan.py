@@ -24,6 +24,7 @@ class Plan:
     distillation: how the kept weights of the last blocks are trained together once all blocks are pruned, or None; those blocks
         are not reconstructed.
     permutation_rounds: how often a column is tried in other groups of N:M, see permutations; None: columns are not permuted.
+    permutable: the blocks in which columns are permuted, see permutable_blocks; None: all.
     row_costs: matrix name -> cost of a squared error of each of its outputs, [rows], float32, above 0; a matrix without an entry has
         equal costs. Costs matter where the rows of a matrix compete for its kept weights.
     """
@@ -36,6 +37,7 @@ class Plan:
     reconstruction: Reconstruction | None = None
     distillation: Distillation | None = None
     permutation_rounds: int | None = None
+    permutable: frozenset[int] | None = None
     row_costs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

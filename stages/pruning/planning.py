@@ -16,7 +16,6 @@ from stages.pruning.entries import DenseModel, Evidence
 from stages.pruning.journal import Journal
 from stages.pruning.patterns import ComparisonGroup, Pattern, PatternSection, Unstructured, pruned_count
 from stages.pruning.plan import Plan
-from stages.pruning.reordering import require_candidates
 from stages.pruning.sensitivity import Candidate, pruned_losses
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
@@ -33,11 +32,8 @@ def plan_patterns(decoder: Decoder, comparison_group: ComparisonGroup, section: 
 
     Raises:
         ConfigError: a matrix whose columns the pattern does not divide, or in which no weight would be pruned; names it.
-        PruningError: a block without input channels that may be reordered, though that is asked; names it.
         ArchitectureError: see Decoder.matrices.
     """
-    if section.permutation_rounds is not None:
-        require_candidates(decoder)
     pattern, patterns = section.pattern(comparison_group), dict[str, Pattern]()
     for matrix in (matrix for block in decoder.matrices for matrix in block):
         try:

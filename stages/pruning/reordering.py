@@ -3,6 +3,7 @@
 permutation_groups proves which matrices can be permuted together; permutations chooses the order of the channels.
 """
 
+from collections.abc import MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,17 +42,8 @@ class Order:
 
 
 UNCHANGED = Order()
-
-
-def require_candidates(decoder: Decoder) -> None:
-    """Refuse a model without permutation groups, by the names, shapes and biases of its layers, before a weight is read.
-
-    Raises:
-        PruningError: a block has no channels that can be permuted; names it.
-    """
-    for index, block in enumerate(decoder.blocks):
-        if not candidates(block, decoder.matrices[index]):
-            raise _no_channels(index)
+WANTED = "a layer whose inputs are computed channel by channel by layers without bias, each with a row for a channel, as in a gated MLP"
+ADVICE = "set pattern.permutation_rounds to null"
 
 
 def proven_permutation_groups(decoder: Decoder, index: int, block: nn.Module, hidden: torch.Tensor, call: Call) -> list[PermutationGroup]:
@@ -64,20 +56,14 @@ def proven_permutation_groups(decoder: Decoder, index: int, block: nn.Module, hi
         PruningError: there are none; names the block.
     """
     if decoder.dtype != torch.float32:
-        block, call, hidden = deepcopy(block).float(), _in_float32(call), hidden.float()
+        block, call, hidden = deepcopy(block).float(), in_float32(call), hidden.float()
     options = candidates(block, decoder.matrices[index])
     proven = permutation_groups(block, options, partial(run_block, block, call=call), hidden) if distributed.rank() == 0 else []
     flags = distributed.broadcast(torch.tensor([option in proven for option in options], dtype=torch.uint8), 0)
     groups = [option for option, flag in zip(options, flags.tolist(), strict=True) if flag]
     if not groups:
-        raise _no_channels(index)
+        raise PruningError(f"block {index}: found no input channels that can be permuted, wanted {WANTED}; {ADVICE}")
     return groups
-
-
-def _no_channels(index: int) -> PruningError:
-    wanted = "a layer whose inputs are computed channel by channel from layers without bias, as in a gated MLP"
-    advice = "set pattern.permutation_rounds to null"
-    return PruningError(f"block {index}: found no input channels that can be permuted, wanted {wanted}; {advice}")
 
 
 def find_orders(
@@ -118,14 +104,18 @@ def find_orders(
     return orders
 
 
-def _in_float32(call: Call) -> Call:
-    """Cast all floating-point tensors of a call to float32."""
+def in_float32(call: Call) -> Call:
+    """Cast all floating-point tensors of a call to float32. What a block then writes into a mapping is written into a copy."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.float() if value.is_floating_point() else value
         if isinstance(value, (tuple, list)):
             return type(value)(map(cast, value))
+        if isinstance(value, MutableMapping):
+            mapping = type(value)()
+            mapping.update({key: cast(item) for key, item in value.items()})
+            return mapping
         return value
 
     return replace(call, arguments=cast(call.arguments), keywords={key: cast(value) for key, value in call.keywords.items()})

@@ -5,7 +5,7 @@ anywhere.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -92,6 +92,13 @@ class Matrix:
         rows, columns = self.shape[::-1] if self.transposed else self.shape
         matrix = tensor if self.expert is None else tensor.view(-1, rows, columns)[self.expert]
         return matrix.T if self.transposed else matrix
+
+
+def kind_of_block(block: nn.Module) -> tuple[Any, ...]:
+    """What tells a block from others: the types of its modules and the shapes of its parameters, by name."""
+    modules = ((name, type(module)) for name, module in block.named_modules())
+    shapes = ((name, parameter.shape) for name, parameter in block.named_parameters())
+    return (*modules, *shapes)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ from stages.checkpoint.model import dematerialize, empty_model, materialize, par
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError
 from stages.streaming.architecture import Layer, Matrix, find_blocks, tensors_by_block, unsupported
-from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks
+from stages.streaming.calls import Call, raised_in, record_calls, run_after_blocks, run_block
 from stages.streaming.host_memory import ReservedTensor
 from stages.streaming.mixture import Mixture, find_mixture
+from stages.streaming.products import zeros_in
 from stages.streaming.reading import ReadingOrder, reading_orders
 from stages.streaming.scope import find_matrices
 from stages.streaming.tokens_alone import idle_models, require_tokens_alone
@@ -104,6 +106,16 @@ class Decoder:
             ArchitectureError: see reading_orders.
         """
         _ = self.reading_orders
+
+    def examples(self) -> Iterator[Call]:
+        """Yield the call of each block for a few tokens, on the CPU, as it is if all weights are zero."""
+        shared: dict[type, Any] = {}  # mappings into which blocks write what later ones read
+        for block, call in zip(self.blocks, self._calls_of_zeros, strict=True):
+            example = call.example(shared)
+            yield example
+            if shared:
+                with torch.no_grad(), zeros_in(block):
+                    run_block(block, example.hidden, example)
 
     @cached_property
     def reading_orders(self) -> list[ReadingOrder]:

@@ -1,11 +1,12 @@
 """Products of tokens with parameters that belong to no linear layer: experts in one tensor, or a matrix that a module multiplies by itself.
 
-A parameter is recognised by its storage, and a slice of it by its address. Which parameters are multiplied with tokens is found by running
-a block of zeros: a filter of a convolution or a decay of a recurrence has two dimensions or more, too, and is no linear map of tokens.
+A parameter is recognised by its storage, and a slice of it by its address; a module that multiplies by a cast of its weight, such as
+`weight.float()`, multiplies by the weight. Which parameters are multiplied with tokens is found by running a block of zeros: a filter of a
+convolution or a decay of a recurrence has two dimensions or more, too, and is no linear map of tokens.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy
@@ -25,6 +26,7 @@ FACTORS: dict[Any, tuple[str, ...]] = {  # function -> its parameters up to both
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), ("input", "mat1", "mat2")),
     **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ("input", "batch1", "batch2")),
 }
+CASTS = {getattr(torch.Tensor, name) for name in ("bfloat16", "double", "float", "half", "to", "type", "type_as")}
 
 
 class Product(NamedTuple):
@@ -51,6 +53,44 @@ def products(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
     return [Product(left, right.mT), Product(right.mT, left, by_columns=True)]
 
 
+def storage(tensor: torch.Tensor) -> int:
+    """The address of the memory that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class Weights:
+    """Weights by their addresses. A cast of one, which modules make anew at each call, is known by its own address.
+
+    Args:
+        weights: key -> the weight, a parameter or a slice of one. address: of a tensor.
+    """
+
+    def __init__(self, weights: dict[Any, torch.Tensor], address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr) -> None:
+        self.address = address
+        self._keys = {address(weight): key for key, weight in weights.items()}
+        self._casts: dict[Any, tuple[torch.Tensor, list[int]]] = {}  # the latest of each dtype, kept so that its address is not used again
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return self.address(tensor) in self._keys
+
+    def __getitem__(self, tensor: torch.Tensor) -> Any:
+        return self._keys[self.address(tensor)]
+
+    def follow(self, function: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        """Know what a function returned, if it is a cast of a weight, or of a parameter that begins with one."""
+        if function not in CASTS or not isinstance(output, torch.Tensor) or arguments[0] not in self or output in self:
+            return
+        source, start = arguments[0], self.address(arguments[0])
+        end = start + sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) * source.itemsize
+        of_slices = {address - start: key for address, key in self._keys.items() if start <= address <= end}
+        _, outdated = self._casts.pop((of_slices[0], output.dtype), (None, []))
+        for address in outdated:
+            del self._keys[address]
+        new = {self.address(output) + offset // source.itemsize * output.itemsize: key for offset, key in of_slices.items()}
+        self._casts[of_slices[0], output.dtype] = output.detach(), list(new)
+        self._keys |= new
+
+
 class Products(TorchFunctionMode):
     """Passes the tokens and the output of every product with some weights to a function.
 
@@ -61,12 +101,13 @@ class Products(TorchFunctionMode):
 
     def __init__(self, weights: dict[Any, torch.Tensor], receive: Receive) -> None:
         super().__init__()
-        self.keys, self.receive = {weight.data_ptr(): key for key, weight in weights.items()}, receive
+        self.keys, self.receive = Weights(weights), receive
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         output = function(*arguments, **(keywords or {}))
+        self.keys.follow(function, arguments, output)
         for product in products(function, arguments, keywords):
-            if product.weight.data_ptr() in self.keys:
+            if product.weight in self.keys:
                 return self._received(product, output)
         return output
 
@@ -74,7 +115,7 @@ class Products(TorchFunctionMode):
         """Pass on a product. Returns the output, of which what was passed on is a part, so that its gradients can be seen."""
         by_rows = output.mT.contiguous() if product.by_columns else output
         if product.weight.dim() == 2:
-            self.receive(self.keys[product.weight.data_ptr()], product.tokens, by_rows)
+            self.receive(self.keys[product.weight], product.tokens, by_rows)
         else:
             slices = zip(product.weight, product.tokens, by_rows, strict=True)
             by_rows = torch.stack([self._received_slice(*of_slice) for of_slice in slices])
@@ -84,7 +125,7 @@ class Products(TorchFunctionMode):
         """Pass on one of several products that are computed together; tokens of zeros were routed to another of them."""
         routed = tokens.any(dim=-1)
         routed_output = output[routed]
-        self.receive(self.keys[weight.data_ptr()], tokens[routed], routed_output)
+        self.receive(self.keys[weight], tokens[routed], routed_output)
         return output.index_put((routed,), routed_output)
 
 
@@ -98,16 +139,18 @@ class Factors(TorchFunctionMode):
 
     def __init__(self, weights: dict[Any, torch.Tensor], receive: Callable[[list[tuple[Any, torch.Tensor]]], None]) -> None:
         super().__init__()
-        self.keys, self.receive = {weight.data_ptr(): key for key, weight in weights.items()}, receive
+        self.keys, self.receive = Weights(weights), receive
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
-        for product in products(function, arguments):
-            if product.weight.data_ptr() in self.keys:
+        for product in products(function, arguments, keywords):
+            if product.weight in self.keys:
                 weights = product.weight if product.weight.dim() == 3 else [product.weight]
                 tokens = product.tokens if product.weight.dim() == 3 else [product.tokens]
-                self.receive([(self.keys[weight.data_ptr()], of_weight) for weight, of_weight in zip(weights, tokens, strict=True)])
+                self.receive([(self.keys[weight], of_weight) for weight, of_weight in zip(weights, tokens, strict=True)])
                 break
-        return function(*arguments, **(keywords or {}))
+        output = function(*arguments, **(keywords or {}))
+        self.keys.follow(function, arguments, output)
+        return output
 
 
 class Use(NamedTuple):
@@ -127,15 +170,17 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.parameters = {parameter.untyped_storage().data_ptr(): (name, parameter) for name, parameter in block.named_parameters()}
-        self.uses: dict[str, Use] = {}
+        self.parameters = dict(block.named_parameters())
+        self.names, self.uses = Weights(self.parameters, storage), dict[str, Use]()
 
     def __torch_function__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Any = None) -> Any:
         for product in products(function, arguments, keywords):
-            name, parameter = self.parameters.get(product.weight.untyped_storage().data_ptr(), (None, product.weight))
-            if name is not None:
-                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1, groups=_groups(parameter, product.weight))
-        return function(*arguments, **(keywords or {}))
+            if product.weight in self.names:
+                name = self.names[product.weight]
+                self.uses[name] = Use(transposed=product.weight.stride(-1) != 1, groups=_groups(self.parameters[name], product.weight))
+        output = function(*arguments, **(keywords or {}))
+        self.names.follow(function, arguments, output)
+        return output
 
 
 def _groups(parameter: torch.Tensor, weight: torch.Tensor) -> int:
@@ -169,14 +214,23 @@ def multiplied_parameters(block: nn.Module, run: Callable[[nn.Module], Any]) -> 
     return {name: use._replace(called=name in called) for name, use in noted.uses.items()}
 
 
-@contextmanager
-def zeros_in(block: nn.Module) -> Iterator[None]:
+def zeros_in(block: nn.Module) -> AbstractContextManager[None]:
     """Let zeros on the CPU stand in for the weights that a block has not. They are never written, so that they take no memory."""
+    return values_in(block, lambda _, tensor: _zeros(tensor))
+
+
+@contextmanager
+def values_in(block: nn.Module, value: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let tensors on the CPU stand in for the weights that a block has not.
+
+    Args:
+        value: makes one from the name of a parameter or buffer in the block, and a tensor on the meta device of its shape and dtype.
+    """
     parameters = {name: parameter for name, parameter in block.named_parameters(remove_duplicate=False) if parameter.is_meta}
     buffers = {name: buffer for name, buffer in block.named_buffers(remove_duplicate=False) if buffer.is_meta}
     try:
         for name, tensor in (parameters | buffers).items():
-            put(block, name, _zeros(tensor))
+            put(block, name, value(name, tensor))
         yield
     finally:
         for name, parameter in parameters.items():  # the same objects, by which tied parameters are known

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stages.streaming.architecture import Layer, unsupported
+from stages.streaming.architecture import Layer, kind_of_block, unsupported
 from stages.streaming.calls import Call, run_block
 from stages.streaming.products import Factors, zeros_in
 
@@ -67,9 +67,7 @@ def reading_orders(model: "PreTrainedModel", blocks: nn.ModuleList, layers: list
     shared: dict[type, Any] = {}  # mappings into which blocks write what later ones read, so that all of them must run
     orders = []
     for index, block in enumerate(blocks):
-        modules = tuple((name, type(module)) for name, module in block.named_modules())
-        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-        key = (modules, shapes, tuple(layers[index]))
+        key = (kind_of_block(block), tuple(layers[index]))
         if key not in known or shared:
             known[key] = _reading_order(model, index, block, layers[index], calls[index].example(shared))
         orders.append(known[key])

@@ -2,10 +2,11 @@
 
 Linear layers and experts are known by their modules. Of other parameters a run of the block with zeros shows whether tokens are multiplied
 with them. Filters of convolutions, decays of recurrences, norms and biases are not in scope, nor are linear layers that such a run never
-calls, as the attention to an encoder that is not there; experts, which a router may pass over, are.
+calls, as the attention to an encoder that is not there; experts, which a router may pass over, are. The same are in scope in any dtype.
 """
 
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stages.checkpoint.layout import ParameterSlice, tied_names
-from stages.streaming.architecture import Matrix, is_linear, unsupported
+from stages.streaming.architecture import Matrix, is_linear, kind_of_block, unsupported
 from stages.streaming.calls import Call, run_block
 from stages.streaming.products import Use, multiplied_parameters
+from stages.streaming.routers import find_routers
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
     from transformers import PreTrainedModel
@@ -44,8 +46,9 @@ def find_matrices(
     for index, of_block in enumerate(tensors):
         path = f"{prefix}.{index}"
         block, matrices_of_block, of_earlier = model.get_submodule(path), list[Matrix](), list[Matrix]()
+        trial = calls[index].example({kind: copy(mapping) for kind, mapping in shared.items()})
         call = calls[index].example(shared)
-        scope = scopes.of(block, call, run_again=bool(shared))
+        scope = scopes.of(block, call, trial, run_again=bool(shared))
         for tensor, parameter_slice in of_block.items():
             if parameter_slice.name not in scope:
                 continue
@@ -98,21 +101,24 @@ class _Scopes:
     def __init__(self) -> None:
         self._known: dict[Any, dict[str, Use]] = {}
 
-    def of(self, block: nn.Module, call: Call, *, run_again: bool) -> dict[str, Use]:
+    def of(self, block: nn.Module, call: Call, trial: Call, *, run_again: bool) -> dict[str, Use]:
         """Name of each parameter of a block that is in scope -> how tokens are multiplied with it.
 
         Args:
-            run_again: though a block with the same modules and shapes has been.
+            call, trial: see _scope. run_again: though a block with the same modules and shapes has been.
         """
-        modules = tuple((name, type(module)) for name, module in block.named_modules())
-        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-        if (modules, shapes) not in self._known or run_again:
-            self._known[modules, shapes] = _scope(block, call)
-        return self._known[modules, shapes]
+        kind = kind_of_block(block)
+        if kind not in self._known or run_again:
+            self._known[kind] = _scope(block, call, trial)
+        return self._known[kind]
 
 
-def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
-    """Weights of linear layers that are called, of experts, and else what a run with zeros shows; without routers."""
+def _scope(block: nn.Module, call: Call, trial: Call) -> dict[str, Use]:
+    """Weights of linear layers that are called, of experts, and else what a run with zeros shows; without routers.
+
+    Args:
+        call: what it leaves in mappings that blocks share is for later blocks. trial: the same, with copies of these.
+    """
     from transformers.pytorch_utils import Conv1D
 
     multiplied = multiplied_parameters(block, partial(run_block, hidden=call.hidden, call=call))
@@ -131,8 +137,11 @@ def _scope(block: nn.Module, call: Call) -> dict[str, Use]:
             others.append(name)
     not_called = [name for name, use in multiplied.items() if not use.called]
     known |= {name: multiplied[name] for name in not_called if name in known or name in others}
-    experts = [name for name in known if block.get_parameter(name).dim() == 3]
-    return {name: use for name, use in known.items() if not _is_router(block, name, experts)}
+    owners = {name.rpartition(".")[0] for name in known if block.get_parameter(name).dim() == 3}
+    known = {name: use for name, use in known.items() if not _is_called_router(name) and not _gates_shared_expert(block, name, owners)}
+    candidates = [name for name in known if name in multiplied and block.get_parameter(name).dim() == 2]
+    routers = find_routers(block, candidates, owners, partial(run_block, hidden=trial.hidden, call=trial))
+    return {name: use for name, use in known.items() if name not in routers}
 
 
 def _is_one_of_several(block: nn.Module, path: str) -> bool:
@@ -165,19 +174,17 @@ def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, us
     return matrices
 
 
-def _is_router(block: nn.Module, name: str, experts: list[str]) -> bool:
-    """Whether a weight belongs to a module that is called a router, or routes to experts: in the parent module of these it has one output
-    for each of them, or one output, for a shared expert.
+def _is_called_router(name: str) -> bool:
+    """Whether a parameter belongs to a module that is called a router: experts of other interfaces do not show what decides on them."""
+    return "router" in name.rpartition(".")[0]
+
+
+def _gates_shared_expert(block: nn.Module, name: str, owners: set[str]) -> bool:
+    """Whether a parameter has one output, by which a shared expert is scaled: in the parent of a module that holds a mixture's experts.
 
     Args:
-        experts: names of parameters that hold a mixture's experts, [experts, ...].
+        owners: paths of the modules that hold experts.
     """
-    path, parameter = name.rpartition(".")[0], block.get_parameter(name)
-    if any(word.endswith("router") for word in path.split(".")):
-        return True
-    for expert in experts:
-        owner = expert.rpartition(".")[0]
-        parent = owner.rpartition(".")[0]
-        if owner != path and path.startswith(f"{parent}." if parent else ""):
-            return parameter.dim() == 2 and len(parameter) in (1, len(block.get_parameter(expert)))
-    return False
+    parents = [owner.rpartition(".")[0] for owner in owners if owner != name.rpartition(".")[0]]
+    in_parent = any(name.startswith(f"{parent}." if parent else "") for parent in parents)
+    return in_parent and block.get_parameter(name).dim() == 2 and len(block.get_parameter(name)) == 1

@@ -61,8 +61,10 @@ def fetched(kind: str, directory: Path) -> Checkpoint:
     return tiny.fetched(architectures.write(directory / "source", kind), directory)
 
 
-def streamed(base: Checkpoint, method, pattern, expert_tokens: int = 0, windows: torch.Tensor = WINDOWS, batch: int = BATCH):
-    decoder = Decoder(base, torch.float32, CPU)
+def streamed(
+    base: Checkpoint, method, pattern, expert_tokens: int = 0, windows: torch.Tensor = WINDOWS, batch: int = BATCH, dtype=torch.float32
+):
+    decoder = Decoder(base, dtype, CPU)
     names = [matrix.name for block in decoder.matrices for matrix in block]
     plan = Plan(method=method, patterns=dict.fromkeys(names, pattern), propagate="pruned", error_tokens=60, expert_tokens=expert_tokens)
     with decoder.before_blocks():
@@ -131,6 +133,32 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
             for weight in (module.input_gate_weight, module.recurrent_gate_weight):
                 seen.setdefault((names[id(weight)], head), []).append(tokens[None])
 
+    def of_shared_experts(module, arguments, keywords):
+        """Every one of them reads all tokens, and its last projection reads them scaled."""
+        hidden, scales = (*arguments, *keywords.values())
+        tokens, scales = hidden.flatten(0, 1), scales.reshape(-1, len(module.gate_proj))
+        for expert in range(len(module.gate_proj)):
+            gate, up = (linear(tokens, getattr(module, name)[expert]) for name in ("gate_proj", "up_proj"))
+            between = module.act_fn(gate) * up * scales[:, expert, None]
+            for name, read in (("gate_proj", tokens), ("up_proj", tokens), ("down_proj", between)):
+                seen.setdefault((names[id(getattr(module, name))], expert), []).append(read[None])
+
+    def of_distances(module, arguments):
+        seen.setdefault((names[id(module.proj)], None), []).append(arguments[0])
+
+    def heads_of(mixer):
+        """Zamba multiplies every head of what its convolution gives by a matrix, and of what that gives the time steps by another one."""
+
+        def of_heads(_, __, projected):
+            states = projected.mT.unflatten(1, (-1, 2))[:, :, 0].contiguous()
+            states = mixer.act(mixer.conv1d(states)[..., : projected.shape[1]])
+            for head, of_head in enumerate(states.unflatten(1, (mixer.n_mamba_heads, -1)).unbind(dim=1)):
+                steps = (mixer.x_proj_weight[head] @ of_head)[:, : mixer.time_step_rank]
+                for name, read in (("x_proj_weight", of_head), ("dt_proj_weight", steps)):
+                    seen.setdefault((names[id(getattr(mixer, name))], head), []).append(read.mT.contiguous())
+
+        return mixer.in_proj.register_forward_hook(of_heads)
+
     def streams_of(mixer):
         """Hyper-connections multiply all streams of a token by a parameter, after their norm or, with magnitudes, before it."""
         key = names[id(mixer.fn)], None
@@ -152,6 +180,12 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
             hooks.append(module.register_forward_pre_hook(of_linear))
         elif id(getattr(module, "gate_up_proj", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else of_all_experts))
+        elif id(getattr(module, "gate_proj", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_shared_experts, with_kwargs=True))
+        elif id(getattr(module, "x_proj_weight", None)) in names:
+            hooks.append(heads_of(module))
+        elif id(getattr(module, "proj", None)) in names:
+            hooks.append(module.register_forward_pre_hook(of_distances))
         elif id(getattr(module, "up_proj", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_experts_without_gates))
         elif id(getattr(module, "fn", None)) in names:
@@ -165,6 +199,12 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
     yield seen
     for hook in hooks:
         hook.remove()
+
+
+def length_of(matrix, tokens: torch.Tensor) -> int:
+    """How many of a layer's tokens are a window: of an expert all that chose it; a module may read one token more, before each window."""
+    whole = matrix.parameter_slice.expert is None and tokens[..., 0].numel() % WINDOWS.shape[1] == 0
+    return WINDOWS.shape[1] if whole else max(1, tokens.shape[1])
 
 
 @torch.no_grad()
@@ -193,9 +233,7 @@ def plain_wanda(decoder: Decoder, sparsity: float, auto_class: type = AutoModelF
         seen |= {key: read for key, read in dense.items() if key in seen}
         for matrix, name in full.items():
             norm = sum(
-                tokens.view(-1, WINDOWS.shape[1] if matrix.parameter_slice.expert is None else max(1, tokens.shape[1]), tokens.shape[-1])
-                .square()
-                .sum(dim=(0, 1))
+                tokens.view(-1, length_of(matrix, tokens), tokens.shape[-1]).square().sum(dim=(0, 1))
                 for tokens in seen[name, matrix.parameter_slice.expert]
             )
             parameter, rows = all_parameters[name], matrix.shape[1 if matrix.transposed else 0]

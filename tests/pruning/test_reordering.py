@@ -10,8 +10,7 @@ from stages.config import compose
 from stages.errors import PruningError
 from stages.pruning.block_loop import Plan, prune_blocks
 from stages.pruning.method import Damping
-from stages.pruning.patterns import Nm, NmSection, Unstructured
-from stages.pruning.planning import plan_patterns
+from stages.pruning.patterns import Nm, Unstructured
 from stages.pruning.reconstruction import Reconstruction
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import Stream
@@ -131,11 +130,6 @@ def test_a_block_without_channels_that_can_be_permuted_is_refused(tmp_path):
         prune(Checkpoint(architectures.write(tmp_path, "gpt2")), windows=WINDOWS % 90)
 
 
-def test_channels_whose_producers_have_biases_are_refused_before_a_weight_is_read(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "tensor", None)
-    permuted = NmSection(name="nm", kept=2, group=4, permutation_rounds=1)
-    gpt2 = Decoder(Checkpoint(architectures.write(tmp_path, "gpt2")), torch.float32, CPU)
-    with pytest.raises(PruningError, match="block 0: found no input channels that can be permuted"):
-        plan_patterns(gpt2, "row", permuted)
-    assert plan_patterns(gpt2, "row", replace(permuted, permutation_rounds=None))
-    assert plan_patterns(Decoder(base, torch.float32, CPU), "row", permuted)
+def test_columns_of_blocks_that_are_not_permutable_stay(base):
+    changes, _, _ = prune(base, permutable=frozenset({1}))
+    assert {name for name, change in changes.items() if change.columns is not None} == {"model.layers.1.mlp.down_proj.weight"}

@@ -27,6 +27,13 @@ NOT_BUILT = {
 }
 NOT_MADE = {kind: reason for reason, kinds in NOT_BUILT.items() for kind in kinds.split()}
 
+# Why a type that transformers lists is no decoder language model -> model types, which are refused or not built.
+NO_DECODERS = {
+    "it drafts tokens for another model, whose hidden states, keys and values it reads": "gemma4_assistant gemma4_unified_assistant",
+    "it writes codes of sounds, several for a token": "musicgen musicgen_melody",
+}
+NO_DECODER = {kind: reason for reason, kinds in NO_DECODERS.items() for kind in kinds.split()}
+
 # Why it is refused -> model types.
 REFUSED = {
     "block 0 does not receive hidden states as its first argument": "reformer",
@@ -99,3 +106,7 @@ def test_a_model_that_is_not_run_block_by_block_is_refused_with_the_reason_befor
 def test_what_is_not_built_cannot_be(kind, tmp_path):
     with pytest.raises((ImportError, AttributeError, StrictDataclassError)):
         write(tmp_path, small(kind))
+
+
+def test_what_is_no_decoder_language_model_is_refused_or_not_built():
+    assert NO_DECODER.keys() <= REASONS.keys() | NOT_MADE.keys()
