@@ -140,13 +140,14 @@ def kept_weights(verified: Verified) -> str:
     return "the base's values, bit for bit"
 
 
-def loaded(verified: Verified) -> str:
-    """Which check of loading was made, see loading.check_loading."""
-    stock = f"stock transformers {version('transformers')}"
-    if verified.loaded.loading == "whole":
-        return f"{stock} loads it without missing tensors and gives the\nlogits of base + delta."
-    checked = "and the logits\nof the release, computed block by block, are those of base + delta."
-    return f"{stock} finds all tensors that it wants, in their shapes, {checked} It was not loaded whole: memory did not suffice."
+def loaded(verified: Verified, float8: CountedFloat8 | None) -> str:
+    """Which check of loading was made of what is released, see loading.check_loading."""
+    stock, checked = f"stock transformers {version('transformers')}", verified.loaded if float8 is None else float8.loaded
+    ours = "base + delta" if float8 is None else "base + delta, rounded to float8"
+    if checked.loading == "whole":
+        return f"{stock} loads it without missing tensors and gives the\nlogits of {ours}."
+    agreed = f"and the logits\nof the release, computed block by block, are those of {ours}."
+    return f"{stock} finds all tensors that it wants, in their shapes, {agreed} It was not loaded whole: memory did not suffice."
 
 
 def origin(base: dict[str, Any]) -> str:
@@ -626,7 +627,7 @@ def of_files(name: str, records: Records, verified: Verified, others: Others) ->
         "kept_again": "" if others.picture is None else f"{others.picture.kept_again}\n",
         "packed": "the files here are packed further" if others.packed else "no file here is packed",
         "unpacking": unpacking(name) if others.packed else "",
-        "loaded": loaded(verified),
+        "loaded": loaded(verified, others.float8),
         "auto_class": verified.loaded.auto_class,
         "auto_inputs": "AutoProcessor" if verified.loaded.joined else "AutoTokenizer",
         "inputs": "processor" if verified.loaded.joined else "tokenizer",

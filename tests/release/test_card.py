@@ -418,7 +418,7 @@ def test_the_files_for_llama_cpp_stand_with_the_zeros_that_were_counted_in_them(
 def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rounding(written):
     assert "any client loads them" in written().content
     scores = [replace(measured, value=measured.value * 1.5) for measured in RECORDS.sparse]
-    float8 = CountedFloat8(bytes=1234, zeros=51, weights=100)
+    float8 = CountedFloat8(bytes=1234, zeros=51, weights=100, loaded=replace(LOADED, loading="streamed"))
     card = written(others=replace(NO_OTHERS, float8=float8, float8_results=scores)).content
     assert "any client loads them" not in card
     section = card[card.index("## Float8") :]
@@ -433,7 +433,15 @@ def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rou
     [("whole", "loads it without missing tensors and gives the\nlogits of base + delta."), ("streamed", "It was not loaded whole: memory")],
 )
 def test_the_card_says_which_check_of_loading_was_made(loading, said):
-    assert said in loaded(replace(VERIFIED, loaded=replace(LOADED, loading=loading)))
+    assert said in loaded(replace(VERIFIED, loaded=replace(LOADED, loading=loading)), None)
+
+
+@pytest.mark.parametrize(("loading", "said"), [("whole", "loads it without missing tensors"), ("streamed", "It was not loaded whole")])
+def test_the_card_of_a_release_in_float8_says_how_that_release_was_loaded(loading, said):
+    otherwise = replace(LOADED, loading="whole" if loading == "streamed" else "streamed")
+    float8 = CountedFloat8(bytes=1, zeros=1, weights=1, loaded=replace(LOADED, loading=loading))
+    words = loaded(replace(VERIFIED, loaded=otherwise), float8)
+    assert said in words and "base + delta, rounded to float8." in words
 
 
 def test_the_card_says_what_of_the_blocks_was_out_of_scope(written):
