@@ -18,7 +18,7 @@ from stages.files import BASE, RELEASE, SPARSE, replacing, require_free_disk, wr
 from stages.recipe import Recipe
 from stages.release.benchmarks import write_eval_results
 from stages.release.card import Others, write_card
-from stages.release.float8 import require_float8, write_float8
+from stages.release.float8 import CountedFloat8, require_float8, write_float8
 from stages.release.frontier import draw
 from stages.release.licence import require_derivable
 from stages.release.llama_cpp.writing import GgufWriter, write_checked
@@ -65,8 +65,10 @@ def main(environment: Environment, **contents: Any) -> None:
         pack(base, delta, release)
         verified = verify(release, base, delta)
         log.info("checked %d matrices and %d other tensors; loaded: %s", verified.matrices, verified.other_tensors, verified.loaded.loading)
-        write_json(release / PROVENANCE, provenance(delta.recipe, records, verified))
         float8 = write_float8(release, base, delta) if rounded else None
+        if float8 is not None:
+            log.info("checked the same in float8; loaded: %s", float8.loaded.loading)
+        write_json(release / PROVENANCE, provenance(delta.recipe, records, verified, float8))
         write_zeros(release, delta)
         files = write_checked(gguf, release, name)
         if picture is not None:
@@ -81,8 +83,9 @@ def main(environment: Environment, **contents: Any) -> None:
     log.info("wrote %s: %s", RELEASE, name)
 
 
-def provenance(recipe: Recipe, records: Records, verified: Verified) -> dict[str, Any]:
-    """Where everything in the release comes from."""
+def provenance(recipe: Recipe, records: Records, verified: Verified, float8: CountedFloat8 | None) -> dict[str, Any]:
+    """Where everything in the release comes from, and what was read back of it."""
+    checked = {"verified": asdict(verified), **({} if float8 is None else {"float8": asdict(float8)})}
     return {
         "base": records.base,
         "text": records.text,
@@ -90,7 +93,7 @@ def provenance(recipe: Recipe, records: Records, verified: Verified) -> dict[str
         "recipe": recipe.as_dict(),
         "prune": records.run,
         "evaluation": {"protocol": records.protocol, "dense": as_rows(records.dense), "sparse": as_rows(records.sparse)},
-        "publish": {"code": record.code_revision(), "versions": record.versions(), "verified": asdict(verified)},
+        "publish": {"code": record.code_revision(), "versions": record.versions(), **checked},
     }
 
 

@@ -53,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        if not self.server.uploads.refuses(self):
+            self._answer(body=True)
 
     def do_POST(self) -> None:
         self.server.uploads.post(self)

@@ -27,7 +27,8 @@ class Uploads:
 
     token: the one that may write. quota: bytes of LFS objects that it grants. cut_after: objects that arrive before every connection
     is cut in the middle of the next; None: all do. is_cut: set then. go_on: the connection is cut no sooner than it is set.
-    busy: path -> how often it is refused by 429 before it is answered.
+    busy: path, or what paths begin with, up to a slash at its end -> how often it is refused by 429, with the headers `asks`, before it
+    is answered.
     stored: LFS objects by SHA-256. begun: those that may arrive, while others are cut. received: names of what arrived, in order.
     parents: of each commit.
     """
@@ -40,6 +41,7 @@ class Uploads:
     is_cut: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     busy: Counter[str] = field(default_factory=Counter)
+    asks: dict[str, str] = field(default_factory=lambda: {"Retry-After": "1"})
     stored: dict[str, bytes] = field(default_factory=dict)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
@@ -49,9 +51,8 @@ class Uploads:
 
     def post(self, request: BaseHTTPRequestHandler) -> None:
         path, body = unquote(urlsplit(request.path).path), _body(request)
-        if self.busy[path] > 0:
-            self.busy[path] -= 1
-            return _answer(request, 429, {"error": "slow down"}, {"Retry-After": "1"})
+        if self.refuses(request):
+            return None
         if path.startswith("/lfs/"):
             return self._complete(request, path.split("/")[2], json.loads(body))
         if request.headers.get("Authorization") != f"Bearer {self.token}":
@@ -69,6 +70,15 @@ class Uploads:
             case ["api", "models", owner, name, "commit", "main"]:
                 return self._commit(request, f"{owner}/{name}", [json.loads(line) for line in body.splitlines()])
         return _answer(request, 404, {"error": f"no {path}"})
+
+    def refuses(self, request: BaseHTTPRequestHandler) -> bool:
+        """Whether a request was answered by 429."""
+        path = unquote(urlsplit(request.path).path)
+        busy = next((one for one in self.busy if self.busy[one] and (path == one or one.endswith("/") and path.startswith(one))), None)
+        if busy is not None:
+            self.busy[busy] -= 1
+            _answer(request, 429, {"error": "slow down"}, self.asks)
+        return busy is not None
 
     def put(self, request: BaseHTTPRequestHandler) -> None:
         """An LFS object, or a part of one; the URL is signed and needs no token."""

@@ -510,6 +510,26 @@ def test_a_release_in_float8_has_its_own_results_on_its_card(project):
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=RELEASE, check=True)
 
 
+@pytest.mark.parametrize("dtype", ["base", "float8"])
+def test_no_release_names_a_sparsity_format_anywhere_in_its_config(project, dtype):
+    if dtype == "float8":
+        pytest.importorskip("compressed_tensors")
+        evaluate_rounded(SparseDelta(SPARSE, Checkpoint(BASE).fingerprint).fingerprint)
+    run(dtype=dtype)
+    assert "sparsity_config" not in (RELEASE / "config.json").read_text()
+    assert ("quantization_config" in read_json(RELEASE / "config.json")) == (dtype == "float8")
+
+
+def test_a_release_in_float8_records_how_both_it_and_the_plain_one_were_loaded(project):
+    pytest.importorskip("compressed_tensors")
+    evaluate_rounded(SparseDelta(SPARSE, Checkpoint(BASE).fingerprint).fingerprint)
+    run(dtype="float8")
+    recorded = read_json(RELEASE / "provenance.json")["publish"]
+    assert recorded["float8"]["loaded"] == recorded["verified"]["loaded"] | {"loading": "whole"}
+    run()
+    assert "float8" not in read_json(RELEASE / "provenance.json")["publish"]
+
+
 def test_results_in_float8_that_are_missing_or_of_another_delta_are_refused(project):
     with pytest.raises(ReleaseError, match="results/float8/protocol.json: not found, wanted .*; run python -m stages.evaluate_float8"):
         run(dtype="float8")

@@ -26,7 +26,7 @@ def run(directory: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory) -> Path:
-    """A repository on an origin, with a remote, whose lock names a release."""
+    """A repository on an origin, with a remote. Its lock names a release, is not committed, and git leaves it out as after `make repro`."""
     root = tmp_path_factory.mktemp("team")
     project, origin, remote = root / "project", root / "origin.git", root / "remote"
     project.mkdir()
@@ -41,11 +41,13 @@ def team(tmp_path_factory) -> Path:
     artifacts = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
     (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages, "artifacts": artifacts}))
     (project / "params.yaml").write_text("{}\n")
-    run(project, "dvc", "repro", "-q")
+    (project / "dvc.lock").write_text(projects.OWN["dvc.lock"])
     run(project, "git", "add", "-A")
-    run(project, "git", "commit", "-q", "-m", "A release")
+    run(project, "git", "commit", "-q", "-m", "The project")
     run(project, "git", "remote", "add", "origin", str(origin))
     run(project, "git", "push", "-q", "origin", "main")
+    run(project, "git", "update-index", "--skip-worktree", "dvc.lock")
+    run(project, "dvc", "repro", "-q")
     return root
 
 
@@ -53,10 +55,7 @@ def team(tmp_path_factory) -> Path:
 def tagged(team) -> Path:
     """The same, with a version as the page makes it."""
     for line in BLOCKS[0].strip().splitlines():
-        command = line.split("#")[0].strip()
-        if command.startswith("git commit"):
-            command += " --allow-empty"
-        run(team / "project", "bash", "-c", command)
+        run(team / "project", "bash", "-c", line.split("#")[0].strip())
     return team
 
 
@@ -69,6 +68,7 @@ def test_the_version_is_a_tag_that_names_the_artifact(tagged):
     assert f"refs/tags/pruned@{VERSION}" in run(tagged / "project", "git", "ls-remote", "--tags", "origin")
     shown = dvc.api.artifacts_show("pruned", version=VERSION, repo=str(tagged / "origin.git"))
     assert shown["path"] == "release"
+    assert "path: release\n" in run(tagged / "project", "git", "show", f"pruned@{VERSION}:dvc.lock")
     assert shown["rev"] in (f"pruned@{VERSION}", run(tagged / "project", "git", "rev-parse", "HEAD").strip())
 
 

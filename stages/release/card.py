@@ -24,7 +24,9 @@ from stages.pruning.updates import UPDATES
 from stages.recipe import Recipe, Section
 from stages.release.float8 import CountedFloat8
 from stages.release.frontier import Picture
+from stages.release.licence import named_for_hub
 from stages.release.llama_cpp.writing import Counted
+from stages.release.names import is_repository
 from stages.release.records import Records
 from stages.release.verification import Verified
 from stages.schema import Citation, Table
@@ -59,7 +61,6 @@ PIPELINES = {  # name of an auto class -> the pipeline of transformers that load
     "AutoModelForMultimodalLM": "any-to-any",
 }
 Measured = dict[tuple[Kind, str, str], Measurement]  # by Measurement.key
-HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "gemma", "llama2", "llama3", "llama3.1")
 
 
 def metadata(name: str, recipe: Recipe, records: Records, verified: Verified, scored: Sequence[Measurement]) -> ModelCardData:
@@ -93,12 +94,11 @@ def metadata(name: str, recipe: Recipe, records: Records, verified: Verified, sc
         for row in records.tasks
         if (Kind.TASK, row["task"], row["metric"]) in values
     ]
-    listed = base["license"] in HUB_LICENSES
+    relation = "finetune"  # of what the hub knows (adapter, finetune, merge, quantized) the nearest to pruned
     return ModelCardData(
-        base_model=base["name"],
-        base_model_relation="finetune",  # of what the hub knows (adapter, finetune, merge, quantized) the nearest to pruned
-        license=base["license"] if listed else "other",
-        license_name=None if listed else base["license"],
+        base_model=base["name"] if is_on_hub(base) else None,
+        base_model_relation=relation if is_on_hub(base) else None,
+        **named_for_hub(base["license"], base["documents"], name),
         library_name="transformers",
         pipeline_tag=PIPELINES[verified.loaded.auto_class],
         tags=[
@@ -140,13 +140,24 @@ def kept_weights(verified: Verified) -> str:
     return "the base's values, bit for bit"
 
 
-def loaded(verified: Verified) -> str:
-    """Which check of loading was made, see loading.check_loading."""
-    stock = f"stock transformers {version('transformers')}"
-    if verified.loaded.loading == "whole":
-        return f"{stock} loads it without missing tensors and gives the\nlogits of base + delta."
-    checked = "and the logits\nof the release, computed block by block, are those of base + delta."
-    return f"{stock} finds all tensors that it wants, in their shapes, {checked} It was not loaded whole: memory did not suffice."
+def loaded(verified: Verified, float8: CountedFloat8 | None) -> str:
+    """Which check of loading was made of what is released, see loading.check_loading."""
+    stock, checked = f"stock transformers {version('transformers')}", verified.loaded if float8 is None else float8.loaded
+    ours = "base + delta" if float8 is None else "base + delta, rounded to float8"
+    if checked.loading == "whole":
+        return f"{stock} loads it without missing tensors and gives the\nlogits of {ours}."
+    agreed = f"and the logits\nof the release, computed block by block, are those of {ours}."
+    return f"{stock} finds all tensors that it wants, in their shapes, {agreed} It was not loaded whole: memory did not suffice."
+
+
+def is_on_hub(base: dict[str, Any]) -> bool:
+    """Whether its name is that of a repository: it came from there, or has the form ORG/NAME. That of a directory or file has not."""
+    return base["source"] == "hub" or is_repository(base["name"])
+
+
+def linked(base: dict[str, Any], words: str) -> str:
+    """Markdown: words that link to the base's repository, if its name is one."""
+    return f"[{words}](https://huggingface.co/{base['name']})" if is_on_hub(base) else words
 
 
 def origin(base: dict[str, Any]) -> str:
@@ -562,6 +573,8 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
     return {
         "base": base["name"],
+        "linked_base": linked(base, base["name"]),
+        "base_card": linked(base, "its card") if is_on_hub(base) else "its own card, where it has one,",
         "origin": origin(base),
         "base_fingerprint": base["fingerprint"],
         "licence": licence(base),
@@ -641,7 +654,7 @@ def of_files(name: str, records: Records, verified: Verified, others: Others) ->
         "kept_again": "" if others.picture is None else f"{others.picture.kept_again}\n",
         "packed": "the files here are packed further" if others.packed else "no file here is packed",
         "unpacking": unpacking(name) if others.packed else "",
-        "loaded": loaded(verified),
+        "loaded": loaded(verified, others.float8),
         "auto_class": verified.loaded.auto_class,
         "auto_inputs": "AutoProcessor" if verified.loaded.joined else "AutoTokenizer",
         "inputs": "processor" if verified.loaded.joined else "tokenizer",

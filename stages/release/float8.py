@@ -17,26 +17,26 @@ from tqdm import tqdm
 
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.layout import read_layout
-from stages.checkpoint.model import empty_model, load_model
-from stages.checkpoint.reader import INDEX, Checkpoint
+from stages.checkpoint.model import empty_model
+from stages.checkpoint.reader import INDEX, Checkpoint, read_weight_map
 from stages.errors import ConfigError, ReleaseError
 from stages.files import read_json, write_json
-from stages.quantisation.float8 import DTYPE, Float8, quantise, require_linear
-from stages.release.loading import load_stock, require_auto_class
+from stages.quantisation.float8 import DTYPE, Float8, dequantise, quantise, require_linear
+from stages.release.loading import Loaded, check_loading
 
 PACKAGE = "compressed_tensors"
 SIGN = 0x7F  # the bits of a float8 without its sign
-PROBE_TOKENS = 32
 WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountedFloat8:
-    """What was read back. bytes: of all shards. zeros, weights: of the matrices in scope."""
+    """What was read back. bytes: of all shards. zeros, weights: of the matrices in scope. loaded: how stock transformers loads it."""
 
     bytes: int
     zeros: int
     weights: int
+    loaded: Loaded
 
 
 def require_float8(delta: SparseDelta) -> None:
@@ -107,8 +107,11 @@ def quantization_config(base: Checkpoint, delta: SparseDelta) -> dict[str, Any]:
     }
 
 
-def check_float8(directory: Path, base: Checkpoint, delta: SparseDelta) -> CountedFloat8:
+def check_float8(directory: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> CountedFloat8:
     """Read every tensor back, count zeros matrix by matrix against the masks, and load the release in stock transformers.
+
+    Args:
+        free_memory: bytes, by which check_loading decides whether the model is loaded whole; None: what is free now.
 
     Raises:
         ReleaseError: names the tensor or the check that failed.
@@ -128,8 +131,8 @@ def check_float8(directory: Path, base: Checkpoint, delta: SparseDelta) -> Count
             continue
         zero = _check_codes(name, written, scales, wanted, ~delta.change(name).mask)
         zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
-    _check_loading(directory, base, delta)
-    return CountedFloat8(bytes=size, zeros=zeros, weights=weights)
+    loaded = check_loading(Float8Checkpoint(directory, base), base, Float8(delta), rounded=True, free_memory=free_memory)
+    return CountedFloat8(bytes=size, zeros=zeros, weights=weights, loaded=loaded)
 
 
 def _check_codes(name: str, codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
@@ -145,12 +148,18 @@ def _check_codes(name: str, codes: torch.Tensor, scales: torch.Tensor, weight: t
     return zero
 
 
-@torch.no_grad()
-def _check_loading(directory: Path, base: Checkpoint, delta: SparseDelta) -> None:
-    stock = load_stock(require_auto_class(directory), directory)
-    probe = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size
-    logits, dtype = stock(input_ids=probe).logits, stock.dtype
-    del stock
-    ours = load_model(base, Float8(delta), dtype=dtype, device=torch.device("cpu"))(input_ids=probe).logits
-    if not torch.equal(logits, ours):
-        raise ReleaseError(f"{directory}: logits in stock transformers differ from those of base + delta, rounded to float8")
+class Float8Checkpoint(Checkpoint):
+    """A release in float8 under the base's names, without scales: matrices in scope are codes times scales, float32."""
+
+    def __init__(self, directory: Path, base: Checkpoint) -> None:
+        self.directory, self.shard_of, self.headers = directory, base.shard_of, base.headers
+        self._stored_in = read_weight_map(directory / INDEX)
+
+    def tensor(self, name: str, *, pinned: bool = False, entry: int | None = None) -> torch.Tensor:
+        """See Checkpoint."""
+        with safe_open(self.directory / self._stored_in[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+            if scale_of(name) in self._stored_in:
+                tensor = dequantise(tensor, file.get_tensor(scale_of(name)))
+        tensor = tensor if entry is None else tensor[entry]
+        return tensor.pin_memory() if pinned else tensor

@@ -3,7 +3,7 @@
 Whole: where the weights take at most half of the memory that is free, stock transformers loads the release, and its logits are compared
 with those of base + delta in memory. Streamed: else transformers loads it without memory for weights (on the meta device), which shows
 missing, unexpected and misshapen tensors and ties; and the logits of the release and of base + delta are both computed here, one block
-in memory at a time.
+in memory at a time. A release in float8, whose config names the format, is checked likewise: it says what base + delta, rounded, says.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.model import Apply, load_model
 from stages.checkpoint.model_class import auto_class_of, joined_parts
 from stages.checkpoint.reader import Checkpoint
@@ -45,19 +44,24 @@ class Loaded:
 
 
 @torch.no_grad()
-def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int | None = None) -> Loaded:
-    """Load the release and compare its logits with base + delta.
+def check_loading(written: Checkpoint, base: Checkpoint, apply: Apply, *, rounded: bool = False, free_memory: int | None = None) -> Loaded:
+    """Load the release and compare its logits with those of base + delta.
 
     Args:
-        free_memory: bytes; None: what is free now.
+        written: the release, with the values that clients compute with. apply: what makes these of the base's.
+        rounded: whether the release is in float8, so that its config names a format. free_memory: bytes; None: what is free now.
 
     Raises:
         ReleaseError: names the check that failed.
     """
+    release = written.directory
     free = psutil.virtual_memory().available if free_memory is None else free_memory
     whole = sum(base.stored(name).nbytes for name in base) <= SHARE * free
     auto_class = require_auto_class(release)
-    stock = _plain(release, load_stock(auto_class, release, **({} if whole else {"device_map": "meta"})))
+    stock = load_stock(auto_class, release, **({} if whole else {"device_map": "meta"}))
+    if not rounded:
+        _require_plain(release, stock)
+    _require_ties(release, stock)
     loaded = Loaded(
         loading="whole" if whole else "streamed",
         auto_class=auto_class.__name__,
@@ -68,13 +72,13 @@ def check_loading(release: Path, base: Checkpoint, delta: SparseDelta, free_memo
     if whole:
         logits = stock(input_ids=probe).logits
         del stock  # two models of 7B do not fit where one does
-        ours = load_model(base, delta.apply, dtype=dtype, device=CPU)(input_ids=probe).logits
+        ours = load_model(base, apply, dtype=dtype, device=CPU)(input_ids=probe).logits
     else:
-        logits = _streamed(Checkpoint(release), None, probe, dtype, release)
-        ours = _streamed(base, delta.apply, probe, dtype, release)
+        logits = _streamed(written, None, probe, dtype, release)
+        ours = _streamed(base, apply, probe, dtype, release)
     if not torch.equal(logits, ours):
         by = "in stock transformers" if whole else "of the release, block by block,"
-        raise ReleaseError(f"{release}: logits {by} differ from those of base + delta")
+        raise ReleaseError(f"{release}: logits {by} differ from those of base + delta{', rounded to float8' if rounded else ''}")
     return loaded
 
 
@@ -112,15 +116,17 @@ def load_stock(auto_class: Any, release: Path, **options: Any) -> PreTrainedMode
     return stock.eval().requires_grad_(False)
 
 
-def _plain(release: Path, stock: PreTrainedModel) -> PreTrainedModel:
-    """The same model; refused where its config names a format, or what it ties is no longer tied."""
-    config = stock.config
-    if getattr(config, "quantization_config", None) or getattr(config, "sparsity_config", None):
+def _require_plain(release: Path, stock: PreTrainedModel) -> None:
+    """Refuse a model whose config names a format."""
+    if getattr(stock.config, "quantization_config", None) or getattr(stock.config, "sparsity_config", None):
         raise ReleaseError(f"{release}: its config names a quantisation or sparsity format, wanted the base's plain config")
+
+
+def _require_ties(release: Path, stock: PreTrainedModel) -> None:
+    """Refuse a model of which what its config ties is no longer tied."""
     output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
-    if getattr(config, "tie_word_embeddings", False) and output.weight is not inputs.weight:
+    if getattr(stock.config, "tie_word_embeddings", False) and output.weight is not inputs.weight:
         raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
-    return stock
 
 
 def _streamed(checkpoint: Checkpoint, apply: Apply | None, probe: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:

@@ -17,15 +17,29 @@ import yaml
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
+from stages.checkpoint.reader import PROVENANCE
 from stages.config.compose import composed
 from stages.config.params import CONF
 from stages.errors import ConfigError, SparsesweepError
-from stages.files import DENSE_RESULTS, FRONTIERS, OWN_TASKS, PRUNE_RESULTS, RELEASE, SPARSE_RESULTS, read_json, remove, sha256, write_json
+from stages.files import (
+    BASE,
+    DENSE_RESULTS,
+    FRONTIERS,
+    OWN_TASKS,
+    PRUNE_RESULTS,
+    RELEASE,
+    SPARSE_RESULTS,
+    read_json,
+    remove,
+    sha256,
+    write_json,
+)
 from stages.record import Stopwatch
+from stages.release.licence import require_derivable
 from stages.sources import hub
 from stages.sweeps.pipeline import DVC_YAML, stages_of
 
-TARGET = "publish"
+TARGET, FETCH = "publish", "fetch_base"
 DONE = "done.json"  # in the directory of a run: the stages that ended
 BEST = {"2:4": "2_4", "4:8": "4_8", "0.5": "50", "0.6": "60", "0.7": "70"}  # --sparsity -> of conf/experiment/best_*.yaml
 PATTERNS = {"2:4": "nm_2_4", "4:8": "nm_4_8"}
@@ -51,17 +65,23 @@ def make(order: Order) -> str:
 
     Raises:
         ConfigError: the model, the sparsity or a choice is none, or OUT is there already; nothing was run.
+        ReleaseError: the base's licence forbids a release; nothing was run but, where it is the base that states it, its fetching.
         SparsesweepError: a stage failed; it has said why.
     """
     if order.out.exists() or order.out.is_symlink():
         raise ConfigError(f"{order.out}: found there already, wanted a path that is free for the release")
     stopwatch = Stopwatch()
-    sections = OmegaConf.to_container(composed(*overrides(order)))
+    sections: Any = OmegaConf.to_container(composed(*overrides(order)))
+    any_license = sections["publish"]["any_license"]
+    if sections["base"]["license"] is not None:
+        require_derivable(sections["base"]["license"], any_license=any_license)
     run = order.out.absolute().with_name(f".{order.out.name}-run")
     _prepare(run, sections)
     commands = list(_commands())
     for number, (name, description, command) in enumerate(commands, start=1):
         _run(run, name, command, f"[{number}/{len(commands)}] {description}")
+        if name == FETCH:
+            require_derivable(read_json(run / BASE / PROVENANCE)["license"], any_license=any_license)
     summary = _summary(run)
     (run / RELEASE).rename(order.out)
     remove(run)

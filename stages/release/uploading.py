@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import httpx2  # the transport of huggingface_hub, whose errors it lets through
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils.sha import git_hash
 
 from stages.errors import ReleaseError
@@ -178,16 +179,26 @@ def _patiently(request: Callable[[], Result]) -> Result:
         except HfHubHTTPError as error:
             if error.response.status_code != 429:
                 raise
-            named = error.response.headers.get("Retry-After", "")
-            seconds = float(named) if named.isdigit() else WAIT
-            log.warning("the hub asks to wait %.0f s", seconds)
+            seconds = _seconds(error.response.headers)
+            log.warning("the hub is busy; next try after %.0f s", seconds)
             time.sleep(seconds)
     return request()
 
 
+def _seconds(headers: Mapping[str, str]) -> float:
+    """How long the headers of a 429 ask to wait: `ratelimit`, as the hub sends it, or `Retry-After`; a second more, as in the client."""
+    limit, named = parse_ratelimit_headers(headers), headers.get("Retry-After", "").strip()
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds + 1.0
+    return int(named) + 1.0 if named.isdecimal() else WAIT
+
+
 def _require_there(api: HfApi, repo: str, commit: str, files: dict[str, Path]) -> None:
     """Compare what the hub says of the commit's files with those here."""
-    info = api.model_info(repo, revision=commit, files_metadata=True)
+    try:
+        info = _patiently(lambda: api.model_info(repo, revision=commit, files_metadata=True))
+    except HfHubHTTPError as error:
+        raise ReleaseError(f"{repo}: the commit {commit} is made, and its files could not be compared: {_answer(error)}") from None
     there = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id for one in info.siblings or [] if one.rfilename != OF_THE_HUB}
     stored = {one.rfilename for one in info.siblings or [] if one.lfs}
     here = {name: sha256(path) if name in stored else git_hash(path.read_bytes()) for name, path in files.items()}

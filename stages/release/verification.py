@@ -63,8 +63,9 @@ def verify(release: Path, base: Checkpoint, delta: SparseDelta, free_memory: int
     Raises:
         ReleaseError: names the tensor or the check that failed.
     """
-    facts = _check_tensors(Checkpoint(release), base, delta)
-    return Verified(**facts, loaded=check_loading(release, base, delta, free_memory))
+    written = Checkpoint(release)
+    facts = _check_tensors(written, base, delta)
+    return Verified(**facts, loaded=check_loading(written, base, delta.apply, free_memory=free_memory))
 
 
 # What was asked.

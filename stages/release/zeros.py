@@ -22,6 +22,7 @@ from stages.checkpoint.shard import write_shard
 from stages.errors import ReleaseError
 from stages.files import read_json, replacing, require_free_disk, write_json
 from stages.release.manifests import read_manifest_of
+from stages.release.packed import MANIFEST as PACKED
 from stages.release.packing import SUMS, write_sums
 
 MANIFEST = "sparsity.json"
@@ -132,11 +133,12 @@ def compare(directory: Path, release: Path | None) -> Iterator[Kept]:
         directory: any checkpoint in safetensors. release: whose zeros are wanted; None: those that its own sparsity.json states.
 
     Raises:
-        ReleaseError: a tensor of the release is not in the checkpoint, or has another shape; or the release is not what its manifest says.
+        ReleaseError: a tensor of the release is not in the checkpoint, or has another shape; or the release is not what its manifest says;
+            or either is packed.
         CheckpointError: the checkpoint cannot be read.
     """
-    zeros, checkpoint = read_zeros(release or directory), Checkpoint(directory)
-    theirs = None if release is None else Checkpoint(release)
+    zeros, checkpoint = read_zeros(release or directory), _checkpoint(directory)
+    theirs = None if release is None else _checkpoint(release)
     _require_tensors(zeros, checkpoint)
     for name, wanted in tqdm(zeros.tensors.items(), desc="counting zeros", unit="tensor"):
         zero = checkpoint.tensor(name) == 0
@@ -158,7 +160,7 @@ def apply(directory: Path, release: Path, target: Path) -> None:
     Raises:
         ReleaseError: see compare. SparsesweepError: the disk is full.
     """
-    zeros, checkpoint, theirs = read_zeros(release), Checkpoint(directory), Checkpoint(release)
+    zeros, checkpoint, theirs = read_zeros(release), _checkpoint(directory), _checkpoint(release)
     _require_tensors(zeros, checkpoint)
 
     def masked(name: str) -> torch.Tensor:
@@ -179,6 +181,17 @@ def apply(directory: Path, release: Path, target: Path) -> None:
             write_sums(scratch)
         if lost := [kept.tensor for kept in compare(scratch, release) if kept.lost]:
             raise ReleaseError(f"{target}: found zeros of {', '.join(lost[:3])} lost in what was written, wanted none")
+
+
+def _checkpoint(directory: Path) -> Checkpoint:
+    """
+    Raises:
+        ReleaseError: it is packed; names the command that unpacks it. CheckpointError: see Checkpoint.
+    """
+    if (directory / PACKED).is_file():
+        command = f"python -m stages.release unpack {directory} --out DIR"
+        raise ReleaseError(f"{directory}: found a packed release, wanted a plain checkpoint, which `{command}` restores")
+    return Checkpoint(directory)
 
 
 def _require_tensors(zeros: Zeros, checkpoint: Checkpoint) -> None:

@@ -230,8 +230,31 @@ def test_the_card_says_which_rows_were_cut_or_are_missing(written):
 
 
 def test_a_licence_that_the_hub_does_not_list_is_named_as_other(written):
-    card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "my own"}))
-    assert (card.data.license, card.data.license_name) == ("other", "my own")
+    card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "my own", "documents": ["LICENSE"]}))
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "my own", "LICENSE")
+
+
+def test_a_licence_that_the_hub_lists_is_named_as_there_whatever_its_case(written):
+    card = written(records=replace(RECORDS, base={**RECORDS.base, "license": "Apache-2.0"}))
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("apache-2.0", None, None)
+
+
+@pytest.mark.parametrize(("source", "name"), [("local", "my-7b"), ("gguf", "my-7b.Q8_0"), ("gguf", "a b/c d"), ("local", "/models/big")])
+def test_a_base_whose_name_is_that_of_a_file_or_directory_is_not_linked(written, source, name):
+    base = {**RECORDS.base, "source": source, "name": name, "file": "a.gguf", "file_sha256": "f00d"}
+    card = written(records=replace(RECORDS, base=base))
+    assert not [key for key in card.data.to_dict() if key.startswith("base_model")]
+    assert "huggingface.co" not in card.content
+    assert f"\n{name} with 50% of the weights" in card.content
+    assert "\nits own card, where it has one, names those that are known." in card.content
+
+
+@pytest.mark.parametrize(("source", "name"), [("hub", "gpt2"), ("local", "org/my-7b"), ("gguf", "org/my-7b"), ("wheel", "org/big")])
+def test_a_base_whose_name_is_that_of_a_repository_is_linked(written, source, name):
+    base = {**RECORDS.base, "source": source, "name": name, "file": "a.gguf", "file_sha256": "f00d", "packages": ["p 1.0"]}
+    card = written(records=replace(RECORDS, base=base))
+    assert (card.data.base_model, card.data.base_model_relation) == (name, "finetune")
+    assert card.content.count(f"](https://huggingface.co/{name})") == 2
 
 
 def test_the_card_names_the_documents_of_the_licence(written):
@@ -418,7 +441,7 @@ def test_the_files_for_llama_cpp_stand_with_the_zeros_that_were_counted_in_them(
 def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rounding(written):
     assert "any client loads them" in written().content
     scores = [replace(measured, value=measured.value * 1.5) for measured in RECORDS.sparse]
-    float8 = CountedFloat8(bytes=1234, zeros=51, weights=100)
+    float8 = CountedFloat8(bytes=1234, zeros=51, weights=100, loaded=replace(LOADED, loading="streamed"))
     card = written(others=replace(NO_OTHERS, float8=float8, float8_results=scores)).content
     assert "any client loads them" not in card
     section = card[card.index("## Float8") :]
@@ -433,7 +456,15 @@ def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rou
     [("whole", "loads it without missing tensors and gives the\nlogits of base + delta."), ("streamed", "It was not loaded whole: memory")],
 )
 def test_the_card_says_which_check_of_loading_was_made(loading, said):
-    assert said in loaded(replace(VERIFIED, loaded=replace(LOADED, loading=loading)))
+    assert said in loaded(replace(VERIFIED, loaded=replace(LOADED, loading=loading)), None)
+
+
+@pytest.mark.parametrize(("loading", "said"), [("whole", "loads it without missing tensors"), ("streamed", "It was not loaded whole")])
+def test_the_card_of_a_release_in_float8_says_how_that_release_was_loaded(loading, said):
+    otherwise = replace(LOADED, loading="whole" if loading == "streamed" else "streamed")
+    float8 = CountedFloat8(bytes=1, zeros=1, weights=1, loaded=replace(LOADED, loading=loading))
+    words = loaded(replace(VERIFIED, loaded=otherwise), float8)
+    assert said in words and "base + delta, rounded to float8." in words
 
 
 def test_the_card_says_what_of_the_blocks_was_out_of_scope(written):

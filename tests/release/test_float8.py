@@ -10,7 +10,7 @@ from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import INDEX
 from stages.errors import ConfigError, ReleaseError
 from stages.quantisation.float8 import Float8
-from stages.release import float8
+from stages.release import float8, loading
 from stages.release.float8 import check_float8, require_float8, to_float8
 from stages.release.packing import pack
 from stages.release.zeros import read_zeros, write_zeros
@@ -42,6 +42,63 @@ def test_a_matrix_in_scope_has_a_code_a_weight_and_a_scale_a_row(tmp_path):
     section = json.loads((release / "config.json").read_text())["quantization_config"]
     assert (section["format"], section["ignore"]) == ("float-quantized", ["lm_head"])
     assert section["config_groups"]["group_0"]["input_activations"] is None
+
+
+NOTHING, PLENTY = 0, 2**40  # bytes of free memory
+
+
+@LOADED
+def test_it_is_loaded_whole_where_the_weights_take_at_most_half_of_the_free_memory(tmp_path):
+    base, delta, release = written(tmp_path)
+    size = sum(base.stored(name).nbytes for name in base)
+    assert check_float8(release, base, delta, 2 * size).loaded.loading == "whole"
+    assert check_float8(release, base, delta, 2 * size - 1).loaded.loading == "streamed"
+
+
+@LOADED
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_does_not_fit_is_compared_block_by_block_and_no_model_is_loaded(tmp_path, kind, monkeypatch):
+    base, delta, release = written(tmp_path, kind)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("found a whole model in memory"))
+    assert check_float8(release, base, delta, NOTHING).loaded.loading == "streamed"
+
+
+@LOADED
+@pytest.mark.parametrize(("free", "message"), [(PLENTY, "in stock transformers"), (NOTHING, "of the release, block by block,")])
+def test_logits_that_differ_from_the_rounded_model_are_found(tmp_path, free, message):
+    base, delta, release = written(tmp_path)
+    config = json.loads((release / "config.json").read_text())
+    (release / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(ReleaseError, match=f"logits {message} differ from those of base \\+ delta, rounded to float8"):
+        check_float8(release, base, delta, free)
+
+
+@LOADED
+def test_a_tensor_that_the_release_lacks_is_found_without_loading_it(tmp_path):
+    base, delta, release = written(tmp_path)
+    config = json.loads((release / "config.json").read_text())
+    (release / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(ReleaseError, match=r"stock transformers reports \{'missing_keys': \['model.layers.[23]."):
+        check_float8(release, base, delta, NOTHING)
+
+
+@LOADED
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_its_section_of_the_config_is_valid_by_compressed_tensors_own_schema(tmp_path, kind):
+    from compressed_tensors.quantization import QuantizationConfig
+
+    _, _, release = written(tmp_path, kind)
+    section = QuantizationConfig.model_validate(json.loads((release / "config.json").read_text())["quantization_config"]).model_dump(
+        mode="json"
+    )
+    assert (section["quant_method"], section["format"], section["quantization_status"]) == (
+        "compressed-tensors",
+        "float-quantized",
+        "compressed",
+    )
+    (group,) = section["config_groups"].values()
+    assert group["weights"] | float8.WEIGHTS == group["weights"]
+    assert (group["targets"], group["input_activations"]) == (["Linear"], None)
 
 
 @LOADED

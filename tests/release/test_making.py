@@ -10,8 +10,8 @@ import pytest
 
 from stages.config.compose import read
 from stages.config.params import CONF
-from stages.errors import ConfigError
-from stages.files import sha256
+from stages.errors import ConfigError, ReleaseError
+from stages.files import BASE, RELEASE, sha256, write_json
 from stages.release import making
 from stages.release.making import Order, overrides
 from tests import project as projects
@@ -113,6 +113,37 @@ def test_what_is_no_model_and_no_sparsity_is_refused(changes, message):
 def test_a_release_that_is_there_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="found there already, wanted a path that is free for the release"):
         making.make(order(out=tmp_path))
+
+
+@pytest.mark.parametrize("license", ["cc-by-nd-4.0", "other"])
+def test_a_licence_that_forbids_a_release_is_refused_before_anything_is_fetched(tmp_path, license):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ReleaseError, match=f"licence of the base: found '{license}', .*publish.any_license=true"):
+        making.make(order(str(tmp_path / "model"), license=license, out=tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("any_license", [False, True])
+def test_a_licence_that_the_base_states_is_read_before_anything_is_computed(tmp_path, hub_repository, monkeypatch, any_license):
+    ran = []
+
+    def run(directory: Path, name: str, *_: object) -> None:
+        ran.append(name)
+        (directory / BASE).mkdir(parents=True, exist_ok=True)
+        (directory / RELEASE).mkdir(exist_ok=True)
+        write_json(directory / BASE / "provenance.json", {"license": "cc-by-nd-4.0"})
+
+    monkeypatch.setattr(making, "_run", run)
+    monkeypatch.setattr(making, "_summary", lambda _: "")
+    hub_repository("org/tiny", {"config.json": b"{}"})
+    wanted = order("org/tiny", out=tmp_path / "out", overrides=[f"publish.any_license={any_license}".lower()])
+    if any_license:
+        making.make(wanted)
+        assert {"prune", "publish"} <= set(ran)
+    else:
+        with pytest.raises(ReleaseError, match="found 'cc-by-nd-4.0', which forbids changed copies"):
+            making.make(wanted)
+        assert ran[-1] == "fetch_base" and all(name.startswith("fetch") for name in ran)
 
 
 def test_the_costs_on_the_page_are_those_of_the_readme():

@@ -23,6 +23,7 @@ from stages.errors import ConfigError, ReleaseError
 from stages.files import CREATED_REPOSITORIES, SUMS, UPLOAD, read_json, sha256
 from stages.release.packing import write_sums
 from stages.release.section import Hub
+from stages.release.uploading import WAIT
 from stages.schema import check
 from tests.conftest import HUB
 from tests.hub_uploads import PART, Uploads
@@ -202,13 +203,47 @@ def test_a_used_up_quota_is_said(project):
     assert set(HUB.repositories[REPO].files) == {".gitattributes"}
 
 
-def test_the_hub_is_waited_for_as_long_as_it_asks(project, monkeypatch):
+@pytest.mark.parametrize(
+    ("asks", "seconds"),
+    [
+        ({"Retry-After": "1"}, 2),
+        ({"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 56),
+        ({"ratelimit": '"api";r=0;t=55', "Retry-After": "1"}, 56),
+        ({"ratelimit": '"api";r=3;t=55', "Retry-After": "1"}, 2),
+    ],
+)
+def test_the_hub_is_waited_for_as_long_as_it_asks_and_a_second_more(project, monkeypatch, asks, seconds):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     of_repository = [f"/api/models/{REPO}/preupload/main", f"/{REPO}.git/info/lfs/objects/batch", f"/api/models/{REPO}/commit/main"]
-    HUB.uploads.busy = Counter(["/api/repos/create", *of_repository])
+    HUB.uploads.asks = asks
+    HUB.uploads.busy = Counter([f"/api/models/{REPO}", "/api/repos/create", *of_repository])
     run()
-    assert sorted(waited) == [1, 1, 2, 2]  # the client adds a second of its own
+    assert waited == [seconds] * 5
+    assert len(HUB.uploads.parents) == 1
+
+
+def test_a_busy_hub_that_names_no_time_is_asked_again(project, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    HUB.uploads.asks, HUB.uploads.busy = {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, Counter([f"/api/models/{REPO}/commit/main"])
+    run()
+    assert waited == [WAIT]
+
+
+def test_a_hub_that_is_busy_once_the_commit_is_made_is_waited_for(project):
+    HUB.uploads.busy = Counter([f"/api/models/{REPO}/revision/"])
+    assert run()["commit"] == HUB.repositories[REPO].commit
+    assert HUB.uploads.busy[f"/api/models/{REPO}/revision/"] == 0
+
+
+def test_a_commit_whose_files_could_not_be_compared_is_said_to_be_made(project):
+    HUB.uploads.busy = Counter({f"/api/models/{REPO}/revision/": 100})
+    with pytest.raises(ReleaseError, match="the commit [0-9a-f]{40} is made, and its files could not be compared: the hub refused by 429"):
+        run()
+    assert len(HUB.uploads.parents) == 1
+    HUB.uploads.busy.clear()
+    assert run()["commit"] == HUB.repositories[REPO].commit
     assert len(HUB.uploads.parents) == 1
 
 

@@ -10,6 +10,7 @@ from stages.checkpoint.delta import Change
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
 from stages.release.__main__ import main
+from stages.release.packed import pack_release
 from stages.release.packing import pack, write_sums
 from stages.release.zeros import MANIFEST, compare, read_zeros, write_zeros
 from tests import deltas
@@ -129,6 +130,18 @@ def test_what_cannot_be_compared_is_refused(release, trained, damage, message):
     damage(release, trained)
     with pytest.raises(SparsesweepError, match=message):
         list(compare(trained, release))
+
+
+@pytest.mark.parametrize("apply", [False, True])
+def test_a_packed_release_is_to_be_unpacked_first(release, trained, apply):
+    pack_release(release, None)
+    message = (
+        f"error: {release}: found a packed release, wanted a plain checkpoint, which `python -m stages.release unpack {release} --out DIR`"
+    )
+    with pytest.raises(SystemExit, match=message):
+        main(["check", str(trained), "--against", str(release), *["--apply"] * apply])
+    with pytest.raises(SystemExit, match=message):
+        main(["check", str(release)])
 
 
 @pytest.mark.parametrize(
