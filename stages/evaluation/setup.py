@@ -131,8 +131,8 @@ def prepare(evaluation: Evaluation, scratch: Path) -> Setup:
         base.require_context(windows.window_length, f"{key}.window_length")
         corpora.append(read_corpus(name, rows_file(name), windows, tokenizer, bos))
         require_embedded(corpora[-1].windows.unique().tolist(), embedding_rows(base), tokenizer, key)
-    asked, bounds = evaluation.generations, {"new_tokens": evaluation.generations.new_tokens, "context_length": base.context_length}
-    require_prompts(tokenizer, bos, asked.prompts, embedding_rows(base), **bounds)
+    generations, context = evaluation.generations, base.context_length
+    require_prompts(tokenizer, bos, generations.prompts, embedding_rows(base), new_tokens=generations.new_tokens, context_length=context)
     styles = {style: asked_in(evaluation, style, tokenizer) for style in evaluation.styles if style != Style.RAW}
     asking = Asking(
         encoder=Encoder(tokenizer, bos, base.context_length),
