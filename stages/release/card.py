@@ -387,7 +387,8 @@ def degeneration_table(records: Records) -> str:
     if not rows:
         return ""
     dense = {measured.key: measured for measured in records.dense}
-    lines = ["", "| prompts | measure | dense | sparse | sparse against dense | answers |", "|---|---|---|---|---|---|"]
+    lines = ["", "How they degenerate, over all prompts:", ""]
+    lines += ["| prompts | measure | dense | sparse | sparse against dense | answers |", "|---|---|---|---|---|---|"]
     for measured in rows:
         other = dense[measured.key].shown(3) if measured.key in dense else ""
         apart = "not paired" if measured.difference is None else f"{measured.difference.shown(3)}{interval(measured.difference)}"
