@@ -76,7 +76,7 @@ def round_trip(release: Path, hub: Hub, source: Source, scratch: Path) -> dict[s
             raise ComparisonError(f"{fetched / name}: found other bytes than were sent, wanted SHA-256 {digest}")
     results = ModelCard.load(release / "README.md").data.eval_results
     (carded,) = [one.metric_value for one in results if one.dataset_type == TASK and one.metric_type == "accuracy"]
-    theirs = scored(fetched, [source], scratch)[source.name][METRIC]
+    theirs = scored(fetched, [source], scratch)[source.name].metrics[METRIC]
     if abs(theirs - carded) > WITHIN:
         raise ComparisonError(f"{release.name}, {TASK}: found {theirs} by lm-eval's command, wanted {carded} as on the card")
     model = read_json(release / "provenance.json")["base"]["name"]

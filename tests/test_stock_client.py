@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.stock_client import compared, isolated, scored
+from benchmarks.stock_client import StockScores, compared, isolated, largest_difference, of_task, scored, table
 from stages.checkpoint.model import load_model
 from stages.errors import ComparisonError
 from stages.evaluation.harness import WholeModel
@@ -65,10 +65,27 @@ def test_lm_evals_command_scores_a_release_as_our_evaluation_does(base, release,
     rows = asking.samples(whole, {"piqa": ROWS}, tmp_path / "ours", tokenizer=tokenizer)["piqa"]
     source = embedded_source(TASKS["piqa"], ROWS, [], few_shot=0, sha256="", scratch=tmp_path)
     theirs = scored(directory, [source], tmp_path)["piqa"]
-    ours = sum(row["values"]["acc"] for row in rows) / len(rows)
-    assert 0 < ours < 1
-    assert theirs["acc"] == pytest.approx(ours, abs=1e-4)
-    assert compared("piqa", "acc", ours, theirs["acc"])["stock"] == theirs["acc"]
+    ours = [row | {"scores": [list(score) for score in row["scores"]]} for row in rows]
+    assert 0 < sum(row["values"]["acc"] for row in rows) < len(rows)
+    assert {len(row) for row in theirs.likelihoods} == {2}
+    for row, likelihoods in zip(ours, theirs.likelihoods, strict=True):
+        assert likelihoods == pytest.approx([likelihood for likelihood, _ in row["scores"]], rel=0, abs=1e-4)
+    compared_rows = of_task("piqa", ours, theirs)
+    assert [row["metric"] for row in compared_rows] == ["acc", "acc_norm"]
+    assert all(row["stock"] == pytest.approx(row["ours"], abs=1e-4) and row["apart"] < 1e-4 for row in compared_rows)
+
+
+def test_the_largest_difference_is_of_any_continuation_and_other_rows_are_refused():
+    assert largest_difference("piqa", [[-1.0, -2.0], [-3.0]], [[-1.0, -2.5], [-3.25]]) == 0.5
+    with pytest.raises(ComparisonError, match="piqa: found 1 rows by lm-eval's command, wanted 2 with as many continuations each"):
+        largest_difference("piqa", [[-1.0], [-3.0]], [[-1.0]])
+
+
+def test_the_table_has_every_metric_and_the_largest_difference():
+    rows = [{"values": {"acc": 1.0, "acc_norm": 0.0, "f1": 1.0}, "scores": [[-1.0, False], [-2.0, False]]}]
+    scores = of_task("piqa", rows, StockScores(metrics={"acc": 1.0, "acc_norm": 0.0}, likelihoods=[[-1.0, -2.25]]))
+    text = table({"model": "org/a", "rows": 1, "scores": scores, "versions": {"torch": "2"}})
+    assert "| piqa | 1 | acc | 1.000000 | 1.000000 | 2.5e-01 |\n| piqa | 1 | acc_norm | 0.000000 | 0.000000 | 2.5e-01 |\n" in text
 
 
 def test_another_score_is_refused():
