@@ -31,7 +31,7 @@ from stages.files import BASE, CALIBRATION, PRUNE_RESULTS, SPARSE, read_json, wr
 
 FILE = Path("benchmarks/behaviour.json")
 TOLERANCES = {"error": 0.01, "left": 0.01, "output": 0.02, "revision": 0.0}  # relative; rounding alone moves them by half of that
-PROCESSORS = {"error": 0.03, "left": 0.01, "output": 0.03, "revision": 0.0}  # likewise; by another kind of processor they moved by 0.025
+PROCESSORS = {"error": 0.03, "left": 0.01, "output": 0.05, "revision": 0.0}  # likewise; by other kinds of processors they moved by 0.034
 REVISIONS = {  # raised by hand where a part of a cell's overrides prunes real models otherwise, which the small one does not show
     "allocation=loss": 1,  # how much gradients weigh tokens is judged
     "reconstruction=": 2,  # blocks search for the rate
