@@ -24,6 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from benchmarks.behaviour import write_rest
 from benchmarks.markers import show_between
+from benchmarks.refusals import TAKES
 from stages import prune
 from stages.config.compose import read
 from stages.errors import ArchitectureError, CheckpointError, SparsesweepError
@@ -135,9 +136,10 @@ def counts(outcomes: dict[str, dict[str, Any]]) -> str:
 
 
 def summary(outcomes: dict[str, dict[str, Any]]) -> str:
-    """Markdown: the counts, and where the page is."""
+    """Markdown: the counts, where the page is, and the types that are pruned."""
     how = "made by `make census` from small random checkpoints with each type's real configuration class"
-    return f"{counts(outcomes)}: [docs/census.md](docs/census.md), {how}."
+    types = f"<details><summary>The types that are pruned</summary>\n\n{listed(of_state(outcomes, 'pruned'))}\n\n</details>"
+    return f"{counts(outcomes)}: [docs/census.md](docs/census.md), {how}.\n\n{types}"
 
 
 def page(outcomes: dict[str, dict[str, Any]]) -> str:
@@ -176,9 +178,11 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
                 reasons.setdefault((title, reason), []).append(kind)
     lines += [f"| {title} | {reason} | {listed(kinds)} |" for (title, reason), kinds in reasons.items()]
     for state, (_, title) in STATES.items():
-        lines += ["", f"## {title}", "", "| types | why |", "|---|---|"]
-        for why in dict.fromkeys(outcomes[kind]["reason"] for kind in of_state(outcomes, state)):
-            lines.append(f"| {listed(kind for kind in of_state(outcomes, state) if outcomes[kind]['reason'] == why)} | {why} |")
+        lines += ["", f"## {title}", "", "| types | why | what it would take |", "|---|---|---|"]
+        rows: dict[tuple[str, str], list[str]] = {}
+        for kind in of_state(outcomes, state):
+            rows.setdefault((outcomes[kind]["reason"], TAKES.get(kind, "")), []).append(kind)
+        lines += [f"| {listed(kinds)} | {why} | {takes} |" for (why, takes), kinds in rows.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -2,11 +2,12 @@
 
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from benchmarks import choices, quality, table
+from benchmarks import choices, quality, refusals, table
 from benchmarks.contenders import SMOLLM2
 from stages import prune
 from stages.config.compose import read
@@ -60,6 +61,15 @@ def test_the_census_is_that_of_its_page_which_has_every_architecture_listed():
     assert counts in page
     pruned = page.split("## Pruned by all of them")[1].split("## Refused by name")[0]
     assert [kind for kind in CONFIGS if f"`{kind}`" not in pruned] == []
+    assert f"that transformers {version('transformers')} knows" in counts
+
+
+def test_the_census_says_of_each_refused_type_what_it_would_take():
+    refused = (ROOT / "docs/census.md").read_text().split("## Refused by name")[1].split("## Not built small")[0]
+    rows = re.findall(r"^\| (`.*`) \| (.*) \| (.*) \|$", refused, re.M)
+    assert set(re.findall(r"`([^`]+)`", " ".join(types for types, *_ in rows))) <= set(refusals.TAKES)
+    assert all(takes for *_, takes in rows)
+    assert len(rows) >= 5
 
 
 @pytest.mark.parametrize("name", ["memory", "speed"])
