@@ -5,7 +5,7 @@ A parameter is recognised by its storage, and a slice of it by its address; a mo
 convolution or a decay of a recurrence has two dimensions or more, too, and is no linear map of tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Weights:
         weights: key -> the weight, a parameter or a slice of one. address: of a tensor.
     """
 
-    def __init__(self, weights: dict[Any, torch.Tensor], address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr) -> None:
+    def __init__(self, weights: Mapping[Any, torch.Tensor], address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr) -> None:
         self.address = address
         self._keys = {address(weight): key for key, weight in weights.items()}
         self._casts: dict[Any, tuple[torch.Tensor, list[int]]] = {}  # the latest of each dtype, kept so that its address is not used again
