@@ -131,7 +131,8 @@ def counts(outcomes: dict[str, dict[str, Any]]) -> str:
     """How many types there are of each state, as a sentence without its end."""
     known = f"Of the {len(outcomes)} types of causal language models that transformers {transformers.__version__} knows"
     by_all = f"{len(pruned_by_all(outcomes))} by all of {len(METHODS)} kinds of methods"
-    *others, last = [f"{len(of_state(outcomes, state))} {words}" for state, (words, _) in STATES.items()]
+    numbers = {words: len(of_state(outcomes, state)) for state, (words, _) in STATES.items()}
+    *others, last = [f"{number} {words if number != 1 else words.replace('are', 'is', 1)}" for words, number in numbers.items()]
     return f"{known}, {len(of_state(outcomes, 'pruned'))} are pruned ({by_all}), {', '.join(others)}, and {last}"
 
 

@@ -29,7 +29,8 @@ def permutable_blocks(decoder: Decoder) -> frozenset[int]:
         kind = kind_of_block(decoder.blocks[index]), tuple(decoder.layers(index))
         if kind not in known:
             known[kind] = bool(_proven(decoder, index, call, candidates(decoder.blocks[index], decoder.matrices[index])))
-        permutable |= {index} if known[kind] else set()
+        if known[kind]:
+            permutable.add(index)
     if not permutable:
         found = f"found no input channels that can be permuted{_joined(decoder)}"
         raise PruningError(f"{decoder.name}: {found}, wanted {WANTED}; {ADVICE}")
