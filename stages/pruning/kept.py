@@ -83,6 +83,7 @@ CODE = (
     "streaming/mixture.py",
     "streaming/products.py",
     "streaming/reading.py",
+    "streaming/routers.py",
     "streaming/scope.py",
     "streaming/stream.py",
     "streaming/tokens_alone.py",
