@@ -38,10 +38,12 @@ def _lines(arguments: argparse.Namespace) -> Iterator[str]:
     except DivergedError as error:  # the others were received
         diverged = error
     yield write_page(COMPARISON)
-    if name and (diverged is None or name not in diverged.names):
-        yield from apply(name, release=name == arguments.release)
-    if diverged is not None:
-        raise diverged
+    try:
+        if name and (diverged is None or name not in diverged.names):
+            yield from apply(name, release=name == arguments.release)
+    finally:
+        if diverged is not None:
+            raise diverged
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -431,6 +433,46 @@ def test_what_was_scored_before_a_failure_is_not_scored_again(root, monkeypatch)
     run("dense", asked)
     assert len(calls) == 6
     assert {path.name: path.read_text() for path in (root / "results/dense/details").iterdir()} == resumed
+
+
+@pytest.mark.parametrize(
+    ("right", "several", "fine"),
+    [
+        (np.int32(1), False, True),  # as a function of lm-eval's toxigen returns it
+        (True, False, True),
+        (1.0, False, False),
+        ([0, -1], True, True),  # padded
+        ([-1, 9], True, False),
+        ([0, "b"], True, False),
+        (0, True, False),
+        ([0], False, False),
+    ],
+)
+def test_which_answers_are_numbers_of_choices(monkeypatch, right, several, fine):
+    class Choosing:
+        OUTPUT_TYPE, multiple_input, multiple_target = "multiple_choice", 0, int(several)
+        config = SimpleNamespace(process_results=None)
+        process_results = None
+
+        def aggregation(self):
+            return {"acc": None}
+
+        def doc_iterator(self, limit):
+            yield 0, {}
+
+        def doc_to_target(self, row):
+            return right
+
+        def doc_to_choice(self, row):
+            return ["a", "b"]
+
+    monkeypatch.setattr(questions, "ConfigurableTask", Choosing)
+    task = Choosing()
+    if fine:
+        questions.require_answers("own", task, None)
+        return
+    with pytest.raises(TextError, match="evaluation.tasks: own, row 1: found the answer .*, wanted"):
+        questions.require_answers("own", task, None)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -104,7 +104,10 @@ def answers(questions: Questions) -> Answers:
     shared: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(dict)  # score -> task -> their clusters
     first_cluster = 0
     for name, task in questions.tasks.items():
-        task.apply_filters()
+        try:
+            task.apply_filters()
+        except BROKEN as error:
+            raise TextError(f"{KEY}: {name}: its filters cannot read the answers ({words_of(error)})") from error
         documents, requests = questions.documents(name), grouped(task.instances)
         clusters = numbered(questions.shared(name)).tolist()
         for number, document in documents:
@@ -113,7 +116,7 @@ def answers(questions: Questions) -> Answers:
             for filtered_by in of_row[0].filtered_resps:
                 responses = [request.filtered_resps[filtered_by] for request in of_row]
                 try:
-                    values = task.process_results(document, responses)
+                    values, target = task.process_results(document, responses), str(task.doc_to_target(document))
                 except BROKEN as error:
                     raise TextError(f"{KEY}: {name}, row {number + 1}: lm-eval cannot score its answer ({words_of(error)})") from error
                 scores |= {(metric, filtered_by): value for metric, value in values.items()}
@@ -125,7 +128,7 @@ def answers(questions: Questions) -> Answers:
                 "row": len(rows),
                 "cluster": first_cluster + clusters[number],
                 "values": scores,
-                "target": str(task.doc_to_target(document)),
+                "target": target,
             }
             row |= {"task": name} if questions.source.is_group else {}
             row |= {"cut": True} if number in questions.cut[name] else {}
@@ -176,11 +179,11 @@ def _aggregate(questions: Questions, key: tuple[str, str], values: dict[str, lis
 
     try:
         value = score(values)
-    except (ArithmeticError, ValueError) as reason:
+        error = bootstrap_error(score, values, clusters) if math.isfinite(value) else None
+    except BROKEN as reason:
         raise CheckpointError(f"{metric_name(*key)} of {questions.name}: found none ({reason}), wanted a finite number") from None
     if not math.isfinite(value):
         raise CheckpointError(f"{metric_name(*key)} of {questions.name}: found {value}, wanted a finite number")
-    error = bootstrap_error(score, values, clusters)
     return {
         "value": value,
         "count": sum(map(len, values.values())),

@@ -402,23 +402,35 @@ def _wrong_answer(task: ConfigurableTask, row: Mapping[str, Any]) -> tuple[str, 
         several = chooses and bool(task.multiple_target)
         by_text = chooses and not several
         answers = right if isinstance(right, list) else [right]
-        fine = several == isinstance(right, list) and answers and all(_is_choice(each, choices, by_text=by_text) for each in answers)
+        one = any(_is_choice(each, choices, by_text=by_text) for each in answers)
+        fine = (
+            one and several == isinstance(right, list) and all(_is_number(each) or (by_text and isinstance(each, str)) for each in answers)
+        )
         wanted = f"{'a list of numbers' if several else 'the number'} of {len(choices)} choices, from 0{', or the text of one' * by_text}"
         return repr(right), "" if fine else wanted
-    if right is None or right == [] or _prints_null(task, row, right):
+    if right is None or right == [] or (isinstance(right, list) and None in right) or _prints_null(task, row, right):
         return "null", "a text"
     return repr(right), ""
 
 
 def _is_choice(answer: Any, choices: list[Any], *, by_text: bool) -> bool:
-    return answer in choices if isinstance(answer, str) and by_text else isinstance(answer, int) and 0 <= answer < len(choices)
+    return answer in choices if isinstance(answer, str) and by_text else _is_number(answer) and 0 <= answer < len(choices)
+
+
+def _is_number(answer: Any) -> bool:
+    """Whether it can be that of a choice: also numpy's."""
+    return hasattr(answer, "__index__")
 
 
 def _prints_null(task: ConfigurableTask, row: Mapping[str, Any], right: Any) -> bool:
     """Whether the word "None" in an answer is a column of the row that holds nothing."""
     if not isinstance(right, str) or "None" not in right or None not in row.values():
         return False
-    return right.count("None") > str(task.doc_to_target({key: "" if value is None else value for key, value in row.items()})).count("None")
+    try:
+        without = str(task.doc_to_target({key: "" if value is None else value for key, value in row.items()}))
+    except BROKEN:  # of a definition that knows null, and no empty text
+        return False
+    return right.count("None") > without.count("None")
 
 
 def words_of(error: Exception) -> str:

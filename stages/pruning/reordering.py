@@ -4,7 +4,7 @@ permutation_groups proves which matrices can be permuted together; permutations 
 """
 
 from collections.abc import MutableMapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -113,7 +113,7 @@ def in_float32(call: Call) -> Call:
         if isinstance(value, (tuple, list)):
             return type(value)(map(cast, value))
         if isinstance(value, MutableMapping):
-            mapping = type(value)()
+            mapping = copy(value)
             mapping.update({key: cast(item) for key, item in value.items()})
             return mapping
         return value

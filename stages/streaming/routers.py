@@ -6,6 +6,7 @@ hidden states that the block returns. Those of attention or of a shared expert r
 """
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def _observed(block: nn.Module, modules: list[nn.Module], run: Run) -> tuple[lis
     routing, others = list[Any](), list[Any]()
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        tokens, *rest = (value.clone() if isinstance(value, torch.Tensor) else value for value in (*arguments, *keywords.values()))
+        given = signature(module.forward).bind(*arguments, **keywords).arguments.values()
+        tokens, *rest = (value.clone() if isinstance(value, torch.Tensor) else value for value in given)
         others.append(tokens)
         routing.extend(rest if is_routed(module) else ())
 
@@ -91,5 +93,5 @@ class _Spoiled(TorchFunctionMode):
             if product.weight in self.weights:
                 output = output.clone()
                 by_rows = output.mT if product.by_columns else output
-                by_rows[..., 1:] = by_rows.flatten(0, -2)[0] = torch.nan
+                by_rows[..., 1:] = by_rows[(0,) * (by_rows.dim() - 1)] = torch.nan
         return output

@@ -6,7 +6,7 @@ calls, as the attention to an encoder that is not there; experts, which a router
 """
 
 from collections import Counter
-from copy import copy
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def find_matrices(
     for index, of_block in enumerate(tensors):
         path = f"{prefix}.{index}"
         block, matrices_of_block, of_earlier = model.get_submodule(path), list[Matrix](), list[Matrix]()
-        trial = calls[index].example({kind: copy(mapping) for kind, mapping in shared.items()})
+        trial = calls[index].example(deepcopy(shared))
         call = calls[index].example(shared)
         scope = scopes.of(block, call, trial, run_again=bool(shared))
         for tensor, parameter_slice in of_block.items():
