@@ -80,6 +80,17 @@ class Latent(Block):
         return hidden + self.experts(tokens, chosen, weights.to(tokens.dtype)).view_as(hidden)
 
 
+class ByNames(Block):
+    """The experts are called by the names of their arguments, the tokens last; the gate's weight is multiplied from the left."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.reshape(-1, WIDTH)
+        scores = (self.gate.weight.float() @ tokens.float().mT).mT
+        weights, chosen = scores.softmax(dim=-1).topk(2, dim=-1)
+        mixed = self.experts(weights=weights.to(tokens.dtype), chosen=chosen, tokens=tokens)
+        return hidden + (mixed + self.shared_down(self.shared_up(tokens).relu())).view_as(hidden)
+
+
 def routers(block: nn.Module, dtype: torch.dtype = torch.float32, experts: str = "experts") -> set[str]:
     block = block.to(device="meta", dtype=dtype).requires_grad_(False)
     matrices = [name for name, parameter in block.named_parameters() if parameter.dim() == 2]
@@ -87,7 +98,7 @@ def routers(block: nn.Module, dtype: torch.dtype = torch.float32, experts: str =
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Block, WithoutWeights, Latent])
+@pytest.mark.parametrize("kind", [Block, WithoutWeights, Latent, ByNames])
 def test_the_matrix_that_decides_on_experts_is_the_router_and_one_with_as_many_rows_is_none(kind, dtype):
     assert routers(kind(Gate()), dtype) == {"gate.weight"}
 
