@@ -28,6 +28,9 @@ def find_routers(block: nn.Module, matrices: Iterable[str], experts: set[str], r
         experts: paths of the modules that hold experts. A router is found of those that are called with tokens, the experts that these
             chose, and weights.
         run: runs the block on the CPU, and returns its hidden states.
+
+    Raises:
+        ValueError: with zeros for weights the block's own values are NaN, by which none can be told.
     """
     modules = [block.get_submodule(path) for path in sorted(experts)]
     if not any(map(is_routed, modules)):
@@ -35,6 +38,8 @@ def find_routers(block: nn.Module, matrices: Iterable[str], experts: set[str], r
     routers = set()
     with zeros_in(block):
         routing, others = _observed(block, modules, run)
+        if _has_nan([routing, others]):
+            raise ValueError("with zeros for weights a block with experts gives NaN, wanted numbers, by which its router is told")
         for name in matrices:
             with _Spoiled(block.get_parameter(name)):
                 spoiled_routing, spoiled_others = _observed(block, modules, run)
@@ -67,6 +72,10 @@ def _zeros_like(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(map(_zeros_like, output))
     return torch.zeros_like(output) if isinstance(output, torch.Tensor) else output
+
+
+def _has_nan(values: Any) -> bool:
+    return any(map(_has_nan, values)) if isinstance(values, list) else isinstance(values, torch.Tensor) and bool(values.isnan().any())
 
 
 def _are_same(values: Any, expected: Any) -> bool:

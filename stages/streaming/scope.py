@@ -48,7 +48,10 @@ def find_matrices(
         block, matrices_of_block, of_earlier = model.get_submodule(path), list[Matrix](), list[Matrix]()
         trial = calls[index].example(deepcopy(shared))
         call = calls[index].example(shared)
-        scope = scopes.of(block, call, trial, run_again=bool(shared))
+        try:
+            scope = scopes.of(block, call, trial, run_again=bool(shared))
+        except ValueError as error:
+            raise unsupported(model, str(error)) from error
         for tensor, parameter_slice in of_block.items():
             if parameter_slice.name not in scope:
                 continue

@@ -173,3 +173,15 @@ def test_weights_are_as_they_were():
     routers(block)
     assert all(parameter is before[name] and parameter.is_meta for name, parameter in block.named_parameters())
     assert not block.experts._forward_hooks and not block.experts._forward_pre_hooks
+
+
+class WithoutEpsilon(Block):
+    """Hidden states are divided by their size, which is 0 in a block of zeros."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden / hidden.norm(dim=-1, keepdim=True))
+
+
+def test_where_zeros_give_nan_no_router_is_told_and_that_is_said():
+    with pytest.raises(ValueError, match="a block with experts gives NaN, wanted numbers, by which its router is told"):
+        routers(WithoutEpsilon(Gate()))
