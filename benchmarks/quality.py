@@ -387,6 +387,14 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
     return averaged(cells, "seconds") / averaged(known["SparseGPT"], "seconds")
 
 
+def costs(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Seconds, with their multiple of SparseGPT's, and peak memory; nothing where no point has them."""
+    if not any("seconds" in row for row in cells):
+        return ["", ""]
+    seconds = f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else "")
+    return [seconds, f"{peak(cells):.2f} GiB"]
+
+
 def summary(rows: Rows, model: Model) -> list[str]:
     """Markdown: at every pattern at which SparseGPT is measured, it or Wanda against the best of all, on the same seeds."""
     titles = (
@@ -485,8 +493,7 @@ def full_row(contender: Contender, pattern: str, cells: list[dict[str, Any]], kn
         " / ".join(f"{mean(f['perplexity'] / f['dense_perplexity'] for f in on(cells, text)):.2f}" for text in TEXTS if on(cells, text)),
         *shares(cells, known),
         f"{averaged(cells, 'relative_error'):.4f}",
-        f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else ""),
-        f"{peak(cells):.2f} GiB",
+        *costs(cells, known),
     ]
     return f"| {contender.name} | {' | '.join(numbers)} | `{point.command}` |"
 

@@ -326,6 +326,13 @@ def test_each_model_has_a_table_of_its_own_points():
     assert "none begun with BOS (dense 10.00).\n\n### 50%\n\n| method" in full
 
 
+def test_a_cell_whose_points_have_no_seconds_has_none_in_the_table():
+    (point,) = (point for point in POINTS if (point.contender, point.pattern, point.seed) == ("RIA", "50%", 0))
+    of_point = {key: value for key, value in row(point, 30.0).items() if key not in quality.COSTS}
+    (line,) = [line for line in quality.full_table({point: of_point}).splitlines() if line.startswith("| RIA |")]
+    assert line.split(" | ")[-3:-1] == ["", ""]
+
+
 def test_seconds_are_compared_with_the_mean_of_all_that_sparsegpt_took():
     rows = measured_rows({("SparseGPT", 0): 30.0, ("SparseGPT", 1): 30.0, ("ADMM", 0): 20.0})
     for seconds, found in zip((4, 6, 10), rows.values(), strict=True):
