@@ -12,7 +12,7 @@ from typing import Any
 from stages.checkpoint.delta import SparseDelta
 from stages.evaluation.measurement import Better, Measurement
 from stages.evaluation.results import RAW, Results, own_accuracies, own_measurements
-from stages.evaluation.statistics import Estimate, contrast_of_rows, mcnemar, mean_of_independent
+from stages.evaluation.statistics import Estimate, contrast_of_rows, flips, mcnemar, mean_of_independent
 
 
 def paired_accuracies(dense: Results, sparse: Results) -> list[dict[str, Any]]:
@@ -28,12 +28,8 @@ def paired_accuracies(dense: Results, sparse: Results) -> list[dict[str, Any]]:
         task, rows = measured.name, sparse.samples[measured.name]
         if measured.metric not in rows[0]["values"] or measured.difference is None:
             continue
-        pairs = [
-            (row["values"][measured.metric], other["values"][measured.metric]) for row, other in zip(rows, dense.samples[task], strict=True)
-        ]
-        lost, gained = sum(here < there for here, there in pairs), sum(here > there for here, there in pairs)
-        if measured.better == Better.LOWER:
-            lost, gained = gained, lost
+        ours, theirs = ([row["values"][measured.metric] for row in of] for of in (rows, dense.samples[task]))
+        lost, gained = flips(ours, theirs, lower_is_better=measured.better == Better.LOWER)
         compared.append({**_paired(measured), "lost": lost, "gained": gained, "p_value": mcnemar(lost, gained)})
     return compared
 

@@ -402,10 +402,8 @@ def _wrong_answer(task: ConfigurableTask, row: Mapping[str, Any]) -> tuple[str, 
         several = chooses and bool(task.multiple_target)
         by_text = chooses and not several
         answers = right if isinstance(right, list) else [right]
-        one = any(_is_choice(each, choices, by_text=by_text) for each in answers)
-        fine = (
-            one and several == isinstance(right, list) and all(_is_number(each) or (by_text and isinstance(each, str)) for each in answers)
-        )
+        known = all(_is_number(each) or (by_text and isinstance(each, str)) for each in answers)
+        fine = known and several == isinstance(right, list) and any(_is_choice(each, choices, by_text=by_text) for each in answers)
         wanted = f"{'a list of numbers' if several else 'the number'} of {len(choices)} choices, from 0{', or the text of one' * by_text}"
         return repr(right), "" if fine else wanted
     if right is None or right == [] or (isinstance(right, list) and None in right) or _prints_null(task, row, right):

@@ -160,6 +160,13 @@ def _with_ends(estimate: Estimate, ends: tuple[float, float] | None) -> Adjusted
     return Adjusted(value=estimate.value, stderr=estimate.stderr, count=estimate.count, clusters=estimate.clusters, ends=ends)
 
 
+def flips(ours: Sequence[float], theirs: Sequence[float], *, lower_is_better: bool) -> tuple[int, int]:
+    """Of how many rows the other's value alone, and ours alone, is the better: what was lost, and what was gained."""
+    pairs = list(zip(ours, theirs, strict=True))
+    fewer, more = sum(here < there for here, there in pairs), sum(here > there for here, there in pairs)
+    return (more, fewer) if lower_is_better else (fewer, more)
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """The exact test of McNemar (1947): how likely flips so one-sided are if both directions are equally likely.
 

@@ -1,13 +1,12 @@
 """The numbers of the page as rows of CSV files."""
 
 import csv
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.evaluation.measurement import Better
-from stages.evaluation.statistics import mcnemar
+from stages.evaluation.statistics import flips, mcnemar
 from stages.experiments.details import Details, Scores
 from stages.experiments.page.content import costs
 from stages.experiments.page.group import Group
@@ -119,7 +118,5 @@ def _flips(metric: Metric, ours: Scores, theirs: Scores) -> Row:
     here, there = (scores.rows.get(metric.name, {}).get(metric.metric) for scores in (ours, theirs))
     if metric.kind != "task" or here is None or there is None:
         return {}
-    lost, gained = (sum(map(compare, here, there)) for compare in (operator.lt, operator.gt))
-    if metric.better == Better.LOWER:
-        lost, gained = gained, lost
+    lost, gained = flips(here, there, lower_is_better=metric.better == Better.LOWER)
     return {"lost": lost, "gained": gained, "p_value": mcnemar(lost, gained)}
