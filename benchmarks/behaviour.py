@@ -35,7 +35,6 @@ PROCESSORS = {"error": 0.03, "left": 0.01, "output": 0.05, "revision": 0.0}  # l
 REVISIONS = {  # raised by hand where a part of a cell's overrides prunes real models otherwise, which the small one does not show
     "allocation=loss": 1,  # how much gradients weigh tokens is judged
     "reconstruction=": 2,  # blocks search for the rate
-    "reconstruction=distilled": 1,  # in two passes
     "method=swaps": 1,  # swaps and refits are judged on windows held out, and so are the allocations below
     "allocation=owl": 1,
     "allocation=alphapruning": 1,

@@ -12,6 +12,7 @@ PATTERNS = {
     "4:8": "pattern=nm_4_8",
 }
 UNSTRUCTURED = ("50%", "60%", "70%")
+SPARSER = ("60%", "70%")
 TEXTS = ("wikipedia", "wikipedia_long")  # of evaluation=perplexity; the first decides the order of rows
 SEEDS = (0, 1, 2)  # of the calibration
 PUBLISHED = ("Wanda", "SparseGPT")  # what the others are compared with
@@ -39,11 +40,22 @@ CONTENDERS = (
         name="short ADMM, loss allocation, distilled",
         overrides="method=admm_short allocation=loss reconstruction=distilled",
         patterns=UNSTRUCTURED,
-        leads=UNSTRUCTURED,
+        leads=("50%",),
+    ),
+    Contender(
+        name="short ADMM, loss allocation, distilled in two passes",
+        overrides="method=admm_short allocation=loss reconstruction=distilled reconstruction.epochs=2",
+        patterns=SPARSER,
+        leads=SPARSER,
     ),
     Contender(
         name="short ADMM, permuted, distilled",
         overrides="method=admm_short reconstruction=distilled pattern.permutation_rounds=2",
+        patterns=GROUPED,
+    ),
+    Contender(
+        name="short ADMM, permuted, distilled in two passes",
+        overrides="method=admm_short reconstruction=distilled reconstruction.epochs=2 pattern.permutation_rounds=2",
         patterns=GROUPED,
         leads=GROUPED,
     ),
@@ -115,7 +127,9 @@ GEMMA3 = Model(
     names=(
         *PUBLISHED,
         "short ADMM, loss allocation, distilled",
+        "short ADMM, loss allocation, distilled in two passes",
         "short ADMM, permuted, distilled",
+        "short ADMM, permuted, distilled in two passes",
         "ADMM",
         "SparseGPT, loss allocation",
         "swaps + least squares",

@@ -107,7 +107,7 @@ def labels() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"{name}, the plain order (benchmarks/peers/plain.py, in bfloat16, in memory)", ("plain", name)
     for kind, where in ((Stream, "GPU"), (gpu_paths.LearnersOnHost, "host")):
         yield f"a step of joint learning, its state on the {where}", ("step", kind)
-    yield "experiment=best_50 reconstruction.epochs=1, all of it", ("best",)
+    yield "experiment=best_50, all of it", ("best",)
 
 
 LABELS = dict(labels())
@@ -435,7 +435,7 @@ class Machine:
         return sorted(lengths)[len(lengths) // 4] / (FEW_BLOCKS - FEW_BLOCKS // 2)
 
     def best(self) -> float:
-        """All of experiment=best_50 with one pass of joint learning, with the rates and windows of conf/, disk to memory."""
+        """All of experiment=best_50, with the rates and windows of conf/, disk to memory."""
         return timed(self._best) / FEW_BLOCKS
 
     def _best(self) -> None:

@@ -418,7 +418,9 @@ def summary(rows: Rows, model: Model) -> list[str]:
         numbers = [" / ".join(perplexity_on(pair[side], text) for text, pair in pairs.items()) for side in (0, 1)]
         old = [STALE if any(is_stale(row) for pair in pairs.values() for row in pair[side]) else "" for side in (0, 1)]
         seeds = " / ".join(dict.fromkeys(named_seeds(pair[0]) for pair in pairs.values()))
-        cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
+        cost = "not measured | "
+        if all(any(key in row for row in cells) for cells in (best, known["SparseGPT"]) for key in COSTS):
+            cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
         cells = [pattern, seeds, numbers[0] + old[0], numbers[1] + old[1], *shares(best, known), cost, winner.name]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -19,6 +19,7 @@ from benchmarks import (
     census,
     contenders,
     disk,
+    evaluation_seconds,
     frontier,
     gpu,
     llama_cpp_divergence,
@@ -164,7 +165,8 @@ def test_first_seeds_are_measured_before_others_and_what_the_comparison_stands_o
     assert {point.contender for point in leads} == {
         "SparseGPT",
         "short ADMM, loss allocation, distilled",
-        "short ADMM, permuted, distilled",
+        "short ADMM, loss allocation, distilled in two passes",
+        "short ADMM, permuted, distilled in two passes",
     }
     first = [point for point in points if not point.seed]
     assert points[: len(first)] == first
@@ -222,7 +224,7 @@ def test_the_best_four_at_a_pattern_are_due_with_every_seed_once_every_first_see
     assert quality.due(dict(list(rows.items())[1:]), SMOLLM2) == quality.due({}, SMOLLM2)
     more = set(quality.due(rows, SMOLLM2)) - set(quality.due({}, SMOLLM2))
     best = {point.contender for point in first[-4:]}
-    assert best.isdisjoint({"Wanda", "SparseGPT", "short ADMM, permuted, distilled"})
+    assert best.isdisjoint({"Wanda", "SparseGPT", "short ADMM, permuted, distilled in two passes"})
     assert {(point.contender, point.pattern, point.seed) for point in more} == {(name, "2:4", seed) for name in best for seed in (1, 2)}
 
 
@@ -276,6 +278,14 @@ def test_the_summary_sets_the_best_against_the_better_published_method_where_spa
     assert lines[2:] == [
         "| 50% | 0 | 30.00 | 22.00 | 0.60 | 0.72 | 4.0 × | 0.5 GiB (SparseGPT 0.5) | ADMM |"
     ]  # (22 - 10) / (30 - 10), ln 2.2 / ln 3
+
+
+def test_the_summary_says_where_the_best_has_no_seconds():
+    rows = measured_rows({("SparseGPT", 0): 30.0, ("ADMM", 0): 20.0})
+    for point in rows:
+        if point.contender == "ADMM":
+            del rows[point]["seconds"], rows[point]["peak_memory_gib"]
+    assert quality.summary(rows, SMOLLM2)[2:] == ["| 50% | 0 | 30.00 | 20.00 | 0.50 | 0.63 | not measured |  | ADMM |"]
 
 
 def measured_rows(found: dict[tuple[str, int], float]) -> dict:
@@ -639,3 +649,16 @@ def test_outcomes_are_kept_by_the_code_that_they_depend_on(tmp_path, monkeypatch
     changed.write_text(census.CODE[1].read_text() + "# changed")
     monkeypatch.setattr(census, "CODE", (census.CODE[0], changed, census.CODE[2]))
     assert census.code_sha256() != before
+
+
+def test_what_long_evaluations_take_is_projected_from_a_window_and_rows_and_short_runs_are_part_of_them():
+    names = read("evaluation=full")["evaluation"].tasks
+    tasks = {name: {"row": 0.5, "rows": 720} for name in names}  # a tenth of an hour each
+    facts = {"model": "M", "device": "a CPU", "dtype": "float32", "code": "abcdef123", "whole": {"quick": 90.4}}
+    text = evaluation_seconds.table({**facts, "window": 2.0, "windows": 100, "tasks": tasks})
+    assert "| `quick` | 90 s | run whole |" in text
+    assert "| `full` | 4 minutes of windows, 0.9 hours of tasks |" in text  # 132 windows, nine tasks
+    assert "| `paper` | 0.7 hours of tasks | projected from the first windows and rows; its windows, of another text, 2.0 s each |" in text
+    short = read(*evaluation_seconds.short(windows=2, tasks="piqa", rows=8))["evaluation"]
+    assert (short.tasks, short.rows, short.corpora["wikipedia"].windows, list(short.corpora)) == (["piqa"], 8, 2, ["wikipedia"])
+    assert short.corpora["wikipedia"].window_length == read("evaluation=full")["evaluation"].corpora["wikipedia"].window_length
