@@ -52,7 +52,7 @@ def measured() -> dict[str, Any]:
             path.symlink_to(here / path)
         whole = {name: run(f"evaluation={name}")["seconds"] for name in WHOLE}
         few, more = (run(*short(windows=windows)) for windows in WINDOWS)
-        window = (more["seconds"] - few["seconds"]) / (WINDOWS[1] - WINDOWS[0])
+        window = slope(few, more, WINDOWS)
         tasks = {name: of_task(name) for name in read("evaluation=full")["evaluation"].tasks}
         facts = {"model": read_json(BASE / PROVENANCE)["name"], "device": few["device"], "dtype": few["dtype"], "code": few["code"]}
     available = few["protocol"]["corpora"][CORPUS]["available"]
@@ -76,15 +76,20 @@ def short(*, windows: int, tasks: str = "", rows: int = ROWS[0]) -> list[str]:
 def of_task(name: str) -> dict[str, Any]:
     """Seconds of a row, and the number of rows that there are."""
     few, more = (run(*short(windows=WINDOWS[0], tasks=name, rows=rows)) for rows in ROWS)
-    return {"row": (more["seconds"] - few["seconds"]) / (ROWS[1] - ROWS[0]), "rows": few["protocol"]["tasks"][name]["available"]}
+    return {"row": slope(few, more, ROWS), "rows": few["protocol"]["tasks"][name]["available"]}
+
+
+def slope(few: dict[str, Any], more: dict[str, Any], counts: tuple[int, int]) -> float:
+    """Seconds of one more, by two runs of so many."""
+    return (more["seconds"] - few["seconds"]) / (counts[1] - counts[0])
 
 
 def projected(facts: dict[str, Any], name: str) -> tuple[float, float]:
     """Seconds of all windows that are here and of all rows of the tasks that an option asks."""
     evaluation = read(f"evaluation={name}")["evaluation"]
     counts = [facts["windows"] if windows.windows is None else windows.windows for windows in evaluation.corpora.values()]
-    tasks = [facts["tasks"][name] for name in evaluation.tasks]
-    return facts["window"] * sum(counts) * (CORPUS in evaluation.corpora), sum(task["row"] * task["rows"] for task in tasks)
+    tasks = [facts["tasks"][task] for task in evaluation.tasks]
+    return facts["window"] * sum(counts) * (CORPUS in evaluation.corpora), sum(one["row"] * one["rows"] for one in tasks)
 
 
 def table(facts: dict[str, Any]) -> str:

@@ -387,9 +387,14 @@ def pace(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]])
     return averaged(cells, "seconds") / averaged(known["SparseGPT"], "seconds")
 
 
+def has_costs(cells: list[dict[str, Any]]) -> bool:
+    """Whether a point has seconds and peak memory; a point has both or neither."""
+    return any("seconds" in row for row in cells)
+
+
 def costs(cells: list[dict[str, Any]], known: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Seconds, with their multiple of SparseGPT's, and peak memory; nothing where no point has them."""
-    if not any("seconds" in row for row in cells):
+    if not has_costs(cells):
         return ["", ""]
     seconds = f"{averaged(cells, 'seconds'):.0f}" + (f" ({pace(cells, known):.1f})" if "SparseGPT" in known else "")
     return [seconds, f"{peak(cells):.2f} GiB"]
@@ -419,7 +424,7 @@ def summary(rows: Rows, model: Model) -> list[str]:
         old = [STALE if any(is_stale(row) for pair in pairs.values() for row in pair[side]) else "" for side in (0, 1)]
         seeds = " / ".join(dict.fromkeys(named_seeds(pair[0]) for pair in pairs.values()))
         cost = "not measured | "
-        if all(any(key in row for row in cells) for cells in (best, known["SparseGPT"]) for key in COSTS):
+        if has_costs(best) and has_costs(known["SparseGPT"]):
             cost = f"{pace(best, known):.1f} × | {peak(best):.1f} GiB (SparseGPT {peak(known['SparseGPT']):.1f})"
         cells = [pattern, seeds, numbers[0] + old[0], numbers[1] + old[1], *shares(best, known), cost, winner.name]
         lines.append(f"| {' | '.join(cells)} |")
