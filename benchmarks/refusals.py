@@ -7,7 +7,6 @@ TAKES = {
     "gemma3n": "its vision encoder's package (timm)",
     "hrm_text": "layers that nested loops call again and again: a loop over calls instead of over a list of blocks",
     "inkling2_text": "gate and up in every second row of a tensor: slices with a step",
-    "longcat_flash": "experts without matrices, which hand tokens on: matrices of fewer experts than a tensor has",
     "mllama": "an auto class for its text decoder, which transformers has not",
     "prophetnet": "several predicted tokens at each position: hidden states that are longer than the windows",
     "reformer": "two streams of hidden states in reversible blocks",

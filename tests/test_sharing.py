@@ -38,11 +38,12 @@ REMOTES = ["directory", "ssh", "s3", "shared cache"]
 
 @dataclass(frozen=True)
 class Team:
-    """Two clones: one that has run the sweep, and a fresh one. output: what was printed by either."""
+    """Two clones: one that has run the sweep, and a fresh one. output: what was printed by either. wire: to the remote's server."""
 
     first: Project
     second: Project
     output: list[str]
+    wire: servers.Wire | None = None
 
     def share(self, *arguments: str, fails: bool = False) -> str:
         return self.print(self.first, "share", *arguments, fails=fails)
@@ -117,7 +118,7 @@ def with_remote(first: Project, directory: Path, server: servers.Server) -> Team
     for member in (first, second):
         for name, value in ({"url": server.url} | server.secrets if server.secrets else {}).items():
             member.run("dvc", "remote", "modify", "--local", "shared", name, value)
-    return Team(first, second, [])
+    return Team(first, second, [], server.wire)
 
 
 @pytest.fixture()
@@ -324,6 +325,20 @@ def test_what_is_cut_short_or_deleted_on_the_remote_is_sent_again(remote, sweep,
         team.first.run(sys.executable, "-c", "; ".join(lines))
         assert ": 0 experiments, 2 files, " in team.share()
         assert ": 0 experiments, 0 files, " in team.share("--repair")
+
+
+@pytest.mark.parametrize("remote", ["ssh", "s3"])
+def test_a_server_that_dies_in_the_middle_of_a_push_has_no_experiment_and_the_same_command_sends_the_rest(remote, sweep, tmp_path):
+    size = sum(path.stat().st_size for path in (sweep.root / ".dvc/cache/files/md5").rglob("*") if path.is_file())
+    for team in team_by(remote, sweep, tmp_path):
+        team.wire.limit = team.wire.passed + size // 2
+        assert "error: " in team.share(fails=True)
+        assert team.wire.broken
+        team.wire.mend()
+        assert "error: found no experiment on origin" in team.receive(fails=True)
+        assert ": 2 experiments (half, sparser)" in team.share()
+        assert ": 0 experiments, 0 files, " in team.share("--repair")  # none that came is half there
+        assert ": 2 experiments (half, sparser)" in team.receive()
 
 
 def object_of(project: Project, path: str) -> str:

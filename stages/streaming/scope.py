@@ -37,7 +37,7 @@ def find_matrices(
 
     Raises:
         ArchitectureError: a block has no matrices, or a matrix is tied to a tensor outside the blocks or stored twice, or has groups of
-            rows that are not as large, or the parameters of a mixture hold different experts; names the block, the tensor or the module.
+            rows that are not as large, or a tensor holds experts that other parameters lack; names the block, the tensor or the module.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     in_blocks = Counter(tensor for of_block in tensors for tensor in of_block)
@@ -52,6 +52,7 @@ def find_matrices(
             scope = scopes.of(block, call, trial, run_again=bool(shared))
         except ValueError as error:
             raise unsupported(model, str(error)) from error
+        complete = _complete_experts(block, scope)
         for tensor, parameter_slice in of_block.items():
             if parameter_slice.name not in scope:
                 continue
@@ -62,8 +63,7 @@ def find_matrices(
             if use.groups > 1:  # after the check: it makes a parameter of its own
                 _unfold(model, block, tensor, parameter_slice.name, use.groups)
             own = first_in.setdefault(tensor, index) == index
-            (matrices_of_block if own else of_earlier).extend(_matrices(block, tensor, parameter_slice, use))
-        _require_the_same_experts(model, block, scope)
+            (matrices_of_block if own else of_earlier).extend(_matrices(model, block, tensor, parameter_slice, use, complete))
         if not (matrices_of_block or of_earlier):
             raise unsupported(model, f"block {index} has no linear layers to prune")
         matrices.append(matrices_of_block)
@@ -85,17 +85,17 @@ def _unfold(model: "PreTrainedModel", block: nn.Module, tensor: str, name: str, 
     block.get_submodule(path)._parameters[leaf] = unfolded
 
 
-def _require_the_same_experts(model: "PreTrainedModel", block: nn.Module, scope: dict[str, Use]) -> None:
-    """Refuse a mixture whose parameters hold different numbers of experts: no token is ever multiplied with some of them."""
-    counts: dict[str, dict[str, int]] = {}
+def _complete_experts(block: nn.Module, scope: dict[str, Use]) -> dict[str, int]:
+    """The number of experts of each module that holds any: those in all of its parameters.
+
+    LongCat's experts without weights, which hand tokens on, have rows in one parameter that no token is ever multiplied with.
+    """
+    counts: dict[str, int] = {}
     for name in scope:
-        path, _, leaf = name.rpartition(".")
-        if block.get_parameter(name).dim() == 3:
-            counts.setdefault(path, {})[leaf] = len(block.get_parameter(name))
-    for path, of_module in counts.items():
-        if len(set(of_module.values())) > 1:
-            found = " and ".join(f"{count} in {leaf}" for leaf, count in of_module.items())
-            raise unsupported(model, f"{path} holds other numbers of experts in its parameters, {found}, wanted the same experts in all")
+        parameter, path = block.get_parameter(name), name.rpartition(".")[0]
+        if parameter.dim() == 3:
+            counts[path] = min(len(parameter), counts.get(path, len(parameter)))
+    return counts
 
 
 class _Scopes:
@@ -156,10 +156,24 @@ def _is_one_of_several(block: nn.Module, path: str) -> bool:
     return False
 
 
-def _matrices(block: nn.Module, tensor: str, parameter_slice: ParameterSlice, use: Use) -> list[Matrix]:
-    """List the matrices of a tensor: one, or one for each expert, or group of rows, of a tensor that holds several."""
+def _matrices(
+    model: "PreTrainedModel", block: nn.Module, tensor: str, parameter_slice: ParameterSlice, use: Use, complete: dict[str, int]
+) -> list[Matrix]:
+    """List the matrices of a tensor: one, or one for each expert, or group of rows, of a tensor that holds several; none of no expert's.
+
+    Args:
+        complete: see _complete_experts.
+
+    Raises:
+        ArchitectureError: the tensor holds experts of which some are not complete; names it.
+    """
     parameter = block.get_parameter(parameter_slice.name)
     several = parameter.dim() == 3 and parameter_slice.expert is None
+    experts = complete.get(parameter_slice.name.rpartition(".")[0], len(parameter))
+    if several and len(parameter) != experts:
+        raise unsupported(model, f"{tensor} holds {len(parameter)} experts, of which {experts} are in all parameters, wanted all of them")
+    if parameter_slice.expert is not None and parameter_slice.expert >= experts:
+        return []
     transposed = use.transposed != parameter_slice.transposed
     matrices = []
     for expert in range(len(parameter)) if several else [None]:

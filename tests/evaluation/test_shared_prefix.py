@@ -69,20 +69,52 @@ def test_what_is_shared_is_computed_once(monkeypatch):
     assert sum(tokens) < 0.6 * sum(len(context) + len(continuation) - 1 for context, continuation in asked)
 
 
-def test_a_model_whose_cache_gives_other_scores_is_not_asked_to_share(monkeypatch, caplog):
+def test_a_model_that_gives_other_scores_is_not_asked_to_share(monkeypatch, caplog):
     model = made("llama")
     asked = requests(model.config.vocab_size)
-    select = shared_prefix.SharedPrefixes._cache
-
-    def wrong(self, batch):
-        cache = select(self, batch)
-        for layer in cache.layers:
-            layer.values = -layer.values
-        return cache
-
-    monkeypatch.setattr(shared_prefix.SharedPrefixes, "_cache", wrong)
+    plain = shared_prefix._mask
+    monkeypatch.setattr(shared_prefix, "_mask", lambda branches, *others: plain(torch.zeros_like(branches), *others))
     ours = SharedPrefixes(model, LENGTH, 10_000)
     found = dict(ours.scores(asked))
     assert ours.shares is False
-    assert "gives other scores from a cache" in caplog.text
+    assert "gives other scores of several sequences in one" in caplog.text
     assert [found[number].likelihood for number in range(len(asked))] == pytest.approx([one for one, _ in stock(model, asked)], abs=1e-4)
+
+
+def test_a_model_that_takes_no_such_mask_is_not_asked_to_share(monkeypatch, caplog):
+    model = made("llama")
+    asked = requests(model.config.vocab_size)
+    forward = model.forward
+
+    def refusing(input_ids=None, attention_mask=None, position_ids=None, **options):
+        if attention_mask is not None:
+            raise ValueError("two dimensions wanted")
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", refusing)
+    ours = SharedPrefixes(model, LENGTH, 10_000)
+    ours.keeps_logits = True
+    with caplog.at_level("INFO"):
+        found = dict(ours.scores(asked))
+    assert ours.shares is False
+    assert "takes no mask for several sequences in one (two dimensions wanted)" in caplog.text
+    assert [found[number].likelihood for number in range(len(asked))] == pytest.approx([one for one, _ in stock(model, asked)], abs=1e-4)
+
+
+def test_few_tokens_of_a_pass_are_padding_and_it_is_no_larger_than_asked(monkeypatch):
+    model = made("llama")
+    generator = torch.Generator().manual_seed(1)
+    lengths = [12, 60, 61, 30, 14, 59, 33, 60]
+    asked = [(torch.randint(3, 96, (length,), generator=generator).tolist(), [5]) for length in lengths]
+    passes, forward = [], model.forward
+
+    def noted(input_ids=None, **options):
+        passes.append(tuple(input_ids.shape))
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", noted)
+    monkeypatch.setattr(shared_prefix, "PADDING_AT_MOST", 8)
+    ours = SharedPrefixes(model, LENGTH, 200)
+    ours.keeps_logits, ours.shares = True, True
+    list(ours.scores(asked))
+    assert passes == [(3, 61), (1, 59), (2, 33), (2, 14)]

@@ -100,6 +100,15 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
             seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(own[None])
             seen.setdefault((names[id(module.down_proj)], expert), []).append(between[None])
 
+    def of_experts_some_without_weights(module, arguments):
+        """LongCat's last experts hand tokens on as they are."""
+        tokens, chosen, _ = arguments
+        for expert in range(len(module.down_proj)):
+            own = tokens[(chosen == expert).any(dim=-1)]
+            gate, up = linear(own, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            seen.setdefault((names[id(module.gate_up_proj)], expert), []).append(own[None])
+            seen.setdefault((names[id(module.down_proj)], expert), []).append((module.act_fn(gate) * up)[None])
+
     def of_experts_without_gates(module, arguments):
         tokens, chosen, _ = arguments
         for expert in range(len(module.down_proj)):
@@ -179,7 +188,8 @@ def inputs_of(model, parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict
         elif isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) in names:
             hooks.append(module.register_forward_pre_hook(of_linear))
         elif id(getattr(module, "gate_up_proj", None)) in names:
-            hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else of_all_experts))
+            others = of_experts_some_without_weights if hasattr(module, "identity_expert") else of_all_experts
+            hooks.append(module.register_forward_pre_hook(of_experts if hasattr(module, "is_transposed") else others))
         elif id(getattr(module, "gate_proj", None)) in names:
             hooks.append(module.register_forward_pre_hook(of_shared_experts, with_kwargs=True))
         elif id(getattr(module, "x_proj_weight", None)) in names:

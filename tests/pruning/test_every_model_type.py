@@ -16,7 +16,7 @@ from tests.small_models import small
 from tests.streaming.test_every_model_type import BUILT, REASONS, write
 
 SAMPLE = """afmoe bailing_hybrid cohere_compass_text dbrx deepseek_v2 deepseek_v4 diffllama doge dots1 dots3_note
-    ernie4_5_moe fuyu git inkling_text kimi_linear lfm2 minimax nanochat nemotron_h olmo_hybrid qwen4_exp xlstm zamba zaya"""
+    ernie4_5_moe fuyu git inkling_text kimi_linear lfm2 longcat_flash minimax nanochat nemotron_h olmo_hybrid qwen4_exp xlstm zamba zaya"""
 PRUNED = [kind for kind in BUILT if kind not in REASONS]
 RUN = PRUNED if os.environ.get("EVERY_MODEL_TYPE") else [kind for kind in PRUNED if kind in SAMPLE.split() and kind not in CONFIGS]
 

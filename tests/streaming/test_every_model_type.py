@@ -38,7 +38,6 @@ NO_DECODER = {kind: reason for reason, kinds in NO_DECODERS.items() for kind in 
 REFUSED = {
     "block 0 does not receive hidden states as its first argument": "reformer",
     "wanted [windows, tokens, ...]": "cpmant prophetnet xlnet",
-    "holds other numbers of experts in its parameters": "longcat_flash",
     "it does not run on tokens alone": "gemma4_unified_assistant",
     "found no num_hidden_layers in its config": "blt",
     "wanted one list of decoder blocks": "hrm_text xlm",

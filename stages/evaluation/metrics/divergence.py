@@ -29,6 +29,7 @@ QUANTILES = {
     "kld_10": (0.1, "10.0% KLD"),
     "kld_5": (0.05, "5.0% KLD"),
     "kld_1": (0.01, "1.0% KLD"),
+    "kld_0_1": (0.001, "0.1% KLD"),
     "minimum_kld": (0.0, "Minimum KLD"),
 }
 DELTA_P_QUANTILES = {

@@ -19,7 +19,7 @@ from stages.experiments.details import Details, Scores
 from stages.experiments.page import charts
 from stages.experiments.page.counts import basis, counted
 from stages.experiments.page.group import Group, shortened
-from stages.experiments.page.words import difference_words, measured
+from stages.experiments.page.words import difference_words, measured, of_types
 from stages.experiments.paired import Metric, apart, natural, of_scores, of_tasks
 from stages.experiments.repeats import seed_of
 from stages.prune import kind_of, short_names
@@ -193,19 +193,12 @@ def references(group: Group, metric: Metric) -> list[dict[str, Any]]:
         low, high = ends or (None, None)
         text = measured(metric, {"value": value, "low": low, "high": high, "clusters": estimate.clusters})
         lines.append({"kind": "dense", "label": "dense", "value": value, "text": text, "counted": basis(group, metric)})
-    ruler = {row["type"]: row for details in group.results for row in details.ruler if metric.matches(row)}
-    for kind, row in ruler.items():
+    for row in group.quantised(metric):
         size = f"{row['bytes_per_weight']:.3g} bytes a weight"
         facts = {"value": row["value"], "text": measured(metric, row), "counted": counted(row)}
-        lines.append({"kind": "quantised", "label": of_types(kind, row.get("shares", {})), "size": size, **facts})
+        lines.append({"kind": "quantised", "label": of_types(row["type"], row.get("shares", {})), "size": size, **facts})
     values = [found["value"] for details in group.results if (found := metric.of(details)) is not None]
     return _apart(lines, values, logarithmic=metric.is_ratio)
-
-
-def of_types(kind: str, shares: dict[str, float]) -> str:
-    """A type of quantisation, and by what share of the weights another stands for it, whose rows do not divide into its blocks."""
-    others = [f"{share:.0%} {name}" for name, share in shares.items() if name != kind]
-    return f"{kind} ({', '.join(others)})" if others else kind
 
 
 def _apart(lines: list[dict[str, Any]], values: list[float], *, logarithmic: bool) -> list[dict[str, Any]]:

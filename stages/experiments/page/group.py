@@ -44,6 +44,11 @@ class Group:
     def base(self) -> str:
         return base_name(self.results[0].experiment)
 
+    def quantised(self, metric: Metric) -> list[dict[str, Any]]:
+        """The measurements of quantised models in a metric, one of each type."""
+        rows = (row for details in self.results for row in details.ruler if metric.matches(row))
+        return list({row["type"]: row for row in rows}.values())
+
     @property
     def methods(self) -> list[str]:
         return sorted({details.experiment.method for details in self.results})

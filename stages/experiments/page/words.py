@@ -16,13 +16,15 @@ from stages.experiments.paired import Metric, Verdict, apart, natural, verdict
 class Best:
     """The best experiment of a pattern and sparsity.
 
-    name: see name_of. value: with its interval. against_dense: how far it lies from the dense model. rest: how the others compare.
+    name: see name_of. value: with its interval. against_dense: how far it lies from the dense model. against_quantised: which quantised
+    models lie next to it. rest: how the others compare.
     """
 
     asked: str
     name: str
     value: str
     against_dense: str
+    against_quantised: str
     rest: str
     details: Details
 
@@ -97,6 +99,7 @@ def best(group: Group, metric: Metric) -> list[Best]:
                     name=name_of(winner, members),
                     value=measured(metric, row),
                     against_dense=_against_dense(group, metric, winner),
+                    against_quantised=against_quantised(metric, row, group.quantised(metric)),
                     rest=_rest(metric, [details for details, _ in order]),
                 )
             )
@@ -108,6 +111,35 @@ def _against_dense(group: Group, metric: Metric, winner: Details) -> str:
     if estimate is None or metric.itself is not None:  # such as a divergence, a distance from the dense model already
         return ""
     return f"{difference_words(metric, estimate)} {'of' if metric.is_ratio else 'against'} dense"
+
+
+def against_quantised(metric: Metric, row: dict[str, Any], quantised: Sequence[dict[str, Any]]) -> str:
+    """Between which quantised models a measurement lies, a sentence; nothing where none was measured.
+
+    Args:
+        quantised: their measurements of the metric, see Group.quantised.
+    """
+    if not quantised:
+        return ""
+    order = sorted(quantised, key=lambda other: other["value"], reverse=metric.better == "higher")  # best first
+    better = [other for other in order if (other["value"] > row["value"] if metric.better == "higher" else other["value"] < row["value"])]
+    before, after = better[-1:], order[len(better) :][:1]
+    if not before:
+        return f"Every quantised model here does more damage; the least: {quantised_words(metric, after[0])}."
+    if not after:
+        return f"Every quantised model here does less damage; the most: {quantised_words(metric, before[0])}."
+    return f"Between the quantised models {quantised_words(metric, before[0])} and {quantised_words(metric, after[0])}."
+
+
+def quantised_words(metric: Metric, row: dict[str, Any]) -> str:
+    """A quantised model: its type, what it scored, and its size."""
+    return f"{of_types(row['type'], row.get('shares', {}))}, {measured(metric, row)} at {row['bytes_per_weight']:.3g} bytes a weight"
+
+
+def of_types(kind: str, shares: dict[str, float]) -> str:
+    """A type of quantisation, and by what share of the weights another stands for it, whose rows do not divide into its blocks."""
+    others = [f"{share:.0%} {name}" for name, share in shares.items() if name != kind]
+    return f"{kind} ({', '.join(others)})" if others else kind
 
 
 def _rest(metric: Metric, order: Sequence[Details]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from stages.evaluation.statistics import Estimate
-from stages.experiments.page.words import best, difference_words, measured, noise, number, text_of
+from stages.experiments.page.words import against_quantised, best, difference_words, measured, noise, number, text_of
 from tests.experiments import synthetic
 
 GROUP = synthetic.group(sparsities=(0.5,))
@@ -45,6 +45,23 @@ def test_each_pattern_has_its_best():
     assert found[0].against_dense.endswith("] of dense")
     assert found[0].rest.startswith("Next: sparsegpt, ×1.")
     assert best(GROUP, KLD)[0].against_dense == ""
+
+
+def test_the_best_lies_between_two_quantised_models():
+    row = {"type": "Q4_0", "value": 20.0, "low": None, "high": None, "clusters": 1, "bytes_per_weight": 0.5625, "shares": {}}
+    rows = [row, {**row, "type": "Q8_0", "value": 19.0, "bytes_per_weight": 1.0625}, {**row, "type": "Q2_K", "value": 40.0}]
+    q4, q2 = (
+        "Q4_0, 20.00 (no interval: 1 document) at 0.562 bytes a weight",
+        "Q2_K, 40.00 (no interval: 1 document) at 0.562 bytes a weight",
+    )
+    assert against_quantised(PERPLEXITY, {"value": 21.0}, rows) == f"Between the quantised models {q4} and {q2}."
+    assert against_quantised(PERPLEXITY, {"value": 41.0}, rows) == f"Every quantised model here does less damage; the most: {q2}."
+    assert against_quantised(PERPLEXITY, {"value": 18.0}, rows[:1]) == f"Every quantised model here does more damage; the least: {q4}."
+    assert against_quantised(PERPLEXITY, {"value": 18.0}, []) == ""
+    scores = [{**row, "value": 0.5}, {**row, "type": "Q2_K", "value": 0.3}]
+    assert against_quantised(ACCURACY, {"value": 0.4}, scores).startswith("Between the quantised models Q4_0, 0.500")
+    assert best(GROUP, PERPLEXITY)[0].against_quantised.startswith("Every quantised model here does less damage; the most: Q2_K")
+    assert best(replace(GROUP, results=GROUP.results[1:]), PERPLEXITY)[0].against_quantised == ""
 
 
 def test_others_within_noise_of_the_best_are_named():
