@@ -40,6 +40,7 @@ START, END = "<!-- census: python -m benchmarks.census -->", "<!-- end of census
 WINDOWS = torch.randint(3, 90, (4, 20), generator=torch.Generator().manual_seed(0))
 METHODS = {  # title of a column -> what composes it
     "Wanda": "method=wanda",
+    "Wanda in bfloat16": "method=wanda prune.dtype=bfloat16",
     "SparseGPT": "method=sparsegpt",
     "ADMM": "method=admm_short",
     "loss allocation": "method=sparsegpt allocation=loss",
@@ -105,7 +106,7 @@ def outcome(kind: str) -> dict[str, str]:
 
 def pruned(kind: str, overrides: list[str]) -> str:
     """ "yes" where half of the weights in scope are zero, else why not."""
-    sections = read(*overrides, "prune.device=cpu", "prune.dtype=float32")
+    sections = read("prune.device=cpu", "prune.dtype=float32", *overrides)
     remove(PRUNE_JOURNAL)
     try:
         prune.main.function(**{name: sections[name] for name in SECTIONS})
@@ -150,10 +151,10 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         "# Every causal language model of transformers",
         "",
         f"{counts(outcomes)}. `make census` made this page. A small random checkpoint of each type went through the "
-        "prune stage by each kind of method, in float32 on a CPU, and half of the weights in scope are zero afterwards. "
+        "prune stage by each kind of method, on a CPU, in float32 but for the kind that says otherwise, and half of the weights in scope are zero afterwards. "
         "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
         "`tests/pruning/test_every_model_type.py` compares the masks that Wanda chooses with those of a plain reference that runs the "
-        "whole model. Some of what a method refuses is due to the small sizes, such as two columns for a pattern of four.",
+        "whole model, writes the release, compares all other tensors of it bit by bit, and loads it in stock transformers. Some of what a method refuses is due to the small sizes, such as two columns for a pattern of four.",
         "",
         "| kind of method | types | composed by |",
         "|---|---|---|",

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:  # the sections import this file, and transformers takes secon
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Apply = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor of the checkpoint, by name -> the model's, as SparseDelta.apply does
+
+# Of models from empty_model: parameters and buffers that their code makes in a dtype of its own, which transformers keeps.
+_DECLARED: "WeakKeyDictionary[PreTrainedModel, dict[str, torch.dtype]]" = WeakKeyDictionary()
 
 
 def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -43,13 +47,19 @@ def empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # there is none to draw: on the meta device that would import compilers for seconds
     model.initialize_weights()  # computes the buffers
+    _DECLARED[model] = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.dtype != dtype}
     return model
 
 
 def parameter_dtype(model: "PreTrainedModel", name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a parameter in a model of `dtype`: float32 for the few that transformers keeps in float32, such as routers' biases."""
+    """The dtype of a parameter in a model of `dtype`: float32 for the few that transformers keeps in float32, such as routers' biases.
+
+    Args:
+        model: from empty_model.
+    """
     dtype_plan = model._get_dtype_plan(dtype)
-    return next((planned for pattern, planned in dtype_plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), dtype)
+    declared = _DECLARED[model].get(name, dtype)
+    return next((planned for pattern, planned in dtype_plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name)), declared)
 
 
 def materialize(module: torch.nn.Module, name: str, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -171,7 +171,10 @@ class SharedPrefixes:
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         kind, reason = type(self.model).__name__, "what sequences begin with is computed for each"
-        probe = self.model(torch.tensor([group.rows[0].inputs[: group.shared]], device=self.model.device), use_cache=True)
+        try:
+            probe = self.model(torch.tensor([group.rows[0].inputs[: group.shared]], device=self.model.device), use_cache=True)
+        except REFUSALS:  # as of xLSTM at some sizes
+            probe = None
         cache = getattr(probe, "past_key_values", None)
         if type(cache) is not DynamicCache or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             log.info("%s keeps more than keys and values: %s", kind, reason)

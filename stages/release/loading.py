@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.checkpoint.model import Apply, load_model
+from stages.checkpoint.model import Apply, empty_model, load_model
 from stages.checkpoint.model_class import auto_class_of, joined_parts
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ReleaseError
@@ -61,7 +61,7 @@ def check_loading(written: Checkpoint, base: Checkpoint, apply: Apply, *, rounde
     stock = load_stock(auto_class, release, **({} if whole else {"device_map": "meta"}))
     if not rounded:
         _require_plain(release, stock)
-    _require_ties(release, stock)
+    _require_ties(release, stock, empty_model(base.directory, stock.dtype))
     loaded = Loaded(
         loading="whole" if whole else "streamed",
         auto_class=auto_class.__name__,
@@ -70,9 +70,9 @@ def check_loading(written: Checkpoint, base: Checkpoint, apply: Apply, *, rounde
     )
     probe, dtype = torch.arange(1, PROBE_TOKENS + 1)[None] % stock.config.get_text_config().vocab_size, stock.dtype
     if whole:
-        logits = stock(input_ids=probe).logits
+        logits = stock(input_ids=probe, use_cache=False).logits
         del stock  # two models of 7B do not fit where one does
-        ours = load_model(base, apply, dtype=dtype, device=CPU)(input_ids=probe).logits
+        ours = load_model(base, apply, dtype=dtype, device=CPU)(input_ids=probe, use_cache=False).logits
     else:
         logits = _streamed(written, None, probe, dtype, release)
         ours = _streamed(base, apply, probe, dtype, release)
@@ -122,11 +122,17 @@ def _require_plain(release: Path, stock: PreTrainedModel) -> None:
         raise ReleaseError(f"{release}: its config names a quantisation or sparsity format, wanted the base's plain config")
 
 
-def _require_ties(release: Path, stock: PreTrainedModel) -> None:
-    """Refuse a model of which what its config ties is no longer tied."""
+def _require_ties(release: Path, stock: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Refuse a model of which what the base ties is no longer tied. Args: base: without weights."""
     output, inputs = stock.get_output_embeddings(), stock.get_input_embeddings()
-    if getattr(stock.config, "tie_word_embeddings", False) and output.weight is not inputs.weight:
+    if output is not None and _ties(base) and output.weight is not inputs.weight:
         raise ReleaseError(f"{release}: the output embedding is no longer tied to the input's")
+
+
+def _ties(model: PreTrainedModel) -> bool:
+    """Whether the output embedding is the input's: some models tie them only where their code does, whatever their config says."""
+    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    return output is not None and output.weight is inputs.weight
 
 
 def _streamed(checkpoint: Checkpoint, apply: Apply | None, probe: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:

@@ -53,6 +53,23 @@ def test_scores_are_those_of_lm_eval(kind, tokens_at_once):
         assert found[number].greedy == greedy
 
 
+def test_a_model_that_fails_with_a_cache_reads_every_sequence_by_itself(monkeypatch):
+    model = made("llama")
+    asked = requests(model.config.vocab_size)
+    forward = model.forward
+
+    def failing(input_ids=None, use_cache=None, **options):
+        if use_cache:
+            raise ValueError("a state has the wrong shape")
+        return forward(input_ids, use_cache=use_cache, **options)
+
+    monkeypatch.setattr(model, "forward", failing)
+    ours = SharedPrefixes(model, LENGTH, 10_000)
+    found = dict(ours.scores(asked))
+    assert ours.shares is False
+    assert [found[number].likelihood for number in range(len(asked))] == pytest.approx([one for one, _ in stock(model, asked)], abs=1e-4)
+
+
 def test_what_is_shared_is_computed_once(monkeypatch):
     model = made("llama")
     asked = requests(model.config.vocab_size)

@@ -10,8 +10,11 @@ import torch
 from transformers import AutoConfig
 
 from stages.checkpoint.model_class import auto_class_of
+from stages.release.packing import pack
+from stages.release.verification import verify
+from tests import tiny
 from tests.architectures import CONFIGS
-from tests.pruning.test_architectures import HALF, WANDA, WINDOWS, mask_of, plain_wanda, streamed
+from tests.pruning.test_architectures import HALF, WANDA, WINDOWS, mask_of, plain_wanda, streamed, written
 from tests.small_models import small
 from tests.streaming.test_every_model_type import BUILT, REASONS, write
 
@@ -23,10 +26,10 @@ RUN = PRUNED if os.environ.get("EVERY_MODEL_TYPE") else [kind for kind in PRUNED
 
 @pytest.mark.filterwarnings("default")  # of models at their small sizes
 @pytest.mark.parametrize("kind", RUN)
-def test_the_masks_are_those_of_the_whole_model(kind, tmp_path):
-    checkpoint = write(tmp_path, small(kind))
+def test_the_masks_are_those_of_the_whole_model_and_the_release_is_sound(kind, tmp_path):
+    checkpoint = tiny.fetched(write(tmp_path / "stored", small(kind)).directory, tmp_path)
     decoder, blocks = streamed(checkpoint, WANDA, HALF)
-    _, masks = plain_wanda(decoder, 0.5, auto_class_of(AutoConfig.from_pretrained(tmp_path)))
+    _, masks = plain_wanda(decoder, 0.5, auto_class_of(AutoConfig.from_pretrained(checkpoint.directory)))
     changes = {name: change for block in blocks for name, change in block.changes.items()}
     results = [result for block in blocks for result in block.matrices]
     assert {result.matrix.name for result in results} == masks.keys()
@@ -36,6 +39,12 @@ def test_the_masks_are_those_of_the_whole_model(kind, tmp_path):
         if result.tokens:  # an expert that no token chose is pruned for what the others read
             assert torch.equal(mask, masks[result.matrix.name]), result.matrix.name
     assert sum(bool(result.tokens) for result in results) >= 0.5 * len(results)
+    delta = written(tmp_path / "sparse", checkpoint, blocks)
+    (tmp_path / "release").mkdir()
+    pack(checkpoint, delta, tmp_path / "release")
+    verified = verify(tmp_path / "release", checkpoint, delta)  # every other tensor bit by bit, and stock transformers' logits
+    assert verified.matrices == len(results)
+    assert verified.sparsity == pytest.approx(0.5, abs=0.001)
 
 
 @pytest.mark.filterwarnings("default")

@@ -82,7 +82,7 @@ def test_a_shared_expert_with_a_row_for_each_routed_expert_is_in_scope_and_the_r
 
 
 def test_rows_of_experts_without_weights_are_not_in_scope(tmp_path):
-    """LongCat's parameter of gates and up-projections has two experts more than that of down-projections, which no token is multiplied with."""
+    """Of LongCat, whose gates and up-projections are two more than its down-projections."""
     (of_block, *_) = Decoder(write(tmp_path, small("longcat_flash")), torch.float32, CPU).matrices
     experts = {
         (matrix.parameter_slice.name, matrix.parameter_slice.expert) for matrix in of_block if matrix.parameter_slice.expert is not None
