@@ -151,10 +151,11 @@ def page(outcomes: dict[str, dict[str, Any]]) -> str:
         "# Every causal language model of transformers",
         "",
         f"{counts(outcomes)}. `make census` made this page. A small random checkpoint of each type went through the "
-        "prune stage by each kind of method, on a CPU, in float32 but for the kind that says otherwise, and half of the weights in scope are zero afterwards. "
-        "`tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
+        "prune stage by each kind of method, on a CPU, in float32 but for the kind that says otherwise, and half of the weights in scope "
+        "are zero afterwards. `tests/streaming/test_every_model_type.py` compares the streamed logits with the whole model's, bit by bit; "
         "`tests/pruning/test_every_model_type.py` compares the masks that Wanda chooses with those of a plain reference that runs the "
-        "whole model, writes the release, compares all other tensors of it bit by bit, and loads it in stock transformers. Some of what a method refuses is due to the small sizes, such as two columns for a pattern of four.",
+        "whole model, writes the release, compares all other tensors of it bit by bit, and loads it in stock transformers. Some of what "
+        "a method refuses is due to the small sizes, such as two columns for a pattern of four.",
         "",
         "| kind of method | types | composed by |",
         "|---|---|---|",

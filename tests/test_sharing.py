@@ -328,7 +328,10 @@ def test_what_is_cut_short_or_deleted_on_the_remote_is_sent_again(remote, sweep,
 
 
 @pytest.mark.parametrize("remote", ["ssh", "s3"])
-def test_a_server_that_dies_in_the_middle_of_a_push_has_no_experiment_and_the_same_command_sends_the_rest(remote, sweep, tmp_path):
+def test_a_server_that_dies_in_the_middle_of_a_push_has_no_experiment_and_the_same_command_sends_the_rest(
+    remote, sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(projects.ENVIRONMENT, "AWS_MAX_ATTEMPTS", "1")  # else its client tries again for minutes
     size = sum(path.stat().st_size for path in (sweep.root / ".dvc/cache/files/md5").rglob("*") if path.is_file())
     for team in team_by(remote, sweep, tmp_path):
         team.wire.limit = team.wire.passed + size // 2

@@ -62,5 +62,16 @@ def test_a_weight_that_its_module_casts_is_pruned_for_what_it_reads_in_bfloat16_
     assert (masks[0] == masks[1]).float().mean() > 0.95
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["longcat_flash", "mixtral"])
+def test_an_expert_that_too_few_tokens_chose_is_calibrated_on_all_that_reached_its_mixture(kind, tmp_path):
+    _, blocks = streamed(write(tmp_path, small(kind)), WANDA, HALF, expert_tokens=10**6)
+    for block in blocks:
+        experts = [result for result in block.matrices if result.matrix.parameter_slice.expert is not None]
+        reading = [result for result in experts if result.matrix.parameter_slice.name.endswith("gate_up_proj")]
+        assert {result.calibrated_on for result in experts} == {"all tokens"}
+        assert len({result.relative_error for result in reading}) == len(reading) > 0  # of other weights, on the same tokens
+
+
 def test_the_sample_has_types_that_are_pruned_and_have_no_test_elsewhere():
     assert set(SAMPLE.split()) <= set(PRUNED) - CONFIGS.keys()
