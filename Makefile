@@ -1,7 +1,7 @@
 # make repro: the whole pipeline on the embedded default. make prune MODEL=ORG/NAME OUT=DIRECTORY: one model, once, without DVC.
 # make show: all experiments so far (SEEDS=1: one row for repeats). make compare: on one page. make sweep FILE=sweeps/example.yaml: many points.
 # make share, make receive: with the team. make verify-cache: rehash what DVC keeps.
-# make test: the tests. Twice does no work twice.
+# make test: the tests; make test-all: with those of Ray and of the page in a browser, too. Twice does no work twice.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -41,14 +41,19 @@ receive: .venv/ready
 verify-cache: .venv/ready
 	python -m stages.verify_cache
 
-test: .venv/ready
+test: .venv/tested
 	python -m pytest
 
-census: .venv/ready
+# Ray, and the page in a Chromium that is installed, too. OpenSSH's server and llama-cpp-python are taken where they are there.
+test-all: .venv/tested
+	python -m pip install --quiet --constraint constraints.txt --editable '.[test,ray,browser]'
+	python -m pytest
+
+census: .venv/tested
 	python -m benchmarks.census
 	EVERY_MODEL_TYPE=1 python -m pytest tests/streaming/test_every_model_type.py tests/streaming/test_every_multimodal_type.py tests/pruning/test_every_model_type.py
 
-check: .venv/ready
+check: .venv/tested
 	ruff check .
 	ruff format --check .
 	mypy
@@ -57,7 +62,11 @@ check: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --constraint constraints.txt torch
-	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	python -m pip install --quiet --constraint constraints.txt --editable '.[float8,ruler]'
 	touch .venv/ready
 
-.PHONY: repro prune show compare sweep share receive verify-cache test census check
+.venv/tested: .venv/ready
+	python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch .venv/tested
+
+.PHONY: repro prune show compare sweep share receive verify-cache test test-all census check

@@ -175,7 +175,7 @@ class SharedPrefixes:
             probe = self.model(torch.tensor([group.rows[0].inputs[: group.shared]], device=self.model.device), use_cache=True)
         except REFUSALS:  # as of xLSTM at some sizes
             probe = None
-        cache = getattr(probe, "past_key_values", None)
+        cache: Any = getattr(probe, "past_key_values", None)
         if type(cache) is not DynamicCache or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             log.info("%s keeps more than keys and values: %s", kind, reason)
             return False

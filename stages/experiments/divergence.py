@@ -32,9 +32,11 @@ def text(experiments: list[Experiment], missing: list[Missing]) -> str:
 
 
 def head(experiment: Experiment, corpus: str) -> str:
-    """What was pruned how, and scored on what."""
+    """What was pruned how, and scored on what, in how many documents, of which errors are made."""
     sparsity = f"{100 * experiment.prune_metrics['sparsity']:.3g}%"
-    return f"{experiment.name}: {experiment.method}, {experiment.pattern} {sparsity}; {limits.scored_text(experiment.protocol, corpus)}"
+    clusters = next(one.clusters for one in experiment.measurements if one.kind == Kind.CORPUS and one.name == corpus)
+    scored = f"{limits.scored_text(experiment.protocol, corpus)}, of {limits.counted(clusters, 'document')}"
+    return f"{experiment.name}: {experiment.method}, {experiment.pattern} {sparsity}; {scored}"
 
 
 def lines(experiment: Experiment, corpus: str) -> list[str]:

@@ -73,6 +73,7 @@ def test_the_lines_stand_as_llama_cpp_prints_them(evaluated):
 def test_each_corpus_has_a_table_below_what_it_is_of(evaluated):
     shown = text([evaluated], [Missing(name="old", reason="gone")])
     assert "one: wanda, 2:4 50%; news, 512 tokens in windows of 128" in shown
+    assert "none begun with BOS, of 3 documents\n" in shown
     assert shown.count("Mean    KLD") == 1
     assert shown.endswith("left out old: gone\n")
     without = replace(evaluated, measurements=[one for one in evaluated.measurements if one.metric == "perplexity"])

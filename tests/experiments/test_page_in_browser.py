@@ -290,7 +290,7 @@ def test_sizes_and_speed_are_shown_and_no_speed_up_is_claimed(page):
     rows = [row.split("\t") for row in page.inner_text("#size-table tbody").splitlines()]
     found = next(row for row in rows if row[0].startswith("admm-50:"))
     assert found[1:6] == ["210", "139.3 MB", "8.7 MB (6.3%)", "8.8 MB (6.4%)", "78.4 MB (56.3%)"]
-    assert found[6:] == [f"{pace} (240 tokens, 3 prompts, AMD EPYC, 2 threads)" for pace in ("12.50", "12.00")]
+    assert found[6:] == [f"{pace} (240 tokens, 3 prompts, AMD EPYC, 2 threads, at most 0.75 GiB)" for pace in ("12.50", "12.00")]
     assert "no speed-up was measured or is claimed" in " ".join(page.inner_text("#size").split())
 
 
