@@ -11,7 +11,7 @@ benchmarks/table.json, prints the table and writes it between the markers in REA
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,15 @@ def main() -> None:
     parser.add_argument("--point", action="append", choices=POINTS, help="measure this one alone")
     arguments = parser.parse_args()
     if not arguments.table:
-        write_json(RESULTS, measured(arguments.point))
+        write_json(RESULTS, measured(arguments.point or POINTS))
     show_between(README, START, END, table(read_json(RESULTS)))
 
 
-def measured(some: list[str] | None) -> list[dict[str, Any]]:
-    """Run all points, or some of them and take the others' rows from the file."""
-    rows = {} if some is None else dict(zip(POINTS, read_json(RESULTS), strict=True))
+def measured(points: Sequence[str]) -> list[dict[str, Any]]:
+    """Run some points, and take the others' rows from the file, where there are others."""
+    rows = {} if set(points) == set(POINTS) else dict(zip(POINTS, read_json(RESULTS), strict=True))
     with the_default_afterwards():
-        for point in POINTS if some is None else some:
+        for point in points:
             print("$", *command(point), flush=True)
             subprocess.run([*command(point), "--quiet", "evaluate_sparse"], check=True, stdout=sys.stderr)
             rows[point] = row(point)

@@ -57,8 +57,8 @@ def require_prompts(
     prompts: list[str],
     embedding_rows: int | None,
     *,
-    new_tokens: int = 0,
-    context_length: int | None = None,
+    new_tokens: int,
+    context_length: int | None,
 ) -> None:
     """Refuse prompts that the model cannot continue, before any weight is read; warn of those that the chat template refuses.
 

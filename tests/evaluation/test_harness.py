@@ -27,6 +27,8 @@ from tests.evaluation.rows import GOOD
 
 CPU = torch.device("cpu")
 
+UNBOUNDED = {"new_tokens": 5, "context_length": None}  # prompts
+
 
 def dense(base: Checkpoint) -> PreTrainedModel:
     return load_model(base, None, dtype=torch.float32, device=CPU)
@@ -162,11 +164,11 @@ def test_a_token_beyond_the_embedding_is_named_before_there_is_a_model(tmp_path)
 
 def test_prompts_that_the_model_cannot_continue_are_refused():
     tokenizer = tiny.tokenizer()
-    require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400)
+    require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, **UNBOUNDED)
     with pytest.raises(CheckpointError, match='evaluation.generations.prompts, "river stone": found the token .*, wanted ids below 5'):
-        require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 5)
+        require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 5, **UNBOUNDED)
     with pytest.raises(TextError, match=r'evaluation.generations.prompts, "": found no token \(raw\), wanted at least one to continue'):
-        require_prompts(tokenizer, tiny.NO_BOS, ["river", ""], 400)
+        require_prompts(tokenizer, tiny.NO_BOS, ["river", ""], 400, **UNBOUNDED)
     raw, chat = (len(tokens) for tokens in encodings(tokenizer, tiny.NO_BOS, "river stone")[0].values())
     assert raw < chat
     require_prompts(tokenizer, tiny.NO_BOS, ["river stone"], 400, new_tokens=5, context_length=chat + 5)
@@ -178,7 +180,7 @@ def test_prompts_that_the_model_cannot_continue_are_refused():
 def test_a_prompt_that_the_chat_template_refuses_is_continued_raw_and_says_why_not_the_other(base, caplog):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no user') }}"
-    require_prompts(tokenizer, tiny.NO_BOS, ["river"], 400)
+    require_prompts(tokenizer, tiny.NO_BOS, ["river"], 400, **UNBOUNDED)
     why = "the base's chat template refuses this dialogue (no user)"
     assert f'evaluation.generations.prompts, "river": {why}; it is continued raw alone' in caplog.messages
     (row,), _ = generate(load_model(base, None, dtype=torch.float32, device=CPU), tokenizer, tiny.NO_BOS, ["river"], new_tokens=3)
