@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 SIZES = {
     "vocab_size": 96,
@@ -183,14 +183,19 @@ REFUSED: dict[str, tuple[dict, str]] = {
 
 def model(kind: str, seed: int = 0) -> PreTrainedModel:
     """With weights large enough for attention and routing to tell tokens apart, norms and biases included."""
+    return made(AutoConfig.for_model(kind, **(CONFIGS.get(kind) or REFUSED[kind][0])), seed)
+
+
+def made(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same of any configuration."""
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(CONFIGS.get(kind) or REFUSED[kind][0]))).eval()
-    for parameter in made.parameters():
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         else:
             parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
-    return made.to(torch.bfloat16)
+    return model.to(torch.bfloat16)
 
 
 def write(directory: Path, kind: str) -> Path:

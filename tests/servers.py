@@ -72,8 +72,13 @@ class Wire:
                 if self.broken:
                     client.close()
                     continue
-                server = socket.create_connection((HOST, self.server_port))
-                self._connections += [client, server]
+                try:
+                    server = socket.create_connection((HOST, self.server_port))
+                except OSError:  # it has ended
+                    client.close()
+                    continue
+                with self._lock:
+                    self._connections += [client, server]
                 for source, sink in ((client, server), (server, client)):
                     threading.Thread(target=self._pass, args=(source, sink), kwargs={"counts": source is client}, daemon=True).start()
 

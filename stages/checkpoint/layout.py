@@ -90,7 +90,8 @@ def read_layout(model: "PreTrainedModel", checkpoint: Checkpoint) -> Layout:
         model: may be without weights.
 
     Raises:
-        CheckpointError: a tensor is only in the checkpoint or only in the model, or its shapes in the two differ; names the tensor.
+        CheckpointError: a tensor is only in the checkpoint or only in the model, or its shapes in the two differ, or two tensors that the
+            model ties have other values; names the tensor.
         ArchitectureError: a tensor of the text decoder is converted otherwise than by renaming, stacking experts and joining rows.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -105,6 +106,7 @@ def read_layout(model: "PreTrainedModel", checkpoint: Checkpoint) -> Layout:
     _require_outside_decoder(model, conversions)
     converted = _converted_shapes(model, checkpoint, conversions)
     _require_all_filled(model, checkpoint, shapes, slices, converted)
+    _require_equal_ties(model, checkpoint, slices)
     return Layout(slices=slices, conversions=conversions, converted=list(converted))
 
 
@@ -247,6 +249,19 @@ def _require_all_filled(
             raise CheckpointError(
                 f"{mismatch}: it has no tensor {name}" + (f", or only a part of it ({filled[name]} values)" if filled[name] else "")
             )
+
+
+def _require_equal_ties(model: "PreTrainedModel", checkpoint: Checkpoint, slices: dict[str, ParameterSlice]) -> None:
+    """Refuse two stored tensors that the model ties and that differ: stock transformers then ties them not, whatever the config says."""
+    stored = {
+        parameter_slice.name: name
+        for name, parameter_slice in slices.items()
+        if parameter_slice == ParameterSlice(name=parameter_slice.name)
+    }
+    for parameter, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if parameter in stored and other in stored and not torch.equal(*map(checkpoint.tensor, (stored[parameter], stored[other]))):
+            found = f"found other values in {stored[parameter]} than in {stored[other]}, which config.json ties"
+            raise CheckpointError(f"{checkpoint.directory}: {found}, wanted the same, or tie_word_embeddings false in config.json")
 
 
 def _converted_shapes(model: "PreTrainedModel", checkpoint: Checkpoint, conversions: list[Conversion]) -> dict[str, tuple[int, ...]]:

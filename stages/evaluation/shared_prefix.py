@@ -25,9 +25,13 @@ log = logging.getLogger(__name__)
 SHORTEST = 8  # tokens: nothing is gained by sharing a shorter beginning
 PADDING_AT_MOST = 128  # tokens of a pass: more cost as much as a further pass, which reads all weights
 LOGITS_AT_ONCE = 2**26  # numbers
-TOLERANCE = 1e-3, 1e-2  # absolute and relative, between the two ways on the first sequences that share a beginning
+CUT, LIKELY = 8, 16  # it is tried whether the last so many tokens change the probabilities of so many likely tokens before them
+TOLERANCES = {torch.float32: (1e-2, 0.0), torch.float64: (1e-2, 0.0)}  # of a score in both ways, absolute [nats] and relative
+OF_HALVES = (0.1, 5e-3)  # the same in 16 bits
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)  # of a model that takes no mask of this form
+OF_ALL_POSITIONS = ("dynamic", "longrope")  # kinds of rotary embeddings that depend on the longest sequence of a pass
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of kinds of layers
+APART = "what sequences begin with is computed for each"
 PADDING = -1  # the branch of tokens that belong to no row
 
 
@@ -67,6 +71,11 @@ class _Group:
     def length(self) -> int:
         """Tokens of the sequence."""
         return self.shared + sum(len(row.inputs) - self.shared for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row."""
+        return max(len(row.inputs) for row in self.rows)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -140,6 +149,8 @@ class SharedPrefixes:
         self.vocabulary = model.config.get_text_config().vocab_size
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.shares: bool | None = None  # whether the model reads several rows as one sequence as it should; None: not tried yet
+        self._tried = {"sequence": 0, "row": 0, "alone": 0}  # tokens of the longest that were tried: of several rows, in such, by itself
+        self._padding = PADDING_AT_MOST
         self._kinds: set[str] = set()  # of layers that have a mask of their own
         self._window: int | None = None  # tokens that layers attend to, where any have a sliding window
 
@@ -151,9 +162,12 @@ class SharedPrefixes:
             requests: token ids of context and continuation, at least one of each.
         """
         rows = self._rows(requests)
-        if self.shares is None and (first := next((group for group in _grouped(rows) if group.shared), None)) is not None:
-            self.shares = self._shares_as_it_should(first)
-        groups = _grouped(rows) if self.shares else _apart(rows)
+        groups = [part for group in _grouped(rows) for part in self._parts(group)]
+        if self.shares or (self.shares is None and any(len(group.rows) > 1 for group in groups)):
+            self.shares = self._share_as_they_should(groups)
+        if not self.shares:
+            groups = _apart(rows)
+            self._try_padding(max(rows, key=lambda row: len(row.inputs)))
         for batch in self._batches(groups, masked=bool(self.shares)):
             yield from self._of_batch(batch)
 
@@ -165,61 +179,113 @@ class SharedPrefixes:
             row.asked.append(_Asked(number=number, first=len(inputs) - len(continuation), tokens=continuation))
         return list(rows.values())
 
-    def _shares_as_it_should(self, group: _Group) -> bool:
-        """Whether the model attends to all that it has read, and gives the scores of a group that it gives row by row."""
+    def _share_as_they_should(self, groups: Sequence[_Group]) -> bool:
+        """Whether the model gives the scores that it gives row by row, of the longest group and of that with the longest row.
+
+        What was tried of as long ones is not tried again.
+        """
+        if self.shares is None and not self._may_share(groups[0].rows[0]):
+            return False
+        shortest = min((row for group in groups for row in group.rows), key=lambda row: len(row.inputs))
+        longest = {
+            "sequence": max((group for group in groups if len(group.rows) > 1), key=lambda group: group.length, default=None),
+            "row": max(groups, key=lambda group: group.longest),
+        }
+        for kind, group in longest.items():
+            size = 0 if group is None else group.length if kind == "sequence" else group.longest
+            if group is not None and size > self._tried[kind]:
+                if not self._equal_apart(group, shortest):
+                    log.warning("%s gives other scores of several sequences in one: %s", type(self.model).__name__, APART)
+                    return False
+                self._tried[kind] = size
+        return True
+
+    def _may_share(self, row: _Row) -> bool:
+        """Whether the model takes positions and a mask, and has plain keys and values, of one window at most."""
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        kind, reason = type(self.model).__name__, "what sequences begin with is computed for each"
+        kind, config = type(self.model).__name__, self.model.config.get_text_config()
+        if not {"attention_mask", "position_ids"} <= set(inspect.signature(self.model.forward).parameters):
+            log.info("%s takes no positions: %s", kind, APART)
+            return False
+        if _rotary_kinds(getattr(config, "rope_parameters", None)) & set(OF_ALL_POSITIONS):
+            log.info("%s has rotary embeddings that depend on the longest sequence of a pass: %s", kind, APART)
+            return False
         try:
-            probe = self.model(torch.tensor([group.rows[0].inputs[: group.shared]], device=self.model.device), use_cache=True)
+            probe = self.model(torch.tensor([row.inputs[:CUT]], device=self.model.device), use_cache=True)
         except REFUSALS:  # as of xLSTM at some sizes
             probe = None
         cache: Any = getattr(probe, "past_key_values", None)
         if type(cache) is not DynamicCache or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-            log.info("%s keeps more than keys and values: %s", kind, reason)
+            log.info("%s keeps more than keys and values: %s", kind, APART)
             return False
         windows = {layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers}
         short = {window for window in windows if window is not None and window < self.max_length}
         if short:
-            (self._window, *others), types = short, set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+            (self._window, *others), types = short, set(getattr(config, "layer_types", None) or ())
             self._kinds = types if len(windows) > 1 else set()
-            if others or len(windows) > 1 and types != {FULL, SLIDING}:
-                log.info("%s has several sliding windows: %s", kind, reason)
+            if others or not types <= {FULL, SLIDING} or (len(windows) > 1 and len(types) < 2):
+                log.info("%s has other windows than one that slides: %s", kind, APART)
                 return False
-        few = _Group(rows=group.rows[:2], shared=group.shared)
-        apart = dict(one for row in few.rows for one in self._of_batch(_Batch(_apart([row]), masked=False)))
-        try:  # with a shorter sequence, so that one is padded
-            ours = dict(self._of_batch(_Batch([*_apart(few.rows[:1]), few], masked=True)))
+        return True
+
+    def _equal_apart(self, group: _Group, shortest: _Row) -> bool:
+        """Whether the first, the longest and the last row of a group have the scores that they have by themselves.
+
+        Args:
+            shortest: a row that is padded next to it.
+        """
+        rows = {id(row): row for row in (group.rows[0], max(group.rows, key=lambda row: len(row.inputs)), group.rows[-1])}
+        apart = dict(one for row in rows.values() for one in self._of_batch(_Batch(_apart([row]), masked=False)))
+        try:
+            ours = dict(self._of_batch(_Batch([*_apart([shortest]), group], masked=True)))
         except REFUSALS as error:
-            log.info("%s takes no mask for several sequences in one (%s): %s", kind, error, reason)
+            log.info("%s takes no mask for several sequences in one (%s)", type(self.model).__name__, error)
             return False
-        absolute, relative = TOLERANCE
-        equal = all(abs(ours[key].likelihood - one.likelihood) <= absolute + relative * abs(one.likelihood) for key, one in apart.items())
-        if not equal:
-            log.warning("%s gives other scores of several sequences in one: %s", kind, reason)
-        return equal
+        return all(self._close(ours[number].likelihood, score.likelihood) for number, score in apart.items())
+
+    def _try_padding(self, row: _Row) -> None:
+        """Score rows of different lengths together only where what follows changes no prediction, as it does where all attend to all."""
+        if len(row.inputs) <= max(CUT, self._tried["alone"]):
+            return
+        self._tried["alone"] = len(row.inputs)
+        place, device = len(row.inputs) - CUT - 1, self.model.device
+        whole = torch.tensor([row.inputs], device=device)
+        options: dict[str, Any] = {"logits_to_keep": torch.tensor([place], device=device)} if self.keeps_logits else {}
+        followed, last = (self.model(tokens, use_cache=False, **options).logits[0] for tokens in (whole, whole[:, :-CUT]))
+        ours, alone = (logits[0 if self.keeps_logits else place].float().log_softmax(dim=-1) for logits in (followed, last))
+        likely = alone.topk(min(LIKELY, len(alone))).indices
+        if not all(self._close(*pair) for pair in zip(ours[likely].tolist(), alone[likely].tolist(), strict=True)):
+            log.info("%s predicts otherwise where other tokens follow: only rows as long are scored together", type(self.model).__name__)
+            self._padding = 0
+
+    def _close(self, ours: float, alone: float) -> bool:
+        absolute, relative = TOLERANCES.get(self.model.dtype, OF_HALVES)
+        return abs(ours - alone) <= absolute + relative * abs(alone)
 
     def _batches(self, groups: Sequence[_Group], *, masked: bool) -> Iterator[_Batch]:
         """Groups of similar lengths, longest first, split where they are too many for one pass."""
         batch: list[_Group] = []
-        for group in sorted((part for group in groups for part in self._parts(group, masked=masked)), key=lambda group: -group.length):
+        for group in sorted(groups, key=lambda group: -group.length):
             extended = _Batch([*batch, group], masked)
-            if batch and (extended.padding > PADDING_AT_MOST or not self._fits(extended)):
+            if batch and (extended.padding > self._padding or not self._fits(extended)):
                 yield _Batch(batch, masked)
                 batch = []
             batch.append(group)
         if batch:
             yield _Batch(batch, masked)
 
-    def _parts(self, group: _Group, *, masked: bool) -> Iterator[_Group]:
+    def _parts(self, group: _Group) -> Iterator[_Group]:
+        """A group in parts that are no longer than what the model takes, and fit one pass."""
         rows: list[_Row] = []
         for row in group.rows:
-            if rows and not self._fits(_Batch([_Group(rows=[*rows, row], shared=group.shared)], masked)):
-                yield _Group(rows=rows, shared=group.shared)
+            extended = _Group(rows=[*rows, row], shared=group.shared)
+            if rows and (extended.length > self.max_length or not self._fits(_Batch([extended], masked=True))):
+                yield _of(rows, group.shared)
                 rows = []
             rows.append(row)
-        yield _Group(rows=rows, shared=group.shared)
+        yield _of(rows, group.shared)
 
     def _fits(self, batch: _Batch) -> bool:
         count = len(batch.groups)
@@ -281,7 +347,20 @@ def _grouped(rows: list[_Row]) -> list[_Group]:
                 group.shared = shared
                 continue
         groups.append(_Group(rows=[row], shared=row.first))
-    return [group if len(group.rows) > 1 else _apart(group.rows)[0] for group in groups]
+    return [_of(group.rows, group.shared) for group in groups]
+
+
+def _of(rows: list[_Row], shared: int) -> _Group:
+    """Rows that begin alike as one sequence; one alone shares nothing."""
+    return _Group(rows=rows, shared=shared if len(rows) > 1 else 0)
+
+
+def _rotary_kinds(parameters: Any) -> set[str]:
+    """The kinds of rotary embeddings that a configuration names, of all layers or of each kind of them."""
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters[key]) for key in ("rope_type", "type") if key in parameters}
+    return own.union(*map(_rotary_kinds, parameters.values()))
 
 
 def _apart(rows: Sequence[_Row]) -> list[_Group]:

@@ -38,8 +38,11 @@ def routed_modules(block: nn.Module, layers: list[Layer]) -> set[str]:
 
 
 def route_to(module: nn.Module, tokens: torch.Tensor, expert: int) -> None:
-    """Call a routed module with all tokens, [tokens, columns], sent to one expert, and, where others than transformers' own wrapper see to
-    the choices, to another one with weight 0: LongCat's code squeezes a single choice away."""
+    """Call a routed module with all tokens, [tokens, columns], sent to one expert.
+
+    Code that is not behind transformers' own wrapper of experts is handed a second choice of weight 0, of another expert: LongCat's
+    squeezes a single choice away.
+    """
     alone = hasattr(module, "is_transposed") or len(next(module.parameters())) == 1
     chosen = torch.tensor([expert] if alone else [expert, expert - 1 if expert else 1], device=tokens.device).expand(len(tokens), -1)
     module(tokens, chosen, (chosen == expert).to(tokens.dtype))

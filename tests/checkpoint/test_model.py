@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.model import empty_model, load_model, load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.config.params import CONF
 from stages.errors import CheckpointError
+from tests.small_models import small
+from tests.streaming.test_every_model_type import write
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -59,3 +62,22 @@ def test_the_buffers_of_a_model_without_weights_are_computed_by_the_part_that_th
     model = empty_model(base.directory, torch.float32)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
+
+
+def test_two_tensors_that_the_config_ties_and_that_differ_are_refused(base, tmp_path):
+    assert "lm_head.weight" in base  # of a model that ties nothing
+    copy = edited(base, tmp_path / "copy", "config.json", tie_word_embeddings=True)
+    found = "found other values in lm_head.weight than in model.embed_tokens.weight, which config.json ties"
+    with pytest.raises(CheckpointError, match=f"{found}, wanted the same, or tie_word_embeddings false in config.json"):
+        load_model(copy, None, dtype=torch.float32, device=CPU)
+
+
+def test_a_parameter_that_a_models_code_makes_in_float32_stays_so(tmp_path):
+    """The router of Hunyuan's mixture, in any dtype of the model, as in stock transformers."""
+    checkpoint = write(tmp_path, small("hunyuan_v1_moe"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = load_model(checkpoint, None, dtype=torch.bfloat16, device=CPU)
+    assert ours.model.layers[0].mlp.gate.wg.weight.dtype == torch.float32
+    assert {name: tensor.dtype for name, tensor in ours.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in stock.state_dict().items()
+    }

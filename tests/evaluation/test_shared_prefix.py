@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig
 
 from stages.evaluation import shared_prefix
 from stages.evaluation.shared_prefix import SharedPrefixes
@@ -36,7 +37,7 @@ def made(kind: str):
 
 
 SHARING = ("llama", "mistral", "gemma3_text", "gpt2", "opt", "mixtral", "deepseek_v3", "gpt_oss")
-APART = ("mamba", "jamba")
+APART = ("mamba", "jamba", "mpt", "bloom")
 
 
 @pytest.mark.parametrize("kind", [*SHARING, *APART])
@@ -46,7 +47,7 @@ def test_scores_are_those_of_lm_eval(kind, tokens_at_once):
     asked = requests(model.config.vocab_size)
     ours = SharedPrefixes(model, LENGTH, tokens_at_once)
     found = dict(ours.scores(asked))
-    assert ours.shares is (kind in SHARING)
+    assert ours.shares is (None if tokens_at_once == 1 else kind in SHARING)
     assert sorted(found) == list(range(len(asked)))
     for number, (likelihood, greedy) in enumerate(stock(model, asked)):
         assert found[number].likelihood == pytest.approx(likelihood, abs=1e-4)
@@ -82,8 +83,48 @@ def test_what_is_shared_is_computed_once(monkeypatch):
     monkeypatch.setattr(model, "forward", counted)
     ours = SharedPrefixes(model, LENGTH, 10_000)
     ours.keeps_logits, ours.shares = True, True
+    monkeypatch.setattr(ours, "_equal_apart", lambda *_: True)
     list(ours.scores(asked))
     assert sum(tokens) < 0.6 * sum(len(context) + len(continuation) - 1 for context, continuation in asked)
+
+
+def model_of(kind: str, **settings):
+    return architectures.made(AutoConfig.for_model(kind, **{**architectures.CONFIGS.get(kind, architectures.SIZES), **settings})).float()
+
+
+OTHERS = {  # models of which short sequences do not tell how they take long ones
+    "which attends to the last places": ("gpt_neo", {"window_size": 16}),
+    "whose positions depend on the longest row": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
+    "with several windows": ("llama4_text", {"attention_chunk_size": 16}),
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_long_rows_of_a_model_are_right_though_short_ones_shared_what_they_begin_with(which):
+    kind, settings = OTHERS[which]
+    model = model_of(kind, **settings)
+    generator = torch.Generator().manual_seed(0)
+    ours = SharedPrefixes(model, LENGTH, 10_000)
+    for length in (9, 40):
+        questions = [torch.randint(3, 90, (length,), generator=generator).tolist() for _ in range(3)]
+        asked = [
+            (question, torch.randint(3, 90, (4 + answer,), generator=generator).tolist()) for question in questions for answer in range(3)
+        ]
+        found = dict(ours.scores(asked))
+        wanted = [one for one, _ in stock(model, asked)]
+        assert [found[number].likelihood for number in range(len(asked))] == pytest.approx(wanted, abs=1e-4)
+    assert ours.shares is False
+
+
+def test_rows_of_other_lengths_are_not_padded_where_what_follows_changes_a_prediction():
+    model = model_of("bert", is_decoder=False)
+    asked = requests(model.config.vocab_size)
+    ours = SharedPrefixes(model, LENGTH, 10_000)
+    found = dict(ours.scores(asked))
+    assert [found[number].likelihood for number in range(len(asked))] == pytest.approx([one for one, _ in stock(model, asked)], abs=1e-4)
 
 
 def test_a_model_that_gives_other_scores_is_not_asked_to_share(monkeypatch, caplog):
@@ -133,5 +174,6 @@ def test_few_tokens_of_a_pass_are_padding_and_it_is_no_larger_than_asked(monkeyp
     monkeypatch.setattr(shared_prefix, "PADDING_AT_MOST", 8)
     ours = SharedPrefixes(model, LENGTH, 200)
     ours.keeps_logits, ours.shares = True, True
+    monkeypatch.setattr(ours, "_equal_apart", lambda *_: True)
     list(ours.scores(asked))
     assert passes == [(3, 61), (1, 59), (2, 33), (2, 14)]
