@@ -18,7 +18,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.markers import show_between
-from stages import devices
+from stages import devices, record
 from stages.bos import decide
 from stages.checkpoint.model import load_model, load_tokenizer
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
@@ -67,7 +67,10 @@ def table(facts: list[dict[str, Any]]) -> str:
         for row in [*rows, {"task": "all", "difference": max(row["difference"] for row in rows), **total}]:
             cells = f"{row['stock']:.1f} | {row['ours']:.1f} | {row['stock'] / row['ours']:.2f} | {row['difference']:.1e}"
             lines.append(f"| {model['model']} | {row['task']} | {row['requests']} | {cells} |")
-    said = "; ".join(f"{model['model']}: {model['rows']} rows a task, batches of {model['batch']}, {model['device']}" for model in facts)
+    said = "; ".join(
+        f"{model['model']}: {model['rows']} rows a task, batches of {model['batch']}, {model['device']}, commit {model['code'][:7]}"
+        for model in facts
+    )
     return "\n".join([*lines, "", f"{said}. float32."])
 
 
@@ -102,10 +105,11 @@ def main() -> None:
             tasks.append(compared(name, ours, stock, requests))
             print(tasks[-1], flush=True)
     model, device = read_json(BASE / PROVENANCE)["name"], devices.device_name(CPU)
-    row = {"model": model, "device": device, "rows": arguments.rows, "batch": arguments.batch, "tasks": tasks}
+    facts = {"rows": arguments.rows, "batch": arguments.batch, "code": record.code_revision()}
+    row = {"model": model, "device": device, **facts, "tasks": tasks}
     known = read_json(FILE) if FILE.is_file() else []
-    write_json(FILE, facts := [*(other for other in known if (other["model"], other["device"]) != (model, device)), row])
-    show_between(DOCUMENT, START, END, table(facts))
+    write_json(FILE, rows := [*(other for other in known if (other["model"], other["device"]) != (model, device)), row])
+    show_between(DOCUMENT, START, END, table(rows))
 
 
 if __name__ == "__main__":
