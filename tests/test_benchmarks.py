@@ -20,6 +20,7 @@ from benchmarks import (
     contenders,
     disk,
     evaluation_seconds,
+    float8_scores,
     frontier,
     gpu,
     llama_cpp_divergence,
@@ -37,7 +38,7 @@ from stages.config.compose import read
 from stages.evaluation.measurement import Difference, Kind, Measurement, as_rows
 from stages.evaluation.metric import Corpus
 from stages.evaluation.metrics import METRICS
-from stages.files import read_json, write_json
+from stages.files import FLOAT8_RESULTS, read_json, write_json
 from stages.prune import code_sha256
 from stages.streaming.decoder import Decoder
 from tests.dependencies import closure
@@ -662,3 +663,25 @@ def test_what_long_evaluations_take_is_projected_from_a_window_and_rows_and_shor
     short = read(*evaluation_seconds.short(windows=2, tasks="piqa", rows=8))["evaluation"]
     assert (short.tasks, short.rows, short.corpora["wikipedia"].windows, list(short.corpora)) == (["piqa"], 8, 2, ["wikipedia"])
     assert short.corpora["wikipedia"].window_length == read("evaluation=full")["evaluation"].corpora["wikipedia"].window_length
+
+
+def test_scores_in_float8_stand_below_those_of_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    FLOAT8_RESULTS.mkdir(parents=True)
+    write_json(FLOAT8_RESULTS / "measurements.json", [])
+    with pytest.raises(SystemExit, match="found no scores, wanted those of dvc exp run -S publish.dtype=float8"):
+        float8_scores.measured()
+    scores = {
+        "as it is": {"perplexity": [30.0, 2.0], "accuracy": [0.4, None]},
+        "float8": {"perplexity": [30.5, 2.1], "accuracy": [0.41, None]},
+    }
+    row = {"model": "org/model", "pruned": "wanda, unstructured", "text": "news, 512 tokens", "scores": scores}
+    row |= {"sparsity": {"as it is": 0.5, "float8": 0.5012}, "bytes": {"as it is": 2_000_000, "float8": 1_200_000}}
+    shown = float8_scores.table([{**row, "device": "a CPU", "code": "0123456789"}])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("|")]
+    assert lines[0] == ["model", "pruned by", "weights", "perplexity", "mean KLD, nats", "accuracy", "zeros in scope", "safetensors"]
+    assert lines[2][2:] == ["as it is", "30.00 ± 2.00", "not measured", "0.400", "0.5000", "2 MB"]
+    assert lines[3][2:] == ["float8", "30.50 ± 2.10", "not measured", "0.410", "0.5012", "1 MB"]
+    assert shown.endswith(
+        "commit 0123456. ± is one standard error over the text, which both lines share. One run each; no other text or seed was measured."
+    )

@@ -128,11 +128,13 @@ class _Batch:
         """Tokens that belong to no group."""
         return sum(self.length - group.length for group in self.groups)
 
-    @cached_property
-    def read(self) -> list[int]:
-        """The places that are read of any group, in order."""
-        asked = ((start, places) for start, group in zip(self.starts, self.groups, strict=True) for _, places in group.asked)
-        return sorted({start + place for start, places in asked for place in places})
+    @property
+    def asked(self) -> list[tuple[_Asked, int, range]]:
+        """Every continuation, the index of its group, and the places where its tokens are predicted."""
+        found = list[tuple[_Asked, int, range]]()
+        for index, (group, start) in enumerate(zip(self.groups, self.starts, strict=True)):
+            found += [(one, index, range(start + places.start, start + places.stop)) for one, places in group.asked]
+        return found
 
 
 class SharedPrefixes:
@@ -147,7 +149,6 @@ class SharedPrefixes:
     def __init__(self, model: "PreTrainedModel", max_length: int, tokens_at_once: int) -> None:
         self.model, self.max_length, self.tokens_at_once = model, max_length, tokens_at_once
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.shares: bool | None = None  # whether the model reads several rows as one sequence as it should; None: not tried yet
         self._tried = {"sequence": 0, "row": 0, "alone": 0}  # tokens of the longest that were tried: of several rows, in such, by itself
         self._padding = PADDING_AT_MOST
@@ -250,11 +251,9 @@ class SharedPrefixes:
         if len(row.inputs) <= max(CUT, self._tried["alone"]):
             return
         self._tried["alone"] = len(row.inputs)
-        place, device = len(row.inputs) - CUT - 1, self.model.device
-        whole = torch.tensor([row.inputs], device=device)
-        options: dict[str, Any] = {"logits_to_keep": torch.tensor([place], device=device)} if self.keeps_logits else {}
-        followed, last = (self.model(tokens, use_cache=False, **options).logits[0] for tokens in (whole, whole[:, :-CUT]))
-        ours, alone = (logits[0 if self.keeps_logits else place].float().log_softmax(dim=-1) for logits in (followed, last))
+        whole, place = torch.tensor([row.inputs]), len(row.inputs) - CUT - 1
+        found = (self._logits(tokens, torch.tensor([0]), torch.tensor([place])) for tokens in (whole, whole[:, :-CUT]))
+        ours, alone = (logits[0].float().log_softmax(dim=-1) for logits in found)
         likely = alone.topk(min(LIKELY, len(alone))).indices
         if not all(self._close(*pair) for pair in zip(ours[likely].tolist(), alone[likely].tolist(), strict=True)):
             log.info("%s predicts otherwise where other tokens follow: only rows as long are scored together", type(self.model).__name__)
@@ -288,8 +287,8 @@ class SharedPrefixes:
         yield _of(rows, group.shared)
 
     def _fits(self, batch: _Batch) -> bool:
-        count = len(batch.groups)
-        return count * batch.length <= self.tokens_at_once and count * len(batch.read) * self.vocabulary <= LOGITS_AT_ONCE
+        read = sum(len(places) for group in batch.groups for _, places in group.asked)
+        return len(batch.groups) * batch.length <= self.tokens_at_once and read * self.vocabulary <= LOGITS_AT_ONCE
 
     def _masks(self, branches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """The mask of all layers, or one for each kind of them. Args: see _mask."""
@@ -303,18 +302,36 @@ class SharedPrefixes:
         for index, (group, start) in enumerate(zip(batch.groups, batch.starts, strict=True)):
             own = slice(start, start + group.length)
             tokens[index, own], positions[index, own], branches[index, own] = group.tokens, group.positions, group.branches
-        device = self.model.device
-        options: dict[str, Any] = {"use_cache": False}
+        options: dict[str, Any] = {}
         if batch.masked:
-            options |= {"attention_mask": self._masks(branches, positions), "position_ids": positions.to(device)}
-        if self.keeps_logits:
-            options["logits_to_keep"] = torch.tensor(batch.read, device=device)
-        logits = self.model(tokens.to(device), **options).logits
-        where = {place: index for index, place in enumerate(batch.read if self.keeps_logits else range(batch.length))}
-        for group, start, of_group in zip(batch.groups, batch.starts, logits, strict=True):
-            for one, places in group.asked:
-                first = where[start + places.start]  # and the others follow it
-                yield one.number, score_of(of_group[first : first + len(places)], one.tokens)
+            options = {"attention_mask": self._masks(branches, positions), "position_ids": positions.to(self.model.device)}
+        asked = batch.asked
+        which = torch.tensor([index for _, index, places in asked for _ in places])
+        where = torch.tensor([place for _, _, places in asked for place in places])
+        of_each = self._logits(tokens, which, where, **options).split([len(places) for _, _, places in asked])
+        for (one, _, _), logits in zip(asked, of_each, strict=True):
+            yield one.number, score_of(logits, one.tokens)
+
+    def _logits(self, tokens: torch.Tensor, which: torch.Tensor, where: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Logits at some places alone, [places, vocabulary]: the output embedding is handed their hidden states.
+
+        Args:
+            tokens: [sequences, length], int64. which, where: of each place, the sequence and the position in it. options: of the model.
+        """
+
+        def of_places(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            if not arguments or arguments[0].shape[:2] != tokens.shape:  # called otherwise: all logits are computed
+                return None
+            return (arguments[0][which, where][None], *arguments[1:])
+
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(of_places) if head is not None else None
+        try:
+            logits: torch.Tensor = self.model(tokens.to(self.model.device), use_cache=False, **options).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        return logits[0] if logits.shape[:2] == (1, len(where)) else logits[which, where]
 
 
 def _mask(branches: torch.Tensor, positions: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:

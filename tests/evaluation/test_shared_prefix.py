@@ -82,7 +82,7 @@ def test_what_is_shared_is_computed_once(monkeypatch):
 
     monkeypatch.setattr(model, "forward", counted)
     ours = SharedPrefixes(model, LENGTH, 10_000)
-    ours.keeps_logits, ours.shares = True, True
+    ours.shares = True
     monkeypatch.setattr(ours, "_equal_apart", lambda *_: True)
     list(ours.scores(asked))
     assert sum(tokens) < 0.6 * sum(len(context) + len(continuation) - 1 for context, continuation in asked)
@@ -151,7 +151,6 @@ def test_a_model_that_takes_no_such_mask_is_not_asked_to_share(monkeypatch, capl
 
     monkeypatch.setattr(model, "forward", refusing)
     ours = SharedPrefixes(model, LENGTH, 10_000)
-    ours.keeps_logits = True
     with caplog.at_level("INFO"):
         found = dict(ours.scores(asked))
     assert ours.shares is False
@@ -173,7 +172,7 @@ def test_few_tokens_of_a_pass_are_padding_and_it_is_no_larger_than_asked(monkeyp
     monkeypatch.setattr(model, "forward", noted)
     monkeypatch.setattr(shared_prefix, "PADDING_AT_MOST", 8)
     ours = SharedPrefixes(model, LENGTH, 200)
-    ours.keeps_logits, ours.shares = True, True
+    ours.shares = True
     monkeypatch.setattr(ours, "_equal_apart", lambda *_: True)
     list(ours.scores(asked))
     assert passes == [(3, 61), (1, 59), (2, 33), (2, 14)]
