@@ -150,7 +150,8 @@ class SharedPrefixes:
         self.model, self.max_length, self.tokens_at_once = model, max_length, tokens_at_once
         self.vocabulary = model.config.get_text_config().vocab_size
         self.shares: bool | None = None  # whether the model reads several rows as one sequence as it should; None: not tried yet
-        self._tried = {"sequence": 0, "row": 0, "alone": 0}  # tokens of the longest that were tried: of several rows, in such, by itself
+        self._tried = {"sequence": 0, "row": 0}  # tokens of the longest that were tried: a sequence of several rows, and a row in such
+        self._tried_alone = 0  # tokens of the longest row that was tried with others after it
         self._padding = PADDING_AT_MOST
         self._kinds: set[str] = set()  # of layers that have a mask of their own
         self._window: int | None = None  # tokens that layers attend to, where any have a sliding window
@@ -165,7 +166,10 @@ class SharedPrefixes:
         rows = self._rows(requests)
         groups = [part for group in _grouped(rows) for part in self._parts(group)]
         if self.shares or (self.shares is None and any(len(group.rows) > 1 for group in groups)):
-            self.shares = self._share_as_they_should(groups)
+            scored = self._tried_on(groups)
+            self.shares = scored is not None
+            groups = [group for group in groups if not any(one.number in (scored or {}) for one, _ in group.asked)]
+            yield from (scored or {}).items()
         if not self.shares:
             groups = _apart(rows)
             self._try_padding(max(rows, key=lambda row: len(row.inputs)))
@@ -180,26 +184,31 @@ class SharedPrefixes:
             row.asked.append(_Asked(number=number, first=len(inputs) - len(continuation), tokens=continuation))
         return list(rows.values())
 
-    def _share_as_they_should(self, groups: Sequence[_Group]) -> bool:
-        """Whether the model gives the scores that it gives row by row, of the longest group and of that with the longest row.
+    def _tried_on(self, groups: Sequence[_Group]) -> dict[int, Score] | None:
+        """Score the longest group and that with the longest row both ways; what was tried of as long ones is not tried again.
 
-        What was tried of as long ones is not tried again.
+        Returns:
+            The scores of what was tried, by number of the request; None: the model gives others row by row.
         """
         if self.shares is None and not self._may_share(groups[0].rows[0]):
-            return False
-        shortest = min((row for group in groups for row in group.rows), key=lambda row: len(row.inputs))
+            return None
+        several = [group for group in groups if len(group.rows) > 1]
         longest = {
-            "sequence": max((group for group in groups if len(group.rows) > 1), key=lambda group: group.length, default=None),
+            "sequence": max(several, key=lambda group: group.length, default=None),
             "row": max(groups, key=lambda group: group.longest),
         }
-        for kind, group in longest.items():
-            size = 0 if group is None else group.length if kind == "sequence" else group.longest
-            if group is not None and size > self._tried[kind]:
-                if not self._equal_apart(group, shortest):
-                    log.warning("%s gives other scores of several sequences in one: %s", type(self.model).__name__, APART)
-                    return False
-                self._tried[kind] = size
-        return True
+        sizes = {kind: 0 if group is None else group.length if kind == "sequence" else group.longest for kind, group in longest.items()}
+        found = {id(group): group for kind, group in longest.items() if group is not None and sizes[kind] > self._tried[kind]}
+        if not found:
+            return {}
+        scores = self._equal_apart(
+            list(found.values()), min((row for group in groups for row in group.rows), key=lambda row: len(row.inputs))
+        )
+        if scores is None:
+            log.warning("%s gives other scores of several sequences in one: %s", type(self.model).__name__, APART)
+            return None
+        self._tried = {kind: max(tried, sizes[kind]) for kind, tried in self._tried.items()}
+        return scores
 
     def _may_share(self, row: _Row) -> bool:
         """Whether the model takes positions and a mask, and has plain keys and values, of one window at most."""
@@ -231,26 +240,31 @@ class SharedPrefixes:
                 return False
         return True
 
-    def _equal_apart(self, group: _Group, shortest: _Row) -> bool:
-        """Whether the first, the longest and the last row of a group have the scores that they have by themselves.
+    def _equal_apart(self, groups: list[_Group], shortest: _Row) -> dict[int, Score] | None:
+        """The scores of some groups, if the first, the longest and the last row of each have those that they have by themselves.
 
         Args:
-            shortest: a row that is padded next to it.
+            shortest: a row that is padded next to them.
         """
-        rows = {id(row): row for row in (group.rows[0], max(group.rows, key=lambda row: len(row.inputs)), group.rows[-1])}
-        apart = dict(one for row in rows.values() for one in self._of_batch(_Batch(_apart([row]), masked=False)))
+        few = {
+            id(row): row for group in groups for row in (group.rows[0], max(group.rows, key=lambda row: len(row.inputs)), group.rows[-1])
+        }
+        apart = dict(one for row in few.values() for one in self._of_batch(_Batch(_apart([row]), masked=False)))
         try:
-            ours = dict(self._of_batch(_Batch([*_apart([shortest]), group], masked=True)))
+            padded = _apart([shortest])
+            ours = {key: score for group in groups for key, score in self._of_batch(_Batch([*padded, group], masked=True))}
         except REFUSALS as error:
             log.info("%s takes no mask for several sequences in one (%s)", type(self.model).__name__, error)
-            return False
-        return all(self._close(ours[number].likelihood, score.likelihood) for number, score in apart.items())
+            return None
+        if not all(self._close(ours[number].likelihood, score.likelihood) for number, score in apart.items()):
+            return None
+        return {one.number: ours[one.number] for group in groups for one, _ in group.asked}
 
     def _try_padding(self, row: _Row) -> None:
         """Score rows of different lengths together only where what follows changes no prediction, as it does where all attend to all."""
-        if len(row.inputs) <= max(CUT, self._tried["alone"]):
+        if len(row.inputs) <= max(CUT, self._tried_alone):
             return
-        self._tried["alone"] = len(row.inputs)
+        self._tried_alone = len(row.inputs)
         whole, place = torch.tensor([row.inputs]), len(row.inputs) - CUT - 1
         found = (self._logits(tokens, torch.tensor([0]), torch.tensor([place])) for tokens in (whole, whole[:, :-CUT]))
         ours, alone = (logits[0].float().log_softmax(dim=-1) for logits in found)

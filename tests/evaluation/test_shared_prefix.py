@@ -71,6 +71,20 @@ def test_a_model_that_fails_with_a_cache_reads_every_sequence_by_itself(monkeypa
     assert [found[number].likelihood for number in range(len(asked))] == pytest.approx([one for one, _ in stock(model, asked)], abs=1e-4)
 
 
+def test_every_request_has_a_score_whatever_was_tried_first():
+    model = made("llama")
+    generator = torch.Generator().manual_seed(2)
+    questions = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in (30, 12, 20)]
+    asked = [(question, torch.randint(3, 90, (answer,), generator=generator).tolist()) for question in questions for answer in (2, 3, 5)]
+    ours = SharedPrefixes(model, LENGTH, 10_000)
+    for _ in range(2):  # the second time nothing is tried
+        found = dict(ours.scores(asked))
+        assert [found[number].likelihood for number in range(len(asked))] == pytest.approx(
+            [one for one, _ in stock(model, asked)], abs=1e-4
+        )
+    assert ours.shares
+
+
 def test_what_is_shared_is_computed_once(monkeypatch):
     model = made("llama")
     asked = requests(model.config.vocab_size)
@@ -83,7 +97,7 @@ def test_what_is_shared_is_computed_once(monkeypatch):
     monkeypatch.setattr(model, "forward", counted)
     ours = SharedPrefixes(model, LENGTH, 10_000)
     ours.shares = True
-    monkeypatch.setattr(ours, "_equal_apart", lambda *_: True)
+    monkeypatch.setattr(ours, "_equal_apart", lambda *_: {})
     list(ours.scores(asked))
     assert sum(tokens) < 0.6 * sum(len(context) + len(continuation) - 1 for context, continuation in asked)
 
@@ -173,6 +187,6 @@ def test_few_tokens_of_a_pass_are_padding_and_it_is_no_larger_than_asked(monkeyp
     monkeypatch.setattr(shared_prefix, "PADDING_AT_MOST", 8)
     ours = SharedPrefixes(model, LENGTH, 200)
     ours.shares = True
-    monkeypatch.setattr(ours, "_equal_apart", lambda *_: True)
+    monkeypatch.setattr(ours, "_equal_apart", lambda *_: {})
     list(ours.scores(asked))
     assert passes == [(3, 61), (1, 59), (2, 33), (2, 14)]
