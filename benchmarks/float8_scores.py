@@ -17,7 +17,7 @@ from benchmarks.markers import show_between
 from stages import limits
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
 from stages.evaluation.measurement import Measurement, from_rows
-from stages.evaluation.protocol import compared, read_protocol
+from stages.evaluation.protocol import compared
 from stages.files import BASE, FLOAT8_RESULTS, PRUNE_RESULTS, RELEASE, SPARSE_RESULTS, read_json, write_json
 
 FILE, DOCUMENT = Path("benchmarks/float8_scores.json"), Path("docs/release.md")
@@ -35,7 +35,7 @@ def measured() -> dict[str, Any]:
     """
     if not read_json(FLOAT8_RESULTS / "measurements.json"):
         raise SystemExit(f"{FLOAT8_RESULTS}: found no scores, wanted those of dvc exp run -S publish.dtype=float8")
-    protocols = [read_protocol(directory / "protocol.json") for directory in DTYPES.values()]
+    protocols = [read_json(directory / "protocol.json") for directory in DTYPES.values()]
     if compared(protocols[0]) != compared(protocols[1]):
         raise SystemExit(f"{FLOAT8_RESULTS}: found scores of another protocol than those of {SPARSE_RESULTS}; run the stages again")
     prune, (corpus, *_) = read_json(PRUNE_RESULTS / PROVENANCE), list(protocols[0]["corpora"])
