@@ -252,15 +252,12 @@ def _require_all_filled(
 
 
 def _require_equal_ties(model: "PreTrainedModel", checkpoint: Checkpoint, slices: dict[str, ParameterSlice]) -> None:
-    """Refuse two stored tensors that the model ties and that differ: stock transformers then ties them not, whatever the config says."""
-    stored = {
-        parameter_slice.name: name
-        for name, parameter_slice in slices.items()
-        if parameter_slice == ParameterSlice(name=parameter_slice.name)
-    }
-    for parameter, other in getattr(model, "all_tied_weights_keys", {}).items():
-        if parameter in stored and other in stored and not torch.equal(*map(checkpoint.tensor, (stored[parameter], stored[other]))):
-            found = f"found other values in {stored[parameter]} than in {stored[other]}, which config.json ties"
+    """Refuse an output embedding that is tied to the input's and stored with other values: stock transformers then ties them not."""
+    stored = {found.name: name for name, found in slices.items() if found == ParameterSlice(name=found.name)}
+    embedding = f"{path_of(model, model.get_input_embeddings())}weight"
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        if embedding in pair and stored.keys() >= set(pair) and not torch.equal(*(checkpoint.tensor(stored[name]) for name in pair)):
+            found = f"found other values in {stored[pair[0]]} than in {stored[pair[1]]}, which config.json ties"
             raise CheckpointError(f"{checkpoint.directory}: {found}, wanted the same, or tie_word_embeddings false in config.json")
 
 
