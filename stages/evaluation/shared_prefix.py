@@ -170,7 +170,7 @@ class SharedPrefixes:
             self.shares = scored is not None
             groups = [group for group in groups if not any(one.number in (scored or {}) for one, _ in group.asked)]
             yield from (scored or {}).items()
-        if not self.shares:
+        if rows and not self.shares:
             groups = _apart(rows)
             self._try_padding(max(rows, key=lambda row: len(row.inputs)))
         for batch in self._batches(groups, masked=bool(self.shares)):

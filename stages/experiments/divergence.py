@@ -8,7 +8,7 @@ from stages import limits
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.evaluation.metrics.divergence import DELTA_P_QUANTILES, QUANTILES
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.table import by_protocol, title
+from stages.experiments.table import by_protocol, title, without_table
 
 
 def text(experiments: list[Experiment], missing: list[Missing]) -> str:
@@ -25,10 +25,7 @@ def text(experiments: list[Experiment], missing: list[Missing]) -> str:
             pieces += [f"{head(experiment, corpus)}\n\n{table}\n" for corpus, table in tables.items() if table]
             if not any(tables.values()):
                 pieces.append(f"{experiment.name}: divergence from the dense model was not measured; evaluation.metrics names what is\n")
-    if not experiments:
-        pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
-    pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
-    return "\n".join(pieces)
+    return "\n".join([*pieces, *without_table(experiments, missing)])
 
 
 def head(experiment: Experiment, corpus: str) -> str:

@@ -38,10 +38,13 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
         of_group = of_settings(group) if seeds else of_experiments(group, commands=commands)
         remarks = "".join(f"\n{remark}" for remark in limits.remarks(own))
         pieces.append(f"{title(group[0])}{dense_words(group[0])}{reason}{remarks}\n\n{of_group}\n")
-    if not experiments:
-        pieces.append("no experiment was evaluated yet; `dvc exp run` runs one\n")
-    pieces += [f"left out {one.name}: {one.reason}\n" for one in missing]
-    return "\n".join(pieces)
+    return "\n".join([*pieces, *without_table(experiments, missing)])
+
+
+def without_table(experiments: list[Experiment], missing: list[Missing]) -> list[str]:
+    """What is said below the tables: that there are none, and what was left out."""
+    nothing = [] if experiments else ["no experiment was evaluated yet; `dvc exp run` runs one\n"]
+    return [*nothing, *(f"left out {one.name}: {one.reason}\n" for one in missing)]
 
 
 def of_experiments(group: list[Experiment], *, commands: bool) -> str:
