@@ -64,7 +64,7 @@ def write_forms(base: Checkpoint, delta: SparseDelta, directory: Path) -> None:
     for shard in base.headers:
         pack_shard(directory / "dense" / shard, directory / "values" / shard, None)
         pack_shard(directory / "dense" / shard, directory / "masks" / shard, base.directory / shard)
-    masks = {name: packed_bits(delta.change(name).mask.mT.contiguous()) for name in delta}
+    masks = {name: packed_bits(delta.change(name, base.tensor).mask.mT.contiguous()) for name in delta}
     save_file(masks, directory / "columns/masks.safetensors")
 
 

@@ -2,11 +2,7 @@
 
 python -m benchmarks.disk
 
-An output that several experiments name is counted once, at the first. A mask of one bit a weight is, of a base of B bits a weight,
-
-    weights in scope / (B * all weights)
-
-so that a point of a mask-only method adds at most 1/16 of a base in bfloat16, whatever its sparsity.
+An output that several experiments name is counted once, at the first.
 """
 
 from collections.abc import Iterable, Mapping

@@ -85,18 +85,27 @@ def measurement(project: Path, overrides: list[str], separately: list[float]) ->
         "observing": observing,
         "kept": [{key: point[key] for key in ("process", "stage")} for point in kept],
         "imports": imports(environment=ENVIRONMENT).seconds,
-        "bytes": sum(path.stat().st_size for path in (project / STATISTICS).iterdir()),
+        "bytes": size(project / STATISTICS),
+        "deltas": sum(point["bytes"] for point in kept),
+        "base_bytes": size(BASE),
     }
 
 
+def size(directory: Path) -> int:
+    """Bytes of the files in a directory."""
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
 def pruned(project: Path, sparsity: float, option: str, overrides: list[str]) -> dict[str, Any]:
-    """Prune a point: seconds of the process and of the stage in it, hashes of what a later stage reads, the statistics that were read."""
+    """Prune a point: seconds of the process and of the stage in it, hashes of what a later stage reads, bytes of the delta, and the
+    statistics that were read."""
     remove(project / PRUNE_JOURNAL)
     seconds = run(project, "prune", [*overrides, *FIXED, f"prune={option}", f"pattern.sparsity={sparsity}"])
     facts = read_json(project / PRUNE_RESULTS / "provenance.json")
     files = [*(project / SPARSE).iterdir(), project / PRUNE_RESULTS / "sparsity.json"]
     hashes = {path.name: sha256(path) for path in files}
-    return {"process": seconds, "stage": facts["seconds"], "kept": facts["kept_statistics"], "files": hashes}
+    facts = {"stage": facts["seconds"], "kept": facts["kept_statistics"], "bytes": size(project / SPARSE)}
+    return {"process": seconds, "files": hashes, **facts}
 
 
 def run(project: Path, stage: str, overrides: list[str]) -> float:
@@ -119,17 +128,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "Not measured yet."
     titles = ("calibration", "one point", "ten, each alone", "observe", "ten from kept statistics", "in all", "over one", "a further point")
-    lines = [f"| {' | '.join((*titles, 'on disk'))} |", "|---" * (len(titles) + 1) + "|"]
+    titles = (*titles, "statistics on disk", "ten deltas")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         one, further = median(point["process"] for point in row["alone"]), sum(point["process"] for point in row["kept"])
         whole = len(row["alone"]) == len(SPARSITIES)
         alone = f"{sum(point['process'] for point in row['alone']):.0f} s" if whole else "not measured"
         in_all = row["observing"] + further
         of_stage = mean(point["stage"] for point in row["kept"])
+        deltas = "not measured"
+        if "deltas" in row:
+            deltas = f"{row['deltas'] / 1e6:.1f} MB, {row['deltas'] / row['base_bytes']:.1%} of the base"
         each = f"{further / len(row['kept']):.1f} s, {of_stage:.1f} of them in the stage"
         lines.append(
             f"| {row['windows']} x {row['length']} tokens, {row['base']}, {row['machine']} | {one:.0f} s | {alone} "
-            f"| {row['observing']:.0f} s | {further:.0f} s | {in_all:.0f} s | {in_all / one:.2f} | {each} | {row['bytes'] / 1e6:.0f} MB |"
+            f"| {row['observing']:.0f} s | {further:.0f} s | {in_all:.0f} s | {in_all / one:.2f} | {each} "
+            f"| {row['bytes'] / 1e6:.0f} MB | {deltas} |"
         )
     shown = ", ".join(f"{row['imports']:.1f} s" for row in rows)
     return "\n".join(lines) + (

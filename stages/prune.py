@@ -89,7 +89,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         distributed.process_group(device),
         devices.gpu_memory("prune.micro_batch", batch),
         metered(device) as meter,
-        opened(PRUNE_JOURNAL, fingerprint(recipe, batch, device, dtype), base.fingerprint) as journal,
+        opened(PRUNE_JOURNAL, fingerprint(recipe, batch, device, dtype), base) as journal,
     ):
         require_free_disk_for(decoder, plan, journal)
         log.info("pruning %d matrices by %s on %s in %s", len(plan.patterns), recipe.label, device, dtype)

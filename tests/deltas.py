@@ -73,6 +73,11 @@ def write(directory: Path, made: Recipe, changes: dict[str, Change], rows: list[
     return SparseDelta(directory, made.base)
 
 
+def no_base(name: str) -> torch.Tensor:
+    """Reads no tensor of a base: masks of bits are read without."""
+    raise AssertionError(f"read {name} of the base")
+
+
 def matrices(base: Checkpoint) -> list[str]:
     """The matrices in scope of a checkpoint of tests.tiny."""
     return [name for name in base if ".layers." in name and len(base.shape(name)) == 2]

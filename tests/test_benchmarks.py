@@ -310,6 +310,15 @@ def test_rows_stand_by_their_share_on_the_seeds_that_both_have_not_by_their_mean
     assert third == [" RIA ", " 46.00 "]
 
 
+def test_a_single_seed_is_not_set_above_the_best_of_those_with_more():
+    seeds = {(name, seed): 30.0 + seed for name in ("SparseGPT", "ADMM") for seed in range(3)}
+    rows = measured_rows({**seeds, ("ADMM", 0): 25.0, ("RIA", 0): 20.0})
+    assert quality.summary(rows, SMOLLM2)[2].endswith("| ADMM |")
+    text = quality.table(rows, SMOLLM2)
+    assert "\n| RIA | 20.00 |" in text
+    assert "\n| ADMM | **29.33 ± 3.79** |" in text
+
+
 def test_the_better_published_method_is_that_on_the_seeds_that_all_have():
     """Wanda's one seed is worse than SparseGPT's mean, and better than its same seed."""
     rows = measured_rows({("SparseGPT", 0): 60.0, ("SparseGPT", 1): 30.0, ("Wanda", 0): 50.0, ("ADMM", 0): 20.0})

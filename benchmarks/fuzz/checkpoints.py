@@ -97,8 +97,10 @@ def read_local_base(_: Files) -> None:
 
 @cache
 def _block() -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """Header, metadata and data of a block's file: a matrix with a mask alone, one with values, one with orders."""
-    masks = {"a": [3, 5], "b": [2, 4], "c": [2, 3]}
+    """Header, metadata and data of a block's file: a matrix with a mask alone, one with values, one with orders,
+    and two by their scores."""
+    masks = {"a": [3, 5], "b": [2, 4], "c": [2, 3], "d": [2, 2], "e": [2, 4]}
+    scored = {"d": {"kept": 2, "group": None, "transposed": True}, "e": {"kept": 4, "group": [2, 4], "transposed": False}}
     header: dict[str, Any] = {}
     data = b""
 
@@ -107,13 +109,17 @@ def _block() -> tuple[dict[str, Any], dict[str, Any], bytes]:
         header[name] = {"dtype": dtype, "shape": list(content.shape), "data_offsets": [len(data), len(data) + content.nbytes]}
         data += content.tobytes()
 
+    add("d.scales", "F32", np.array([1, 0.5], np.float32))
+    add("d.thresholds", "F32", np.array([0.25, -1], np.float32))
+    add("d.ties", "I32", np.array([1, 0], np.int32))
+    add("e.scales", "F32", np.ones(4, np.float32))
     add("c.columns", "I32", np.array([2, 0, 1], np.int32))
     add("c.rows", "I32", np.array([1, 0], np.int32))
     add("b.values", "BF16", np.zeros(5, np.int16))
     add("a.mask", "U8", np.array([0b10101010, 0b1010101], np.uint8))
     add("b.mask", "U8", np.array([0b00011111], np.uint8))
     add("c.mask", "U8", np.array([0b00111], np.uint8))
-    return header, {"format": BLOCK_FORMAT, "base": "base1", "polarity": POLARITY, "shapes": masks}, data
+    return header, {"format": BLOCK_FORMAT, "base": "base1", "polarity": POLARITY, "shapes": masks, "scored": scored}, data
 
 
 @st.composite
@@ -142,13 +148,18 @@ def _with_hashes(files: Files) -> Files:
     return {**files, "delta.json": files["delta.json"].replace(b"0" * 64, digest)}
 
 
+def _weight(name: str) -> torch.Tensor:
+    """Of a base that has the tensors of the sound file, and small ones under every other name."""
+    return torch.zeros(_block()[1]["shapes"].get(name, [2, 2]))
+
+
 def read_delta(_: Files) -> None:
     delta = SparseDelta(Path(), "base1")
     for name in delta:
-        delta.change(name)
-        if name in ("a", "b", "c"):
-            delta.apply(name, torch.zeros(_block()[1]["shapes"][name]))
-    read_block(Path(BLOCK))
+        delta.change(name, _weight)
+        if name in _block()[1]["shapes"]:
+            delta.apply(name, _weight(name))
+    read_block(Path(BLOCK), _weight)
     _ = delta.fingerprint
     delta.require_hashes()
 

@@ -1,12 +1,13 @@
 """The sparse delta: only the changes that pruning made. base + delta = the pruned model.
 
-For every matrix in scope it stores the mask as packed bits, 1 = kept; the values of kept weights only if they changed; and the order of
-rows and columns only if they were reordered. It consists of one safetensors file per decoder block and a manifest.
+For every matrix in scope it stores the mask, as packed bits, 1 = kept, or as what gives it from the base's weights (see scored_mask);
+the values of kept weights only if they changed; and the order of rows and columns only if they were reordered. It consists of one
+safetensors file per decoder block and a manifest.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,21 +19,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from stages.checkpoint.scored_mask import ScoredMask
 from stages.devices import to_host
 from stages.errors import CheckpointError
 from stages.files import parsed_json, read_json, sha256, write_json
+from stages.pruning.patterns import FEW_COLUMNS
 from stages.recipe import Recipe, fingerprint
 
 if TYPE_CHECKING:
     from stages.streaming.host_memory import HostMemory
 
 FORMAT = "sparsesweep-delta/2"
-BLOCK_FORMAT = "sparsesweep-delta/1"  # of a block's file
+BLOCK_FORMAT = "sparsesweep-delta/2"  # of a block's file
 POLARITY = "1 = kept"
 MANIFEST = "delta.json"
 MANIFEST_KEYS = {"format", "recipe", "summary", "shards", "matrices"}
 METADATA = "sparsesweep"  # one key: safetensors writes several in an order that changes from run to run
-METADATA_KEYS = {"format", "base", "polarity", "shapes"}
+METADATA_KEYS = {"format", "base", "polarity", "shapes", "scored"}
+SCORED_KEYS = {"kept", "group", "transposed"}
+OF_SCORES = ("scales", "thresholds", "ties")
 ORDERS = ("rows", "columns")
 LARGEST = 2**31 - 1  # rows, columns or experts: orders are 32-bit integers
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -85,12 +90,13 @@ class Change:
         values: [kept weights], their new values in row-major order in the base's dtype, on the CPU; None if they did not change.
         rows: [rows], int32, the order of the mask's rows: row i of the mask is row rows[i] of the base; None if the order is the base's.
         columns: [columns], int32, likewise.
+        scored: what gives the mask from the base's weights, where that is known; then nothing else is stored.
 
     Attributes:
         packed: the mask, see pack, on the CPU. shape: that of the mask.
     """
 
-    __slots__ = ("columns", "packed", "rows", "shape", "values")
+    __slots__ = ("columns", "packed", "rows", "scored", "shape", "values")
 
     def __init__(
         self,
@@ -99,15 +105,18 @@ class Change:
         values: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         columns: torch.Tensor | None = None,
+        scored: ScoredMask | None = None,
     ) -> None:
         self.packed, self.shape = to_host(pack(mask)), tuple(mask.shape)
-        self.values, self.rows, self.columns = values, rows, columns
+        self.values, self.rows, self.columns, self.scored = values, rows, columns, scored
 
     @classmethod
-    def of_packed(cls, packed: torch.Tensor, shape: tuple[int, ...], **others: torch.Tensor | None) -> "Change":
+    def of_packed(
+        cls, packed: torch.Tensor, shape: tuple[int, ...], scored: ScoredMask | None = None, **others: torch.Tensor | None
+    ) -> "Change":
         """A change whose mask is packed already; others: values, rows and columns."""
         change = cls.__new__(cls)
-        change.packed, change.shape = packed, shape
+        change.packed, change.shape, change.scored = packed, shape, scored
         change.values, change.rows, change.columns = (others.get(key) for key in ("values", *ORDERS))
         return change
 
@@ -123,14 +132,15 @@ class Change:
         if kept:
             buffer = files.buffer((sum(map(len, kept)),), kept[0].dtype)[0] if files else None
             values = torch.cat(kept, out=buffer)
+        scored = ScoredMask.stacked([change.scored for change in changes])
         if math.prod(shape) % 8:
-            return cls(mask=torch.stack([change.mask for change in changes]), values=values)
+            return cls(mask=torch.stack([change.mask for change in changes]), values=values, scored=scored)
         packed = torch.cat([change.packed for change in changes])  # the bits of each begin with a byte
-        return cls.of_packed(packed, (len(changes), *shape), values=values)
+        return cls.of_packed(packed, (len(changes), *shape), values=values, scored=scored)
 
     def of_shape(self, shape: tuple[int, ...]) -> "Change":
         """The same of a tensor of another shape, with as many weights in the same order; nothing is reordered."""
-        return Change.of_packed(self.packed, shape, values=self.values)
+        return Change.of_packed(self.packed, shape, values=self.values, scored=self.scored)
 
     def with_values(self, values: torch.Tensor) -> "Change":
         """The same mask and order with other values."""
@@ -172,56 +182,94 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     """Write one block's changes, tensor name -> Change, with shapes to read them back and the fingerprint of the base."""
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
+    scored: dict[str, dict[str, Any]] = {}
     for name, change in changes.items():
         shapes[name] = list(change.shape)
-        tensors[f"{name}.mask"] = change.packed
-        if change.values is not None:
-            tensors[f"{name}.values"] = change.values
-        for key, order in (("rows", change.rows), ("columns", change.columns)):
-            if order is not None:
-                tensors[f"{name}.{key}"] = order
-    facts = {"format": BLOCK_FORMAT, "base": base, "polarity": POLARITY, "shapes": shapes}
+        if (rule := change.scored) is not None:
+            scored[name] = {"kept": int(change.mask.sum()), "group": rule.group, "transposed": rule.transposed}
+            stored = {key: getattr(rule, key) for key in OF_SCORES}
+        else:
+            stored = {"mask": change.packed, "values": change.values, "rows": change.rows, "columns": change.columns}
+        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in stored.items() if tensor is not None}
+    facts = {"format": BLOCK_FORMAT, "base": base, "polarity": POLARITY, "shapes": shapes, "scored": scored}
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
-def read_block(path: Path) -> dict[str, Change]:
+def read_block(path: Path, weight: Callable[[str], torch.Tensor]) -> dict[str, Change]:
     """Read one block's changes, as `write_block` wrote them.
+
+    Args:
+        weight: reads a tensor of the base, such as Checkpoint.tensor.
 
     Raises:
         CheckpointError: the file is missing, or `write_block` did not write it; names the file and the tensor.
     """
-    return {name: stored.read() for name, stored in _BlockFile(path).changes.items()}
+    return {name: stored.read(weight) for name, stored in _BlockFile(path).changes.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StoredChange:
     """The location of one tensor's change in a block's file.
 
-    name: that of the tensor in the base. shape: that of its mask. keys: those stored in addition to the mask: "values", "rows",
-        "columns".
+    name: that of the tensor in the base. shape: that of its mask. keys: those stored of it: "mask", "values", "rows", "columns"; or of
+        OF_SCORES.
+    kept, group, transposed: of a mask by scores, see ScoredMask; kept: how many weights it keeps.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     keys: tuple[str, ...]
+    kept: int = 0
+    group: tuple[int, int] | None = None
+    transposed: bool = False
 
-    def read(self) -> Change:
+    @property
+    def mask_alone(self) -> bool:
+        """Whether every kept weight has the base's value, in the base's place."""
+        return "mask" not in self.keys or self.keys == ("mask",)
+
+    def read(self, weight: Callable[[str], torch.Tensor]) -> Change:
         """Read the change.
 
+        Args:
+            weight: see read_block.
+
         Raises:
-            CheckpointError: the values are not as many as the kept weights, or an order is no permutation.
+            CheckpointError: the values are not as many as the kept weights, an order is no permutation, or the base's weights do not
+                give the mask.
         """
-        with safe_open(self.path, framework="pt") as file:
-            packed = file.get_tensor(f"{self.name}.mask")
-            tensors = {key: file.get_tensor(f"{self.name}.{key}") for key in self.keys}
-        change = Change.of_packed(packed, self.shape, **tensors)
+        tensors = self._tensors()
+        if "mask" not in tensors:
+            return Change(mask=self._mask(tensors, weight(self.name)), scored=self._scored(tensors))
+        change = Change.of_packed(tensors.pop("mask"), self.shape, None, **tensors)
         if change.values is not None and len(change.values) != (kept := int(change.mask.sum())):
             raise self._damaged("values", f"{len(change.values)} values", f"one for each of {kept} kept weights")
         for order in (key for key in ORDERS if key in tensors):
             if not torch.equal(tensors[order].sort().values, torch.arange(len(tensors[order]), dtype=torch.int32)):
                 raise self._damaged(order, "an order that names some twice", "each once")
         return change
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """Read the change and apply it to the base's tensor, on that tensor's device."""
+        if "mask" in self.keys:
+            return self.read(lambda _: weight).apply(weight)
+        return weight.masked_fill(~self._mask(self._tensors(), weight), 0)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(f"{self.name}.{key}") for key in self.keys}
+
+    def _scored(self, tensors: dict[str, torch.Tensor]) -> ScoredMask:
+        return ScoredMask(**tensors, group=self.group, transposed=self.transposed)
+
+    def _mask(self, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        if tuple(weight.shape) != self.shape:
+            raise CheckpointError(f"tensor {self.name}: found shape {list(weight.shape)}, wanted {list(self.shape)} as in {self.path}")
+        mask = self._scored(tensors).mask(weight)
+        if (kept := int(mask.sum())) != self.kept:
+            raise self._damaged("scales", f"scores that keep {kept} weights of this base", f"{self.kept}")
+        return mask
 
     def _damaged(self, key: str, actual: str, expected: str) -> CheckpointError:
         return CheckpointError(f"delta file {self.path}: tensor {self.name}.{key}: found {actual}, wanted {expected}")
@@ -249,8 +297,13 @@ class _BlockFile:
         except SafetensorError as error:
             raise CheckpointError(f"delta file {path}: {error}; is it truncated?") from error
         self.base: str = facts["base"]
-        self.changes = {name: self._stored(name, tuple(shape), headers) for name, shape in facts["shapes"].items()}
-        named = {f"{name}.{key}" for name, stored in self.changes.items() for key in ("mask", *stored.keys)}
+        self.changes = {
+            name: self._scored(name, tuple(shape), headers, facts["scored"][name])
+            if name in facts["scored"]
+            else self._stored(name, tuple(shape), headers)
+            for name, shape in facts["shapes"].items()
+        }
+        named = {f"{name}.{key}" for name, stored in self.changes.items() for key in stored.keys}
         if unknown := sorted(set(headers) - named):
             raise CheckpointError(f"delta file {path}: found tensors {unknown[:3]}, wanted only those of {sorted(self.changes)[:3]}, ...")
 
@@ -265,9 +318,11 @@ class _BlockFile:
         for key, expected in (("format", BLOCK_FORMAT), ("polarity", POLARITY)):
             if facts[key] != expected:
                 raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted {expected!r}")
-        for key, kind in (("base", str), ("shapes", dict)):
+        for key, kind in (("base", str), ("shapes", dict), ("scored", dict)):
             if not isinstance(facts[key], kind):
                 raise CheckpointError(f"delta file {self.path}: found {key} {facts[key]!r}, wanted a {kind.__name__}")
+        if unknown := sorted(set(facts["scored"]) - set(facts["shapes"])):
+            raise CheckpointError(f"delta file {self.path}: found scored {unknown[:3]}, wanted tensors with a shape")
         for name, shape in facts["shapes"].items():
             if (
                 not isinstance(shape, list)
@@ -295,7 +350,51 @@ class _BlockFile:
                 raise CheckpointError(f"{message} shape {list(sizes)}, wanted [{lengths[key] or 'any'}] for a mask of shape {list(shape)}")
             if key in ORDERS and len(shape) != 2:
                 raise CheckpointError(f"{message} an order for a mask of shape {list(shape)}, wanted one of a matrix alone")
-        return _StoredChange(path=self.path, name=name, shape=shape, keys=tuple(key for key in stored if key != "mask"))
+        return _StoredChange(path=self.path, name=name, shape=shape, keys=tuple(stored))
+
+    def _scored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]], facts: Any) -> _StoredChange:
+        """Check the headers of a mask that its scores give, and what is said of it."""
+        message = f"delta file {self.path}: tensor {name}: found"
+        count = math.prod(shape)
+        if not isinstance(facts, dict) or set(facts) != SCORED_KEYS or type(facts["transposed"]) is not bool:
+            raise CheckpointError(f"{message} scored as {facts!r}, wanted {sorted(SCORED_KEYS)}")
+        kept, group = facts["kept"], facts["group"]
+        if type(kept) is not int or not 0 <= kept <= count:
+            raise CheckpointError(f"{message} {kept!r} kept weights, wanted 0 to {count}")
+        if group is not None and not _is_group(group):
+            raise CheckpointError(f"{message} group {group!r}, wanted N and M with 0 <= N <= M and M in 2..{FEW_COLUMNS}")
+        stored = {key: headers[f"{name}.{key}"] for key in OF_SCORES if f"{name}.{key}" in headers}
+        needed = {"scales"} if group else {"scales", "thresholds"}
+        if not needed <= set(stored) or (group and set(stored) != needed):
+            raise CheckpointError(f"{message} {sorted(stored)}, wanted {sorted(needed)}{'' if group else ' and perhaps ties'}")
+        for key, (dtype, _) in stored.items():
+            if dtype != (wanted := "I32" if key == "ties" else "F32"):
+                raise CheckpointError(f"delta file {self.path}: tensor {name}.{key}: found dtype {dtype}, wanted {wanted}")
+        scales = stored["scales"][1]
+        size = math.prod(scales)
+        if len(scales) not in (1, 2) or not size or count % size or (group and scales[-1] % group[1]):
+            wanted = f"[columns] or [experts, columns] for a mask of shape {list(shape)}" + (f" in groups of {group[1]}" if group else "")
+            raise CheckpointError(f"delta file {self.path}: tensor {name}.scales: found shape {list(scales)}, wanted {wanted}")
+        for key in ("thresholds", "ties"):
+            if key in stored and stored[key][1] != (*scales[:-1], count // size):
+                found = f"found shape {list(stored[key][1])}, wanted {[*scales[:-1], count // size]}"
+                raise CheckpointError(f"delta file {self.path}: tensor {name}.{key}: {found}")
+        return _StoredChange(
+            path=self.path,
+            name=name,
+            shape=shape,
+            keys=tuple(stored),
+            kept=kept,
+            group=None if group is None else (group[0], group[1]),
+            transposed=facts["transposed"],
+        )
+
+
+def _is_group(group: Any) -> bool:
+    """Whether JSON says N of M."""
+    if not isinstance(group, list) or len(group) != 2 or not all(type(number) is int for number in group):
+        return False
+    return 0 <= group[0] <= group[1] and 2 <= group[1] <= FEW_COLUMNS
 
 
 def write_manifest(directory: Path, *, recipe: Recipe, summary: dict[str, float], matrices: list[dict[str, Any]]) -> None:
@@ -379,19 +478,22 @@ class SparseDelta:
     @property
     def masks_alone(self) -> bool:
         """Whether every kept weight has the base's value, in the base's place."""
-        return not any(stored.keys for stored in self._stored.values())
+        return all(stored.mask_alone for stored in self._stored.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the mask."""
         return self._stored[name].shape
 
-    def change(self, name: str) -> Change:
+    def change(self, name: str, weight: Callable[[str], torch.Tensor]) -> Change:
         """Read the change of a tensor.
+
+        Args:
+            weight: reads a tensor of the base, such as Checkpoint.tensor.
 
         Raises:
             CheckpointError: see read_block.
         """
-        return self._stored[name].read()
+        return self._stored[name].read(weight)
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Apply the delta to a tensor of the base; a tensor out of scope is returned unchanged.
@@ -404,7 +506,7 @@ class SparseDelta:
         stored = self._stored[name]
         if tensor.shape != stored.shape:
             raise CheckpointError(f"tensor {name}: found shape {list(tensor.shape)}, wanted {list(stored.shape)} as in {stored.path}")
-        return stored.read().apply(tensor)
+        return stored.apply(tensor)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from stages.checkpoint.delta import Change
+from stages.checkpoint.scored_mask import ScoredMask
 from stages.devices import to_host
 from stages.errors import PruningError
 from stages.pruning import distributed, parallel
@@ -33,11 +34,12 @@ from stages.pruning.inputs import CalibratedOn, Inputs
 from stages.pruning.learning import Outcome
 from stages.pruning.method import prune_matrices
 from stages.pruning.observer import Observer, collect, observe, observe_held_out, samples_of
-from stages.pruning.patterns import Pattern
+from stages.pruning.patterns import Nm, Pattern
 from stages.pruning.permutation_groups import PermutationGroup
 from stages.pruning.plan import Plan
 from stages.pruning.reconstruction import BlockTraining, reconstruct
 from stages.pruning.reordering import UNCHANGED, Order, find_orders, proven_permutation_groups
+from stages.pruning.scores import SCORES
 from stages.pruning.section import Propagation
 from stages.pruning.selection import select
 from stages.pruning.sequential import SequentialPass
@@ -461,7 +463,7 @@ class _BlockPruner:
             if self.permutation_groups and self.plan.propagate == Propagation.SEQUENTIAL:
                 squared_errors = self._write_back_in_old_order(matrix, weight, pruned, samples)
             else:
-                self._keep(matrix, weight, pruned, samples)
+                self._keep(matrix, weight, pruned, samples, self._scored(inputs, matrix, weight, pruned))
                 target = None if self.plan.propagate == Propagation.DENSE else matrix.of(self.block)
                 squared_errors = write_back(weight, pruned, dtype, target, samples)
             relative_error, held_out_error = measure(matrix, squared_errors)
@@ -476,12 +478,27 @@ class _BlockPruner:
                 kept=int(pruned.mask.count_nonzero()),
             )
 
-    def _keep(self, matrix: Matrix, weight: torch.Tensor, pruned: Pruned, samples: Sequence[torch.Tensor]) -> None:
+    def _scored(self, inputs: Inputs, matrix: Matrix, weight: torch.Tensor, pruned: Pruned) -> ScoredMask | None:
+        """What gives the mask of a matrix that is neither reordered nor changed, where the method's scores are of the kind that can."""
+        scales, pattern = SCORES.of(self.plan.method.score).scales, self.plan.patterns[matrix.name]
+        if scales is None or pruned.values is not None or matrix.name in self.orders:
+            return None
+        group = (pattern.kept, pattern.group) if isinstance(pattern, Nm) else None
+        return ScoredMask.of(weight, scales(weight, inputs.statistic), pruned.mask, group=group, transposed=matrix.transposed)
+
+    def _keep(
+        self,
+        matrix: Matrix,
+        weight: torch.Tensor,
+        pruned: Pruned,
+        samples: Sequence[torch.Tensor],
+        scored: ScoredMask | None = None,
+    ) -> None:
         """Keep the change of a matrix, and what its training starts from. weight: before it is pruned, see write_back."""
         dtype = self.decoder.checkpoint.dtype(matrix.tensor)
         if self.training is not None:
             self.training.add(matrix, weight, pruned, samples, dtype)
-        change = self.changes[matrix.name] = _change(matrix, pruned, self.orders.get(matrix.name, UNCHANGED), dtype)
+        change = self.changes[matrix.name] = _change(matrix, pruned, self.orders.get(matrix.name, UNCHANGED), dtype, scored)
         if self.files is not None and change.values is not None:
             change.values = self.files.buffer(tuple(change.values.shape), dtype)[0].copy_(change.values)
 
@@ -673,11 +690,11 @@ def _row_scale(costs: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor
     return (scale / scale.mean())[:, None]
 
 
-def _change(matrix: Matrix, pruned: Pruned, order: Order, dtype: torch.dtype) -> Change:
+def _change(matrix: Matrix, pruned: Pruned, order: Order, dtype: torch.dtype, scored: ScoredMask | None = None) -> Change:
     """A pruned matrix on the CPU, in the checkpoint's orientation and dtype."""
     mask, values, orders = pruned.mask, pruned.values, [order.rows, order.columns]
     if matrix.transposed:
         mask, values, orders = mask.T, None if values is None else values.T, orders[::-1]
     rows, columns = (None if indices is None else indices.int().cpu() for indices in orders)
     kept = None if values is None else to_host(values[mask].to(dtype))
-    return Change(mask=mask.contiguous(), values=kept, rows=rows, columns=columns)
+    return Change(mask=mask.contiguous(), values=kept, rows=rows, columns=columns, scored=scored)

@@ -59,12 +59,15 @@ class Score(Entry):
         parameters, to scores of the same shape, finite and 0 or more, 0 for a weight of 0. With an allocation that gives rows a cost,
         the rows of the matrix are multiplied by its root. Raises ArithmeticError where the statistic has NaN or does not factor.
     statistic: what it needs to know of the input, at least.
+    scales: for scores that are |W| times a number of each input, computed as one product in float32: from the matrix and the statistic to
+        these numbers, [columns], float32; a mask by such scores is stored by them (checkpoint.scored_mask). None for all others.
     needs_matrix_comparison: whether it keeps the order of its base score within a row, so that it changes a mask only with
         method.comparison_group = matrix.
     """
 
     of: ScoreFunction
     statistic: type[Statistic]
+    scales: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
     needs_matrix_comparison: bool = False
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages.checkpoint.delta import Change, read_block, write_block
+from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
 from stages.files import full_disk, read_json, remove, sha256, write_json
 from stages.pruning import distributed
@@ -36,14 +37,14 @@ class Journal:
     """The finished blocks, in a directory that stays when the process is killed; made by `opened`.
 
     Args:
-        base: fingerprint of the checkpoint that is pruned.
+        base: the checkpoint that is pruned.
         finished: number of finished blocks; None: count them in the directory.
 
     Attributes:
         evidence_seconds: seconds that an interrupted run needed to measure the evidence that this run reuses, else 0.
     """
 
-    def __init__(self, directory: Path, base: str, finished: int | None = None) -> None:
+    def __init__(self, directory: Path, base: Checkpoint, finished: int | None = None) -> None:
         self.directory, self.base = directory, base
         self.finished = self._finished() if finished is None else finished
         self.evidence_seconds = 0.0
@@ -106,7 +107,7 @@ class Journal:
 
     def written(self, index: int) -> dict[str, Change]:
         """The changes of a block that this or an interrupted run finished."""
-        return read_block(self.delta_path(index))
+        return read_block(self.delta_path(index), self.base.tensor)
 
     def write(self, index: int, changes: dict[str, Change], record: dict[str, Any]) -> None:
         """Add a finished block.
@@ -119,7 +120,7 @@ class Journal:
         """
         with full_disk(self.directory, "the blocks finished so far are kept, and the next run goes on after them"):
             delta = self.delta_path(index).with_suffix(".safetensors.part")
-            write_block(delta, changes, self.base)
+            write_block(delta, changes, self.base.fingerprint)
             record_file = self.record_path(index).with_suffix(".json.part")
             write_json(record_file, {**record, "sha256": sha256(delta)})
             _rename_durably(delta, self.delta_path(index))
@@ -145,14 +146,14 @@ class Journal:
 
 
 @contextmanager
-def opened(directory: Path, fingerprint: dict[str, Any], base: str) -> Iterator[Journal]:
+def opened(directory: Path, fingerprint: dict[str, Any], base: Checkpoint) -> Iterator[Journal]:
     """Open the journal of an interrupted run with the same fingerprint, else an empty one.
 
     The directory is removed when the body of the with statement succeeds, and stays when it fails. With several processes, the first
     process opens and writes the journal and the others read it.
 
     Args:
-        fingerprint: JSON that determines the blocks. base: fingerprint of the checkpoint that is pruned.
+        fingerprint: JSON that determines the blocks. base: the checkpoint that is pruned.
 
     Raises:
         SparsesweepError: another run is using the directory.

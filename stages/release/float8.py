@@ -129,7 +129,7 @@ def check_float8(directory: Path, base: Checkpoint, delta: SparseDelta, free_mem
             if written.dtype != wanted.dtype or not torch.equal(written, wanted):
                 raise ReleaseError(f"{name}: out of scope, yet it differs from the base's")
             continue
-        zero = _check_codes(name, written, scales, wanted, ~delta.change(name).mask)
+        zero = _check_codes(name, written, scales, wanted, ~delta.change(name, base.tensor).mask)
         zeros, weights = zeros + int(zero.sum()), weights + zero.numel()
     loaded = check_loading(Float8Checkpoint(directory, base), base, Float8(delta), rounded=True, free_memory=free_memory)
     return CountedFloat8(bytes=size, zeros=zeros, weights=weights, loaded=loaded)

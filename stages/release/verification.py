@@ -137,7 +137,7 @@ def _check_tensors(written: Checkpoint, base: Checkpoint, delta: SparseDelta) ->
             if not _same_bits(base.tensor(name), after):
                 raise ReleaseError(f"{name}: out of scope, yet its bits differ from the base's")
             continue
-        change = delta.change(name)
+        change = delta.change(name, base.tensor)
         _check_kept(name, change, base, after)
         mask, zero = change.mask, after == 0
         pruned = ~mask

@@ -98,8 +98,8 @@ def test_a_delta_comes_back_as_written(written):
     delta = SparseDelta(directory, "base1")
     assert set(delta) == set(changes)
     for name, change in changes.items():
-        assert torch.equal(delta.change(name).mask, change.mask)
-    assert delta.change("a.weight").values is None
+        assert torch.equal(delta.change(name, deltas.no_base).mask, change.mask)
+    assert delta.change("a.weight", deltas.no_base).values is None
     assert delta.apply("b.weight", torch.tensor([[1.0, 2.0]])).tolist() == [[9.0, 0.0]]
     assert delta.apply("c.weight", torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [[2, 1], [4, 3]]
     assert delta.apply("norm.weight", torch.tensor([1.0])).tolist() == [1.0]
@@ -192,7 +192,7 @@ def test_a_truncated_delta_is_named(written):
 
 def test_a_missing_block_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="delta file .*block-00007.safetensors: not found"):
-        read_block(tmp_path / "block-00007.safetensors")
+        read_block(tmp_path / "block-00007.safetensors", deltas.no_base)
 
 
 def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None, metadata=None) -> None:
@@ -208,9 +208,9 @@ def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None, metada
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        (lambda f: f.update(more=1), r"found metadata \[.*'more'.*\], wanted \['base', 'format', 'polarity', 'shapes'\]"),
-        (lambda f: f.pop("polarity"), r"found metadata \['base', 'format', 'shapes'\], wanted"),
-        (lambda f: f.update(format="x"), "found format 'x', wanted 'sparsesweep-delta/1'"),
+        (lambda f: f.update(more=1), r"found metadata \[.*'more'.*\], wanted \['base', 'format', 'polarity', 'scored', 'shapes'\]"),
+        (lambda f: f.pop("polarity"), r"found metadata \['base', 'format', 'scored', 'shapes'\], wanted"),
+        (lambda f: f.update(format="x"), "found format 'x', wanted 'sparsesweep-delta/2'"),
         (lambda f: f.update(polarity="1 = pruned"), "found polarity '1 = pruned', wanted '1 = kept'"),
         (lambda f: f.update(base="base9"), "found base base9, wanted base1"),
         (lambda f: f.update(base=3), "found base 3, wanted a str"),
@@ -275,9 +275,9 @@ def test_tensors_that_do_not_fit_their_mask_are_refused_before_one_is_read(writt
 def test_a_tensor_that_does_not_fit_its_mask_is_refused_when_read(written, name, tensors, message):
     rewrite(written[0] / BLOCK, tensors)
     with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: tensor {message}"):
-        SparseDelta(written[0], "base1").change(name)
+        SparseDelta(written[0], "base1").change(name, deltas.no_base)
     with pytest.raises(CheckpointError, match=message):
-        read_block(written[0] / BLOCK)
+        read_block(written[0] / BLOCK, deltas.no_base)
 
 
 def test_a_base_with_another_shape_is_refused(written):
@@ -296,21 +296,21 @@ def test_a_tensor_in_two_files_is_refused(written):
 def test_metadata_that_are_nested_without_end_are_named(tmp_path):
     save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata={"sparsesweep": "[" * 100_000})
     with pytest.raises(CheckpointError, match="block-00000.safetensors: found metadata that is not JSON .*nested too deeply"):
-        read_block(tmp_path / BLOCK)
+        read_block(tmp_path / BLOCK, deltas.no_base)
 
 
 @pytest.mark.parametrize("shape", [[True, 1], [2**64, 1], [2**31, 1], [0, 1], [1.0, 1], [1]])
 def test_a_shape_that_no_mask_has_is_named(tmp_path, shape):
-    facts = {"format": "sparsesweep-delta/1", "base": "base1", "polarity": "1 = kept", "shapes": {"a": shape}}
+    facts = {"format": "sparsesweep-delta/2", "base": "base1", "polarity": "1 = kept", "shapes": {"a": shape}, "scored": {}}
     metadata = {"sparsesweep": json.dumps(facts)}
     save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata=metadata)
     with pytest.raises(CheckpointError, match="tensor a: found shape .*, wanted 2 or 3 sizes"):
-        read_block(tmp_path / BLOCK)
+        read_block(tmp_path / BLOCK, deltas.no_base)
 
 
 def test_a_shape_far_larger_than_its_mask_is_named(tmp_path):
-    facts = {"format": "sparsesweep-delta/1", "base": "base1", "polarity": "1 = kept", "shapes": {"a": [2**31 - 1] * 3}}
+    facts = {"format": "sparsesweep-delta/2", "base": "base1", "polarity": "1 = kept", "shapes": {"a": [2**31 - 1] * 3}, "scored": {}}
     metadata = {"sparsesweep": json.dumps(facts)}
     save_file({"a.mask": torch.zeros(1, dtype=torch.uint8)}, tmp_path / BLOCK, metadata=metadata)
     with pytest.raises(CheckpointError, match=r"tensor a.mask: found shape \[1\], wanted"):
-        read_block(tmp_path / BLOCK)
+        read_block(tmp_path / BLOCK, deltas.no_base)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -284,6 +284,7 @@ def test_the_streamed_result_is_that_of_the_whole_model_and_the_release_is_sound
     assert not any(re.search(UNTOUCHED, name) for name in changes)
 
     delta = written(tmp_path / "sparse", base, blocks)
+    assert not any(key.endswith(".mask") for file in delta.directory.glob("*.safetensors") for key in load_file(file))  # by scores alone
     ours = load_model(base, delta.apply, dtype=torch.float32, device=CPU)
     if model._can_set_experts_implementation():
         ours.set_experts_implementation("eager")

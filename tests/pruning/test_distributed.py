@@ -46,8 +46,9 @@ def finish(command: list[str], directory: Path) -> None:
 def run(processes: list[str], directory: Path) -> dict[str, torch.Tensor]:
     """The masks that the prune stage leaves, run by one or two processes: tensor -> bool."""
     finish([*processes, "stages.prune"], directory)
-    delta = SparseDelta(directory / SPARSE, Checkpoint(directory / BASE).fingerprint)
-    return {name: delta.change(name).mask for name in delta}
+    base = Checkpoint(directory / BASE)
+    delta = SparseDelta(directory / SPARSE, base.fingerprint)
+    return {name: delta.change(name, base.tensor).mask for name in delta}
 
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch):
@@ -183,7 +184,7 @@ def test_two_processes_distil_by_the_mean_gradient_of_a_window_of_each(tmp_path)
 
     base = Checkpoint(tmp_path / BASE)
     delta = SparseDelta(tmp_path / SPARSE, base.fingerprint)
-    changes = {name: delta.change(name) for name in delta}
+    changes = {name: delta.change(name, base.tensor) for name in delta}
     blocks = [{name: change for name, change in changes.items() if f".layers.{index}." in name} for index in range(3)]
     generator = torch.Generator().manual_seed(0)
     order = [[window, 3 + window] for _ in range(2) for window in torch.randperm(3, generator=generator).tolist()]

@@ -326,6 +326,12 @@ def losses(method: Method, seed: int, pattern: Pattern, damping: float = 0.01) -
     return lost(weight, pruned, gram.damped(damping))
 
 
+@pytest.mark.parametrize("score", [name for name in SCORES if SCORES[name].scales])
+def test_a_score_that_has_scales_is_one_product_of_each_weight(score):
+    weight, gram, entry = weights(0, rows=16), seen(Gram, correlated(0)), SCORES[score]
+    assert torch.equal(entry.of(weight, gram, composition(score, "none")), weight.abs() * entry.scales(weight, gram))
+
+
 @pytest.mark.parametrize("score", SCORES)
 @every_pattern
 def test_swaps_never_raise_the_error_of_the_scores_mask(score, pattern):

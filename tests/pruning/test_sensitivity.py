@@ -509,11 +509,11 @@ def test_a_killed_run_goes_on_with_the_evidence_of_before_and_the_same_bytes(pro
     assert stage.resumed_after() == finished
 
 
-def test_the_seconds_of_evidence_measured_before_a_kill_count(tmp_path):
-    first = Journal(tmp_path, base="")
+def test_the_seconds_of_evidence_measured_before_a_kill_count(base, tmp_path):
+    first = Journal(tmp_path, base=base)
     found = first.allocation_evidence(lambda: time.sleep(0.2) or {"blocks": torch.arange(3)})
     assert first.evidence_seconds == 0  # counted by this run's own stopwatch
-    second = Journal(tmp_path, base="")
+    second = Journal(tmp_path, base=base)
     assert torch.equal(second.allocation_evidence(lambda: pytest.fail("measured again"))["blocks"], found["blocks"])
     assert second.evidence_seconds >= 0.2
 

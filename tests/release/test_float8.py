@@ -133,7 +133,7 @@ def test_written_codes_that_are_not_those_of_the_weights_are_found(tmp_path, dam
     base, delta, release = written(tmp_path)
     shard = release / json.loads((release / INDEX).read_text())["weight_map"][Q]
     tensors = load_file(shard)
-    damage(tensors[Q], ~delta.change(Q).mask)
+    damage(tensors[Q], ~delta.change(Q, base.tensor).mask)
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(ReleaseError, match=f"{Q}: {message}"):
         check_float8(release, base, delta)

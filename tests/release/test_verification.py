@@ -102,7 +102,7 @@ def test_a_recipe_of_another_version_is_refused_by_key(base):
 def damaged(delta: SparseDelta, name: str, change) -> SparseDelta:
     """The delta with another mask of one tensor, and a manifest whose counts are those of that mask."""
     block = delta.directory / "block-00000.safetensors"
-    changes = read_block(block)
+    changes = read_block(block, deltas.no_base)
     mask = changes[name].mask
     change(mask)
     changes[name] = Change(mask=mask)

@@ -25,6 +25,7 @@ def magnitude(weight: torch.Tensor) -> torch.Tensor:
 MAGNITUDE = Score(
     name="magnitude",
     of=lambda weight, *_: magnitude(weight),
+    scales=lambda weight, _: torch.ones_like(weight[0]),
     statistic=NoStatistic,
     parameters=NoParameters,
     summary="|W|",

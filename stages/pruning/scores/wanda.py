@@ -26,6 +26,7 @@ def wanda(weight: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
 WANDA = Score(
     name="wanda",
     of=lambda weight, inputs, _: wanda(weight, inputs.squared_norm),
+    scales=lambda _, inputs: inputs.squared_norm.sqrt(),
     statistic=SquaredNorm,
     parameters=NoParameters,
     summary="|W| * ||X||",

@@ -178,7 +178,7 @@ class GgufWriter:
         zeros = weights = 0
         for stored in tqdm(in_scope, desc="checking GGUF", unit="tensor"):
             zero = _read(path, there[stored.name], stored, self._base.shape(stored.tensor)) == 0
-            pruned = ~self._delta.change(stored.tensor).mask
+            pruned = ~self._delta.change(stored.tensor, self._base.tensor).mask
             if (pruned & ~zero).any():
                 found = f"found {int((pruned & ~zero).sum())} pruned weights that are not zero, wanted none"
                 raise ReleaseError(f"{path.name}, {stored.name}: {found}")

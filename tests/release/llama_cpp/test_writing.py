@@ -51,7 +51,7 @@ def test_each_pruned_weight_is_zero_in_the_file_and_counted(tmp_path, wanted):
     delta = pruned(tmp_path, base)
     writer = GgufWriter(base, delta, wanted)
     (counted,) = write_checked([writer], tmp_path, "org/small")
-    masked = sum(int((~delta.change(name).mask).sum()) for name in delta)
+    masked = sum(int((~delta.change(name, base.tensor).mask).sum()) for name in delta)
     assert (counted.file, counted.weights, counted.otherwise) == (f"small-{wanted}.gguf", 2 * masked, 0)
     assert masked <= counted.zeros <= 1.4 * masked
     assert counted.zeros == masked or wanted not in ("F32", "BF16")
@@ -64,7 +64,7 @@ def test_a_file_in_which_a_pruned_weight_is_not_zero_is_refused(tmp_path):
     writer = GgufWriter(base, delta, "F32")
     writer.write(path)
     there = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "r+").tensors}["blk.0.ffn_down.weight"]
-    row, column = map(int, (~delta.change("model.layers.0.mlp.down_proj.weight").mask).nonzero()[0])
+    row, column = map(int, (~delta.change("model.layers.0.mlp.down_proj.weight", base.tensor).mask).nonzero()[0])
     there.data[row, column] = 1.0
     del there  # written back
     with pytest.raises(ReleaseError, match="small.gguf, blk.0.ffn_down.weight: found 1 pruned weights that are not zero, wanted none"):
