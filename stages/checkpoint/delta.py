@@ -266,7 +266,10 @@ class _StoredChange:
     def _mask(self, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
         if tuple(weight.shape) != self.shape:
             raise CheckpointError(f"tensor {self.name}: found shape {list(weight.shape)}, wanted {list(self.shape)} as in {self.path}")
-        mask = self._scored(tensors).mask(weight)
+        try:
+            mask = self._scored(tensors).mask(weight)
+        except ValueError as error:  # scores that are not finite
+            raise self._damaged("scales", str(error).removeprefix("found ").split(", wanted")[0], "finite scores") from error
         if (kept := int(mask.sum())) != self.kept:
             raise self._damaged("scales", f"scores that keep {kept} weights of this base", f"{self.kept}")
         return mask

@@ -216,6 +216,7 @@ def test_what_is_said_of_scores_and_does_not_fit_is_refused(written, facts, mess
         (lambda t: t.update({"a.scales": torch.ones(0)}), r"tensor a.scales: found shape \[0\], wanted \[columns\]"),
         (lambda t: t.update({"a.thresholds": torch.ones(64)}), r"tensor a.thresholds: found shape \[64\], wanted \[16\]"),
         (lambda t: t.update({"a.mask": torch.ones(128).byte()}), r"found tensors \['a.mask'\], wanted only those of \['a', 'b'\]"),
+        (lambda t: t["b.scales"].fill_(torch.inf), "tensor b.scales: found a score that is NaN or infinite, wanted finite scores"),
         (lambda t: t["a.thresholds"].fill_(torch.nan), "tensor a.scales: found scores that keep 0 weights of this base, wanted 512"),
     ],
 )
