@@ -37,8 +37,9 @@ from benchmarks import gpu_paths, random_checkpoint
 from benchmarks.markers import write_between
 from benchmarks.peers import plain
 from stages.checkpoint.delta import write_block
-from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.reader import PROVENANCE, Checkpoint
 from stages.devices import choose_device
+from stages.files import write_json
 from stages.pruning.allocations.loss import LossSection
 from stages.pruning.block_loop import PrunedBlock, TeacherStreams, prune_blocks
 from stages.pruning.distillation import Distillation, distill
@@ -139,7 +140,9 @@ def main() -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(device).total_memory))
     bases = {count: arguments.scratch / f"base-{count}" for count in (arguments.blocks, FEW_BLOCKS)}
     for count, directory in bases.items():
-        print(f"{len(random_checkpoint.write(directory, count, 'cuda'))} shards written", file=sys.stderr, flush=True)
+        files = random_checkpoint.write(directory, count, "cuda")
+        write_json(directory / PROVENANCE, {"name": "random/zephyr-7b-beta", "files": files})
+        print(f"{len(files)} shards written", file=sys.stderr, flush=True)
     windows = torch.randint(3, 32000, (WINDOWS + HELD_OUT, LENGTH), generator=torch.Generator().manual_seed(0))
     words = [word for word in arguments.only.split(",") if word]
     machine = Machine(Checkpoint(bases[arguments.blocks]), Checkpoint(bases[FEW_BLOCKS]), windows, device, arguments.scratch, words)
@@ -455,7 +458,7 @@ class Machine:
             others = windows[:0] if held_out is None else held_out
             return _stream(decoder, torch.cat([windows, others]), batch, len(others), streams * plan.streams)
 
-        with opened(self.scratch / "journal", {"run": time.time()}, "random") as journal:
+        with opened(self.scratch / "journal", {"run": time.time()}, self.few) as journal:
             plan, _ = allocate(plan, decoder, LOSS_50, pattern, fitted, held_out, stream, journal)
             spent.lap("allocation")
             source = stream(fitted, held_out)

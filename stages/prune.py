@@ -387,7 +387,7 @@ def distilled_in(distilled: DistilledBlocks | None, block: int) -> bool | None:
 
 def code_sha256() -> str:
     """Of the code that decides what is pruned."""
-    return record.code_sha256("pruning", "streaming", "checkpoint", "prune.py")
+    return record.code_sha256("pruning", "streaming", "checkpoint", "groups.py", "prune.py")
 
 
 def matrix_row(block: PrunedBlock, finished: MatrixResult, patterns: dict[str, Pattern]) -> dict[str, Any]:

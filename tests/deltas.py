@@ -73,7 +73,7 @@ def write(directory: Path, made: Recipe, changes: dict[str, Change], rows: list[
     return SparseDelta(directory, made.base)
 
 
-def no_base(name: str) -> torch.Tensor:
+def no_base(name: str, *, entry: int | None = None) -> torch.Tensor:
     """Reads no tensor of a base: masks of bits are read without."""
     raise AssertionError(f"read {name} of the base")
 

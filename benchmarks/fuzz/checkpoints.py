@@ -100,7 +100,12 @@ def _block() -> tuple[dict[str, Any], dict[str, Any], bytes]:
     """Header, metadata and data of a block's file: a matrix with a mask alone, one with values, one with orders,
     and two by their scores."""
     masks = {"a": [3, 5], "b": [2, 4], "c": [2, 3], "d": [2, 2], "e": [2, 4]}
-    scored = {"d": {"kept": 2, "group": None, "transposed": True}, "e": {"kept": 4, "group": [2, 4], "transposed": False}}
+    bits = {"d": 0b1010, "e": 0b11001100}  # of a base of zeros, whose scores are all equal
+    digests = {name: hashlib.sha256(bytes([of_mask])).hexdigest() for name, of_mask in bits.items()}
+    scored = {
+        "d": {"mask_sha256": digests["d"], "group": None, "transposed": True},
+        "e": {"mask_sha256": digests["e"], "group": [2, 4], "transposed": False},
+    }
     header: dict[str, Any] = {}
     data = b""
 
@@ -148,9 +153,9 @@ def _with_hashes(files: Files) -> Files:
     return {**files, "delta.json": files["delta.json"].replace(b"0" * 64, digest)}
 
 
-def _weight(name: str) -> torch.Tensor:
-    """Of a base that has the tensors of the sound file, and small ones under every other name."""
-    return torch.zeros(_block()[1]["shapes"].get(name, [2, 2]))
+def _weight(name: str, *, entry: int | None = None) -> torch.Tensor:
+    """Of a base that has the tensors of the sound file."""
+    return torch.zeros(_block()[1]["shapes"][name])
 
 
 def read_delta(_: Files) -> None:
@@ -255,7 +260,7 @@ READERS = (
     ),
     Reader(
         name="deltas",
-        code="checkpoint/delta.py, recipe.py",
+        code="checkpoint/delta.py, scored_mask.py, recipe.py",
         inputs=deltas(),
         read=read_delta,
         names=(BLOCK, "delta.json", "delta"),

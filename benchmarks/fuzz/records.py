@@ -313,12 +313,19 @@ def journals() -> SearchStrategy[Files]:
     return _one_edited(files)
 
 
+def _no_tensor(name: str, *, entry: int | None = None) -> torch.Tensor:
+    raise KeyError(name)
+
+
+NO_BASE: Any = SimpleNamespace(fingerprint="base1", tensor=_no_tensor)
+
+
 def read_journals(_: Files) -> None:
     with evaluation_journal.opened(Path("evaluate"), {"a": 1}) as evaluated:
         evaluated.observed(dict)
         if evaluated.has("generations"):
             evaluated.read("generations")
-    with pruning_journal.opened(Path("prune"), {"a": 1}, "base1") as pruned:
+    with pruning_journal.opened(Path("prune"), {"a": 1}, NO_BASE) as pruned:
         pruned.allocation_evidence(dict)
         _ = pruned.seconds_before
         pruned.changes(0)

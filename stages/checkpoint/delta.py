@@ -5,13 +5,14 @@ the values of kept weights only if they changed; and the order of rows and colum
 safetensors file per decoder block and a manifest.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from stages.checkpoint.scored_mask import ScoredMask
 from stages.devices import to_host
 from stages.errors import CheckpointError
 from stages.files import parsed_json, read_json, sha256, write_json
-from stages.pruning.patterns import FEW_COLUMNS
+from stages.groups import FEW_COLUMNS
 from stages.recipe import Recipe, fingerprint
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ MANIFEST = "delta.json"
 MANIFEST_KEYS = {"format", "recipe", "summary", "shards", "matrices"}
 METADATA = "sparsesweep"  # one key: safetensors writes several in an order that changes from run to run
 METADATA_KEYS = {"format", "base", "polarity", "shapes", "scored"}
-SCORED_KEYS = {"kept", "group", "transposed"}
+SCORED_KEYS = {"mask_sha256", "group", "transposed"}
 OF_SCORES = ("scales", "thresholds", "ties")
 ORDERS = ("rows", "columns")
 LARGEST = 2**31 - 1  # rows, columns or experts: orders are 32-bit integers
@@ -140,7 +141,8 @@ class Change:
 
     def of_shape(self, shape: tuple[int, ...]) -> "Change":
         """The same of a tensor of another shape, with as many weights in the same order; nothing is reordered."""
-        return Change.of_packed(self.packed, shape, values=self.values, scored=self.scored)
+        scored = self.scored if self.scored and _rows(shape, tuple(self.scored.scales.shape), self.scored.transposed) else None
+        return Change.of_packed(self.packed, shape, values=self.values, scored=scored)
 
     def with_values(self, values: torch.Tensor) -> "Change":
         """The same mask and order with other values."""
@@ -186,7 +188,7 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     for name, change in changes.items():
         shapes[name] = list(change.shape)
         if (rule := change.scored) is not None:
-            scored[name] = {"kept": int(change.mask.sum()), "group": rule.group, "transposed": rule.transposed}
+            scored[name] = {"mask_sha256": _sha256(change.packed), "group": rule.group, "transposed": rule.transposed}
             stored = {key: getattr(rule, key) for key in OF_SCORES}
         else:
             stored = {"mask": change.packed, "values": change.values, "rows": change.rows, "columns": change.columns}
@@ -195,11 +197,29 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
-def read_block(path: Path, weight: Callable[[str], torch.Tensor]) -> dict[str, Change]:
-    """Read one block's changes, as `write_block` wrote them.
+def _sha256(packed: torch.Tensor) -> str:
+    return hashlib.sha256(packed.numpy().data).hexdigest()
 
-    Args:
-        weight: reads a tensor of the base, such as Checkpoint.tensor.
+
+def _rows(shape: tuple[int, ...], scales: tuple[int, ...], transposed: bool) -> int | None:
+    """The number of rows of each matrix in a tensor of this shape whose scales have that shape, or None if they do not fit."""
+    if len(shape) == 3 and (len(scales) != 2 or scales[0] != shape[0]):
+        return None
+    experts = scales[0] if len(scales) == 2 else 1
+    stored = shape[1:] if len(shape) == 3 else (shape[0] // experts if experts else 0, shape[1])
+    rows, columns = stored[::-1] if transposed else stored
+    fits = len(scales) in (1, 2) and math.prod(scales) * rows == math.prod(shape) and columns == scales[-1]
+    return rows if fits and rows else None
+
+
+class ReadWeight(Protocol):
+    """Reads a tensor of the base, or an entry of its first dimension, as Checkpoint.tensor does."""
+
+    def __call__(self, name: str, /, *, entry: int | None = None) -> torch.Tensor: ...
+
+
+def read_block(path: Path, weight: ReadWeight) -> dict[str, Change]:
+    """Read one block's changes, as `write_block` wrote them.
 
     Raises:
         CheckpointError: the file is missing, or `write_block` did not write it; names the file and the tensor.
@@ -213,14 +233,14 @@ class _StoredChange:
 
     name: that of the tensor in the base. shape: that of its mask. keys: those stored of it: "mask", "values", "rows", "columns"; or of
         OF_SCORES.
-    kept, group, transposed: of a mask by scores, see ScoredMask; kept: how many weights it keeps.
+    mask_sha256, group, transposed: of a mask by scores, see ScoredMask; mask_sha256: of its packed bits, hex.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     keys: tuple[str, ...]
-    kept: int = 0
+    mask_sha256: str = ""
     group: tuple[int, int] | None = None
     transposed: bool = False
 
@@ -229,11 +249,8 @@ class _StoredChange:
         """Whether every kept weight has the base's value, in the base's place."""
         return "mask" not in self.keys or self.keys == ("mask",)
 
-    def read(self, weight: Callable[[str], torch.Tensor]) -> Change:
+    def read(self, weight: ReadWeight) -> Change:
         """Read the change.
-
-        Args:
-            weight: see read_block.
 
         Raises:
             CheckpointError: the values are not as many as the kept weights, an order is no permutation, or the base's weights do not
@@ -241,9 +258,10 @@ class _StoredChange:
         """
         tensors = self._tensors()
         if "mask" not in tensors:
-            return Change(mask=self._mask(tensors, weight(self.name)), scored=self._scored(tensors))
+            scored = self._scored(tensors)
+            return Change.of_packed(self._by_scores(scored, weight), self.shape, scored)
         change = Change.of_packed(tensors.pop("mask"), self.shape, None, **tensors)
-        if change.values is not None and len(change.values) != (kept := int(change.mask.sum())):
+        if change.values is not None and len(change.values) != (kept := int(change.mask.count_nonzero())):
             raise self._damaged("values", f"{len(change.values)} values", f"one for each of {kept} kept weights")
         for order in (key for key in ORDERS if key in tensors):
             if not torch.equal(tensors[order].sort().values, torch.arange(len(tensors[order]), dtype=torch.int32)):
@@ -253,8 +271,10 @@ class _StoredChange:
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Read the change and apply it to the base's tensor, on that tensor's device."""
         if "mask" in self.keys:
-            return self.read(lambda _: weight).apply(weight)
-        return weight.masked_fill(~self._mask(self._tensors(), weight), 0)
+            return self.read(_no_weight).apply(weight)
+        mask = self._mask(self._scored(self._tensors()), weight)
+        self._require(to_host(pack(mask)))
+        return weight.masked_fill(mask.logical_not_(), 0)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         with safe_open(self.path, framework="pt") as file:
@@ -263,19 +283,39 @@ class _StoredChange:
     def _scored(self, tensors: dict[str, torch.Tensor]) -> ScoredMask:
         return ScoredMask(**tensors, group=self.group, transposed=self.transposed)
 
-    def _mask(self, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-        if tuple(weight.shape) != self.shape:
-            raise CheckpointError(f"tensor {self.name}: found shape {list(weight.shape)}, wanted {list(self.shape)} as in {self.path}")
+    def _by_scores(self, scored: ScoredMask, weight: ReadWeight) -> torch.Tensor:
+        """The packed mask; of experts in one tensor one expert's weights are in memory at a time, where its bits begin with a byte."""
         try:
-            mask = self._scored(tensors).mask(weight)
+            if len(self.shape) == 3 and math.prod(self.shape[1:]) % 8 == 0:
+                weights = (weight(self.name, entry=index) for index in range(self.shape[0]))
+                masks = (self._mask(scored.expert(index), one, self.shape[1:]) for index, one in enumerate(weights))
+                packed = torch.cat([to_host(pack(mask)) for mask in masks])
+            else:
+                packed = to_host(pack(self._mask(scored, weight(self.name))))
+        except KeyError as error:
+            raise CheckpointError(f"delta file {self.path}: tensor {self.name}: found no such tensor in the base") from error
+        self._require(packed)
+        return packed
+
+    def _mask(self, scored: ScoredMask, weight: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        if tuple(weight.shape) != (shape := self.shape if shape is None else shape):
+            raise CheckpointError(f"tensor {self.name}: found shape {list(weight.shape)}, wanted {list(shape)} as in {self.path}")
+        try:
+            return scored.mask(weight)
         except ValueError as error:  # scores that are not finite
             raise self._damaged("scales", str(error).removeprefix("found ").split(", wanted")[0], "finite scores") from error
-        if (kept := int(mask.sum())) != self.kept:
-            raise self._damaged("scales", f"scores that keep {kept} weights of this base", f"{self.kept}")
-        return mask
+
+    def _require(self, packed: torch.Tensor) -> None:
+        if _sha256(packed) != self.mask_sha256:
+            raise self._damaged("scales", "scores that give another mask", "those of the base that was pruned")
 
     def _damaged(self, key: str, actual: str, expected: str) -> CheckpointError:
         return CheckpointError(f"delta file {self.path}: tensor {self.name}.{key}: found {actual}, wanted {expected}")
+
+
+def _no_weight(name: str, /, *, entry: int | None = None) -> torch.Tensor:
+    """For masks that are stored."""
+    raise AssertionError(f"{name} was read")
 
 
 class _BlockFile:
@@ -358,12 +398,11 @@ class _BlockFile:
     def _scored(self, name: str, shape: tuple[int, ...], headers: dict[str, tuple[str, tuple[int, ...]]], facts: Any) -> _StoredChange:
         """Check the headers of a mask that its scores give, and what is said of it."""
         message = f"delta file {self.path}: tensor {name}: found"
-        count = math.prod(shape)
         if not isinstance(facts, dict) or set(facts) != SCORED_KEYS or type(facts["transposed"]) is not bool:
             raise CheckpointError(f"{message} scored as {facts!r}, wanted {sorted(SCORED_KEYS)}")
-        kept, group = facts["kept"], facts["group"]
-        if type(kept) is not int or not 0 <= kept <= count:
-            raise CheckpointError(f"{message} {kept!r} kept weights, wanted 0 to {count}")
+        digest, group = facts["mask_sha256"], facts["group"]
+        if not isinstance(digest, str):
+            raise CheckpointError(f"{message} mask_sha256 {digest!r}, wanted a SHA-256 in hexadecimal digits")
         if group is not None and not _is_group(group):
             raise CheckpointError(f"{message} group {group!r}, wanted N and M with 0 <= N <= M and M in 2..{FEW_COLUMNS}")
         stored = {key: headers[f"{name}.{key}"] for key in OF_SCORES if f"{name}.{key}" in headers}
@@ -374,20 +413,20 @@ class _BlockFile:
             if dtype != (wanted := "I32" if key == "ties" else "F32"):
                 raise CheckpointError(f"delta file {self.path}: tensor {name}.{key}: found dtype {dtype}, wanted {wanted}")
         scales = stored["scales"][1]
-        size = math.prod(scales)
-        if len(scales) not in (1, 2) or not size or count % size or (group and scales[-1] % group[1]):
-            wanted = f"[columns] or [experts, columns] for a mask of shape {list(shape)}" + (f" in groups of {group[1]}" if group else "")
+        rows = _rows(shape, scales, facts["transposed"])
+        if rows is None or (group and scales[-1] % group[1]):
+            wanted = f"[columns] or [experts, columns] of a mask of shape {list(shape)}" + (f" in groups of {group[1]}" if group else "")
             raise CheckpointError(f"delta file {self.path}: tensor {name}.scales: found shape {list(scales)}, wanted {wanted}")
         for key in ("thresholds", "ties"):
-            if key in stored and stored[key][1] != (*scales[:-1], count // size):
-                found = f"found shape {list(stored[key][1])}, wanted {[*scales[:-1], count // size]}"
+            if key in stored and stored[key][1] != (*scales[:-1], rows):
+                found = f"found shape {list(stored[key][1])}, wanted {[*scales[:-1], rows]}"
                 raise CheckpointError(f"delta file {self.path}: tensor {name}.{key}: {found}")
         return _StoredChange(
             path=self.path,
             name=name,
             shape=shape,
             keys=tuple(stored),
-            kept=kept,
+            mask_sha256=digest,
             group=None if group is None else (group[0], group[1]),
             transposed=facts["transposed"],
         )
@@ -487,11 +526,8 @@ class SparseDelta:
         """Shape of the mask."""
         return self._stored[name].shape
 
-    def change(self, name: str, weight: Callable[[str], torch.Tensor]) -> Change:
+    def change(self, name: str, weight: ReadWeight) -> Change:
         """Read the change of a tensor.
-
-        Args:
-            weight: reads a tensor of the base, such as Checkpoint.tensor.
 
         Raises:
             CheckpointError: see read_block.

@@ -32,7 +32,8 @@ from stages.files import BASE, BENCHMARKS, TEXT, sha256
 from stages.schema import require
 
 log = logging.getLogger(__name__)
-CODE = ("checkpoint", "evaluation", "quantisation", "streaming", "bos.py", "evaluate.py", "evaluate_quantised.py", "evaluate_float8.py")
+STAGES = ("evaluate.py", "evaluate_quantised.py", "evaluate_float8.py")
+CODE = ("checkpoint", "evaluation", "quantisation", "streaming", "bos.py", "groups.py", *STAGES)
 
 
 @dataclass(frozen=True, kw_only=True)

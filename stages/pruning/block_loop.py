@@ -481,7 +481,7 @@ class _BlockPruner:
     def _scored(self, inputs: Inputs, matrix: Matrix, weight: torch.Tensor, pruned: Pruned) -> ScoredMask | None:
         """What gives the mask of a matrix that is neither reordered nor changed, where the method's scores are of the kind that can."""
         scales, pattern = SCORES.of(self.plan.method.score).scales, self.plan.patterns[matrix.name]
-        if scales is None or pruned.values is not None or matrix.name in self.orders:
+        if scales is None or pruned.values is not None or pruned.refined or matrix.name in self.orders or distributed.rank() > 0:
             return None
         group = (pattern.kept, pattern.group) if isinstance(pattern, Nm) else None
         return ScoredMask.of(weight, scales(weight, inputs.statistic), pruned.mask, group=group, transposed=matrix.transposed)

@@ -12,13 +12,13 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
+from stages.groups import FEW_COLUMNS, keep_highest_of_few
 from stages.schema import Citation, Entry, Table, checked, number, require
 
 ComparisonGroup = Literal["row", "matrix"]  # whose weights compete: those of an output row, or of the whole matrix
 
 WEIGHTS_AT_ONCE = 2**22  # a selection takes some times their memory
 SAMPLED_SCORES = 2**17
-FEW_COLUMNS = 16  # within which all pairs are compared
 FEW_ROWS = 64  # a GPU selects in each row by few of its threads, and sorts by all
 
 
@@ -61,20 +61,6 @@ def _keep_highest(scores: torch.Tensor, pruned: int) -> torch.Tensor:
     if torch.equal(equal.sum(dim=1, keepdim=True), ties_to_prune):
         return ~(below | equal)
     return ~(below | (equal & (equal.cumsum(dim=1) <= ties_to_prune)))
-
-
-def keep_highest_of_few(scores: torch.Tensor, pruned: int) -> torch.Tensor:
-    """As keep_highest, quicker for short rows: every score is compared with every other of its row."""
-    if not torch.isfinite(scores).all():
-        raise ValueError("found a score that is NaN or infinite, wanted finite scores")
-    columns = scores.T.contiguous()
-    above = torch.zeros_like(columns, dtype=torch.int8)  # scores of the row that are kept before this one
-    for left in range(len(columns)):
-        for right in range(left + 1, len(columns)):
-            right_first = columns[right] >= columns[left]
-            above[left] += right_first
-            above[right] += ~right_first
-    return (above < len(columns) - pruned).T.contiguous()
 
 
 def _nth_lowest(scores: torch.Tensor, nth: int) -> torch.Tensor:

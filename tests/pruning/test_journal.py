@@ -323,12 +323,15 @@ def test_a_full_disk_stops_with_a_clear_error_and_keeps_the_blocks_finished(proj
     assert resumed_after() == 2
 
 
+NO_BASE = None  # for journals of which no block is read or written
+
+
 def test_two_runs_in_one_place_are_refused(project):
     facts = {"base": "b"}
     with (
-        journals.opened(PRUNE_JOURNAL, facts, "b"),
+        journals.opened(PRUNE_JOURNAL, facts, NO_BASE),
         pytest.raises(SparsesweepError, match=r"artifacts/.prune: another run is pruning here"),
-        journals.opened(PRUNE_JOURNAL, facts, "b"),
+        journals.opened(PRUNE_JOURNAL, facts, NO_BASE),
     ):
         pass
 
@@ -344,19 +347,19 @@ def kept(directory: Path, files: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("record", [b"[]", b"{}", b"{", b'{"sha256": "0"}', b'{"sha256": "0", "seconds": "x"}'])
 def test_a_block_with_a_damaged_record_is_pruned_again(tmp_path, record):
     kept(tmp_path / "journal", {"block-00000.json": record, "block-00000.safetensors": b""})
-    with journals.opened(tmp_path / "journal", {"a": 1}, "base") as journal:
+    with journals.opened(tmp_path / "journal", {"a": 1}, NO_BASE) as journal:
         assert (journal.finished, journal.seconds_before) == (0, 0.0)
 
 
 def test_damaged_evidence_is_named(tmp_path):
     kept(tmp_path / "journal", {journals.EVIDENCE: b"no tensors"})
     wanted = "evidence.safetensors: damaged .*; remove .*journal and run again"
-    with pytest.raises(SparsesweepError, match=wanted), journals.opened(tmp_path / "journal", {"a": 1}, "base") as journal:
+    with pytest.raises(SparsesweepError, match=wanted), journals.opened(tmp_path / "journal", {"a": 1}, NO_BASE) as journal:
         journal.allocation_evidence(dict)
 
 
 @pytest.mark.parametrize("fingerprint", [b"\xff", b"[]", b"{"])
 def test_a_damaged_fingerprint_begins_afresh(tmp_path, fingerprint):
     kept(tmp_path / "journal", {journals.FINGERPRINT: fingerprint, "block-00000.json": b"{}"})
-    with journals.opened(tmp_path / "journal", {"a": 1}, "base") as journal:
+    with journals.opened(tmp_path / "journal", {"a": 1}, NO_BASE) as journal:
         assert not journal.record_path(0).exists()

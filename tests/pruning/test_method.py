@@ -480,4 +480,10 @@ def test_mathematics_imports_torch_and_nothing_of_the_world(names):
     files = sorted(PRUNING.glob(names))
     assert files
     for file in files:
-        assert imported(file) <= STANDARD | modules | {"torch", "stages.schema", "stages.pruning.entries", "stages.pruning.gpu_sweep"}, file
+        assert imported(file) <= STANDARD | modules | {
+            "torch",
+            "stages.schema",
+            "stages.groups",
+            "stages.pruning.entries",
+            "stages.pruning.gpu_sweep",
+        }, file

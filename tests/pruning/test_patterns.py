@@ -4,8 +4,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from stages.groups import keep_highest_of_few
 from stages.pruning import patterns
-from stages.pruning.patterns import Nm, Unstructured, keep_highest, keep_highest_of_few, pruned_count
+from stages.pruning.patterns import Nm, Unstructured, keep_highest, pruned_count
 
 
 def test_keep_highest_by_hand():
