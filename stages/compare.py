@@ -12,6 +12,7 @@ from stages.errors import SparsesweepError
 from stages.experiments.page.group import read_groups
 from stages.experiments.page.writing import keep_frontiers, write
 from stages.experiments.reading import read_experiments
+from stages.experiments.table import repeated
 from stages.files import COMPARISON
 
 
@@ -36,7 +37,7 @@ def write_page(directory: Path) -> str:
     if not groups:
         reasons = "".join(f"\nleft out {one.name}: {one.reason}" for one in (*missing, *unread))
         raise SparsesweepError(f"found no evaluated experiment, wanted at least one; `dvc exp run` runs one{reasons}")
-    write(directory, groups, [*missing, *unread])
+    write(directory, groups, [*missing, *unread, *repeated(experiments)])
     wrote = f"wrote {directory / 'index.html'}: {sum(len(group.results) for group in groups)} experiments"
     return f"{wrote}\nfor the picture of a card: -S publish.frontier={keep_frontiers(groups)}"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from stages.compare import write_page
 from stages.errors import DivergedError, SparsesweepError
 from stages.files import COMPARISON
-from stages.sharing.receiving import apply, receive
+from stages.sharing.receiving import apply, receive, require_release
 
 
 def main() -> None:
@@ -37,6 +37,8 @@ def _lines(arguments: argparse.Namespace) -> Iterator[str]:
         yield from receive([*names, name] if names and name else names)
     except DivergedError as error:  # the others were received
         diverged = error
+    if arguments.release and (diverged is None or name not in diverged.names):
+        require_release(name)
     yield write_page(COMPARISON)
     try:
         if name and (diverged is None or name not in diverged.names):

@@ -4,6 +4,8 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from benchmarks.fuzz.reader import Reader
 
 AT_ONCE = 1000  # inputs of one seed: hypothesis remembers them all
 MEMORY = Path("/dev/shm")  # a file system that writes to no disk
+SETTINGS = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 SHOWN = 1000  # characters of an input that is printed
 
 
@@ -41,22 +44,34 @@ class Tally:
 def feed(reader: Reader, inputs: int, first_seed: int) -> Tally:
     """Feed a reader; the first input of each kind of fault is printed to stderr."""
     tally, kinds = Tally(), set[str]()
+    with guarded(reader) as guard:
+        for number in range(inputs):  # hypothesis makes fewer where it finds no more
+            if tally.inputs >= inputs:
+                break
+            count = min(AT_ONCE, inputs - tally.inputs)
+            phases = settings(max_examples=count, phases=[Phase.generate], parent=SETTINGS)
+            seed(first_seed + number)(phases(given(reader.inputs)(watching(reader, guard, tally, kinds, f"seed {first_seed + number}"))))()
+    return tally
+
+
+@contextmanager
+def guarded(reader: Reader) -> Iterator[Guard]:
+    """Yield a guard for the cases of a reader, within what they run in."""
     with (
         tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory,
         prepared(Path(directory)) as guard,
         reader.around(),
     ):
-        for number in range(inputs):  # hypothesis makes fewer where it finds no more
-            if tally.inputs >= inputs:
-                break
-            _feed_once(reader, guard, tally, kinds, min(AT_ONCE, inputs - tally.inputs), first_seed + number)
-    return tally
+        yield guard
 
 
-def _feed_once(reader: Reader, guard: Guard, tally: Tally, kinds: set[str], count: int, number: int) -> None:
-    @seed(number)
-    @settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(reader.inputs)
+def watching(reader: Reader, guard: Guard, tally: Tally, kinds: set[str], origin: str) -> Callable[[Files], None]:
+    """A function that feeds one case to a reader and counts how it ended.
+
+    Args:
+        kinds: of faults that were printed; added to. origin: what to say of where an input comes from.
+    """
+
     def case(files: Files) -> None:
         tally.inputs += 1
         try:
@@ -66,7 +81,7 @@ def _feed_once(reader: Reader, guard: Guard, tally: Tally, kinds: set[str], coun
             kind = re.sub(r"\d+", "N", str(fault))[:70]
             if kind not in kinds:
                 kinds.add(kind)
-                print(f"{reader.name}, seed {number}: {fault}\n{repr(files)[:SHOWN]}", file=sys.stderr)
+                print(f"{reader.name}, {origin}: {fault}\n{repr(files)[:SHOWN]}", file=sys.stderr)
                 traceback.print_exception(fault.__cause__, limit=-4)
 
-    case()
+    return case

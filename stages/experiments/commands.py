@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stages.config import sections
 from stages.config.compose import composed
 from stages.config.params import CONF
+from stages.experiments.reading import EVALUATION
 
 PLAIN, QUOTED = re.compile(r"[A-Za-z_][\w./-]*"), "'{}'"  # strings that Hydra reads as such without quotes
 WORDS = ("null", "true", "false", "nan", "inf")  # of which it makes something else
@@ -32,14 +33,14 @@ GROUPS = (
 )  # as they stand
 
 
-def command(params: dict[str, Any]) -> str | None:
+def command(params: dict[str, Any], *, published: bool = True) -> str | None:
     """The `dvc exp run` line that composes these sections.
 
     Each group has the option from which its section differs in the fewest values; those follow as values of their own. Versions of
     libraries are those that are installed where the line is run.
 
     Args:
-        params: the sections of params.yaml.
+        params: the sections of params.yaml. published: whether the line goes on to a release.
 
     Returns:
         The line; None if conf/ has changed, so that no line does.
@@ -47,7 +48,7 @@ def command(params: dict[str, Any]) -> str | None:
     chosen = overrides(params)
     if chosen is None:
         return None
-    return " ".join(["dvc exp run", *(f"-S {shlex.quote(override)}" for override in chosen)])
+    return " ".join(["dvc exp run", *(f"-S {shlex.quote(override)}" for override in chosen), *([] if published else [EVALUATION])])
 
 
 def overrides(params: dict[str, Any]) -> list[str] | None:

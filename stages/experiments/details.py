@@ -154,7 +154,7 @@ def _details(experiment: Experiment, files: Files) -> Details:
     sensitivity = SPARSE_RESULTS / PROMPT_SENSITIVITY
     return Details(
         experiment=experiment,
-        command=command(experiment.params),
+        command=command(experiment.params, published=experiment.published),
         measurements=[{**row, "name": name_of(measured)} for row, measured in zip(as_rows(made), made, strict=True)],
         scores=_scores(experiment, files, directory),
         generations=files.json(directory / "generations.json"),

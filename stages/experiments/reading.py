@@ -16,7 +16,7 @@ from stages.evaluation.measurement import Kind, Measurement, from_rows
 from stages.experiments.command_output import output
 from stages.experiments.files import Files, Unreadable, cache_directory
 from stages.experiments.lock import LOCK, PARAMS, Loader, other_run, read_lock, read_yaml
-from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, SPARSE, SPARSE_RESULTS, read_json
+from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, RELEASE, SPARSE, SPARSE_RESULTS, read_json
 from stages.recipe import SECTIONS, fingerprint
 
 METRICS, PRUNE_METRICS = (directory / "metrics.json" for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
@@ -24,6 +24,7 @@ PROTOCOL, MEASUREMENTS = (SPARSE_RESULTS / "details" / name for name in ("protoc
 DENSE_MEASUREMENTS = DENSE_RESULTS / "details" / "measurements.json"
 POINT = SPARSE_RESULTS / "frontier.json"
 EVALUATION = "evaluate_sparse"  # the stage that writes these
+PUBLISH = "publish"  # that which writes a release
 FETCH = "fetch_base"
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 REFERENCE = re.compile(rf"{EXPERIMENTS}([0-9a-f]{{2}})/([0-9a-f]{{38}})/([^/]+)")  # others are DVC's own, such as those of its queue
@@ -39,6 +40,7 @@ class Experiment:
     params: the sections of params.yaml. measurements, prune_metrics: as the evaluate and the prune stage wrote them.
     protocol: of its scores, with the keys that are not compared. method, pattern: what they are called in plots.
     dense: the dense model's measurements on the same text; none where these cannot be read.
+    published: whether it has a release.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Experiment:
     method: str
     pattern: str
     dense: list[Measurement] = field(default_factory=list)
+    published: bool = True
 
     @property
     def apply(self) -> str | None:
@@ -87,7 +90,9 @@ def read_experiments() -> tuple[list[Experiment], list[Missing]]:
         SparsesweepError: this is no DVC project, or git or dvc fails; with their words.
     """
     cache, references = cache_directory(), _references()
-    read = [_read(one.name, one.commit, cache) for one in references] + [_read(WORKSPACE, None, cache)]
+    read = [_read(one.name, one.commit, cache) for one in references]
+    if PRUNE_METRICS.is_file() or METRICS.is_file():
+        read.append(_read(WORKSPACE, None, cache))
     baselines = dict.fromkeys([*output("git", "rev-parse", "--revs-only", "HEAD").split(), *(one.baseline for one in references)])
     missing = [*_unfinished(list(baselines)), *(one for one in read if isinstance(one, Missing))]
     return [one for one in read if isinstance(one, Experiment)], missing
@@ -145,9 +150,11 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     protocol = files.json(PROTOCOL)
     if revision is None:
-        params = _workspace(params, protocol)
+        params, published = _workspace(params, protocol), RELEASE.is_dir()
     else:
-        _require_of_experiment(read_lock(revision), params)
+        lock = read_lock(revision)
+        _require_of_experiment(lock, params)
+        published = PUBLISH in lock and other_run(lock, params, PUBLISH) is None
     return Experiment(
         name=name,
         revision=revision,
@@ -158,6 +165,7 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
         method=point["method"],
         pattern=point["pattern"],
         dense=_dense(files),
+        published=published,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -30,7 +31,7 @@ def text(experiments: list[Experiment], missing: list[Missing], *, commands: boo
         missing: what is not compared. commands: whether each row has the line that runs it again.
         seeds: whether experiments that differ in the calibration seed alone stand in one row, with the spread between their seeds.
     """
-    groups = by_protocol(experiments)
+    groups, missing = by_protocol(experiments), [*missing, *repeated(experiments)]
     pieces = []
     for group in groups:
         first, own = groups[0][0].protocol, group[0].protocol
@@ -68,13 +69,28 @@ def of_settings(group: list[Experiment]) -> str:
 
 def by_protocol(experiments: list[Experiment]) -> list[list[Experiment]]:
     """The experiments that may be compared with each other, the largest group first; each result once, by its newest experiment."""
-    newest: dict[str, Experiment] = {}
-    for experiment in experiments:
-        result = [of_scores(experiment.params), as_rows(experiment.measurements), experiment.prune_metrics]
-        newest.setdefault(json.dumps(result, sort_keys=True), experiment)
-    ordered = sorted(newest.values(), key=_protocol)
+    ordered = sorted((same[0] for same in _by_result(experiments)), key=_protocol)
     groups = [list(group) for _, group in groupby(ordered, key=_protocol)]
     return sorted(groups, key=len, reverse=True)
+
+
+def repeated(experiments: Sequence[Experiment]) -> list[Missing]:
+    """The experiments whose result another stands for. The workspace, which mostly has that of an experiment, is not named."""
+    return [
+        Missing(name=one.name, reason=f"its result is that of {same[0].name}")
+        for same in _by_result(experiments)
+        for one in same[1:]
+        if one.revision is not None
+    ]
+
+
+def _by_result(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
+    """Those of the same settings and the same numbers together, the newest of each first."""
+    found: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
+        result = [of_scores(experiment.params), as_rows(experiment.measurements), experiment.prune_metrics]
+        found.setdefault(json.dumps(result, sort_keys=True), []).append(experiment)
+    return list(found.values())
 
 
 def title(experiment: Experiment) -> str:
@@ -103,9 +119,10 @@ def base_name(experiment: Experiment) -> str:
 
 
 def line(experiment: Experiment) -> str:
-    """The line that runs an experiment again; where conf/ has changed, the one that brings its parameters back."""
+    """The line that runs an experiment again, as far as it ran; where conf/ has changed, the one that brings its parameters back."""
     apply = experiment.apply
-    return command(experiment.params) or f"(conf/ composes it no more{f'; {apply}' if apply else ''})"
+    again = command(experiment.params, published=experiment.published)
+    return again or f"(conf/ composes it no more{f'; {apply}' if apply else ''})"
 
 
 def columns(group: list[Experiment]) -> list[Shown]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from stages.errors import DivergedError, SharingError
 from stages.experiments.command_output import output
 from stages.experiments.lock import LOCK, PARAMS, other_run, read_lock, read_yaml
+from stages.experiments.reading import PUBLISH
 from stages.files import DENSE_RESULTS, RELEASE
 from stages.sharing.files import bring
 from stages.sharing.references import Reference, counted, of_clone, of_origin
 from stages.sharing.remote import Remotes, checked, project
 
 RESULTS = DENSE_RESULTS.parent  # what is brought of every experiment
-PUBLISH = "publish"  # the stage that writes a release
 
 
 def receive(names: Sequence[str]) -> Iterator[str]:
@@ -37,6 +37,8 @@ def receive(names: Sequence[str]) -> Iterator[str]:
     yield f"received from {remotes}: {counted([one for one in received if one.path not in here])}{brought}"
     if known := [one for one in received if one.path in here]:
         yield f"here already: {counted(known)}"
+    if published := [one.name for one in received if _has_no_release(one) is None]:
+        yield f"with a release: {', '.join(published)}"
     if diverged:
         raise DivergedError([one.name for one in diverged], "; ".join(_divergence(one, remotes) for one in diverged))
 
@@ -56,7 +58,7 @@ def apply(name: str, *, release: bool) -> Iterator[str]:
         remotes = checked(repo, writable=False)
         one = _only(of_clone(), name)
         if release:
-            _require_release(one)
+            require_release(name)
             if remotes.dvc is not None:
                 brought = bring(repo, [one.commit], RELEASE)
                 yield f"received its release: {brought}"
@@ -78,14 +80,24 @@ def _require_saved() -> None:
         raise SharingError(f"{PARAMS}, {LOCK}: found changes that no experiment has, wanted none that would be lost: {advice}")
 
 
-def _require_release(one: Reference) -> None:
-    """Refuse an experiment without a release, or with one that another run left."""
+def require_release(name: str) -> None:
+    """Refuse an experiment of this clone without a release, or with one that another run left.
+
+    Raises:
+        SharingError: naming it, and those that have one.
+    """
+    if reason := _has_no_release(_only(of_clone(), name)):
+        have = [one.name for one in of_clone() if _has_no_release(one) is None]
+        advice = (
+            f"{', '.join(have) or 'none'} of this clone has one; `dvc exp run` with its overrides and without naming a stage publishes it"
+        )
+        raise SharingError(f"{name}: found no release of it, wanted one ({reason}); {advice}")
+
+
+def _has_no_release(one: Reference) -> str | None:
+    """Why an experiment has no release of its own, or None if it has one."""
     lock = read_lock(one.commit)
-    params = read_yaml(one.commit, PARAMS)
-    reason = other_run(lock, params, PUBLISH) if PUBLISH in lock else "it was not published"
-    if reason:
-        advice = "`dvc exp run` with its overrides and without naming a stage publishes it"
-        raise SharingError(f"{one.name}: found no release of it, wanted one ({reason}); {advice}")
+    return other_run(lock, read_yaml(one.commit, PARAMS), PUBLISH) if PUBLISH in lock else "it was not published"
 
 
 def _named(references: Sequence[Reference], names: Sequence[str], git_remote: str) -> list[Reference]:

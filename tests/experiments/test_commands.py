@@ -32,6 +32,11 @@ def test_the_line_names_options_and_the_values_that_these_do_not_have(given, lin
     assert command(OmegaConf.to_container(composed(*given))) == line
 
 
+def test_the_line_of_what_was_not_published_stops_at_its_scores():
+    params = OmegaConf.to_container(composed("pattern.sparsity=0.6"))
+    assert command(params, published=False) == "dvc exp run -S pattern.sparsity=0.6 evaluate_sparse"
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -48,7 +48,7 @@ def repository(tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture()
 def experiment(repository, monkeypatch) -> Experiment:
     monkeypatch.chdir(repository[0])
-    monkeypatch.setattr(module, "command", lambda params: "dvc exp run")
+    monkeypatch.setattr(module, "command", lambda params, *, published: "dvc exp run")
     made = synthetic.details("a", "wanda", "unstructured", synthetic.dense_scores(rows=6), blocks=1)
     return replace(made.experiment, revision=None)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.table import by_protocol, text
+from stages.experiments.table import by_protocol, line, repeated, text
 
 PROTOCOL = {
     "base": "f" * 64,
@@ -108,6 +108,13 @@ def test_a_result_that_several_experiments_have_stands_once():
     first, second = twice
     again = replace(first, params={**first.params, "publish": {"frontier": "a hash"}})
     assert [[one.name for one in group] for group in by_protocol([again, second])] == [["new"]]
+
+
+def test_an_experiment_whose_result_another_stands_for_is_named():
+    new, old = experiment("new", 20.0), experiment("old", 20.0)
+    workspace = replace(new, name="workspace", revision=None)
+    assert repeated([new, old, workspace]) == [Missing(name="old", reason="its result is that of new")]
+    assert "left out old: its result is that of new\n" in text([new, old], [])
 
 
 def test_the_workspace_is_its_own_experiment_whatever_the_order_of_its_keys():
