@@ -62,7 +62,8 @@ def feed_here(name: str, inputs: int) -> None:
                 print(f"{name}: {tally.inputs} inputs, {ended}", flush=True)
                 os._exit(bool(tally.faults))
 
-        atheris.Setup([sys.argv[0], "-verbosity=0", "-len_control=0", "-max_len=4096"], test)
+        unhandled = [f"-handle_{signal}=0" for signal in ("segv", "bus", "abrt", "fpe", "ill")]  # libraries have handlers of their own
+        atheris.Setup([sys.argv[0], "-verbosity=0", "-len_control=0", "-max_len=4096", *unhandled], test)
         atheris.Fuzz()
 
 

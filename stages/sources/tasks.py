@@ -211,6 +211,10 @@ def _reported(built: Any) -> Iterator[tuple[str, Group | None, list[Definition]]
     elif isinstance(built, Group) and built.has_aggregation:
         if not all(isinstance(entry, AggMetricConfig) for entry in built.aggregate_metric_list or []):
             raise ConfigError(f"{KEY}: {built.name}: found an aggregate_metric_list of other than metrics, wanted keys and values for each")
+        for entry in built.aggregate_metric_list or []:
+            if not isinstance(entry.metric, str) or not isinstance(entry.weight_by_size, bool):
+                actual = f"metric {shown(entry.metric)} with weight_by_size {shown(entry.weight_by_size)}"
+                raise ConfigError(f"{KEY}: {built.name}: aggregate_metric_list: found {actual}, wanted a metric's name with true or false")
         yield built.name, built, list(_members(built))
     else:  # a tag, or a group that only lists tasks
         for member in built:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from stages.evaluation.measurement import Difference, Kind, Measurement
 from stages.experiments.reading import Experiment, Missing
-from stages.experiments.table import by_protocol, line, repeated, text
+from stages.experiments.table import by_protocol, repeated, text
 
 PROTOCOL = {
     "base": "f" * 64,

@@ -10,7 +10,7 @@ import pytest
 from stages import fetch
 from stages.errors import ConfigError, SourceError, TextError
 from stages.evaluation.manifest import read_manifest
-from stages.files import sha256
+from stages.files import OWN_TASKS, sha256
 from stages.sources import tasks
 from tests import benchmarks
 from tests.hub_server import COMMIT
@@ -171,6 +171,20 @@ def test_a_definition_of_another_form_is_named(monkeypatch, definition, message)
     benchmarks.write_own(definition)
     with pytest.raises(ConfigError, match=message):
         benchmarks.fetch(monkeypatch, "own_choice")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("{metric: [[]]}", r"metric \[\[\]\] with weight_by_size true"),
+        ("{metric: acc, weight_by_size: 2}", 'metric "acc" with weight_by_size 2'),
+    ],
+)
+def test_a_groups_metric_of_another_form_is_named(monkeypatch, metric, message):
+    benchmarks.write_own(benchmarks.OWN)
+    (OWN_TASKS / "group.yaml").write_text(f"group: both\ntask: [own_choice]\naggregate_metric_list: [{metric}]\n")
+    with pytest.raises(ConfigError, match=f"both: aggregate_metric_list: found {message}, wanted a metric's name with true or false"):
+        benchmarks.fetch(monkeypatch, "both")
 
 
 SUBTASK = {"name": "a", "definition": "own/a.yaml", "own": True, "sha256": "0", "overrides": {}, "data": {}}
