@@ -1,5 +1,6 @@
 import itertools
 import random
+import re
 
 import pytest
 from huggingface_hub.errors import HFValidationError
@@ -43,6 +44,14 @@ def test_a_name_is_legal_where_the_hub_takes_it():
 )
 def test_a_name_says_base_method_and_amount(changes, name):
     assert default_name("org/big-7b", deltas.recipe(**changes)) == name
+
+
+def test_what_is_too_long_says_its_choices_and_ends_with_a_hash():
+    choices = {"allocation": {"name": "loss"}, "reconstruction": {"name": "distilled"}}
+    label = "admm_short (wanda + admm, per matrix), loss allocation, distilled, one pass"
+    method = {**deltas.WANDA, "name": "admm_short", "comparison_group": "matrix"}
+    name = default_name("org/big-7b-instruct", deltas.recipe(label=label, method=method, **choices))
+    assert re.fullmatch("big-7b-instruct-admm_short-loss-distilled-sparse50-per-matrix-[0-9a-f]{8}", name)
 
 
 @pytest.mark.parametrize(
