@@ -10,8 +10,11 @@ not hold. Writes nothing: which inputs are made depends on the processor's speed
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 INPUTS = 2000
 
@@ -20,10 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz_coverage", description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help="for each reader; default: %(default)s")
     parser.add_argument("--reader", metavar="NAME", help="one alone; default: all")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, which atheris ends
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # in this process, which atheris ends; where that writes
     arguments = parser.parse_args()
     if arguments.here:
-        feed_here(arguments.reader, arguments.inputs)
+        feed_here(arguments.reader, arguments.inputs, arguments.here)
         return
     from benchmarks.fuzz import READERS
 
@@ -36,12 +39,17 @@ def main() -> None:
 
 def passed(name: str, inputs: int) -> bool:
     """Feed a reader in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.fuzz_coverage", "--here", "--reader", name, "--inputs", str(inputs)]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "benchmarks.fuzz_coverage", "--here", directory, "--reader", name, "--inputs", str(inputs)]
+        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
 
 
-def feed_here(name: str, inputs: int) -> None:
-    """Feed a reader until as many inputs have been tried; ends the process, with 1 where a property did not hold."""
+def feed_here(name: str, inputs: int, directory: Path) -> None:
+    """Feed a reader until as many inputs have been tried; ends the process, with 1 where a property did not hold.
+
+    Args:
+        directory: for what atheris writes.
+    """
     import atheris
 
     with atheris.instrument_imports(include=["stages"], enable_loader_override=False):
@@ -60,10 +68,12 @@ def feed_here(name: str, inputs: int) -> None:
             if tally.inputs >= inputs:
                 ended = f"{tally.refused} refused with a message, {tally.accepted} accepted, {tally.faults} faults"
                 print(f"{name}: {tally.inputs} inputs, {ended}", flush=True)
+                shutil.rmtree(guard.root.parent)  # nothing else is left of the process to do it
                 os._exit(bool(tally.faults))
 
         unhandled = [f"-handle_{signal}=0" for signal in ("segv", "bus", "abrt", "fpe", "ill")]  # libraries have handlers of their own
-        atheris.Setup([sys.argv[0], "-verbosity=0", "-len_control=0", "-max_len=4096", *unhandled], test)
+        artifacts = f"-artifact_prefix={directory}/"  # slow inputs, and those that end the process
+        atheris.Setup([sys.argv[0], artifacts, "-verbosity=0", "-len_control=0", "-max_len=4096", *unhandled], test)
         atheris.Fuzz()
 
 

@@ -27,7 +27,20 @@ from benchmarks.speed import ENVIRONMENT
 from stages.checkpoint.reader import Checkpoint
 from stages.config.compose import composed
 from stages.devices import device_name
-from stages.files import BASE, CALIBRATION, PRUNE_JOURNAL, PRUNE_RESULTS, SPARSE, STATISTICS, TEXT, read_json, remove, sha256, write_json
+from stages.files import (
+    BASE,
+    CALIBRATION,
+    PRUNE_JOURNAL,
+    PRUNE_RESULTS,
+    SPARSE,
+    STATISTICS,
+    TEXT,
+    bytes_in,
+    read_json,
+    remove,
+    sha256,
+    write_json,
+)
 
 DOCUMENT, RESULTS = Path("docs/sweeps.md"), Path("benchmarks/kept_statistics.json")
 START, END = "<!-- kept statistics: python -m benchmarks.kept_statistics -->", "<!-- end of kept statistics -->"
@@ -85,15 +98,10 @@ def measurement(project: Path, overrides: list[str], separately: list[float]) ->
         "observing": observing,
         "kept": [{key: point[key] for key in ("process", "stage")} for point in kept],
         "imports": imports(environment=ENVIRONMENT).seconds,
-        "bytes": size(project / STATISTICS),
+        "bytes": bytes_in(project / STATISTICS),
         "deltas": sum(point["bytes"] for point in kept),
-        "base_bytes": size(BASE),
+        "base_bytes": bytes_in(BASE),
     }
-
-
-def size(directory: Path) -> int:
-    """Bytes of the files in a directory."""
-    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def pruned(project: Path, sparsity: float, option: str, overrides: list[str]) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def pruned(project: Path, sparsity: float, option: str, overrides: list[str]) ->
     facts = read_json(project / PRUNE_RESULTS / "provenance.json")
     files = [*(project / SPARSE).iterdir(), project / PRUNE_RESULTS / "sparsity.json"]
     hashes = {path.name: sha256(path) for path in files}
-    facts = {"stage": facts["seconds"], "kept": facts["kept_statistics"], "bytes": size(project / SPARSE)}
+    facts = {"stage": facts["seconds"], "kept": facts["kept_statistics"], "bytes": bytes_in(project / SPARSE)}
     return {"process": seconds, "files": hashes, **facts}
 
 

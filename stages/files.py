@@ -57,6 +57,11 @@ def is_inner_path(path: object) -> bool:
     return isinstance(path, str) and all(is_plain_name(component) for component in path.split("/"))
 
 
+def bytes_in(directory: Path) -> int:
+    """Bytes of the files that lie in a directory."""
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a directory tree; a link's target is not removed."""
     if path.is_symlink() or path.is_file():

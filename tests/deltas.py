@@ -1,9 +1,12 @@
 """Recipes and deltas made by hand, for tests of what reads them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.delta import Change, SparseDelta, write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
@@ -71,6 +74,16 @@ def write(directory: Path, made: Recipe, changes: dict[str, Change], rows: list[
     sparsity = sum(row["zeros"] for row in rows) / sum(row["weights"] for row in rows)
     write_manifest(directory, recipe=made, summary={"sparsity": sparsity, "relative_error": 0.2}, matrices=rows)
     return SparseDelta(directory, made.base)
+
+
+def rewrite(path: Path, tensors=lambda tensors: None, facts=lambda facts: None, metadata=None) -> None:
+    """Write a block's file again with other tensors or other facts about them."""
+    with safe_open(path, framework="pt") as file:
+        stated = json.loads(file.metadata()["sparsesweep"])
+    stored = load_file(path)
+    tensors(stored)
+    facts(stated)
+    save_file(stored, path, metadata={"sparsesweep": json.dumps(stated)} if metadata is None else metadata)
 
 
 def no_base(name: str, *, entry: int | None = None) -> torch.Tensor:

@@ -188,7 +188,7 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     for name, change in changes.items():
         shapes[name] = list(change.shape)
         if (rule := change.scored) is not None:
-            scored[name] = {"mask_sha256": _sha256(change.packed), "group": rule.group, "transposed": rule.transposed}
+            scored[name] = {"mask_sha256": mask_sha256(change.packed), "group": rule.group, "transposed": rule.transposed}
             stored = {key: getattr(rule, key) for key in OF_SCORES}
         else:
             stored = {"mask": change.packed, "values": change.values, "rows": change.rows, "columns": change.columns}
@@ -197,7 +197,8 @@ def write_block(path: Path, changes: dict[str, Change], base: str) -> None:
     save_file(tensors, path, metadata={METADATA: json.dumps(facts)})
 
 
-def _sha256(packed: torch.Tensor) -> str:
+def mask_sha256(packed: torch.Tensor) -> str:
+    """Of the bits of a mask, see pack, on the CPU; hex."""
     return hashlib.sha256(packed.numpy().data).hexdigest()
 
 
@@ -306,7 +307,7 @@ class _StoredChange:
             raise self._damaged("scales", str(error).removeprefix("found ").split(", wanted")[0], "finite scores") from error
 
     def _require(self, packed: torch.Tensor) -> None:
-        if _sha256(packed) != self.mask_sha256:
+        if mask_sha256(packed) != self.mask_sha256:
             raise self._damaged("scales", "scores that give another mask", "those of the base that was pruned")
 
     def _damaged(self, key: str, actual: str, expected: str) -> CheckpointError:

@@ -11,6 +11,7 @@ from typing import Any
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.evaluation.measurement import Better, Kind, Measurement
+from stages.files import bytes_in
 
 BITS = 8  # of a byte
 
@@ -28,7 +29,7 @@ def size_measurements(base: Checkpoint, delta: SparseDelta, directory: Path) -> 
     sizes = {
         "dense_bytes": ("dense matrices", dense),
         "mask_bytes": ("masks", mask),
-        "delta_bytes": ("delta on disk", sum(file.stat().st_size for file in directory.iterdir())),
+        "delta_bytes": ("delta on disk", bytes_in(directory)),
         "packed_bytes": ("matrices packed: masks and kept weights", mask + round(dense * kept / weights)),
     }
     facts: dict[str, Any] = {

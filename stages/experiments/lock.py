@@ -59,6 +59,14 @@ def read_lock(commit: str) -> dict[str, Any]:
     return stages
 
 
+PUBLISH = "publish"  # the stage that writes a release
+
+
+def no_release(stages: dict[str, Any], params: dict[str, Any]) -> str | None:
+    """Why an experiment has no release of its own, in words; None if it has one. Args: see other_run."""
+    return other_run(stages, params, PUBLISH) if PUBLISH in stages else "it was not published"
+
+
 def other_run(stages: dict[str, Any], params: dict[str, Any], stage: str) -> str | None:
     """Why the outputs of a stage are not those of an experiment, in words; None if they are.
 

@@ -15,7 +15,7 @@ from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
 from stages.experiments.command_output import output
 from stages.experiments.files import Files, Unreadable, cache_directory
-from stages.experiments.lock import LOCK, PARAMS, Loader, other_run, read_lock, read_yaml
+from stages.experiments.lock import LOCK, PARAMS, Loader, no_release, other_run, read_lock, read_yaml
 from stages.files import BASE, CALIBRATION, DENSE_RESULTS, PRUNE_RESULTS, RELEASE, SPARSE, SPARSE_RESULTS, read_json
 from stages.recipe import SECTIONS, fingerprint
 
@@ -24,7 +24,6 @@ PROTOCOL, MEASUREMENTS = (SPARSE_RESULTS / "details" / name for name in ("protoc
 DENSE_MEASUREMENTS = DENSE_RESULTS / "details" / "measurements.json"
 POINT = SPARSE_RESULTS / "frontier.json"
 EVALUATION = "evaluate_sparse"  # the stage that writes these
-PUBLISH = "publish"  # that which writes a release
 FETCH = "fetch_base"
 EXPERIMENTS = "refs/exps/"  # REF: its commit's first two digits / the others / the experiment's name
 REFERENCE = re.compile(rf"{EXPERIMENTS}([0-9a-f]{{2}})/([0-9a-f]{{38}})/([^/]+)")  # others are DVC's own, such as those of its queue
@@ -154,7 +153,7 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
     else:
         lock = read_lock(revision)
         _require_of_experiment(lock, params)
-        published = PUBLISH in lock and other_run(lock, params, PUBLISH) is None
+        published = no_release(lock, params) is None
     return Experiment(
         name=name,
         revision=revision,

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from stages.checkpoint.delta import Change, read_block, write_block
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import SparsesweepError
-from stages.files import full_disk, read_json, remove, sha256, write_json
+from stages.files import bytes_in, full_disk, read_json, remove, sha256, write_json
 from stages.pruning import distributed
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Journal:
     @property
     def size(self) -> int:
         """Bytes of all its files."""
-        return sum(path.stat().st_size for path in self.directory.iterdir())
+        return bytes_in(self.directory)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from stages.files import (
     BASE,
     KEPT_MANIFEST,
     STATISTICS,
+    bytes_in,
     free_disk,
     parsed_json,
     read_json,
@@ -121,7 +122,7 @@ def observe_dense_model(prune: Prune) -> None:
         stream = stream_of(decoder, windows, held_out, batch=batch, budget=budget, gpu_share=GPU_SHARE)
         observe_blocks(stream, prune, directory, facts)
         write_json(directory / KEPT_MANIFEST, facts)
-    size = sum(path.stat().st_size for path in STATISTICS.iterdir())
+    size = bytes_in(STATISTICS)
     log.info("wrote %s: %.2f GB, %.0f s", STATISTICS, size / 1e9, stopwatch.seconds)
 
 

@@ -4,7 +4,6 @@ The masks of a release are the zeros of its matrices: a weight is kept unless it
 tensors they are, what pattern they have, and for each tensor their number and a hash of its mask.
 """
 
-import hashlib
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from stages.checkpoint.delta import SparseDelta, pack
+from stages.checkpoint.delta import SparseDelta, mask_sha256, pack
 from stages.checkpoint.reader import INDEX, Checkpoint
 from stages.checkpoint.shard import write_shard
 from stages.errors import ReleaseError
@@ -83,7 +82,7 @@ def write_zeros(release: Path, delta: SparseDelta) -> None:
             weights=mask.numel(),
             pruned=sum(row["zeros"] for row in rows),
             zeros=int((~mask).sum()),
-            mask_sha256=_mask_sha256(mask),
+            mask_sha256=mask_sha256(pack(mask)),
         )
     sums = {key: sum(getattr(tensor, key) for tensor in tensors.values()) for key in ("weights", "pruned", "zeros")}
     zeros = Zeros(
@@ -96,10 +95,6 @@ def write_zeros(release: Path, delta: SparseDelta) -> None:
         tensors=tensors,
     )
     write_json(release / MANIFEST, asdict(zeros))
-
-
-def _mask_sha256(mask: torch.Tensor) -> str:
-    return hashlib.sha256(pack(mask).numpy().data).hexdigest()
 
 
 def read_zeros(release: Path) -> Zeros:
@@ -144,7 +139,7 @@ def compare(directory: Path, release: Path | None) -> Iterator[Kept]:
         zero = checkpoint.tensor(name) == 0
         if theirs is None:
             count = int(zero.sum())
-            lost = 0 if _mask_sha256(~zero) == wanted.mask_sha256 else max(wanted.zeros - count, 0) or None
+            lost = 0 if mask_sha256(pack(~zero)) == wanted.mask_sha256 else max(wanted.zeros - count, 0) or None
             yield Kept(tensor=name, wanted=wanted.zeros, lost=lost, more=max(count - wanted.zeros, 0))
         else:
             masked = _pruned(theirs, name, wanted)
@@ -208,6 +203,6 @@ def _pruned(release: Checkpoint, name: str, wanted: TensorZeros) -> torch.Tensor
     if name not in release:
         raise ReleaseError(f"{release.directory}: found no tensor {name}, though {MANIFEST} names it")
     zero = release.tensor(name) == 0
-    if _mask_sha256(~zero) != wanted.mask_sha256:
+    if mask_sha256(pack(~zero)) != wanted.mask_sha256:
         raise ReleaseError(f"{release.directory}, tensor {name}: its zeros are not those of {MANIFEST}; was the release changed?")
     return zero

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from stages.errors import DivergedError, SharingError
 from stages.experiments.command_output import output
-from stages.experiments.lock import LOCK, PARAMS, other_run, read_lock, read_yaml
-from stages.experiments.reading import PUBLISH
+from stages.experiments.lock import LOCK, PARAMS, no_release, read_lock, read_yaml
 from stages.files import DENSE_RESULTS, RELEASE
 from stages.sharing.files import bring
 from stages.sharing.references import Reference, counted, of_clone, of_origin
@@ -96,8 +95,7 @@ def require_release(name: str) -> None:
 
 def _has_no_release(one: Reference) -> str | None:
     """Why an experiment has no release of its own, or None if it has one."""
-    lock = read_lock(one.commit)
-    return other_run(lock, read_yaml(one.commit, PARAMS), PUBLISH) if PUBLISH in lock else "it was not published"
+    return no_release(read_lock(one.commit), read_yaml(one.commit, PARAMS))
 
 
 def _named(references: Sequence[Reference], names: Sequence[str], git_remote: str) -> list[Reference]:

@@ -2,8 +2,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from stages.checkpoint.delta import (
     Change,
@@ -195,16 +194,6 @@ def test_a_missing_block_is_named(tmp_path):
         read_block(tmp_path / "block-00007.safetensors", deltas.no_base)
 
 
-def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None, metadata=None) -> None:
-    """Write a block's file again with other tensors or other facts about them."""
-    with safe_open(path, framework="pt") as file:
-        stated = json.loads(file.metadata()["sparsesweep"])
-    stored = load_file(path)
-    tensors(stored)
-    facts(stated)
-    save_file(stored, path, metadata={"sparsesweep": json.dumps(stated)} if metadata is None else metadata)
-
-
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
@@ -223,7 +212,7 @@ def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None, metada
     ],
 )
 def test_metadata_that_is_not_as_written_is_refused(written, facts, message):
-    rewrite(written[0] / BLOCK, facts=facts)
+    deltas.rewrite(written[0] / BLOCK, facts=facts)
     with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: {message}"):
         list(SparseDelta(written[0], "base1"))
 
@@ -233,7 +222,7 @@ def test_metadata_that_is_not_as_written_is_refused(written, facts, message):
     [({}, "found metadata None"), ({"sparsesweep": "{"}, "found metadata that is not JSON"), ({"sparsesweep": "[]"}, r"metadata \[\]")],
 )
 def test_a_file_without_metadata_is_refused(written, metadata, message):
-    rewrite(written[0] / BLOCK, metadata=metadata)
+    deltas.rewrite(written[0] / BLOCK, metadata=metadata)
     with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: .*{message}"):
         list(SparseDelta(written[0], "base1"))
 
@@ -252,7 +241,7 @@ def test_a_file_without_metadata_is_refused(written, metadata, message):
     ],
 )
 def test_tensors_that_do_not_fit_their_mask_are_refused_before_one_is_read(written, tensors, message):
-    rewrite(written[0] / BLOCK, tensors)
+    deltas.rewrite(written[0] / BLOCK, tensors)
     with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: .*{message}"):
         list(SparseDelta(written[0], "base1"))
 
@@ -273,7 +262,7 @@ def test_tensors_that_do_not_fit_their_mask_are_refused_before_one_is_read(writt
     ],
 )
 def test_a_tensor_that_does_not_fit_its_mask_is_refused_when_read(written, name, tensors, message):
-    rewrite(written[0] / BLOCK, tensors)
+    deltas.rewrite(written[0] / BLOCK, tensors)
     with pytest.raises(CheckpointError, match=f"delta file .*{BLOCK}: tensor {message}"):
         SparseDelta(written[0], "base1").change(name, deltas.no_base)
     with pytest.raises(CheckpointError, match=message):

@@ -1,10 +1,8 @@
-import json
 from fractions import Fraction
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages.checkpoint import scored_mask
 from stages.checkpoint.delta import Change, SparseDelta, read_block, write_block
@@ -213,15 +211,6 @@ def test_experts_that_a_checkpoint_stores_in_another_shape_than_fits_are_stored_
     assert experts.of_shape((4, 16)).scored is None
 
 
-def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None) -> None:
-    with safe_open(path, framework="pt") as file:
-        stated = json.loads(file.metadata()["sparsesweep"])
-    stored = load_file(path)
-    tensors(stored)
-    facts(stated)
-    save_file(stored, path, metadata={"sparsesweep": json.dumps(stated)})
-
-
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
@@ -244,7 +233,7 @@ def rewrite(path, tensors=lambda tensors: None, facts=lambda facts: None) -> Non
 )
 def test_what_is_said_of_scores_and_does_not_fit_is_refused(written, facts, message):
     directory, weights, _ = written
-    rewrite(directory / BLOCK, facts=lambda stated: facts(stated["scored"]))
+    deltas.rewrite(directory / BLOCK, facts=lambda stated: facts(stated["scored"]))
     with pytest.raises(CheckpointError, match=message):
         read_block(directory / BLOCK, reading(weights))
 
@@ -267,7 +256,7 @@ def test_what_is_said_of_scores_and_does_not_fit_is_refused(written, facts, mess
 )
 def test_tensors_of_scores_that_do_not_fit_are_refused(written, change, message):
     directory, weights, _ = written
-    rewrite(directory / BLOCK, change)
+    deltas.rewrite(directory / BLOCK, change)
     with pytest.raises(CheckpointError, match=message):
         read_block(directory / BLOCK, reading(weights))
 
