@@ -116,18 +116,28 @@ def pruned(project: Path, sparsity: float, option: str, overrides: list[str]) ->
     return {"process": seconds, "files": hashes, **facts}
 
 
-def run(project: Path, stage: str, overrides: list[str]) -> float:
+def run(project: Path, stage: str, overrides: list[str], *arguments: str) -> float:
     """Run a stage in a process of its own, as params.yaml of these overrides says; returns wall seconds.
 
     Raises:
         SystemExit: it failed; names its log.
     """
     OmegaConf.save(composed(*overrides), project / "params.yaml")
+    seconds = run_module(project, f"stages.{stage}", *arguments)
+    print(f"{stage} {' '.join([*arguments, *overrides])}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return seconds
+
+
+def run_module(project: Path, module: str, *arguments: str) -> float:
+    """Run a module in a process of its own; returns wall seconds.
+
+    Raises:
+        SystemExit: it failed; names its log.
+    """
     log = project / "log.txt"
-    cost = measure([sys.executable, "-m", f"stages.{stage}"], directory=project, environment=ENVIRONMENT, log=log)
+    cost = measure([sys.executable, "-m", module, *arguments], directory=project, environment=ENVIRONMENT, log=log)
     if cost.exit_code:
-        raise SystemExit(f"{stage} {' '.join(overrides)}: exit code {cost.exit_code}; see {log}")
-    print(f"{stage} {' '.join(overrides)}: {cost.seconds:.1f} s", file=sys.stderr, flush=True)
+        raise SystemExit(f"{' '.join([module, *arguments])}: exit code {cost.exit_code}; see {log}")
     return cost.seconds
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from stages import record
 from stages.config.entry import stage
 from stages.evaluation import dense_states
-from stages.evaluation.journal import Journal, opened
+from stages.evaluation.journal import TOGETHER, Journal, opened
 from stages.evaluation.protocol import write_protocol
 from stages.evaluation.results import Results
 from stages.evaluation.running import score
@@ -54,7 +54,7 @@ def evaluate_dense(setup: Setup, stopwatch: record.Stopwatch) -> None:
         dense = score(setup, None, None, journal)
         with replacing(DENSE_STATES) as states, replacing(DENSE_RESULTS) as directory:
             dense_states.write(states, journal, fingerprint, setup.device)
-            write(directory, setup, dense, delta=None, stopwatch=stopwatch, speed=speed(journal))
+            write(directory, setup, dense, delta=None, journal=journal, stopwatch=stopwatch)
 
 
 def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
@@ -72,7 +72,7 @@ def evaluate_sparse(setup: Setup, stopwatch: record.Stopwatch) -> None:
         with replacing(SPARSE_RESULTS) as directory:
             sizes = size_measurements(setup.base, delta, SPARSE)
             paired = replace(sparse, generations=paired_generations(dense, sparse), measurements=[*sparse.measurements, *sizes])
-            write(directory, setup, paired, delta=delta.fingerprint, stopwatch=stopwatch, speed=speed(journal))
+            write(directory, setup, paired, delta=delta.fingerprint, journal=journal, stopwatch=stopwatch)
             write_json(directory / "frontier.json", frontier_rows(delta, sparse))
             write_json(directory / "accuracy.json", dense.accuracy("dense") + sparse.accuracy("sparse"))
             write_json(directory / "details/paired.json", paired_accuracies(dense, sparse))
@@ -88,24 +88,18 @@ def speed(journal: Journal) -> dict[str, float] | None:
     return {**measured, "tokens_per_second": round(measured["tokens"] / max(measured["seconds"], 0.01), 2)}
 
 
-def write(
-    directory: Path,
-    setup: Setup,
-    results: Results,
-    *,
-    delta: str | None,
-    stopwatch: record.Stopwatch,
-    speed: dict[str, float] | None,
-) -> None:
+def write(directory: Path, setup: Setup, results: Results, *, delta: str | None, journal: Journal, stopwatch: record.Stopwatch) -> None:
     """Write the files that both models' results have.
 
     Args:
-        delta: the delta's fingerprint; None for the dense model. speed: of generating text; None where none was generated.
+        delta: the delta's fingerprint; None for the dense model.
     """
     details = directory / "details"
     details.mkdir()
     write_json(directory / "metrics.json", results.metrics)
-    write_json(directory / "run.json", record.of_run(setup.device, setup.dtype, stopwatch) | {"generation": speed})
+    together = journal.read(TOGETHER) if journal.has(TOGETHER) else {"models": 1, "seconds": 0}
+    run = record.of_run(setup.device, setup.dtype, stopwatch, together["seconds"])
+    write_json(directory / "run.json", run | {"generation": speed(journal), "evaluated_together": together["models"]})
     write_protocol(details / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=delta)
     results.write(details)
 

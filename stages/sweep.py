@@ -2,6 +2,7 @@
 
 python -m stages.sweep sweeps/example.yaml --dry-run             what would run, what is there, how long it takes
 python -m stages.sweep sweeps/example.yaml --jobs 2              two points at once on this machine
+python -m stages.sweep sweeps/example.yaml --together            all pruned, then evaluated side by side
 python -m stages.sweep sweeps/example.yaml --ray                 on a Ray cluster on this machine, for this sweep alone
 python -m stages.sweep sweeps/example.yaml --address HOST:PORT   on a Ray cluster that is there
 python -m stages.sweep sweeps/example.yaml --slurm sweep.sbatch  writes a script for sbatch
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--slurm", type=Path, metavar="OUT", help="write a script for sbatch")
     where.add_argument("--point", metavar="N", help="run one point, by its number or name in --dry-run")
     parser.add_argument("--jobs", "-j", type=int, metavar="N", help=f"points at once on this machine, default: {JOBS}")
+    parser.add_argument("--together", action="store_true", help="prune all points, then evaluate them side by side: the base is read once")
     parser.add_argument("--share", action="store_true", help="push each point to the git remote and the DVC remote when it is done")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of each point; default: the file's, or as many as processes")
     parser.add_argument("--cpus", type=int, metavar="N", help="processors of each point; default: the file's, or 1")

@@ -11,7 +11,7 @@ from stages.errors import ConfigError
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import WholeModel
 from stages.evaluation.scoring import StreamedModels
-from stages.evaluation.streamed import StreamedHarness
+from stages.evaluation.streamed import SharedScores, StreamedHarness
 from stages.evaluation.windows import cut_corpus
 from tests import tiny
 from tests.evaluation.test_harness import CPU, dense
@@ -141,7 +141,7 @@ def test_tasks_are_encoded_with_one_bos_whole_and_streamed(base, tmp_path, adds)
     whole = WholeModel(BEGUN, pretrained=dense(base), tokenizer=tokenizer(adds=adds), batch_size=1)
     streamed = StreamedModels(decoder=Decoder(base, torch.float32, CPU), variants={"scored": None}, scratch=tmp_path)
     plain = tiny.tokenizer()("river stone")["input_ids"]
-    for harness in (whole, StreamedHarness(streamed, tokenizer(adds=adds), BEGUN, batch_size=1, whole=lambda: whole)):
+    for harness in (whole, StreamedHarness(SharedScores(streamed, 1), "scored", tokenizer(adds=adds), BEGUN, lambda: whole)):
         assert harness.tok_encode("river stone") == [BOS, *plain]
         assert harness.tok_encode("<s>river stone") == [BOS, *plain]
         assert harness.tok_encode("river stone", add_special_tokens=False) == plain

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +273,36 @@ def test_kept_statistics_are_observed_once_for_all_points_of_a_sweep(project, mo
     from_kept = {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()}
     project.stages_run("exp", "run", "-S", "experiment=tiny", "-S", "prune=one_pass", "-S", "pattern.sparsity=0.6", "prune")
     assert {path.name: path.read_bytes() for path in (project.root / "artifacts/sparse").iterdir()} == from_kept
+
+
+@pytest.mark.parametrize("streamed", ["true", "false"])
+def test_points_that_are_evaluated_side_by_side_have_the_results_that_each_has_alone(project, streamed):
+    sparsities, sweep = (0.55, 0.65), project.root.parent / f"together-{streamed}.yaml"
+    shared = f"overrides: [experiment=tiny, evaluation.streamed={streamed}]"
+    sweep.write_text(f"{shared}\ngrid: {{pattern.sparsity: {list(sparsities)}}}\n")
+    said = project.run(sys.executable, "-m", "stages.sweep", str(sweep), "--together")
+    assert "evaluating 2 points side by side\n" in said
+    assert said.count("ran fetch_text") <= 1
+    assert len(re.findall(r"/2 together.*: done in .*evaluate_sparse", said)) == 2, said
+    for sparsity in sparsities:
+        point = ["-S", "experiment=tiny", "-S", f"evaluation.streamed={streamed}", "-S", f"pattern.sparsity={sparsity}"]
+        assert project.stages_run("exp", "run", *point, "evaluate_sparse") == []
+        results = project.root / "results/sparse"
+        together, of_run = _files(results), json.loads((results / "run.json").read_text())
+        project.run(sys.executable, "-m", "stages.evaluate", "part=sparse")
+        alone = json.loads((results / "run.json").read_text())
+        assert _files(results) == together
+        assert (of_run["evaluated_together"], alone["evaluated_together"]) == (2, 1)
+        assert of_run["seconds"] > 0
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    """All but what differs from run to run."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in ("run.json", "speed.json")
+    }
 
 
 # What comes out.

@@ -26,6 +26,8 @@ from stages.files import full_disk, read_json, remove, write_json
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "fingerprint.json"
+WINDOWS = "windows.safetensors"
+TOGETHER = "together"  # the part that says with how many models side by side, and how long this one took of it
 KEPT = "what was scored so far is kept, and the next run goes on after it"
 BETWEEN = "\n"  # a corpus and a name in the name of a tensor
 
@@ -58,13 +60,18 @@ class Journal:
             write_json(path.with_suffix(".part"), data)
             _rename_durably(path.with_suffix(".part"), path)
 
+    @property
+    def has_observed(self) -> bool:
+        """Whether the windows of the corpora are finished."""
+        return (self.directory / WINDOWS).is_file()
+
     def observed(self, compute: Callable[[], Mapping[str, Observed]]) -> dict[str, Observed]:
         """What was observed on the windows of each corpus: an interrupted run's, or computed now and added.
 
         Raises:
             SparsesweepError: what the interrupted run wrote is damaged; names the file.
         """
-        path = self.directory / "windows.safetensors"
+        path = self.directory / WINDOWS
         if path.is_file():
             log.info("%s: taken over from an interrupted run: windows", self.directory)
             found: dict[str, dict[str, torch.Tensor]] = {}
@@ -101,13 +108,13 @@ class Journal:
 
 
 @contextmanager
-def opened(directory: Path, fingerprint: dict[str, Any]) -> Iterator[Journal]:
+def opened(directory: Path, fingerprint: dict[str, Any], *, stays: bool = False) -> Iterator[Journal]:
     """Open the journal of an interrupted run with the same fingerprint, else an empty one.
 
     The directory is removed when the body of the with statement succeeds, and stays when it fails.
 
     Args:
-        fingerprint: JSON that determines the scores.
+        fingerprint: JSON that determines the scores. stays: for another run, even if the body succeeds.
 
     Raises:
         SparsesweepError: another run is using the directory.
@@ -118,7 +125,8 @@ def opened(directory: Path, fingerprint: dict[str, Any]) -> Iterator[Journal]:
         _lock(lock, directory)
         _require_fingerprint(directory, json.dumps(fingerprint, indent=1, sort_keys=True))
         yield Journal(directory)
-        remove(directory)
+        if not stays:
+            remove(directory)
     finally:
         os.close(lock)
 

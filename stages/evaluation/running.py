@@ -29,7 +29,7 @@ from stages.evaluation.questions import Questions
 from stages.evaluation.results import Answers, Results, Scores, results_of
 from stages.evaluation.scoring import DENSE, Keep, StreamedModels, Variants
 from stages.evaluation.setup import Setup
-from stages.evaluation.streamed import StreamedHarness
+from stages.evaluation.streamed import SharedScores, StreamedHarness
 from stages.files import DENSE_STATES
 from stages.streaming.decoder import Decoder
 
@@ -46,19 +46,15 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     Args:
         dense: the dense model's results; None for the dense model itself. journal: takes over what an interrupted run scored.
     """
-    evaluation = setup.evaluation
-    needed = any(METRICS[metric].needs_dense for metric in evaluation.metrics)
-    metrics = [METRICS[metric] for metric in evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
+    metrics = [METRICS[metric] for metric in setup.evaluation.metrics if dense is not None or not METRICS[metric].needs_dense]
     name = DENSE if dense is None else "sparse"
     decoder = Decoder(setup.base, setup.dtype, setup.device)
 
     def observed_now() -> dict[str, Observed]:
-        known = (
-            dense_states.read(DENSE_STATES, setup.corpora, setup.fingerprint(None), setup.device) if needed and dense is not None else None
-        )
-        variants = {DENSE: None} if needed and known is None else {}
-        keep = partial(_keep_dense, setup, journal) if needed and dense is None else None
-        return observe(setup, decoder, {**variants, name: apply}, metrics, known, keep)[name]
+        if dense is not None:
+            return observe_pruned(setup, decoder, {name: apply}, metrics)[name]
+        keep = partial(_keep_dense, setup, journal) if needs_dense(setup) else None
+        return observe(setup, decoder, {name: apply}, metrics, keep=keep)[name]
 
     observed = journal.observed(observed_now)
     load = loader(setup, apply)
@@ -70,6 +66,43 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
         facts = (corpus.name, perplexities[corpus.name], *corpus.windows.shape, setup.bos.words)
         log.info("perplexity on %s: %s on %d windows of %d tokens%s", *facts)
     return results
+
+
+def score_together(setup: Setup, models: Mapping[str, tuple[Apply, Journal]]) -> None:
+    """Score several pruned models and leave in the journal of each what is found, for its own evaluation to take over.
+
+    The base is read once for the windows of all, and once for their tasks if these are streamed; whole models follow one another.
+
+    Args:
+        models: by name, what makes each of the base's, and its journal.
+    """
+    metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
+    decoder = Decoder(setup.base, setup.dtype, setup.device)
+    unseen = {name: apply for name, (apply, journal) in models.items() if not journal.has_observed}
+    observed = observe_pruned(setup, decoder, unseen, metrics) if unseen else {}
+    unasked = {name: apply for name, (apply, journal) in models.items() if setup.waiting(journal)}
+    scores = streamed_scores(setup, decoder, unasked)
+    for name, (apply, journal) in models.items():
+        journal.observed(partial(observed.__getitem__, name))
+        load = loader(setup, apply)
+        answer_tasks(setup, decoder, apply, load, journal, (scores, name))
+        continue_prompts(setup, load, journal)
+
+
+def needs_dense(setup: Setup) -> bool:
+    """Whether a metric compares a pruned model with the dense one."""
+    return any(METRICS[metric].needs_dense for metric in setup.evaluation.metrics)
+
+
+def observe_pruned(
+    setup: Setup, decoder: Decoder, variants: Mapping[str, Apply | None], metrics: list[Metric]
+) -> dict[str, dict[str, Observed]]:
+    """Run pruned models over the windows of all corpora, next to the dense one where it is needed and its states were not kept."""
+    known = None
+    if needs_dense(setup):
+        known = dense_states.read(DENSE_STATES, setup.corpora, setup.fingerprint(None), setup.device)
+    beside = {DENSE: None} if needs_dense(setup) and known is None else {}
+    return observe(setup, decoder, {**beside, **variants}, metrics, known)
 
 
 def _keep_dense(setup: Setup, journal: Journal, hidden: Mapping[str, Sequence[torch.Tensor]]) -> None:
@@ -105,8 +138,24 @@ def loader(setup: Setup, apply: Apply | None) -> Load:
     return cache(partial(load_model, setup.base, apply, dtype=setup.dtype, device=setup.device))
 
 
-def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load, journal: Journal) -> dict[str, dict[str, Answers]]:
+def streamed_scores(setup: Setup, decoder: Decoder, variants: Variants) -> SharedScores:
+    """Of models that answer tasks with one block of each in memory; nothing is computed before one of them is asked."""
+    models = StreamedModels(decoder=decoder, variants=variants, scratch=setup.scratch)
+    return SharedScores(models, setup.evaluation.batch_size)
+
+
+def answer_tasks(
+    setup: Setup,
+    decoder: Decoder,
+    apply: Apply | None,
+    load: Load,
+    journal: Journal,
+    shared: tuple[SharedScores, str] | None = None,
+) -> dict[str, dict[str, Answers]]:
     """Answer the tasks: one after the other with the whole model in memory, or all at once with one block of it.
+
+    Args:
+        shared: scores of streamed models side by side, and which of them this one is; None: it is alone.
 
     Returns:
         Style -> task -> answers; those of an interrupted run stand in the journal.
@@ -118,8 +167,8 @@ def answer_tasks(setup: Setup, decoder: Decoder, apply: Apply | None, load: Load
         return WholeModel(setup.bos, pretrained=load(), tokenizer=setup.tokenizer, batch_size=batch_size, max_length=context)
 
     if waiting and setup.evaluation.streamed:
-        models = StreamedModels(decoder=decoder, variants={"scored": apply}, scratch=setup.scratch)
-        ask_all(StreamedHarness(models, setup.tokenizer, setup.bos, batch_size, whole), waiting, batch_size, journal)
+        scores, name = shared or (streamed_scores(setup, decoder, {"scored": apply}), "scored")
+        ask_all(StreamedHarness(scores, name, setup.tokenizer, setup.bos, whole), waiting, batch_size, journal)
     elif waiting:
         model = whole()
         with tqdm(total=sum(len(questions.instances) for questions in waiting), desc="all tasks", unit="request") as bar:

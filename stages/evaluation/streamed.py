@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from lm_eval.api.model import LM
@@ -12,21 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from stages.bos import Bos
 from stages.checkpoint.tokens import embedding_rows, require_requests
 from stages.evaluation.encoding import Encoder
-from stages.evaluation.scoring import StreamedModels, score_of
+from stages.evaluation.scoring import Score, StreamedModels, score_of
 
 BUCKET = 32  # tokens: sequences are padded on the right to a multiple of it
 
+Sequence: TypeAlias = tuple[list[int], int]
+
 
 @torch.no_grad()
-def continuation_scores(models: StreamedModels, sequences: list[tuple[list[int], int]], batch: int) -> list[tuple[float, bool]]:
-    """Score the last tokens of each sequence, given those before them.
+def continuation_scores(models: StreamedModels, sequences: list[Sequence], batch: int) -> dict[str, list[Score]]:
+    """Score the last tokens of each sequence, given those before them; the base is read once for all variants.
 
     Args:
-        models: of a single variant. sequences: tokens, and the number of tokens at the end that are scored.
-        batch: sequences per forward pass.
+        sequences: tokens, and the number of tokens at the end that are scored. batch: sequences per forward pass.
 
     Returns:
-        One of each sequence.
+        Of each variant, one of each sequence.
     """
     buckets: dict[int, list[int]] = defaultdict(list)
     for number, (tokens, _) in enumerate(sequences):
@@ -35,34 +36,56 @@ def continuation_scores(models: StreamedModels, sequences: list[tuple[list[int],
     groups = [
         torch.tensor([(sequences[n][0][:-1] + [0] * length)[:length] for n in members]) for length, members in sorted(buckets.items())
     ]
-    scores: dict[int, tuple[float, bool]] = {}
-    (outputs,) = models.hidden(groups, batch).values()
+    found: dict[str, dict[int, Score]] = {}
+    outputs = models.hidden(groups, batch)
     with models.head() as logits:
-        for (_, members), hidden in zip(sorted(buckets.items()), outputs, strict=True):
-            for number, states in zip(members, hidden, strict=True):
-                tokens, scored_tokens = sequences[number]
-                end = len(tokens) - 1
-                scores[number] = score_of(logits(states[end - scored_tokens : end]), tokens[-scored_tokens:])
-    return [scores[number] for number in range(len(sequences))]
+        for name, of_groups in outputs.items():
+            scores = found[name] = {}
+            for (_, members), hidden in zip(sorted(buckets.items()), of_groups, strict=True):
+                for number, states in zip(members, hidden, strict=True):
+                    tokens, scored_tokens = sequences[number]
+                    end = len(tokens) - 1
+                    scores[number] = score_of(logits(states[end - scored_tokens : end]), tokens[-scored_tokens:])
+    return {name: [scores[number] for number in range(len(sequences))] for name, scores in found.items()}
+
+
+class SharedScores:
+    """Scores of streamed models side by side: where one is asked, all are scored, and the others that are asked the same have theirs.
+
+    Args:
+        batch_size: sequences per forward pass.
+    """
+
+    def __init__(self, models: StreamedModels, batch_size: int) -> None:
+        self.models, self.batch_size = models, batch_size
+        self._asked: list[tuple[list[Sequence], dict[str, list[Score]]]] = []
+
+    def of(self, name: str, sequences: list[Sequence]) -> list[Score]:
+        """Args: name: of a variant. sequences: see continuation_scores."""
+        known = next((scores for asked, scores in self._asked if asked == sequences), None)
+        if known is None:
+            known = continuation_scores(self.models, sequences, self.batch_size)
+            self._asked.append((sequences, known))
+        return known[name]
 
 
 class StreamedHarness(Encoder):
     """lm-eval's interface to a streamed model, which scores continuations and whole texts.
 
     Args:
-        models: of a single variant. whole: makes lm-eval's interface to the same model in memory, which generates text.
+        scores: of the model, and of others side by side. name: of the variant. whole: makes lm-eval's interface to the same model in
+            memory, which generates text.
     """
 
-    def __init__(
-        self, models: StreamedModels, tokenizer: PreTrainedTokenizerBase, bos: Bos, batch_size: int, whole: Callable[[], LM]
-    ) -> None:
-        super().__init__(tokenizer, bos, models.decoder.checkpoint.context_length)
-        self.models, self.batch_size, self.whole = models, batch_size, whole
+    def __init__(self, scores: SharedScores, name: str, tokenizer: PreTrainedTokenizerBase, bos: Bos, whole: Callable[[], LM]) -> None:
+        self.checkpoint = scores.models.decoder.checkpoint
+        super().__init__(tokenizer, bos, self.checkpoint.context_length)
+        self.scores, self.name, self.whole = scores, name, whole
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        require_requests(requests, embedding_rows(self.models.decoder.checkpoint), self.tokenizer)
+        require_requests(requests, embedding_rows(self.checkpoint), self.tokenizer)
         sequences = [((context + continuation)[-(self.max_length + 1) :], len(continuation)) for _, context, continuation in requests]
-        return continuation_scores(self.models, sequences, self.batch_size)
+        return list(self.scores.of(self.name, sequences))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts: every token given as many before it as fit, the first given the prefix token; see lm_eval.utils."""

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from stages.errors import ConfigError, SparsesweepError
@@ -21,6 +22,7 @@ from stages.sweeps.worker import Outcome, Task
 REMOTE = "origin"
 JOBS = 1
 NODE_DIRECTORY = "~/.cache/sparsesweep"
+TOGETHER = "points are evaluated side by side once all of them are pruned on this machine"
 WITHOUT_JOBS = {  # option -> why it goes without --jobs
     "ray": "the cluster's processors and GPUs say how many run at once",
     "address": "the cluster's processors and GPUs say how many run at once",
@@ -120,6 +122,7 @@ def _require_used(sweep: Sweep, arguments: argparse.Namespace) -> None:
         reasons["a search"] = "each of its points waits for the one before"
     for way, reason in reasons.items():
         require(arguments.jobs is None, "--jobs", arguments.jobs, f"none with {way}: {reason}")
+        require(not arguments.together, "--together", f"{way}, too", f"one of them: {TOGETHER}")
     used = arguments.node_directory is None or arguments.address is not None
     wanted = f"none without --address: points of this machine have their clones in {local.DIRECTORY}"
     require(used, "--node-directory", arguments.node_directory, wanted)
@@ -145,7 +148,8 @@ def _outcomes(plan: Plan, resources: Resources, arguments: argparse.Namespace, r
     elif share:
         tasks = {name: replace(task, origin=git.url(REMOTE)) for name, task in tasks.items()}
     if not (arguments.ray or arguments.address):
-        yield from local.run(plan, tasks, resources, at_once=arguments.jobs)
+        run_all = partial(local.run_together, say=_say) if arguments.together else local.run
+        yield from run_all(plan, tasks, resources, at_once=arguments.jobs)
         return
     ray = cluster.client(arguments.address)
     with cluster.cluster(ray, arguments.address):

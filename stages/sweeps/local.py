@@ -1,7 +1,7 @@
 """Run a sweep on this machine, several points at once if asked; each point in a clone of its own, all with this clone's cache."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,13 @@ from stages.errors import ConfigError
 from stages.schema import require
 from stages.sweeps import running, worker
 from stages.sweeps.file import Resources
+from stages.sweeps.pipeline import keys, stages_of
 from stages.sweeps.plan import Plan, Point
 from stages.sweeps.worker import Outcome, Task
 
 DIRECTORY = Path(".dvc/tmp/sweeps")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+DENSE_STAGE = "evaluate_dense"
 
 
 def tasks(points: Sequence[Point], target: str, resources: Resources, revision: str, *, share: bool) -> dict[str, Task]:
@@ -90,11 +92,13 @@ def cards_of_each(plan: Plan, resources: Resources, cards: Sequence[str], at_onc
     return wanted
 
 
-def run(plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int) -> Iterator[Outcome]:
+def run(
+    plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int, work: Callable[[Task], Outcome] = worker.run
+) -> Iterator[Outcome]:
     """Run the points of a plan.
 
     Args:
-        made: their tasks, by name. at_once: how many run at once.
+        made: their tasks, by name. at_once: how many run at once. work: what is done of each.
     """
     cards = visible_cards()
     each = cards_of_each(plan, resources, cards, at_once)
@@ -105,7 +109,7 @@ def run(plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int
     def with_cards(point: Point) -> Outcome:
         own = [free.get() for _ in range(each)]
         try:
-            return worker.run(replace(made[point.name], cards=",".join(own) if cards else None))
+            return work(replace(made[point.name], cards=",".join(own) if cards else None))
         finally:
             for card in own:
                 free.put(card)
@@ -119,3 +123,38 @@ def run(plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int
         yield from running.run(plan, submit, (OSError,))
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def run_together(plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int, say: Callable[[str], None]) -> Iterator[Outcome]:
+    """Run the points of a plan: all are pruned, then those of the same evaluation are scored side by side, then each is completed.
+
+    What fails before a point is completed is said and tried again for it alone. Args: see run.
+    """
+    pruned: dict[str, Outcome] = {}
+    for outcome in run(plan, made, resources, at_once=at_once, work=worker.prune):
+        pruned[outcome.name] = outcome
+        _say_failed(outcome, "not pruned with the others", say)
+    cards = visible_cards()
+    own = ",".join(cards[: cards_of_each(plan, resources, cards, 1)]) if cards else None
+    for group in evaluated_alike(plan):
+        tasks = [replace(made[point.name], cards=own) for point in group if pruned[point.name].error is None]
+        if len(tasks) > 1:
+            say(f"evaluating {len(tasks)} points side by side")
+            _say_failed(worker.evaluate_together(tasks), "not evaluated side by side", say)
+    for outcome in run(plan, made, resources, at_once=at_once):
+        earlier = pruned[outcome.name]
+        stages = tuple(dict.fromkeys([*earlier.stages, *outcome.stages]))
+        yield replace(outcome, stages=stages, seconds=earlier.seconds + outcome.seconds)
+
+
+def _say_failed(outcome: Outcome, words: str, say: Callable[[str], None]) -> None:
+    if outcome.error is not None:
+        say(f"{outcome.name}: {words}: {outcome.error}")
+
+
+def evaluated_alike(plan: Plan) -> list[list[Point]]:
+    """The points to be run, together those of which the dense model's evaluation is the same."""
+    stages, groups = stages_of(plan.sweep.target), dict[str, list[Point]]()
+    for point in plan.to_run:
+        groups.setdefault(keys(stages, point.params)[DENSE_STAGE], []).append(point)
+    return list(groups.values())

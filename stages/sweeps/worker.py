@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import Any
 import psutil
 from dvc.config import Config
 
-from stages.files import locked
+from stages.files import SPARSE, locked
 
 TAIL = 12  # lines of a log that tell why a point failed
 PAUSE = 1.0  # seconds between two looks at what still runs in a clone
 AUTHOR = {"user.name": "sweep", "user.email": "sweep@localhost"}  # of experiments, where git knows nobody
+PRUNED = "-pruned"  # after the name of a point, of the experiment in its clone that goes no further
+BEFORE_EVALUATION = ("prune", "evaluate_dense")
 CREDENTIALS = re.compile(r"://[^/@\s]+@")  # in a URL
 
 
@@ -71,21 +73,51 @@ class CommandError(Exception):
 
 def run(task: Task) -> Outcome:
     """Run a point, hand its experiment to the origin, and remove its clone; what is there already is restored and not computed."""
-    started = time.monotonic()
-    directory = Path(task.directory).expanduser().absolute()
-    clone, log = directory / task.name, directory / f"{task.name}.log"
-    directory.mkdir(parents=True, exist_ok=True)
+
+    def whole(shell: _Shell) -> None:
+        _prepare(task, shell)
+        _experiment(task, shell)
+        _hand_over(task, shell)
+
+    return _outcome(task, whole, done=True)
+
+
+def prune(task: Task) -> Outcome:
+    """Run a point as far as its pruned model and the dense one's results; its clone stays as DVC left it, and `run` goes on there."""
+
+    def part(shell: _Shell) -> None:
+        _prepare(task, shell)
+        if not shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task)):
+            shell(*_dvc(task, f"{task.name}{PRUNED}"), *BEFORE_EVALUATION)
+
+    return _outcome(task, part, done=False)
+
+
+def evaluate_together(tasks: Sequence[Task]) -> Outcome:
+    """Evaluate what `prune` left of several points side by side, in the clone of the first; the journals of all have what is found."""
+    first = tasks[0]
+    clones = [str(_clone(task)) for task in tasks if (_clone(task) / SPARSE).is_dir()]
+    return _outcome(first, lambda shell: shell("python", "-m", "stages.evaluate_together", *clones), done=False)
+
+
+def _clone(task: Task) -> Path:
+    return Path(task.directory).expanduser().absolute() / task.name
+
+
+def _outcome(task: Task, work: Callable[["_Shell"], None], *, done: bool) -> Outcome:
+    """What comes of work in a point's clone. Args: done: whether clone and log are removed where it succeeds."""
+    started, clone = time.monotonic(), _clone(task)
+    log = clone.with_name(f"{task.name}.log")
+    clone.parent.mkdir(parents=True, exist_ok=True)
     with _alone(clone), log.open("w", encoding="utf8") as output:
-        shell = _Shell(clone, output, _environment(task))
         try:
-            _prepare(task, clone, shell)
-            _experiment(task, shell)
-            _hand_over(task, shell)
+            work(_Shell(clone, output, _environment(task)))
         except CommandError as error:
             return Outcome(name=task.name, error=str(error), stages=_executed(log), seconds=time.monotonic() - started)
         stages = _executed(log)
-        shutil.rmtree(clone)
-        log.unlink()
+        if done:
+            shutil.rmtree(clone)
+            log.unlink()
     return Outcome(name=task.name, error=None, stages=stages, seconds=time.monotonic() - started)
 
 
@@ -153,8 +185,9 @@ def _environment(task: Task) -> dict[str, str]:
     return made
 
 
-def _prepare(task: Task, clone: Path, shell: _Shell) -> None:
+def _prepare(task: Task, shell: _Shell) -> None:
     """The revision, checked out in the point's clone; one that an earlier run left goes on being used."""
+    clone = shell.clone
     if clone.is_dir():
         shell("git", "remote", "set-url", "origin", task.origin)  # it was another, if the run before was shared and this one is not
         shell("git", "fetch", "-q", "origin")
@@ -180,8 +213,13 @@ def _experiment(task: Task, shell: _Shell) -> None:
     """Run the experiment, unless a run that was interrupted afterwards has recorded it."""
     if shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task)):
         return
+    shell(*_dvc(task, task.name), task.target)
+
+
+def _dvc(task: Task, name: str) -> list[str]:
+    """The command that runs a point's experiment, by a name, up to the targets that follow."""
     overrides = [argument for override in task.overrides for argument in ("-S", override)]
-    shell("dvc", "exp", "run", "--pull", "--allow-missing", "--name", task.name, *overrides, task.target)
+    return ["dvc", "exp", "run", "--pull", "--allow-missing", "--name", name, *overrides]
 
 
 def _hand_over(task: Task, shell: _Shell) -> None:

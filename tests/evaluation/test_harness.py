@@ -16,7 +16,7 @@ from stages.evaluation.harness import WholeModel
 from stages.evaluation.questions import stock_definition
 from stages.evaluation.results import Results
 from stages.evaluation.scoring import StreamedModels
-from stages.evaluation.streamed import StreamedHarness
+from stages.evaluation.streamed import SharedScores, StreamedHarness
 from stages.evaluation.tasks import TASKS
 from stages.streaming.decoder import Decoder
 from tests import tiny
@@ -103,7 +103,7 @@ def models(base: Checkpoint, apply: Apply | None, scratch: Path) -> StreamedMode
 
 
 def harness_of(streamed: StreamedModels) -> StreamedHarness:
-    return StreamedHarness(streamed, tiny.tokenizer(), tiny.NO_BOS, batch_size=2, whole=no_model)
+    return StreamedHarness(SharedScores(streamed, 2), "scored", tiny.tokenizer(), tiny.NO_BOS, no_model)
 
 
 def no_model() -> LM:
@@ -115,7 +115,7 @@ def test_whole_texts_have_the_same_scores_streamed_window_by_window(base, tmp_pa
     texts = [*tiny.sentences(2, seed=4, length=90), "lamp", ""]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     whole = WholeModel(bos, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2, max_length=32)
-    streamed = StreamedHarness(models(base, None, tmp_path), tiny.tokenizer(), bos, batch_size=2, whole=no_model)
+    streamed = StreamedHarness(SharedScores(models(base, None, tmp_path), 2), "scored", tiny.tokenizer(), bos, no_model)
     streamed.max_length = 32
     expected = whole.loglikelihood_rolling(requests, disable_tqdm=True)
     assert streamed.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-4)
@@ -126,7 +126,7 @@ def test_text_is_generated_by_the_whole_model(base, tmp_path):
     whole = WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tiny.tokenizer(), batch_size=2, max_length=64)
     requests = [Instance("generate_until", {}, ("river stone", {"until": ["\n"], "max_gen_toks": 4}), 0)]
     expected = whole.generate_until(requests, disable_tqdm=True)
-    streamed = StreamedHarness(models(base, None, tmp_path), tiny.tokenizer(), tiny.NO_BOS, batch_size=2, whole=lambda: whole)
+    streamed = StreamedHarness(SharedScores(models(base, None, tmp_path), 2), "scored", tiny.tokenizer(), tiny.NO_BOS, lambda: whole)
     assert streamed.generate_until(requests) == expected
     assert expected[0]
 
@@ -150,7 +150,7 @@ def test_a_token_beyond_the_embedding_is_named_before_a_task_is_scored(base, tmp
     streamed = models(base, None, tmp_path)
     for name, model in (
         ("whole", WholeModel(tiny.NO_BOS, pretrained=dense(base), tokenizer=tokenizer, batch_size=2)),
-        ("streamed", StreamedHarness(streamed, tokenizer, tiny.NO_BOS, batch_size=2, whole=no_model)),
+        ("streamed", StreamedHarness(SharedScores(streamed, 2), "scored", tokenizer, tiny.NO_BOS, no_model)),
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(CheckpointError, match=f"evaluation.tasks: found the token '{token}' with id 400, wanted ids below 400"):

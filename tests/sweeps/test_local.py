@@ -74,6 +74,18 @@ def test_a_point_that_fails_is_named_with_its_reason_and_its_log_and_the_others_
     assert "\nfails-0.3-" in output
 
 
+def test_points_that_cannot_be_evaluated_side_by_side_are_evaluated_each_alone_and_it_is_said(worktree):
+    points = worktree.write("together.yaml", SWEEP.replace("0.5, 0.6", "0.35, 0.45"))
+    code, output = worktree.sweep(points, "--together").finished()
+    assert code == 0, output
+    assert "evaluating 2 points side by side\ntogether-0.35-" in output
+    assert "not evaluated side by side: python -m stages.evaluate_together exited with 1" in output
+    for number in (1, 2):
+        came = output.split(f"{number}/2")[1].split("\n")[0]
+        assert {"prune", "evaluate_sparse"} <= set(re.split(r"[ ,]+", came)), came
+    assert not [path for path in (worktree.root / ".dvc/tmp/sweeps").glob("together-*")]
+
+
 # Sharing.
 
 
@@ -145,6 +157,11 @@ def test_a_team_that_has_one_cache_and_no_remote_shares_by_it(project, tmp_path)
         (["--jobs", "2", "--address", "a:1"], "--jobs: found 2, wanted none with --address"),
         (["--jobs", "2", "--slurm", "out"], "--jobs: found 2, wanted none with --slurm: SLURM says how many run at once"),
         (["--jobs", "2", "--point", "0"], "--jobs: found 2, wanted none with --point: one is run"),
+        (
+            ["--together", "--ray"],
+            "--together: found --ray, too, wanted one of them: points are evaluated side by side once all of them are",
+        ),
+        (["--together", "--point", "0"], "--together: found --point, too, wanted one of them"),
         (["--node-directory", "a", "--ray"], "--node-directory: found 'a', wanted none without --address: points of this machine"),
         (["--jobs", "0"], "--jobs: found 0, wanted 1 or more"),
     ],
