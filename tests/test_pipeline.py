@@ -281,7 +281,7 @@ def test_points_that_are_evaluated_side_by_side_have_the_results_that_each_has_a
     shared = f"overrides: [experiment=tiny, evaluation.streamed={streamed}]"
     sweep.write_text(f"{shared}\ngrid: {{pattern.sparsity: {list(sparsities)}}}\n")
     said = project.run(sys.executable, "-m", "stages.sweep", str(sweep), "--together")
-    assert "evaluating 2 points side by side\n" in said
+    assert re.search(r"^2 points evaluated side by side in \d+ s$", said, re.M)
     assert said.count("ran fetch_text") <= 1
     assert len(re.findall(r"/2 together.*: done in .*evaluate_sparse", said)) == 2, said
     for sparsity in sparsities:

@@ -15,7 +15,7 @@ from stages.schema import require
 from stages.sweeps import running, worker
 from stages.sweeps.file import Resources
 from stages.sweeps.pipeline import keys, stages_of
-from stages.sweeps.plan import Plan, Point
+from stages.sweeps.plan import Plan, Point, duration
 from stages.sweeps.worker import Outcome, Task
 
 DIRECTORY = Path(".dvc/tmp/sweeps")
@@ -133,23 +133,21 @@ def run_together(plan: Plan, made: dict[str, Task], resources: Resources, *, at_
     pruned: dict[str, Outcome] = {}
     for outcome in run(plan, made, resources, at_once=at_once, work=worker.prune):
         pruned[outcome.name] = outcome
-        _say_failed(outcome, "not pruned with the others", say)
+        if outcome.error is not None:
+            say(f"{outcome.name} not pruned with the others: {outcome.error}")
     cards = visible_cards()
     own = ",".join(cards[: cards_of_each(plan, resources, cards, 1)]) if cards else None
     for group in evaluated_alike(plan):
         tasks = [replace(made[point.name], cards=own) for point in group if pruned[point.name].error is None]
-        if len(tasks) > 1:
-            say(f"evaluating {len(tasks)} points side by side")
-            _say_failed(worker.evaluate_together(tasks), "not evaluated side by side", say)
+        evaluated = worker.evaluate_together(tasks)
+        if evaluated is not None and evaluated.error is None:
+            say(f"{len(tasks)} points evaluated side by side in {duration(evaluated.seconds)}")
+        elif evaluated is not None:
+            say(f"{len(tasks)} points not evaluated side by side: {evaluated.error}")
     for outcome in run(plan, made, resources, at_once=at_once):
         earlier = pruned[outcome.name]
         stages = tuple(dict.fromkeys([*earlier.stages, *outcome.stages]))
         yield replace(outcome, stages=stages, seconds=earlier.seconds + outcome.seconds)
-
-
-def _say_failed(outcome: Outcome, words: str, say: Callable[[str], None]) -> None:
-    if outcome.error is not None:
-        say(f"{outcome.name}: {words}: {outcome.error}")
 
 
 def evaluated_alike(plan: Plan) -> list[list[Point]]:

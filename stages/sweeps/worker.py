@@ -5,7 +5,6 @@ stages' journals left off when it is run again on the same machine. This module 
 project nothing that imports torch: a cluster is sent the package.
 """
 
-import io
 import os
 import re
 import shutil
@@ -16,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 from dvc.config import Config
 
-from stages.files import SPARSE, locked
+from stages.files import locked
 
 TAIL = 12  # lines of a log that tell why a point failed
 PAUSE = 1.0  # seconds between two looks at what still runs in a clone
@@ -87,17 +86,23 @@ def prune(task: Task) -> Outcome:
 
     def part(shell: _Shell) -> None:
         _prepare(task, shell)
-        if not shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task)):
+        if not _is_recorded(task, shell):
             shell(*_dvc(task, f"{task.name}{PRUNED}"), *BEFORE_EVALUATION)
 
     return _outcome(task, part, done=False)
 
 
-def evaluate_together(tasks: Sequence[Task]) -> Outcome:
-    """Evaluate what `prune` left of several points side by side, in the clone of the first; the journals of all have what is found."""
-    first = tasks[0]
-    clones = [str(_clone(task)) for task in tasks if (_clone(task) / SPARSE).is_dir()]
-    return _outcome(first, lambda shell: shell("python", "-m", "stages.evaluate_together", *clones), done=False)
+def evaluate_together(tasks: Sequence[Task]) -> Outcome | None:
+    """Evaluate what `prune` left of several points side by side; the journals of all then have what is found.
+
+    Returns:
+        None where fewer than two are to be evaluated.
+    """
+    waiting = [task for task in tasks if not _is_recorded(task, _Shell(_clone(task), sys.stdout, _environment(task)))]
+    if len(waiting) < 2:
+        return None
+    command = ("python", "-m", "stages.evaluate_together", *(str(_clone(task)) for task in waiting))
+    return _outcome(waiting[0], lambda shell: shell(*command), done=False)
 
 
 def _clone(task: Task) -> Path:
@@ -126,7 +131,7 @@ class _Shell:
     """Runs commands in a clone, their output in a log."""
 
     clone: Path
-    log: io.TextIOWrapper
+    log: TextIO
     environment: dict[str, str]
 
     def __call__(self, *command: str, cwd: Path | None = None) -> None:
@@ -211,9 +216,14 @@ def _prepare(task: Task, shell: _Shell) -> None:
 
 def _experiment(task: Task, shell: _Shell) -> None:
     """Run the experiment, unless a run that was interrupted afterwards has recorded it."""
-    if shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task)):
+    if _is_recorded(task, shell):
         return
     shell(*_dvc(task, task.name), task.target)
+
+
+def _is_recorded(task: Task, shell: _Shell) -> bool:
+    """Whether the clone has the point's experiment."""
+    return shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task))
 
 
 def _dvc(task: Task, name: str) -> list[str]:
