@@ -54,7 +54,7 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
         if dense is not None:
             return observe_pruned(setup, decoder, {name: apply}, metrics)[name]
         keep = partial(_keep_dense, setup, journal) if needs_dense(setup) else None
-        return observe(setup, decoder, {name: apply}, metrics, keep=keep)[name]
+        return observe(setup, decoder, {name: apply}, metrics, None, keep)[name]
 
     observed = journal.observed(observed_now)
     load = loader(setup, apply)

@@ -122,7 +122,8 @@ def _require_used(sweep: Sweep, arguments: argparse.Namespace) -> None:
         reasons["a search"] = "each of its points waits for the one before"
     for way, reason in reasons.items():
         require(arguments.jobs is None, "--jobs", arguments.jobs, f"none with {way}: {reason}")
-        require(not arguments.together, "--together", f"{way}, too", f"one of them: {TOGETHER}")
+        if arguments.together:
+            raise ConfigError(f"--together: found {way}, too, wanted one of them: {TOGETHER}")
     used = arguments.node_directory is None or arguments.address is not None
     wanted = f"none without --address: points of this machine have their clones in {local.DIRECTORY}"
     require(used, "--node-directory", arguments.node_directory, wanted)

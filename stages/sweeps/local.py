@@ -93,12 +93,12 @@ def cards_of_each(plan: Plan, resources: Resources, cards: Sequence[str], at_onc
 
 
 def run(
-    plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int, work: Callable[[Task], Outcome] = worker.run
+    plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int, work: Callable[[Task], Outcome] | None = None
 ) -> Iterator[Outcome]:
     """Run the points of a plan.
 
     Args:
-        made: their tasks, by name. at_once: how many run at once. work: what is done of each.
+        made: their tasks, by name. at_once: how many run at once. work: what is done of each; None: all.
     """
     cards = visible_cards()
     each = cards_of_each(plan, resources, cards, at_once)
@@ -109,7 +109,7 @@ def run(
     def with_cards(point: Point) -> Outcome:
         own = [free.get() for _ in range(each)]
         try:
-            return work(replace(made[point.name], cards=",".join(own) if cards else None))
+            return (work or worker.run)(replace(made[point.name], cards=",".join(own) if cards else None))
         finally:
             for card in own:
                 free.put(card)

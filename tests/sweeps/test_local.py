@@ -81,7 +81,7 @@ def test_points_that_cannot_be_evaluated_side_by_side_are_evaluated_each_alone_a
     assert "2 points not evaluated side by side: python -m stages.evaluate_together exited with 1" in output
     for number in (1, 2):
         came = output.split(f"{number}/2")[1].split("\n")[0]
-        assert {"prune", "evaluate_sparse"} <= set(re.split(r"[ ,]+", came)), came
+        assert {"prune", "evaluate_sparse"} <= set(re.split(r"[ ,;]+", came)), came
     assert not [path for path in (worktree.root / ".dvc/tmp/sweeps").glob("together-*")]
 
 

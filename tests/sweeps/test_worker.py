@@ -64,7 +64,7 @@ def test_a_clone_that_an_earlier_run_left_hands_over_to_the_origin_of_this_one(t
     head = git(second, "rev-parse", "HEAD")
     with (tmp_path / "log").open("w") as log:
         asked = replace(task, origin=str(second), revision=head)
-        worker._prepare(asked, clone, worker._Shell(clone, log, worker._environment(asked)))
+        worker._prepare(asked, worker._Shell(clone, log, worker._environment(asked)))
     assert git(clone, "rev-parse", "HEAD") == head
     git(second, "checkout", "-q", "--detach")
     git(second, "commit", "-q", "--allow-empty", "-m", "On no branch, as in a worktree")
@@ -72,7 +72,7 @@ def test_a_clone_that_an_earlier_run_left_hands_over_to_the_origin_of_this_one(t
     git(second, "checkout", "-q", "main")
     with (tmp_path / "log").open("w") as log:
         asked = replace(task, origin=str(second), revision=detached)
-        worker._prepare(asked, clone, worker._Shell(clone, log, worker._environment(asked)))
+        worker._prepare(asked, worker._Shell(clone, log, worker._environment(asked)))
     assert git(clone, "rev-parse", "HEAD") == detached
 
 
@@ -115,10 +115,10 @@ def test_two_workers_never_have_one_clone(task, tmp_path, monkeypatch):
     """The first removes the file of its lock: who waits for that one must not be in the clone with who makes another."""
     lock, inside, most, ended = tmp_path / "work/point.lock", [], [], []
 
-    def prepare(task, clone, shell) -> None:
+    def prepare(task, shell) -> None:
         inside.append(1)
         most.append(len(inside))
-        clone.mkdir()
+        shell.clone.mkdir()
         time.sleep(0.3)
         inside.pop()
 
