@@ -20,10 +20,25 @@ LONGEST_MESSAGE = 10_000  # characters: a message quotes names and values of fil
 
 
 class SparsesweepError(Exception):
-    """An error whose message is complete for the user: it names the thing, the value found and the value wanted."""
+    """An error whose message is complete for the user: it names the thing, the value found and the value wanted.
+
+    model: of several that run side by side, the one that it is of; None: of none of them alone.
+    """
+
+    model: str | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…")
+
+
+@contextmanager
+def of_model(name: str) -> Iterator[None]:
+    """Say of errors which of several models that run side by side they are of."""
+    try:
+        yield
+    except SparsesweepError as error:
+        error.model = name
+        raise
 
 
 class ConfigError(SparsesweepError):

@@ -97,9 +97,11 @@ def write(directory: Path, setup: Setup, results: Results, *, delta: str | None,
     details = directory / "details"
     details.mkdir()
     write_json(directory / "metrics.json", results.metrics)
-    together = journal.read(TOGETHER) if journal.has(TOGETHER) else {"models": 1, "seconds": 0}
+    together = journal.read(TOGETHER) if journal.has(TOGETHER) else {"models": 1, "seconds": 0, "peak_memory_gib": 0}
     run = record.of_run(setup.device, setup.dtype, stopwatch, together["seconds"])
-    write_json(directory / "run.json", run | {"generation": speed(journal), "evaluated_together": together["models"]})
+    peak = max(run["peak_memory_gib"], together["peak_memory_gib"])
+    facts = {"peak_memory_gib": peak, "generation": speed(journal), "evaluated_together": together["models"]}
+    write_json(directory / "run.json", run | facts)
     write_protocol(details / "protocol.json", setup.protocol(), evaluation=asdict(setup.evaluation), delta=delta)
     results.write(details)
 

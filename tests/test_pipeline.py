@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from stages.checkpoint.reader import Checkpoint
-from stages.files import sha256
+from stages.files import SPARSE_JOURNAL, sha256
 from tests import project as projects
 from tests import tiny
 from tests.dependencies import code_of
+from tests.evaluation import delta as deltas
 from tests.project import ROOT, Project
 
 SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -294,6 +296,35 @@ def test_points_that_are_evaluated_side_by_side_have_the_results_that_each_has_a
         assert _files(results) == together
         assert (of_run["evaluated_together"], alone["evaluated_together"]) == (2, 1)
         assert of_run["seconds"] > 0
+
+
+def test_a_model_that_cannot_be_scored_stops_no_other_that_is_evaluated_side_by_side(project, tmp_path):
+    project.stages_run("exp", "run", "-S", "experiment=tiny", "evaluate_sparse")
+    names = ("first", "damaged", "not_finite", "another_evaluation", "second", "missing")
+    clones = {name: tmp_path / name for name in names}
+    for clone in (clones[name] for name in names[:-1]):
+        shutil.copytree(project.root / "artifacts/sparse", clone / "artifacts/sparse")
+        shutil.copy(project.root / "params.yaml", clone)
+    params = yaml.safe_load((project.root / "params.yaml").read_text())
+    params["evaluation"]["rows"] += 1
+    (clones["another_evaluation"] / "params.yaml").write_text(yaml.safe_dump(params))
+    next((clones["damaged"] / "artifacts/sparse").glob("*.safetensors")).write_bytes(b"nothing")
+    shutil.rmtree(clones["not_finite"] / "artifacts/sparse")
+    deltas.write(clones["not_finite"] / "artifacts/sparse", Checkpoint(project.root / "artifacts/base"), 3e38)
+    said = project.run(sys.executable, "-m", "stages.evaluate_together", *map(str, clones.values()))
+    left_out = dict(re.findall(r"/(\w+): left out: (\w+): ", said))
+    assert left_out == {
+        "damaged": "CheckpointError",
+        "not_finite": "PruningError",
+        "another_evaluation": "ConfigError",
+        "missing": "ConfigError",
+    }
+    assert "evaluated 2 sparse models side by side" in said
+    for name in ("first", "second"):
+        parts = {path.name.split("-")[0] for path in (clones[name] / SPARSE_JOURNAL).iterdir()}
+        assert {"windows.safetensors", "answers", "generations", "together"} <= parts
+    again = project.run(sys.executable, "-m", "stages.evaluate_together", *map(str, clones.values()))
+    assert "evaluating 2 sparse models" in again  # those that are not scored yet
 
 
 def _files(directory: Path) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT = "fingerprint.json"
 WINDOWS = "windows.safetensors"
-TOGETHER = "together"  # the part that says with how many models side by side, and how long this one took of it
+TOGETHER = "together"  # the part that says with how many models side by side, how long this one took of it, and in how much memory
 KEPT = "what was scored so far is kept, and the next run goes on after it"
 BETWEEN = "\n"  # a corpus and a name in the name of a tensor
 

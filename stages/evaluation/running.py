@@ -68,25 +68,55 @@ def score(setup: Setup, apply: Apply | None, dense: Results | None, journal: Jou
     return results
 
 
-def score_together(setup: Setup, models: Mapping[str, tuple[Apply, Journal]]) -> None:
+def score_together(setup: Setup, models: Mapping[str, tuple[Apply, Journal]], kept: Callable[[], None]) -> dict[str, SparsesweepError]:
     """Score several pruned models and leave in the journal of each what is found, for its own evaluation to take over.
 
-    The base is read once for the windows of all, and once for their tasks if these are streamed; whole models follow one another.
+    The base is read once for the windows of all, and once for their tasks if these are streamed; whole models follow one another. A model
+    that cannot be scored stops no other.
 
     Args:
-        models: by name, what makes each of the base's, and its journal.
+        models: by name, what makes each of the base's, and its journal. kept: is called whenever journals have more.
+
+    Returns:
+        Why models were left out, by name.
     """
     metrics = [METRICS[metric] for metric in setup.evaluation.metrics]
     decoder = Decoder(setup.base, setup.dtype, setup.device)
+    failed: dict[str, SparsesweepError] = {}
     unseen = {name: apply for name, (apply, journal) in models.items() if not journal.has_observed}
-    observed = observe_pruned(setup, decoder, unseen, metrics) if unseen else {}
-    unasked = {name: apply for name, (apply, journal) in models.items() if setup.waiting(journal)}
-    scores = streamed_scores(setup, decoder, unasked)
-    for name, (apply, journal) in models.items():
-        journal.observed(partial(observed.__getitem__, name))
+    observed: dict[str, dict[str, Observed]] = {}
+    while unseen and not observed:
+        try:
+            observed = observe_pruned(setup, decoder, unseen, metrics)
+        except SparsesweepError as error:
+            if error.model is None or error.model not in unseen:
+                raise
+            failed[error.model] = error.with_traceback(None)
+            del unseen[error.model]
+    for name in unseen:
+        models[name][1].observed(partial(observed.__getitem__, name))
+    kept()
+    waiting = [name for name in models if name not in failed and setup.waiting(models[name][1])]
+    scores = streamed_scores(setup, decoder, {name: models[name][0] for name in waiting})
+
+    def go_on(name: str, *, prompts: bool) -> None:
+        apply, journal = models[name]
         load = loader(setup, apply)
-        answer_tasks(setup, decoder, apply, load, journal, (scores, name))
-        continue_prompts(setup, load, journal)
+        try:
+            answer_tasks(setup, decoder, apply, load, journal, (scores, name))
+            if prompts:
+                continue_prompts(setup, load, journal)
+        except SparsesweepError as error:
+            failed[name] = error.with_traceback(None)
+        kept()
+
+    if setup.evaluation.streamed:  # what all are asked at once is kept of all before a whole model is loaded
+        for name in waiting:
+            go_on(name, prompts=False)
+    for name in models:
+        if name not in failed:
+            go_on(name, prompts=True)
+    return failed
 
 
 def needs_dense(setup: Setup) -> bool:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from stages.checkpoint.model import Apply
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, of_model
 from stages.evaluation.metric import Corpus, Metric, Observed, Predictions
 from stages.streaming.decoder import Decoder
 from stages.streaming.host_memory import HostMemory, release_free_memory
@@ -64,6 +64,9 @@ class StreamedModels:
 
         Returns:
             For each variant and group [sequences, tokens, width], compute dtype.
+
+        Raises:
+            SparsesweepError: a variant's tensors cannot be made, or its outputs are not finite; says of which.
         """
         decoder, names = self.decoder, list(self.variants)
         memory = HostMemory(int(MEMORY_SHARE * psutil.virtual_memory().available), self.scratch)
@@ -74,12 +77,13 @@ class StreamedModels:
         with read_ahead(decoder, range(len(decoder.blocks))) as blocks:
             for index, tensors in enumerate(tqdm(blocks, desc="blocks", unit="block", total=len(decoder.blocks))):
                 for name, apply in self.variants.items():
-                    changed = {tensor: value if apply is None else apply(tensor, value) for tensor, value in tensors.items()}
-                    if name == names[-1]:
-                        tensors.clear()
-                    with decoder.loaded(index, changed) as block:
-                        for stream in streams[name]:
-                            stream.advance(index, block)
+                    with of_model(name):
+                        changed = {tensor: value if apply is None else apply(tensor, value) for tensor, value in tensors.items()}
+                        if name == names[-1]:
+                            tensors.clear()
+                        with decoder.loaded(index, changed) as block:
+                            for stream in streams[name]:
+                                stream.advance(index, block)
         return {name: [stream.hidden for stream in streams[name]] for name in names}
 
     @contextmanager
@@ -107,7 +111,8 @@ class StreamedModels:
             Variant -> corpus -> what was observed, by name, on the host.
 
         Raises:
-            CheckpointError: a log-probability is NaN or infinite where it must not be; names the corpus and the window.
+            CheckpointError: a log-probability is NaN or infinite where it must not be; names the corpus and the window, says of which
+                variant. See hidden, too.
         """
         hidden: dict[str, Sequence[torch.Tensor]] = {**(known or {}), **self.hidden([corpus.windows for corpus in corpora], batch=1)}
         if keep is not None:
@@ -119,7 +124,8 @@ class StreamedModels:
                 for index, window in enumerate(tqdm(corpus.windows.to(self.decoder.device), desc=corpus.name, unit="window")):
                     states = {name: of_groups[number][index, :-1] for name, of_groups in hidden.items()}
                     for name, part, values in self._of_window(states, window[1:], metrics, logits):
-                        _require_finite(values, corpus.name, index)
+                        with of_model(name):
+                            _require_finite(values, corpus.name, index)
                         kept = observed[name].setdefault(corpus.name, {})
                         for key, value in values.items():
                             if key not in kept:  # at once: small tensors between freed logits would break the heap into pieces

@@ -94,6 +94,10 @@ class Setup:
             if not journal.has("answers", style, name)
         ]
 
+    def is_finished(self, journal: Journal) -> bool:
+        """Whether interrupted runs scored everything."""
+        return journal.has_observed and not self.waiting(journal) and journal.has("generations")
+
     def fingerprint(self, delta: str | None) -> dict[str, Any]:
         """What determines the scores; `delta` is the delta's fingerprint, None for the dense model."""
         device, streamed = str(self.device), self.evaluation.streamed

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.bos import Bos
 from stages.checkpoint.tokens import embedding_rows, require_requests
+from stages.errors import SparsesweepError
 from stages.evaluation.encoding import Encoder
 from stages.evaluation.scoring import Score, StreamedModels, score_of
 
@@ -59,13 +61,31 @@ class SharedScores:
     def __init__(self, models: StreamedModels, batch_size: int) -> None:
         self.models, self.batch_size = models, batch_size
         self._asked: list[tuple[list[Sequence], dict[str, list[Score]]]] = []
+        self._failed: dict[str, SparsesweepError] = {}
 
     def of(self, name: str, sequences: list[Sequence]) -> list[Score]:
-        """Args: name: of a variant. sequences: see continuation_scores."""
+        """Scores of one model.
+
+        Args:
+            name: of a variant. sequences: see continuation_scores.
+
+        Raises:
+            SparsesweepError: this variant cannot be scored; the others can, without it.
+        """
         known = next((scores for asked, scores in self._asked if asked == sequences), None)
-        if known is None:
-            known = continuation_scores(self.models, sequences, self.batch_size)
-            self._asked.append((sequences, known))
+        while known is None and name not in self._failed:
+            try:
+                known = continuation_scores(self.models, sequences, self.batch_size)
+            except SparsesweepError as error:
+                if error.model is None or error.model not in self.models.variants:
+                    raise
+                self._failed[error.model] = error.with_traceback(None)  # which would keep all hidden states
+                self.models = replace(self.models, variants={n: apply for n, apply in self.models.variants.items() if n != error.model})
+            else:
+                self._asked.append((sequences, known))
+        if name in self._failed:
+            raise self._failed[name]
+        assert known is not None
         return known[name]
 
 

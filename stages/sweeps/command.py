@@ -148,12 +148,15 @@ def _outcomes(plan: Plan, resources: Resources, arguments: argparse.Namespace, r
         tasks = _elsewhere(tasks, arguments.node_directory or NODE_DIRECTORY)
     elif share:
         tasks = {name: replace(task, origin=git.url(REMOTE)) for name, task in tasks.items()}
-    if not (arguments.ray or arguments.address):
-        run_all = partial(local.run_together, say=_say) if arguments.together else local.run
-        yield from run_all(plan, tasks, resources, at_once=arguments.jobs)
-        return
-    ray = cluster.client(arguments.address)
-    with cluster.cluster(ray, arguments.address):
+    if arguments.ray or arguments.address:
+        return _on_cluster(plan, tasks, resources, arguments.address)
+    run_all = partial(local.run_together, say=_say) if arguments.together else local.run
+    return run_all(plan, tasks, resources, at_once=arguments.jobs)
+
+
+def _on_cluster(plan: Plan, tasks: dict[str, Task], resources: Resources, address: str | None) -> Iterator[Outcome]:
+    ray = cluster.client(address)
+    with cluster.cluster(ray, address):
         yield from cluster.run(ray, plan, tasks, resources)
 
 

@@ -20,7 +20,8 @@ from stages.sweeps.worker import Outcome, Task
 
 DIRECTORY = Path(".dvc/tmp/sweeps")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-DENSE_STAGE = "evaluate_dense"
+DENSE_STAGE, SPARSE_STAGE = "evaluate_dense", "evaluate_sparse"
+SIDE_BY_SIDE = 16  # points at most: the hidden states of all are on the disk at once, and one more shares what 16 share already
 
 
 def tasks(points: Sequence[Point], target: str, resources: Resources, revision: str, *, share: bool) -> dict[str, Task]:
@@ -126,33 +127,65 @@ def run(
 
 
 def run_together(plan: Plan, made: dict[str, Task], resources: Resources, *, at_once: int, say: Callable[[str], None]) -> Iterator[Outcome]:
-    """Run the points of a plan: all are pruned, then those of the same evaluation are scored side by side, then each is completed.
+    """Run the points of a plan: they are pruned, then those of the same evaluation are scored side by side, then each is completed.
 
-    What fails before a point is completed is said and tried again for it alone. Args: see run.
+    What fails before a point is completed is said and tried again for it alone; so is what no other is evaluated with.
+
+    Args:
+        see run.
+
+    Returns:
+        What comes of each, as it is completed; the others are pruned and evaluated before this returns.
     """
+    groups = evaluated_alike(plan)
     pruned: dict[str, Outcome] = {}
-    for outcome in run(plan, made, resources, at_once=at_once, work=worker.prune):
+    first = plan.part([point for group in groups for point in group])
+    for outcome in run(first, made, resources, at_once=at_once, work=worker.prune):
         pruned[outcome.name] = outcome
-        if outcome.error is not None:
-            say(f"{outcome.name} not pruned with the others: {outcome.error}")
+        came = f"not pruned with the others: {outcome.error}" if outcome.error else f"pruned in {duration(outcome.seconds)}"
+        say(f"{len(pruned)}/{len(first.points)} {outcome.name}: {came}")
     cards = visible_cards()
     own = ",".join(cards[: cards_of_each(plan, resources, cards, 1)]) if cards else None
-    for group in evaluated_alike(plan):
+    shares: dict[str, float] = {}
+    for group in groups:
         tasks = [replace(made[point.name], cards=own) for point in group if pruned[point.name].error is None]
-        evaluated = worker.evaluate_together(tasks)
-        if evaluated is not None and evaluated.error is None:
-            say(f"{len(tasks)} points evaluated side by side in {duration(evaluated.seconds)}")
-        elif evaluated is not None:
-            say(f"{len(tasks)} points not evaluated side by side: {evaluated.error}")
-    for outcome in run(plan, made, resources, at_once=at_once):
-        earlier = pruned[outcome.name]
+        if len(tasks) > 1:
+            shares |= _evaluated(tasks, say)
+
+    def in_all(outcome: Outcome) -> Outcome:
+        earlier = pruned.get(outcome.name, Outcome(name=outcome.name, error=None))
         stages = tuple(dict.fromkeys([*earlier.stages, *outcome.stages]))
-        yield replace(outcome, stages=stages, seconds=earlier.seconds + outcome.seconds)
+        return replace(outcome, stages=stages, seconds=earlier.seconds + shares.get(outcome.name, 0) + outcome.seconds)
+
+    return map(in_all, run(plan, made, resources, at_once=at_once))
+
+
+def _evaluated(tasks: Sequence[Task], say: Callable[[str], None]) -> dict[str, float]:
+    """Evaluate points side by side. Returns: the seconds of each."""
+    try:
+        names, outcome = worker.evaluate_together(tasks)
+    except OSError as error:
+        say(f"{len(tasks)} points not evaluated side by side: {error}")
+        return {}
+    if len(names) < 2:  # the others' experiments were recorded by an earlier run
+        return {}
+    if outcome.error is not None:
+        say(f"{len(names)} points not evaluated side by side: {outcome.error}")
+    else:
+        say(f"{len(names)} points evaluated side by side in {duration(outcome.seconds)}")
+    return dict.fromkeys(names, outcome.seconds / len(names))
 
 
 def evaluated_alike(plan: Plan) -> list[list[Point]]:
-    """The points to be run, together those of which the dense model's evaluation is the same."""
-    stages, groups = stages_of(plan.sweep.target), dict[str, list[Point]]()
+    """The points to be evaluated, together those of which the dense model's evaluation is the same, at most SIDE_BY_SIDE of them.
+
+    Neither those whose evaluation this clone has, nor two of the same, nor any that is alone.
+    """
+    stages, groups, known = stages_of(plan.sweep.target), dict[str, list[Point]](), set(plan.available)
     for point in plan.to_run:
-        groups.setdefault(keys(stages, point.params)[DENSE_STAGE], []).append(point)
-    return list(groups.values())
+        of_point = keys(stages, point.params)
+        if of_point[SPARSE_STAGE] not in known:
+            known.add(of_point[SPARSE_STAGE])
+            groups.setdefault(of_point[DENSE_STAGE], []).append(point)
+    parts = [group[start : start + SIDE_BY_SIDE] for group in groups.values() for start in range(0, len(group), SIDE_BY_SIDE)]
+    return [part for part in parts if len(part) > 1]

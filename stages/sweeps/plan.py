@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -50,7 +50,8 @@ class Plan:
     """What a sweep has to do.
 
     results: name of a point -> the experiment that has its result; there: that experiment's name. after: name of a point to be run -> the
-    points that compute stages which it shares, so that no stage runs twice. seconds: name of a point to be run -> of prune and evaluate,
+    points that compute stages which it shares, so that no stage runs twice. available: keys of stages whose results experiments of this
+    clone have, see pipeline.keys. seconds: name of a point to be run -> of prune and evaluate,
     as measured of the nearest point; None: nothing like it was measured.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     results: dict[str, Experiment]
     after: dict[str, frozenset[str]]
     seconds: dict[str, float | None]
+    available: frozenset[str] = frozenset()
 
     @property
     def there(self) -> dict[str, str]:
@@ -67,6 +69,11 @@ class Plan:
     @property
     def to_run(self) -> list[Point]:
         return [point for point in self.points if point.name not in self.results]
+
+    def part(self, points: Sequence[Point]) -> "Plan":
+        """The plan of some of the points to be run."""
+        names = {point.name for point in points}
+        return replace(self, points=tuple(points), results={}, after={name: self.after[name] & names for name in names})
 
     def waves(self) -> list[list[Point]]:
         """The points to be run, each in the first wave in which all that it waits for has been run."""
@@ -116,6 +123,7 @@ def plan(sweep: Sweep, experiments: Sequence[Experiment], revision: str = "HEAD"
         points=points,
         results=there,
         after=_after(to_run, stages, available),
+        available=frozenset(available),
         seconds={point.name: seconds.nearest(point.params) for point in to_run},
     )
 

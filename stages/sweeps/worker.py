@@ -5,6 +5,7 @@ stages' journals left off when it is run again on the same machine. This module 
 project nothing that imports torch: a cluster is sent the package.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,20 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 from dvc.config import Config
 
-from stages.files import locked
+from stages.files import SPARSE_JOURNAL, locked
 
 TAIL = 12  # lines of a log that tell why a point failed
 PAUSE = 1.0  # seconds between two looks at what still runs in a clone
 AUTHOR = {"user.name": "sweep", "user.email": "sweep@localhost"}  # of experiments, where git knows nobody
-PRUNED = "-pruned"  # after the name of a point, of the experiment in its clone that goes no further
+PRUNED = "-pruned"  # after the name of a point, of the experiment in its clone that goes no further, and of its log
+EVALUATED = "-evaluated"  # after the name of a point, of the log of it and others that are evaluated side by side
 BEFORE_EVALUATION = ("prune", "evaluate_dense")
 CREDENTIALS = re.compile(r"://[^/@\s]+@")  # in a URL
 
@@ -77,8 +79,9 @@ def run(task: Task) -> Outcome:
         _prepare(task, shell)
         _experiment(task, shell)
         _hand_over(task, shell)
+        shutil.rmtree(shell.clone)
 
-    return _outcome(task, whole, done=True)
+    return _outcome([task], whole)
 
 
 def prune(task: Task) -> Outcome:
@@ -87,43 +90,56 @@ def prune(task: Task) -> Outcome:
     def part(shell: _Shell) -> None:
         _prepare(task, shell)
         if not _is_recorded(task, shell):
-            shell(*_dvc(task, f"{task.name}{PRUNED}"), *BEFORE_EVALUATION)
+            name = f"{task.name}{PRUNED}"
+            shell.succeeds("git", "update-ref", "-d", _reference(task, name))  # of an earlier run, after which the workspace was another
+            shell(*_dvc(task, name), *BEFORE_EVALUATION)
 
-    return _outcome(task, part, done=False)
+    return _outcome([task], part, PRUNED)
 
 
-def evaluate_together(tasks: Sequence[Task]) -> Outcome | None:
+def evaluate_together(tasks: Sequence[Task]) -> tuple[list[str], Outcome]:
     """Evaluate what `prune` left of several points side by side; the journals of all then have what is found.
 
     Returns:
-        None where fewer than two are to be evaluated.
+        The names of those that were to be evaluated, and what came of it; nothing is done with fewer than two.
     """
-    waiting = [task for task in tasks if not _is_recorded(task, _Shell(_clone(task), sys.stdout, _environment(task)))]
-    if len(waiting) < 2:
-        return None
-    command = ("python", "-m", "stages.evaluate_together", *(str(_clone(task)) for task in waiting))
-    return _outcome(waiting[0], lambda shell: shell(*command), done=False)
+    waiting: list[str] = []
+
+    def part(shell: _Shell) -> None:
+        clones = [_clone(task) for task in tasks if _clone(task).is_dir() and not _is_recorded(task, replace(shell, clone=_clone(task)))]
+        waiting.extend(clone.name for clone in clones)
+        if len(clones) > 1:
+            replace(shell, clone=clones[0])("python", "-m", "stages.evaluate_together", *map(str, clones))
+
+    outcome = _outcome(tasks, part, EVALUATED)
+    return waiting, outcome
 
 
 def _clone(task: Task) -> Path:
     return Path(task.directory).expanduser().absolute() / task.name
 
 
-def _outcome(task: Task, work: Callable[["_Shell"], None], *, done: bool) -> Outcome:
-    """What comes of work in a point's clone. Args: done: whether clone and log are removed where it succeeds."""
-    started, clone = time.monotonic(), _clone(task)
-    log = clone.with_name(f"{task.name}.log")
+def _outcome(tasks: Sequence[Task], work: Callable[["_Shell"], None], what: str = "") -> Outcome:
+    """What comes of work in the first of several points' clones, where nothing else runs in any of them; its log stays if it fails.
+
+    Args:
+        what: after the point's name, of the log.
+    """
+    started, first = time.monotonic(), tasks[0]
+    clone = _clone(first)
+    log = clone.with_name(f"{first.name}{what}.log")
     clone.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(clone), log.open("w", encoding="utf8") as output:
+    with ExitStack() as stack:
+        for other in sorted(map(_clone, tasks)):
+            stack.enter_context(_alone(other))
+        output = stack.enter_context(log.open("w", encoding="utf8"))
         try:
-            work(_Shell(clone, output, _environment(task)))
+            work(_Shell(clone, output, _environment(first)))
         except CommandError as error:
-            return Outcome(name=task.name, error=str(error), stages=_executed(log), seconds=time.monotonic() - started)
+            return Outcome(name=first.name, error=str(error), stages=_executed(log), seconds=time.monotonic() - started)
         stages = _executed(log)
-        if done:
-            shutil.rmtree(clone)
-            log.unlink()
-    return Outcome(name=task.name, error=None, stages=stages, seconds=time.monotonic() - started)
+        log.unlink()
+    return Outcome(name=first.name, error=None, stages=stages, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True)
@@ -158,11 +174,26 @@ def _alone(clone: Path) -> Iterator[None]:
     file = clone.with_suffix(clone.suffix + ".lock")
     with locked(file, clone):
         try:
-            while _processes_in(clone):
+            while _processes_in(clone) or _is_locked(clone / SPARSE_JOURNAL):
                 time.sleep(PAUSE)
             yield
         finally:
             file.unlink(missing_ok=True)  # before the lock is released: who waits for it opens another
+
+
+def _is_locked(journal: Path) -> bool:
+    """Whether an evaluation, in whatever clone, writes in a journal."""
+    try:
+        descriptor = os.open(journal, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _processes_in(directory: Path) -> list[int]:
@@ -244,8 +275,9 @@ def _hand_over(task: Task, shell: _Shell) -> None:
     shell("git", "push", "-q", "--force", "origin", f"{reference}:{reference}")
 
 
-def _reference(task: Task) -> str:
-    return f"refs/exps/{task.revision[:2]}/{task.revision[2:]}/{task.name}"
+def _reference(task: Task, name: str | None = None) -> str:
+    """Of the point's experiment, or of one of another name in its clone."""
+    return f"refs/exps/{task.revision[:2]}/{task.revision[2:]}/{name or task.name}"
 
 
 def _executed(log: Path) -> tuple[str, ...]:

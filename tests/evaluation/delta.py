@@ -12,9 +12,12 @@ from tests.deltas import row
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def write(directory: Path, base: Checkpoint) -> SparseDelta:
+def write(directory: Path, base: Checkpoint, value: float | None = None) -> SparseDelta:
+    """Args: value: of every kept weight; None: they are the base's."""
     directory.mkdir(parents=True, exist_ok=True)
-    change = Change(mask=torch.rand(base.shape(UP), generator=torch.Generator().manual_seed(0)) > 0.5)
+    mask = torch.rand(base.shape(UP), generator=torch.Generator().manual_seed(0)) > 0.5
+    values = None if value is None else torch.full((int(mask.sum()),), value, dtype=torch.bfloat16)
+    change = Change(mask=mask, values=values)
     write_block(directory / "block-00001.safetensors", {UP: change}, base.fingerprint)
     sections = {name: {"name": name} for name in ("method", "allocation", "reconstruction", "prune")}
     recipe = Recipe(

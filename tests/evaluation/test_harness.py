@@ -110,6 +110,20 @@ def no_model() -> LM:
     raise AssertionError("a whole model is asked for")
 
 
+def test_a_streamed_model_that_cannot_be_scored_takes_no_scores_from_the_others(base, tmp_path):
+    def damaged(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        raise CheckpointError(f"{name}: damaged")
+
+    decoder = Decoder(base, torch.float32, CPU)
+    variants = {"damaged": damaged, "first": None, "second": None}
+    shared = SharedScores(StreamedModels(decoder=decoder, variants=variants, scratch=tmp_path), 2)
+    asked = [([5, 6, 7], 1), ([5, 8, 9, 10], 2)]
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="damaged"):
+            shared.of("damaged", asked)
+    assert shared.of("first", asked) == shared.of("second", asked) == SharedScores(models(base, None, tmp_path), 2).of("scored", asked)
+
+
 @pytest.mark.parametrize("bos", [tiny.NO_BOS, Bos(token=1, reason="a test")])
 def test_whole_texts_have_the_same_scores_streamed_window_by_window(base, tmp_path, bos):
     texts = [*tiny.sentences(2, seed=4, length=90), "lamp", ""]

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.whole_model import window_losses
 from stages.checkpoint.model import load_model
-from stages.errors import CheckpointError
+from stages.errors import SparsesweepError
 from stages.evaluation.metric import Corpus, window_means
 from stages.evaluation.metrics import METRICS
 from stages.evaluation.scoring import DENSE, StreamedModels
@@ -56,9 +56,11 @@ def test_a_model_does_not_diverge_from_itself(base, tmp_path):
     assert observed["same"]["of 24"]["kld"].abs().max() < 1e-6
 
 
-def test_a_loss_that_is_not_finite_is_refused(base, tmp_path):
-    def broken(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(tensor, 1e38) if name.endswith("down_proj.weight") else tensor
+def broken(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, 1e38) if name.endswith("down_proj.weight") else tensor
 
-    with pytest.raises((CheckpointError, Exception), match="found NaN or infinity|found nll"):
-        models(base, tmp_path, broken=broken).observe(corpora(24), [METRICS["perplexity"]])
+
+def test_a_loss_that_is_not_finite_is_refused_and_says_of_which_model_it_is(base, tmp_path):
+    with pytest.raises(SparsesweepError, match="block 0: found NaN or infinity") as raised:
+        models(base, tmp_path, whole=None, broken=broken).observe(corpora(24), [METRICS["perplexity"]])
+    assert raised.value.model == "broken"

@@ -62,6 +62,22 @@ def test_a_killed_sweep_goes_on_and_a_second_call_computes_nothing(worktree):
     assert "2 points: 2 there already, 0 to run" in output
 
 
+def test_a_killed_sweep_whose_points_were_pruned_together_goes_on(worktree):
+    points = worktree.write("pruned.yaml", SWEEP.replace("0.5, 0.6", "0.15, 0.25"))
+    worktree.held.touch()
+    sweep = worktree.sweep(points, "--together", STAND_IN_HOLDS="evaluate_sparse")
+    sweep.until(lambda: worktree.executing("evaluate_sparse"))
+    sweep.kill()
+    worktree.held.unlink()
+    code, output = worktree.sweep(points, "--together").finished()
+    assert code == 0, output
+    assert len(re.findall(r"^\d/2 pruned-\S+: pruned in \d+ s$", output, re.M)) == 2, output
+    assert len([name for name in worktree.experiments() if name.startswith("pruned-")]) == 2
+    code, output = worktree.sweep(points, "--together").finished()
+    assert code == 0
+    assert "pruned in" not in output
+
+
 def test_a_point_that_fails_is_named_with_its_reason_and_its_log_and_the_others_run(worktree):
     points = worktree.write("fails.yaml", SWEEP.replace("0.5, 0.6", "0.3, 0.4"))
     code, output = worktree.sweep(points, STAND_IN_FAILS="0.4").finished()
@@ -79,10 +95,13 @@ def test_points_that_cannot_be_evaluated_side_by_side_are_evaluated_each_alone_a
     code, output = worktree.sweep(points, "--together").finished()
     assert code == 0, output
     assert "2 points not evaluated side by side: python -m stages.evaluate_together exited with 1" in output
+    assert "artifacts/base" in output.split("exited with 1")[1].split("its log")[0]  # of which a stand-in has nothing
     for number in (1, 2):
-        came = output.split(f"{number}/2")[1].split("\n")[0]
+        (came,) = re.findall(rf"^{number}/2 together\S+: done in (.*)$", output, re.M)
         assert {"prune", "evaluate_sparse"} <= set(re.split(r"[ ,;]+", came)), came
-    assert not [path for path in (worktree.root / ".dvc/tmp/sweeps").glob("together-*")]
+    left = [path for path in (worktree.root / ".dvc/tmp/sweeps").glob("together-*")]
+    assert [path.suffix for path in left] == [".log"]
+    assert str(left[0]) in output
 
 
 # Sharing.
