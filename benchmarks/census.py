@@ -140,7 +140,9 @@ def counts(outcomes: dict[str, dict[str, Any]]) -> str:
 def summary(outcomes: dict[str, dict[str, Any]]) -> str:
     """Markdown: the counts, where the page is, and the types that are pruned."""
     how = "made by `make census` from small random checkpoints with each type's real configuration class"
-    types = f"<details><summary>The types that are pruned</summary>\n\n{listed(of_state(outcomes, 'pruned'))}\n\n</details>"
+    saved = "Of types such as `bart`, `bert`, `marian` or `whisper` this is the decoder saved by itself (`BartForCausalLM`, with "
+    saved += "`is_encoder_decoder: false`); the encoder-decoders and encoders that are published under these names are refused.\n\n"
+    types = f"{saved}<details><summary>The types that are pruned</summary>\n\n{listed(of_state(outcomes, 'pruned'))}\n\n</details>"
     return f"{counts(outcomes)}: [docs/census.md](docs/census.md), {how}.\n\n{types}"
 
 

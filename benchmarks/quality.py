@@ -274,7 +274,7 @@ def _notes(rows: Rows, model: Model) -> str:
     absent, old = missing(rows, model), sum(map(is_stale, rows.values()))
     more = f" and the {model.best} best at each pattern by their first seeds" if model.best else " and the leading ones"
     seeds = f"{len(SEEDS)} seeds for {', '.join(PUBLISHED)}{more}, one for others"
-    left = f"Planned: {seeds}; {len(absent)} of {len(due(rows, model))} points are not measured yet" if absent else seeds
+    left = f"Planned: {seeds}; {len(absent)} of {len(due(rows, model))} points are not measured yet, on both texts or on one" if absent else seeds
     devices = sorted({found["device"] for found in rows.values()})
     notes = [
         f"{model.label}; calibration of 32 windows of 512 C4 tokens, the same for every method; perplexity on {_on_texts(rows)}; on "
@@ -471,7 +471,7 @@ def full_table(rows: Rows) -> str:
     """Markdown: every cell with all its numbers and its command."""
     explained = f"{EXPLAINED} {unsteadiness(rows)}".strip()
     if shared := with_others(rows):
-        explained += f" {shared} Their command is that of benchmarks.on_gpu, not the one shown."
+        explained += f" {shared} The command of those measured on a GPU is that of benchmarks.on_gpu, not the one shown."
     lines = ["# Every cell of the leaderboard", "", "Written by `python -m benchmarks.quality`.", "", explained, ""]
     for model in MODELS:
         known_rows = of_model(rows, model)
@@ -484,7 +484,7 @@ def full_table(rows: Rows) -> str:
                 lines += [full_row(contender, pattern, cells, known) for contender, cells in found]
                 lines.append("")
         if absent := missing(known_rows, model):
-            lines += ["### Not measured yet", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
+            lines += ["### Not measured yet, on both texts or on one", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
     return "\n".join(lines)
 
 
