@@ -36,6 +36,7 @@ from stages.prune import code_sha256
 README, FULL, RESULTS = Path("README.md"), Path("benchmarks/QUALITY.md"), Path("benchmarks/quality.json")
 START, END = "<!-- quality: python -m benchmarks.quality -->", "<!-- end of quality -->"
 STALE = " †"
+UNMEASURED = "not measured yet, on both texts or on one"
 FIRST = TEXTS[0]  # by which rows are ordered
 COSTS = ("seconds", "peak_memory_gib")  # of a row, unless it was measured with others (benchmarks.on_gpu) or other work at once
 
@@ -274,7 +275,7 @@ def _notes(rows: Rows, model: Model) -> str:
     absent, old = missing(rows, model), sum(map(is_stale, rows.values()))
     more = f" and the {model.best} best at each pattern by their first seeds" if model.best else " and the leading ones"
     seeds = f"{len(SEEDS)} seeds for {', '.join(PUBLISHED)}{more}, one for others"
-    left = f"Planned: {seeds}; {len(absent)} of {len(due(rows, model))} points are not measured yet, on both texts or on one" if absent else seeds
+    left = f"Planned: {seeds}; {len(absent)} of {len(due(rows, model))} points are {UNMEASURED}" if absent else seeds
     devices = sorted({found["device"] for found in rows.values()})
     notes = [
         f"{model.label}; calibration of 32 windows of 512 C4 tokens, the same for every method; perplexity on {_on_texts(rows)}; on "
@@ -484,7 +485,8 @@ def full_table(rows: Rows) -> str:
                 lines += [full_row(contender, pattern, cells, known) for contender, cells in found]
                 lines.append("")
         if absent := missing(known_rows, model):
-            lines += ["### Not measured yet, on both texts or on one", "", *(f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent), ""]
+            left = (f"- {point.contender}, {point.pattern}, seed {point.seed}" for point in absent)
+            lines += [f"### {UNMEASURED.capitalize()}", "", *left, ""]
     return "\n".join(lines)
 
 

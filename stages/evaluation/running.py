@@ -1,5 +1,6 @@
 """Run one model, or several side by side, over the windows of the corpora, the tasks and the prompts of an evaluation."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,8 @@ def score_together(setup: Setup, models: Mapping[str, tuple[Apply, Journal]], ke
         except SparsesweepError as error:
             failed[name] = error.with_traceback(None)
         kept()
+        del load
+        gc.collect()  # of a whole model, before the next is loaded
 
     if setup.evaluation.streamed:  # what all are asked at once is kept of all before a whole model is loaded
         for name in waiting:

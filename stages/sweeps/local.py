@@ -1,5 +1,6 @@
 """Run a sweep on this machine, several points at once if asked; each point in a clone of its own, all with this clone's cache."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -187,5 +188,10 @@ def evaluated_alike(plan: Plan) -> list[list[Point]]:
         if of_point[SPARSE_STAGE] not in known:
             known.add(of_point[SPARSE_STAGE])
             groups.setdefault(of_point[DENSE_STAGE], []).append(point)
-    parts = [group[start : start + SIDE_BY_SIDE] for group in groups.values() for start in range(0, len(group), SIDE_BY_SIDE)]
-    return [part for part in parts if len(part) > 1]
+    return [part for group in groups.values() for part in _parts(group) if len(part) > 1]
+
+
+def _parts(group: list[Point]) -> list[list[Point]]:
+    """As few as there can be, as even as can be."""
+    number = math.ceil(len(group) / SIDE_BY_SIDE)
+    return [group[index::number] for index in range(number)]

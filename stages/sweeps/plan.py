@@ -51,8 +51,8 @@ class Plan:
 
     results: name of a point -> the experiment that has its result; there: that experiment's name. after: name of a point to be run -> the
     points that compute stages which it shares, so that no stage runs twice. available: keys of stages whose results experiments of this
-    clone have, see pipeline.keys. seconds: name of a point to be run -> of prune and evaluate,
-    as measured of the nearest point; None: nothing like it was measured.
+    clone have, see pipeline.keys. seconds: name of a point to be run -> of prune and evaluate, as measured of the nearest point; None:
+    nothing like it was measured.
     """
 
     sweep: Sweep

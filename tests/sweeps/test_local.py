@@ -11,8 +11,9 @@ import yaml
 from stages import sweep
 from stages.errors import ConfigError
 from stages.sweeps import command, local
-from stages.sweeps.file import Resources
-from stages.sweeps.plan import Plan, Point
+from stages.sweeps.file import Resources, read_sweep
+from stages.sweeps.pipeline import keys, stages_of
+from stages.sweeps.plan import Plan, Point, points_of
 
 SWEEP = "overrides: [evaluation=sweep]\ngrid: {pattern.sparsity: [0.5, 0.6]}\n"
 
@@ -102,6 +103,21 @@ def test_points_that_cannot_be_evaluated_side_by_side_are_evaluated_each_alone_a
     left = [path for path in (worktree.root / ".dvc/tmp/sweeps").glob("together-*")]
     assert [path.suffix for path in left] == [".log"]
     assert str(left[0]) in output
+
+
+def test_points_of_one_evaluation_are_evaluated_together_in_even_parts_and_none_that_is_known_twice_or_alone(tmp_path):
+    path, sparsities = tmp_path / "many.yaml", [round(0.3 + number / 50, 2) for number in range(18)]
+    alone, same = "[evaluation=sweep, pattern.sparsity=0.5]", "[publish.name=other, pattern.sparsity=0.5]"
+    listed = [alone, same, *(f"[pattern.sparsity={sparsity}]" for sparsity in sparsities)]
+    path.write_text(f"target: publish\npoints: [{', '.join(listed)}]\n")
+    sweep = read_sweep(path)
+    points = points_of(sweep)
+    assert len(points) == len(listed)
+    known = keys(stages_of("publish"), points[2].params)["evaluate_sparse"]
+    made = Plan(sweep=sweep, points=points, results={}, after={}, seconds={}, available=frozenset({known}))
+    groups = local.evaluated_alike(made)
+    assert [len(group) for group in groups] == [9, 8]
+    assert {point.index for group in groups for point in group} == set(range(1, 20)) - {2, 2 + sparsities.index(0.5)}
 
 
 # Sharing.
