@@ -19,7 +19,7 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError, ConfigError, TextError
 from stages.evaluation import questions, running, setup
 from stages.evaluation.harness import WholeModel
-from stages.evaluation.questions import SEED, STOCK
+from stages.evaluation.questions import STOCK
 from stages.evaluation.section import Generations
 from stages.files import read_json
 from stages.rows import Rows
@@ -76,8 +76,7 @@ def scored_by_lm_eval(root: Path, names: list[str], manager: TaskManager, **opti
     base = Checkpoint(root / "artifacts/base")
     model = load_model(base, None, dtype=torch.float32, device=torch.device("cpu"))
     whole = WholeModel(tiny.NO_BOS, pretrained=model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=base.context_length)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), SEED)
-    return simple_evaluate(model=whole, tasks=names, task_manager=manager, bootstrap_iters=0, limit=3, **seeds, **options)
+    return simple_evaluate(model=whole, tasks=names, task_manager=manager, bootstrap_iters=0, limit=3, **options)
 
 
 def own_managers(root: Path) -> TaskManager:

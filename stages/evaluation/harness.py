@@ -18,7 +18,7 @@ from stages.checkpoint.tokens import require_requests
 from stages.errors import CheckpointError, TextError
 from stages.evaluation.bootstrap import RESAMPLES, Items, bootstrap_error
 from stages.evaluation.encoding import encode
-from stages.evaluation.questions import BROKEN, KEY, SEED, Questions, all_requests, grouped, is_mean, metric_name, words_of
+from stages.evaluation.questions import BROKEN, KEY, Questions, all_requests, grouped, is_mean, metric_name, seed_as_lm_eval, words_of
 from stages.evaluation.results import Answers
 from stages.evaluation.shared_prefix import SharedPrefixes
 from stages.evaluation.statistics import numbered
@@ -85,7 +85,7 @@ def ask(model: LM, questions: Sequence[Questions]) -> None:
     Args:
         model: a WholeModel or a StreamedHarness.
     """
-    torch.manual_seed(SEED)  # for tasks that sample their answers
+    seed_as_lm_eval()
     for instance in (instance for each in questions for instance in each.instances):
         instance.resps, instance.filtered_resps = [], {}
     for kind, instances in all_requests(questions):

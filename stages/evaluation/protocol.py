@@ -47,6 +47,7 @@ class TaskProtocol:
     cut: number of rows that are longer than the model's context and lose their beginning.
     available: number of rows that there are to score; None: not known. asked: number of rows asked for; None: all.
     parts: number of lm-eval's tasks that it is made of. context: of the model [tokens], for `cut`; None: not known.
+    requests_sha256: of all that the model is asked and of the right answers; "": not known, of results of earlier code.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class TaskProtocol:
     asked: int | None = None
     parts: int = 1
     context: int | None = None
+    requests_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

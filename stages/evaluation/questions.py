@@ -3,7 +3,10 @@
 A task is a small YAML that includes lm-eval's own definition and replaces its data source.
 """
 
+import hashlib
+import json
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import numpy
+import torch
 import yaml
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from stages.checkpoint.tokens import require_embedded
@@ -34,7 +40,6 @@ log = logging.getLogger(__name__)
 
 KEY = "evaluation.tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
-SEED = 0
 GENERATES = "generate_until"  # lm-eval's output type of tasks whose answers are generated
 CHOOSES = "multiple_choice"  # and of those that choose one of several
 SHARED_COLUMNS = ("passage", "context", "article", "story", "paragraph", "document")
@@ -134,7 +139,25 @@ class Questions:
             asked=None if self.limit is None else self.limit * len(tasks),
             parts=len(tasks),
             context=self.context,
+            requests_sha256=requests_sha256(self.tasks),
         )
+
+
+def requests_sha256(tasks: Mapping[str, ConfigurableTask]) -> str:
+    """Hash of all that tasks ask a model, in order, and of the answers that are right: what some of them draw at random is in no file."""
+    facts = [
+        [name, instance.doc_id, instance.idx, instance.request_type, instance.args, task.doc_to_target(instance.doc)]
+        for name, task in tasks.items()
+        for instance in task.instances
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def seed_as_lm_eval() -> None:
+    """Start all generators that tasks draw from as lm-eval does: some shuffle the choices of answers, or sample answers."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    numpy.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
+    torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
 def shared_texts(rows: Sequence[Mapping[str, Any]]) -> Sequence[Hashable]:
@@ -265,19 +288,20 @@ class Asking:
     scratch: Path
 
     def build(self, source: Source, style: str) -> Questions:
-        """Make all requests of a task in a style, and check their tokens.
+        """Make all requests of a task in a style, and check their tokens; the same in every process, whatever it asked before.
 
         Raises:
             ConfigError: a task asks for what cannot be done here; or its definition cannot be read.
             TextError: a row cannot be asked; names task and row. CheckpointError: a token is beyond the base's embedding.
         """
+        seed_as_lm_eval()
         tasks = self._load(source, style)
         available = sum(len(task.eval_docs) for task in tasks.values()) if source.available is None else source.available
         context = self.encoder.max_length
         questions = Questions(source=source, style=style, limit=self.limit, tasks=tasks, available=available, context=context)
         for name, task in tasks.items():
             self._require_possible(name, task)
-            self._require_examples(name, task)
+            self._require_examples(name, task, style)
             self._make_requests(name, task, style)
             require_answers(name, task, self.limit)
             longest = self._checked(name, task, questions.cut.setdefault(name, set()))
@@ -308,14 +332,17 @@ class Asking:
                 task.set_config("num_fewshot", asked)
             elif task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(SEED)
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         return loaded
 
     def _require_possible(self, name: str, task: ConfigurableTask) -> None:
         if task.OUTPUT_TYPE == GENERATES and (bound := new_tokens(task.config.generation_kwargs)) >= self.encoder.max_length:
             raise ConfigError(f"{KEY}: {name} generates {bound} tokens, wanted fewer than the model's context of {self.encoder.max_length}")
 
-    def _require_examples(self, name: str, task: ConfigurableTask) -> None:
+    def _require_examples(self, name: str, task: ConfigurableTask, style: str) -> None:
+        if style == Style.FEW_SHOT and not task.get_config("num_fewshot"):
+            words = f"wanted tasks with examples in the style {style}; leave out the task or the style"
+            raise ConfigError(f"{KEY}: found {name}, whose definition says num_fewshot: 0, {words}")
         wanted, found = int(task.get_config("num_fewshot")), len(task.sampler.df) if hasattr(task, "sampler") else 0
         if wanted > found:
             raise ConfigError(f"{KEY}: {name}: found {found} rows for examples, wanted {wanted}")
@@ -362,7 +389,7 @@ class Asking:
                 raise TextError(
                     f"{where}: found an answer of {len(scored)} tokens, wanted at most the context of {self.encoder.max_length}"
                 )
-            if not (context or scored):
+            if not (context or (scored and instance.request_type == "loglikelihood_rolling")):
                 raise TextError(f"{where}: found a prompt without a token, wanted at least one to continue")
             generated = 0 if limit is None else max(0, self.encoder.max_length - limit)
             highest, longest = max(highest, *context, *scored), max(longest, len(context) + len(scored) + generated)

@@ -38,7 +38,11 @@ def write_eval_results(directory: Path, records: Records, scored: Sequence[Measu
         if one is None:
             continue
         error = "not known" if one.stderr is None else f"{100 * one.stderr:.2f}"
-        notes = f"{row['metric']} in percent, standard error {error}, {limits.rows_of(facts)}, lm-eval {records.run['versions']['lm-eval']}"
+        shots = facts["few_shot"]
+        asked = f"{limits.rows_of(facts)}, {shots if isinstance(shots, int) else 'task by task'} few-shot"
+        if facts.get("cut"):
+            asked += f", {facts['cut']} of them longer than the model's context and without their beginning"
+        notes = f"{row['metric']} in percent, standard error {error}, {asked}, lm-eval {records.run['versions']['lm-eval']}"
         entry = EvalResultEntry(dataset_id=known[0], task_id=known[1], value=round(100 * one.value, 2), notes=notes)
         path = directory / EVAL_RESULTS_FOLDER / f"{row['task']}.yaml"
         path.parent.mkdir(exist_ok=True)

@@ -15,6 +15,19 @@ from stages.rows import Row
 from tests import tiny
 
 
+def asking(
+    scratch: Path, *, tokenizer: PreTrainedTokenizerBase | None = None, bos: Bos = tiny.NO_BOS, embedding_rows: int | None = None
+) -> Asking:
+    return Asking(
+        encoder=Encoder(tiny.tokenizer() if tokenizer is None else tokenizer, bos, 512),
+        limit=None,
+        examples=2,
+        system_prompt="Be brief.",
+        embedding_rows=embedding_rows,
+        scratch=scratch,
+    )
+
+
 def questions(
     rows: dict[str, list[Row]],
     scratch: Path,
@@ -27,18 +40,10 @@ def questions(
     embedding_rows: int | None = None,
 ) -> list[Questions]:
     """The questions of this project's tasks on some rows."""
-    encoder = Encoder(tiny.tokenizer() if tokenizer is None else tokenizer, bos, 512)
-    asking = Asking(
-        encoder=encoder,
-        limit=None,
-        examples=2,
-        system_prompt="Be brief.",
-        embedding_rows=embedding_rows,
-        scratch=scratch,
-    )
     shown = examples or {}
+    asked = asking(scratch, tokenizer=tokenizer, bos=bos, embedding_rows=embedding_rows)
     return [
-        asking.build(embedded_source(TASKS[name], of, shown.get(name, []), few_shot=few_shot, sha256="", scratch=scratch), style)
+        asked.build(embedded_source(TASKS[name], of, shown.get(name, []), few_shot=few_shot, sha256="", scratch=scratch), style)
         for name, of in rows.items()
     ]
 

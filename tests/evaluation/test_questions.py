@@ -1,13 +1,16 @@
 """The requests of tasks, built without a model."""
 
+import random
+from pathlib import Path
+
 import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from stages.errors import ConfigError
-from stages.evaluation.questions import STOCK, metric_name, shared_texts
+from stages.errors import ConfigError, TextError
+from stages.evaluation.questions import STOCK, Questions, Source, _replaced, metric_name, shared_texts
 from tests import tiny
-from tests.evaluation.asking import questions
+from tests.evaluation.asking import asking, questions
 from tests.evaluation.rows import GOOD
 
 SUBJECTS = ("anatomy", "high_school_physics")
@@ -43,7 +46,7 @@ def test_prompts_of_mmlu_are_those_of_lm_evals_own_tasks(tmp_path, few_shot):
         }
         task = ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
         task.set_config("num_fewshot", few_shot)
-        task.set_fewshot_seed(0)
+        task.set_fewshot_seed(1234)
         task.build_all_requests()
         theirs[f"mmlu_{subject}"] = task
     assert prompts(ours.tasks) == prompts(theirs)
@@ -51,6 +54,58 @@ def test_prompts_of_mmlu_are_those_of_lm_evals_own_tasks(tmp_path, few_shot):
     assert first.startswith("The following are multiple choice questions (with answers) about anatomy.\n\n")
     assert first.count("Answer:") == few_shot + 1
     assert ours.protocol().few_shot == few_shot
+
+
+WRONG = {f"Incorrect Answer {number}": f"wrong {number}" for number in (1, 2, 3)}
+GPQA = [{"Question": f"which {number}", "Correct Answer": f"right {number}", **WRONG} for number in range(12)]
+
+
+def gpqa(scratch: Path, style: str = "raw") -> Questions:
+    """A task that shuffles the choices of its answers."""
+    scratch.mkdir()
+    rows = {"train": tiny.write_lines(scratch / "rows.jsonl", GPQA)}
+    definition = _replaced(STOCK / "gpqa/zeroshot/gpqa_diamond_zeroshot.yaml", "json", rows, scratch)
+    source = Source(
+        name="gpqa",
+        tasks={"gpqa": definition},
+        documents={"gpqa": None},
+        few_shot=None,
+        metrics=None,
+        aggregated={},
+        is_group=False,
+        sha256="",
+        source="here",
+    )
+    return asking(scratch).build(source, style)
+
+
+def test_a_task_that_shuffles_asks_the_same_in_every_process(tmp_path):
+    asked = []
+    for drawn in (1, 2):
+        random.seed(drawn)
+        asked.append(gpqa(tmp_path / str(drawn)))
+    first, second = asked
+    assert prompts(first.tasks) == prompts(second.tasks)
+    assert first.protocol() == second.protocol()
+    letters = {task.doc_to_target(instance.doc) for task in first.tasks.values() for instance in task.instances}
+    assert len(letters) > 1  # it did shuffle
+
+
+def test_other_requests_are_another_protocol(tmp_path):
+    asked = gpqa(tmp_path / "asked")
+    before = asked.protocol()
+    asked.instances[0].doc["answer"] = "another"
+    assert asked.protocol() != before
+
+
+def test_a_task_that_has_no_examples_is_refused_in_the_style_of_examples(tmp_path):
+    with pytest.raises(ConfigError, match="found gpqa, whose definition says num_fewshot: 0, wanted tasks with examples"):
+        gpqa(tmp_path / "asked", "few_shot")
+
+
+def test_a_prompt_that_leaves_no_token_before_its_answer_is_refused(tmp_path):
+    with pytest.raises(TextError, match="row 1: found a prompt without a token, wanted at least one to continue"):
+        questions({"lambada": [{**GOOD["lambada"], "text": "  lamp"}]}, tmp_path)
 
 
 def test_examples_come_before_the_question_in_the_order_of_their_rows(tmp_path):

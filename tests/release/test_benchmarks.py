@@ -20,7 +20,15 @@ def test_a_benchmark_that_was_scored_whole_is_an_entry_that_the_client_reads(tmp
     (file,) = (tmp_path / ".eval_results").iterdir()  # boolq has no leaderboard
     (entry,) = parse_eval_result_entries(yaml.safe_load(file.read_text()))
     assert (file.name, entry.dataset_id, entry.task_id, entry.value) == ("gsm8k.yaml", "openai/gsm8k", "gsm8k", 25.0)
-    assert entry.notes == "exact_match in percent, standard error 1.25, all 1,319 rows, lm-eval 0.4.13"
+    assert entry.notes == "exact_match in percent, standard error 1.25, all 1,319 rows, 5 few-shot, lm-eval 0.4.13"
+
+
+def test_an_entry_says_of_rows_that_were_cut(tmp_path):
+    cut = records(1319)
+    cut.protocol["tasks"]["gsm8k"]["cut"] = 7
+    write_eval_results(tmp_path, cut, cut.sparse)
+    (entry,) = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results/gsm8k.yaml").read_text()))
+    assert "5 few-shot, 7 of them longer than the model's context and without their beginning, lm-eval" in entry.notes
 
 
 def test_the_score_is_that_of_the_weights_that_are_released(tmp_path):
