@@ -50,7 +50,7 @@ from stages.pruning.plan import Plan
 from stages.pruning.planning import Judgement, allocate, plan_patterns
 from stages.pruning.reconstructions import RECONSTRUCTIONS
 from stages.pruning.section import ANY_MACHINE, Kept, Propagation, Prune
-from stages.pruning.windows import calibration_windows, micro_batch, stream_of
+from stages.pruning.windows import calibration_windows, micro_batch, stream_of, windows_of_sources
 from stages.recipe import Recipe
 from stages.streaming.decoder import Decoder
 from stages.streaming.stream import GPU_SHARE, Stream
@@ -96,7 +96,7 @@ def main(method: Method, pattern: PatternSection, allocation: Any, reconstructio
         budget = host_budget(decoder, plan, allocation, prune.memory_budget, tokens=batch * windows.shape[1])
         kept_inputs = inputs_kept(decoder, plan, prune, facts)
         make_stream = partial(stream_of, decoder, batch=batch, budget=budget, gpu_share=GPU_SHARE / (plan.streams + any(decoder.reused)))
-        plan, judgement = allocate(plan, decoder, allocation, pattern, windows, held_out, make_stream, journal)
+        plan, judgement = allocate(plan, decoder, allocation, pattern, windows, held_out, make_stream, journal, windows_of_sources())
         if judgement is not None:
             log_judgement(allocation.name, judgement)
             recipe = replace(recipe, label=label(method, pattern, allocation, reconstruction, prune, taken=judgement.taken))

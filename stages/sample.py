@@ -5,6 +5,7 @@ python -m stages.sample
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -89,7 +90,7 @@ def sample(sampler: Sampler, documents: Documents, calibration: Calibration, num
 
 
 def split(draw_windows: Callable[[int], list[Window]], count: int, held_out: int) -> tuple[list[Window], list[Window]]:
-    """Draw windows, and windows held out, these from other documents as far as the corpus has them.
+    """Draw windows, and windows held out, these from other documents, or of other tokens, as far as the corpus has them.
 
     Args:
         draw_windows: draws as many windows as it is asked for; the first are the same for every number.
@@ -104,9 +105,21 @@ def split(draw_windows: Callable[[int], list[Window]], count: int, held_out: int
     except (CalibrationError, TextError):  # a corpus that has no more
         windows = draw_windows(count + held_out)
     fitted, candidates = windows[:count], windows[count:]
-    known = {document for window in fitted for document, _, _ in window.spans}
-    candidates.sort(key=lambda window: any(document in known for document, _, _ in window.spans))  # stable: the first that share none
-    return fitted, candidates[:held_out]
+    taken: dict[int, set[int]] = defaultdict(set)
+    for document, offset, number in (span for window in fitted for span in window.spans):
+        taken[document].update(range(offset, offset + number))
+
+    def shared(window: Window) -> tuple[bool, int]:
+        """Whether it has a document that is calibrated on, and how many tokens."""
+        spans = [span for span in window.spans if span[0] in taken]
+        return bool(spans), sum(len(taken[document].intersection(range(offset, offset + number))) for document, offset, number in spans)
+
+    others = sorted(candidates, key=shared)[:held_out]  # stable: the first that share none
+    repeated, tokens = sum(shared(window)[1] for window in others), sum(len(window.tokens) for window in others)
+    if repeated:
+        words = "calibration.held_out: found %d of %d tokens in the windows that are calibrated on, too, wanted none: bring more text"
+        log.warning(words, repeated, tokens)
+    return fitted, others
 
 
 class Drawn(NamedTuple):

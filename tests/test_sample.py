@@ -188,3 +188,14 @@ def test_where_no_other_documents_are_left_windows_held_out_are_others_of_the_sa
     drawn = sample.draw(calibration(windows=3, held_out=2), tiny.tokenizer(), tiny.NO_BOS)["pages"]
     assert len(drawn.held_out) == 2
     assert not any(window in drawn.windows for window in drawn.held_out)
+
+
+def test_windows_held_out_are_those_that_repeat_the_fewest_tokens_and_what_they_repeat_is_said(caplog):
+    offsets = [0, 40, 36, 10, 90, 78, 45, 30, 39]  # of windows of 10 tokens of one document
+    drawn = [Window(tokens=list(range(offset, offset + 10)), spans=[(0, offset, 10)], starts=[0]) for offset in offsets]
+    fitted, held_out = sample.split(lambda number: drawn[:number], 2, 5)
+    assert [window.spans[0][1] for window in fitted] == [0, 40]
+    assert [window.spans[0][1] for window in held_out] == [10, 90, 78, 30, 45]
+    assert caplog.messages == [
+        "calibration.held_out: found 5 of 50 tokens in the windows that are calibrated on, too, wanted none: bring more text"
+    ]

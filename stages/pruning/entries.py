@@ -102,12 +102,21 @@ class DenseModel:
     """What an allocation measures on, before any block is pruned.
 
     windows: [windows, tokens], int64, the calibration windows. stream: makes a stream of some of them, before the first block.
+    sources: number of windows of each source, in order; none: all are of one.
     """
 
     decoder: "Decoder"
     windows: torch.Tensor
     stream: Callable[[torch.Tensor], "Stream"]
     comparison_group: ComparisonGroup
+    sources: tuple[int, ...] = ()
+
+    def first(self, number: int) -> torch.Tensor:
+        """At least so many windows, if there are as many: the first of every source, in proportion to its windows."""
+        if len(self.sources) < 2:
+            return self.windows[:number]
+        parts = self.windows.split(self.sources)
+        return torch.cat([part[: -(-number * len(part) // len(self.windows))] for part in parts])
 
 
 Evidence: TypeAlias = dict[str, torch.Tensor]

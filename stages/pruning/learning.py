@@ -38,14 +38,16 @@ def balance(weight: torch.Tensor) -> Scales:
         weight: [rows, columns], float32, finite.
 
     Returns:
-        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. A row or a column of zeros has the geometric mean of
-        the other scales.
+        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. Means are over the entries that are not zero:
+        with few of them in a row, less than columns / rows, no scales would make the mean over all of its entries 1. A row or a column of
+        zeros has the geometric mean of the other scales.
     """
     squares = weight.square()
+    in_row, in_column = (squares.count_nonzero(dim=dim).clamp(min=1) for dim in (1, 0))
     rows, columns = squares.new_ones(len(weight), 1), squares.new_ones(1, weight.shape[1])
     for _ in range(ITERATIONS):
-        rows = _or_one(squares @ columns.reciprocal().T / weight.shape[1])
-        means = rows.reciprocal().T @ squares / len(weight)
+        rows = _or_one(squares @ columns.reciprocal().T / in_row[:, None])
+        means = rows.reciprocal().T @ squares / in_column
         done = ((means / columns - 1).abs() <= BALANCED) | (means == 0)
         columns = _or_one(means)
         if done.all():

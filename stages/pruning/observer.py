@@ -5,7 +5,7 @@ Linear layers are observed by hooks, experts as in experts.py; both pass their i
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from math import gcd
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from stages.streaming.calls import block_outputs
 from stages.streaming.stream import Stream
 
 T = TypeVar("T")
+NEIGHBOURS = 16  # strides from a sample to those that may lie near it in the window
 
 
 class LastInputRead(Exception):
@@ -208,20 +209,34 @@ def observe(
     stream: Stream, block: nn.Module, layers: list[Layer], statistic: Callable[[int, torch.device], S], sampled: int = 1
 ) -> Observer[S]:
     """Make an observer of some layers of a loaded block for a stream's windows; see Observer."""
-    length = stream.shape[1]
-    return Observer(block, layers, statistic, stream.all_windows * length, sampled, stream.first_window * length)
+    sample = even_sample(stream, sampled)
+    return Observer(block, layers, statistic, sample.stride * sampled, sampled, sample.first_token)
 
 
 def even_sample(stream: Stream, sampled: int) -> EvenSample:
-    """About `sampled` of the tokens that all processes together run through a block, from this process's first on."""
+    """About `sampled` of the tokens that all processes together run through a block, from this process's first on, at all positions."""
     length = stream.shape[1]
-    return EvenSample(max(1, stream.all_windows * length // sampled), stream.first_window * length)
+    return EvenSample(_stride(stream.all_windows, length, sampled), stream.first_window * length)
 
 
 def even_sample_of_held_out(stream: Stream, sampled: int) -> EvenSample:
     """About `sampled` of the tokens of the windows held out, from the first on, at all places in a window."""
-    length = stream.shape[1]
-    stride = max(1, len(stream.held_out) * length * world_size() // sampled)
-    while gcd(stride, length) > 1:  # else the first token of every window, which has enormous activations, is one of them
-        stride += 1
-    return EvenSample(stride, 0)
+    return EvenSample(_stride(len(stream.held_out) * world_size(), stream.shape[1], sampled), 0)
+
+
+@cache
+def _stride(windows: int, length: int, sampled: int) -> int:
+    """Tokens from one that is sampled to the next, at least so many as leave `sampled` of them.
+
+    It has no divisor in common with the length, else the first token of every window, which has enormous activations, were one of them;
+    and a few strides, by which samples come to positions near each other, move on by as much as covers the window.
+    """
+    least = max(1, windows * length // sampled)
+    first, *others = (stride for stride in range(least, least + max(length, least // 10) + 1) if gcd(stride, length) == 1)
+    number = windows * length // least
+
+    def covers(stride: int) -> bool:
+        steps = (times * stride % length for times in range(1, min(NEIGHBOURS, number) + 1))
+        return all(min(step, length - step) * number >= length for step in steps)
+
+    return next((stride for stride in (first, *others) if stride <= 1.1 * least and covers(stride)), first)

@@ -79,6 +79,7 @@ def allocate(
     held_out: torch.Tensor,
     stream: Callable[..., Stream],
     journal: Journal,
+    sources: tuple[int, ...] = (),
 ) -> tuple[Plan, Judgement | None]:
     """Give every matrix a sparsity of its own, so that all together have the pattern's, to the weight.
 
@@ -86,7 +87,7 @@ def allocate(
 
     Args:
         section: `allocation`.
-        pattern: the section; its sparsity is what all matrices together must have. windows, stream: see entries.DenseModel.
+        pattern: the section; its sparsity is what all matrices together must have. windows, stream, sources: see entries.DenseModel.
         held_out: [windows, tokens], int64, at least one.
         journal: keeps what is measured.
 
@@ -108,7 +109,8 @@ def allocate(
         bounds_of_counts(sizes, budget, section.lowest, section.highest)
     except ValueError as error:
         raise ConfigError(f"allocation: {error}") from None
-    dense = DenseModel(decoder=decoder, windows=windows, stream=stream, comparison_group=target.comparison_group)
+    group = target.comparison_group
+    dense = DenseModel(decoder=decoder, windows=windows, stream=stream, comparison_group=group, sources=sources)
 
     def candidate(counts: list[int], row_costs: Evidence) -> Candidate:
         shares = {matrix.name: Fraction(count, matrix.size) for matrix, count in zip(matrices, counts, strict=True)}

@@ -69,10 +69,16 @@ def with_shrinkage(weights: list[torch.Tensor], statistic: Gram, method: Method,
     if not len(held_out):
         return damped_by(estimated_share(statistic, method))
     rows = [weight[:: -(-len(weight) // ROWS)] for weight in weights]
+    sizes = [size if size > 0 else 1.0 for size in (squared_norm(held_out @ weight.T) for weight in rows)]
 
     def error(candidate: Method) -> float:
+        """Of all matrices, each relative to its own outputs, so that the scale of none decides."""
         outcomes = zip(rows, prune_matrices(rows, statistic, candidate, patterns), strict=True)
-        kept = ((weight, weight * pruned.mask if pruned.values is None else pruned.values) for weight, pruned in outcomes)
-        return sum((held_out @ (weight - values).T).double().square().sum().item() for weight, values in kept)
+        kept = (weight - (weight * pruned.mask if pruned.values is None else pruned.values) for weight, pruned in outcomes)
+        return sum(squared_norm(held_out @ lost.T) / size for lost, size in zip(kept, sizes, strict=True))
 
     return min(map(damped_by, shares(statistic, method)), key=error)
+
+
+def squared_norm(outputs: torch.Tensor) -> float:
+    return outputs.double().square().sum().item()

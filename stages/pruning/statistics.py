@@ -241,7 +241,7 @@ class Gram:
         """
         damped, smallest = self.finite().clone(), DEAD_DIAGONAL * self.value.diagonal().mean()
         diagonal = damped.diagonal()
-        diagonal.mul_(1 + damping).clamp_min_(smallest if smallest > 0 else 1)
+        diagonal.mul_(1 + damping)[self.dead] = smallest if smallest > 0 else 1
         return damped
 
 

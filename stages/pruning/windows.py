@@ -39,6 +39,12 @@ def calibration_windows(base: Checkpoint) -> tuple[torch.Tensor, torch.Tensor, s
     return tensors["windows"], tensors["held_out"], actual
 
 
+def windows_of_sources() -> tuple[int, ...]:
+    """How many of the windows to calibrate on each source has, in their order."""
+    sources = read_json(CALIBRATION / "provenance.json").get("sources", {})
+    return tuple(len(source["windows"]) for source in sources.values())
+
+
 def micro_batch(tokens: int, device: torch.device, asked: int | None) -> int:
     """Windows per forward pass.
 

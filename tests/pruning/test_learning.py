@@ -60,6 +60,19 @@ def test_rows_and_columns_of_zeros_have_the_mean_scale_and_harm_no_other():
     torch.testing.assert_close(products, products[0, 0].expand(4, 7), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("left", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_row_that_was_pruned_before_and_has_hardly_a_weight_harms_no_other(left, transposed):
+    holed = weight(24, 64)
+    holed[3, left:] = 0
+    scales = balance(holed.T if transposed else holed)
+    assert all(scale.min() > 0.2 and scale.max() < 5 for scale in scales)
+    balanced = ((holed.T if transposed else holed) / scales[0] / scales[1]).square()
+    for dim in (0, 1):
+        means = balanced.sum(dim=dim) / (balanced > 0).sum(dim=dim)
+        torch.testing.assert_close(means, torch.ones_like(means), rtol=1e-2, atol=0)
+
+
 BOTH = (0.5, 2.0)
 
 

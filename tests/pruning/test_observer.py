@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from stages.errors import PruningError
-from stages.pruning.observer import Observer
+from stages.pruning.observer import Observer, even_sample
 from stages.pruning.statistics import SquaredNorm
 from stages.streaming.architecture import Layer
 
@@ -45,6 +47,16 @@ def test_the_sample_is_every_third_token_whatever_the_micro_batch(batch):
     for windows in HIDDEN.split(batch):
         observer.run(windows, block)
     assert torch.equal(observer.finish(None)[0].sampled(), HIDDEN.view(30, 4)[::3])
+
+
+@pytest.mark.parametrize(("windows", "length", "sampled"), [(32, 512, 256), (128, 2048, 256), (5, 7, 1)])
+def test_the_sample_has_tokens_of_all_positions_in_a_window_alike(windows, length, sampled):
+    stream = SimpleNamespace(all_windows=windows, shape=(windows, length), first_window=0)
+    taken = torch.arange(windows * length)[:: even_sample(stream, sampled).stride] % length
+    assert 0.9 * sampled <= len(taken) <= sampled
+    assert (taken == 0).sum() <= 1 + len(taken) // length
+    if sampled > 1:
+        assert taken.float().mean() == pytest.approx(length / 2, rel=0.1)
 
 
 def test_no_output_of_the_last_layer_is_computed_once_it_is_known():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -193,6 +194,15 @@ def test_sensitivities_are_those_of_the_whole_model_whatever_holds_the_weights(k
         norm = norms[f"{decoder.prefix}.{index}.{matrix.parameter_slice.name}", matrix.parameter_slice.expert]
         squared = stored(decoder, matrix).square() * norm * fisher[:, None]
         assert found[matrix.name].curve == pytest.approx(literal_curve(squared, "row"), rel=1e-3), matrix.name
+
+
+def test_of_a_mixture_the_first_windows_of_every_source_are_taken():
+    windows = torch.arange(12)[:, None]
+    asked = partial(DenseModel, decoder=None, windows=windows, stream=None, comparison_group="row")
+    assert asked(sources=(12,)).first(4)[:, 0].tolist() == asked().first(4)[:, 0].tolist() == [0, 1, 2, 3]
+    assert asked(sources=(9, 3)).first(4)[:, 0].tolist() == [0, 1, 2, 9]
+    assert asked(sources=(11, 1)).first(4)[:, 0].tolist() == [0, 1, 2, 3, 11]
+    assert len(asked(sources=(9, 3)).first(20)) == 12
 
 
 def test_an_expert_that_no_token_chose_has_no_sensitivity(tmp_path):

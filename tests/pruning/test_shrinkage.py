@@ -126,6 +126,22 @@ def test_with_shrinkage_the_scale_of_an_input_does_not_matter():
     assert not torch.equal(*masks[False])
 
 
+@pytest.mark.parametrize("name", ["admm", "least squares"])
+def test_the_scale_of_an_input_does_not_matter_however_small_it_is(name):
+    scales = torch.where(torch.arange(COLUMNS) % 3 == 0, 2.0**-20, 1.0)
+    written = [(weight() / factors, tokens(200, 0) * factors) for factors in (torch.ones(()), scales)]
+    first, second = (prune_matrix(*matrix, METHODS[name], PATTERN).mask for matrix in written)
+    assert torch.equal(first, second)
+
+
+def test_the_scale_of_a_matrix_decides_nothing_for_those_that_read_the_same():
+    other, gram, held_out = weight().flip(0) * torch.logspace(0, 2, COLUMNS), gram_of(tokens(40, 0)), tokens(500, 1)
+    chosen = {
+        with_shrinkage([weight(), other * scale], gram, shrunk("admm"), [PATTERN] * 2, held_out).damping.share for scale in (1e-3, 1.0, 1e3)
+    }
+    assert len(chosen) == 1
+
+
 def test_a_method_that_factors_nothing_has_nothing_to_shrink():
     swaps = made("wanda", "swaps", cycles=10, candidates=4, refit_steps=0)
     for method in (made("wanda"), swaps):

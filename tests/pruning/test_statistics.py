@@ -82,6 +82,12 @@ def test_the_damped_matrix_has_a_larger_diagonal_and_dead_inputs_get_a_small_dia
     torch.testing.assert_close(gram.damped(0.1), expected)
 
 
+def test_a_live_input_keeps_its_diagonal_however_small_it_is():
+    gram = Gram(2, CPU)
+    gram.add(torch.tensor([[[1e-6, 1.0]]]))
+    assert gram.damped(0.1).diagonal().tolist() == [pytest.approx(1.1e-12), pytest.approx(1.1)]
+
+
 def test_a_gram_matrix_that_is_not_finite_is_refused():
     gram = Gram(2, CPU)
     gram.add(torch.tensor([[[1.0, float("inf")]]]))

@@ -50,7 +50,7 @@ def evidence(dense: DenseModel, section: LossSection) -> Evidence:
         ArchitectureError: blocks hand on more than hidden states; before a weight is read.
     """
     dense.decoder.require_gradients_by_hidden_states(f"allocation={section.name}")
-    windows = dense.windows[: max(section.windows, distributed.world_size())]  # at least one for each process
+    windows = dense.first(max(section.windows, distributed.world_size()))  # at least one for each process
     weights = section.gradient_weights
     stream = dense.stream(windows)
     measured = sensitivities(stream, GRID, dense.comparison_group, gradient_weights=weights, fisher_floor=section.row_floor)
