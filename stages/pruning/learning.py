@@ -26,6 +26,7 @@ SLOWER = 0.25  # times a rate that did not lower the loss
 SEARCHED = 6  # rates that a search tries at most
 SLOWDOWN, SPEEDUP = 0.5, 2.0  # by which a search goes on
 REMEMBERED = 3  # trainings that say where the next begins
+HARDLY = 2.0  # times as many entries of a row as columns / rows, below which means are over those that are not zero
 CHECKED_AT = (0.25, 0.5, 0.75, 1.0)  # fractions of a training after which the windows held out judge it
 
 Scales = tuple[torch.Tensor, torch.Tensor]
@@ -38,12 +39,12 @@ def balance(weight: torch.Tensor) -> Scales:
         weight: [rows, columns], float32, finite.
 
     Returns:
-        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. Means are over the entries that are not zero:
-        with few of them in a row, less than columns / rows, no scales would make the mean over all of its entries 1. A row or a column of
-        zeros has the geometric mean of the other scales.
+        D_r [rows, 1] and D_c [1, columns], float32, above 0: weight = D_r V D_c. Where a row or a column, as of a model that was
+        pruned before, has hardly an entry but zeros, means are over the entries that are not zero: with less of them than columns / rows no
+        scales would make the mean over all 1. A row or a column of zeros has the geometric mean of the other scales.
     """
     squares = weight.square()
-    in_row, in_column = (squares.count_nonzero(dim=dim).clamp(min=1) for dim in (1, 0))
+    in_row, in_column = _entries(squares)
     rows, columns = squares.new_ones(len(weight), 1), squares.new_ones(1, weight.shape[1])
     for _ in range(ITERATIONS):
         rows = _or_one(squares @ columns.reciprocal().T / in_row[:, None])
@@ -53,6 +54,17 @@ def balance(weight: torch.Tensor) -> Scales:
         if done.all():
             break
     return _filled(rows, squares.any(dim=1, keepdim=True)).sqrt(), _filled(columns, squares.any(dim=0, keepdim=True)).sqrt()
+
+
+def _entries(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over how many entries the mean of each row, [rows], and of each column, [columns], is taken."""
+    number_of_rows, number_of_columns = squares.shape
+    in_row, in_column = squares.count_nonzero(dim=1), squares.count_nonzero(dim=0)
+    few = (in_row * number_of_rows < HARDLY * number_of_columns) & (in_row > 0)
+    few_in_column = (in_column * number_of_columns < HARDLY * number_of_rows) & (in_column > 0)
+    if few.any() or few_in_column.any():
+        return in_row.clamp(min=1), in_column.clamp(min=1)
+    return torch.full_like(in_row, number_of_columns), torch.full_like(in_column, number_of_rows)
 
 
 def _filled(scales: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
