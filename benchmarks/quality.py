@@ -450,7 +450,8 @@ EXPLAINED = (
     "perplexity over the dense model's, as a share of that by the better of Wanda and SparseGPT at the same pattern; share of ln: the same "
     "of the logarithm of perplexity. Seconds and peak memory are those of pruning; in brackets seconds as a multiple of SparseGPT's mean. "
     "Perplexities are compared on the seeds that both have, so where one has fewer the share is not that of the means shown, and rows "
-    "stand in the order of the share, not of the means. The relative layer error is measured before the last blocks learn together. The "
+    "stand in the order of the share, not of the means. The relative layer error is measured before the last blocks learn together, and "
+    "until commit e248095 on tokens of which too many were the first of their windows. The "
     "command is that of the first seed shown; another seed adds `-S calibration.seed=N`."
 )
 COLUMNS = (
