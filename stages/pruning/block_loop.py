@@ -552,8 +552,9 @@ class _BlockPruner:
         """
         plan, matrices = self.plan, self._matrices(inputs)
         names = ", ".join(matrix.name for matrix in matrices)
-        if not all(torch.isfinite(tokens).all() for tokens in inputs.sample):
-            reason = "; float16 overflows above 65504, bfloat16 does not" if inputs.sample[0].dtype == torch.float16 else ""
+        norms = getattr(inputs.statistic, "squared_norm", None)  # of all tokens; that of weights alone has none
+        if not all(torch.isfinite(tokens).all() for tokens in (*inputs.sample, *([] if norms is None else [norms]))):
+            reason = "; float16 overflows above 65504, bfloat16 does not" if self.decoder.dtype == torch.float16 else ""
             raise PruningError(f"layer {names}: found NaN or infinity in its inputs, wanted finite activations{reason}")
         scales = self._row_scales(inputs, weights)
         scaled = [weight if scale is None else weight * scale for weight, scale in zip(weights, scales, strict=True)]

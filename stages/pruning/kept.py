@@ -7,6 +7,7 @@ held out of every distinct input, and manifest.json, which states all that they 
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from stages.files import (
 from stages.pruning import distributed
 from stages.pruning.inputs import CalibratedOn, Inputs
 from stages.pruning.memory import memory_budget, observing_bytes
-from stages.pruning.observer import collect
+from stages.pruning.observer import collect, stride_of
 from stages.pruning.section import Kept, Prune
 from stages.pruning.statistics import AllReduce, Gram, Moments, NoStatistic, SquaredNorm, Statistic, no_reduction
 from stages.pruning.windows import calibration_windows, micro_batch, stream_of
@@ -112,7 +113,7 @@ def observe_dense_model(prune: Prune) -> None:
     decoder.require_matrices_of_one_block(f"prune.statistics = {prune.statistics}")
     batch = micro_batch(windows.shape[1], device, prune.micro_batch)
     facts = fingerprint(prune, base, calibration, batch=batch, device=device, dtype=dtype)
-    needed = block_bytes(decoder, Kept(prune.statistics), prune.error_tokens, windows.numel(), held_out.numel())
+    needed = block_bytes(decoder, Kept(prune.statistics), prune.error_tokens, windows.shape, held_out.shape)
     message = "statistics of %d blocks (prune.statistics=%s) take at most %.2f GB of disk, of which %.2f GB are free"
     log.info("read %s (%s), %d windows of %d tokens, and %d held out", BASE, decoder.name, *windows.shape, len(held_out))
     log.info(message, len(needed), prune.statistics, sum(needed) / 1e9, free_disk(STATISTICS) / 1e9)
@@ -217,13 +218,13 @@ def fingerprint(
     }
 
 
-def block_bytes(decoder: Decoder, kept: Kept, error_tokens: int, tokens: int, held_out: int) -> list[int]:
+def block_bytes(decoder: Decoder, kept: Kept, error_tokens: int, windows: Sequence[int], held_out: Sequence[int]) -> list[int]:
     """Upper bounds on the bytes of each block's tensors: as many as if no two layers read the same inputs, each a row for every token.
 
     Args:
-        error_tokens: see Observer, whose `sampled` they are. tokens, held_out: number of calibration tokens, and of those held out.
+        error_tokens: see Observer, whose `sampled` they are. windows, held_out: number of windows, and tokens of each.
     """
-    sampled = sum(_sampled(count, error_tokens) for count in (tokens, held_out))
+    sampled = sum(-(-number * length // stride_of(number, length, error_tokens)) for number, length in (windows, held_out))
     sampled_of_expert = 2 * max(1, error_tokens // 8)
     bounds = []
     for matrices in decoder.matrices:
@@ -233,11 +234,6 @@ def block_bytes(decoder: Decoder, kept: Kept, error_tokens: int, tokens: int, he
         )
         bounds.append(samples + sum(_statistic_bytes(kept, width) for width in columns.values()))
     return bounds
-
-
-def _sampled(tokens: int, asked: int) -> int:
-    """How many of some tokens an even sample of about so many has, at most."""
-    return -(-tokens // max(1, tokens // asked))
 
 
 def _statistic_bytes(kept: Kept, columns: int) -> int:

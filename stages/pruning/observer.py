@@ -216,16 +216,16 @@ def observe(
 def even_sample(stream: Stream, sampled: int) -> EvenSample:
     """About `sampled` of the tokens that all processes together run through a block, from this process's first on, at all positions."""
     length = stream.shape[1]
-    return EvenSample(_stride(stream.all_windows, length, sampled), stream.first_window * length)
+    return EvenSample(stride_of(stream.all_windows, length, sampled), stream.first_window * length)
 
 
 def even_sample_of_held_out(stream: Stream, sampled: int) -> EvenSample:
     """About `sampled` of the tokens of the windows held out, from the first on, at all places in a window."""
-    return EvenSample(_stride(len(stream.held_out) * world_size(), stream.shape[1], sampled), 0)
+    return EvenSample(stride_of(len(stream.held_out) * world_size(), stream.shape[1], sampled), 0)
 
 
 @cache
-def _stride(windows: int, length: int, sampled: int) -> int:
+def stride_of(windows: int, length: int, sampled: int) -> int:
     """Tokens from one that is sampled to the next, at least so many as leave `sampled` of them.
 
     It has no divisor in common with the length, else the first token of every window, which has enormous activations, were one of them;

@@ -229,7 +229,7 @@ def test_a_disk_that_does_not_hold_them_is_refused_before_a_weight_is_read(proje
 def bound(statistics: str) -> int:
     """Bytes by the bound that is computed before anything is written."""
     decoder = Decoder(Checkpoint(BASE), torch.float32, torch.device("cpu"))
-    return sum(kept.block_bytes(decoder, Kept(statistics.partition("=")[2]), 60, 5 * 24, 2 * 24))
+    return sum(kept.block_bytes(decoder, Kept(statistics.partition("=")[2]), 60, (5, 24), (2, 24)))
 
 
 def tensor_bytes(name: str) -> int:
