@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ class Questions:
     def instances(self) -> list[Instance]:
         return [instance for task in self.tasks.values() for instance in task.instances]
 
+    @cached_property
+    def requests_sha256(self) -> str:
+        """Hash of all that is asked, in order, and of the answers that are right: what some tasks draw at random is in no file."""
+        facts = [
+            [name, instance.doc_id, instance.idx, instance.request_type, instance.args, task.doc_to_target(instance.doc)]
+            for name, task in self.tasks.items()
+            for instance in task.instances
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
     def shared(self, task: str) -> Sequence[Hashable]:
         """What each question of a task shares with others, such as the passage that it is about; its number where it shares nothing."""
         stated = self.source.documents[task]
@@ -139,18 +150,8 @@ class Questions:
             asked=None if self.limit is None else self.limit * len(tasks),
             parts=len(tasks),
             context=self.context,
-            requests_sha256=requests_sha256(self.tasks),
+            requests_sha256=self.requests_sha256,
         )
-
-
-def requests_sha256(tasks: Mapping[str, ConfigurableTask]) -> str:
-    """Hash of all that tasks ask a model, in order, and of the answers that are right: what some of them draw at random is in no file."""
-    facts = [
-        [name, instance.doc_id, instance.idx, instance.request_type, instance.args, task.doc_to_target(instance.doc)]
-        for name, task in tasks.items()
-        for instance in task.instances
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def seed_as_lm_eval() -> None:
