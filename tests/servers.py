@@ -77,6 +77,8 @@ class Wire:
                 except OSError:  # it has ended
                     client.close()
                     continue
+                for connection in (client, server):  # else each small packet waits for the other side's acknowledgement, 40 ms
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._lock:
                     self._connections += [client, server]
                 for source, sink in ((client, server), (server, client)):

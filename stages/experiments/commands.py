@@ -82,11 +82,20 @@ def overrides(params: dict[str, Any]) -> list[str] | None:
 
 
 def _nearest(group: str, wanted: dict[str, Any], default: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The option of a group whose section differs in the fewest values, and these; None and the default's if that is no worse."""
-    options: dict[str | None, dict[str, Any]] = {None: default}
-    options |= {path.stem: _option(group, path.stem) for path in sorted((CONF / group).glob("*.yaml"))}
-    nearest = min(options, key=lambda option: len(_differing(wanted, options[option])))
-    return nearest, options[nearest]
+    """The option of a group whose section differs in the fewest values, and these; None and the default's if that is no worse.
+
+    An option that a value is named like is composed before the others, which need not be where it has all values.
+    """
+    named = {value for value in wanted.values() if isinstance(value, str)}
+    nearest: tuple[str | None, dict[str, Any]] = (None, default)
+    for option in sorted((path.stem for path in (CONF / group).glob("*.yaml")), key=lambda stem: (stem not in named, stem)):
+        fewest = len(_differing(wanted, nearest[1]))
+        if not fewest:
+            break
+        values = _option(group, option)
+        if len(_differing(wanted, values)) < fewest:
+            nearest = option, values
+    return nearest
 
 
 @cache

@@ -89,7 +89,8 @@ class Recorder(Generic[S]):
         self.inputs: dict[Layer, Inputs[S]] = {}
         self.latest: Layer | None = None  # the layer that read last in the current micro-batch
         self._batch = (0, 0)
-        self._read: dict[tuple[int, ...], tuple[Inputs[S], torch.Tensor]] = {}
+        self._read: dict[tuple[int, ...], tuple[Inputs[S] | None, torch.Tensor]] = {}  # None: of a layer that read others, too
+        self._began: dict[Layer, tuple[int, ...]] = {}  # the first that each layer read, of those that are new in this micro-batch
 
     def begin(self, windows: int, tokens: int) -> None:
         """Begin a micro-batch of `windows` windows of `tokens` tokens each."""
@@ -99,6 +100,7 @@ class Recorder(Generic[S]):
         """End the micro-batch."""
         self.sample.advance(self._batch[0] * self._batch[1])
         self._read.clear()
+        self._began.clear()
 
     @torch.no_grad()
     def add_windows(self, layer: Layer, tensor: torch.Tensor) -> None:
@@ -108,8 +110,10 @@ class Recorder(Generic[S]):
             PruningError: see by_window.
         """
         inputs = self._first_read_by(layer, tensor)
-        if inputs is None:
-            return
+        if inputs is not None:
+            self._add(inputs, layer, tensor)
+
+    def _add(self, inputs: Inputs[S], layer: Layer, tensor: torch.Tensor) -> None:
         rows = tensor.reshape(-1, tensor.shape[-1])
         inputs.statistic.add(by_window(layer, rows, self._batch[0]))
         inputs.sample.append(self.sample.of(rows))
@@ -133,13 +137,28 @@ class Recorder(Generic[S]):
     def _first_read_by(self, layer: Layer, tensor: torch.Tensor) -> Inputs[S] | None:
         """The layer's inputs if it was the first to read them; None if another layer records them."""
         self.latest = layer
+        key = (tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor.stride(-1), tensor._version)
         if layer not in self.inputs:
-            key = (tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor.stride(-1), tensor._version)
-            if key not in self._read:  # the tensor is held, so that no other gets its address
-                self._read[key] = Inputs(layers=[], statistic=self.statistic(tensor.shape[-1], tensor.device)), tensor
-            self.inputs[layer] = self._read[key][0]
-            self.inputs[layer].layers.append(layer)
+            shared = self._read[key][0] if key in self._read else None
+            if shared is None:
+                shared = Inputs(layers=[], statistic=self.statistic(tensor.shape[-1], tensor.device))
+                self._read[key] = shared, tensor  # which is held, so that no other gets its address
+            self.inputs[layer], self._began[layer] = shared, key
+            shared.layers.append(layer)
+        elif self._began.get(layer, key) != key:
+            self._part(layer)
         return self.inputs[layer] if self.records(layer) else None
+
+    def _part(self, layer: Layer) -> None:
+        """Give a layer that reads another tensor in the same micro-batch inputs of its own, of which the first tensor is a part."""
+        inputs, key = self.inputs[layer], self._began.pop(layer)
+        tensor = self._read[key][1]
+        if inputs.layers == [layer]:
+            self._read[key] = None, tensor  # a layer that reads it from now on does not have these in common
+            return
+        inputs.layers.remove(layer)
+        self.inputs[layer] = Inputs(layers=[layer], statistic=self.statistic(tensor.shape[-1], tensor.device))
+        self._add(self.inputs[layer], layer, tensor)
 
     def records(self, layer: Layer) -> bool:
         """Whether a layer was the first to read its inputs."""

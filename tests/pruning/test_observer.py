@@ -99,6 +99,28 @@ def test_a_last_layer_that_is_called_twice_is_observed_in_both_calls():
         assert torch.equal(found.statistic.squared_norm, expected.statistic.squared_norm)
 
 
+@pytest.mark.parametrize("calls", ["qkQ", "kqQ", "qQk", "qQkK", "kqQK", "qkKQ", "qkqK"])
+def test_a_layer_that_is_called_again_with_another_input_shares_none_and_loses_none(calls):
+    """Small letters read the block's input, large ones its double, in this order."""
+
+    class Again(Block):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            layers, doubled = {"q": self.query, "k": self.key}, 2 * hidden
+            return self.output(sum(layers[call.lower()](hidden if call.islower() else doubled) for call in calls))
+
+    block = Again()
+    observer = observer_of(block)
+    for windows in HIDDEN.split(2):
+        observer.run(windows, block)
+    of = {layer: inputs for inputs in observer.finish(None) for layer in inputs.layers}
+    squares = HIDDEN.square().sum(dim=(0, 1)) / 6
+    for layer, letter in zip(LAYERS, "qk", strict=False):
+        read = [1 if call.islower() else 4 for call in calls if call.lower() == letter]
+        torch.testing.assert_close(of[layer].statistic.squared_norm * of[layer].tokens / 30, squares * sum(read))
+        assert of[layer].tokens == 30 * len(read)
+        assert of[layer].sampled().shape == (10 * len(read), 4)
+
+
 def test_a_layer_that_reads_other_tokens_than_its_block_is_observed_on_those():
     block = Halved()
     observer = observer_of(block)
