@@ -90,8 +90,8 @@ class SharingError(SparsesweepError):
     """Experiments cannot be shared or received."""
 
 
-class DivergedError(SharingError):
-    """Experiments were not received since others of their names are here. names: theirs."""
+class NotReceivedError(SharingError):
+    """Some experiments were not received, or not whole, and all others were. names: theirs."""
 
     def __init__(self, names: list[str], message: str) -> None:
         super().__init__(message)

@@ -58,8 +58,9 @@ def main(environment: Environment, **contents: Any) -> None:
     name = publish.name or default_name(records.base["name"], delta.recipe)
     sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
     gguf = [GgufWriter(base, delta, of) for of in publish.written_gguf_types]
-    shards = sum((BASE / shard).stat().st_size for shard in base.headers)
-    require_free_disk(RELEASE, shards * (1 + publish.packed) + sum(writer.size for writer in gguf))
+    shards = [(BASE / shard).stat().st_size for shard in base.headers]
+    packed = sum(shards) + max(shards) if publish.packed else 0  # one is unpacked again beside all that is packed
+    require_free_disk(RELEASE, sum(shards) + packed + sum(writer.size for writer in gguf))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)
         pack(base, delta, release)

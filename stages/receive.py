@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from stages.compare import write_page
-from stages.errors import DivergedError, SparsesweepError
+from stages.errors import NotReceivedError, SparsesweepError
 from stages.files import COMPARISON
 from stages.sharing.receiving import apply, receive, require_release
 
@@ -32,20 +32,21 @@ def main() -> None:
 def _lines(arguments: argparse.Namespace) -> Iterator[str]:
     name = arguments.apply or arguments.release
     names = arguments.experiments
-    diverged: DivergedError | None = None
+    rest: NotReceivedError | None = None
     try:
         yield from receive([*names, name] if names and name else names)
-    except DivergedError as error:  # the others were received
-        diverged = error
-    if arguments.release and (diverged is None or name not in diverged.names):
-        require_release(name)
-    yield write_page(COMPARISON)
+    except NotReceivedError as error:
+        rest = error
+    came = name and (rest is None or name not in rest.names)
     try:
-        if name and (diverged is None or name not in diverged.names):
+        if arguments.release and came:
+            require_release(name)
+        yield write_page(COMPARISON)
+        if came:
             yield from apply(name, release=name == arguments.release)
     finally:
-        if diverged is not None:
-            raise diverged
+        if rest is not None:
+            raise rest
 
 
 if __name__ == "__main__":

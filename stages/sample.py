@@ -6,22 +6,23 @@ python -m stages.sample
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stages.bos import Bos, decide
 from stages.calibration.documents import Documents
 from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Sampler, Window, window_counts
 from stages.calibration.section import Calibration
+from stages.checkpoint.model import load_tokenizer
 from stages.checkpoint.reader import Checkpoint
 from stages.checkpoint.tokens import embedding_rows, require_embedded
 from stages.config.entry import stage
@@ -40,7 +41,7 @@ LOGGED = 400  # characters of each that are logged
 def main(calibration: Calibration) -> None:
     base = Checkpoint(BASE)
     base.require_context(calibration.window_length, "calibration.window_length")
-    tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False, local_files_only=True)
+    tokenizer = load_tokenizer(BASE)
     bos = decide(calibration.bos, tokenizer, "calibration.bos")
     log.info("windows %s with BOS: %s", "do not begin" if bos.token is None else "begin", bos.reason)
     drawn = draw(calibration, tokenizer, bos)
@@ -69,7 +70,9 @@ def draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos)
         documents = Documents(Rows(TEXT / "calibration" / f"{name}.jsonl"), tokenizer, calibration.max_refused)
         log.info("read %s: %d documents", name, len(documents))
         try:
-            windows, others = split(partial(sample, SAMPLERS.of(source), documents, calibration), counts[name], held_out[name])
+            windows, others = split(
+                partial(sample, SAMPLERS.of(source), documents, calibration), counts[name], held_out[name], documents.content
+            )
         except CalibrationError as error:
             documents.require_few_refused()
             some = f"; {held_out[name]} of them are held out (calibration.held_out)" if held_out[name] else ""
@@ -89,11 +92,14 @@ def sample(sampler: Sampler, documents: Documents, calibration: Calibration, num
     return sampler.function(documents, number, calibration.window_length, calibration.seed, documents.end)
 
 
-def split(draw_windows: Callable[[int], list[Window]], count: int, held_out: int) -> tuple[list[Window], list[Window]]:
+def split(
+    draw_windows: Callable[[int], list[Window]], count: int, held_out: int, content: Callable[[int], Hashable]
+) -> tuple[list[Window], list[Window]]:
     """Draw windows, and windows held out, these from other documents, or of other tokens, as far as the corpus has them.
 
     Args:
         draw_windows: draws as many windows as it is asked for; the first are the same for every number.
+        content: of a document's number, what only documents of the same text have in common.
 
     Raises:
         CalibrationError: the corpus is too small for both together.
@@ -105,14 +111,16 @@ def split(draw_windows: Callable[[int], list[Window]], count: int, held_out: int
     except (CalibrationError, TextError):  # a corpus that has no more
         windows = draw_windows(count + held_out)
     fitted, candidates = windows[:count], windows[count:]
-    taken: dict[int, set[int]] = defaultdict(set)
+    content = cache(content)
+    taken: dict[Hashable, set[int]] = defaultdict(set)
     for document, offset, number in (span for window in fitted for span in window.spans):
-        taken[document].update(range(offset, offset + number))
+        taken[content(document)].update(range(offset, offset + number))
 
     def shared(window: Window) -> tuple[bool, int]:
         """Whether it has a document that is calibrated on, and how many tokens."""
-        spans = [span for span in window.spans if span[0] in taken]
-        return bool(spans), sum(len(taken[document].intersection(range(offset, offset + number))) for document, offset, number in spans)
+        spans = [span for span in window.spans if content(span[0]) in taken]
+        repeats = [taken[content(document)].intersection(range(offset, offset + number)) for document, offset, number in spans]
+        return bool(spans), sum(map(len, repeats))
 
     others = sorted(candidates, key=shared)[:held_out]  # stable: the first that share none
     repeated, tokens = sum(shared(window)[1] for window in others), sum(len(window.tokens) for window in others)

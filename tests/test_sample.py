@@ -162,7 +162,7 @@ def test_a_token_beyond_the_embedding_is_named(workspace, monkeypatch):
     tokenizer.add_tokens(["<new>"])
     highest = len(tokenizer) - 1
     monkeypatch.setattr(sample, "embedding_rows", lambda base: highest)
-    monkeypatch.setattr(sample.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(sample, "load_tokenizer", lambda _: tokenizer)
     tiny.write_lines(workspace / "calibration/pages.jsonl", [{"text": f"<new> {text}"} for text in tiny.sentences(20, seed=4, length=90)])
     message = rf"calibration.sources.pages, window 1 \(of document .*\): found the token '<new>' with id {highest}, wanted ids below"
     with pytest.raises(CheckpointError, match=message):
@@ -190,10 +190,21 @@ def test_where_no_other_documents_are_left_windows_held_out_are_others_of_the_sa
     assert not any(window in drawn.windows for window in drawn.held_out)
 
 
+def test_documents_of_the_same_text_are_the_same_document_to_windows_held_out(workspace, caplog):
+    texts = tiny.sentences(4, seed=4, length=90)
+    tiny.write_lines(workspace / "calibration/pages.jsonl", [{"text": text} for text in texts * 5])
+    drawn = sample.draw(calibration(windows=3, held_out=2), tiny.tokenizer(), tiny.NO_BOS)["pages"]
+    fitted, held_out = ({span[0] % 4 for window in windows for span in window.spans} for windows in (drawn.windows, drawn.held_out))
+    if fitted & held_out:  # the few texts do not suffice
+        assert "tokens in the windows that are calibrated on, too" in caplog.text
+    else:
+        assert "calibrated on, too" not in caplog.text
+
+
 def test_windows_held_out_are_those_that_repeat_the_fewest_tokens_and_what_they_repeat_is_said(caplog):
     offsets = [0, 40, 36, 10, 90, 78, 45, 30, 39]  # of windows of 10 tokens of one document
     drawn = [Window(tokens=list(range(offset, offset + 10)), spans=[(0, offset, 10)], starts=[0]) for offset in offsets]
-    fitted, held_out = sample.split(lambda number: drawn[:number], 2, 5)
+    fitted, held_out = sample.split(lambda number: drawn[:number], 2, 5, lambda document: document)
     assert [window.spans[0][1] for window in fitted] == [0, 40]
     assert [window.spans[0][1] for window in held_out] == [10, 90, 78, 30, 45]
     assert caplog.messages == [

@@ -1,5 +1,7 @@
 """Tokenise rows: prose as it is, dialogues as rendered by the model's own chat template."""
 
+import hashlib
+import json
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
@@ -50,7 +52,7 @@ class Documents:
         return None if self.dialogues else self.tokenizer.eos_token_id
 
     def __getitem__(self, index: int) -> list[int]:
-        """The tokens of a row.
+        """The tokens of a row; none of one that is blank.
 
         Raises:
             TextError: the row is not of the kind of the first row; names file and line. Or too many dialogues were refused.
@@ -59,7 +61,12 @@ class Documents:
         row, location = self.rows[index], self.rows.location(index)
         if self.dialogues:
             return self._dialogue(index, row, location)
-        return self.tokenizer(text_of(row, location))["input_ids"]
+        text = text_of(row, location)
+        return self.tokenizer(text)["input_ids"] if text.strip() else []  # else BOS alone, of tokenizers that add it
+
+    def content(self, index: int) -> bytes:
+        """A hash of a row: rows of the same text have the same."""
+        return hashlib.sha256(json.dumps(self.rows[index], sort_keys=True).encode()).digest()
 
     def require_few_refused(self) -> None:
         """Refuse a corpus of which the chat template refused more than max_refused of the dialogues that were read.

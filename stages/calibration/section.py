@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from stages.bos import bos_field
-from stages.calibration.samplers import SAMPLERS
+from stages.calibration.samplers import SAMPLERS, window_counts
 from stages.schema import number, one_of, require, require_one_of
 
 
@@ -47,6 +47,9 @@ class Calibration:
     def check(self, key: str) -> None:
         total = sum(source.weight for source in self.sources.values())
         require(abs(total - 1) < 1e-6, f"{key}.sources", f"weights summing to {total:g}", "weights summing to 1")
+        counts = window_counts({name: source.weight for name, source in self.sources.items()}, self.windows)
+        without = next((name for name, count in counts.items() if not count), None)
+        require(without is None, f"{key}.windows", self.windows, f"more, or another weight of {without}, which has none of them")
 
 
 def check_text(calibration: Calibration, columns: Mapping[str, Collection[str] | None]) -> None:

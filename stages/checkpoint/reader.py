@@ -1,6 +1,7 @@
 """Read a checkpoint tensor by tensor, with one tensor in memory at a time."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ DTYPES = {
 }
 EXPONENTS = {torch.float64: 0x7FF0 << 48, torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+WRITERS = ("_name_or_path", "transformers_version")  # keys of config.json that say nothing of the model
+ANSWERING = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 BYTES_AT_ONCE = 2**26
 
 
@@ -132,10 +135,11 @@ class Checkpoint:
             header of every shard, before any weight is read.
 
     Attributes:
-        shard_of: tensor name -> file name of its shard. headers: file name -> tensor name -> StoredTensor.
+        shard_of: tensor name -> file name of its shard, for all tensors of the shards that the index names.
+        headers: file name -> tensor name -> StoredTensor.
 
     Raises:
-        CheckpointError: there is neither, a shard is missing or damaged, or a shard lacks one of its tensors.
+        CheckpointError: there is neither, a shard is missing or damaged or lacks one of its tensors, or two shards have the same.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -145,6 +149,9 @@ class Checkpoint:
         for name, shard in self.shard_of.items():
             if name not in self.headers[shard]:
                 raise CheckpointError(f"shard {directory / shard}: no tensor {name}, though the index says so")
+        for shard, stored in self.headers.items():  # clients read all tensors of the shards, those that the index leaves out, too
+            if twice := [name for name in stored if self.shard_of.setdefault(name, shard) != shard]:
+                raise CheckpointError(f"{directory}: found tensor {twice[0]} in {self.shard_of[twice[0]]} and in {shard}, wanted it once")
 
     def _weight_map(self) -> dict[str, str]:
         if (self.directory / INDEX).is_file():
@@ -236,6 +243,17 @@ class Checkpoint:
         """SHA-256 [hex] of tokenizer.json, or None if the tokenizer is of another kind."""
         path = self.directory / "tokenizer.json"
         return sha256(path) if path.is_file() else None
+
+    def settings_sha256(self, *, answers: bool) -> str:
+        """SHA-256 [hex] of what config.json says of the model, not of who wrote it.
+
+        Args:
+            answers: of the files that say how it answers a prompt, too, such as its chat template.
+        """
+        config = {key: value for key, value in self.config.items() if key not in WRITERS}
+        paths = [self.directory / name for name in ANSWERING if answers]
+        facts = [config, *((path.name, sha256(path)) for path in paths if path.is_file())]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def context_length(self) -> int | None:

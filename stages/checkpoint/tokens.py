@@ -1,6 +1,9 @@
 """What a base's tokenizer makes of text, checked: dialogues by its chat template, ids against the rows of the embedding."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -12,11 +15,12 @@ if TYPE_CHECKING:  # the sections import this file, and transformers takes secon
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
+TODAY = datetime(2024, 7, 26)  # to chat templates that print the date: else no dialogue would be the same again tomorrow
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template raises
 
 
 def rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
-    """Render a dialogue by the tokenizer's chat template.
+    """Render a dialogue by the tokenizer's chat template, to which it is always the same day, see TODAY.
 
     Args:
         messages: each with "role" and "content". options: of apply_chat_template.
@@ -25,12 +29,41 @@ def rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]
         TextError: the template refuses the dialogue, or prints the text of none of its messages; has the template's words.
     """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        with _today():
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except REFUSALS as error:
         raise TextError(f"the base's chat template refuses this dialogue ({error})") from error
     if not any(message["content"].strip() and message["content"].strip() in text for message in messages):
         raise TextError("the base's chat template prints the text of none of this dialogue's messages")
     return text
+
+
+@contextmanager
+def _today() -> Iterator[None]:
+    """Let it be TODAY to strftime_now, which transformers hands to templates; no argument replaces it."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text that is to be gone on with: with what the tokenizer puts before every text, without what it puts after it.
+
+    Such as EOS, by tokenizers that were saved with add_eos_token for training: a model that reads it begins another text.
+    """
+    ids: list[int] = tokenizer.encode(text)
+    return ids[: len(ids) - _added_at_end(tokenizer)]
+
+
+def _added_at_end(tokenizer: "PreTrainedTokenizerBase") -> int:
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    ends = range(len(whole), len(plain) - 1, -1)
+    return next((len(whole) - end for end in ends if whole[end - len(plain) : end] == plain), 0)
 
 
 def embedding_rows(base: Checkpoint) -> int | None:

@@ -9,15 +9,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedTokenizerBase
 
 from stages.bos import Bos
+from stages.checkpoint.tokens import prompt_ids
 
 CONTEXT_LENGTH = 2048  # tokens, where the checkpoint states none
 NEW_TOKENS = 256  # lm-eval's bound of a generated answer, where the task states none
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, bos: Bos, text: str) -> list[int]:
-    """The tokens of a prompt; what begins with BOS as text, as rendered chats do, is given no other."""
+    """The tokens of a prompt, see prompt_ids; what begins with BOS as text, as rendered chats do, is given no other."""
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return bos.begin(tokenizer.encode(text, add_special_tokens=not begun))
+    return bos.begin(tokenizer.encode(text, add_special_tokens=False) if begun else prompt_ids(tokenizer, text))
 
 
 class Encoder(TemplateLM):

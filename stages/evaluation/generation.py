@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.bos import Bos
-from stages.checkpoint.tokens import rendered, require_embedded
+from stages.checkpoint.tokens import prompt_ids, rendered, require_embedded
 from stages.errors import TextError
 from stages.rows import shown
 
@@ -41,7 +41,7 @@ def generate(
 
 def encodings(tokenizer: PreTrainedTokenizerBase, bos: Bos, prompt: str) -> tuple[dict[str, list[int]], str | None]:
     """The tokens of a prompt: "raw" and, where the tokenizer has a chat template, "chat"; and why the template refuses it, or None."""
-    encoded = {"raw": bos.begin(tokenizer(prompt)["input_ids"])}
+    encoded = {"raw": bos.begin(prompt_ids(tokenizer, prompt))}
     if not tokenizer.chat_template:
         return encoded, None
     try:

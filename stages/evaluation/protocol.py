@@ -14,6 +14,7 @@ from stages.rows import shown
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval")  # whose version may change a score
 EMBEDDED = "text.evaluation"  # where the rows of the tasks of stages/evaluation/tasks.py are from
+SETTINGS = "settings_sha256"  # absent in older files
 NOT_COMPARED = ("evaluation", "delta")  # keys of the file that are not compared
 LEFT_OUT = ("available", "asked", "parts", "context")  # of a corpus or a task: what was not scored; not compared, absent in older files
 
@@ -75,6 +76,8 @@ class Protocol:
     styles: style other than raw -> how the same tasks were asked in it.
     prompts: texts that the model continues. new_tokens: upper bound of generated tokens per prompt; 0 without prompts.
     dtype: that of weights and arithmetic. versions: package -> version, for the packages that compute.
+    settings_sha256: of what config.json says of the model and, where prompts are continued, of the other files that say how it answers,
+        see Checkpoint.settings_sha256; "": not known, of results of earlier code.
     """
 
     base: str
@@ -88,6 +91,7 @@ class Protocol:
     dtype: str
     versions: dict[str, str]
     styles: dict[str, StyleProtocol] = field(default_factory=dict)
+    settings_sha256: str = ""
 
 
 def versions() -> dict[str, str]:
@@ -115,11 +119,11 @@ def read_protocol(path: Path) -> Protocol:
     except SparsesweepError as error:
         raise ComparisonError(str(error)) from None
     field_names = [entry.name for entry in fields(Protocol)]
-    if not isinstance(data, dict) or set(data) != {*field_names, *NOT_COMPARED}:
+    if not isinstance(data, dict) or {SETTINGS, *data} != {*field_names, *NOT_COMPARED}:
         keys = ", ".join(sorted(data))[:200] if isinstance(data, dict) else shown(data)
         raise ComparisonError(f"{path}: found a protocol of {keys}, wanted {', '.join(sorted([*field_names, *NOT_COMPARED]))}")
     try:
-        protocol: Protocol = of_type(Protocol, {name: data[name] for name in field_names}, "protocol")
+        protocol: Protocol = of_type(Protocol, {name: data[name] for name in field_names if name in data}, "protocol")
     except ValueError as error:
         raise ComparisonError(f"{path}: {error}") from None
     return protocol

@@ -83,6 +83,7 @@ class Setup:
             new_tokens=self.evaluation.generations.new_tokens if prompts else 0,
             dtype=str(self.dtype).removeprefix("torch."),
             versions=versions(),
+            settings_sha256=self.base.settings_sha256(answers=bool(prompts)),
         )
 
     def waiting(self, journal: Journal) -> list[Questions]:

@@ -1,5 +1,6 @@
 """Read what the page compares of an experiment: its measurements, both models' scores on every window and row, its matrices, its texts."""
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from stages.experiments.reading import EVALUATION, Experiment, Missing
 from stages.files import DENSE_RESULTS, PROMPT_SENSITIVITY, PRUNE_RESULTS, RULER_RESULTS, SPARSE_RESULTS
 
 RUN = "run.json"
+APART = 5e-3  # of a value [nats, or as a ratio], beyond what other arithmetic makes of it
 RULER, RULER_PROTOCOL = RULER_RESULTS / "measurements.json", RULER_RESULTS / "protocol.json"
 OF_TEXT = ("base", "tokenizer_sha256", "bos", "corpora", "dtype", "versions")  # keys of a protocol on which scores of text depend
 OF_TASKS = ("tasks", "styles")  # and those of tasks besides
@@ -111,12 +113,18 @@ def read_details(experiments: Sequence[Experiment]) -> tuple[list[Details], Scor
     found: list[Details] = []
     missing: list[Missing] = []
     dense: Scores | None = None
+    of_first: str | None = None
     cache = cache_directory()
     for experiment in experiments:
         try:
             files = Files(experiment.revision, cache)
             details = _details(experiment, files)
-            dense = dense or of_dense(_dense_scores(experiment, files))
+            digest = files.digest(DENSE_RESULTS / "details")
+            if dense is None or digest is None or digest != of_first:  # most have the same dense results: the very files
+                own = of_dense(_dense_scores(experiment, files))
+                if dense is None:
+                    dense, of_first = own, digest
+                require_same_dense(own, dense)
             require_same_pieces(details.scores, dense)
             found.append(details)
         except Unreadable as error:
@@ -132,6 +140,20 @@ def of_dense(scores: Scores) -> Scores:
         for corpus, means in scores.windows.items()
     }
     return replace(scores, windows=windows)
+
+
+def require_same_dense(own: Scores, dense: Scores) -> None:
+    """Refuse an experiment whose dense model had other scores of the same windows: differences to another's would not be its own.
+
+    Raises:
+        Unreadable: a window's value is apart by more than arithmetic explains; names corpus and metric.
+    """
+    for corpus, means in own.windows.items():
+        for name, values in means.items():
+            theirs = dense.windows.get(corpus, {}).get(name, [])
+            if not all(math.isclose(*pair, rel_tol=APART, abs_tol=APART) for pair in zip(values, theirs, strict=False)):
+                found = f"found other values of {name} of the dense model on {corpus} than other experiments have on the same windows"
+                raise Unreadable(f"{found}, wanted the same: it was evaluated by other code; `dvc exp run {EVALUATION}` evaluates it again")
 
 
 def require_same_pieces(scores: Scores, dense: Scores) -> None:

@@ -5,6 +5,7 @@ hash of each output, and the cache has it by that name. What the cache has not, 
 """
 
 import subprocess
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from dvc.repo import Repo
 from dvc_data.index import DataIndexDirError
 
 from stages.errors import SparsesweepError
-from stages.experiments.lock import read_lock
-from stages.files import parsed_json, read_json
+from stages.experiments.lock import OUTPUTS, read_lock
+from stages.files import parsed_json
 
-OUTPUTS = Path("files/md5")  # in the cache: outputs by MD5, the first two digits a directory
+CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("asyncssh", "Error"))  # what clients raise that is no OSError
 DIRECTORY = ".dir"  # suffix of a list of the files of a directory
 
 
@@ -57,7 +58,7 @@ class Files:
         cached = self._cached(path)
         try:
             content: str = self._dvc.read_text(path.as_posix(), encoding="utf8") if cached is None else cached.read_text(encoding="utf8")
-        except (DvcException, DataIndexDirError, OSError, ValueError) as error:
+        except (DvcException, DataIndexDirError, ValueError, *client_errors()) as error:
             reason = _reason(" ".join(str(error).split()))
             raise Unreadable(f"{path} is not there ({reason}); `make receive` brings it, or evaluating it again writes it") from None
         return content
@@ -69,6 +70,10 @@ class Files:
     def lines(self, path: Path) -> list[dict[str, Any]]:
         """The rows of JSON Lines. Raises: see json."""
         return [_parsed(line, path) for line in self.text(path).split("\n") if line]
+
+    def digest(self, path: Path) -> str | None:
+        """The MD5 by which DVC knows an output; None where the revision's lock names none."""
+        return self._outputs.get(path)
 
     def has(self, path: Path) -> bool:
         """Whether the revision has a file."""
@@ -83,7 +88,7 @@ class Files:
     def _is_known_to_dvc(self, path: Path) -> bool:
         try:
             return bool(self._dvc.exists(path.as_posix()))
-        except DataIndexDirError:  # the list of the directory's files is neither here nor on a remote
+        except client_errors() + (DataIndexDirError,):  # the list of the directory's files is neither here nor on a remote
             return False
 
     @cached_property
@@ -110,7 +115,9 @@ class Files:
         if not digest.endswith(DIRECTORY):
             return {output: digest}
         listed = self._object(digest)
-        return {output / entry["relpath"]: entry["md5"] for entry in read_json(listed)} if listed.is_file() else None
+        if not listed.is_file():
+            return None
+        return {output / entry["relpath"]: entry["md5"] for entry in _parsed(listed.read_text(encoding="utf8"), listed)}
 
     def _cached(self, path: Path) -> Path | None:
         """Where a file lies in the cache; None if it is not there."""
@@ -120,6 +127,11 @@ class Files:
 
     def _object(self, digest: str) -> Path:
         return self.cache / OUTPUTS / digest[:2] / digest[2:]
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """What the clients of remotes that are in use raise."""
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in CLIENT_ERRORS if module in sys.modules))
 
 
 def _parsed(text: str, path: Path) -> Any:

@@ -1,6 +1,7 @@
 """Read every experiment that DVC keeps in this clone, of all commits, and the workspace."""
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,6 +14,7 @@ from dvc.repo.experiments.collect import collect_active, collect_failed, collect
 
 from stages.errors import SparsesweepError
 from stages.evaluation.measurement import Kind, Measurement, from_rows
+from stages.evaluation.protocol import compared, differences
 from stages.experiments.command_output import output
 from stages.experiments.files import Files, Unreadable, cache_directory
 from stages.experiments.lock import LOCK, PARAMS, Loader, no_release, other_run, read_lock, read_yaml
@@ -22,6 +24,7 @@ from stages.recipe import SECTIONS, fingerprint
 METRICS, PRUNE_METRICS = (directory / "metrics.json" for directory in (SPARSE_RESULTS, PRUNE_RESULTS))
 PROTOCOL, MEASUREMENTS = (SPARSE_RESULTS / "details" / name for name in ("protocol.json", "measurements.json"))
 DENSE_MEASUREMENTS = DENSE_RESULTS / "details" / "measurements.json"
+DENSE_PROTOCOL = DENSE_RESULTS / "details" / "protocol.json"
 POINT = SPARSE_RESULTS / "frontier.json"
 EVALUATION = "evaluate_sparse"  # the stage that writes these
 FETCH = "fetch_base"
@@ -56,7 +59,7 @@ class Experiment:
     @property
     def apply(self) -> str | None:
         """The line that brings it into the workspace; None for what lies there."""
-        return None if self.revision is None else f"dvc exp apply {self.name}"
+        return None if self.revision is None else f"dvc exp apply {shlex.quote(self.name)}"
 
     def measured(self, metric: str) -> Measurement | None:
         """The measurement of a metric on the first corpus, or of the mean of the tasks; None if it was not made."""
@@ -81,7 +84,7 @@ class Missing:
 
 
 def read_experiments() -> tuple[list[Experiment], list[Missing]]:
-    """Read the experiments of the project in the current directory, newest commit first, the workspace last.
+    """Read the experiments of the project in the current directory, the newest first, the workspace last.
 
     Results that are nowhere but on a remote are read from there.
 
@@ -116,15 +119,13 @@ class _Reference:
 
 
 def _references() -> list[_Reference]:
-    """The experiments of this clone: the baseline with the newest first, of each baseline the newest first."""
-    lines = output("git", "for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", "--sort=-creatordate", EXPERIMENTS)
+    """The experiments of this clone, the newest first, whatever commit they started from."""
+    lines = output("git", "for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", EXPERIMENTS)
     found = []
     for commit, seconds, path in (line.split(maxsplit=2) for line in lines.splitlines()):
         if match := REFERENCE.fullmatch(path):
             found.append(_Reference(name=match[3], commit=commit, baseline=match[1] + match[2], seconds=int(seconds)))
-    order = {baseline: position for position, baseline in enumerate(dict.fromkeys(one.baseline for one in found))}
-    newest = sorted(found, key=lambda one: (one.seconds, one.commit), reverse=True)
-    return sorted(newest, key=lambda one: order[one.baseline])
+    return sorted(found, key=lambda one: (one.seconds, one.commit), reverse=True)
 
 
 def _unfinished(baselines: Sequence[str]) -> Iterator[Missing]:
@@ -149,10 +150,10 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
         raise Unreadable(f"{MEASUREMENTS} is of another version of this project ({error}); run it again") from None
     protocol = files.json(PROTOCOL)
     if revision is None:
-        params, published = _workspace(params, protocol), RELEASE.is_dir()
+        params, published = _workspace(params, protocol, files.cache), RELEASE.is_dir()
     else:
         lock = read_lock(revision)
-        _require_of_experiment(lock, params)
+        _require_of_experiment(lock, params, files.cache)
         published = no_release(lock, params) is None
     return Experiment(
         name=name,
@@ -163,7 +164,7 @@ def _experiment(name: str, revision: str | None, files: Files) -> Experiment:
         protocol=protocol,
         method=point["method"],
         pattern=point["pattern"],
-        dense=_dense(files),
+        dense=_dense(files, protocol),
         published=published,
     )
 
@@ -175,40 +176,44 @@ def _params(revision: str | None) -> dict[str, Any]:
     return sections
 
 
-def _dense(files: Files) -> list[Measurement]:
-    """The dense model's measurements, as far as they can be read: a table without them says less, and is right all the same."""
+def _dense(files: Files, protocol: dict[str, Any]) -> list[Measurement]:
+    """The dense model's measurements, as far as they can be read: a table without them says less, and is right all the same.
+
+    None if they are of another protocol: that model was evaluated again since.
+    """
     try:
-        return from_rows(files.json(DENSE_MEASUREMENTS))
+        same = not differences(compared(files.json(DENSE_PROTOCOL)), compared(protocol))
+        return from_rows(files.json(DENSE_MEASUREMENTS)) if same else []
     except (Unreadable, ValueError, TypeError, KeyError):
         return []
 
 
-def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any]) -> None:
+def _require_of_experiment(stages: dict[str, Any], params: dict[str, Any], cache: Path) -> None:
     """Refuse scores that a run of other stages left in an experiment; see `read_lock`."""
-    if EVALUATION in stages and (reason := other_run(stages, params, EVALUATION)):
+    if EVALUATION in stages and (reason := other_run(stages, params, EVALUATION, cache)):
         raise Unreadable(f"its scores are of another run ({reason}); `dvc exp run {EVALUATION}` with its overrides scores it")
 
 
-def _workspace(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+def _workspace(params: dict[str, Any], protocol: dict[str, Any], cache: Path) -> dict[str, Any]:
     """See _as_recorded. Raises: Unreadable: as there, or what lies here is of an earlier version, or was cut off."""
     try:
-        return _as_recorded(params, protocol)
+        return _as_recorded(params, protocol, cache)
     except (LookupError, TypeError, AttributeError, SparsesweepError, OSError, yaml.YAMLError) as error:
         raise Unreadable(f"what lies in the workspace is of another version or not whole ({error!r}); `dvc repro {EVALUATION}`") from None
 
 
-def _as_recorded(params: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+def _as_recorded(params: dict[str, Any], protocol: dict[str, Any], cache: Path) -> dict[str, Any]:
     """The sections of the workspace's params.yaml as they were when its stages ran: values may have changed since.
 
     Args:
-        protocol: of the scores; its "delta" is SparseDelta.fingerprint.
+        protocol: of the scores; its "delta" is SparseDelta.fingerprint.  cache: DVC's.
 
     Raises:
         Unreadable: what lies here is of several runs: it was pruned, or its windows were drawn, again since.
     """
     manifest = SPARSE / "delta.json"
     if not manifest.is_file():  # it was pruned elsewhere
-        _require_of_experiment(_locked(), params)
+        _require_of_experiment(_locked(), params, cache)
         return params
     facts = read_json(manifest)
     recipe = facts["recipe"]

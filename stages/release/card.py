@@ -133,11 +133,13 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, (bool, float)) else str(value)
 
 
-def kept_weights(verified: Verified) -> str:
+def kept_weights(verified: Verified, float8: CountedFloat8 | None) -> str:
     """Whether they changed, as measured."""
     if verified.changed:
-        return f"changed in {verified.changed} tensors, of the base's values elsewhere"
-    return "the base's values, bit for bit"
+        kept = f"changed in {verified.changed} tensors, of the base's values elsewhere"
+    else:
+        kept = "the base's values, bit for bit"
+    return kept if float8 is None else f"{kept}, then rounded to float8 with a scale for each output channel"
 
 
 def loaded(verified: Verified, float8: CountedFloat8 | None) -> str:
@@ -556,7 +558,8 @@ def write_card(
     """
     facts = {
         "name": name,
-        **of_method(delta, records, verified),
+        "loaded_from": name.rsplit("/", 1)[-1] if others.packed else name,
+        **of_method(delta, records, verified, others.float8),
         **of_results(records),
         **of_run(delta, records, to_be_set),
         **of_files(name, records, verified, others),
@@ -568,10 +571,11 @@ def write_card(
     card.save(path)
 
 
-def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[str, str | int]:
+def of_method(delta: SparseDelta, records: Records, verified: Verified, float8: CountedFloat8 | None) -> dict[str, str | int]:
     """What the template says of what was done."""
     recipe, base = delta.recipe, records.base
     together = RECONSTRUCTIONS[recipe.reconstruction["name"]].last_blocks is not None
+    sparsity = verified.sparsity if float8 is None else float8.zeros / float8.weights
     return {
         "base": base["name"],
         "linked_base": linked(base, base["name"]),
@@ -586,13 +590,13 @@ def of_method(delta: SparseDelta, records: Records, verified: Verified) -> dict[
         "update": described(UPDATES, recipe.method["update"]),
         "allocation": described(ALLOCATIONS, recipe.allocation),
         "reconstruction": described(RECONSTRUCTIONS, recipe.reconstruction),
-        "kept_weights": kept_weights(verified),
+        "kept_weights": kept_weights(verified, float8),
         "pattern": recipe.pattern_label,
         "pattern_reference": reference(PATTERNS, recipe.pattern),
         "counted": counted(recipe),
         "matrices": verified.matrices,
         "other_tensors": verified.other_tensors,
-        "sparsity": f"{verified.sparsity:.6f}",
+        "sparsity": f"{sparsity:.6f}",
         "order": ORDERS[Propagation(recipe.prune["propagate"])],
         "calibration": drawn_from(records.calibration, records.text),
         "windows_sha256": recipe.calibration,

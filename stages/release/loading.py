@@ -56,7 +56,7 @@ def check_loading(written: Checkpoint, base: Checkpoint, apply: Apply, *, rounde
     """
     release = written.directory
     free = psutil.virtual_memory().available if free_memory is None else free_memory
-    whole = sum(base.stored(name).nbytes for name in base) <= SHARE * free
+    whole = _bytes_loaded(base) <= SHARE * free
     auto_class = require_auto_class(release)
     stock = load_stock(auto_class, release, **({} if whole else {"device_map": "meta"}))
     if not rounded:
@@ -132,6 +132,13 @@ def _ties(model: PreTrainedModel) -> bool:
     """Whether the output embedding is the input's: some models tie them only where their code does, whatever their config says."""
     output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     return output is not None and output.weight is inputs.weight
+
+
+def _bytes_loaded(base: Checkpoint) -> int:
+    """Bytes of all weights as transformers loads them: in the dtype that config.json names, which those stored may be smaller than."""
+    named = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, local_files_only=True).dtype
+    stored = sum(base.stored(name).nbytes for name in base)
+    return max(stored, base.size_in(named)) if isinstance(named, torch.dtype) else stored
 
 
 def _streamed(checkpoint: Checkpoint, apply: Apply | None, probe: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The pipeline of dvc.yaml, run once for one model, without DVC; the release is all that is left of it.
 
 Each stage runs as dvc.yaml says, in a directory of its own beside the release's. An interrupted run leaves that directory, and the same
-command goes on in it: a stage that ended is not run again, and prune and evaluate go on within themselves.
+command goes on in it: a stage that ended is not run again, and prune and evaluate go on within themselves. With other choices, another
+version of the code or changed files of the model those stages run again that depend on them, as with DVC.
 """
 
 import os
@@ -37,10 +38,11 @@ from stages.files import (
 from stages.record import Stopwatch
 from stages.release.licence import require_derivable
 from stages.sources import hub
-from stages.sweeps.pipeline import DVC_YAML, stages_of
+from stages.sweeps.pipeline import DVC_YAML, OUTPUTS, Stage, keys, stages_of
 
 TARGET, FETCH = "publish", "fetch_base"
-DONE = "done.json"  # in the directory of a run: the stages that ended
+PARAMS = "params.yaml"
+ENDED = "ended.json"  # in the directory of a run: of each stage that ended, the hash of what its result depends on
 BEST = {"2:4": "2_4", "4:8": "4_8", "0.5": "50", "0.6": "60", "0.7": "70"}  # --sparsity -> of conf/experiment/best_*.yaml
 PATTERNS = {"2:4": "nm_2_4", "4:8": "nm_4_8"}
 QUALITIES = ("fast", "best")
@@ -71,21 +73,27 @@ def make(order: Order) -> str:
     if order.out.exists() or order.out.is_symlink():
         raise ConfigError(f"{order.out}: found there already, wanted a path that is free for the release")
     stopwatch = Stopwatch()
+    run = run_of(order)
     sections: Any = OmegaConf.to_container(composed(*overrides(order)))
+    _make_absolute(sections)
     any_license = sections["publish"]["any_license"]
     if sections["base"]["license"] is not None:
         require_derivable(sections["base"]["license"], any_license=any_license)
-    run = order.out.absolute().with_name(f".{order.out.name}-run")
     _prepare(run, sections)
-    commands = list(_commands())
-    for number, (name, description, command) in enumerate(commands, start=1):
-        _run(run, name, command, f"[{number}/{len(commands)}] {description}")
-        if name == FETCH:
+    commands = list(_commands(sections))
+    for number, command in enumerate(commands, start=1):
+        _run(run, command, f"[{number}/{len(commands)}] {command.description}")
+        if command.stage == FETCH:
             require_derivable(read_json(run / BASE / PROVENANCE)["license"], any_license=any_license)
     summary = _summary(run)
     (run / RELEASE).rename(order.out)
     remove(run)
     return f"{summary}\n\n{order.out}: the release, after {stopwatch.seconds / 60:.1f} minutes in all"
+
+
+def run_of(order: Order) -> Path:
+    """The directory of the run."""
+    return order.out.absolute().with_name(f".{order.out.name}-run")
 
 
 # What is run.
@@ -131,9 +139,18 @@ def _of_model(order: Order) -> list[str]:
         wanted = "ORG/NAME of a model hub, a directory, a GGUF file, or a base of conf/base"
         raise ConfigError(f"MODEL: found {order.model!r}, wanted {wanted}")
     _require_unused(order, "a model of a hub", "name")
-    commit = hub.resolve(order.model, order.revision or "main", "model").commit
+    commit = _begun_with(order) or hub.resolve(order.model, order.revision or "main", "model").commit
     licence = [] if order.license is None else [f"base.license={_quoted(order.license)}"]
     return ["base=hub", f"base.repo={_quoted(order.model)}", f"base.revision={commit}", *licence]
+
+
+def _begun_with(order: Order) -> str | None:
+    """The commit of the model that an interrupted run took to be its newest; None: there is no such run, or a commit is named."""
+    path = run_of(order) / PARAMS
+    if order.revision is not None or not path.is_file():
+        return None
+    base = (yaml.safe_load(path.read_text(encoding="utf8")) or {}).get("base", {})
+    return base.get("revision") if (base.get("source"), base.get("repo")) == ("hub", order.model) else None
 
 
 def _require_unused(order: Order, kind: str, *options: str) -> None:
@@ -160,40 +177,98 @@ def _quoted(text: str) -> str:
 # How it is run.
 
 
+def _make_absolute(sections: Any) -> None:
+    """Paths of files of one's own are relative to this project, as for `dvc exp run`, not to the directory of the run."""
+    texts = [source for corpora in sections["text"].values() for source in corpora.values()]
+    for section in (sections["base"], *texts):
+        if section.get("path"):
+            section["path"] = str(CONF.parent / section["path"])
+
+
 def _prepare(run: Path, sections: Any) -> None:
-    """The directory of the run, with its params.yaml; of a run that was interrupted what it has, if it was of the same choices."""
-    params = run / "params.yaml"
-    text = yaml.safe_dump(sections, sort_keys=False)
-    if params.is_file() and params.read_text(encoding="utf8") == text:
+    """The directory of the run, with its params.yaml; that of an interrupted run keeps what it has."""
+    params = run / PARAMS
+    if params.is_file():
         print(f"going on in {run}")
-        return
-    remove(run)
-    run.mkdir(parents=True)
-    for shared in (OWN_TASKS, FRONTIERS):
-        (run / shared).symlink_to(CONF.parent / shared)
-    params.write_text(text, encoding="utf8")
+    else:
+        remove(run)
+        run.mkdir(parents=True)
+        for shared in (OWN_TASKS, FRONTIERS):
+            (run / shared).symlink_to(CONF.parent / shared)
+    params.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf8")
 
 
-def _commands() -> Iterator[tuple[str, str, list[str]]]:
-    """Name, description and command of every stage up to the release, in order."""
-    described = yaml.safe_load((CONF.parent / DVC_YAML).read_text(encoding="utf8"))["stages"]
-    for stage in stages_of(TARGET, CONF.parent / DVC_YAML):
-        python, *arguments = shlex.split(described[stage.name]["cmd"])
-        yield stage.name, described[stage.name]["desc"], [sys.executable if python == "python" else python, *arguments]
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What runs a stage.
+
+    outputs: paths that are removed before it runs. key: a hash of all that its result depends on.
+    """
+
+    stage: str
+    description: str
+    words: list[str]
+    outputs: list[str]
+    key: str
 
 
-def _run(run: Path, name: str, command: list[str], title: str) -> None:
-    done = read_json(run / DONE) if (run / DONE).is_file() else []
-    if name in done:
+def _commands(sections: Any) -> Iterator[Command]:
+    """Those of every stage up to the release, in order."""
+    root = CONF.parent
+    described = yaml.safe_load((root / DVC_YAML).read_text(encoding="utf8"))["stages"]
+    stages = stages_of(TARGET, root / DVC_YAML)
+
+    def read_besides(stage: Stage) -> list[Any]:
+        code = [[path, sha256(file)] for path in stage.code for file in _files(root / path) if "__pycache__" not in file.parts]
+        return [code, _state_of(sections["base"].get("path"))] if stage.name == FETCH else [code]
+
+    made = keys(stages, sections, read_besides)
+    for stage in stages:
+        entry = described[stage.name]
+        python, *arguments = shlex.split(entry["cmd"])
+        outputs = [output for kind in OUTPUTS for output in entry.get(kind, [])]
+        yield Command(
+            stage=stage.name,
+            description=entry["desc"],
+            words=[sys.executable if python == "python" else python, *arguments],
+            outputs=[path for output in outputs for path, persists in _output(output) if not persists],
+            key=made[stage.name],
+        )
+
+
+def _output(entry: str | dict[str, dict[str, Any]]) -> list[tuple[str, bool]]:
+    """The paths of an entry of dvc.yaml's outputs, and whether each stays when its stage runs again."""
+    return [(entry, False)] if isinstance(entry, str) else [(path, bool(options.get("persist"))) for path, options in entry.items()]
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _state_of(path: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a model on this disk."""
+    if path is None or not Path(path).is_dir():
+        return []  # a GGUF file's hash is one of the choices
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(Path(path))]
+
+
+def _run(run: Path, command: Command, title: str) -> None:
+    ended = read_json(run / ENDED) if (run / ENDED).is_file() else {}
+    if ended.get(command.stage) == command.key:
         print(f"{title} (done before)", flush=True)
         return
     print(title, flush=True)
     stopwatch = Stopwatch()
+    if ended.pop(command.stage, None) is not None:  # with other choices
+        write_json(run / ENDED, ended)
+        for output in command.outputs:
+            remove(run / output)
     path = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
-    ended = subprocess.run(command, cwd=run, env={**os.environ, "PYTHONPATH": path})
-    if ended.returncode:
-        raise SparsesweepError(f"{name} failed, and nothing is at the place of the release; the same command goes on from here, in {run}")
-    write_json(run / DONE, [*done, name])
+    process = subprocess.run(command.words, cwd=run, env={**os.environ, "PYTHONPATH": path})
+    if process.returncode:
+        stage = command.stage
+        raise SparsesweepError(f"{stage} failed, and nothing is at the place of the release; the same command goes on from here, in {run}")
+    write_json(run / ENDED, {**ended, command.stage: command.key})
     print(f"    {stopwatch.seconds:.0f} s", flush=True)
 
 

@@ -132,8 +132,8 @@ def compare(directory: Path, release: Path | None) -> Iterator[Kept]:
             or either is packed.
         CheckpointError: the checkpoint cannot be read.
     """
-    zeros, checkpoint = read_zeros(release or directory), _checkpoint(directory)
-    theirs = None if release is None else _checkpoint(release)
+    zeros, checkpoint = read_zeros(release or directory), plain_checkpoint(directory)
+    theirs = None if release is None else plain_checkpoint(release)
     _require_tensors(zeros, checkpoint)
     for name, wanted in tqdm(zeros.tensors.items(), desc="counting zeros", unit="tensor"):
         zero = checkpoint.tensor(name) == 0
@@ -155,7 +155,7 @@ def apply(directory: Path, release: Path, target: Path) -> None:
     Raises:
         ReleaseError: see compare. SparsesweepError: the disk is full.
     """
-    zeros, checkpoint, theirs = read_zeros(release), _checkpoint(directory), _checkpoint(release)
+    zeros, checkpoint, theirs = read_zeros(release), plain_checkpoint(directory), plain_checkpoint(release)
     _require_tensors(zeros, checkpoint)
 
     def masked(name: str) -> torch.Tensor:
@@ -178,7 +178,7 @@ def apply(directory: Path, release: Path, target: Path) -> None:
             raise ReleaseError(f"{target}: found zeros of {', '.join(lost[:3])} lost in what was written, wanted none")
 
 
-def _checkpoint(directory: Path) -> Checkpoint:
+def plain_checkpoint(directory: Path) -> Checkpoint:
     """
     Raises:
         ReleaseError: it is packed; names the command that unpacks it. CheckpointError: see Checkpoint.

@@ -93,31 +93,47 @@ def send_records(repo: Repo) -> int:
 def bring(repo: Repo, commits: Sequence[str], path: Path) -> Brought:
     """Bring the outputs of commits that lie under a path into the cache; and of all other directories the lists of their files.
 
-    Without a list `dvc gc --cloud` takes the files in it for unused, and deletes them on the remote.
+    Without a list `dvc gc --cloud` takes the files in it for unused, and deletes them on the remote. What is damaged on the remote, or
+    not there, does not come; see require_brought.
+
+    Raises:
+        DvcException, OSError: the remote refuses.
+    """
+    outputs = _outputs(commits, path)
+    came: set[HashInfo] = set()
+    for hashes in (outputs | _lists(commits), _members(repo, _here(repo, outputs))):  # the second when the lists of the first have come
+        came |= repo.cloud.pull(hashes).transferred
+    here = _here(repo, came)
+    return Brought(files=len(here), size=sum(_path(repo, one).stat().st_size for one in here))
+
+
+def require_brought(repo: Repo, commit: str, path: Path) -> None:
+    """Refuse a commit of which `bring` did not bring everything.
 
     Raises:
         SharingError: a file did not come, or is damaged on the remote.
-        DvcException, OSError: the remote refuses.
     """
-    hashes = _outputs(commits, path)
-    came = _pull(repo, hashes | {one for one in _outputs(commits, Path()) if one.isdir})
-    came |= _pull(repo, _members(repo, hashes))
-    return Brought(files=len(came), size=sum(_path(repo, one).stat().st_size for one in came))
-
-
-def _pull(repo: Repo, hashes: set[HashInfo]) -> set[HashInfo]:
-    result = repo.cloud.pull(hashes)
-    came: set[HashInfo] = result.transferred
-    if missing := sorted(_oid(one) for one in hashes if not _path(repo, one).exists()):
+    outputs = _outputs([commit], path)
+    wanted = outputs | _lists([commit]) | _members(repo, _here(repo, outputs))
+    if missing := sorted(map(_oid, wanted - _here(repo, wanted))):
         advice = f"on the remote they are damaged or not there: a member who has them replaces them by {REPAIR}"
-        raise SharingError(f"found that {len(missing)} of {len(hashes)} files did not come ({_named(missing)}), wanted all; {advice}")
-    return came
+        raise SharingError(f"found that {len(missing)} of {len(wanted)} files did not come ({_named(missing)}), wanted all; {advice}")
+
+
+def _lists(commits: Sequence[str]) -> set[HashInfo]:
+    """The lists of the files of all outputs of commits that are directories."""
+    return {one for one in _outputs(commits, Path()) if one.isdir}
+
+
+def _here(repo: Repo, hashes: Iterable[HashInfo]) -> set[HashInfo]:
+    """Those that the cache has."""
+    return {one for one in hashes if _path(repo, one).exists()}
 
 
 def _sound_outputs(repo: Repo, commits: Sequence[str]) -> set[HashInfo]:
     """All outputs of commits, and the files of those directories whose lists are here, none of them damaged."""
     outputs = _outputs(commits, Path())
-    lists = {one for one in outputs if one.isdir and _path(repo, one).exists()}
+    lists = _here(repo, _lists(commits))
     _require_sound(repo, lists)
     return outputs | _members(repo, lists)
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stages.errors import DivergedError, SharingError
+from dvc.repo import Repo
+
+from stages.errors import NotReceivedError, SharingError
 from stages.experiments.command_output import output
 from stages.experiments.lock import LOCK, PARAMS, no_release, read_lock, read_yaml
 from stages.files import DENSE_RESULTS, RELEASE
-from stages.sharing.files import bring
+from stages.sharing.files import bring, require_brought
 from stages.sharing.references import Reference, counted, of_clone, of_origin
 from stages.sharing.remote import Remotes, checked, project
 
@@ -22,7 +24,7 @@ def receive(names: Sequence[str]) -> Iterator[str]:
 
     Raises:
         SharingError: an experiment is not there; or a remote cannot be shared by, or fails.
-        DivergedError: another experiment of the same name is here; the others were received.
+        NotReceivedError: of some experiments another of the same name is here, or not all files came; the others were received.
     """
     with project() as repo:
         remotes = checked(repo, writable=False)
@@ -32,14 +34,17 @@ def receive(names: Sequence[str]) -> Iterator[str]:
         received = [one for one in wanted if one not in diverged]
         if paths := [one.path for one in received]:  # without a path DVC takes all of HEAD's
             repo.experiments.pull(remotes.git, paths, pull_cache=False)
-        brought = "" if remotes.dvc is None else f", {bring(repo, [one.commit for one in received], RESULTS)} of results"
+        brought, reasons = "", {one: _divergence(one, remotes) for one in diverged}
+        if remotes.dvc is not None:
+            brought = f", {bring(repo, [one.commit for one in received], RESULTS)} of results"
+            reasons |= {one: reason for one in received if (reason := _not_whole(repo, one))}
     yield f"received from {remotes}: {counted([one for one in received if one.path not in here])}{brought}"
     if known := [one for one in received if one.path in here]:
         yield f"here already: {counted(known)}"
     if published := [one.name for one in received if _has_no_release(one) is None]:
         yield f"with a release: {', '.join(published)}"
-    if diverged:
-        raise DivergedError([one.name for one in diverged], "; ".join(_divergence(one, remotes) for one in diverged))
+    if reasons:
+        raise NotReceivedError([one.name for one in reasons], "; ".join(reasons.values()))
 
 
 def apply(name: str, *, release: bool) -> Iterator[str]:
@@ -60,6 +65,7 @@ def apply(name: str, *, release: bool) -> Iterator[str]:
             require_release(name)
             if remotes.dvc is not None:
                 brought = bring(repo, [one.commit], RELEASE)
+                require_brought(repo, one.commit, RELEASE)
                 yield f"received its release: {brought}"
     _require_saved()
     for path in (PARAMS, LOCK):
@@ -112,6 +118,15 @@ def _only(references: Sequence[Reference], name: str) -> Reference:
     if len(found) != 1:
         raise SharingError(f"found {len(found)} experiments {name} in this clone, wanted one; `dvc exp rename` tells them apart")
     return found[0]
+
+
+def _not_whole(repo: Repo, one: Reference) -> str | None:
+    """What of an experiment did not come; None if all did."""
+    try:
+        require_brought(repo, one.commit, RESULTS)
+    except SharingError as error:
+        return f"{one.name}: {error}"
+    return None
 
 
 def _divergence(one: Reference, remotes: Remotes) -> str:

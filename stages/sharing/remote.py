@@ -1,6 +1,5 @@
 """The remotes of a project: git's, to which experiments go, and DVC's, to which their files go; and what is wrong with them."""
 
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ from dvc.repo import Repo
 from dvc.scm import map_scm_exception
 
 from stages.errors import SharingError
+from stages.experiments.files import client_errors
 
 ORIGIN = "origin"  # the git remote, unless exp.git_remote of DVC's configuration names another
-CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("asyncssh", "Error"))  # what clients raise that is no OSError
 DIRECTORIES = ("local", "ssh")  # protocols of remotes that are directories
 SECRETS = {
     "access_key_id", "secret_access_key", "session_token", "password", "passphrase", "token", "custom_auth_header", "connection_string",
     "sas_token", "account_key", "client_secret", "oss_key_id", "oss_key_secret", "gdrive_client_secret",
+    "sse_customer_key",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def project() -> Iterator[Repo]:
     except DvcException as error:
         causes = [error, *_causes(error)]
         raise SharingError(": ".join(dict.fromkeys(" ".join(str(cause).split()) for cause in causes))) from error
-    except _client_errors() as error:
+    except client_errors() as error:
         raise SharingError(f"the remote does not answer, or refuses: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -58,11 +58,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while error.__cause__ is not None:
         error = error.__cause__
         yield error
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """What the clients that are in use raise."""
-    return (OSError, *(getattr(sys.modules[module], name) for module, name in CLIENT_ERRORS if module in sys.modules))
 
 
 def checked(repo: Repo, *, writable: bool) -> Remotes:
@@ -107,7 +102,7 @@ def _require_storage(repo: Repo, name: str, *, writable: bool) -> None:
         try:
             remote.fs.pipe_file(probe, b"")
             remote.fs.rm_file(probe)
-        except _client_errors() as error:
+        except client_errors() as error:
             raise SharingError(f"remote {name}: found that {location} cannot be written, wanted to share there ({error})") from error
 
 

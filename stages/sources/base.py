@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,7 +34,7 @@ SHARD = "2GB"  # of the shards that we write; a release holds one in memory
 GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4-bit weights, and a reserve
 LARGEST_DOCUMENT = 2**24  # bytes of a licence document inside a wheel
 NOTICE = "NOTICE"  # the file of a section's notice
-LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*")  # licence documents
+LEGAL = ("*LICEN[CS]E*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS*")  # licence documents, in capitals
 SMALL = (
     "config.json",
     "generation_config.json",
@@ -43,11 +44,22 @@ SMALL = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "merges.txt",
     "chat_template.jin*",
     "chat_template.json",
     "*processor_config.json",  # of images, videos and audio
-    *LEGAL,
+)
+VOCABULARIES = (  # without one of which there is no tokenizer
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
 UNREADABLE = (
     ArithmeticError,
@@ -186,7 +198,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _is_legal(name: str) -> bool:
     """Whether a file's name is that of a licence document."""
-    return _matches(name, LEGAL)
+    return _matches(name.upper(), LEGAL)
 
 
 def _choose(names: list[str], location: str) -> _Files:
@@ -198,7 +210,9 @@ def _choose(names: list[str], location: str) -> _Files:
     names = sorted(filter(is_plain_name, names))
     if "config.json" not in names:
         raise SourceError(f"{location}: found no config.json")
-    small = [name for name in names if _matches(name, SMALL)]
+    small = [name for name in names if _matches(name, SMALL) or _is_legal(name)]
+    if not any(_matches(name, VOCABULARIES) for name in small):
+        raise SourceError(f"{location}: found no tokenizer, wanted one of {', '.join(VOCABULARIES)} beside the weights")
     if INDEX in names:
         return _Files(small=[*small, INDEX], indexed=True)
     if SINGLE in names:
@@ -237,7 +251,10 @@ def _from_hub(base: HubBase, directory: Path, downloads: Path) -> Origin:
     shards = files.shards(partial)
     hub.download(repository, shards, partial)
     for name in files.small + shards:
-        os.link(partial / name, directory / name)
+        with suppress(OSError):  # where links are not allowed
+            os.link(partial / name, directory / name)
+        if not (directory / name).exists():
+            (partial / name).replace(directory / name)
     return {"source": "hub", "name": base.repo, "revision": repository.commit, "license": license_name}
 
 

@@ -144,7 +144,15 @@ def download(repository: Repository, files: list[str], directory: Path) -> None:
     for name in files:
         try:
             path = hf_hub_download(repository.repo, name, repo_type=repository.kind, revision=repository.commit, local_dir=directory)
-        except (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, httpx2.HTTPError, OSError, *OTHER_ANSWERS) as error:
+        except (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            EntryNotFoundError,
+            httpx2.HTTPError,
+            OSError,
+            RuntimeError,
+            *OTHER_ANSWERS,
+        ) as error:
             raise SourceError(f"{location}, file {name}: {error}") from error
         expected_sha256 = repository.hashes.get(name)
         if expected_sha256 is not None and (actual_sha256 := sha256(Path(path))) != expected_sha256:

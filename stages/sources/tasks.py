@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any
 
 import datasets
+import httpx2  # the transport of huggingface_hub, whose errors `datasets` lets through
 import lm_eval.tasks
 import yaml
 from datasets.exceptions import DatasetsError
@@ -51,7 +52,7 @@ BROKEN = (
     RecursionError,
     OSError,
 )  # what lm-eval raises on a definition of another form
-UNREADABLE = (DatasetsError, RuntimeError, *BROKEN)  # what `datasets` raises on a set it cannot read
+UNREADABLE = (DatasetsError, httpx2.HTTPError, RuntimeError, *BROKEN)  # what `datasets` raises on a set it cannot read
 ROWS = ("*.jsonl", "*.json", "*.csv", "*.parquet", "*.gz")
 GROUP_KEYS = {"group", "task", "tag", "include", "task_list", "group_alias", "task_alias", "class"}
 KINDS: dict[str, tuple[type, ...]] = {  # of the keys that are read here

@@ -14,7 +14,7 @@ from stages.sharing.references import of_origin
 from stages.sharing.remote import checked, project
 from stages.sweeps import cluster, git, local, search, slurm, worker
 from stages.sweeps.file import Resources, Search, Sweep, read_sweep
-from stages.sweeps.plan import Plan, Point, plan, points_of, summary, text
+from stages.sweeps.plan import Plan, Point, beginning_of, plan, points_of, summary, text
 from stages.sweeps.running import executed, progress
 from stages.sweeps.search import Step
 from stages.sweeps.worker import Outcome, Task
@@ -66,7 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     outcomes = progress(made, _outcomes(made, resources, arguments, revision, share=share), say=_say) if made.to_run else []
     if share:
         git.fetch_experiments(REMOTE, [point.name for point in made.points])
-    return _report(made, outcomes, *(read_experiments() if outcomes else read))
+    if outcomes:
+        read = read_experiments()
+        made = plan(sweep, read[0], revision)
+    if share and (own := _not_shared(made)):
+        _say(f"{len(own)} points were there and are not on {REMOTE}: `make share` shares them")
+    return _report(made, outcomes, read[1])
 
 
 def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argparse.Namespace) -> int:
@@ -79,7 +84,7 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
     if share and not arguments.dry_run:
         _require_shared(revision, elsewhere=arguments.address is not None)
     if share:
-        git.fetch_experiments(REMOTE, [one.name for one in of_origin(REMOTE) if one.name.startswith(f"{sweep.name}-")])
+        git.fetch_experiments(REMOTE, [one.name for one in of_origin(REMOTE) if one.name.startswith(beginning_of(sweep))])
     if arguments.dry_run:
         print(search.text(wanted, list(search.steps(sweep, wanted, read_experiments()[0], None, revision))))
         return 0
@@ -101,10 +106,16 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
 
 
 def _revision(arguments: argparse.Namespace) -> str:
-    """The commit that the points run; a dry run lists them where not all is committed, too."""
+    """The commit that the points run; a dry run lists them where not all is committed, too.
+
+    A point that is named by its name is the one that is meant wherever it composes, since the hash in it is of what it composes.
+    """
     if arguments.revision is None and not arguments.dry_run:
         return git.require_committed()
-    return git.commit_of(arguments.revision or "HEAD")
+    revision = git.commit_of(arguments.revision or "HEAD")
+    if arguments.revision is not None and (arguments.point is None or arguments.point.isdecimal()):
+        git.require_composed_from(revision)
+    return revision
 
 
 def _resources(declared: Resources, arguments: argparse.Namespace) -> Resources:
@@ -167,9 +178,10 @@ def _elsewhere(tasks: dict[str, Task], directory: str) -> dict[str, Task]:
 
 
 def _one_point(sweep: Sweep, wanted: str, resources: Resources, revision: str, *, share: bool) -> int:
-    """Run one point in this process, with the cards that this process sees."""
+    """Run one point in this process, with the cards that this process sees, none where none are wanted."""
     point = _point(sweep, wanted)
     task = local.tasks([point], sweep.target, resources, revision, share=share)[point.name]
+    task = replace(task, cards="") if resources.gpus == 0 else task
     outcome = worker.run(replace(task, origin=git.url(REMOTE)) if share else task)
     _say(f"{outcome.name}: {f'failed: {outcome.error}' if outcome.error else f'done, {executed(outcome)}'}")
     return int(outcome.error is not None)
@@ -202,10 +214,17 @@ def _script(plan: Plan, resources: Resources, path: Path, revision: str, *, shar
     return 0
 
 
-def _report(plan: Plan, outcomes: Sequence[Outcome], experiments: Sequence[Experiment], missing: Sequence[Missing]) -> int:
+def _not_shared(plan: Plan) -> list[Experiment]:
+    """The results of a plan that are not on the git remote."""
+    there = {reference.commit for reference in of_origin(REMOTE)}
+    names = {reference.name for reference in of_origin(REMOTE)}
+    return [one for one in plan.results.values() if one.revision not in there and one.name not in names]
+
+
+def _report(plan: Plan, outcomes: Sequence[Outcome], missing: Sequence[Missing]) -> int:
     """Show the points of the sweep that have results, best first, and why the others have none."""
-    names = {*(point.name for point in plan.points), *plan.there.values()}
-    own = [experiment for experiment in experiments if experiment.name in names]
+    names = {point.name for point in plan.to_run}
+    own = list({one.revision: one for one in plan.results.values()}.values())
     _say("\n" + table.text(own, [one for one in missing if one.name in names], commands=False))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:

@@ -3,20 +3,50 @@
 python -m stages.sweeps.git && dvc exp run --queue ...    refuses new files, which DVC leaves out of a queued run without a word
 """
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from dvc.repo import Repo
 
 from stages.errors import ConfigError, SparsesweepError
 from stages.experiments.command_output import output
-from stages.sharing.references import of_origin
+from stages.experiments.lock import md5_of_directory
+from stages.sharing.references import of_clone, of_origin
 
+COMPOSED = ("conf", "stages", "hydra_plugins", "dvc.yaml")  # what a point's parameters and stages are made from
 NEEDED = ("conf", "stages", "tasks", "hydra_plugins", "dvc.yaml", ".dvc/config")  # what a point is made of, besides its parameters
 
 
 def same(first: str, second: str, paths: Sequence[str]) -> bool:
     """Whether two revisions have the same files at some paths."""
     return subprocess.run(["git", "diff", "--quiet", first, second, "--", *paths], capture_output=True).returncode == 0
+
+
+@cache
+def md5s(revision: str, paths: tuple[str, ...]) -> dict[str, str]:
+    """The MD5 that DVC gives each of some files and directories as a commit has them; without those that it has not."""
+    listed = output("git", "ls-tree", "-r", "-z", revision, "--", *paths).split("\0")
+    objects = {name: entry.split()[2] for entry, name in (line.split("\t", 1) for line in listed if line)}
+    with Repo() as repo:
+        root = Path(repo.root_dir)
+        objects = {name: oid for name, oid in objects.items() if not repo.dvcignore.is_ignored(repo.fs, str(root / name))}
+    contents = subprocess.run(
+        ["git", "cat-file", "--batch"], input="\n".join(objects.values()).encode(), capture_output=True, check=True
+    ).stdout
+    digests, start = dict[str, str](), 0
+    for name in objects:
+        head = contents.index(b"\n", start)
+        end = head + 1 + int(contents[start:head].split()[2])
+        digests[name] = hashlib.md5(contents[head + 1 : end], usedforsecurity=False).hexdigest()
+        start = end + 1
+    directories = {path for path in paths if path not in digests and any(Path(name).is_relative_to(path) for name in digests)}
+    return {path: digests[path] for path in paths if path in digests} | {
+        path: md5_of_directory(digests, Path(path)) for path in directories
+    }
 
 
 def require_committed(paths: Sequence[str] = NEEDED) -> str:
@@ -42,6 +72,19 @@ def require_known(paths: Sequence[str] = NEEDED) -> None:
     """
     if new := output("git", "ls-files", "--others", "--exclude-standard", "--", *paths).splitlines():
         raise SparsesweepError(f"found {', '.join(new)}, wanted git to know them: a queued run is without them; `git add`")
+
+
+def require_composed_from(revision: str, paths: Sequence[str] = COMPOSED) -> None:
+    """Refuse files here that are not those of a revision whose code the points are to run: they are composed from those here.
+
+    Raises:
+        SparsesweepError: names all that differ.
+    """
+    changed = output("git", "diff", "--name-only", revision, "--", *paths).splitlines()
+    changed += output("git", "ls-files", "--others", "--exclude-standard", "--", *paths).splitlines()
+    if changed:
+        wanted = f"wanted them as in {revision[:12]}: points are composed here, and run there; `git checkout` that commit"
+        raise SparsesweepError(f"--revision: found {', '.join(changed)} changed, {wanted}")
 
 
 def commit_of(revision: str) -> str:
@@ -71,8 +114,10 @@ def require_at(remote: str, revision: str) -> None:
 
 
 def fetch_experiments(remote: str, names: Sequence[str]) -> None:
-    """Bring those experiments of these names that a remote has: what git keeps of them, not their data."""
-    wanted = [f"+{reference.path}:{reference.path}" for reference in of_origin(remote) if reference.name in set(names)]
+    """Bring those experiments of these names that a remote has: what git keeps of them, not their data. One that is here stays."""
+    here = {reference.path for reference in of_clone()}
+    found = [reference.path for reference in of_origin(remote) if reference.name in set(names) and reference.path not in here]
+    wanted = [f"{path}:{path}" for path in found]
     if wanted:
         output("git", "fetch", "--quiet", "--no-tags", remote, *wanted)
 

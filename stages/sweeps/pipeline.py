@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,23 @@ def stages_of(target: str, dvc_yaml: Path = DVC_YAML) -> list[Stage]:
     return list(found.values())
 
 
-def keys(stages: list[Stage], params: dict[str, Any]) -> dict[str, str]:
-    """Of each stage, a hash of all the parameters on which its result depends, those of the stages that it reads from included."""
+def keys(stages: list[Stage], params: dict[str, Any], besides: Callable[[Stage], list[Any]] | None = None) -> dict[str, str]:
+    """Of each stage, a hash of all the parameters on which its result depends, those of the stages that it reads from included.
+
+    Args:
+        besides: what else a stage's result depends on, as plain data.
+    """
     made: dict[str, str] = {}
     for stage in stages:
         facts = [stage.name, stage.values(params), sorted(made[writer] for writer in set(stage.inputs.values()))]
+        facts += [] if besides is None else besides(stage)
         made[stage.name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return made
 
 
-def has_result(target: Stage, params: dict[str, Any], stages: dict[str, Any]) -> bool:
-    """Whether the result of a stage is of these parameters, and of what the other stages wrote. stages: see lock.read_lock."""
-    return target.name in stages and other_run(stages, params, target.name) is None
+def has_result(target: Stage, params: dict[str, Any], stages: dict[str, Any], cache: Path | None = None) -> bool:
+    """Whether the result of a stage is of these parameters, and of what the other stages wrote. Args: see lock.other_run."""
+    return target.name in stages and other_run(stages, params, target.name, cache) is None
 
 
 def _stage(name: str, described: dict[str, Any], writers: dict[str, str]) -> Stage:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from hydra.errors import HydraException
@@ -113,7 +114,8 @@ def plan(sweep: Sweep, experiments: Sequence[Experiment], revision: str = "HEAD"
     evaluated = [experiment for experiment in experiments if experiment.revision is not None]
     current = _of_code(revision, evaluated, stages)
     results = [(experiment, _values(experiment.params, stages)) for experiment in current]
-    there = {point.name: found for point in points if (found := _found(point, results, stages)) is not None}
+    cache = cache_directory() if results else Path()
+    there = {point.name: found for point in points if (found := _found(point, results, stages, cache)) is not None}
     to_run = [point for point in points if point.name not in there]
     available = {key for point in points if point.name in there for key in keys(stages, point.params).values()}
     available |= {key for experiment in current for key in keys(stages, experiment.params).values()}
@@ -178,23 +180,40 @@ def _params(sweep: Sweep, varied: tuple[str, ...]) -> dict[str, Any]:
 
 def _name(sweep: Sweep, varied: tuple[str, ...], params: dict[str, Any]) -> str:
     """The sweep, the point's own values, and a hash of its parameters and target: equal for equal points alone."""
-    words = [sweep.name, *(override.partition("=")[2] for override in varied)]
-    said = "-".join(re.sub(r"[^A-Za-z0-9.]+|\.\.+", "_", word).strip("._") for word in words)
+    said = "-".join(map(_plain, [sweep.name, *(override.partition("=")[2] for override in varied)]))
     facts = json.dumps([sweep.target, params], sort_keys=True)
     return f"{said[:LONGEST].strip('._-')}-{hashlib.sha256(facts.encode()).hexdigest()[:HASH]}"
 
 
+def beginning_of(sweep: Sweep) -> str:
+    """With what the names of a sweep's points begin."""
+    return f"{_plain(sweep.name)[:LONGEST].strip('._-')}-"
+
+
+def _plain(word: str) -> str:
+    """A word as it stands in a name of git's."""
+    return re.sub(r"[^A-Za-z0-9.]+|\.\.+", "_", word).strip("._")
+
+
 def _of_code(revision: str, experiments: Sequence[Experiment], stages: list[Stage]) -> list[Experiment]:
-    """Those that ran the code of these stages as a commit has it."""
+    """Those that ran the code of these stages as a commit has it, which their locks say, too: `dvc exp save` keeps older results."""
     paths = sorted({DVC_YAML.as_posix()} | {path for stage in stages for path in stage.code})
-    return [experiment for experiment in experiments if experiment.revision and git.same(revision, experiment.revision, paths)]
+    same = [experiment for experiment in experiments if experiment.revision and git.same(revision, experiment.revision, paths)]
+    wanted = git.md5s(revision, tuple(paths)) if same else {}
+    return [experiment for experiment in same if not _ran_other(read_lock(str(experiment.revision)), stages, wanted)]
 
 
-def _found(point: Point, results: Sequence[tuple[Experiment, Values]], stages: list[Stage]) -> Experiment | None:
+def _ran_other(lock: dict[str, Any], stages: list[Stage], wanted: dict[str, str]) -> bool:
+    """Whether stages of a lock ran other code. wanted: path -> MD5."""
+    entries = [entry for stage in stages for entry in lock.get(stage.name, {}).get("deps", [])]
+    return any(wanted.get(entry["path"], entry["md5"]) != entry["md5"] for entry in entries)
+
+
+def _found(point: Point, results: Sequence[tuple[Experiment, Values]], stages: list[Stage], cache: Path) -> Experiment | None:
     """The experiment that has a point's result. results: experiments with their values, see _values."""
     target, wanted = stages[-1], _values(point.params, stages)
     for experiment, values in results:
-        if values == wanted and has_result(target, point.params, read_lock(str(experiment.revision))):
+        if values == wanted and has_result(target, point.params, read_lock(str(experiment.revision)), cache):
             return experiment
     return None
 

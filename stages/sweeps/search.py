@@ -13,6 +13,7 @@ the highest value within the limit is its best trial, and values beyond are prun
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from stages.sweeps.file import Search, Sweep
 from stages.sweeps.local import DIRECTORY
 from stages.sweeps.plan import Plan, plan
 
-DECIMALS = 4  # of the values that are tried
+DIGITS = 7  # of the interval, in the values that are tried: MOST_STEPS halve it to a millionth
 Run = Callable[[Plan], Sequence[Experiment]]
 
 
@@ -67,8 +68,9 @@ def steps(sweep: Sweep, search: Search, experiments: Sequence[Experiment], run: 
         SparsesweepError: a point failed, or has not the metric.
     """
     low, high = search.low, search.high
+    decimals = DIGITS - math.floor(math.log10(high - low))
     for _ in range(search.points):
-        value = round((low + high) / 2, DECIMALS)
+        value = round((low + high) / 2, decimals)
         made = _planned(sweep, search, value, experiments, revision)
         if made.to_run and run is None:
             yield Step(value=value, plan=made)

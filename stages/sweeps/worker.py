@@ -116,7 +116,7 @@ def evaluate_together(tasks: Sequence[Task]) -> tuple[list[str], Outcome]:
 
 
 def _clone(task: Task) -> Path:
-    return Path(task.directory).expanduser().absolute() / task.name
+    return Path(task.directory).expanduser().resolve() / task.name
 
 
 def _outcome(tasks: Sequence[Task], work: Callable[["_Shell"], None], what: str = "") -> Outcome:
@@ -174,7 +174,11 @@ def _alone(clone: Path) -> Iterator[None]:
     file = clone.with_suffix(clone.suffix + ".lock")
     with locked(file, clone):
         try:
-            while _processes_in(clone) or _is_locked(clone / SPARSE_JOURNAL):
+            said = None
+            while (processes := _processes_in(clone)) or _is_locked(clone / SPARSE_JOURNAL):
+                if processes and processes != said:
+                    print(f"waiting for the processes {', '.join(map(str, processes))}, which run in {clone}", file=sys.stderr, flush=True)
+                    said = processes
                 time.sleep(PAUSE)
             yield
         finally:
@@ -264,7 +268,7 @@ def _dvc(task: Task, name: str) -> list[str]:
 
 
 def _hand_over(task: Task, shell: _Shell) -> None:
-    """Give the experiment to the origin. Where another gave it the same point meanwhile, the last one stays: both are whole.
+    """Give the experiment to the origin. Where another gave it the same point meanwhile, that one stays: both are whole.
 
     Its files go to the DVC remote first: `dvc exp push` would name them before they are there, and leave it so if sending them failed.
     """
@@ -272,6 +276,9 @@ def _hand_over(task: Task, shell: _Shell) -> None:
     if task.share:
         shell("git", "checkout", "-q", "--force", "--detach", reference)  # an earlier run may have recorded it
         shell("dvc", "push", "--run-cache")
+    if task.share and shell.succeeds("git", "ls-remote", "--exit-code", "origin", reference):
+        print(f"{reference} is on the origin already, of another who ran this point", file=shell.log, flush=True)
+        return
     shell("git", "push", "-q", "--force", "origin", f"{reference}:{reference}")
 
 

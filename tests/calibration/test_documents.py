@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import processors
 
 from stages.calibration.documents import Documents
 from stages.errors import CalibrationError, TextError
@@ -95,3 +96,17 @@ def test_rows_that_are_neither_prose_nor_dialogues_are_named(tmp_path):
 def test_a_row_that_is_not_what_the_first_one_is_is_named(tmp_path, first, second, message):
     with pytest.raises(TextError, match=rf"a\.jsonl, {message}"):
         documents(tmp_path, first, second)[1]
+
+
+def test_a_blank_row_has_no_tokens_whatever_the_tokenizer_adds(tmp_path):
+    tokenizer = tiny.tokenizer()
+    mark = [("<s>", tokenizer.bos_token_id)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=mark)
+    read = documents(tmp_path, {"text": "river"}, {"text": ""}, {"text": " \n"}, tokenizer=tokenizer)
+    assert read[0][0] == tokenizer.bos_token_id
+    assert read[1] == read[2] == []
+
+
+def test_rows_of_the_same_text_have_the_same_content(tmp_path):
+    read = documents(tmp_path, {"text": "river"}, {"text": "stone"}, {"text": "river"})
+    assert read.content(0) == read.content(2) != read.content(1)

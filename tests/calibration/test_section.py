@@ -20,6 +20,10 @@ def calibration(**changes) -> Calibration:
         ({"overlap_tokens": 0}, "calibration.overlap_tokens: found 0, wanted at least 1"),
         ({"max_overlap": -1}, "calibration.max_overlap: found -1, wanted 0 or more"),
         ({"max_refused": 1.0}, r"calibration.max_refused: found 1.0, wanted a number in \[0, 1\)"),
+        (
+            {"windows": 8, "sources": {name: CalibrationSource(sampler="packed", weight=of) for name, of in (("a", 0.95), ("b", 0.05))}},
+            "calibration.windows: found 8, wanted more, or another weight of b, which has none of them",
+        ),
         ({"sources": {}}, "calibration.sources: found 'weights summing to 0', wanted weights summing to 1"),
         (
             {"sources": {"a": CalibrationSource(sampler="guess", weight=1.0)}},

@@ -81,3 +81,10 @@ def test_a_parameter_that_a_models_code_makes_in_float32_stays_so(tmp_path):
     assert {name: tensor.dtype for name, tensor in ours.state_dict().items()} == {
         name: tensor.dtype for name, tensor in stock.state_dict().items()
     }
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(base, tmp_path):
+    shutil.copytree(base.directory, tmp_path / "copy")
+    (tmp_path / "copy/tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="found no tokenizer that transformers can load"):
+        load_tokenizer(tmp_path / "copy")

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import INDEX, PROVENANCE, Checkpoint, all_finite, fingerprint, read_weight_map, shard_header
@@ -197,3 +197,39 @@ def test_a_config_that_is_no_object_is_named(copy, content):
 def test_a_section_that_is_none_states_nothing(copy):
     (copy / "config.json").write_text('{"text_config": 7}')
     assert Checkpoint(copy).context_length is None
+
+
+def test_a_tensor_that_the_index_leaves_out_is_read_as_clients_read_it(copy):
+    index = json.loads((copy / INDEX).read_text())
+    shard = index["weight_map"].pop("model.norm.weight")
+    (copy / INDEX).write_text(json.dumps(index))
+    checkpoint = Checkpoint(copy)
+    assert checkpoint.shard_of["model.norm.weight"] == shard
+    assert checkpoint.tensor("model.norm.weight").shape == checkpoint.headers[shard]["model.norm.weight"].shape
+
+
+def test_a_tensor_in_two_shards_is_named(copy):
+    index = json.loads((copy / INDEX).read_text())
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    both = {**load_file(copy / first), "model.norm.weight": torch.ones(2), "other.weight": torch.ones(1)}
+    save_file(both, copy / first)
+    save_file({**load_file(copy / second), "other.weight": torch.ones(1)}, copy / second)
+    index["weight_map"] |= {"model.norm.weight": first}
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"found tensor (other|model.norm).weight in .* and in .*, wanted it once"):
+        Checkpoint(copy)
+
+
+def test_settings_are_those_of_the_model_and_with_answers_of_how_it_answers(copy):
+    def settings(*, answers: bool) -> str:
+        return Checkpoint(copy).settings_sha256(answers=answers)
+
+    config = json.loads((copy / "config.json").read_text())
+    alone, answering = settings(answers=False), settings(answers=True)
+    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9.9"}))
+    assert (settings(answers=False), settings(answers=True)) == (alone, answering)
+    (copy / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
+    assert settings(answers=False) == alone
+    assert settings(answers=True) != answering
+    (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 123.0}))
+    assert settings(answers=False) != alone

@@ -2,10 +2,12 @@ import json
 import shutil
 
 import pytest
+from tokenizers import processors
 
 from stages.checkpoint.reader import Checkpoint
-from stages.checkpoint.tokens import embedding_rows, rendered, require_embedded, require_requests
+from stages.checkpoint.tokens import embedding_rows, prompt_ids, rendered, require_embedded, require_requests
 from stages.errors import CheckpointError, TextError
+from stages.evaluation.encoding import Encoder
 from tests import tiny
 
 HELLO = [{"role": "user", "content": "river"}]
@@ -44,3 +46,32 @@ def test_templates_of_which_none_is_the_default_are_refused():
     tokenizer.chat_template = {"tool_use": tiny.CHAT_TEMPLATE}
     with pytest.raises(TextError, match="the base's chat template refuses this dialogue"):
         rendered(tokenizer, HELLO)
+
+
+def with_end(tokenizer):
+    """As saved with add_eos_token for training."""
+    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=ends)
+    return tokenizer
+
+
+def test_nothing_that_a_tokenizer_appends_stands_at_the_end_of_a_prompt():
+    plain, ended = tiny.tokenizer(), with_end(tiny.tokenizer())
+    assert ended.encode("river stone")[-1] == ended.eos_token_id
+    for text in ("river stone", "a", "</s>", "a</s>"):
+        assert prompt_ids(plain, text) == plain.encode(text)
+        assert prompt_ids(ended, text) == [ended.bos_token_id, *plain.encode(text)]
+
+
+def test_answers_of_a_tokenizer_that_appends_are_told_apart():
+    encoder = Encoder(with_end(tiny.tokenizer()), tiny.NO_BOS, 64)
+    (context, first), (again, second) = (encoder._encode_pair("river stone", answer) for answer in (" lamp", " winter"))
+    assert context == again
+    assert first != second
+    assert tiny.tokenizer().decode(first) == " lamp"
+
+
+def test_it_is_always_the_same_day_to_a_template():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    assert rendered(tokenizer, HELLO) == "26 Jul 2024 river"

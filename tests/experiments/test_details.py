@@ -10,6 +10,7 @@ import pytest
 
 from stages.experiments import details as module
 from stages.experiments.details import read_details
+from stages.experiments.files import Unreadable
 from stages.experiments.reading import Experiment
 from tests.experiments import synthetic
 from tests.project import ENVIRONMENT
@@ -139,3 +140,13 @@ def test_a_revision_that_is_not_there_is_left_out(experiment):
     found, dense, (missing,) = read_details([replace(experiment, revision="f" * 40)])
     assert (found, dense) == ([], None)
     assert "unknown Git revision" in missing.reason
+
+
+def test_a_dense_model_with_other_scores_of_the_same_windows_leaves_its_experiment_out(experiment):
+    dense = module.of_dense(synthetic.dense_scores(rows=6))
+    (corpus, means), *_ = dense.windows.items()
+    module.require_same_dense(dense, dense)
+    module.require_same_dense(replace(dense, windows={corpus: {"nll": [1.001 * value for value in means["nll"]]}}), dense)
+    other = replace(dense, windows={corpus: {"nll": [1.1 * value for value in means["nll"]]}})
+    with pytest.raises(Unreadable, match=f"found other values of nll of the dense model on {corpus} than other experiments have"):
+        module.require_same_dense(other, dense)

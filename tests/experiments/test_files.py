@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+import sys
 from hashlib import md5
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -87,3 +89,28 @@ def test_why_a_revision_from_before_the_remote_cannot_be_read_is_said_with_the_w
     advice = "config file error: expected 'url'; a remote was set after it ran: `dvc remote modify --local REMOTE url URL` repeats"
     assert module._reason("config file error: expected 'url'").startswith(advice)
     assert module._reason("broken") == "broken"
+
+
+def test_a_list_that_was_cut_short_leaves_its_experiment_out(project):
+    revision, cache = project
+    digest = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["s"]["outs"][1]["md5"]
+    (cache / module.OUTPUTS / digest[:2] / digest[2:]).write_bytes(b'[{"md5": ')
+    with pytest.raises(Unreadable, match="not JSON"):
+        Files(revision, cache).json(LISTED)
+
+
+def test_a_remote_that_refuses_is_a_reason(project, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    class FileSystem:
+        def __init__(self, rev: str) -> None:
+            pass
+
+        def read_text(self, *_: object, **__: object) -> str:
+            raise Refused("no credentials")
+
+    monkeypatch.setattr(module, "DVCFileSystem", FileSystem)
+    monkeypatch.setitem(sys.modules, "asyncssh", SimpleNamespace(Error=Refused))
+    with pytest.raises(Unreadable, match="no credentials"):
+        Files(*project).json(Path("absent.json"))

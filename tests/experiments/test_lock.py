@@ -1,10 +1,12 @@
 """Which outputs of an experiment are of another run."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 
-from stages.experiments.lock import other_run, read_lock
+from stages.experiments.lock import other_run, part_of_directory, read_lock
 from tests.project import ENVIRONMENT
 
 
@@ -53,3 +55,25 @@ def test_a_lock_is_read_as_dvc_wrote_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wanted = {"a": 1e-5, "b": "2:4", "c": "off", "d": 0.5, "e": 3, "f": True, "g": None, "h": "1", "i": "2026-01-01", "j": None}
     assert read_lock("HEAD") == {"prune": wanted}
+
+
+def test_a_part_of_a_directory_is_compared_by_what_is_in_it(tmp_path):
+    """By DVC's own hashes of the directory and of the part."""
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
+    for name, text in (("text/a/one.txt", "one"), ("text/b/two.txt", "two"), ("text/b/deep/three.txt", "three")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    command = "python -c \"open('read', 'w')\""
+    stages = {"write": {"cmd": "true", "outs": ["text"]}, "read": {"cmd": command, "deps": ["text/b"], "outs": ["read"]}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    subprocess.run(["dvc", "commit", "-q", "--force", "write"], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    subprocess.run(["dvc", "repro", "-q", "read"], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    found = yaml.safe_load((tmp_path / "dvc.lock").read_text())["stages"]
+    cache = tmp_path / ".dvc/cache"
+    assert other_run(found, {}, "read", cache) is None
+    (entry,) = [entry for entry in found["read"]["deps"] if entry["path"] == "text/b"]
+    assert part_of_directory(cache, found["write"]["outs"][0]["md5"], Path("b")) == entry["md5"]
+    entry["md5"] = "0" * 32 + ".dir"
+    assert other_run(found, {}, "read", cache) == "read read another text/b than write wrote"
+    assert other_run(found, {}, "read", tmp_path / "empty") is None  # it cannot be told

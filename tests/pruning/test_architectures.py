@@ -365,6 +365,7 @@ def test_experts_stored_as_one_tensor_are_pruned_one_by_one(tmp_path):
     (tmp_path / "fused").mkdir()
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "fused/model.safetensors")
     model.config.save_pretrained(tmp_path / "fused")
+    tiny.tokenizer().save_pretrained(tmp_path / "fused")
     local = LocalBase(source="local", path=str(tmp_path / "fused"), name="tests/fused", fingerprint=None, license="mit")
     (tmp_path / "fused-base").mkdir()
     checkpoints.fetch(local, tmp_path / "fused-base", downloads=tmp_path / "unused")

@@ -111,11 +111,12 @@ def written(tmp_path):
         verified: Verified = VERIFIED,
         others: Others = NO_OTHERS,
         to_be_set: tuple[str, ...] = (),
+        name: str = "small",
         **changes: object,
     ) -> ModelCard:
         path = tmp_path / "README.md"
         made = {"delta": Delta(**changes), "records": records, "verified": verified, "others": others, "to_be_set": list(to_be_set)}
-        write_card(path, name="small", **made)
+        write_card(path, name=name, **made)
         return ModelCard.load(path)
 
     return write
@@ -444,6 +445,8 @@ def test_a_release_in_float8_says_so_and_has_its_results_beside_those_before_rou
     float8 = CountedFloat8(bytes=1234, zeros=51, weights=100, loaded=replace(LOADED, loading="streamed"))
     card = written(others=replace(NO_OTHERS, float8=float8, float8_results=scores)).content
     assert "any client loads them" not in card
+    assert "bit for bit, then rounded to float8 with a scale for each output channel." in card
+    assert "Fraction of zeros in these matrices' bytes: 0.510000 " in card
     section = card[card.index("## Float8") :]
     measured = next(one for one in RECORDS.sparse if one.metric == "perplexity")
     assert f"| {measured.name}, perplexity | {measured.shown(2)} | {scores[RECORDS.sparse.index(measured)].shown(2)} |" in section
@@ -473,3 +476,11 @@ def test_the_card_says_what_of_the_blocks_was_out_of_scope(written):
     content = written(records=replace(RECORDS, prune={**RECORDS.prune, "out_of_scope": shares})).content
     assert "- Out of scope: 1.35% of the weights in the blocks, of the tensors `mixer.conv1d`, `norm_0`," in content
     assert "`norm_4` and 2 kinds more.\n" in content
+
+
+def test_the_card_of_a_packed_release_loads_what_was_unpacked(written):
+    assert 'from_pretrained("org/small")' in written(name="org/small").content
+    card = written(name="org/small", others=replace(NO_OTHERS, packed=True)).content
+    assert "unpack org/small --revision COMMIT --out small\n" in card
+    assert card.count('from_pretrained("small")') == 2
+    assert 'from_pretrained("org/small")' not in card

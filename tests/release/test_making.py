@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from stages.config.compose import read
+from stages.config.compose import composed, read
 from stages.config.params import CONF
 from stages.errors import ConfigError, ReleaseError
-from stages.files import BASE, RELEASE, sha256, write_json
+from stages.files import BASE, RELEASE, read_json, sha256, write_json
 from stages.release import making
 from stages.release.making import Order, overrides
 from tests import project as projects
@@ -127,8 +128,8 @@ def test_a_licence_that_forbids_a_release_is_refused_before_anything_is_fetched(
 def test_a_licence_that_the_base_states_is_read_before_anything_is_computed(tmp_path, hub_repository, monkeypatch, any_license):
     ran = []
 
-    def run(directory: Path, name: str, *_: object) -> None:
-        ran.append(name)
+    def run(directory: Path, command: making.Command, _: str) -> None:
+        ran.append(command.stage)
         (directory / BASE).mkdir(parents=True, exist_ok=True)
         (directory / RELEASE).mkdir(exist_ok=True)
         write_json(directory / BASE / "provenance.json", {"license": "cc-by-nd-4.0"})
@@ -212,8 +213,57 @@ def test_a_stage_that_fails_leaves_no_release_and_the_same_command_goes_on(proje
     assert "failed, and nothing is at the place of the release; the same command goes on from here" in said
     assert not out.exists()
     hidden.rename(checkpoint)
-    assert "(done before)" in make(project, out)
+    said = make(project, out, "-S", "publish.name=org/other")
+    assert "(done before)" in said  # what depends on no choice that has changed
     assert (out / "SHA256SUMS").is_file()
+    assert "name: org/other" in (out / "params.yaml").read_text()
+
+
+def test_what_depends_on_a_changed_choice_or_file_runs_again_and_no_more(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+
+    def made(*more: str) -> dict[str, str]:
+        sections = OmegaConf.to_container(composed(*overrides(order(str(model), license="mit", overrides=list(more)))))
+        return {command.stage: command.key for command in making._commands(sections)}
+
+    def changed(first: dict[str, str], second: dict[str, str]) -> set[str]:
+        return {stage for stage in first if first[stage] != second[stage]}
+
+    before = made()
+    assert changed(before, made()) == set()
+    assert changed(before, made("publish.formats=[safetensors,gguf]")) == {"publish"}
+    assert "evaluate_sparse" in changed(before, made("method=sparsegpt"))
+    assert not {"fetch_base", "evaluate_dense"} & changed(before, made("method=sparsegpt"))
+    (model / "config.json").write_text('{"rope_theta": 2}')
+    assert {"fetch_base", "prune", "publish"} <= changed(before, made())
+    assert not {"fetch_text", "fetch_tasks"} & changed(before, made())
+
+
+def test_the_outputs_of_a_stage_are_removed_before_it_runs_with_other_choices(tmp_path):
+    lines = "import sys; from pathlib import Path; there = Path('made').exists(); Path('made').mkdir(); sys.exit(there)"
+    for key in ("one", "one", "another"):
+        command = making.Command(stage="x", description="", words=[sys.executable, "-c", lines], outputs=["made"], key=key)
+        making._run(tmp_path, command, "")
+    assert read_json(tmp_path / making.ENDED) == {"x": "another"}
+
+
+def test_a_file_of_ones_own_is_where_dvc_looks_for_it():
+    sections = {"base": {"path": "models/mine"}, "text": {"evaluation": {"a": {"path": "data/a.jsonl"}, "b": {"path": "/b"}, "c": {}}}}
+    making._make_absolute(sections)
+    assert sections["base"]["path"] == str(ROOT / "models/mine")
+    assert sections["text"]["evaluation"] == {"a": {"path": str(ROOT / "data/a.jsonl")}, "b": {"path": "/b"}, "c": {}}
+
+
+def test_an_interrupted_run_goes_on_with_its_commit(tmp_path, hub_repository, monkeypatch):
+    hub_repository("org/tiny", {"config.json": b"{}"})
+    wanted = order("org/tiny", license="mit", out=tmp_path / "out")
+    making.run_of(wanted).mkdir()
+    commit = "f" * 40
+    (making.run_of(wanted) / "params.yaml").write_text(f"base: {{source: hub, repo: org/tiny, revision: {commit}}}")
+    assert f"base.revision={commit}" in overrides(wanted)
+    assert f"base.revision={commit}" not in overrides(order("org/tiny", license="mit", out=tmp_path / "other"))
 
 
 def test_the_project_is_left_as_it_was(project):

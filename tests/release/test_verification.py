@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from stages.checkpoint.delta import Change, SparseDelta, read_block, write_block, write_manifest
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ConfigError, ReleaseError
+from stages.release import loading
 from stages.release.packing import pack
 from stages.release.verification import Asked, count_in_each_group, verify
 from stages.streaming.decoder import Decoder
@@ -319,8 +321,9 @@ def test_a_tensor_of_another_dtype_is_found(release, base, delta):
 def test_a_tensor_that_is_missing_is_found(release, base, delta):
     index = release / "model.safetensors.index.json"
     table = json.loads(index.read_text())
-    del table["weight_map"]["model.norm.weight"]
+    shard = release / table["weight_map"].pop("model.norm.weight")
     index.write_text(json.dumps(table))
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != "model.norm.weight"}, shard)
     with pytest.raises(ReleaseError, match=r"found tensors \['model.norm.weight'\] on one side only"):
         verify(release, base, delta)
 
@@ -399,6 +402,16 @@ def test_a_model_is_loaded_whole_where_its_weights_take_at_most_half_of_the_free
     size = sum(base.stored(name).nbytes for name in base)
     assert verify(release, base, delta, 2 * size).loaded.loading == "whole"
     assert verify(release, base, delta, 2 * size - 1).loaded.loading == "streamed"
+
+
+def test_what_a_model_takes_is_counted_in_the_dtype_that_it_is_loaded_in(base, tmp_path):
+    copy = shutil.copytree(base.directory, tmp_path / "copy")
+    stored = Checkpoint(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    assert loading._bytes_loaded(stored) == 2 * sum(stored.stored(name).nbytes for name in stored)
+    (copy / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}))
+    assert loading._bytes_loaded(stored) == sum(stored.stored(name).nbytes for name in stored)
 
 
 def test_a_tensor_that_the_release_lacks_is_found_without_loading_it(release, base, delta, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -68,7 +69,11 @@ def in_documents(*files: str) -> dict:
         (WHEEL, in_part(version="new"), r"parts\[1\].version: found 'new', wanted one version of a package"),
         (WHEEL, in_part(file="../x"), r"parts\[1\].file: found '../x', wanted the path of a file inside the wheel"),
         (WHEEL, in_documents("../TERMS"), r"documents\[0\].file: found '../TERMS', wanted the path of a file inside the wheel"),
-        (WHEEL, in_documents("p/config.json"), r"documents: found \['config.json', 'NOTICE'\], wanted names like LICENSE\*, NOTICE\*"),
+        (
+            WHEEL,
+            in_documents("p/config.json"),
+            r"documents: found \['config.json', 'NOTICE'\], wanted names like \*LICEN\[CS\]E\*, NOTICE\*",
+        ),
         (WHEEL, in_documents("p/TERMS", "q/TERMS"), r"documents: found \['TERMS', 'TERMS', 'NOTICE'\], wanted names .*, each once"),
         (WHEEL, in_documents("p/NOTICE"), r"documents: found \['NOTICE', 'NOTICE'\], wanted .*; NOTICE is that of base.notice"),
         (WHEEL, {"dtype": "int8"}, "dtype: found 'int8', wanted one of bfloat16, float16, float32"),
@@ -298,6 +303,7 @@ def test_nan_in_a_checkpoint_names_the_tensor(tmp_path, out):
     model = tiny.model()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
+    tiny.tokenizer().save_pretrained(tmp_path / "nan")
     with pytest.raises(CheckpointError, match=r"tensor model.layers.1.mlp.up_proj.weight in .*: found NaN or infinity"):
         checkpoints.fetch(local(tmp_path / "nan"), out, downloads=tmp_path / "downloads")
 
@@ -497,3 +503,34 @@ def test_architectures_that_are_no_list_of_names_are_refused(copy, out, tmp_path
     changed_config(copy, architectures=architectures)
     with pytest.raises(SourceError, match="as architectures in config.json, wanted a list of names"):
         checkpoints.fetch(local(copy), out, downloads=tmp_path / "downloads")
+
+
+def test_weights_without_a_tokenizer_are_refused_before_they_are_taken(tmp_path, out, hub_repository):
+    tiny.model().save_pretrained(tmp_path / "bare")
+    message = "found no tokenizer, wanted one of tokenizer.json, tokenizer.model,"
+    with pytest.raises(SourceError, match=message):
+        checkpoints.fetch(local(tmp_path / "bare"), out, downloads=tmp_path / "downloads")
+    repository = hub_repository(REPO, {path.name: path.read_bytes() for path in (tmp_path / "bare").iterdir()})
+    with pytest.raises(SourceError, match=message):
+        checkpoints.fetch(hub(license="mit"), out, downloads=tmp_path / "downloads")
+    assert not any(name.endswith(".safetensors") for _, name, _ in repository.requests)
+
+
+@pytest.mark.parametrize(
+    "name", ["license.txt", "LICENCE", "COPYING", "MODEL_LICENSE", "ACCEPTABLE_USE_POLICY.md", "Terms_of_use.txt", "Notice"]
+)
+def test_a_licence_comes_along_however_its_file_is_spelled(source, hub_repository, tmp_path, out, name):
+    hub_repository(REPO, {**files_of(source), name: b"terms"})
+    checkpoints.fetch(hub(license="mit"), out, downloads=tmp_path / "downloads")
+    assert (out / name).read_bytes() == b"terms"
+
+
+def test_a_disk_without_hard_links_is_taken(source, hub_repository, tmp_path, out, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    hub_repository(REPO, files_of(source))
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoints.fetch(hub(license="mit"), out, downloads=tmp_path / "downloads")
+    for name in Checkpoint(source).headers:
+        assert (out / name).read_bytes() == (source / name).read_bytes()

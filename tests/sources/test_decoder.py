@@ -79,6 +79,7 @@ def test_a_repository_of_another_class_is_refused_before_any_weight_is_downloade
 def test_the_files_of_a_processor_come_along_from_a_hub_byte_for_byte(hub_repository, tmp_path):
     checkpoint = multimodal.write(tmp_path / "gemma", "gemma3")
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    files["tokenizer.json"] = b"{}"
     ours = {name: f'{{"of": "{name}"}}  \n'.encode() for name in PROCESSOR}
     hub_repository("org/gemma", {**files, **ours, "evil_processor.py": b"code"})
     (tmp_path / "out").mkdir()

@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+import yaml
 
 from benchmarks.unconfigured import IDENTITY, NO_CONFIGURATION
 from stages.errors import SparsesweepError
@@ -71,3 +72,36 @@ def test_experiments_are_fetched_by_name(repository):
 def test_an_error_has_gits_words(repository):
     with pytest.raises(SparsesweepError, match="git show absent failed: fatal: .*absent"):
         output("git", "show", "absent")
+
+
+def test_an_experiment_of_the_same_name_that_is_here_stays(repository):
+    path = f"refs/exps/ab/{'c' * 38}/ours"
+    output("git", "push", "-q", "origin", "main", f"HEAD:{path}")
+    output("git", "commit", "-q", "--allow-empty", "-m", "Mine")
+    output("git", "update-ref", path, "HEAD")
+    git.fetch_experiments("origin", ["ours"])
+    assert output("git", "rev-parse", path) == output("git", "rev-parse", "HEAD")
+
+
+def test_points_of_a_revision_are_composed_from_its_files(repository):
+    commit = output("git", "rev-parse", "HEAD").strip()
+    git.require_composed_from(commit)
+    (repository / "conf/a.yaml").write_text("a: 2\n")
+    (repository / "conf/new.yaml").write_text("")
+    with pytest.raises(SparsesweepError, match=f"--revision: found conf/a.yaml, conf/new.yaml changed, wanted them as in {commit[:12]}"):
+        git.require_composed_from(commit)
+
+
+def test_hashes_of_code_are_those_by_which_dvc_knows_it(repository):
+    (repository / "stages/inner").mkdir(parents=True)
+    for name, text in (("stages/a.py", "a = 1\n"), ("stages/inner/b.py", "b = 2\n"), ("stages/inner/ignored.py", "")):
+        (repository / name).write_text(text)
+    (repository / ".dvcignore").write_text("ignored.py\n")
+    stage = {"cmd": "true", "deps": ["stages/a.py", "stages/inner"]}
+    (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"s": stage}}))
+    subprocess.run(["dvc", "init", "-q"], check=True)
+    output("git", "add", "-A")
+    output("git", "commit", "-q", "-m", "Code")
+    subprocess.run(["dvc", "repro", "-q"], check=True)
+    locked = {entry["path"]: entry["md5"] for entry in yaml.safe_load((repository / "dvc.lock").read_text())["stages"]["s"]["deps"]}
+    assert git.md5s("HEAD", (*locked, "absent")) == locked

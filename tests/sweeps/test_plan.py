@@ -2,6 +2,7 @@
 
 import subprocess
 from dataclasses import replace
+from hashlib import md5
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from stages.errors import ConfigError
 from stages.experiments.reading import Experiment
 from stages.sweeps import plan as plans
 from stages.sweeps.file import read_sweep
-from stages.sweeps.plan import Plan, plan, points_of, summary, text
+from stages.sweeps.plan import Plan, beginning_of, plan, points_of, summary, text
 from tests.project import ROOT
 
 GRID = "overrides: [evaluation=smoke]\ngrid: {calibration.seed: [0, 1], pattern.sparsity: [0.5, 0.6]}\n"
@@ -35,6 +36,8 @@ def repository(tmp_path, monkeypatch):
     (root / "stages").mkdir(parents=True)
     (root / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     (root / "stages/prune.py").write_text("original\n")
+    (root / "stages/errors.py").write_text("original\n")
+    sha = md5(b"original\n").hexdigest()
     monkeypatch.chdir(root)
     for name, value in {**IDENTITY, **NO_CONFIGURATION}.items():
         monkeypatch.setenv(name, value)
@@ -42,11 +45,11 @@ def repository(tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    def commit(point, name: str, *, seconds: float = 10.0, sparse: str = "b") -> Experiment:
+    def commit(point, name: str, *, seconds: float = 10.0, sparse: str = "b", code: str | None = None) -> Experiment:
         stages = {
             "prune": {"outs": [{"path": "artifacts/sparse", "md5": "b"}]},
             "evaluate_sparse": {
-                "deps": [{"path": "artifacts/sparse", "md5": sparse}],
+                "deps": [{"path": "artifacts/sparse", "md5": sparse}, {"path": "stages/errors.py", "md5": code or sha}],
                 "params": {"params.yaml": _tracked(point.params)},
             },
         }
@@ -57,6 +60,7 @@ def repository(tmp_path, monkeypatch):
         return Experiment(name=name, revision=git("rev-parse", "HEAD"), params=point.params, prune_metrics={"seconds": seconds}, **facts)
 
     git("init", "-q")
+    (root / ".dvc").mkdir()
     monkeypatch.setattr(plans, "cache_directory", lambda: root)
     monkeypatch.setattr(plans.Files, "json", lambda self, path: {"seconds": 5.0})
     return commit
@@ -141,3 +145,16 @@ def test_a_plan_without_points_to_run_says_so(sweep):
     planned = Plan(sweep=made, points=points, results={points[0].name: points[0]}, after={}, seconds={})
     assert summary(planned, at_once=1) == "1 points: 1 there already, 0 to run"
     assert planned.waves() == []
+
+
+def test_results_of_other_code_than_the_experiment_has_are_not_taken(sweep, repository):
+    """As `dvc exp save` keeps them after an edit."""
+    points = points_of(sweep())
+    saved = repository(points[0], "saved", code="f" * 32)
+    assert plan(sweep(), [saved]).there == {}
+    assert plan(sweep(), [repository(points[0], "ran")]).there == {points[0].name: "ran"}
+
+
+def test_names_begin_as_a_search_looks_for_them(sweep):
+    named = replace(sweep(), name="gemma-search 2")
+    assert all(point.name.startswith(beginning_of(named)) for point in points_of(named))

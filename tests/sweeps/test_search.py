@@ -76,19 +76,21 @@ class Runner:
 def test_each_point_halves_the_interval():
     run = Runner()
     found = list(steps(SWEEP, SEARCH, [], run))
-    assert [step.value for step in found] == [0.55, 0.425, 0.3625, 0.3312, 0.3468, 0.339]  # the limit lies at 1 - 1/1.5
+    assert [step.value for step in found] == [0.55, 0.425, 0.3625, 0.33125, 0.346875, 0.3390625]  # the limit lies at 1 - 1/1.5
     assert [step.within for step in found] == [False, False, False, True, False, False]
-    assert answer(SEARCH, found) == ("highest pattern.sparsity within perplexity at 1.5 of the dense model's: 0.3312; beyond it from 0.339")
-    assert ["0.3312", "1.495", "yes", "mine-0.3312"] in [line.split() for line in text(SEARCH, found).splitlines()]
+    assert answer(SEARCH, found) == (
+        "highest pattern.sparsity within perplexity at 1.5 of the dense model's: 0.33125; beyond it from 0.3390625"
+    )
+    assert ["0.33125", "1.495", "yes", "mine-0.33125"] in [line.split() for line in text(SEARCH, found).splitlines()]
 
 
 def test_a_second_call_goes_on_and_computes_nothing_twice():
     run = Runner()
     first = list(steps(SWEEP, replace(SEARCH, points=3), [], run))
     found = list(steps(SWEEP, SEARCH, list(run.made), None))
-    assert [step.value for step in found] == [*(step.value for step in first), 0.3312]
+    assert [step.value for step in found] == [*(step.value for step in first), 0.33125]
     assert (found[-1].ratio, len(run.made)) == (None, 3)
-    assert answer(SEARCH, found).endswith("; beyond it from 0.3625; 3 of 6 points left, next 0.3312")
+    assert answer(SEARCH, found).endswith("; beyond it from 0.3625; 3 of 6 points left, next 0.33125")
     list(steps(SWEEP, SEARCH, list(run.made), run))
     assert len(run.made) == 6
 
@@ -127,9 +129,9 @@ def test_the_study_has_the_points_and_its_best_trial_is_the_answer(tmp_path, mon
         path = module.record(optuna, SWEEP, SEARCH, list(steps(SWEEP, SEARCH, [], Runner())))
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     study = optuna.load_study(study_name="mine", storage=storage)
-    assert [trial.params["pattern.sparsity"] for trial in study.trials] == [0.55, 0.425, 0.3625, 0.3312, 0.3468, 0.339]
-    assert study.best_params == {"pattern.sparsity": 0.3312}
-    assert study.best_trial.user_attrs["perplexity over dense"] == pytest.approx(1 / (1 - 0.3312))
+    assert [trial.params["pattern.sparsity"] for trial in study.trials] == [0.55, 0.425, 0.3625, 0.33125, 0.346875, 0.3390625]
+    assert study.best_params == {"pattern.sparsity": 0.33125}
+    assert study.best_trial.user_attrs["perplexity over dense"] == pytest.approx(1 / (1 - 0.33125))
 
 
 @needs_optuna

@@ -83,12 +83,28 @@ def git(root: Path, *arguments: str) -> str:
 
 def test_files_are_sent_before_the_experiment_is_named(task):
     said = []
-    worker._hand_over(replace(task, share=True), lambda *command: said.append(command))
+
+    class Shell:
+        log = None
+
+        def __call__(self, *command: str) -> None:
+            said.append(command)
+
+        def succeeds(self, *command: str) -> bool:
+            said.append(command)
+            return taken
+
+    reference, taken = f"refs/exps/aa/{'a' * 38}/point", False
+    worker._hand_over(replace(task, share=True), Shell())
     assert said == [
         ("git", "checkout", "-q", "--force", "--detach", f"refs/exps/aa/{'a' * 38}/point"),
         ("dvc", "push", "--run-cache"),
-        ("git", "push", "-q", "--force", "origin", f"refs/exps/aa/{'a' * 38}/point:refs/exps/aa/{'a' * 38}/point"),
+        ("git", "ls-remote", "--exit-code", "origin", reference),
+        ("git", "push", "-q", "--force", "origin", f"{reference}:{reference}"),
     ]
+    said, taken = [], True
+    worker._hand_over(replace(task, share=True), Shell())
+    assert said[-1] == ("git", "ls-remote", "--exit-code", "origin", reference)  # that of another stays
 
 
 def test_what_a_killed_run_left_in_a_clone_is_waited_for(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from stages.errors import ReleaseError
 from stages.release.kernels import macko, semi_structured
 from stages.release.loading import load_stock, require_auto_class
-from stages.release.zeros import read_zeros
+from stages.release.zeros import plain_checkpoint, read_zeros
 
 Kernel = Literal["semi_structured", "macko"]
 KERNELS = get_args(Kernel)
@@ -85,9 +85,10 @@ def check(release: Path, kernel: Kernel) -> Check:
     """Load a release in stock transformers, convert it, and compare its logits with those before.
 
     Raises:
-        ReleaseError: no release; or it has no layer that the kernel takes.
+        ReleaseError: no release, or a packed one; or it has no layer that the kernel takes.
     """
     read_zeros(release)
+    plain_checkpoint(release)
     model = load_stock(require_auto_class(release), release)
     changed = 0
     if kernel == "macko":

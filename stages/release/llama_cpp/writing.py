@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from stages.checkpoint.delta import SparseDelta
 from stages.checkpoint.reader import Checkpoint
 from stages.errors import ArchitectureError, ReleaseError
-from stages.quantisation.ggml import TYPES, QuantisationType, blocks_of, fitting_shape
+from stages.quantisation.ggml import TYPES, QuantisationType, blocks_of, fitting_shape, ggml_base
 from stages.release.llama_cpp.architectures import (
     Architecture,
     architecture_of,
@@ -29,6 +29,7 @@ SIXTEEN_BITS = ("F16", "BF16")
 OUTSIDE = "Q8_0"  # what embeddings and the output head get where matrices have fewer bits
 ROTARY = "rope_freqs.weight"
 HEADS = ("lm_head.weight",)  # left out where it is the embedding
+COMPUTED = ".rotary_emb.inv_freq"  # of old checkpoints: llama.cpp computes it, and refuses a file that has it
 FILE_TYPES = {  # what a file's header says of its weights
     "F32": gguf.LlamaFileType.ALL_F32,
     "F16": gguf.LlamaFileType.MOSTLY_F16,
@@ -93,7 +94,7 @@ class GgufWriter:
 
     Raises:
         ArchitectureError: llama.cpp has no such architecture, tokenizer, tensor or shape, as far as it is known here; names it. No tensor
-            was read.
+            was read. ConfigError: see ggml_base.
     """
 
     def __init__(self, base: Checkpoint, delta: SparseDelta, wanted: str) -> None:
@@ -103,7 +104,9 @@ class GgufWriter:
         self._vocabulary: Vocabulary = vocabulary_of(base.directory, self._config.vocab_size)
         self._names = gguf.get_tensor_name_map(self._architecture.model, self._config.num_hidden_layers)
         tied = getattr(self._config, "tie_word_embeddings", False)
-        self.plan = [self._stored(name) for name in base if not (tied and name in HEADS)]
+        self.plan = [self._stored(name) for name in base if not ((tied and name in HEADS) or name.endswith(COMPUTED))]
+        if any(stored.type is not None and stored.type.native for stored in self.plan):
+            ggml_base()
         self.size = sum(_bytes(base.shape(stored.tensor), stored.type) for stored in self.plan)
 
     def _stored(self, tensor: str) -> Stored:

@@ -6,11 +6,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.checkpoint.reader import Checkpoint
-from stages.errors import ArchitectureError, ReleaseError
+from stages.errors import ArchitectureError, ConfigError, ReleaseError
 from stages.quantisation.ggml import TYPES, QuantisationType, quantised
+from stages.release.llama_cpp import writing
 from stages.release.llama_cpp.writing import FILE_TYPES, GgufWriter, write_checked
 from stages.release.packing import pack
 from stages.release.section import ZERO_KEEPING
@@ -142,3 +144,25 @@ def test_llama_cpp_computes_the_logits_of_transformers(tmp_path, kind):
         wanted = model(input_ids=torch.from_numpy(scored["tokens"])[None]).logits[0].numpy()
     assert np.abs(wanted).max() > 0.5
     np.testing.assert_allclose(scored["logits"], wanted, rtol=0, atol=0.01 * np.abs(wanted).max())
+
+
+def test_frequencies_that_llama_cpp_computes_are_left_out(tmp_path):
+    base = fetched(tmp_path, "llama")
+    delta, shard = pruned(tmp_path, base), base.directory / sorted(base.headers)[0]
+    save_file({**load_file(shard), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, shard)
+    old = Checkpoint(base.directory)
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in old
+    plan = GgufWriter(old, delta, "F16").plan
+    assert {stored.name for stored in plan} == {stored.name for stored in GgufWriter(base, delta, "F16").plan}
+
+
+def test_a_type_that_wants_another_package_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch):
+    def missing() -> None:
+        raise ConfigError("found no package libggml-python")
+
+    base = fetched(tmp_path, "llama", hidden_size=256, intermediate_size=256)
+    delta = pruned(tmp_path, base)
+    monkeypatch.setattr(writing, "ggml_base", missing)
+    GgufWriter(base, delta, "F16")
+    with pytest.raises(ConfigError, match="found no package libggml-python"):
+        GgufWriter(base, delta, "Q6_K")
