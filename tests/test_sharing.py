@@ -299,7 +299,7 @@ def test_a_file_that_is_damaged_on_the_remote_is_not_taken(team):
     sound = stored.read_bytes()
     damage(stored)
     output = team.receive(fails=True)
-    assert re.search(rf"error: found that 1 of \d+ files did not come \({oid}\), wanted all; on the remote they are damaged", output)
+    assert re.search(rf"error: half: found that 1 of \d+ files did not come \({oid}\), wanted all; on the remote they are damaged", output)
     assert oid not in objects(team.second)
     assert "there already: 2 experiments" in team.share()  # of the same size
     assert ": 0 experiments, 1 files, " in team.share("--repair")

@@ -269,6 +269,21 @@ def test_the_cards_are_those_that_the_user_lets_us_see(monkeypatch):
     assert local.visible_cards() == []
 
 
+@pytest.mark.parametrize(("options", "cards"), [(["--gpus", "0"], ""), (["--gpus", "1"], None), ([], None)])
+def test_a_single_point_that_is_to_have_no_card_sees_none(tmp_path, monkeypatch, options, cards):
+    points, ran = tmp_path / "points.yaml", []
+    points.write_text(SWEEP)
+
+    def run(task):
+        ran.append(task.cards)
+        return local.Outcome(name=task.name, error=None)
+
+    monkeypatch.setattr(command.git, "require_committed", lambda: "a" * 40)
+    monkeypatch.setattr(worker, "run", run)
+    assert command.run(sweep._parser().parse_args([str(points), "--point", "0", *options])) == 0
+    assert ran == [cards]
+
+
 def test_no_two_points_have_the_same_card_at_once(planned, monkeypatch):
     """Of four points each waits within its work for another to be at work, too."""
     both = threading.Barrier(2, timeout=20)
