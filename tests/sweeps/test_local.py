@@ -279,7 +279,7 @@ def test_a_single_point_that_is_to_have_no_card_sees_none(tmp_path, monkeypatch,
         return local.Outcome(name=task.name, error=None)
 
     monkeypatch.setattr(command.git, "require_committed", lambda: "a" * 40)
-    monkeypatch.setattr(worker, "run", run)
+    monkeypatch.setattr(command.worker, "run", run)
     assert command.run(sweep._parser().parse_args([str(points), "--point", "0", *options])) == 0
     assert ran == [cards]
 
