@@ -20,9 +20,9 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.markers import show_between
 from stages import devices, record
 from stages.bos import decide
-from stages.checkpoint.model import load_model, load_tokenizer
+from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
-from stages.checkpoint.tokens import embedding_rows
+from stages.checkpoint.tokens import embedding_rows, load_tokenizer
 from stages.errors import ComparisonError
 from stages.evaluation.encoding import Encoder
 from stages.evaluation.harness import WholeModel

@@ -24,8 +24,9 @@ from benchmarks.markers import show_between
 from stages import devices
 from stages.bos import decide
 from stages.checkpoint.delta import SparseDelta
-from stages.checkpoint.model import load_model, load_tokenizer
+from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.tokens import load_tokenizer
 from stages.config.compose import read
 from stages.evaluation.documents import read_corpus
 from stages.evaluation.statistics import difference

@@ -29,8 +29,9 @@ from benchmarks.measure import imports, measure
 from benchmarks.whole_model import window_losses
 from stages.bos import BosSetting, decide
 from stages.checkpoint.delta import SparseDelta
-from stages.checkpoint.model import load_model, load_tokenizer
+from stages.checkpoint.model import load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.tokens import load_tokenizer
 from stages.config.compose import composed, read
 from stages.devices import cpu_name
 from stages.evaluation.documents import read_corpus

@@ -44,9 +44,10 @@ def _lines(arguments: argparse.Namespace) -> Iterator[str]:
         yield write_page(COMPARISON)
         if came:
             yield from apply(name, release=name == arguments.release)
-    finally:
-        if rest is not None:
-            raise rest
+    except SparsesweepError as error:
+        raise error if rest is None else SparsesweepError(f"{error}; {rest}") from None
+    if rest is not None:
+        raise rest
 
 
 if __name__ == "__main__":

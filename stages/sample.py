@@ -22,9 +22,8 @@ from stages.calibration.documents import Documents
 from stages.calibration.overlap import NgramIndex
 from stages.calibration.samplers import SAMPLERS, Sampler, Window, window_counts
 from stages.calibration.section import Calibration
-from stages.checkpoint.model import load_tokenizer
 from stages.checkpoint.reader import Checkpoint
-from stages.checkpoint.tokens import embedding_rows, require_embedded
+from stages.checkpoint.tokens import embedding_rows, load_tokenizer, require_embedded
 from stages.config.entry import stage
 from stages.errors import CalibrationError, TextError
 from stages.files import BASE, CALIBRATION, TEXT, replacing, sha256, write_json

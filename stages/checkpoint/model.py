@@ -14,9 +14,8 @@ from stages.checkpoint.reader import Checkpoint
 from stages.errors import CheckpointError
 
 if TYPE_CHECKING:  # the sections import this file, and transformers takes seconds to import
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)  # files
 Apply = Callable[[str, torch.Tensor], torch.Tensor]  # a tensor of the checkpoint, by name -> the model's, as SparseDelta.apply does
 
 # Of models from empty_model: parameters and buffers that their code makes in a dtype of its own, which transformers keeps.
@@ -122,20 +121,3 @@ def load_model(base: Checkpoint, apply: Apply | None, *, dtype: torch.dtype, dev
 
         model.generation_config = GenerationConfig.from_pretrained(base.directory, local_files_only=True)
     return model.to(device)
-
-
-def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer in a checkpoint's directory.
-
-    Raises:
-        CheckpointError: transformers cannot; has its words.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except UNREADABLE as error:
-        words = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{directory}: found no tokenizer that transformers can load ({words}), wanted one beside the weights"
-        ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,27 @@ if TYPE_CHECKING:  # the sections import this file, and transformers takes secon
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tokens_embed.weight")
+# What transformers raises on a damaged file.
+UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 TODAY = datetime(2024, 7, 26)  # to chat templates that print the date: else no dialogue would be the same again tomorrow
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template raises
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer in a checkpoint's directory.
+
+    Raises:
+        CheckpointError: transformers cannot; has its words.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except UNREADABLE as error:
+        words = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{directory}: found no tokenizer that transformers can load ({words}), wanted one beside the weights"
+        ) from error
 
 
 def rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stages import devices, record
 from stages.bos import Bos, decide
-from stages.checkpoint.model import load_tokenizer
 from stages.checkpoint.reader import PROVENANCE, Checkpoint
-from stages.checkpoint.tokens import embedding_rows, require_embedded
+from stages.checkpoint.tokens import embedding_rows, load_tokenizer, require_embedded
 from stages.errors import TextError
 from stages.evaluation.documents import read_corpus
 from stages.evaluation.encoding import Encoder

@@ -104,7 +104,7 @@ def _differences(stages: dict[str, Any], params: dict[str, Any], stage: str, cac
 
 
 def part_of_directory(cache: Path, digest: str, path: Path) -> str | None:
-    """The MD5 that DVC gives a directory inside an output; None where the cache lacks the list of the output's files.
+    """The MD5 that DVC gives a file or directory inside an output; None where the cache lacks the list of the output's files.
 
     Args:
         digest: of the output. path: from the output on.
@@ -113,8 +113,8 @@ def part_of_directory(cache: Path, digest: str, path: Path) -> str | None:
     if not listed.is_file():
         return None
     try:
-        entries = parsed_json(listed.read_text(encoding="utf8"))
-        return md5_of_directory({entry["relpath"]: entry["md5"] for entry in entries}, path)
+        files = {entry["relpath"]: entry["md5"] for entry in parsed_json(listed.read_text(encoding="utf8"))}
+        return files.get(path.as_posix()) or md5_of_directory(files, path)
     except (ValueError, KeyError, TypeError):  # it was cut short
         return None
 

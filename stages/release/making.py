@@ -182,7 +182,7 @@ def _make_absolute(sections: Any) -> None:
     texts = [source for corpora in sections["text"].values() for source in corpora.values()]
     for section in (sections["base"], *texts):
         if section.get("path"):
-            section["path"] = str(CONF.parent / section["path"])
+            section["path"] = str(CONF.parent / Path(section["path"]).expanduser())
 
 
 def _prepare(run: Path, sections: Any) -> None:
@@ -246,10 +246,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _state_of(path: str | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files of a model on this disk."""
+    """Names, sizes and times of the files of a model on this disk; fetch_base takes none of its folders."""
     if path is None or not Path(path).is_dir():
         return []  # a GGUF file's hash is one of the choices
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(Path(path))]
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _run(run: Path, command: Command, title: str) -> None:

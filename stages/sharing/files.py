@@ -100,9 +100,8 @@ def bring(repo: Repo, commits: Sequence[str], path: Path) -> Brought:
         DvcException, OSError: the remote refuses.
     """
     outputs = _outputs(commits, path)
-    came: set[HashInfo] = set()
-    for hashes in (outputs | _lists(commits), _members(repo, _here(repo, outputs))):  # the second when the lists of the first have come
-        came |= repo.cloud.pull(hashes).transferred
+    came: set[HashInfo] = set(repo.cloud.pull(outputs | _lists(commits)).transferred)
+    came |= repo.cloud.pull(_members(repo, _here(repo, outputs))).transferred  # of the lists that have come
     here = _here(repo, came)
     return Brought(files=len(here), size=sum(_path(repo, one).stat().st_size for one in here))
 

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     _say(summary(made, at_once=None if arguments.ray or arguments.address else arguments.jobs))
     outcomes = progress(made, _outcomes(made, resources, arguments, revision, share=share), say=_say) if made.to_run else []
     if share:
-        git.fetch_experiments(REMOTE, [point.name for point in made.points])
+        git.fetch_experiments(REMOTE, [point.name for point in made.points], ran=[outcome.name for outcome in outcomes])
     if outcomes:
         read = read_experiments()
         made = plan(sweep, read[0], revision)
@@ -94,7 +94,8 @@ def _search(sweep: Sweep, wanted: Search, resources: Resources, arguments: argpa
             if outcome.error is not None:
                 raise SparsesweepError(f"{outcome.name}: {outcome.error}")
         if share:
-            git.fetch_experiments(REMOTE, [point.name for point in made.points])
+            names = [point.name for point in made.points]
+            git.fetch_experiments(REMOTE, names, ran=names)
         return read_experiments()[0]
 
     found: list[Step] = []
@@ -159,10 +160,17 @@ def _outcomes(plan: Plan, resources: Resources, arguments: argparse.Namespace, r
         tasks = _elsewhere(tasks, arguments.node_directory or NODE_DIRECTORY)
     elif share:
         tasks = {name: replace(task, origin=git.url(REMOTE)) for name, task in tasks.items()}
+    tasks = _for_team(tasks) if share else tasks
     if arguments.ray or arguments.address:
         return _on_cluster(plan, tasks, resources, arguments.address)
     run_all = partial(local.run_together, say=_say) if arguments.together else local.run
     return run_all(plan, tasks, resources, at_once=arguments.jobs)
+
+
+def _for_team(tasks: dict[str, Task]) -> dict[str, Task]:
+    """The same tasks, which take the place of what the git remote has of their experiments now, and of nothing that comes meanwhile."""
+    there = {reference.path: reference.commit for reference in of_origin(REMOTE)}
+    return {name: replace(task, replaces=there.get(worker.reference_of(task), "")) for name, task in tasks.items()}
 
 
 def _on_cluster(plan: Plan, tasks: dict[str, Task], resources: Resources, address: str | None) -> Iterator[Outcome]:
@@ -182,7 +190,9 @@ def _one_point(sweep: Sweep, wanted: str, resources: Resources, revision: str, *
     point = _point(sweep, wanted)
     task = local.tasks([point], sweep.target, resources, revision, share=share)[point.name]
     task = replace(task, cards="") if resources.gpus == 0 else task
-    outcome = worker.run(replace(task, origin=git.url(REMOTE)) if share else task)
+    if share:
+        (task,) = _for_team({point.name: replace(task, origin=git.url(REMOTE))}).values()
+    outcome = worker.run(task)
     _say(f"{outcome.name}: {f'failed: {outcome.error}' if outcome.error else f'done, {executed(outcome)}'}")
     return int(outcome.error is not None)
 

@@ -6,7 +6,7 @@ python -m stages.sweeps.git && dvc exp run --queue ...    refuses new files, whi
 import hashlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from stages.experiments.lock import md5_of_directory
 from stages.sharing.references import of_clone, of_origin
 
 COMPOSED = ("conf", "stages", "hydra_plugins", "dvc.yaml")  # what a point's parameters and stages are made from
+ELSEWHERE = ("120000", "160000")  # git's modes of links and submodules
 NEEDED = ("conf", "stages", "tasks", "hydra_plugins", "dvc.yaml", ".dvc/config")  # what a point is made of, besides its parameters
 
 
@@ -28,9 +29,14 @@ def same(first: str, second: str, paths: Sequence[str]) -> bool:
 
 @cache
 def md5s(revision: str, paths: tuple[str, ...]) -> dict[str, str]:
-    """The MD5 that DVC gives each of some files and directories as a commit has them; without those that it has not."""
+    """The MD5 that DVC gives each of some files and directories as a commit has them.
+
+    Without those that it has not, and those with a link or a submodule, whose contents it has not.
+    """
     listed = output("git", "ls-tree", "-r", "-z", revision, "--", *paths).split("\0")
-    objects = {name: entry.split()[2] for entry, name in (line.split("\t", 1) for line in listed if line)}
+    entries = {name: entry.split() for entry, name in (line.split("\t", 1) for line in listed if line)}
+    others = [name for name, (mode, *_) in entries.items() if mode in ELSEWHERE]
+    objects = {name: entry[2] for name, entry in entries.items() if name not in others}
     with Repo() as repo:
         root = Path(repo.root_dir)
         objects = {name: oid for name, oid in objects.items() if not repo.dvcignore.is_ignored(repo.fs, str(root / name))}
@@ -43,10 +49,13 @@ def md5s(revision: str, paths: tuple[str, ...]) -> dict[str, str]:
         end = head + 1 + int(contents[start:head].split()[2])
         digests[name] = hashlib.md5(contents[head + 1 : end], usedforsecurity=False).hexdigest()
         start = end + 1
-    directories = {path for path in paths if path not in digests and any(Path(name).is_relative_to(path) for name in digests)}
-    return {path: digests[path] for path in paths if path in digests} | {
-        path: md5_of_directory(digests, Path(path)) for path in directories
-    }
+
+    def under(path: str, names: Iterable[str]) -> bool:
+        return any(Path(name).is_relative_to(path) for name in names)
+
+    found = {path: digests[path] for path in paths if path in digests}
+    directories = [path for path in paths if path not in found and under(path, digests) and not under(path, others)]
+    return found | {path: md5_of_directory(digests, Path(path)) for path in directories}
 
 
 def require_committed(paths: Sequence[str] = NEEDED) -> str:
@@ -113,11 +122,15 @@ def require_at(remote: str, revision: str) -> None:
         )
 
 
-def fetch_experiments(remote: str, names: Sequence[str]) -> None:
-    """Bring those experiments of these names that a remote has: what git keeps of them, not their data. One that is here stays."""
-    here = {reference.path for reference in of_clone()}
+def fetch_experiments(remote: str, names: Sequence[str], ran: Sequence[str] = ()) -> None:
+    """Bring those experiments of these names that a remote has: what git keeps of them, not their data.
+
+    Args:
+        ran: names of those that were run just now, since what was here was no result; of others what is here stays.
+    """
+    here = {reference.path for reference in of_clone() if reference.name not in set(ran)}
     found = [reference.path for reference in of_origin(remote) if reference.name in set(names) and reference.path not in here]
-    wanted = [f"{path}:{path}" for path in found]
+    wanted = [f"+{path}:{path}" for path in found]
     if wanted:
         output("git", "fetch", "--quiet", "--no-tags", remote, *wanted)
 

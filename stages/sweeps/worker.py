@@ -39,7 +39,8 @@ class Task:
     name: of the experiment. overrides: for -S of `dvc exp run`. target: the stage up to which it runs. origin: the path or URL of the
     repository that has the revision and gets the experiment. directory: for clones and logs; cache: of DVC; both of this machine, "~" is
     its user's home. configuration: of the clone's config.local, as DVC reads it. share: whether data and run records go to the
-    DVC remote, too. threads: of each process. cards: for CUDA_VISIBLE_DEVICES; None: as the machine has it.
+    DVC remote, too. threads: of each process. cards: for CUDA_VISIBLE_DEVICES; None: as the machine has it. replaces: the commit that a
+    team's origin has of the experiment, "" if none, which this one is to take the place of; None: the origin is the clone of who asked.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     share: bool
     threads: int
     cards: str | None
+    replaces: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +93,7 @@ def prune(task: Task) -> Outcome:
         _prepare(task, shell)
         if not _is_recorded(task, shell):
             name = f"{task.name}{PRUNED}"
-            shell.succeeds("git", "update-ref", "-d", _reference(task, name))  # of an earlier run, after which the workspace was another
+            shell.succeeds("git", "update-ref", "-d", reference_of(task, name))  # of an earlier run, after which the workspace was another
             shell(*_dvc(task, name), *BEFORE_EVALUATION)
 
     return _outcome([task], part, PRUNED)
@@ -159,6 +161,10 @@ class _Shell:
             lines = Path(self.log.name).read_text(encoding="utf8", errors="replace").split("\n$ ")[-1].strip().splitlines()[1:]
             said = "\n".join(line for line in lines[-TAIL:] if line.strip())
             raise CommandError(f"{' '.join(command[:3])} exited with {code}: {said}\nits log: {self.log.name}")
+
+    def says(self, *command: str) -> str:
+        """What a command prints; "" if it fails."""
+        return subprocess.run(command, cwd=self.clone, env=self.environment, capture_output=True, text=True).stdout
 
     def succeeds(self, *command: str) -> bool:
         return subprocess.run(command, cwd=self.clone, env=self.environment, capture_output=True).returncode == 0
@@ -258,7 +264,7 @@ def _experiment(task: Task, shell: _Shell) -> None:
 
 def _is_recorded(task: Task, shell: _Shell) -> bool:
     """Whether the clone has the point's experiment."""
-    return shell.succeeds("git", "rev-parse", "--quiet", "--verify", _reference(task))
+    return shell.succeeds("git", "rev-parse", "--quiet", "--verify", reference_of(task))
 
 
 def _dvc(task: Task, name: str) -> list[str]:
@@ -268,21 +274,24 @@ def _dvc(task: Task, name: str) -> list[str]:
 
 
 def _hand_over(task: Task, shell: _Shell) -> None:
-    """Give the experiment to the origin. Where another gave it the same point meanwhile, that one stays: both are whole.
+    """Give the experiment to the origin. Where another gave a team's the same point meanwhile, that one stays: both are whole.
 
     Its files go to the DVC remote first: `dvc exp push` would name them before they are there, and leave it so if sending them failed.
     """
-    reference = _reference(task)
+    reference = reference_of(task)
     if task.share:
         shell("git", "checkout", "-q", "--force", "--detach", reference)  # an earlier run may have recorded it
         shell("dvc", "push", "--run-cache")
-    if task.share and shell.succeeds("git", "ls-remote", "--exit-code", "origin", reference):
-        print(f"{reference} is on the origin already, of another who ran this point", file=shell.log, flush=True)
-        return
-    shell("git", "push", "-q", "--force", "origin", f"{reference}:{reference}")
+    force = "--force" if task.replaces is None else f"--force-with-lease={reference}:{task.replaces}"
+    try:
+        shell("git", "push", "-q", force, "origin", f"{reference}:{reference}")
+    except CommandError:
+        there = shell.says("git", "ls-remote", "origin", reference).partition("\t")[0]
+        if task.replaces is None or there in ("", task.replaces):  # it was not refused for another's sake
+            raise
 
 
-def _reference(task: Task, name: str | None = None) -> str:
+def reference_of(task: Task, name: str | None = None) -> str:
     """Of the point's experiment, or of one of another name in its clone."""
     return f"refs/exps/{task.revision[:2]}/{task.revision[2:]}/{name or task.name}"
 

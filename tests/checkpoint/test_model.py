@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.checkpoint.model import empty_model, load_model, load_tokenizer
+from stages.checkpoint.model import empty_model, load_model
 from stages.checkpoint.reader import Checkpoint
+from stages.checkpoint.tokens import load_tokenizer
 from stages.config.params import CONF
 from stages.errors import CheckpointError
 from tests.small_models import small

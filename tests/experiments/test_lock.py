@@ -1,6 +1,7 @@
 """Which outputs of an experiment are of another run."""
 
 import subprocess
+from hashlib import md5
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_a_part_of_a_directory_is_compared_by_what_is_in_it(tmp_path):
     assert other_run(found, {}, "read", cache) is None
     (entry,) = [entry for entry in found["read"]["deps"] if entry["path"] == "text/b"]
     assert part_of_directory(cache, found["write"]["outs"][0]["md5"], Path("b")) == entry["md5"]
+    assert part_of_directory(cache, found["write"]["outs"][0]["md5"], Path("a/one.txt")) == md5(b"one").hexdigest()
     entry["md5"] = "0" * 32 + ".dir"
     assert other_run(found, {}, "read", cache) == "read read another text/b than write wrote"
     assert other_run(found, {}, "read", tmp_path / "empty") is None  # it cannot be told

@@ -250,10 +250,12 @@ def test_the_outputs_of_a_stage_are_removed_before_it_runs_with_other_choices(tm
 
 
 def test_a_file_of_ones_own_is_where_dvc_looks_for_it():
-    sections = {"base": {"path": "models/mine"}, "text": {"evaluation": {"a": {"path": "data/a.jsonl"}, "b": {"path": "/b"}, "c": {}}}}
+    texts = {"a": {"path": "data/a.jsonl"}, "b": {"path": "/b"}, "c": {}, "d": {"path": "~/d"}}
+    sections = {"base": {"path": "models/mine"}, "text": {"evaluation": texts}}
     making._make_absolute(sections)
     assert sections["base"]["path"] == str(ROOT / "models/mine")
-    assert sections["text"]["evaluation"] == {"a": {"path": str(ROOT / "data/a.jsonl")}, "b": {"path": "/b"}, "c": {}}
+    wanted = {"a": str(ROOT / "data/a.jsonl"), "b": "/b", "d": str(Path.home() / "d")}
+    assert {name: source["path"] for name, source in texts.items() if source} == wanted
 
 
 def test_an_interrupted_run_goes_on_with_its_commit(tmp_path, hub_repository, monkeypatch):

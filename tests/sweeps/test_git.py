@@ -102,6 +102,10 @@ def test_hashes_of_code_are_those_by_which_dvc_knows_it(repository):
     subprocess.run(["dvc", "init", "-q"], check=True)
     output("git", "add", "-A")
     output("git", "commit", "-q", "-m", "Code")
+    (repository / "linked").mkdir()
+    (repository / "linked/to").symlink_to("../stages/a.py")
+    output("git", "add", "-A")
+    output("git", "commit", "-q", "-m", "A link")
     subprocess.run(["dvc", "repro", "-q"], check=True)
     locked = {entry["path"]: entry["md5"] for entry in yaml.safe_load((repository / "dvc.lock").read_text())["stages"]["s"]["deps"]}
-    assert git.md5s("HEAD", (*locked, "absent")) == locked
+    assert git.md5s("HEAD", (*locked, "absent", "linked")) == locked

@@ -11,6 +11,7 @@ import pytest
 
 from stages.sweeps import worker
 from stages.sweeps.worker import Task
+from tests.project import ENVIRONMENT
 
 
 @pytest.fixture()
@@ -84,27 +85,43 @@ def git(root: Path, *arguments: str) -> str:
 def test_files_are_sent_before_the_experiment_is_named(task):
     said = []
 
-    class Shell:
-        log = None
-
-        def __call__(self, *command: str) -> None:
-            said.append(command)
-
-        def succeeds(self, *command: str) -> bool:
-            said.append(command)
-            return taken
-
-    reference, taken = f"refs/exps/aa/{'a' * 38}/point", False
-    worker._hand_over(replace(task, share=True), Shell())
+    reference = f"refs/exps/aa/{'a' * 38}/point"
+    worker._hand_over(replace(task, share=True), lambda *command: said.append(command))
     assert said == [
         ("git", "checkout", "-q", "--force", "--detach", f"refs/exps/aa/{'a' * 38}/point"),
         ("dvc", "push", "--run-cache"),
-        ("git", "ls-remote", "--exit-code", "origin", reference),
         ("git", "push", "-q", "--force", "origin", f"{reference}:{reference}"),
     ]
-    said, taken = [], True
-    worker._hand_over(replace(task, share=True), Shell())
-    assert said[-1] == ("git", "ls-remote", "--exit-code", "origin", reference)  # that of another stays
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "another", "gone"])
+def test_what_another_gave_a_teams_origin_meanwhile_stays_and_what_was_there_before_is_replaced(task, tmp_path, meanwhile):
+    def git(*command: str, where: Path) -> str:
+        return subprocess.run(["git", *command], cwd=where, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout.strip()
+
+    origin, clone = tmp_path / "origin.git", tmp_path / "point"
+    git("init", "-q", "--bare", str(origin), where=tmp_path)
+    git("init", "-q", str(clone), where=tmp_path)
+    git("remote", "add", "origin", str(origin), where=clone)
+    commits = []
+    for number in range(3):
+        git("commit", "-q", "--allow-empty", "-m", str(number), where=clone)
+        commits.append(git("rev-parse", "HEAD", where=clone))
+    old, own, others = commits
+    given = replace(task, replaces=old)
+    reference = worker.reference_of(given)
+    git("update-ref", reference, own, where=clone)
+    git("push", "-q", "origin", f"{others if meanwhile == 'another' else old}:{reference}", where=clone)
+    if meanwhile == "gone":
+        origin.rename(tmp_path / "gone")
+    with (tmp_path / "log").open("w") as log:
+        shell = worker._Shell(clone, log, ENVIRONMENT)
+        if meanwhile == "gone":
+            with pytest.raises(worker.CommandError, match="git push -q exited with"):
+                worker._hand_over(given, shell)
+        else:
+            worker._hand_over(given, shell)
+            assert git("rev-parse", reference, where=origin) == (own if meanwhile == "nothing" else others)
 
 
 def test_what_a_killed_run_left_in_a_clone_is_waited_for(tmp_path, monkeypatch):
