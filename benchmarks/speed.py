@@ -208,13 +208,15 @@ def note(rows: list[dict[str, Any]], evaluation: Evaluation) -> str:
     base = Checkpoint(BASE).provenance
     name = Path(base.get("file", base["name"])).name
     windows, length = load_file(WINDOWS)["windows"].shape
+    held_out = read_json(CALIBRATION / "provenance.json")["section"]["held_out"]
     runs = max(row["asked"]["repeat"] for row in rows) + 1
     text, scored = next(iter(evaluation.corpora.items()))
     return (
         f"{name}, 50% unstructured; calibration of {windows} windows of {length} tokens; perplexity on {scored.windows or 'all'} "
         f"windows of {scored.window_length} tokens of {text.title()}. Seconds are those of loading, pruning and "
-        "writing, without imports; peak memory is anonymous memory (not mapped files) above that of a process that only imports torch "
-        f"and transformers. {'One run' if runs == 1 else f'Medians of {runs} runs'} on {cpu_name()}, {torch.get_num_threads()} threads, in "
+        f"writing, without imports; ours runs {held_out} windows more, held out, on which errors are measured. Peak memory is anonymous "
+        "memory (not mapped files) above that of a process that only imports torch and transformers. "
+        f"{'One run' if runs == 1 else f'Medians of {runs} runs'} on {cpu_name()}, {torch.get_num_threads()} threads, in "
         f"float32; {stacks(rows)}."
     )
 
