@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import yaml
 
-from benchmarks.unconfigured import IDENTITY, NO_CONFIGURATION
+from benchmarks.unconfigured import ENVIRONMENT, IDENTITY, NO_CONFIGURATION
 from stages.errors import SparsesweepError
 from stages.experiments.command_output import output
 from stages.sweeps import git
@@ -99,13 +99,13 @@ def test_hashes_of_code_are_those_by_which_dvc_knows_it(repository):
     (repository / ".dvcignore").write_text("ignored.py\n")
     stage = {"cmd": "true", "deps": ["stages/a.py", "stages/inner"]}
     (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"s": stage}}))
-    subprocess.run(["dvc", "init", "-q"], check=True)
+    subprocess.run(["dvc", "init", "-q"], env=ENVIRONMENT, check=True)
     output("git", "add", "-A")
     output("git", "commit", "-q", "-m", "Code")
     (repository / "linked").mkdir()
     (repository / "linked/to").symlink_to("../stages/a.py")
     output("git", "add", "-A")
     output("git", "commit", "-q", "-m", "A link")
-    subprocess.run(["dvc", "repro", "-q"], check=True)
+    subprocess.run(["dvc", "repro", "-q"], env=ENVIRONMENT, check=True)
     locked = {entry["path"]: entry["md5"] for entry in yaml.safe_load((repository / "dvc.lock").read_text())["stages"]["s"]["deps"]}
     assert git.md5s("HEAD", (*locked, "absent", "linked")) == locked
