@@ -59,7 +59,7 @@ def main(environment: Environment, **contents: Any) -> None:
     sections = records.sections(delta.recipe, publish=asdict(publish), environment=asdict(environment))
     gguf = [GgufWriter(base, delta, of) for of in publish.written_gguf_types]
     shards = [(BASE / shard).stat().st_size for shard in base.headers]
-    packed = sum(shards) + max(shards) if publish.packed else 0  # one is unpacked again beside all that is packed
+    packed = sum(shards) + max(shards) if publish.packed else 0  # one is unpacked again while all that is packed is there
     require_free_disk(RELEASE, sum(shards) + packed + sum(writer.size for writer in gguf))
     with replacing(RELEASE) as release:
         write_params(release / "params.yaml", sections)

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     except UNREADABLE as error:
         words = " ".join(str(error).split())
         raise CheckpointError(
-            f"{directory}: found no tokenizer that transformers can load ({words}), wanted one beside the weights"
+            f"{directory}: found no tokenizer that transformers can load ({words}), wanted one with the weights"
         ) from error
 
 
@@ -80,6 +81,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids[: len(ids) - _added_at_end(tokenizer)]
 
 
+@lru_cache(maxsize=4)  # it is asked for every prompt
 def _added_at_end(tokenizer: "PreTrainedTokenizerBase") -> int:
     plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     ends = range(len(whole), len(plain) - 1, -1)

@@ -16,7 +16,7 @@ from dvc.repo import Repo
 from dvc_data.index import DataIndexDirError
 
 from stages.errors import SparsesweepError
-from stages.experiments.lock import OUTPUTS, read_lock
+from stages.experiments.lock import object_of, read_lock
 from stages.files import parsed_json
 
 CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("asyncssh", "Error"))  # what clients raise that is no OSError
@@ -114,7 +114,7 @@ class Files:
         digest = self._outputs[output]
         if not digest.endswith(DIRECTORY):
             return {output: digest}
-        listed = self._object(digest)
+        listed = object_of(self.cache, digest)
         if not listed.is_file():
             return None
         return {output / entry["relpath"]: entry["md5"] for entry in _parsed(listed.read_text(encoding="utf8"), listed)}
@@ -123,10 +123,7 @@ class Files:
         """Where a file lies in the cache; None if it is not there."""
         output = self._output(path)
         digest = None if output is None else (self._members(output) or {}).get(path)
-        return None if digest is None or not (found := self._object(digest)).is_file() else found
-
-    def _object(self, digest: str) -> Path:
-        return self.cache / OUTPUTS / digest[:2] / digest[2:]
+        return None if digest is None or not (found := object_of(self.cache, digest)).is_file() else found
 
 
 def client_errors() -> tuple[type[Exception], ...]:

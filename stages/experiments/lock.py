@@ -103,13 +103,18 @@ def _differences(stages: dict[str, Any], params: dict[str, Any], stage: str, cac
         yield from _differences(stages, params, writer, cache)
 
 
+def object_of(cache: Path, digest: str) -> Path:
+    """Where a cache has what this is the MD5 of."""
+    return cache / OUTPUTS / digest[:2] / digest[2:]
+
+
 def part_of_directory(cache: Path, digest: str, path: Path) -> str | None:
     """The MD5 that DVC gives a file or directory inside an output; None where the cache lacks the list of the output's files.
 
     Args:
         digest: of the output. path: from the output on.
     """
-    listed = cache / OUTPUTS / digest[:2] / digest[2:]
+    listed = object_of(cache, digest)
     if not listed.is_file():
         return None
     try:

@@ -38,7 +38,7 @@ from stages.files import (
 from stages.record import Stopwatch
 from stages.release.licence import require_derivable
 from stages.sources import hub
-from stages.sweeps.pipeline import DVC_YAML, OUTPUTS, Stage, keys, stages_of
+from stages.sweeps.pipeline import DVC_YAML, Stage, keys, stages_of
 
 TARGET, FETCH = "publish", "fetch_base"
 PARAMS = "params.yaml"
@@ -208,7 +208,7 @@ class Command:
     stage: str
     description: str
     words: list[str]
-    outputs: list[str]
+    outputs: tuple[str, ...]
     key: str
 
 
@@ -226,19 +226,13 @@ def _commands(sections: Any) -> Iterator[Command]:
     for stage in stages:
         entry = described[stage.name]
         python, *arguments = shlex.split(entry["cmd"])
-        outputs = [output for kind in OUTPUTS for output in entry.get(kind, [])]
         yield Command(
             stage=stage.name,
             description=entry["desc"],
             words=[sys.executable if python == "python" else python, *arguments],
-            outputs=[path for output in outputs for path, persists in _output(output) if not persists],
+            outputs=stage.outputs,
             key=made[stage.name],
         )
-
-
-def _output(entry: str | dict[str, dict[str, Any]]) -> list[tuple[str, bool]]:
-    """The paths of an entry of dvc.yaml's outputs, and whether each stays when its stage runs again."""
-    return [(entry, False)] if isinstance(entry, str) else [(path, bool(options.get("persist"))) for path, options in entry.items()]
 
 
 def _files(path: Path) -> list[Path]:

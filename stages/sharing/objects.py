@@ -17,8 +17,8 @@ import yaml
 from dvc.utils import dict_sha256
 from tqdm import tqdm
 
-from stages.experiments.files import DIRECTORY, OUTPUTS
-from stages.experiments.lock import LOCK, Loader, read_lock
+from stages.experiments.files import DIRECTORY
+from stages.experiments.lock import LOCK, OUTPUTS, Loader, object_of, read_lock
 from stages.files import read_json
 from stages.sharing.references import of_clone
 
@@ -126,6 +126,6 @@ def _entries(cache: Path, lock: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for entry in (entry for stage in lock.values() for entry in stage.get("outs", [])):
         oid, path = entry["md5"], entry["path"]
         yield oid, path
-        listed = cache / OUTPUTS / oid[:2] / oid[2:]
+        listed = object_of(cache, oid)
         if oid.endswith(DIRECTORY) and md5(listed) == oid.removesuffix(DIRECTORY):
             yield from ((file["md5"], f"{path}/{file['relpath']}") for file in read_json(listed))

@@ -35,23 +35,6 @@ GROWTH = 6  # bytes of a checkpoint in 16 bits for each byte of a GGUF file of 4
 LARGEST_DOCUMENT = 2**24  # bytes of a licence document inside a wheel
 NOTICE = "NOTICE"  # the file of a section's notice
 LEGAL = ("*LICEN[CS]E*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS*")  # licence documents, in capitals
-SMALL = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "merges.txt",
-    "chat_template.jin*",
-    "chat_template.json",
-    "*processor_config.json",  # of images, videos and audio
-)
 VOCABULARIES = (  # without one of which there is no tokenizer
     "tokenizer.json",
     "tokenizer.model",
@@ -60,6 +43,18 @@ VOCABULARIES = (  # without one of which there is no tokenizer
     "vocab.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+SMALL = (
+    *VOCABULARIES,
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jin*",
+    "chat_template.json",
+    "*processor_config.json",  # of images, videos and audio
 )
 UNREADABLE = (
     ArithmeticError,
@@ -212,7 +207,7 @@ def _choose(names: list[str], location: str) -> _Files:
         raise SourceError(f"{location}: found no config.json")
     small = [name for name in names if _matches(name, SMALL) or _is_legal(name)]
     if not any(_matches(name, VOCABULARIES) for name in small):
-        raise SourceError(f"{location}: found no tokenizer, wanted one of {', '.join(VOCABULARIES)} beside the weights")
+        raise SourceError(f"{location}: found no tokenizer, wanted one of {', '.join(VOCABULARIES)} with the weights")
     if INDEX in names:
         return _Files(small=[*small, INDEX], indexed=True)
     if SINGLE in names:

@@ -226,9 +226,8 @@ def _script(plan: Plan, resources: Resources, path: Path, revision: str, *, shar
 
 def _not_shared(plan: Plan) -> list[Experiment]:
     """The results of a plan that are not on the git remote."""
-    there = {reference.commit for reference in of_origin(REMOTE)}
-    names = {reference.name for reference in of_origin(REMOTE)}
-    return [one for one in plan.results.values() if one.revision not in there and one.name not in names]
+    there = {known for reference in of_origin(REMOTE) for known in (reference.commit, reference.name)}
+    return [one for one in plan.results.values() if not there & {one.revision, one.name}]
 
 
 def _report(plan: Plan, outcomes: Sequence[Outcome], missing: Sequence[Missing]) -> int:

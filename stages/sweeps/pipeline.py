@@ -20,13 +20,14 @@ class Stage:
     """A stage of dvc.yaml.
 
     parameters: keys of params.yaml that it is handed. code: the paths it depends on that no stage writes. inputs: paths that it reads,
-    each with the stage that writes it.
+    each with the stage that writes it. outputs: paths that it writes, and that are removed before it runs.
     """
 
     name: str
     parameters: tuple[str, ...]
     code: tuple[str, ...]
     inputs: dict[str, str]
+    outputs: tuple[str, ...]
 
     def values(self, params: dict[str, Any]) -> dict[str, Any]:
         """What these sections say of its parameters; None for what is not there."""
@@ -81,12 +82,18 @@ def _stage(name: str, described: dict[str, Any], writers: dict[str, str]) -> Sta
         parameters=tuple(described.get("params", [])),
         code=tuple(path for path in dependencies if path not in inputs),
         inputs=inputs,
+        outputs=tuple(_paths([entry for kind in OUTPUTS for entry in described.get(kind, []) if not _persists(entry)])),
     )
 
 
 def _writer(path: str, writers: dict[str, str]) -> str | None:
     """The stage that writes a path, or what lies above it."""
     return next((name for output, name in writers.items() if Path(path).is_relative_to(output)), None)
+
+
+def _persists(entry: Any) -> bool:
+    """Whether an output stays when its stage runs again."""
+    return isinstance(entry, dict) and any(options.get("persist") for options in entry.values())
 
 
 def _paths(entries: list[Any]) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 from stages.errors import SparsesweepError
 from stages.experiments import files as module
 from stages.experiments.files import Files, Unreadable, cache_directory
+from stages.experiments.lock import OUTPUTS
 from tests.project import ENVIRONMENT
 
 LOCKED, LISTED, ABSENT = Path("results/a.json"), Path("results/details/rows.jsonl"), Path("results/details/absent.json")
@@ -43,7 +44,7 @@ def run(*commands: list[str]) -> None:
 def stored(cache: Path, content: bytes, suffix: str = "") -> str:
     """Content in a cache; its hash."""
     digest = md5(content).hexdigest() + suffix
-    path = cache / module.OUTPUTS / digest[:2] / digest[2:]
+    path = module.object_of(cache, digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return digest
@@ -60,7 +61,7 @@ def test_what_the_cache_has_is_read_without_dvc(project, monkeypatch):
 def test_what_the_cache_lacks_is_read_by_dvc(project):
     assert Files(*project).json(Path("tracked.json")) == [1]
     revision, cache = project
-    for path in (cache / module.OUTPUTS).glob("*/*"):
+    for path in (cache / OUTPUTS).glob("*/*"):
         path.unlink()
     files = Files(revision, cache)
     for path in (LOCKED, LISTED):
@@ -94,7 +95,7 @@ def test_why_a_revision_from_before_the_remote_cannot_be_read_is_said_with_the_w
 def test_a_list_that_was_cut_short_leaves_its_experiment_out(project):
     revision, cache = project
     digest = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["s"]["outs"][1]["md5"]
-    (cache / module.OUTPUTS / digest[:2] / digest[2:]).write_bytes(b'[{"md5": ')
+    module.object_of(cache, digest).write_bytes(b'[{"md5": ')
     with pytest.raises(Unreadable, match="not JSON"):
         Files(revision, cache).json(LISTED)
 

@@ -244,7 +244,7 @@ def test_what_depends_on_a_changed_choice_or_file_runs_again_and_no_more(tmp_pat
 def test_the_outputs_of_a_stage_are_removed_before_it_runs_with_other_choices(tmp_path):
     lines = "import sys; from pathlib import Path; there = Path('made').exists(); Path('made').mkdir(); sys.exit(there)"
     for key in ("one", "one", "another"):
-        command = making.Command(stage="x", description="", words=[sys.executable, "-c", lines], outputs=["made"], key=key)
+        command = making.Command(stage="x", description="", words=[sys.executable, "-c", lines], outputs=("made",), key=key)
         making._run(tmp_path, command, "")
     assert read_json(tmp_path / making.ENDED) == {"x": "another"}
 
